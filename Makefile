@@ -1,0 +1,114 @@
+# The commands of this project. CI runs "make test" and nothing else (.ci/run), so what passes here passes there.
+#
+# Targets that install Debian packages say so and need root; every other target runs as any user.
+
+SHELL        := /bin/bash
+.SHELLFLAGS  := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VERSION      ?= $(shell git describe --tags --always --dirty --match 'v*' 2>/dev/null || echo unknown)
+PREFIX       ?= /usr/local
+BINDIR       ?= $(PREFIX)/bin
+MANDIR       ?= $(PREFIX)/share/man
+UNITDIR      ?= $(PREFIX)/lib/systemd/system
+SYSCONFDIR   ?= /etc
+DESTDIR      ?=
+
+# Where tests keep what is slow to make: containerd and its tools, images, a guest kernel. Safe to delete.
+DAXFS_TEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/daxfs-test
+export DAXFS_TEST_CACHE
+
+GO           ?= go
+# Static binaries: one file serves every distribution, and the same bytes come out on every machine (-trimpath).
+GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+GOTEST        = $(GO) run ./integration/testreport $(if $(SKIPS),-skips $(SKIPS)) --
+# How long each fuzz target runs in "make fuzz"; "make test" gives each 10 s.
+FUZZTIME     ?= 60s
+# What was skipped, by all the go test runs of "make test" together.
+SKIPLIST      = $(DAXFS_TEST_CACHE)/skipped
+TOOLS         = $(DAXFS_TEST_CACHE)/tools
+GOFUMPT      := mvdan.cc/gofumpt@v0.12.0
+STATICCHECK  := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+ERRORLINT    := github.com/polyfloyd/go-errorlint@v1.8.0
+
+COMMANDS     := daxfs daxfs-snapshotter
+UNIT_PKGS     = $$($(GO) list ./... | grep -v '/integration')
+
+.PHONY: help build test test-deps test-unit test-integration test-short race fuzz fuzz-smoke lint bench demo install uninstall clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: $(COMMANDS:%=bin/%) ## Build both programs into bin/
+
+# Always asked: the Go tool knows better than make what is up to date.
+.PHONY: $(COMMANDS:%=bin/%)
+$(COMMANDS:%=bin/%): bin/%:
+	$(GOBUILD) -o $@ ./cmd/$*
+
+test: test-deps ## All that CI runs: lint, unit, fuzz smoke, real containerd, QEMU (root; installs packages)
+	rm -f $(SKIPLIST)
+	$(MAKE) lint
+	$(MAKE) test-unit SKIPS=$(SKIPLIST)
+	$(MAKE) fuzz-smoke FUZZTIME=10s
+	$(MAKE) test-integration SKIPS=$(SKIPLIST)
+	@echo "all tests passed; skipped: $$(cat $(SKIPLIST) 2>/dev/null | wc -l)"; cat $(SKIPLIST) 2>/dev/null || true
+
+test-deps: ## Install the Debian packages that the tests use (root)
+	.ci/deps test
+
+test-unit: ## Test every package but integration/
+	$(GOTEST) -timeout 20m $(UNIT_PKGS)
+
+test-integration: build ## Test on real containerd, and kernels in QEMU
+	$(GOTEST) -timeout 40m -p 1 ./integration/...
+
+test-short: ## Test what needs neither root nor packages, in about a minute
+	$(GOTEST) -short ./...
+
+race: ## Test all but integration/ with the race detector (needs gcc)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 40m $(UNIT_PKGS)
+
+fuzz: ## Run every fuzz target for FUZZTIME (60s) each
+	.ci/fuzz $(FUZZTIME)
+
+fuzz-smoke: ## Run every fuzz target for FUZZTIME each (what "make test" does, with 10s)
+	.ci/fuzz $(FUZZTIME)
+
+$(TOOLS)/%:
+	@mkdir -p $(TOOLS)
+	GOFLAGS= GOBIN=$(TOOLS) $(GO) install $(TOOL)
+$(TOOLS)/gofumpt: TOOL = $(GOFUMPT)
+$(TOOLS)/staticcheck: TOOL = $(STATICCHECK)
+$(TOOLS)/go-errorlint: TOOL = $(ERRORLINT)
+
+lint: $(TOOLS)/gofumpt $(TOOLS)/staticcheck $(TOOLS)/go-errorlint ## Check format, vet, staticcheck, error wrapping
+	@out=$$($(TOOLS)/gofumpt -l .); [ -z "$$out" ] || { echo "gofumpt: run $(TOOLS)/gofumpt -w on:"; echo "$$out"; exit 1; }
+	$(GO) vet ./...
+	$(TOOLS)/staticcheck ./...
+	$(TOOLS)/go-errorlint -test=false ./...
+
+bench: build ## Run the benchmarks
+	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m ./...
+
+demo: ## Show the sharing on this machine: a private containerd, two images, the proof (root; installs packages)
+	.ci/deps demo
+	$(MAKE) build
+	$(GO) run ./integration/demo
+
+install: build ## Install programs, manual pages, unit and sample configuration (DESTDIR, PREFIX)
+	install -d $(DESTDIR)$(BINDIR)
+	install -m 0755 $(COMMANDS:%=bin/%) $(DESTDIR)$(BINDIR)/
+	for page in docs/man/*.[0-9]; do \
+		install -D -m 0644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; \
+	done
+	install -D -m 0644 config/daxfs-snapshotter.service $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	[ -e $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml ] || \
+		install -D -m 0644 config/config.toml $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml
+
+uninstall: ## Remove what install put there; configuration and data stay
+	rm -f $(COMMANDS:%=$(DESTDIR)$(BINDIR)/%) $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	for page in docs/man/*.[0-9]; do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; done
+
+clean: ## Remove what build, bench and demo made here
+	rm -rf bin dist bench-out
