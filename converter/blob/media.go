@@ -1,0 +1,86 @@
+package blob
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+var (
+	// ErrMediaType is returned for a blob whose media type is not that of a layer.
+	ErrMediaType = errors.New("not a layer media type")
+	// ErrEncrypted is returned for a layer that was encrypted (ocicrypt).
+	ErrEncrypted = errors.New("layer is encrypted")
+)
+
+// packing says how the tar of a layer is packed into its blob.
+type packing int
+
+const (
+	plain packing = iota
+	gzipped
+	zstandard
+	// sniffed means that the first bytes decide. Docker's types never said how a layer is compressed, and tools
+	// relabel layers without packing them again; containerd looks at the bytes too.
+	sniffed
+)
+
+func (p packing) String() string {
+	return [...]string{"uncompressed", "gzip", "zstd", "unknown"}[p]
+}
+
+// layerTypes are the media types of layers, without the suffix that names the compression.
+var layerTypes = []string{
+	"application/vnd.oci.image.layer.v1.tar",
+	"application/vnd.oci.image.layer.nondistributable.v1.tar",
+	"application/vnd.docker.image.rootfs.diff.tar",
+	"application/vnd.docker.image.rootfs.foreign.diff.tar",
+}
+
+// CheckMediaType returns an error that wraps ErrEncrypted or ErrMediaType when mediaType is not that of a layer this
+// package can read. The empty type is that of an archive which does not say: the bytes decide.
+func CheckMediaType(mediaType string) error {
+	_, err := packingOf(mediaType)
+	return err
+}
+
+func packingOf(mediaType string) (packing, error) {
+	if mediaType == "" {
+		return sniffed, nil
+	}
+	if strings.HasSuffix(mediaType, "+encrypted") {
+		return 0, fmt.Errorf("%w (media type %q): decrypt the image first, for instance with skopeo copy --decryption-key",
+			ErrEncrypted, mediaType)
+	}
+	for _, t := range layerTypes {
+		rest, ok := strings.CutPrefix(mediaType, t)
+		if !ok {
+			continue
+		}
+		switch rest {
+		case "":
+			if strings.HasPrefix(mediaType, "application/vnd.oci.") {
+				return plain, nil
+			}
+			return sniffed, nil
+		case "+gzip", ".gzip", "+zstd", ".zstd":
+			return sniffed, nil
+		}
+	}
+	return 0, fmt.Errorf("%w: %q (expected an OCI or Docker layer: tar, tar+gzip or tar+zstd)", ErrMediaType, mediaType)
+}
+
+// sniff tells the packing from the first bytes of a blob. A tar begins with a file name; one that begins with the
+// magic of gzip or zstd does not occur by accident.
+func sniff(head []byte) packing {
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b, 0x08}):
+		return gzipped
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		return zstandard
+	case len(head) >= 4 && head[0]&0xf0 == 0x50 && head[1] == 0x2a && head[2] == 0x4d && head[3] == 0x18:
+		return zstandard // a skippable frame: zstd:chunked and pzstd may begin with one
+	}
+	return plain
+}

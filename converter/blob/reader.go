@@ -1,0 +1,346 @@
+package blob
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	_ "crypto/sha256" // the algorithms that a digest may name
+	_ "crypto/sha512"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+)
+
+// maxWindow bounds the memory that a zstd frame may ask for: that of zstd --long=27, which every zstd decodes
+// without an option.
+const maxWindow = 128 << 20
+
+var (
+	// ErrMismatch is wrapped by every *MismatchError.
+	ErrMismatch = errors.New("blob does not match its description")
+	// ErrTooLarge is returned when a layer is larger than Spec.MaxSize once it is decompressed.
+	ErrTooLarge = errors.New("layer exceeds the size limit")
+)
+
+// MismatchError says which property of a blob is not what its description promised.
+type MismatchError struct {
+	What      string // "size", "digest" or "diff ID"
+	Want, Got string
+}
+
+func (e *MismatchError) Error() string {
+	return fmt.Sprintf("%s mismatch: expected %s, found %s", e.What, e.Want, e.Got)
+}
+
+// Unwrap makes errors.Is(err, ErrMismatch) true.
+func (e *MismatchError) Unwrap() error { return ErrMismatch }
+
+// Spec is what is known about a layer blob before it is read. What is unknown is left zero and not verified.
+type Spec struct {
+	// MediaType of the layer. Empty means that the first bytes tell the compression.
+	MediaType string
+	// Digest of the blob as it is stored, and its Size in bytes.
+	Digest digest.Digest
+	Size   int64
+	// DiffID is the digest of the uncompressed tar.
+	DiffID digest.Digest
+	// MaxSize limits the bytes of the uncompressed tar; 0 means no limit.
+	MaxSize int64
+	// Progress is called with the number of bytes that were read from the source, by one goroutine.
+	Progress func(n int)
+}
+
+// Reader reads the uncompressed tar of one layer. Its methods are for one goroutine.
+type Reader struct {
+	reader
+	spec        Spec
+	src         io.ReadCloser
+	closeSource func() error // once
+	ctx         context.Context
+	cancel      context.CancelCauseFunc
+	stages      sync.WaitGroup
+
+	raw *hasher // of the blob; nil when Digest is not known
+	tar *hasher // of the uncompressed tar; nil until it is known that it differs from the blob
+
+	read   int64 // bytes of the blob that were read
+	size   int64 // bytes of the tar
+	srcErr error // why reading the blob ended; nil at its end
+	digest digest.Digest
+	diffID digest.Digest
+}
+
+// NewReader starts to read src, which the Reader owns from then on: Close closes it, also when NewReader fails.
+// Cancelling ctx ends all reads with its cause.
+func NewReader(ctx context.Context, src io.ReadCloser, spec Spec) (*Reader, error) {
+	pack, err := packingOf(spec.MediaType)
+	for _, d := range []digest.Digest{spec.Digest, spec.DiffID} {
+		if d != "" && err == nil {
+			if err = d.Validate(); err != nil {
+				err = fmt.Errorf("digest %q: %w", d, err)
+			}
+		}
+	}
+	if err != nil {
+		src.Close()
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	r := &Reader{spec: spec, src: src, ctx: ctx, cancel: cancel, closeSource: sync.OnceValue(src.Close)}
+	context.AfterFunc(ctx, func() { r.closeSource() }) // ends a read that waits for a network
+	in, out := newStream(ctx), newStream(ctx)
+	r.reader.s = out
+	if spec.Digest != "" {
+		r.raw = newHasher(spec.Digest.Algorithm().Hash())
+	}
+	r.stages.Add(2)
+	go func() {
+		defer r.stages.Done()
+		r.srcErr = r.fetch(in)
+		in.close(r.srcErr)
+		if r.raw != nil {
+			r.raw.close()
+		}
+	}()
+	go func() {
+		defer r.stages.Done()
+		out.close(r.unpack(pack, in, out))
+		if r.tar != nil {
+			r.tar.close()
+		}
+	}()
+	return r, nil
+}
+
+// fetch reads the source to its end, or one byte past its size, or to an error.
+func (r *Reader) fetch(in *stream) error {
+	for {
+		c := newChunk()
+		n, err := io.ReadFull(r.src, c.buf[:])
+		c.n = n
+		r.read += int64(n)
+		if r.spec.Progress != nil && n > 0 {
+			r.spec.Progress(n)
+		}
+		if r.spec.Size > 0 && r.read > r.spec.Size {
+			c.release()
+			return &MismatchError{"size", fmt.Sprint(r.spec.Size, " bytes"), "more"}
+		}
+		if n == 0 {
+			c.release()
+		} else {
+			if r.raw != nil {
+				r.raw.add(c)
+			}
+			if err := in.send(c); err != nil {
+				return err
+			}
+		}
+		switch err {
+		case nil:
+		case io.EOF, io.ErrUnexpectedEOF: // of ReadFull: the source ended
+			return nil
+		default:
+			return fmt.Errorf("read after %d bytes: %w", r.read, err)
+		}
+	}
+}
+
+// unpack turns the blob's bytes into the tar's. It reads the blob to its end in any case, so that an error of the
+// decompressor can be told from a blob that is not the one that was promised.
+func (r *Reader) unpack(pack packing, in, out *stream) error {
+	src := &reader{s: in}
+	defer src.drop()
+	if pack == sniffed {
+		if err := src.fill(); err == nil {
+			pack = sniff(src.cur.bytes())
+		} else if err != io.EOF {
+			return err
+		} else {
+			pack = plain
+		}
+	}
+	algo := r.spec.DiffID.Algorithm()
+	if r.spec.DiffID == "" {
+		algo = digest.Canonical
+	}
+	if pack != plain || r.raw == nil || r.spec.Digest.Algorithm() != algo {
+		r.tar = newHasher(algo.Hash())
+	}
+	var dec io.Reader
+	switch pack {
+	case plain:
+		return r.forward(src, out)
+	case gzipped:
+		// The decompressor has a fast path for bufio.Reader, not for our type.
+		z, err := gzip.NewReader(bufio.NewReaderSize(src, 64<<10))
+		if err != nil {
+			return fmt.Errorf("gzip: %w", err)
+		}
+		dec = z
+	case zstandard:
+		z, err := zstd.NewReader(src, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderConcurrency(2))
+		if err != nil {
+			return fmt.Errorf("zstd: %w", err)
+		}
+		defer z.Close()
+		dec = z
+	}
+	w := &chunkWriter{r: r, out: out}
+	_, err := dec.(io.WriterTo).WriteTo(w)
+	if err == nil {
+		err = w.flush()
+	}
+	w.drop()
+	if err != nil && src.err == io.EOF && w.err == nil {
+		err = fmt.Errorf("%s: %w", pack, err) // neither the source's error nor the consumer's
+	}
+	return err
+}
+
+// forward passes the chunks of an uncompressed blob on as they are.
+func (r *Reader) forward(src *reader, out *stream) error {
+	for {
+		if err := src.fill(); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		c := src.cur
+		src.cur = nil
+		if err := r.emit(c, out); err != nil {
+			return err
+		}
+	}
+}
+
+// emit hashes and hands over one chunk of the tar.
+func (r *Reader) emit(c *chunk, out *stream) error {
+	r.size += int64(c.n)
+	if r.spec.MaxSize > 0 && r.size > r.spec.MaxSize {
+		c.release()
+		return fmt.Errorf("%w of %d bytes", ErrTooLarge, r.spec.MaxSize)
+	}
+	if r.tar != nil {
+		r.tar.add(c)
+	}
+	return out.send(c)
+}
+
+// chunkWriter collects what the decompressor writes into chunks.
+type chunkWriter struct {
+	r   *Reader
+	out *stream
+	cur *chunk
+	err error // why no more bytes are wanted
+}
+
+func (w *chunkWriter) Write(p []byte) (int, error) {
+	total := len(p)
+	for len(p) > 0 {
+		if w.cur == nil {
+			w.cur = newChunk()
+		}
+		n := copy(w.cur.buf[w.cur.n:], p)
+		w.cur.n += n
+		p = p[n:]
+		if w.cur.n == chunkSize {
+			if err := w.flush(); err != nil {
+				return 0, err
+			}
+		}
+	}
+	return total, nil
+}
+
+func (w *chunkWriter) flush() error {
+	c := w.cur
+	w.cur = nil
+	if c == nil {
+		return nil
+	}
+	w.err = w.r.emit(c, w.out)
+	return w.err
+}
+
+func (w *chunkWriter) drop() {
+	if w.cur != nil {
+		w.cur.release()
+		w.cur = nil
+	}
+}
+
+// Finish reads what the parser left (a tar may be followed by padding, and the hashes cover it), verifies size, digest
+// and diff ID, and closes the Reader. cause is the parser's error; Finish returns it only when the blob is what was
+// promised, since a damaged blob explains a parser's error better than the error does.
+func (r *Reader) Finish(cause error) error {
+	defer r.Close()
+	_, readErr := r.reader.WriteTo(io.Discard)
+	r.stages.Wait()
+	if err := context.Cause(r.ctx); err != nil {
+		return cmp.Or(cause, err)
+	}
+	if r.srcErr != nil {
+		return r.srcErr // longer than promised, or not read to its end: nothing can be said about its hash
+	}
+	if err := r.verifyBlob(); err != nil {
+		return err
+	}
+	if err := cmp.Or(cause, readErr); err != nil {
+		return err
+	}
+	r.diffID = r.digest
+	if r.tar != nil {
+		r.diffID = digest.NewDigest(r.diffAlgorithm(), r.tar.h)
+	}
+	if r.spec.DiffID != "" && r.diffID != r.spec.DiffID {
+		return &MismatchError{"diff ID", r.spec.DiffID.String(), r.diffID.String()}
+	}
+	return nil
+}
+
+func (r *Reader) diffAlgorithm() digest.Algorithm {
+	if r.spec.DiffID != "" {
+		return r.spec.DiffID.Algorithm()
+	}
+	return digest.Canonical
+}
+
+func (r *Reader) verifyBlob() error {
+	if r.spec.Size > 0 && r.read != r.spec.Size {
+		return &MismatchError{"size", fmt.Sprint(r.spec.Size, " bytes"), fmt.Sprint(r.read, " bytes")}
+	}
+	if r.raw != nil {
+		r.digest = digest.NewDigest(r.spec.Digest.Algorithm(), r.raw.h)
+		if r.digest != r.spec.Digest {
+			return &MismatchError{"digest", r.spec.Digest.String(), r.digest.String()}
+		}
+	}
+	return nil
+}
+
+// DiffID returns the digest of the uncompressed tar, once Finish has returned nil.
+func (r *Reader) DiffID() digest.Digest { return r.diffID }
+
+// Size returns the bytes of the uncompressed tar, once Finish has returned nil.
+func (r *Reader) Size() int64 { return r.size }
+
+// BytesRead returns the bytes that were read from the source, once Finish has returned.
+func (r *Reader) BytesRead() int64 { return r.read }
+
+var errClosed = errors.New("blob reader is closed")
+
+// Close ends the reading and closes the source. It may be called more than once, also after Finish.
+func (r *Reader) Close() error {
+	r.cancel(errClosed) // and with it the source
+	r.reader.drop()
+	r.stages.Wait()
+	r.closeSource()
+	return nil
+}

@@ -1,0 +1,87 @@
+package source
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const (
+	// DefaultAddress is where containerd listens unless told otherwise.
+	DefaultAddress = "/run/containerd/containerd.sock"
+	// DefaultNamespace is that of ctr and nerdctl.
+	DefaultNamespace = "default"
+)
+
+// store is an image in containerd's image store.
+type store struct {
+	name, ref, address, namespace string
+	client                        *containerd.Client
+}
+
+func newContainerd(full, ref string, c Config) (Source, error) {
+	s := &store{name: full, ref: ref, address: c.Address, namespace: c.Namespace}
+	if s.address == "" {
+		s.address = DefaultAddress
+	}
+	if s.namespace == "" {
+		s.namespace = DefaultNamespace
+	}
+	return s, nil
+}
+
+func (s *store) String() string { return s.name }
+
+func (s *store) Close() error {
+	if s.client == nil {
+		return nil
+	}
+	return s.client.Close()
+}
+
+func (s *store) Image(ctx context.Context, p Platform) (*Image, error) {
+	if s.client == nil {
+		c, err := containerd.New(s.address, containerd.WithDefaultNamespace(s.namespace))
+		if err != nil {
+			return nil, fmt.Errorf("%s: containerd at %q: %w", s.name, s.address, err)
+		}
+		s.client = c
+	}
+	ctx = namespaces.WithNamespace(ctx, s.namespace)
+	found, err := s.client.ImageService().Get(ctx, s.ref)
+	if errdefs.IsNotFound(err) && normal(s.ref) != s.ref {
+		found, err = s.client.ImageService().Get(ctx, normal(s.ref))
+	}
+	if errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("%s: %w in namespace %q of containerd at %q", s.name, ErrNotFound, s.namespace, s.address)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	img, err := resolve(ctx, s, found.Target, p)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	return img, nil
+}
+
+func (s *store) open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+	ra, err := s.client.ContentStore().ReaderAt(namespaces.WithNamespace(ctx, s.namespace), d)
+	if errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("blob %s is not in containerd's content store: pull the image with all its content: %w",
+			d.Digest, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", d.Digest, err)
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{content.NewReader(ra), ra}, nil
+}

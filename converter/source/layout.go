@@ -1,0 +1,93 @@
+package source
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// layout is an OCI image layout directory.
+type layout struct {
+	name, dir, tag string
+}
+
+func (s *layout) String() string { return s.name }
+func (s *layout) Close() error   { return nil }
+
+func (s *layout) Image(ctx context.Context, p Platform) (*Image, error) {
+	f, err := os.Open(filepath.Join(s.dir, ocispec.ImageIndexFile))
+	if err != nil {
+		return nil, fmt.Errorf("%s: not an OCI layout: %w", s.name, err)
+	}
+	defer f.Close()
+	img, err := fromIndexFile(ctx, f, s, s.tag, p)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	return img, nil
+}
+
+// open reads a blob. The digest was validated, so that it cannot name a path outside; links are followed, because
+// build tools assemble layouts from links into their caches.
+func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+	if err := d.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
+	}
+	f, err := os.Open(filepath.Join(s.dir, ocispec.ImageBlobsDir, d.Digest.Algorithm().String(), d.Digest.Encoded()))
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", d.Digest, err)
+	}
+	return f, nil
+}
+
+// fromIndexFile finds an image from the index.json of a layout.
+func fromIndexFile(ctx context.Context, r io.Reader, b blobs, tag string, p Platform) (*Image, error) {
+	doc, err := io.ReadAll(io.LimitReader(r, maxDocument))
+	if err != nil {
+		return nil, err
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(doc, &index); err != nil {
+		return nil, fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err)
+	}
+	list, err := pick(index.Manifests, tag)
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 1 {
+		return resolve(ctx, b, list[0], p)
+	}
+	all, err := expand(ctx, b, list, 0)
+	if err != nil {
+		return nil, err
+	}
+	d, err := p.choose(all)
+	if err != nil {
+		return nil, err
+	}
+	return fromManifest(ctx, b, d)
+}
+
+// rootfs is a plain directory.
+type rootfs struct {
+	name, dir string
+}
+
+func (s *rootfs) String() string { return s.name }
+func (s *rootfs) Close() error   { return nil }
+
+func (s *rootfs) Image(context.Context, Platform) (*Image, error) {
+	fi, err := os.Stat(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	if !fi.IsDir() {
+		return nil, fmt.Errorf("%s: %q is not a directory", s.name, s.dir)
+	}
+	return &Image{Dir: s.dir}, nil
+}

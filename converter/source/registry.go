@@ -1,0 +1,161 @@
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"sync"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// normal is a reference with the parts that docker lets one leave out.
+func normal(ref string) string {
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		return ref
+	}
+	return r.Name()
+}
+
+// registry is an image in a registry that speaks the distribution protocol.
+type registry struct {
+	name string
+	ref  name.Reference
+
+	once   sync.Once // guards the two below
+	client *http.Client
+	err    error
+}
+
+func newRegistry(full, ref string, c Config) (Source, error) {
+	var opts []name.Option
+	if c.PlainHTTP {
+		opts = append(opts, name.Insecure)
+	}
+	r, err := name.ParseReference(ref, opts...)
+	if err != nil {
+		return nil, fmt.Errorf("source %q: %w", full, err)
+	}
+	return &registry{name: full, ref: r}, nil
+}
+
+func (s *registry) String() string { return s.name }
+
+func (s *registry) Close() error {
+	if s.client != nil {
+		s.client.CloseIdleConnections()
+	}
+	return nil
+}
+
+// login does the handshake with the registry, with the credentials that docker login or a credential helper keeps.
+func (s *registry) login(ctx context.Context) (*http.Client, error) {
+	s.once.Do(func() {
+		repo := s.ref.Context()
+		auth, err := authn.Resolve(ctx, authn.DefaultKeychain, repo)
+		if err != nil {
+			s.err = fmt.Errorf("credentials for %s: %w", repo.RegistryStr(), err)
+			return
+		}
+		t, err := transport.NewWithContext(ctx, repo.Registry, auth, transport.NewRetry(remote.DefaultTransport),
+			[]string{repo.Scope(transport.PullScope)})
+		if err != nil {
+			s.err = explain(err, repo.RegistryStr())
+			return
+		}
+		s.client = &http.Client{Transport: t}
+	})
+	return s.client, s.err
+}
+
+// explain adds what a user can do about an error.
+func explain(err error, registry string) error {
+	var te *transport.Error
+	if errors.As(err, &te) && (te.StatusCode == http.StatusUnauthorized || te.StatusCode == http.StatusForbidden) {
+		return fmt.Errorf("%w (is the name right? if it is private: docker login %s)", err, registry)
+	}
+	return err
+}
+
+func (s *registry) get(ctx context.Context, kind, id string, accept ...string) (*http.Response, error) {
+	client, err := s.login(ctx)
+	if err != nil {
+		return nil, err
+	}
+	repo := s.ref.Context()
+	u := url.URL{Scheme: repo.Scheme(), Host: repo.RegistryStr(), Path: "/v2/" + repo.RepositoryStr() + "/" + kind + "/" + id}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range accept {
+		req.Header.Add("Accept", a)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+		resp.Body.Close()
+		return nil, explain(err, repo.RegistryStr())
+	}
+	return resp, nil
+}
+
+func (s *registry) Image(ctx context.Context, p Platform) (*Image, error) {
+	d, err := s.root(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	img, err := resolve(ctx, s, d, p)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	return img, nil
+}
+
+// root describes what the reference names. A tag has no digest to verify; what it leads to is verified.
+func (s *registry) root(ctx context.Context) (ocispec.Descriptor, error) {
+	resp, err := s.get(ctx, "manifests", s.ref.Identifier(), manifestTypes...)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer resp.Body.Close()
+	doc, err := io.ReadAll(io.LimitReader(resp.Body, maxDocument+1))
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	d := ocispec.Descriptor{MediaType: resp.Header.Get("Content-Type"), Digest: digest.FromBytes(doc), Size: int64(len(doc))}
+	if t := mediaTypeOf(doc); t != "" {
+		d.MediaType = t
+	}
+	if byDigest, ok := s.ref.(name.Digest); ok {
+		d.Digest = digest.Digest(byDigest.DigestStr())
+	} else if h := digest.Digest(resp.Header.Get("Docker-Content-Digest")); h.Validate() == nil {
+		d.Digest = h
+	}
+	return d, verify(doc, d)
+}
+
+var manifestTypes = []string{ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest, dockerIndex, dockerManifest}
+
+func (s *registry) open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+	kind, accept := "blobs", []string(nil)
+	if isIndex(d.MediaType) || isManifest(d.MediaType) {
+		kind, accept = "manifests", manifestTypes
+	}
+	resp, err := s.get(ctx, kind, d.Digest.String(), accept...)
+	if err != nil {
+		return nil, err
+	}
+	return resp.Body, nil
+}

@@ -1,0 +1,272 @@
+package source
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const (
+	dockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
+	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerConfig   = "application/vnd.docker.container.image.v1+json"
+
+	// maxDocument bounds an index, a manifest or a configuration. Registries refuse manifests above 4 MiB.
+	maxDocument = 8 << 20
+	// maxNesting bounds how deep indexes may lie in indexes.
+	maxNesting = 8
+)
+
+// blobs is a store that finds content by its digest: a layout, an archive, a registry, containerd.
+type blobs interface {
+	open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error)
+}
+
+// document reads and verifies a small JSON blob.
+func document(ctx context.Context, b blobs, d ocispec.Descriptor) ([]byte, error) {
+	if err := d.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
+	}
+	if d.Size > maxDocument {
+		return nil, fmt.Errorf("%s: %d bytes, expected at most %d for a %s", d.Digest, d.Size, maxDocument, d.MediaType)
+	}
+	rc, err := b.open(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	p, err := io.ReadAll(io.LimitReader(rc, maxDocument+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", d.Digest, err)
+	}
+	return p, verify(p, d)
+}
+
+func verify(p []byte, d ocispec.Descriptor) error {
+	if len(p) > maxDocument {
+		return fmt.Errorf("%s: more than %d bytes", d.Digest, maxDocument)
+	}
+	if d.Size > 0 && int64(len(p)) != d.Size {
+		return fmt.Errorf("%s: %w", d.Digest,
+			&blob.MismatchError{What: "size", Want: fmt.Sprint(d.Size, " bytes"), Got: fmt.Sprint(len(p), " bytes")})
+	}
+	if got := d.Digest.Algorithm().FromBytes(p); got != d.Digest {
+		return fmt.Errorf("%s: %w", d.Digest, &blob.MismatchError{What: "digest", Want: d.Digest.String(), Got: got.String()})
+	}
+	return nil
+}
+
+// resolve walks from a descriptor through indexes and manifest to the layers.
+func resolve(ctx context.Context, b blobs, d ocispec.Descriptor, p Platform) (*Image, error) {
+	indexed := false
+	if isIndex(d.MediaType) {
+		all, err := manifests(ctx, b, d, 0)
+		if err != nil {
+			return nil, err
+		}
+		if d, err = p.choose(all); err != nil {
+			return nil, err
+		}
+		indexed = true
+	}
+	img, err := fromManifest(ctx, b, d)
+	if err != nil {
+		return nil, err
+	}
+	if !indexed {
+		if err := p.accept(img.Platform); err != nil {
+			return nil, err
+		}
+	}
+	return img, nil
+}
+
+func isIndex(mediaType string) bool {
+	return mediaType == ocispec.MediaTypeImageIndex || mediaType == dockerIndex
+}
+
+func isManifest(mediaType string) bool {
+	return mediaType == ocispec.MediaTypeImageManifest || mediaType == dockerManifest
+}
+
+// manifests lists the image manifests of an index and of the indexes in it, each with its platform.
+func manifests(ctx context.Context, b blobs, d ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
+	if depth == maxNesting {
+		return nil, fmt.Errorf("index %s: more than %d indexes within each other", d.Digest, maxNesting)
+	}
+	p, err := document(ctx, b, d)
+	if err != nil {
+		return nil, fmt.Errorf("index: %w", err)
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(p, &index); err != nil {
+		return nil, fmt.Errorf("index %s: %w", d.Digest, err)
+	}
+	return expand(ctx, b, index.Manifests, depth)
+}
+
+func expand(ctx context.Context, b blobs, list []ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
+	var all []ocispec.Descriptor
+	for _, m := range list {
+		switch {
+		case isIndex(m.MediaType):
+			inner, err := manifests(ctx, b, m, depth+1)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, inner...)
+		case !isManifest(m.MediaType):
+			// An index may hold artifacts of any kind beside images.
+		case m.Platform != nil:
+			all = append(all, m)
+		default:
+			img, err := fromManifest(ctx, b, m) // the configuration knows
+			if err != nil {
+				return nil, err
+			}
+			m.Platform = &img.Platform
+			all = append(all, m)
+		}
+	}
+	return all, nil
+}
+
+// fromManifest reads an image manifest and its configuration, and checks that they agree.
+func fromManifest(ctx context.Context, b blobs, d ocispec.Descriptor) (*Image, error) {
+	if !isManifest(d.MediaType) {
+		return nil, fmt.Errorf("%w %q of %s: expected an OCI or Docker (schema 2) manifest or index",
+			ErrMediaType, d.MediaType, d.Digest)
+	}
+	p, err := document(ctx, b, d)
+	if err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(p, &m); err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	if t := m.Config.MediaType; t != ocispec.MediaTypeImageConfig && t != dockerConfig {
+		return nil, fmt.Errorf("manifest %s: %w of its config %q: expected %q, this is not a container image",
+			d.Digest, ErrMediaType, t, ocispec.MediaTypeImageConfig)
+	}
+	p, err = document(ctx, b, m.Config)
+	if err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	img, err := fromConfig(p, m.Config.Digest, len(m.Layers))
+	if err != nil {
+		return nil, err
+	}
+	img.Digest = d.Digest
+	for i, l := range m.Layers {
+		if err := l.Digest.Validate(); err != nil {
+			return nil, fmt.Errorf("manifest %s: layer %d: digest %q: %w", d.Digest, i, l.Digest, err)
+		}
+		if l.Size <= 0 {
+			return nil, fmt.Errorf("layer %s: size %d, expected more than 0", l.Digest, l.Size)
+		}
+		if err := blob.CheckMediaType(l.MediaType); err != nil {
+			return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+		}
+		img.Layers[i].Desc = l
+		img.Layers[i].Open = func(ctx context.Context) (io.ReadCloser, error) { return b.open(ctx, l) }
+	}
+	return img, nil
+}
+
+// fromConfig makes an image with n layers of which only the diff IDs are known.
+func fromConfig(p []byte, d digest.Digest, n int) (*Image, error) {
+	var config ocispec.Image
+	if err := json.Unmarshal(p, &config); err != nil {
+		return nil, fmt.Errorf("config %s: %w", d, err)
+	}
+	if len(config.RootFS.DiffIDs) != n {
+		return nil, fmt.Errorf("config %s: %d diff IDs for %d layers", d, len(config.RootFS.DiffIDs), n)
+	}
+	img := &Image{Digest: d, Platform: config.Platform, Layers: make([]Layer, n)}
+	for i, id := range config.RootFS.DiffIDs {
+		if err := id.Validate(); err != nil {
+			return nil, fmt.Errorf("config %s: diff ID %q of layer %d: %w", d, id, i, err)
+		}
+		img.Layers[i].DiffID = id
+	}
+	return img, nil
+}
+
+// mediaTypeOf looks into a document for what its descriptor does not say.
+func mediaTypeOf(p []byte) string {
+	var doc struct {
+		MediaType     string            `json:"mediaType"`
+		SchemaVersion int               `json:"schemaVersion"`
+		Manifests     []json.RawMessage `json:"manifests"`
+		Layers        []json.RawMessage `json:"layers"`
+	}
+	if json.Unmarshal(p, &doc) != nil {
+		return ""
+	}
+	switch {
+	case doc.MediaType != "":
+		return doc.MediaType
+	case doc.SchemaVersion == 1:
+		return "application/vnd.docker.distribution.manifest.v1+json"
+	case doc.Manifests != nil:
+		return ocispec.MediaTypeImageIndex
+	case doc.Layers != nil:
+		return ocispec.MediaTypeImageManifest
+	}
+	return ""
+}
+
+// pick finds one image among the entries of an index.json by tag or digest, or all of them as one index.
+func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
+	names := func() string {
+		var s []string
+		for _, d := range list {
+			for _, a := range tagAnnotations {
+				if v := d.Annotations[a]; v != "" {
+					s = append(s, fmt.Sprintf("%q", v))
+					break
+				}
+			}
+		}
+		if len(s) == 0 {
+			return "no tags"
+		}
+		return strings.Join(s, ", ")
+	}
+	if tag == "" {
+		tagged := 0
+		for _, d := range list {
+			if d.Annotations[ocispec.AnnotationRefName] != "" {
+				tagged++
+			}
+		}
+		switch {
+		case len(list) == 0:
+			return nil, fmt.Errorf("%w: the index is empty", ErrNotFound)
+		case len(list) > 1 && tagged > 1:
+			return nil, fmt.Errorf("%w: no tag given and several images: %s", ErrNotFound, names())
+		}
+		return list, nil
+	}
+	for _, d := range list {
+		if string(d.Digest) == tag {
+			return []ocispec.Descriptor{d}, nil
+		}
+		for _, a := range tagAnnotations {
+			if d.Annotations[a] == tag {
+				return []ocispec.Descriptor{d}, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("%w: no tag %q, there is: %s", ErrNotFound, tag, names())
+}
+
+// tagAnnotations hold the name of an image in a layout: what the specification says, and what containerd writes.
+var tagAnnotations = []string{ocispec.AnnotationRefName, "io.containerd.image.name"}

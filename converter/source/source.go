@@ -1,0 +1,122 @@
+// Package source finds the layers of an OCI image wherever it is kept, and verifies all that leads to them.
+//
+//	src, err := source.Parse("oci:layout:latest", source.Config{})
+//	...
+//	defer src.Close()
+//	img, err := src.Image(ctx, source.Host())
+//
+// Indexes, manifests and configurations are checked against their digest and size before they are believed, and
+// bounded in size. Layers are only described here: whoever reads one verifies it (package blob).
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Layer is one layer of an image that was found.
+type Layer struct {
+	// Desc is the blob's media type, digest and size. The digest is empty where a source has none (a docker archive).
+	Desc ocispec.Descriptor
+	// DiffID is the digest of the uncompressed tar, from the image's configuration.
+	DiffID digest.Digest
+	// Open starts to read the blob. The caller closes the result, and verifies what it reads.
+	Open func(ctx context.Context) (io.ReadCloser, error)
+}
+
+// Name is how messages call the layer: its digest, or its diff ID where the source knows no digest.
+func (l Layer) Name() string {
+	if l.Desc.Digest != "" {
+		return l.Desc.Digest.String()
+	}
+	return l.DiffID.String()
+}
+
+// Image is an image that was found: layers bottom first, or a directory.
+type Image struct {
+	// Digest is that of the manifest, or of the configuration where there is no manifest; empty for a directory.
+	Digest digest.Digest
+	// Platform the image says it is for; zero for a directory.
+	Platform ocispec.Platform
+	// Layers, bottom first.
+	Layers []Layer
+	// Dir is the root directory of a rootfs source, which has no layers.
+	Dir string
+}
+
+// Source is a place that holds an image. It is for one goroutine, but the layers of its images can be opened and read
+// concurrently, until Close.
+type Source interface {
+	// Image finds the image for a platform.
+	Image(ctx context.Context, p Platform) (*Image, error)
+	// Close frees what the source holds open.
+	Close() error
+	// String is the source as a user would write it.
+	String() string
+}
+
+var (
+	// ErrNotFound is returned when a source does not hold the image that was named.
+	ErrNotFound = errors.New("image not found")
+	// ErrPlatform is returned when an image does not exist for the platform that was asked for.
+	ErrPlatform = errors.New("no image for the platform")
+	// ErrMediaType is returned for manifests and configurations that are not those of a container image.
+	ErrMediaType = errors.New("unsupported media type")
+)
+
+// Config is what sources need to know beside their name.
+type Config struct {
+	// PlainHTTP lets docker:// talk to a registry without TLS.
+	PlainHTTP bool
+	// Address of containerd's socket and the Namespace in it, for containerd:.
+	Address   string
+	Namespace string
+}
+
+// Kinds lists the forms of a source, for help texts.
+const Kinds = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF], docker://REF, containerd:REF or rootfs:DIR"
+
+// Parse turns the name of a source into a Source, which the caller closes. Nothing is opened or asked yet.
+func Parse(name string, c Config) (Source, error) {
+	kind, rest, ok := strings.Cut(name, ":")
+	if !ok || rest == "" {
+		return nil, fmt.Errorf("source %q: expected %s", name, Kinds)
+	}
+	switch kind {
+	case "oci":
+		dir, tag := splitTag(rest)
+		return &layout{name: name, dir: dir, tag: tag}, nil
+	case "oci-archive":
+		file, tag := splitTag(rest)
+		return &ociArchive{name: name, file: file, tag: tag}, nil
+	case "docker-archive":
+		file, ref, _ := strings.Cut(rest, ":")
+		return &dockerArchive{name: name, file: file, ref: ref}, nil
+	case "docker":
+		ref, ok := strings.CutPrefix(rest, "//")
+		if !ok {
+			return nil, fmt.Errorf("source %q: expected docker://REF", name)
+		}
+		return newRegistry(name, ref, c)
+	case "containerd":
+		return newContainerd(name, rest, c)
+	case "rootfs":
+		return &rootfs{name: name, dir: rest}, nil
+	}
+	return nil, fmt.Errorf("source %q: unknown kind %q, expected %s", name, kind, Kinds)
+}
+
+// splitTag splits PATH[:TAG] or PATH[@DIGEST]. A path that holds a colon cannot be written, as with skopeo.
+func splitTag(s string) (path, tag string) {
+	if i := strings.Index(s, "@sha256:"); i >= 0 {
+		return s[:i], s[i+1:]
+	}
+	path, tag, _ = strings.Cut(s, ":")
+	return path, tag
+}
