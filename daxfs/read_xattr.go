@@ -1,0 +1,120 @@
+package daxfs
+
+import (
+	"bytes"
+	"encoding/binary"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// rawXattr is an attribute whose name and value are still part of the image.
+type rawXattr struct {
+	index uint8
+	name  []byte // without the prefix that index stands for
+	value []byte
+	off   int64 // of its entry in the image
+	size  int64 // of its entry
+}
+
+func (f *FS) xattrs(in *Inode) ([]Xattr, error) {
+	var xs []Xattr
+	err := f.eachXattr(in, func(x rawXattr, shared bool) error {
+		xs = append(xs, Xattr{disk.ErofsXattrPrefix(x.index) + string(x.name), bytes.Clone(x.value)})
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return xs, nil
+}
+
+// eachXattr calls fn for the attributes of an inode, those stored with it first: the order in which Linux lists them.
+func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error {
+	if in.xlen == 0 {
+		return nil
+	}
+	if in.xlen < disk.ErofsXattrHdrSize {
+		return corrupt(RuleXattrBounds, in.xoff, in.Nid, "%d bytes of xattrs, expected at least %d", in.xlen, disk.ErofsXattrHdrSize)
+	}
+	b, err := f.s.view(in.xoff, int(in.xlen))
+	if err != nil {
+		return err
+	}
+	var h disk.ErofsXattrHeader
+	h.Unmarshal(b)
+	pos := disk.ErofsXattrHdrSize + disk.ErofsXattrIDSize*int(h.Shared)
+	if pos > len(b) {
+		return corrupt(RuleXattrBounds, in.xoff, in.Nid, "%d shared xattrs do not fit in %d bytes", h.Shared, len(b))
+	}
+	ids := b[disk.ErofsXattrHdrSize:pos]
+	for pos < len(b) {
+		x, err := parseXattr(b[pos:], in.xoff+int64(pos), in.Nid)
+		if err != nil {
+			return err
+		}
+		if err := fn(x, false); err != nil {
+			return err
+		}
+		pos += int(x.size)
+	}
+	for ; len(ids) > 0; ids = ids[disk.ErofsXattrIDSize:] {
+		x, err := f.sharedXattr(binary.LittleEndian.Uint32(ids), in.Nid)
+		if err != nil {
+			return err
+		}
+		if err := fn(x, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sharedXattr reads the attribute that id refers to.
+func (f *FS) sharedXattr(id uint32, nid uint64) (rawXattr, error) {
+	off := f.sb.xattr + int64(id)*disk.ErofsXattrIDSize
+	if !f.s.holds(off, disk.ErofsXattrEntSize) {
+		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "shared xattr %d lies outside of the image of %d bytes", id, f.s.size)
+	}
+	head, err := f.s.view(off, disk.ErofsXattrEntSize)
+	if err != nil {
+		return rawXattr{}, err
+	}
+	var e disk.ErofsXattrEntry
+	e.Unmarshal(head)
+	if !f.s.holds(off, int64(e.Size())) {
+		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "shared xattr %d of %d bytes ends outside of the image of %d bytes", id, e.Size(), f.s.size)
+	}
+	b, err := f.s.view(off, e.Size())
+	if err != nil {
+		return rawXattr{}, err
+	}
+	return parseXattr(b, off, nid)
+}
+
+// parseXattr decodes the entry at the beginning of b.
+func parseXattr(b []byte, off int64, nid uint64) (rawXattr, error) {
+	if len(b) < disk.ErofsXattrEntSize {
+		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "%d bytes left for an xattr, expected at least %d", len(b), disk.ErofsXattrEntSize)
+	}
+	var e disk.ErofsXattrEntry
+	e.Unmarshal(b)
+	if e.Size() > len(b) {
+		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "xattr of %d bytes, %d are left", e.Size(), len(b))
+	}
+	prefix := disk.ErofsXattrPrefix(e.Index)
+	if prefix == "" {
+		return rawXattr{}, unsupported(RuleXattrName, off, nid, "xattr name index %d", e.Index)
+	}
+	name := b[disk.ErofsXattrEntSize : disk.ErofsXattrEntSize+int(e.NameLen)]
+	acl := e.Index == disk.ErofsXattrACLAccess || e.Index == disk.ErofsXattrACLDefault
+	switch {
+	case acl != (len(name) == 0):
+		return rawXattr{}, corrupt(RuleXattrName, off, nid, "xattr name %q after %q", name, prefix)
+	case len(prefix)+len(name) > MaxName:
+		return rawXattr{}, corrupt(RuleXattrName, off, nid, "xattr name of %d bytes, expected at most %d", len(prefix)+len(name), MaxName)
+	case bytes.IndexByte(name, 0) >= 0:
+		return rawXattr{}, corrupt(RuleXattrName, off, nid, "xattr name %q holds a NUL", name)
+	}
+	value := b[disk.ErofsXattrEntSize+len(name):][:e.ValueLen]
+	return rawXattr{e.Index, name, value, off, int64(e.Size())}, nil
+}
