@@ -1,0 +1,138 @@
+// Package mounttest is the test kit of the mount drivers: a private mount namespace, images that somebody else's tool made,
+// and a way to look at a mount from another process.
+package mounttest
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	envNamespace = "DAXFS_MOUNTTEST_NAMESPACE"
+	envHelper    = "DAXFS_MOUNTTEST_HELPER"
+)
+
+// Main is the body of a TestMain. Run as root it starts the test binary again in a mount namespace of its own, so that no test can
+// leave a mount behind. Helpers are run instead of tests when Command asks for one by name; "compare" and "readall" are
+// there always.
+func Main(m *testing.M, helpers map[string]func(args []string) error) {
+	if name := os.Getenv(envHelper); name != "" {
+		f := helpers[name]
+		switch name {
+		case "compare":
+			f = compare
+		case "readall":
+			f = readall
+		}
+		if f == nil {
+			fmt.Fprintf(os.Stderr, "no helper %q\n", name)
+			os.Exit(2)
+		}
+		if err := f(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if os.Geteuid() != 0 {
+		os.Exit(m.Run())
+	}
+	if os.Getenv(envNamespace) == "" {
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Env = append(os.Environ(), envNamespace+"=1")
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+		err := cmd.Run()
+		if cmd.ProcessState == nil {
+			fmt.Fprintln(os.Stderr, "new mount namespace:", err)
+			os.Exit(1)
+		}
+		os.Exit(cmd.ProcessState.ExitCode())
+	}
+	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		fmt.Fprintln(os.Stderr, "make / private:", err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// Root skips the test unless it runs as root in the private mount namespace.
+func Root(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	if os.Getenv(envNamespace) == "" {
+		t.Fatal("TestMain does not call mounttest.Main")
+	}
+}
+
+// Command returns a command that runs a helper of this test binary in another process of the same mount namespace.
+func Command(helper string, args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), envHelper+"="+helper)
+	return cmd
+}
+
+// Tree makes a directory with every kind of file that an image can hold.
+func Tree(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.MkdirAll(filepath.Join(dir, "usr/bin"), 0o755))
+	must(os.MkdirAll(filepath.Join(dir, "empty"), 0o711))
+	must(os.WriteFile(filepath.Join(dir, "hello"), []byte("hello, world\n"), 0o644))
+	must(os.WriteFile(filepath.Join(dir, "nothing"), nil, 0o600))
+	must(os.WriteFile(filepath.Join(dir, "name with spaces\n and ü"), bytes.Repeat([]byte("x"), 4096), 0o640))
+	big := make([]byte, 5<<20+123)
+	for i := range big {
+		big[i] = byte(i>>12) ^ byte(i)
+	}
+	must(os.WriteFile(filepath.Join(dir, "usr/bin/big"), big, 0o755))
+	must(os.Chown(filepath.Join(dir, "usr/bin/big"), 1000, 2000))
+	must(os.Chmod(filepath.Join(dir, "usr/bin/big"), 0o755|os.ModeSetuid))
+	must(os.Link(filepath.Join(dir, "hello"), filepath.Join(dir, "usr/hello-too")))
+	must(os.Symlink("usr/bin/big", filepath.Join(dir, "link")))
+	must(os.Symlink(strings.Repeat("long/", 200)+"end", filepath.Join(dir, "longlink")))
+	must(unix.Mkfifo(filepath.Join(dir, "fifo"), 0o622))
+	must(unix.Mknod(filepath.Join(dir, "null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
+	must(unix.Setxattr(filepath.Join(dir, "hello"), "user.note", []byte("a note"), 0))
+	must(unix.Setxattr(filepath.Join(dir, "usr"), "trusted.overlay.opaque", []byte("n"), 0))
+	// cap_net_raw=ep, revision 2
+	must(unix.Setxattr(filepath.Join(dir, "usr/bin/big"), "security.capability",
+		append([]byte{1, 0, 0, 2, 0, 0x20}, make([]byte, 14)...), 0))
+	many := filepath.Join(dir, "many")
+	must(os.Mkdir(many, 0o755))
+	for i := range 700 {
+		must(os.WriteFile(filepath.Join(many, fmt.Sprintf("file-number-%04d", i)), []byte{byte(i)}, 0o644))
+	}
+	return dir
+}
+
+// Mkfs makes an EROFS image of dir with mkfs.erofs, which this project did not write. Without the tool the test is skipped.
+func Mkfs(t testing.TB, dir, image string) {
+	t.Helper()
+	if _, err := exec.LookPath("mkfs.erofs"); err != nil {
+		t.Skip("mkfs.erofs is not installed (erofs-utils)")
+	}
+	out, err := exec.Command("mkfs.erofs", "-Enoinline_data", "--preserve-mtime", "--quiet", image, dir).CombinedOutput()
+	if err != nil {
+		t.Fatalf("mkfs.erofs: %v\n%s", err, out)
+	}
+}

@@ -1,0 +1,57 @@
+package sys
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// HasFilesystem returns nil if the kernel knows the file system type, loading its module if there is one.
+func HasFilesystem(name, remedy string) error {
+	fd, err := unix.Fsopen(name, unix.FSOPEN_CLOEXEC)
+	switch {
+	case err == nil:
+		unix.Close(fd)
+		return nil
+	case errors.Is(err, unix.ENODEV):
+		return fmt.Errorf("this kernel has no file system %q: %s: %w", name, remedy, ErrUnsupported)
+	}
+	return explain(fmt.Errorf("look for file system %q: %w", name, err))
+}
+
+// MountOption returns the value of an option of the file system of a mount, as the kernel shows it, and whether it is there.
+func MountOption(m *mountinfo.Info, key string) (string, bool) {
+	for o := range strings.SplitSeq(m.VFSOptions, ",") {
+		if k, v, _ := strings.Cut(o, "="); k == key {
+			return v, true
+		}
+	}
+	return "", false
+}
+
+// MatchTop returns the only mount on dir if it is of the type and has the flags that Do gives; else an error that says what
+// is there instead.
+func MatchTop(dir, fstype string, restrict bool) (*mountinfo.Info, error) {
+	m, n, err := Top(dir)
+	switch {
+	case err != nil:
+		return nil, err
+	case m == nil:
+		return nil, fmt.Errorf("nothing is mounted on %q", dir)
+	case n > 1:
+		return nil, fmt.Errorf("%d mounts lie on top of each other on %q", n, dir)
+	case m.FSType != fstype:
+		return nil, fmt.Errorf("%q is a mount of type %q, expected %q", dir, m.FSType, fstype)
+	}
+	opts := strings.Split(m.Options, ",")
+	for o, want := range map[string]bool{"ro": true, "nosuid": restrict, "nodev": restrict} {
+		if slices.Contains(opts, o) != want {
+			return nil, fmt.Errorf("mount %q has options %q: expected %s=%t", dir, m.Options, o, want)
+		}
+	}
+	return m, nil
+}

@@ -1,0 +1,158 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+var (
+	// ErrBusy says that something still uses the mount: a holder, or a process with a file or working directory in it.
+	ErrBusy = sys.ErrBusy
+	// ErrNotFound says that no image of that key is mounted.
+	ErrNotFound = errors.New("not mounted")
+	// ErrUnsupported says that this kernel, this region or these privileges do not allow what was asked for. The
+	// message says what is missing. Another driver may succeed.
+	ErrUnsupported = sys.ErrUnsupported
+	// ErrCheck says that the image did not pass daxfs.Check and therefore was not shown to the kernel.
+	ErrCheck = errors.New("image check failed")
+)
+
+// Source is one image to mount: the window [Off, Off+Size) of a region.
+type Source struct {
+	// Key names the image; two sources of one key are the same image. Any non-empty string.
+	Key string
+	// Region is the memory, file or device that holds the bytes. An image file is a region of kind "file".
+	Region region.Info
+	// Off and Size are the window, in bytes. Off is a multiple of 4096 (of 2 MiB for the daxfs driver).
+	Off, Size int64
+	// Restrict mounts with nosuid and nodev, for directories that other users can reach.
+	Restrict bool
+	// Checked, when not empty, is the reason why daxfs.Check need not run before this mount, for the log: for
+	// example that this process built the image and nobody else can write the region. An image that came from elsewhere,
+	// or that others can write, must leave it empty: the kernel would parse what a stranger wrote.
+	Checked string
+}
+
+// String returns the key and the window, for messages.
+func (s Source) String() string {
+	return fmt.Sprintf("%q (window %d+%d of %s)", s.Key, s.Off, s.Size, s.Where())
+}
+
+// Where names what holds the bytes: the path of a file or device, or the physical address.
+func (s Source) Where() string {
+	switch {
+	case s.Region.Path != "":
+		return fmt.Sprintf("%s %q", s.Region.Kind, s.Region.Path)
+	case s.Region.BlockDevice != "":
+		return fmt.Sprintf("%s %q", s.Region.Kind, s.Region.BlockDevice)
+	case s.Region.HasPhys:
+		return fmt.Sprintf("%s at %#x", s.Region.Kind, s.Region.Phys)
+	}
+	return s.Region.Kind
+}
+
+// same tells whether both sources are the same bytes mounted in the same way.
+func (s Source) same(o Source) bool {
+	return s.Key == o.Key && s.Off == o.Off && s.Size == o.Size && s.Restrict == o.Restrict &&
+		s.Region.Kind == o.Region.Kind && s.Region.Path == o.Region.Path &&
+		s.Region.BlockDevice == o.Region.BlockDevice && s.Region.Phys == o.Region.Phys
+}
+
+// Driver is one way to make a window a directory. A Driver has no state of its own: what it made is found again
+// from the directory alone, by another process too. All methods are safe for concurrent use with different directories.
+type Driver interface {
+	// Name is what the configuration and the command line call it: "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse".
+	Name() string
+	// Sharing says in one sentence which memory the containers share, for people.
+	Sharing() string
+	// Probe tells whether windows of the region can be mounted here. An error wraps ErrUnsupported and says why not and
+	// what would change that.
+	Probe(ctx context.Context, r region.Info) error
+	// Mount mounts src on the existing directory dir (absolute, no symbolic links). If it fails, nothing is left behind.
+	// An error that wraps ErrUnsupported means that another driver may be tried.
+	Mount(ctx context.Context, src Source, dir string) error
+	// Match returns nil if the top mount on dir is what Mount(src, dir) makes, and it answers.
+	Match(ctx context.Context, src Source, dir string) error
+	// Unmount removes the mount on dir and every device that Mount made for it; nil if there was none. It fails with
+	// ErrBusy, and leaves all as it was, while files in it are open.
+	Unmount(ctx context.Context, dir string) error
+}
+
+// Select returns the drivers that a name stands for, in the order in which they are to be tried: all of them for
+// "auto" or "", those named "erofs-…" for "erofs", else the one of that name.
+func Select(drivers []Driver, name string) ([]Driver, error) {
+	if name == "" || name == "auto" {
+		return drivers, nil
+	}
+	var found []Driver
+	names := []string{"auto"}
+	for _, d := range drivers {
+		if d.Name() == name || strings.HasPrefix(d.Name(), name+"-") {
+			found = append(found, d)
+		}
+		names = append(names, d.Name())
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("unknown mount driver %q: expected one of %s", name, strings.Join(names, ", "))
+	}
+	return found, nil
+}
+
+// Explanation is what one driver can do with a region.
+type Explanation struct {
+	Driver  string `json:"driver"`
+	Sharing string `json:"sharing"`
+	Usable  bool   `json:"usable"`
+	// Picked marks the driver that auto takes: the first that is usable.
+	Picked bool `json:"picked"`
+	// Why tells what is missing when the driver is not usable.
+	Why string `json:"why,omitempty"`
+}
+
+// Explain probes every driver for the region, in order.
+func Explain(ctx context.Context, drivers []Driver, r region.Info) []Explanation {
+	out := make([]Explanation, 0, len(drivers))
+	picked := false
+	for _, d := range drivers {
+		e := Explanation{Driver: d.Name(), Sharing: d.Sharing()}
+		if err := d.Probe(ctx, r); err != nil {
+			e.Why = strings.TrimSuffix(err.Error(), ": "+ErrUnsupported.Error())
+		} else {
+			e.Usable, e.Picked, picked = true, !picked, true
+		}
+		out = append(out, e)
+	}
+	return out
+}
+
+// Warning receives one line about something that works, but not as well as it could.
+type Warning func(format string, args ...any)
+
+// Auto mounts src on dir with the first of the drivers that can, and returns it. Each driver that looked usable and
+// then was not (a kernel that silently dropped DAX, say) is reported to warn, which may be nil.
+func Auto(ctx context.Context, drivers []Driver, src Source, dir string, warn Warning) (Driver, error) {
+	var reasons []string
+	for _, d := range drivers {
+		if err := d.Probe(ctx, src.Region); err != nil {
+			reasons = append(reasons, d.Name()+": "+strings.TrimSuffix(err.Error(), ": "+ErrUnsupported.Error()))
+			continue
+		}
+		err := d.Mount(ctx, src, dir)
+		if err == nil {
+			return d, nil
+		}
+		if !errors.Is(err, ErrUnsupported) {
+			return nil, fmt.Errorf("mount %s with %s: %w", src, d.Name(), err)
+		}
+		if warn != nil {
+			warn("mount %s with %s: %v; trying the next driver", src, d.Name(), err)
+		}
+		reasons = append(reasons, d.Name()+": "+strings.TrimSuffix(err.Error(), ": "+ErrUnsupported.Error()))
+	}
+	return nil, fmt.Errorf("no mount driver can show %s: %s: %w", src, strings.Join(reasons, "; "), ErrUnsupported)
+}
