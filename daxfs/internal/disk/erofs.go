@@ -346,3 +346,10 @@ func (e *ErofsXattrEntry) Unmarshal(b []byte) {
 	e.NameLen, e.Index = b[0], b[1]
 	e.ValueLen = binary.LittleEndian.Uint16(b[2:])
 }
+
+// PutErofsXattrID writes the number of a shared xattr to the first 4 bytes of b: its offset from the shared xattr block
+// in units of 4 bytes.
+func PutErofsXattrID(b []byte, id uint32) { binary.LittleEndian.PutUint32(b, id) }
+
+// ErofsXattrID reads the number of a shared xattr from the first 4 bytes of b.
+func ErofsXattrID(b []byte) uint32 { return binary.LittleEndian.Uint32(b) }

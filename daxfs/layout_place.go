@@ -1,0 +1,84 @@
+package daxfs
+
+import (
+	"math"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// Placement says where an image lies, in the space of Data.Off. All three are multiples of BlockSize.
+//
+// A file image has Image 0, its data from BlockSize on, Meta at the end of the data and End = Meta + MetaSize. A window
+// of a pool has its segment at Image, Meta = Image + BlockSize, all data behind the metadata, and End at the highest
+// extent.
+type Placement struct {
+	Image int64 // of block 0, which holds both superblocks
+	Meta  int64 // of the metadata run: above block 0, and on one side of all data
+	End   int64 // of the image: all data and metadata lie below
+}
+
+// spot is a Placement in terms of the image: all offsets count from block 0.
+type spot struct {
+	Placement
+	meta    int64 // the metadata run
+	core    int64 // the core in it
+	overlay int64 // the overlay pair in it
+	base    int64 // start of the base region of the DAXFS half
+	baseEnd int64
+}
+
+// Place says where the metadata goes. It refuses a placement in which metadata and data overlap, or in which one of the
+// two halves cannot reach its data, with a *TreeError that names the file, or an error that wraps ErrInvalid. A plan
+// that was refused a place keeps the one it had.
+//
+// daxfs.ko wants its base region, which covers all data and metadata, to be clear of the overlay pair. So the pair is
+// the first part of the metadata run if there is data behind the run, else the last.
+func (p *Plan) Place(pl Placement) error {
+	s := &spot{Placement: pl, meta: pl.Meta - pl.Image}
+	end := pl.End - pl.Image
+	switch {
+	case pl.Image < 0 || pl.Image%BlockSize != 0 || pl.Meta%BlockSize != 0 || pl.End%BlockSize != 0:
+		return invalid("placement %+v: expected multiples of %d", pl, BlockSize)
+	case pl.Meta <= pl.Image || pl.End < pl.Meta || pl.End-pl.Meta < p.MetaSize():
+		return invalid("placement %+v: expected block 0, then %d bytes of metadata before the end", pl, p.MetaSize())
+	case end/BlockSize > math.MaxUint32:
+		return invalid("an image of %d bytes: expected at most %d, block numbers have 32 bits",
+			end, int64(math.MaxUint32)*BlockSize)
+	}
+	below, above := int32(-1), int32(-1) // a file on that side of the metadata
+	for i := range p.inodes {
+		d := p.inodes[i].data
+		if d.Size == 0 {
+			continue
+		}
+		dataEnd := roundUp(d.Off+d.Size, BlockSize)
+		switch {
+		case d.Off <= pl.Image || dataEnd > pl.End:
+			return p.misplaced(int32(i), pl, "expected between block 0 and the end")
+		case dataEnd <= pl.Meta:
+			below = int32(i)
+		case d.Off >= pl.Meta+p.MetaSize():
+			above = int32(i)
+		default:
+			return p.misplaced(int32(i), pl, "they overlap the metadata")
+		}
+	}
+	if below >= 0 && above >= 0 {
+		return p.misplaced(above, pl, "they are behind the metadata while those of "+p.path(below)+" are before it")
+	}
+	if above >= 0 {
+		s.overlay, s.core = s.meta, s.meta+disk.V8OverlaySize
+		s.base, s.baseEnd = s.core, end
+	} else {
+		s.core, s.overlay = s.meta, s.meta+p.coreSize
+		s.base, s.baseEnd = BlockSize, s.overlay
+	}
+	p.place = s
+	return nil
+}
+
+func (p *Plan) misplaced(idx int32, pl Placement, why string) error {
+	d := p.inodes[idx].data
+	return &TreeError{p.path(idx), invalid("contents of %d bytes at %d, image placed at %+v, metadata of %d bytes: %s",
+		d.Size, d.Off, pl, p.MetaSize(), why)}
+}

@@ -1,0 +1,192 @@
+package daxfs
+
+import (
+	"encoding/binary"
+	"math"
+	"slices"
+	"strings"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	targetMax    = 4095 // bytes of a symlink target: a path buffer of Linux without its NUL
+	xattrNameMax = 255  // bytes of a full xattr name in Linux
+	noID         = 1<<32 - 1
+)
+
+// checkName refuses what cannot be the name of a directory entry.
+func checkName(name string) error {
+	switch {
+	case name == "":
+		return invalid("an entry has no name")
+	case name == "." || name == "..":
+		return invalid("entry %q: the name is reserved", name)
+	case len(name) > disk.ErofsNameMax:
+		return invalid("entry %q: the name has %d bytes, expected at most %d", name, len(name), disk.ErofsNameMax)
+	case strings.IndexByte(name, '/') >= 0 || strings.IndexByte(name, 0) >= 0:
+		return invalid("entry %q: a name holds neither '/' nor NUL", name)
+	}
+	return nil
+}
+
+// checkNode refuses a node that an image cannot hold. Xattrs and entries are checked where they are planned.
+func checkNode(n *Node) error {
+	if n == nil {
+		return invalid("the node is nil")
+	}
+	if n.Mode&^(unix.S_IFMT|0o7777) != 0 {
+		return invalid("mode %#o: expected a file type and permissions, 16 bits", n.Mode)
+	}
+	if n.UID == noID || n.GID == noID {
+		return invalid("owner %d:%d: id %d stands for no id", n.UID, n.GID, uint32(noID))
+	}
+	if n.Mtime.Nsec >= 1e9 {
+		return invalid("modification time has %d nanoseconds, expected fewer than 1e9", n.Mtime.Nsec)
+	}
+	typ := n.Mode & unix.S_IFMT
+	switch typ {
+	case unix.S_IFREG:
+		if err := checkData(n.Data); err != nil {
+			return err
+		}
+	case unix.S_IFLNK:
+		if n.Target == "" || len(n.Target) > targetMax || strings.IndexByte(n.Target, 0) >= 0 {
+			return invalid("symlink target of %d bytes %.80q: expected 1 to %d bytes without NUL",
+				len(n.Target), n.Target, targetMax)
+		}
+	case unix.S_IFCHR, unix.S_IFBLK:
+		if unix.Major(n.Rdev) > 0xfff || unix.Minor(n.Rdev) > 0xfffff ||
+			n.Rdev != unix.Mkdev(unix.Major(n.Rdev), unix.Minor(n.Rdev)) {
+			return invalid("device %d:%d: expected a major number of 12 bits and a minor number of 20",
+				unix.Major(n.Rdev), unix.Minor(n.Rdev))
+		}
+	case unix.S_IFDIR, unix.S_IFIFO, unix.S_IFSOCK:
+	default:
+		return invalid("mode %#o: unknown file type", n.Mode)
+	}
+	what := ""
+	switch {
+	case typ != unix.S_IFREG && n.Data.Size != 0:
+		what = "contents"
+	case typ != unix.S_IFLNK && n.Target != "":
+		what = "a symlink target"
+	case typ != unix.S_IFDIR && len(n.Entries) > 0:
+		what = "entries"
+	case typ != unix.S_IFCHR && typ != unix.S_IFBLK && n.Rdev != 0:
+		what = "a device number"
+	}
+	if what != "" {
+		return invalid("a %s cannot have %s", typeName(n.Mode), what)
+	}
+	return nil
+}
+
+func checkData(d Data) error {
+	switch {
+	case d.Size < 0:
+		return invalid("size %d is negative", d.Size)
+	case d.Size == 0:
+		return nil
+	case d.Off < 0 || d.Off%BlockSize != 0:
+		return invalid("contents at %d: expected a multiple of %d", d.Off, BlockSize)
+	case d.Off > math.MaxInt64-BlockSize-d.Size:
+		return invalid("contents of %d bytes at %d: the end is beyond 63 bits", d.Size, d.Off)
+	}
+	return nil
+}
+
+// CheckXattr tells whether an image can hold x; the error wraps ErrInvalid. The namespaces are user, trusted and
+// security, and the two POSIX ACLs, in the form in which getxattr(2) shows them: Linux serves no others from EROFS.
+func CheckXattr(x Xattr) error {
+	index, rest := splitXattr(x.Name)
+	switch {
+	case index == 0 || strings.IndexByte(x.Name, 0) >= 0 || len(x.Name) > xattrNameMax:
+		return invalid("xattr %q: expected a name in user., trusted. or security. of at most %d bytes, or a POSIX ACL",
+			x.Name, xattrNameMax)
+	case rest == "" && index != disk.ErofsXattrACLAccess && index != disk.ErofsXattrACLDefault:
+		return invalid("xattr %q has no name after its namespace", x.Name)
+	case len(x.Value) > disk.ErofsXattrValueMax:
+		return invalid("xattr %q: the value has %d bytes, expected at most %d", x.Name, len(x.Value),
+			disk.ErofsXattrValueMax)
+	}
+	if index == disk.ErofsXattrACLAccess || index == disk.ErofsXattrACLDefault {
+		return checkACL(x)
+	}
+	return nil
+}
+
+// checkACL looks for what makes the kernel fail every access to a file with EINVAL or EOPNOTSUPP: it parses the ACL
+// of an inode before it checks a permission.
+func checkACL(x Xattr) error {
+	const header, entry = 4, 8
+	v := x.Value
+	if len(v) < header+entry || (len(v)-header)%entry != 0 || binary.LittleEndian.Uint32(v) != 2 {
+		return invalid("xattr %q: %d bytes are not a POSIX ACL of version 2 with entries", x.Name, len(v))
+	}
+	for e := v[header:]; len(e) > 0; e = e[entry:] {
+		switch tag := binary.LittleEndian.Uint16(e); tag {
+		case 0x01, 0x04, 0x10, 0x20: // owner, owning group, mask, others
+		case 0x02, 0x08: // a user, a group
+			if binary.LittleEndian.Uint32(e[4:]) == noID {
+				return invalid("xattr %q: an entry names id %d", x.Name, uint32(noID))
+			}
+		default:
+			return invalid("xattr %q: unknown entry tag %#x", x.Name, tag)
+		}
+	}
+	return nil
+}
+
+// splitXattr gives the name index of a full xattr name and what follows the prefix. Index 0 is an unknown namespace.
+func splitXattr(name string) (uint8, string) {
+	for _, i := range [...]uint8{disk.ErofsXattrACLAccess, disk.ErofsXattrACLDefault} {
+		if name == disk.ErofsXattrPrefix(i) {
+			return i, ""
+		}
+	}
+	for _, i := range [...]uint8{disk.ErofsXattrUser, disk.ErofsXattrTrusted, disk.ErofsXattrSecurity} {
+		if rest, ok := strings.CutPrefix(name, disk.ErofsXattrPrefix(i)); ok {
+			return i, rest
+		}
+	}
+	return 0, ""
+}
+
+// addXattrs plans the xattrs of one inode, sorted by name: equal entries of all inodes have one number.
+func (w *walker) addXattrs(xs []Xattr) ([]int32, error) {
+	if len(xs) == 0 {
+		return nil, nil
+	}
+	ids := make([]int32, 0, len(xs))
+	for _, x := range xs {
+		if err := CheckXattr(x); err != nil {
+			return nil, err
+		}
+		index, rest := splitXattr(x.Name)
+		e := disk.ErofsXattrEntry{NameLen: uint8(len(rest)), Index: index, ValueLen: uint16(len(x.Value))}
+		b := slices.Grow(w.scratch[:0], e.Size())[:disk.ErofsXattrEntSize]
+		e.Marshal(b)
+		b = append(append(b, rest...), x.Value...)
+		b = append(b, make([]byte, e.Size()-len(b))...)
+		w.scratch = b
+		id, ok := w.entries[string(b)]
+		if !ok {
+			id = int32(len(w.plan.xattrs))
+			enc := string(b)
+			w.entries[enc] = id
+			w.plan.xattrs = append(w.plan.xattrs, xattr{name: x.Name, enc: enc})
+		}
+		w.plan.xattrs[id].uses++
+		ids = append(ids, id)
+	}
+	all := w.plan.xattrs
+	slices.SortFunc(ids, func(a, b int32) int { return strings.Compare(all[a].name, all[b].name) })
+	for i := 1; i < len(ids); i++ {
+		if all[ids[i]].name == all[ids[i-1]].name {
+			return nil, invalid("xattr %q is there twice", all[ids[i]].name)
+		}
+	}
+	return ids, nil
+}

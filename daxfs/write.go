@@ -1,0 +1,115 @@
+package daxfs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// ErrNotPlaced is the error of WriteTo before a successful Place.
+var ErrNotPlaced = errors.New("the plan has no place yet")
+
+// WriteTo writes block 0 and the metadata run, and nothing else. Offsets in w count from block 0: for a window of a
+// pool, w is the window. The superblocks are written last, so that an interrupted write leaves nothing that mounts,
+// provided that block 0 was not an image before. Writes are large and in ascending order up to there.
+func (p *Plan) WriteTo(w io.WriterAt) error {
+	s := p.place
+	if s == nil {
+		return ErrNotPlaced
+	}
+	r := runWriter{w: w, pos: s.meta, buf: make([]byte, 0, min(writeBuffer, p.MetaSize()))}
+	if s.overlay < s.core {
+		p.writeOverlay(&r)
+	}
+	p.writeErofs(&r)
+	p.writeV8(&r)
+	if s.overlay > s.core {
+		p.writeOverlay(&r)
+	}
+	r.at(s.meta+p.MetaSize(), 0)
+	r.flush()
+	if r.err != nil {
+		return r.err
+	}
+	block0 := p.block0()
+	if _, err := w.WriteAt(block0, 0); err != nil {
+		return fmt.Errorf("write the superblocks: %w", err)
+	}
+	return nil
+}
+
+// block0 is the first block of the image: both superblocks.
+func (p *Plan) block0() []byte {
+	s := p.place
+	b := make([]byte, BlockSize)
+	v8 := disk.V8Super{
+		Magic: disk.V8Magic, Version: disk.V8Version, BlockSize: BlockSize,
+		TotalSize: uint64(s.End - s.Image),
+		BaseOff:   uint64(s.base), BaseSize: uint64(s.baseEnd - s.base),
+		InodeOff: uint64(s.core + p.v8Table - s.base), InodeCount: uint32(p.stats.V8Inodes), RootIno: disk.V8RootIno,
+		DataOff:    uint64(s.core + p.v8Names - s.base),
+		OverlayOff: uint64(s.overlay), OverlaySize: disk.V8OverlaySize, OverlayBkts: 1,
+	}
+	v8.Marshal(b)
+	block := uint32(s.core / BlockSize)
+	ero := disk.ErofsSuper{
+		Magic:         disk.ErofsMagic,
+		FeatureCompat: disk.ErofsCompatChecksum | disk.ErofsCompatMtime,
+		BlockBits:     disk.ErofsBlockBits,
+		RootNid:       uint16(p.inodes[0].nid()),
+		Inos:          uint64(len(p.inodes)),
+		EpochSec:      p.epoch.Sec, EpochNsec: p.epoch.Nsec,
+		Blocks:    uint32((s.End - s.Image) / BlockSize),
+		MetaBlock: block, XattrBlock: block,
+		UUID: p.uuid,
+	}
+	copy(ero.Label[:], p.label)
+	ero.Marshal(b[disk.ErofsSuperOff:])
+	ero.Checksum = disk.ErofsChecksum(b)
+	ero.Marshal(b[disk.ErofsSuperOff:])
+	return b
+}
+
+// writeBuffer is how much runWriter gathers before it writes: larger than any piece, which is at most an inode with
+// 256 KiB of xattrs and a block.
+const writeBuffer = 1 << 20
+
+// runWriter writes a run of bytes in ascending order through one buffer. Gaps become zeros.
+type runWriter struct {
+	w   io.WriterAt
+	pos int64 // offset of buf in w
+	buf []byte
+	err error // of the first failed write
+}
+
+// at gives n zeroed bytes at off, which is not below the end of the last call; they are valid until the next call.
+func (r *runWriter) at(off int64, n int) []byte {
+	for gap := off - r.pos - int64(len(r.buf)); gap > 0; {
+		if len(r.buf) == cap(r.buf) {
+			r.flush()
+		}
+		k := int(min(gap, int64(cap(r.buf)-len(r.buf))))
+		clear(r.buf[len(r.buf) : len(r.buf)+k])
+		r.buf = r.buf[:len(r.buf)+k]
+		gap -= int64(k)
+	}
+	if len(r.buf)+n > cap(r.buf) {
+		r.flush()
+	}
+	at := len(r.buf)
+	r.buf = r.buf[:at+n]
+	clear(r.buf[at:])
+	return r.buf[at:]
+}
+
+func (r *runWriter) flush() {
+	if r.err == nil && len(r.buf) > 0 {
+		if _, err := r.w.WriteAt(r.buf, r.pos); err != nil {
+			r.err = fmt.Errorf("write %d bytes of metadata at %d: %w", len(r.buf), r.pos, err)
+		}
+	}
+	r.pos += int64(len(r.buf))
+	r.buf = r.buf[:0]
+}

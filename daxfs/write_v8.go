@@ -1,0 +1,58 @@
+package daxfs
+
+import "github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+
+// writeV8 writes the DAXFS part of the core: inode table and directory entries. Symlink targets are those of the EROFS
+// part, and file data is shared as well.
+func (p *Plan) writeV8(r *runWriter) {
+	s := p.place
+	toBase := s.core - s.base // from an offset in the core to one in the base region
+	at := s.core + p.v8Table
+	for i := range p.inodes {
+		in := &p.inodes[i]
+		if !in.inV8() {
+			continue
+		}
+		e := disk.V8Inode{
+			Ino: in.ino, Mode: in.mode, UID: in.uid, GID: in.gid, Size: uint64(in.size), Nlink: in.nlink,
+		}
+		switch {
+		case in.isDir():
+			e.Size = uint64(in.v8Entries) * disk.V8DirentUnit
+			if in.v8Entries > 0 {
+				e.DataOff = uint64(toBase + in.v8Off)
+			}
+		case in.isSymlink():
+			e.DataOff = uint64(toBase + in.v8Off)
+		case in.data.Size > 0:
+			e.DataOff = uint64(in.data.Off - s.Image - s.base)
+		}
+		e.Marshal(r.at(at, disk.V8InodeSize))
+		at += disk.V8InodeSize
+	}
+	for i := range p.inodes {
+		for _, k := range p.inodes[i].kids {
+			c := &p.inodes[k.child]
+			if !c.inV8() {
+				continue
+			}
+			b := r.at(at, disk.V8DirentSize)
+			d := disk.V8Dirent{Ino: c.ino, Mode: c.mode, NameLen: uint16(len(k.name))}
+			d.Marshal(b)
+			copy(b[disk.V8DirentName:], k.name)
+			at += disk.V8DirentSize
+		}
+	}
+}
+
+// writeOverlay writes the overlay pair: an empty hash overlay, without which daxfs.ko refuses the private writable
+// mappings that every program needs.
+func (p *Plan) writeOverlay(r *runWriter) {
+	const empty = ^uint64(0)
+	o := disk.V8Overlay{
+		Magic: disk.V8OverlayMagic, Version: disk.V8OverlayVersion,
+		BucketOff: disk.V8OverlayHdrSize, PoolOff: disk.V8OverlaySize,
+		NextIno: uint64(p.stats.V8Inodes) + 1, Free: [3]uint64{empty, empty, empty},
+	}
+	o.Marshal(r.at(p.place.overlay, disk.V8OverlaySize))
+}
