@@ -1,0 +1,205 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// stageEnv tells a process of a test run which of the three it is: unset for the one that "go test" started, "init" for
+// PID 1 of the namespaces, "test" for the one that runs the tests.
+const stageEnv = "DAXFS_TEST_STAGE"
+
+// cniState is where CNI plugins keep addresses that they gave out, whatever they are told.
+const cniState = "/var/lib/cni"
+
+// unavailable is why no stack can be had here; empty when one can.
+var unavailable string
+
+// Main builds the programs, enters namespaces of its own and runs the tests there. It returns the exit status of the
+// process. Benchmarks and short runs go the same way: New decides what to skip.
+func Main(m interface{ Run() int }) int {
+	switch os.Getenv(stageEnv) {
+	case "":
+		return outside(m)
+	case "init":
+		return inside()
+	default:
+		return m.Run()
+	}
+}
+
+// Isolated runs f as the tests are run, for programs that are no test. It does not return in the outer processes
+// before f has ended in the inner one.
+func Isolated(f func() int) int { return Main(runFunc(f)) }
+
+type runFunc func() int
+
+func (f runFunc) Run() int { return f() }
+
+// outside prepares what needs the host's network, then starts itself again in new namespaces.
+func outside(m interface{ Run() int }) int {
+	if os.Getuid() != 0 {
+		unavailable = "needs root: it mounts filesystems and runs containers"
+		return m.Run()
+	}
+	if shortRun() {
+		unavailable = "-short"
+		return m.Run()
+	}
+	if _, err := buildTools(); err != nil {
+		fmt.Fprintln(os.Stderr, "build the programs under test:", err)
+		return 1
+	}
+	// A mount point must exist before it can be hidden. On a machine without CNI it is ours to remove again.
+	if err := os.Mkdir(cniState, 0o755); err == nil {
+		defer os.Remove(cniState)
+	}
+	// The death signal of the child is tied to this thread, so the thread must live as long as the process.
+	runtime.LockOSThread()
+	p, err := os.StartProcess("/proc/self/exe", os.Args, &os.ProcAttr{
+		Env:   append(os.Environ(), stageEnv+"=init"),
+		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
+		Sys: &syscall.SysProcAttr{
+			Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+			Pdeathsig:  unix.SIGKILL,
+		},
+	})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "enter new namespaces:", err)
+		return 1
+	}
+	// A time limit of go test (SIGQUIT) and ^C are for the tests; they print where they stand, then all of it ends.
+	forward := make(chan os.Signal, 1)
+	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
+	go func() {
+		for sig := range forward {
+			p.Signal(sig)
+		}
+	}()
+	state, err := p.Wait()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "wait for the tests:", err)
+		return 1
+	}
+	return exitStatus(syscall.WaitStatus(state.Sys().(syscall.WaitStatus)))
+}
+
+// shortRun finds -test.short before the flags are parsed.
+func shortRun() bool {
+	for _, a := range os.Args[1:] {
+		if a == "-test.short" || a == "-test.short=true" {
+			return true
+		}
+	}
+	return false
+}
+
+// inside is PID 1 of the namespaces: it makes them usable, starts the tests, and reaps what the shims leave behind.
+func inside() int {
+	if err := prepareNamespaces(); err != nil {
+		fmt.Fprintln(os.Stderr, "prepare the namespaces of the tests:", err)
+		return 1
+	}
+	if err := os.Setenv(stageEnv, "test"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	p, err := os.StartProcess("/proc/self/exe", os.Args, &os.ProcAttr{
+		Env:   os.Environ(),
+		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
+	})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "start the tests:", err)
+		return 1
+	}
+	forward := make(chan os.Signal, 1)
+	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
+	go func() {
+		for sig := range forward {
+			syscall.Kill(p.Pid, sig.(syscall.Signal))
+		}
+	}()
+	for {
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, 0, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err != nil:
+			fmt.Fprintln(os.Stderr, "wait for the tests:", err)
+			return 1
+		case pid == p.Pid:
+			return exitStatus(status) // the kernel ends every other process of the namespace now
+		}
+	}
+}
+
+func exitStatus(status syscall.WaitStatus) int {
+	if status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return status.ExitStatus()
+}
+
+// prepareNamespaces gives the tests empty state directories, their own /proc and /sys, and a loopback link.
+func prepareNamespaces() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount /proc: %w", err)
+	}
+	// /run holds /run/containerd, /run/nerdctl, /run/netns, /run/xtables.lock; an empty one also hides systemd, so that
+	// cgroups are made directly.
+	for _, dir := range []string{"/run", cniState} {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"); err != nil {
+			return fmt.Errorf("mount a private %q: %w", dir, err)
+		}
+	}
+	return loopbackUp()
+}
+
+func loopbackUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr); err != nil {
+		return fmt.Errorf("bring up lo: %w", err)
+	}
+	return nil
+}
+
+// ownProcesses lists the processes of this PID namespace but PID 1 and this one, as "pid command line". Threads that
+// ended and wait for PID 1 to reap them are left out.
+func ownProcesses() ([]string, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var list []string
+	for _, e := range entries {
+		pid := e.Name()
+		if strings.Trim(pid, "0123456789") != "" || pid == "1" || pid == fmt.Sprint(os.Getpid()) {
+			continue
+		}
+		cmdline, err := os.ReadFile("/proc/" + pid + "/cmdline")
+		if err != nil || len(cmdline) == 0 { // gone, or a zombie
+			continue
+		}
+		list = append(list, pid+" "+strings.ReplaceAll(strings.TrimRight(string(cmdline), "\x00"), "\x00", " "))
+	}
+	return list, nil
+}

@@ -1,0 +1,140 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// footprint is what a stack can leave in the kernel.
+type footprint struct {
+	mounts []string // mount points
+	loops  []string // loop device and its file
+	dm     []string // names of device-mapper devices
+}
+
+func takeFootprint() (footprint, error) {
+	var f footprint
+	infos, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return f, fmt.Errorf("read the mounts: %w", err)
+	}
+	for _, m := range infos {
+		f.mounts = append(f.mounts, m.Mountpoint)
+	}
+	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return f, err
+	}
+	for _, l := range loops {
+		if file, err := os.ReadFile(l); err == nil { // else it went away just now
+			f.loops = append(f.loops, strings.Split(l, "/")[3]+" "+strings.TrimSpace(string(file)))
+		}
+	}
+	names, err := filepath.Glob("/sys/block/dm-*/dm/name")
+	if err != nil {
+		return f, err
+	}
+	for _, n := range names {
+		if name, err := os.ReadFile(n); err == nil {
+			f.dm = append(f.dm, strings.TrimSpace(string(name)))
+		}
+	}
+	return f, nil
+}
+
+// Mounts lists the mount points below the directories of the stack, as the kernel has them.
+func (s *Stack) Mounts() ([]string, error) {
+	infos, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return !within(m.Mountpoint, s.Dir) && !within(m.Mountpoint, s.Run) && !within(m.Mountpoint, "/run/containerd"), false
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts: %w", err)
+	}
+	var points []string
+	for _, m := range infos {
+		points = append(points, m.Mountpoint)
+	}
+	return points, nil
+}
+
+func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
+// unmountAll takes away the mounts that stay when daemons stop, newest first. That the image mounts stay is what the
+// daemon promises, so finding some is no error; being unable to unmount one is, for then something still uses it.
+func (s *Stack) unmountAll() error {
+	points, err := s.Mounts()
+	if err != nil {
+		return err
+	}
+	slices.Reverse(points)
+	var errs []error
+	for _, p := range points {
+		if err := unix.Unmount(p, 0); err != nil {
+			errs = append(errs, fmt.Errorf("unmount %q: %w", p, err), unix.Unmount(p, unix.MNT_DETACH))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// leaks compares the kernel's state with that before the stack. Loop devices and processes may need a moment after
+// the last unmount, so what is left is looked at until it is gone or stays.
+func (s *Stack) leaks() error {
+	var err error
+	for range 100 {
+		if err = s.leaksNow(); err == nil {
+			return nil
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return err
+}
+
+func (s *Stack) leaksNow() error {
+	now, err := takeFootprint()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, m := range added(s.before.mounts, now.mounts) {
+		errs = append(errs, fmt.Errorf("left behind: mount %q", m))
+	}
+	for _, l := range added(s.before.loops, now.loops) {
+		if strings.Contains(l, s.Dir) || strings.Contains(l, s.Run) { // others use loop devices as well
+			errs = append(errs, fmt.Errorf("left behind: loop device %s", l))
+		}
+	}
+	for _, d := range added(s.before.dm, now.dm) {
+		if strings.HasPrefix(d, "daxfs") {
+			errs = append(errs, fmt.Errorf("left behind: device-mapper device %q", d))
+		}
+	}
+	processes, err := ownProcesses()
+	if err != nil {
+		return err
+	}
+	for _, p := range processes {
+		errs = append(errs, fmt.Errorf("left behind: process %s", p))
+	}
+	return errors.Join(errs...)
+}
+
+// added lists what of now is not in before.
+func added(before, now []string) []string {
+	var list []string
+	for _, s := range now {
+		if !slices.Contains(before, s) {
+			list = append(list, s)
+		}
+	}
+	return list
+}
+
+func fields(s string) []string { return strings.Fields(s) }

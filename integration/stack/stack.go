@@ -1,0 +1,221 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// Namespace is the containerd namespace that the tests use unless they name another.
+const Namespace = "daxfs-test"
+
+// Mode is the way in which layers reach the snapshotter.
+type Mode string
+
+const (
+	// None runs no daemon: for comparison with containerd's own snapshotters.
+	None Mode = ""
+	// Walking lets containerd unpack into directories; only the snapshot proxy is configured.
+	Walking Mode = "walking"
+	// Streaming gives layers to the differ of the daemon.
+	Streaming Mode = "streaming"
+)
+
+// Options of a stack. The zero value of each field is the default of the product; that of Mode runs no daemon.
+type Options struct {
+	Mode Mode
+	// ParallelUnpacks is how many layers containerd unpacks at once; 0 and 1 mean one after the other.
+	ParallelUnpacks int
+	// Config is TOML that is appended to the daemon's configuration.
+	Config string
+}
+
+// Stack is a running registry, containerd and daxfs-snapshotter.
+type Stack struct {
+	// Dir is on a disk filesystem; what survives a reboot is below it.
+	Dir string
+	// Run is on a tmpfs; sockets and the state of containerd are below it.
+	Run string
+	// Registry serves the images that were pushed.
+	Registry *Registry
+
+	options    Options
+	tools      tools
+	containerd *process
+	daemon     *process
+	before     footprint
+}
+
+// New starts a stack and stops it when the test ends. The test fails if anything is left behind then: a mount, a loop
+// device, a device-mapper device, a process.
+func New(t testing.TB, o Options) *T {
+	t.Helper()
+	if unavailable != "" {
+		t.Skip("no containerd stack: " + unavailable)
+	}
+	s, err := Start(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			s.dumpLogs(t)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &T{Stack: s, t: t}
+}
+
+// Start starts a stack outside of a test. The caller must be inside of Main or Isolated, and calls Close.
+func Start(o Options) (_ *Stack, err error) {
+	if unavailable != "" {
+		return nil, errors.New(unavailable)
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	s := &Stack{options: o, tools: tools{cache: cache, bin: filepath.Join(cache, "bin"), own: filepath.Join(cache, "own")}}
+	if err := os.MkdirAll(filepath.Join(cache, "run"), 0o755); err != nil {
+		return nil, err
+	}
+	if s.before, err = takeFootprint(); err != nil {
+		return nil, err
+	}
+	if s.Dir, err = os.MkdirTemp(filepath.Join(cache, "run"), "stack-"); err != nil {
+		return nil, err
+	}
+	if s.Run, err = os.MkdirTemp("/run", "s-"); err != nil { // short: sockets have 107 bytes
+		return nil, errors.Join(err, os.RemoveAll(s.Dir))
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if err := os.Mkdir(filepath.Join(s.Dir, "tmp"), 0o1777); err != nil {
+		return nil, err
+	}
+	if s.Registry, err = newRegistry(); err != nil {
+		return nil, err
+	}
+	if o.Mode != None {
+		if err := s.StartDaemon(); err != nil {
+			return nil, err
+		}
+	}
+	return s, s.StartContainerd()
+}
+
+// Push uploads an image and returns the reference to pull it by.
+func (s *Stack) Push(repository string, img v1.Image) (string, error) {
+	return s.Registry.Push(repository, img)
+}
+
+// Close ends everything in the order in which a machine shuts down: containers, containerd, daemon, mounts. Its error
+// says what had to be cleaned that should not have been there.
+func (s *Stack) Close() error {
+	var errs []error
+	if s.containerd != nil {
+		errs = append(errs, s.removeContainers(), s.containerd.stop(syscall.SIGTERM))
+	}
+	if s.daemon != nil {
+		errs = append(errs, s.daemon.stop(syscall.SIGTERM))
+	}
+	errs = append(errs, s.unmountAll())
+	if s.Registry != nil {
+		errs = append(errs, s.Registry.Off())
+	}
+	errs = append(errs, s.leaks(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir))
+	return errors.Join(errs...)
+}
+
+// dumpLogs shows the end of what the programs printed.
+func (s *Stack) dumpLogs(t testing.TB) {
+	for _, name := range []string{"daxfs-snapshotter", "containerd"} {
+		t.Logf("the log of %s ends with:\n%s", name, tail(filepath.Join(s.Dir, name+".log")))
+	}
+}
+
+// T is a Stack whose methods fail the test instead of returning errors.
+type T struct {
+	*Stack
+	t testing.TB
+}
+
+// Push uploads an image and returns the reference to pull it by.
+func (s *T) Push(repository string, img v1.Image) string {
+	s.t.Helper()
+	ref, err := s.Stack.Push(repository, img)
+	s.must(err)
+	return ref
+}
+
+// Ctr runs ctr and returns its standard output.
+func (s *T) Ctr(args ...string) string { s.t.Helper(); return s.run("ctr", args...) }
+
+// Nerdctl runs nerdctl with the daxfs snapshotter and returns its standard output.
+func (s *T) Nerdctl(args ...string) string {
+	s.t.Helper()
+	return s.run("nerdctl", append([]string{"--snapshotter", "daxfs"}, args...)...)
+}
+
+// Pull pulls and unpacks an image.
+func (s *T) Pull(ref, snapshotter string) {
+	s.t.Helper()
+	s.Ctr("image", "pull", "--plain-http", "--snapshotter", snapshotter, ref)
+}
+
+// Run runs a container of an image that was pulled, to its end, and returns what it printed.
+func (s *T) Run(ref, snapshotter, id string, args ...string) string {
+	s.t.Helper()
+	return s.Ctr(append([]string{"run", "--rm", "--snapshotter", snapshotter, ref, id}, args...)...)
+}
+
+func (s *T) run(name string, args ...string) string {
+	s.t.Helper()
+	out, err := s.output(name, args...)
+	s.must(err)
+	return out
+}
+
+func (s *T) must(err error) {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// Try runs ctr or nerdctl and returns what it wrote to its standard output, for calls that may fail.
+func (s *Stack) Try(name string, args ...string) (string, error) { return s.output(name, args...) }
+
+// removeContainers ends and removes all containers of all namespaces that the tests made, running ones included.
+func (s *Stack) removeContainers() error {
+	namespaces, err := s.output("ctr", "namespace", "ls", "-q")
+	if err != nil {
+		return fmt.Errorf("containerd does not answer any more: %w", err)
+	}
+	var errs []error
+	for _, ns := range fields(namespaces) {
+		tasks, err := s.output("ctr", "--namespace", ns, "task", "ls", "-q")
+		errs = append(errs, err)
+		for _, id := range fields(tasks) {
+			_, err := s.output("ctr", "--namespace", ns, "task", "rm", "--force", id)
+			errs = append(errs, err)
+		}
+		containers, err := s.output("ctr", "--namespace", ns, "container", "ls", "-q")
+		errs = append(errs, err)
+		for _, id := range fields(containers) {
+			_, err := s.output("ctr", "--namespace", ns, "container", "rm", id)
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,255 @@
+package stack
+
+import (
+	"bytes"
+	"debug/buildinfo"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Versions of what the tests run. Raising one is a change like any other: run the tests.
+const (
+	containerdVersion = "v2.4.2"
+	cniVersion        = "v1.9.1"
+	nerdctlVersion    = "v2.2.1"
+
+	containerdModule = "github.com/containerd/containerd/v2"
+	cniModule        = "github.com/containernetworking/plugins"
+	nerdctlModule    = "github.com/containerd/nerdctl/v2"
+)
+
+// program is one thing that "go install" can make.
+type program struct {
+	module, version, pkg string
+}
+
+var programs = []program{
+	{containerdModule, containerdVersion, "cmd/containerd"},
+	{containerdModule, containerdVersion, "cmd/containerd-shim-runc-v2"},
+	{containerdModule, containerdVersion, "cmd/ctr"},
+	{cniModule, cniVersion, "plugins/main/bridge"},
+	{cniModule, cniVersion, "plugins/main/loopback"},
+	{cniModule, cniVersion, "plugins/ipam/host-local"},
+	{cniModule, cniVersion, "plugins/meta/portmap"},
+	{cniModule, cniVersion, "plugins/meta/tuning"},
+	{cniModule, cniVersion, "plugins/meta/firewall"},
+}
+
+// CacheDir is the directory of things that are slow to make; see the package comment.
+func CacheDir() (string, error) {
+	if dir := os.Getenv("DAXFS_TEST_CACHE"); dir != "" {
+		return filepath.Abs(dir)
+	}
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("no cache directory, set DAXFS_TEST_CACHE: %w", err)
+	}
+	return filepath.Join(dir, "daxfs-test"), nil
+}
+
+// tools are the programs of one test run.
+type tools struct {
+	cache string // CacheDir
+	bin   string // containerd and friends; first in every PATH
+	own   string // daxfs and daxfs-snapshotter of this tree
+}
+
+func (t tools) path(name string) string {
+	for _, dir := range []string{t.own, t.bin} {
+		if p := filepath.Join(dir, name); exists(p) {
+			return p
+		}
+	}
+	return name
+}
+
+// buildTools makes what the cache does not hold yet, and the programs of this tree. It needs the network the first
+// time only.
+func buildTools() (tools, error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return tools{}, err
+	}
+	t := tools{cache: cache, bin: filepath.Join(cache, "bin"), own: filepath.Join(cache, "own")}
+	for _, dir := range []string{t.bin, t.own} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return tools{}, err
+		}
+	}
+	// Two test binaries may start at once; the second waits and finds everything made.
+	unlock, err := lockFile(filepath.Join(cache, "build.lock"))
+	if err != nil {
+		return tools{}, err
+	}
+	defer unlock()
+	for _, p := range programs {
+		if err := p.install(t.bin); err != nil {
+			return tools{}, err
+		}
+	}
+	if err := installNerdctl(t.bin); err != nil {
+		return tools{}, err
+	}
+	if err := buildOwn(t.own); err != nil {
+		return tools{}, err
+	}
+	return t, nil
+}
+
+// install makes the program in bin unless it is there in the right version.
+func (p program) install(bin string) error {
+	info, err := buildinfo.ReadFile(filepath.Join(bin, filepath.Base(p.pkg)))
+	if err == nil && info.Main.Path == p.module && info.Main.Version == p.version {
+		return nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read the version of %q: %w", p.pkg, err)
+	}
+	cmd := goCommand("", "install", "-ldflags", "-s -w", p.module+"/"+p.pkg+"@"+p.version)
+	cmd.Env = append(cmd.Env, "GOBIN="+bin)
+	return run(cmd)
+}
+
+// installNerdctl makes nerdctl from its module zip. "go install" refuses it: its go.mod has replace directives, one of
+// them for a test library that a few non-test files of the command import.
+func installNerdctl(bin string) error {
+	stamp := filepath.Join(bin, "nerdctl.version")
+	if have, err := os.ReadFile(stamp); err == nil && string(have) == nerdctlVersion && exists(filepath.Join(bin, "nerdctl")) {
+		return nil
+	}
+	src, err := os.MkdirTemp("", "nerdctl-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(src)
+
+	// Download wants to stand in a module; any will do.
+	if err := os.WriteFile(filepath.Join(src, "go.mod"), []byte("module nerdctlbuild\n"), 0o644); err != nil {
+		return err
+	}
+	var out bytes.Buffer
+	download := goCommand(src, "mod", "download", "-json", nerdctlModule+"@"+nerdctlVersion)
+	download.Stdout = &out
+	if err := run(download); err != nil {
+		return err
+	}
+	var mod struct{ Dir string }
+	if err := json.Unmarshal(out.Bytes(), &mod); err != nil {
+		return fmt.Errorf("read what go mod download printed: %w", err)
+	}
+	tree := filepath.Join(src, "tree")
+	if err := os.CopyFS(tree, os.DirFS(mod.Dir)); err != nil {
+		return fmt.Errorf("copy the source of nerdctl: %w", err)
+	}
+	// The module cache is read-only, and so is the copy.
+	err = filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		mode := fs.FileMode(0o644)
+		if d.IsDir() {
+			mode = 0o755
+		}
+		return os.Chmod(path, mode)
+	})
+	if err != nil {
+		return err
+	}
+	helpers, err := filepath.Glob(filepath.Join(tree, "cmd/nerdctl/helpers/testing*.go"))
+	if err != nil || len(helpers) == 0 {
+		return fmt.Errorf("nerdctl %s: no test helpers to leave out below %q (%v)", nerdctlVersion, tree, err)
+	}
+	for _, h := range helpers {
+		if err := os.Remove(h); err != nil {
+			return err
+		}
+	}
+	const tigron = "github.com/containerd/nerdctl/mod/tigron"
+	if err := run(goCommand(tree, "mod", "edit", "-dropreplace", tigron, "-droprequire", tigron)); err != nil {
+		return err
+	}
+	build := goCommand(tree, "build", "-mod=mod", "-ldflags",
+		"-s -w -X "+nerdctlModule+"/pkg/version.Version="+nerdctlVersion, "-o", filepath.Join(bin, "nerdctl"), "./cmd/nerdctl")
+	if err := run(build); err != nil {
+		return err
+	}
+	return os.WriteFile(stamp, []byte(nerdctlVersion), 0o644)
+}
+
+// buildOwn makes the programs of this tree, as a release would be made.
+func buildOwn(bin string) error {
+	root, err := moduleRoot()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("go", "build", "-trimpath", "-o", bin+string(filepath.Separator), "./cmd/...")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	return run(cmd)
+}
+
+// moduleRoot finds the directory of go.mod above the working directory, which is that of the package under test.
+func moduleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for !exists(filepath.Join(dir, "go.mod")) {
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", errors.New("no go.mod above the working directory")
+		}
+		dir = parent
+	}
+	return dir, nil
+}
+
+// goCommand is the go tool for modules that are not ours, free of our flags and of the version in our go.mod.
+func goCommand(dir string, args ...string) *exec.Cmd {
+	cmd := exec.Command("go", args...)
+	cmd.Dir = dir
+	if dir == "" {
+		cmd.Dir = os.TempDir()
+	}
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GOWORK=off")
+	return cmd
+}
+
+// run runs cmd; its error holds what the command printed.
+func run(cmd *exec.Cmd) error {
+	var out bytes.Buffer
+	if cmd.Stdout == nil {
+		cmd.Stdout = &out
+	}
+	cmd.Stderr = &out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, out.String())
+	}
+	return nil
+}
+
+// lockFile waits for an exclusive lock on path. The lock ends with unlock or the process.
+func lockFile(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %q: %w", path, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
