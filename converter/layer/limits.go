@@ -1,0 +1,77 @@
+package layer
+
+import "strings"
+
+// Limits bound what one layer may cost. A field of 0 stands for its default; a negative one refuses everything.
+type Limits struct {
+	// MaxEntries bounds the entries of a layer. Default 4,194,304.
+	MaxEntries int64
+	// MaxBytes bounds the sum of all file sizes, holes included: the size that a decompression bomb or a sparse file
+	// unfolds to. Default 1 TiB.
+	MaxBytes int64
+	// MaxMetaBytes bounds the memory for paths, link targets and xattrs of a layer, in bytes. Default and maximum
+	// 1 GiB.
+	MaxMetaBytes int64
+	// MaxXattrBytes bounds names and values of the xattrs of one entry. Default 128 KiB; one value never exceeds the
+	// 64 KiB of the kernel.
+	MaxXattrBytes int64
+	// MaxPath bounds the length of a path in bytes. Default and maximum 4095, as the kernel has it.
+	MaxPath int
+	// MaxDepth bounds the elements of a path. Default and maximum 2048, what fits into MaxPath.
+	MaxDepth int
+}
+
+const (
+	maxMeta    = 1 << 30
+	maxPath    = 4095 // PATH_MAX without its NUL
+	maxDepth   = (maxPath + 1) / 2
+	maxName    = 255   // NAME_MAX
+	maxTarget  = 4095  // of a symbolic link
+	maxXattr   = 65536 // XATTR_SIZE_MAX, one value
+	maxXattrNm = 255   // XATTR_NAME_MAX
+)
+
+func (l Limits) withDefaults() Limits {
+	if l.MaxEntries == 0 {
+		l.MaxEntries = 4 << 20
+	}
+	if l.MaxBytes == 0 {
+		l.MaxBytes = 1 << 40
+	}
+	if l.MaxMetaBytes == 0 || l.MaxMetaBytes > maxMeta {
+		l.MaxMetaBytes = maxMeta
+	}
+	if l.MaxXattrBytes == 0 {
+		l.MaxXattrBytes = 128 << 10
+	}
+	if l.MaxPath == 0 || l.MaxPath > maxPath {
+		l.MaxPath = maxPath
+	}
+	if l.MaxDepth == 0 || l.MaxDepth > maxDepth {
+		l.MaxDepth = maxDepth
+	}
+	return l
+}
+
+// checkPath says whether a clean relative path can exist.
+func (l *Limits) checkPath(p string) error {
+	if len(p) > l.MaxPath {
+		return limitError("bytes of a path", int64(l.MaxPath))
+	}
+	depth, start := 0, 0
+	for start <= len(p) {
+		end := strings.IndexByte(p[start:], '/')
+		if end < 0 {
+			end = len(p) - start
+		}
+		if end > maxName {
+			return limitError("bytes of a name", maxName)
+		}
+		depth++
+		start += end + 1
+	}
+	if depth > l.MaxDepth {
+		return limitError("elements of a path", int64(l.MaxDepth))
+	}
+	return nil
+}

@@ -1,0 +1,219 @@
+package layer
+
+import (
+	"archive/tar"
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"path"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+const (
+	whiteoutPrefix = ".wh."
+	opaqueMarker   = ".wh..wh..opq"
+	xattrRecord    = "SCHILY.xattr."
+)
+
+// readBuffer is what is read from the tar stream at once. Contents longer than that do not pass through the buffer.
+const readBuffer = 64 << 10
+
+// FromTar reads an uncompressed tar stream up to its end marker, puts the contents of every regular file into s, and
+// returns the changes. Entries mean what containerd's archive.Apply takes them for; where that depends on what lies
+// below, tree.Merge decides.
+//
+// It may read some bytes beyond the end marker; the caller reads the rest of r, for example to verify a digest. On
+// error, what was put into s already is for the caller to drop. Errors of r and s are wrapped.
+func FromTar(ctx context.Context, r io.Reader, s Store, lim Limits) (*Layer, error) {
+	t := tarReader{
+		builder: newBuilder(FromTarStream, lim),
+		// The buffer also hides a Seek method: skipped contents must be read, or a hash over r would miss them.
+		tar:   tar.NewReader(bufio.NewReaderSize(r, readBuffer)),
+		store: s,
+	}
+	last := ""
+	for {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		hdr, err := t.tar.Next()
+		if err == io.EOF {
+			return t.layer, nil
+		}
+		if err != nil {
+			if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrFieldTooLong) {
+				err = fmt.Errorf("%w: %w", ErrInvalid, err)
+			}
+			return nil, &EntryError{Entry: last, After: true, Err: err}
+		}
+		if err := t.entry(); err != nil {
+			return nil, entryError(hdr.Name, err)
+		}
+		if err := t.header(ctx, hdr); err != nil {
+			return nil, entryError(hdr.Name, err)
+		}
+		last = hdr.Name
+	}
+}
+
+type tarReader struct {
+	*builder
+	tar   *tar.Reader
+	store Store
+}
+
+// header turns one tar entry into a change.
+func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
+	name := cleanName(hdr.Name)
+	if name == "" {
+		// containerd leaves the root directory alone whatever a "./" entry says.
+		return nil
+	}
+	if err := t.lim.checkPath(name); err != nil {
+		return err
+	}
+	if hdr.PAXRecords != nil {
+		// Names out of PAX records are slices of all records of the entry, which may be a megabyte.
+		name = strings.Clone(name)
+	}
+	dir, base := path.Split(name)
+	if strings.HasPrefix(base, whiteoutPrefix) {
+		return t.whiteout(dir, base)
+	}
+	if hdr.Typeflag == tar.TypeXGlobalHeader {
+		// Its records are ignored, but its name is cleared like that of any entry, and nothing put there.
+		return t.add(Change{Op: OpRemove, Path: name})
+	}
+	c := Change{Op: OpAdd, Path: name, Node: t.node()}
+	if err := t.attributes(hdr, c.Node); err != nil {
+		return err
+	}
+	if err := t.contents(ctx, hdr, &c); err != nil {
+		return err
+	}
+	return t.add(c)
+}
+
+// whiteout handles the names that do not stand for files. The prefix counts for entries of every type.
+func (t *tarReader) whiteout(dir, base string) error {
+	if base == opaqueMarker {
+		return t.add(Change{Op: OpOpaque, Path: strings.TrimSuffix(dir, "/")})
+	}
+	switch hidden := base[len(whiteoutPrefix):]; hidden {
+	case "", ".", "..":
+		return invalidf("whiteout of %q", hidden)
+	default:
+		return t.add(Change{Op: OpRemove, Path: dir + hidden})
+	}
+}
+
+// attributes fills in all that does not depend on the type.
+func (t *tarReader) attributes(hdr *tar.Header, n *daxfs.Node) error {
+	n.Mode = uint32(hdr.Mode & 0o7777)
+	if !isID(hdr.Uid) || !isID(hdr.Gid) {
+		return invalidf("owner %d:%d does not fit 32 bits", hdr.Uid, hdr.Gid)
+	}
+	n.UID, n.GID = uint32(hdr.Uid), uint32(hdr.Gid)
+	n.Mtime = boundTime(hdr.ModTime)
+	return t.xattrs(hdr, n)
+}
+
+// isID says whether an id of a header, signed or unsigned, has the 32 bits of chown(2). Containerd cuts longer ones off,
+// which makes 2^32 root.
+func isID(id int) bool { return id >= math.MinInt32 && id <= math.MaxUint32 }
+
+// contents fills in what depends on the type.
+func (t *tarReader) contents(ctx context.Context, hdr *tar.Header, c *Change) error {
+	n := c.Node
+	switch hdr.Typeflag {
+	case tar.TypeDir:
+		n.Mode |= unix.S_IFDIR
+	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse: //nolint:staticcheck // old archives have TypeRegA
+		n.Mode |= unix.S_IFREG
+		if err := t.content(hdr.Size); err != nil {
+			return err
+		}
+		if hdr.Size == 0 {
+			return nil
+		}
+		data, err := t.store.Put(ctx, hdr.Size, t.tar)
+		if err != nil {
+			return err
+		}
+		n.Data = data
+	case tar.TypeSymlink:
+		n.Mode = unix.S_IFLNK | 0o777
+		if err := checkTarget(hdr.Linkname); err != nil {
+			return err
+		}
+		n.Target = strings.Clone(hdr.Linkname)
+		return t.keep(len(n.Target))
+	case tar.TypeLink:
+		c.Op = OpLink
+		if len(hdr.Linkname) > maxPath {
+			return limitError("bytes of a link target", maxPath)
+		}
+		c.LinkTo = strings.Clone(hdr.Linkname)
+	case tar.TypeChar, tar.TypeBlock:
+		n.Mode |= unix.S_IFCHR
+		if hdr.Typeflag == tar.TypeBlock {
+			n.Mode ^= unix.S_IFCHR ^ unix.S_IFBLK
+		}
+		if hdr.Devmajor < 0 || hdr.Devmajor > math.MaxUint32 || hdr.Devminor < 0 || hdr.Devminor > math.MaxUint32 {
+			return invalidf("device number %d:%d is out of range", hdr.Devmajor, hdr.Devminor)
+		}
+		// mknod(2) keeps the 12 bits of the major and the 20 bits of the minor number that fit 32 bits.
+		n.Rdev = unix.Mkdev(uint32(hdr.Devmajor), uint32(hdr.Devminor)) & math.MaxUint32
+	case tar.TypeFifo:
+		n.Mode |= unix.S_IFIFO
+	default:
+		return unsupportedf("tar entry of type %q", hdr.Typeflag)
+	}
+	return nil
+}
+
+func checkTarget(target string) error {
+	if target == "" {
+		return invalidf("symbolic link without a target")
+	}
+	if len(target) > maxTarget {
+		return limitError("bytes of a symbolic link", maxTarget)
+	}
+	return nil
+}
+
+// cleanName returns the name of an entry relative to the root. ".." and "/" at its start lead nowhere but to the root.
+// The usual spellings ("a/b", "./a/b", "a/") cost no memory.
+func cleanName(name string) string {
+	short := strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/")
+	start := 0
+	for i := 0; i <= len(short); i++ {
+		if i < len(short) && short[i] != '/' {
+			continue
+		}
+		if e := short[start:i]; e == "" || e == "." || e == ".." {
+			return path.Clean("/" + name)[1:]
+		}
+		start = i + 1
+	}
+	return short
+}
+
+// lastTime is the last one that containerd accepts: int64 nanoseconds.
+var lastTime = time.Unix(0, math.MaxInt64)
+
+// boundTime replaces times before 1970 and behind 2262 by 1970, as containerd does.
+func boundTime(t time.Time) daxfs.Time {
+	if t.Unix() < 0 || t.After(lastTime) {
+		return daxfs.Time{}
+	}
+	return daxfs.Time{Sec: t.Unix(), Nsec: uint32(t.Nanosecond())}
+}

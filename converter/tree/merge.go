@@ -1,0 +1,290 @@
+package tree
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// Error is an error that belongs to one change of one layer.
+type Error struct {
+	// Layer counts from 0, the bottom layer.
+	Layer int
+	// Change is the index in the layer's Changes.
+	Change int
+	Op     layer.Op
+	Path   string
+	Err    error
+}
+
+// Error names the layer and the entry.
+func (e *Error) Error() string {
+	return fmt.Sprintf("merge: layer %d: %v %q: %v", e.Layer, e.Op, e.Path, e.Err)
+}
+
+// Unwrap returns the cause: ErrNotDir, ErrNotExist, ErrIsDir, ErrTooManyLinks, or one of package layer.
+func (e *Error) Unwrap() error { return e.Err }
+
+// Causes of an Error besides layer.ErrInvalid and layer.ErrLimit. Containerd fails on the same layers.
+var (
+	// ErrNotDir: an entry lies below something that is neither a directory nor a symbolic link.
+	ErrNotDir = errors.New("not a directory")
+	// ErrNotExist: the target of a hard link is missing, or a directory of the layer is gone when the layer is complete.
+	ErrNotExist = errors.New("no such file or directory")
+	// ErrIsDir: a hard link to a directory.
+	ErrIsDir = errors.New("is a directory")
+	// ErrTooManyLinks: symbolic links in a parent do not end.
+	ErrTooManyLinks = errors.New("too many levels of symbolic links")
+)
+
+// Merge applies layers, bottom first, and returns the root of the tree they make. The nodes belong to the caller and
+// share nothing with the layers, which can be merged again; Merge may run concurrently on the same layers. With no
+// layer the tree is an empty directory. The error is an *Error.
+func Merge(layers []*layer.Layer) (*daxfs.Node, error) {
+	m := newMerger()
+	for i, l := range layers {
+		m.layer = i
+		if err := m.apply(l); err != nil {
+			return nil, err
+		}
+	}
+	return m.root, nil
+}
+
+// merger holds the tree while layers are applied to it.
+type merger struct {
+	root  *daxfs.Node
+	layer int
+	exact bool // attributes are complete, see layer.FromDirectory
+	steps int  // what path resolution may still cost
+
+	// fresh has the names that the present layer made; nil if the layer has no use for it.
+	fresh map[entry]struct{}
+	// opaque has the directories that were made opaque by the present layer.
+	opaque map[*daxfs.Node]struct{}
+	// spared counts entries that an opaque directory kept and containerd's walk would remove; for tests.
+	spared int
+
+	lastPath string // of a directory that was looked up without passing a symbolic link
+	lastDir  *daxfs.Node
+
+	slab []daxfs.Node
+}
+
+// entry is a name in a directory.
+type entry struct {
+	dir  *daxfs.Node
+	name string
+}
+
+func newMerger() *merger {
+	return &merger{root: &daxfs.Node{Mode: unix.S_IFDIR | 0o755}}
+}
+
+func (m *merger) apply(l *layer.Layer) error {
+	m.exact = l.Source == layer.FromDirectory
+	m.steps = 1<<20 + 1000*len(l.Changes)
+	m.fresh, m.opaque = nil, nil
+	for i := range l.Changes {
+		if l.Changes[i].Op == layer.OpOpaque {
+			m.fresh = make(map[entry]struct{})
+			m.opaque = make(map[*daxfs.Node]struct{})
+			break
+		}
+	}
+	for i := range l.Changes {
+		if err := m.change(&l.Changes[i]); err != nil {
+			return m.error(l, i, err)
+		}
+	}
+	// Making entries changes the time of a directory, so these times come last. By name: meanwhile the name may
+	// stand for something else.
+	for i := range l.Changes {
+		c := &l.Changes[i]
+		if c.Op != layer.OpAdd || c.Node.Mode&unix.S_IFMT != unix.S_IFDIR {
+			continue
+		}
+		n, err := m.lookup(c.Path)
+		if err != nil {
+			return m.error(l, i, err)
+		}
+		n.Mtime = c.Node.Mtime
+	}
+	return nil
+}
+
+func (m *merger) error(l *layer.Layer, i int, err error) error {
+	c := &l.Changes[i]
+	return &Error{Layer: m.layer, Change: i, Op: c.Op, Path: c.Path, Err: err}
+}
+
+func (m *merger) change(c *layer.Change) error {
+	if err := checkChange(c); err != nil {
+		return err
+	}
+	if c.Op == layer.OpOpaque {
+		dir, err := m.mkdir(c.Path)
+		if err != nil {
+			return err
+		}
+		m.hideLower(dir)
+		return nil
+	}
+	if c.Path == "" {
+		m.setAttributes(m.root, c.Node)
+		m.root.Mtime = c.Node.Mtime
+		return nil
+	}
+	parent, name := split(c.Path)
+	dir, err := m.mkdir(parent)
+	if err != nil {
+		return err
+	}
+	switch c.Op {
+	case layer.OpRemove:
+		m.remove(dir, name)
+		return nil
+	case layer.OpLink:
+		return m.link(dir, name, c)
+	default:
+		return m.addNode(dir, name, c.Node)
+	}
+}
+
+// checkChange refuses what package layer does not make, so that a layer made by hand can not break the tree.
+func checkChange(c *layer.Change) error {
+	if len(c.Path) > maxPath {
+		return fmt.Errorf("%w: more than %d bytes of a path", layer.ErrLimit, maxPath)
+	}
+	if strings.HasPrefix(c.Path, "/") || strings.HasSuffix(c.Path, "/") {
+		return fmt.Errorf("%w: path %q is not clean", layer.ErrInvalid, c.Path)
+	}
+	isDir := c.Node != nil && c.Node.Mode&unix.S_IFMT == unix.S_IFDIR
+	switch {
+	case c.Op < layer.OpAdd || c.Op > layer.OpOpaque:
+		return fmt.Errorf("%w: operation %d", layer.ErrInvalid, c.Op)
+	case c.Op == layer.OpAdd && c.Node == nil:
+		return fmt.Errorf("%w: no attributes", layer.ErrInvalid)
+	case c.Path == "" && c.Op != layer.OpOpaque && !(c.Op == layer.OpAdd && isDir):
+		return fmt.Errorf("%w: the root can only be a directory", layer.ErrInvalid)
+	}
+	return nil
+}
+
+// addNode makes an inode at a name. A directory stays a directory; anything else makes room.
+func (m *merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
+	kind := from.Mode & unix.S_IFMT
+	n := dir.Entries[name]
+	if n == nil || kind != unix.S_IFDIR || n.Mode&unix.S_IFMT != unix.S_IFDIR {
+		if n != nil {
+			m.remove(dir, name)
+		}
+		n = m.create(dir, name, kind)
+		n.Rdev, n.Target, n.Data = from.Rdev, from.Target, from.Data
+	}
+	m.touch(dir, name)
+	return m.setAttributes(n, from)
+}
+
+// create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory.
+func (m *merger) create(dir *daxfs.Node, name string, kind uint32) *daxfs.Node {
+	n := m.node()
+	n.Mode = kind
+	if kind == unix.S_IFLNK {
+		n.Mode |= 0o777
+	}
+	if !m.exact && dir.Mode&unix.S_ISGID != 0 {
+		n.GID = dir.GID
+	}
+	m.enter(dir, name, n)
+	return n
+}
+
+// link gives a name to an inode that has one already.
+func (m *merger) link(dir *daxfs.Node, name string, c *layer.Change) error {
+	m.remove(dir, name) // first, as containerd does: a link to itself finds nothing
+	n, err := m.linkTarget(c.LinkTo)
+	if err != nil {
+		return fmt.Errorf("target %q: %w", c.LinkTo, err)
+	}
+	if n.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return fmt.Errorf("target %q: %w", c.LinkTo, ErrIsDir)
+	}
+	m.enter(dir, name, n)
+	m.touch(dir, name)
+	if c.Node == nil {
+		return nil
+	}
+	return m.setAttributes(n, c.Node)
+}
+
+// enter puts an inode under a free name.
+func (m *merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
+	if dir.Entries == nil {
+		dir.Entries = make(map[string]*daxfs.Node)
+	}
+	dir.Entries[name] = n
+}
+
+// remove removes a name and all below it.
+func (m *merger) remove(dir *daxfs.Node, name string) {
+	if n := dir.Entries[name]; n != nil {
+		delete(dir.Entries, name)
+		if n.Mode&unix.S_IFMT == unix.S_IFDIR {
+			m.lastDir = nil
+		}
+	}
+}
+
+// touch records that the present layer has an entry for a name.
+func (m *merger) touch(dir *daxfs.Node, name string) {
+	if m.fresh != nil {
+		m.fresh[entry{dir, name}] = struct{}{}
+	}
+}
+
+// hideLower removes from a directory what the present layer did not put there. Directories on the way to what it put
+// there stay, with their attributes.
+func (m *merger) hideLower(dir *daxfs.Node) {
+	if _, done := m.opaque[dir]; done {
+		return // all that came since is of this layer
+	}
+	m.opaque[dir] = struct{}{}
+	m.lastDir = nil
+	for name, n := range dir.Entries {
+		_, keep := m.fresh[entry{dir, name}]
+		if n.Mode&unix.S_IFMT == unix.S_IFDIR {
+			m.hideLower(n)
+			if !keep && len(n.Entries) > 0 {
+				keep = true
+				m.spared++
+			}
+		}
+		if !keep {
+			delete(dir.Entries, name)
+		}
+	}
+}
+
+// node returns a zero node.
+func (m *merger) node() *daxfs.Node {
+	if len(m.slab) == 0 {
+		m.slab = make([]daxfs.Node, 64)
+	}
+	n := &m.slab[0]
+	m.slab = m.slab[1:]
+	return n
+}
+
+func split(path string) (dir, name string) {
+	i := strings.LastIndexByte(path, '/')
+	if i < 0 {
+		return "", path
+	}
+	return path[:i], path[i+1:]
+}

@@ -1,0 +1,86 @@
+package tree
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/archive"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
+)
+
+// The oracle of these tests is containerd: its applier unpacks the same layers into one directory.
+
+// requireRoot skips tests that make owners and devices.
+func requireRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: containerd's applier sets owners and makes devices")
+	}
+}
+
+// applyAll applies layers to a new directory with containerd.
+func applyAll(t testing.TB, layers [][]byte) (treetest.Tree, time.Time, error) {
+	t.Helper()
+	root := filepath.Join(t.TempDir(), "root")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now().Add(-time.Second) // file systems take their time from a coarse clock
+	for _, l := range layers {
+		if _, err := archive.Apply(context.Background(), root, bytes.NewReader(l)); err != nil {
+			return nil, start, err
+		}
+	}
+	want, err := treetest.FromPath(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return want, start, nil
+}
+
+// mergeAll does the same with this package.
+func mergeAll(t testing.TB, layers [][]byte) (treetest.Tree, *merger, error) {
+	t.Helper()
+	var store treetest.Store
+	m := newMerger()
+	for i, b := range layers {
+		l, err := layer.FromTar(context.Background(), bytes.NewReader(b), &store, layer.Limits{})
+		if err != nil {
+			return nil, m, err
+		}
+		m.layer = i
+		if err := m.apply(l); err != nil {
+			return nil, m, err
+		}
+	}
+	got, err := treetest.FromNode(m.root, store.Open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got, m, nil
+}
+
+// compare fails the test unless containerd and Merge agree on layers, also on whether they can be applied at all.
+func compare(t testing.TB, layers [][]byte) (spared int) {
+	t.Helper()
+	want, start, wantErr := applyAll(t, layers)
+	got, m, gotErr := mergeAll(t, layers)
+	if wantErr != nil || gotErr != nil {
+		if (wantErr == nil) != (gotErr == nil) {
+			t.Errorf("containerd: %v\nmerge:      %v", wantErr, gotErr)
+		}
+		return m.spared
+	}
+	if m.spared == 0 {
+		if d := treetest.Diff(want, got, treetest.DirTimesSince(start)); d != "" {
+			t.Errorf("trees differ (- containerd, + merge):\n%s", d)
+		}
+	}
+	return m.spared
+}
