@@ -1,0 +1,237 @@
+package snapshotter_test
+
+import (
+	"archive/tar"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
+)
+
+// fakeLowers is snapshotter.Lowers made of containerd's own parts: a layer is a copy of a directory, an image is a
+// read-only overlay of layers. Nothing is shared and nothing of ours is trusted.
+type fakeLowers struct {
+	root string
+
+	mu     sync.Mutex
+	full   bool            // AddDir, AddBlob and Lower of what is new find no room
+	fail   error           // what they fail with besides
+	opens  int             // blobs read
+	builds map[string]int  // images built, by chain
+	images map[string]bool // images that exist
+	layers map[string]bool
+}
+
+func newFakeLowers(root string) *fakeLowers {
+	return &fakeLowers{root: root, builds: map[string]int{}, images: map[string]bool{}, layers: map[string]bool{}}
+}
+
+func (f *fakeLowers) path(kind, key string) string {
+	return filepath.Join(f.root, kind, fmt.Sprintf("%x", sha256.Sum256([]byte(key)))[:16])
+}
+
+func (f *fakeLowers) room() error {
+	if f.full {
+		return fmt.Errorf("fake memory: %w", errdefs.ErrResourceExhausted)
+	}
+	return f.fail
+}
+
+func (f *fakeLowers) AddDir(ctx context.Context, key, dir string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.addDir(key, dir)
+}
+
+func (f *fakeLowers) addDir(key, dir string) error {
+	if f.layers[key] {
+		return nil
+	}
+	if err := f.room(); err != nil {
+		return err
+	}
+	if err := copyUpper(f.path("layers", key), dir); err != nil {
+		return err
+	}
+	f.layers[key] = true
+	return nil
+}
+
+func copyUpper(dst, src string) error {
+	if err := os.MkdirAll(dst, 0o700); err != nil {
+		return err
+	}
+	return fs.CopyDir(dst, src)
+}
+
+func (f *fakeLowers) AddBlob(ctx context.Context, blob snapshotter.Blob) (s snapshotter.Streamed, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.room(); err != nil {
+		return s, err
+	}
+	f.opens++
+	rc, err := blob.Open(ctx)
+	if err != nil {
+		return s, err
+	}
+	defer rc.Close()
+	var r io.Reader = rc
+	if strings.HasSuffix(blob.MediaType, "gzip") {
+		if r, err = gzip.NewReader(rc); err != nil {
+			return s, err
+		}
+	}
+	temp, err := os.MkdirTemp(f.root, "blob-")
+	if err != nil {
+		return s, err
+	}
+	defer os.RemoveAll(temp)
+	digester := digest.Canonical.Digester()
+	counter := &counter{r: io.TeeReader(r, digester.Hash())}
+	if _, err := archive.Apply(ctx, temp, counter, archive.WithConvertWhiteout(archive.OverlayConvertWhiteout)); err != nil {
+		return s, err
+	}
+	if _, err := io.Copy(io.Discard, counter); err != nil {
+		return s, err
+	}
+	s.Key, s.DiffID, s.Size = "blob/"+digester.Digest().String(), digester.Digest(), counter.n
+	s.Usage = snapshots.Usage{Size: counter.n, Inodes: 1}
+	blob.Pin(s.Key)
+	return s, f.addDir(s.Key, temp)
+}
+
+type counter struct {
+	r io.Reader
+	n int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+func (f *fakeLowers) Lower(ctx context.Context, chain string, layers []snapshotter.Layer) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	dir := filepath.Join(f.path("images", chain), "mnt")
+	if f.images[chain] {
+		return dir, nil
+	}
+	if err := f.room(); err != nil {
+		return "", err
+	}
+	var dirs []string
+	for i := len(layers) - 1; i >= 0; i-- {
+		l := layers[i]
+		if !f.layers[l.Key] && l.Dir == "" {
+			return "", fmt.Errorf("layer %q was never stored: %w", l.Key, errdefs.ErrNotFound)
+		}
+		if err := f.addDir(l.Key, l.Dir); err != nil {
+			return "", err
+		}
+		dirs = append(dirs, f.path("layers", l.Key))
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	m := mount.Mount{Type: "bind", Source: dirs[0], Options: []string{"ro", "rbind"}}
+	if len(dirs) > 1 {
+		m = mount.Mount{Type: "overlay", Source: "overlay", Options: []string{"ro", "index=off", "lowerdir=" + strings.Join(dirs, ":")}}
+	}
+	if err := m.Mount(dir); err != nil {
+		return "", err
+	}
+	f.images[chain] = true
+	f.builds[chain]++
+	return dir, nil
+}
+
+func (f *fakeLowers) Sweep(ctx context.Context, use snapshotter.Uses, short bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for chain := range f.images {
+		if u := use.Image(chain); u == snapshotter.Unused || short && u < snapshotter.InUse {
+			if err := f.drop(chain); err != nil {
+				return err
+			}
+		}
+	}
+	if len(f.images) > 0 {
+		return nil // an overlay may stand on any layer
+	}
+	for key := range f.layers {
+		if use.Layer(key) == snapshotter.Unused {
+			delete(f.layers, key)
+			if err := os.RemoveAll(f.path("layers", key)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (f *fakeLowers) drop(chain string) error {
+	if err := mount.UnmountAll(filepath.Join(f.path("images", chain), "mnt"), 0); err != nil {
+		return err
+	}
+	delete(f.images, chain)
+	return os.RemoveAll(f.path("images", chain))
+}
+
+// reboot loses everything that is in memory.
+func (f *fakeLowers) reboot() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var err error
+	for chain := range f.images {
+		err = errors.Join(err, f.drop(chain))
+	}
+	for key := range f.layers {
+		if strings.HasPrefix(key, "dir/") {
+			delete(f.layers, key)
+			err = errors.Join(err, os.RemoveAll(f.path("layers", key)))
+		}
+	}
+	return err
+}
+
+// tarOf makes an uncompressed layer of files with their own name as contents; a name that ends in / is a directory.
+func tarOf(names ...string) []byte {
+	var b strings.Builder
+	w := tar.NewWriter(&b)
+	for _, name := range names {
+		h := &tar.Header{Name: name, Mode: 0o644, Size: int64(len(name)), Typeflag: tar.TypeReg}
+		if strings.HasSuffix(name, "/") {
+			h = &tar.Header{Name: name, Mode: 0o750, Typeflag: tar.TypeDir}
+		}
+		if err := w.WriteHeader(h); err != nil {
+			panic(err)
+		}
+		if h.Size > 0 {
+			if _, err := io.WriteString(w, name); err != nil {
+				panic(err)
+			}
+		}
+	}
+	if err := w.Close(); err != nil {
+		panic(err)
+	}
+	return []byte(b.String())
+}

@@ -1,0 +1,131 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// overlayDefaults completes the configured overlay options with those that this kernel needs.
+func overlayDefaults(ctx context.Context, root string, configured []string) ([]string, error) {
+	options := append([]string(nil), configured...)
+	has := func(name string) bool {
+		for _, o := range configured {
+			if key, _, _ := strings.Cut(o, "="); key == name {
+				return true
+			}
+		}
+		return false
+	}
+	for _, o := range configured {
+		switch key, _, _ := strings.Cut(o, "="); key {
+		case "lowerdir", "lowerdir+", "datadir+", "upperdir", "workdir", "uidmap", "gidmap", "":
+			return nil, fmt.Errorf("overlay mount option %q is not for the configuration to set", o)
+		}
+	}
+	if !has("userxattr") {
+		need, err := overlayutils.NeedsUserXAttr(root)
+		if err != nil {
+			log.G(ctx).WithError(err).Warnf("can not tell whether overlayfs needs the option userxattr, assuming %v", need)
+		}
+		if need {
+			options = append(options, "userxattr")
+		}
+	}
+	// index=on refuses to mount an upper directory twice, as nerdctl export, diff and cp do with a running container.
+	// redirect_dir and metacopy would leave files in an upper directory that say nothing without the lower they were
+	// made over, and a committed upper directory has to be a layer by itself.
+	for _, o := range []string{"index=off", "redirect_dir=nofollow", "metacopy=off"} {
+		name, _, _ := strings.Cut(o, "=")
+		value, err := os.ReadFile("/sys/module/overlay/parameters/" + name)
+		if err != nil || has(name) {
+			continue
+		}
+		if on := strings.TrimSpace(string(value)); name == "index" || on == "Y" || on == "on" {
+			options = append(options, o)
+		}
+	}
+	return options, nil
+}
+
+// mountsOf returns the mounts of a snapshot whose parent chain is links, after it made the image below it available.
+func (s *Snapshotter) mountsOf(ctx context.Context, id string, info snapshots.Info, rec record, links []link) ([]mount.Mount, error) {
+	low := rec.Lower
+	if low == nil {
+		return nil, fmt.Errorf("snapshot %q has no record of what it stands on: %w", info.Name, errdefs.ErrDataLoss)
+	}
+	if len(rec.Streamed) > 0 {
+		return nil, fmt.Errorf("snapshot %q holds a streamed layer and can be mounted only after it is committed: %w",
+			info.Name, errdefs.ErrFailedPrecondition)
+	}
+	lowerdirs, err := s.lowerdirs(ctx, low, links)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %q: %w", info.Name, err)
+	}
+	return s.describe(id, info, low, lowerdirs), nil
+}
+
+// lowerdirs returns the directories that low names, top first.
+func (s *Snapshotter) lowerdirs(ctx context.Context, low *lower, links []link) ([]string, error) {
+	var dirs []string
+	for _, id := range low.Dirs {
+		dirs = append(dirs, s.upper(id))
+	}
+	if low.Chain == "" {
+		return dirs, nil
+	}
+	for i, l := range links {
+		if l.rec.Chain == low.Chain {
+			dir, err := s.image(ctx, links[i:])
+			if err != nil {
+				return nil, err
+			}
+			return append(dirs, dir), nil
+		}
+	}
+	return nil, fmt.Errorf("chain %q is not among the parents: %w", low.Chain, errdefs.ErrDataLoss)
+}
+
+// describe puts the mounts of a snapshot into words.
+func (s *Snapshotter) describe(id string, info snapshots.Info, low *lower, lowerdirs []string) []mount.Mount {
+	var options []string
+	if s.opts.RemapIDs {
+		if m := info.Labels[snapshots.LabelSnapshotUIDMapping]; m != "" {
+			options = append(options, "uidmap="+m)
+		}
+		if m := info.Labels[snapshots.LabelSnapshotGIDMapping]; m != "" {
+			options = append(options, "gidmap="+m)
+		}
+	}
+	bind := func(dir, mode string) []mount.Mount {
+		return []mount.Mount{{Type: "bind", Source: dir, Options: append(options, mode, "rbind")}}
+	}
+	view := info.Kind == snapshots.KindView
+	switch {
+	case low.Blind:
+		// Only ever parsed: containerd's unpacker finds the upper directory and writes the layer there in overlay
+		// form. A bind mount here would make it apply whiteouts by deleting, and so lose them.
+		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, "upperdir="+s.upper(id))}}
+	case len(lowerdirs) == 0 && view:
+		return bind(s.upper(id), "ro")
+	case len(lowerdirs) == 0:
+		return bind(s.upper(id), "rw")
+	case len(lowerdirs) == 1 && view:
+		return bind(lowerdirs[0], "ro")
+	}
+	if view {
+		options = append(options, "ro")
+	} else {
+		options = append(options, "workdir="+s.workdir(id), "upperdir="+s.upper(id))
+	}
+	options = append(options, "lowerdir="+strings.Join(lowerdirs, ":"))
+	options = append(options, s.overlayOptions...)
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+}

@@ -1,0 +1,201 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/continuity/fs"
+	bolt "go.etcd.io/bbolt"
+)
+
+// Options configures a Snapshotter. The zero value is usable.
+type Options struct {
+	// MountOptions are added to every overlay mount, before those that the kernel needs to be told anyway.
+	MountOptions []string
+	// RemapIDs turns the labels of user namespace mappings into uidmap and gidmap options. Set it exactly when
+	// containerd is told that the snapshotter has the capability remap-ids: without the capability its client
+	// changes owners itself and sends the labels all the same.
+	RemapIDs bool
+	// Settle is how long after a commit, without a layer on top of it, a snapshot without labels counts as the top of
+	// an image, which is then built ahead of the first container. 0 means 3 seconds.
+	Settle time.Duration
+	// Workers is how many snapshots are stored and built at once in the background. 0 means 2.
+	Workers int
+	// Observe, if set, is told how long a phase took: "ingest", "stream", "build", "prepare", "sweep".
+	// It may be called concurrently.
+	Observe func(phase string, took time.Duration, err error)
+	// Fallback, if set, is told each time that something other than the shared image was used, and why.
+	// It may be called concurrently.
+	Fallback func(reason string)
+}
+
+// Snapshotter implements snapshots.Snapshotter and snapshots.Cleaner. It is safe for concurrent use.
+type Snapshotter struct {
+	root   string
+	st     *store
+	lowers Lowers
+	opts   Options
+	pins   pins
+	work   *worker
+
+	overlayOptions []string
+
+	// sweeping is held by the one sweep or cleanup that is under way.
+	sweeping sync.Mutex
+	// recent are the chains whose last layer was streamed a short while ago, by chain key.
+	recent recent
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+var (
+	_ snapshots.Snapshotter = (*Snapshotter)(nil)
+	_ snapshots.Cleaner     = (*Snapshotter)(nil)
+)
+
+// New opens the snapshotter below root, a directory of its own on a file system that can be an overlay's upper layer.
+// It finishes or forgets what a previous process left half done. The caller closes it; lowers stays the caller's and
+// must outlive it.
+func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapshotter, error) {
+	if opts.Settle == 0 {
+		opts.Settle = 3 * time.Second
+	}
+	if opts.Workers == 0 {
+		opts.Workers = 2
+	}
+	if opts.Observe == nil {
+		opts.Observe = func(string, time.Duration, error) {}
+	}
+	if opts.Fallback == nil {
+		opts.Fallback = func(string) {}
+	}
+	root, err := filepath.Abs(root)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Join(root, "snapshots"), 0o700); err != nil {
+		return nil, err
+	}
+	if ok, err := fs.SupportsDType(root); err != nil {
+		return nil, err
+	} else if !ok {
+		return nil, fmt.Errorf("root %q: its file system has no d_type, which overlayfs needs (xfs: format with ftype=1)", root)
+	}
+	overlayOptions, err := overlayDefaults(ctx, root, opts.MountOptions)
+	if err != nil {
+		return nil, err
+	}
+	st, err := openStore(ctx, filepath.Join(root, "metadata.db"))
+	if err != nil {
+		return nil, err
+	}
+	s := &Snapshotter{root: root, st: st, lowers: lowers, opts: opts, overlayOptions: overlayOptions}
+	s.work = newWorker(s)
+	if err := s.recover(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// Close stops background work and closes the metadata. Mounts stay. Only the first call does anything.
+func (s *Snapshotter) Close() error {
+	s.closeOnce.Do(func() {
+		s.work.stop()
+		s.closeErr = s.st.ms.Close()
+	})
+	return s.closeErr
+}
+
+// Stat returns what is known about a snapshot.
+func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
+	err = s.st.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
+		_, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	return info, err
+}
+
+// Update changes the labels of a snapshot.
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
+	err = s.st.update(ctx, func(ctx context.Context, _ *bolt.Tx) error {
+		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	return updated, err
+}
+
+// Usage returns what a snapshot adds to its parent. For a committed one it is on record; for an active one its
+// directory is scanned.
+func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
+	var (
+		id   string
+		info snapshots.Info
+		rec  record
+	)
+	err = s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		if id, info, usage, err = storage.GetInfo(ctx, key); err != nil {
+			return err
+		}
+		rec, err = getRecord(tx, id)
+		return err
+	})
+	if err != nil || info.Kind != snapshots.KindActive {
+		return usage, err
+	}
+	du, err := fs.DiskUsage(ctx, s.upper(id))
+	if err != nil {
+		return snapshots.Usage{}, fmt.Errorf("snapshot %q: %w", key, err)
+	}
+	usage = rec.StreamedUsage
+	usage.Add(snapshots.Usage(du))
+	return usage, nil
+}
+
+// Walk calls fn for each snapshot that matches a filter.
+func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	return s.st.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
+		return storage.WalkInfo(ctx, fn, filters...)
+	})
+}
+
+// Mounts returns the mounts of an active snapshot or a view, and sees to it that what they stand on is there.
+func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	var (
+		snap  storage.Snapshot
+		info  snapshots.Info
+		rec   record
+		links []link
+	)
+	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+		if snap, err = storage.GetSnapshot(ctx, key); err != nil {
+			return err
+		}
+		if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
+			return err
+		}
+		if rec, err = getRecord(tx, snap.ID); err != nil {
+			return err
+		}
+		links, err = chain(ctx, tx, info.Parent)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s.mountsOf(ctx, snap.ID, info, rec, links)
+}
+
+func (s *Snapshotter) dir(id string) string   { return filepath.Join(s.root, "snapshots", id) }
+func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir(id), "fs") }
+func (s *Snapshotter) workdir(id string) string {
+	return filepath.Join(s.dir(id), "work")
+}

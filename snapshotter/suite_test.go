@@ -1,0 +1,46 @@
+package snapshotter_test
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
+
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	// containerd's suite wants this flag besides the right to mount; a test here skips itself without the right.
+	if os.Geteuid() == 0 {
+		flag.Set("test.root", "true")
+	}
+	os.Exit(m.Run())
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts file systems, which needs root")
+	}
+}
+
+// TestSuite runs containerd's conformance tests. Its name for us is "overlayfs", because it knows by name only which
+// snapshotters inherit from overlayfs that a directory of a lower layer can not be renamed.
+func TestSuite(t *testing.T) {
+	needRoot(t)
+	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+		f := newFakeLowers(filepath.Join(root, "fake"))
+		s, err := snapshotter.New(ctx, root, f, snapshotter.Options{Settle: 10 * time.Millisecond})
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, func() error { return errors.Join(s.Close(), f.reboot()) }, nil
+	})
+}
