@@ -1,0 +1,181 @@
+package region
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// file is a region in a sparse file, on disk or on tmpfs. It is written with pwrite: that fills fresh pages without
+// zeroing them first, takes no page fault, and reports a full filesystem as ENOSPC where a store to a mapping would be
+// a SIGBUS. The mapping sees the same page cache, hence the same bytes.
+type file struct {
+	f    *os.File
+	m    []byte
+	size int64
+	info Info
+}
+
+func openFile(c Config) (Region, error) {
+	flags := os.O_RDWR
+	if c.ReadOnly {
+		flags = os.O_RDONLY
+	} else if c.Create {
+		flags |= os.O_CREATE
+	}
+	f, err := os.OpenFile(c.Path, flags, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	r := &file{f: f, info: Info{Kind: c.Kind, Path: c.Path, Sparse: true, ReadOnly: c.ReadOnly, FD: int(f.Fd())}}
+	if err := r.init(c); err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *file) init(c Config) error {
+	st, err := r.f.Stat()
+	if err != nil {
+		return err
+	}
+	if !st.Mode().IsRegular() {
+		return fmt.Errorf("is %s, expected a regular file: %w", st.Mode().Type(), ErrKind)
+	}
+	if err := r.checkFilesystem(); err != nil {
+		return err
+	}
+	size := st.Size()
+	switch {
+	case size == 0 && c.Create && !c.ReadOnly:
+		if size, err = usable(c.Size); err != nil {
+			return fmt.Errorf("configured size: %w", err)
+		}
+		if err := r.f.Truncate(size); err != nil {
+			return err
+		}
+		if err := r.f.Sync(); err != nil {
+			return err
+		}
+	case c.Size != 0 && c.Size&^(Align-1) != size&^(Align-1):
+		return fmt.Errorf("the file has %d bytes, configured are %d: %w", size, c.Size, ErrSize)
+	}
+	if r.size, err = usable(size); err != nil {
+		return err
+	}
+	r.m, err = unix.Mmap(int(r.f.Fd()), 0, int(r.size), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("map %d bytes: %w", r.size, err)
+	}
+	return nil
+}
+
+// checkFilesystem holds "file" and "tmpfs" apart: what each survives and how it can be mounted differs.
+func (r *file) checkFilesystem() error {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(r.f.Fd()), &fs); err != nil {
+		return fmt.Errorf("statfs: %w", err)
+	}
+	onTmpfs := fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC
+	r.info.Persistent = PersistsReboot
+	switch {
+	case fs.Type == unix.HUGETLBFS_MAGIC:
+		return fmt.Errorf("is on hugetlbfs, use kind %q: %w", KindHugetlbfs, ErrKind)
+	case onTmpfs && r.info.Kind != KindTmpfs:
+		return fmt.Errorf("is on tmpfs, use kind %q or a path on disk: %w", KindTmpfs, ErrKind)
+	case !onTmpfs && r.info.Kind == KindTmpfs:
+		return fmt.Errorf("is not on tmpfs (filesystem type %#x), mount one there or use kind %q: %w", fs.Type, KindFile, ErrKind)
+	case onTmpfs:
+		r.info.Persistent = PersistsProcess
+	}
+	return nil
+}
+
+func (r *file) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 || off >= r.size {
+		return 0, io.EOF
+	}
+	if int64(len(p)) > r.size-off {
+		n, err := r.f.ReadAt(p[:r.size-off], off)
+		if err == nil {
+			err = io.EOF
+		}
+		return n, err
+	}
+	return r.f.ReadAt(p, off)
+}
+
+func (r *file) WriteAt(p []byte, off int64) (int, error) {
+	if err := checkRange(off, int64(len(p)), r.size); err != nil {
+		return 0, err
+	}
+	return r.f.WriteAt(p, off)
+}
+
+func (r *file) Bytes() []byte { return r.m }
+func (r *file) Size() int64   { return r.size }
+func (r *file) Info() Info    { return r.info }
+func (r *file) Lock() error   { return Flock(r.f) }
+
+// Sync syncs the whole file, as there is no call that makes a range of a sparse file durable: its blocks may be
+// allocated by the write.
+func (r *file) Sync(off, n int64) error {
+	if err := checkRange(off, n, r.size); err != nil {
+		return err
+	}
+	if r.info.Persistent != PersistsReboot {
+		return nil
+	}
+	for {
+		err := unix.Fdatasync(int(r.f.Fd()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return &os.PathError{Op: "fdatasync", Path: r.info.Path, Err: err}
+		}
+		return nil
+	}
+}
+
+func (r *file) Punch(off, n int64) error {
+	if err := checkRange(off, n, r.size); err != nil || n == 0 {
+		return err
+	}
+	err := unix.Fallocate(int(r.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return writeZeros(r.f, off, n)
+	}
+	if err != nil {
+		return &os.PathError{Op: "punch hole", Path: r.info.Path, Err: err}
+	}
+	return nil
+}
+
+func (r *file) Close() error {
+	var err error
+	if r.m != nil {
+		err = unix.Munmap(r.m)
+		r.m = nil
+	}
+	return errors.Join(err, r.f.Close())
+}
+
+var zeros = make([]byte, 1<<20)
+
+// writeZeros writes n zero bytes, for what can not be punched.
+func writeZeros(w io.WriterAt, off, n int64) error {
+	for n > 0 {
+		k, err := w.WriteAt(zeros[:min(n, int64(len(zeros)))], off)
+		if err != nil {
+			return err
+		}
+		off += int64(k)
+		n -= int64(k)
+	}
+	return nil
+}

@@ -1,0 +1,92 @@
+package pool
+
+import "fmt"
+
+// Usage says what is in a pool, in bytes. Extents count in whole pages, as they lie in memory.
+type Usage struct {
+	Size         int64 `json:"size"`         // of the region
+	Head         int64 `json:"head"`         // header and catalogue
+	Segments     int64 `json:"segments"`     // metadata of images
+	SegmentFree  int64 `json:"segmentFree"`  // kept for segments, unused
+	Extents      int64 `json:"extents"`      // file contents, each distinct file once
+	Free         int64 `json:"free"`         // for extents
+	LongestFree  int64 `json:"longestFree"`  // in one piece
+	Gaps         int   `json:"gaps"`         // pieces of Free
+	Layers       int   `json:"layers"`       //
+	Images       int   `json:"images"`       //
+	ExtentCount  int   `json:"extentCount"`  //
+	ImageExtents int64 `json:"imageExtents"` // extents that images hold, each once
+	// Unshared is what the images' contents would take if each image had its own. Unshared - ImageExtents is saved.
+	Unshared int64 `json:"unshared"`
+	// Reclaimable are the extents that no image holds: removing layers would free them.
+	Reclaimable int64 `json:"reclaimable"`
+}
+
+// Usage returns what is in the pool now.
+func (p *Pool) Usage() Usage {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u := Usage{
+		Size: p.region.Size(), Head: headArea, SegmentFree: p.space.SegmentFree(), Gaps: p.space.GapCount(),
+		Layers: len(p.layers), Images: len(p.images), ExtentCount: len(p.extents),
+	}
+	u.Free, u.LongestFree = p.space.Free()
+	for _, e := range p.extents {
+		n := e.span().Len
+		u.Extents += n
+		if e.images > 0 {
+			u.ImageExtents += n
+			u.Unshared += n * int64(e.images)
+		} else {
+			u.Reclaimable += n
+		}
+	}
+	for _, m := range p.images {
+		u.Segments += m.Seg
+	}
+	return u
+}
+
+// ImageUsage says what one image takes, in bytes.
+type ImageUsage struct {
+	Segment int64 `json:"segment"` // its metadata
+	Extents int64 `json:"extents"` // its file contents in whole pages
+	Shared  int64 `json:"shared"`  // those of Extents that other images hold as well
+	Files   int   `json:"files"`   // number of its extents
+}
+
+// ImageUsage returns what an image takes now, without removing it. Errors: ErrNotFound.
+func (p *Pool) ImageUsage(key string) (ImageUsage, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	m := p.images[key]
+	if m == nil {
+		return ImageUsage{}, fmt.Errorf("pool: image %q: %w", key, ErrNotFound)
+	}
+	u := ImageUsage{Segment: m.Seg, Files: len(m.used)}
+	for _, e := range m.used {
+		u.Extents += e.span().Len
+		if e.images > 1 {
+			u.Shared += e.span().Len
+		}
+	}
+	return u, nil
+}
+
+// LayerUsage returns the bytes of contents that a layer holds, and those of them that only it holds: what removing it
+// would free. Errors: ErrNotFound.
+func (p *Pool) LayerUsage(key string) (held, alone int64, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	es, ok := p.layers[key]
+	if !ok {
+		return 0, 0, fmt.Errorf("pool: layer %q: %w", key, ErrNotFound)
+	}
+	for _, e := range es {
+		held += e.span().Len
+		if e.refs == 1 {
+			alone += e.span().Len
+		}
+	}
+	return held, alone, nil
+}
