@@ -1,0 +1,270 @@
+package converter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/converter/internal/sink"
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/converter/tree"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+const (
+	// DefaultMemory is the default of Options.Memory.
+	DefaultMemory = 256 << 20
+	// DefaultMaxSize is the default of Options.MaxSize.
+	DefaultMaxSize = 256 << 30
+)
+
+// ErrTooLarge is wrapped when an image exceeds Options.MaxSize or what an image file can address.
+var ErrTooLarge = errors.New("image is too large")
+
+// Options of Convert. The zero value is a good default.
+type Options struct {
+	// Platform chooses among the images of an index. The zero value means this machine's.
+	Platform source.Platform
+	// Image holds the choices of the image format.
+	Image daxfs.Options
+	// Concurrency is how many layers are read at the same time; 0 means one for each core, at least 2.
+	Concurrency int
+	// Memory bounds the file contents that wait in memory for those of lower layers, in bytes; 0 means
+	// DefaultMemory. What does not fit waits on disk, beside the output.
+	Memory int64
+	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
+	// DefaultMaxSize. It is what stops a decompression bomb.
+	MaxSize int64
+	// NoAlign places files of 2 MiB and more at any block instead of at multiples of 2 MiB. Images get a little
+	// smaller, and cannot be mapped with huge pages.
+	NoAlign bool
+	// Sync makes Convert return only when the image is on disk.
+	Sync bool
+	// Progress is told what happens; nil means nobody.
+	Progress Progress
+}
+
+// Progress observes a conversion. Its methods are called from several goroutines, and should return soon.
+type Progress interface {
+	// Start is called once, when the layers are known.
+	Start(layers []source.Layer)
+	// Read says that n more bytes of a layer's blob were read.
+	Read(layer int, n int)
+	// Done says that a layer was read and verified.
+	Done(layer int)
+}
+
+// Result says what was converted.
+type Result struct {
+	// Digest of the manifest (of the configuration where there is no manifest; empty for a directory), and what
+	// Platform it is for.
+	Digest   digest.Digest
+	Platform ocispec.Platform
+	// Layers is the number of layers, BytesIn the bytes of their blobs, and Unpacked the bytes of their tars.
+	Layers   int
+	BytesIn  int64
+	Unpacked int64
+	// BytesOut is the size of the image.
+	BytesOut int64
+	// Deduplicated is the sum of the sizes of file contents that were not stored again because equal ones were there.
+	Deduplicated int64
+	// Stats are the counts of the image.
+	Stats daxfs.Stats
+	// LeftOut are the names that the DAXFS half cannot hold.
+	LeftOut []daxfs.LeftOut
+	// UUID of the image.
+	UUID [16]byte
+}
+
+// Convert writes the image that src holds to the file output, which it replaces. When it fails, or ctx ends, output is
+// as it was before.
+func Convert(ctx context.Context, src source.Source, output string, o Options) (*Result, error) {
+	if o.Platform == (source.Platform{}) {
+		o.Platform = source.Host()
+	}
+	if o.Memory <= 0 {
+		o.Memory = DefaultMemory
+	}
+	if o.MaxSize <= 0 {
+		o.MaxSize = DefaultMaxSize
+	}
+	if o.Concurrency <= 0 {
+		o.Concurrency = max(2, runtime.GOMAXPROCS(0))
+	}
+	img, err := src.Image(ctx, o.Platform)
+	if err != nil {
+		return nil, err
+	}
+	f, err := newOutput(output)
+	if err != nil {
+		return nil, err
+	}
+	defer f.discard()
+	res, err := write(ctx, img, f, o)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return nil, cause
+		}
+		if errors.Is(err, sink.ErrTooLarge) || errors.Is(err, blob.ErrTooLarge) {
+			err = fmt.Errorf("%w: %w", ErrTooLarge, err)
+		}
+		return nil, fmt.Errorf("%s: %w", src, err)
+	}
+	if err := f.commit(o.Sync); err != nil {
+		return nil, err
+	}
+	return res, nil
+}
+
+// write puts the image into f.
+func write(ctx context.Context, img *source.Image, f *output, o Options) (*Result, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	n := len(img.Layers)
+	if img.Dir != "" {
+		n = 1
+	}
+	s, err := sink.New(f.File, n, sink.Options{
+		Memory: o.Memory, MaxBytes: o.MaxSize, NoAlign: o.NoAlign, Failed: cancel,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer s.Abort()
+	c := &conversion{o: o, sink: s, img: img, layers: make([]*layer.Layer, n)}
+	if img.Dir != "" {
+		err = c.directory(ctx)
+	} else {
+		err = c.read(ctx)
+	}
+	if err != nil {
+		// What made the others stop is the reason, not that they stopped.
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return nil, err
+	}
+	root, err := tree.Merge(c.layers)
+	if err != nil {
+		return nil, err
+	}
+	placed, err := s.Finish(root)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := daxfs.NewPlan(root, o.Image)
+	if err != nil {
+		return nil, err
+	}
+	size := placed.End + plan.MetaSize()
+	if err := plan.Place(daxfs.Placement{Image: 0, Meta: placed.End, End: size}); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := f.Truncate(size); err != nil {
+		return nil, err
+	}
+	if err := plan.WriteTo(f); err != nil {
+		return nil, fmt.Errorf("write image: %w", err)
+	}
+	return &Result{
+		Digest: img.Digest, Platform: img.Platform, Layers: len(img.Layers),
+		BytesIn: c.in.Load(), Unpacked: c.unpacked.Load(), BytesOut: size, Deduplicated: placed.Deduplicated,
+		Stats: plan.Stats(), LeftOut: plan.LeftOut(), UUID: plan.UUID(),
+	}, nil
+}
+
+// conversion is the reading half of one Convert.
+type conversion struct {
+	o      Options
+	sink   *sink.Sink
+	img    *source.Image
+	layers []*layer.Layer
+
+	in, unpacked atomic.Int64
+}
+
+// read reads all layers, some of them at the same time.
+func (c *conversion) read(ctx context.Context) error {
+	if c.o.Progress != nil {
+		c.o.Progress.Start(c.img.Layers)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	// Layers start in order: the lowest unfinished one is always among those that run, and nothing waits for ever.
+	g.SetLimit(c.o.Concurrency)
+	for i, l := range c.img.Layers {
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return context.Cause(ctx)
+			}
+			if err := c.layer(ctx, i, l); err != nil {
+				return fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+func (c *conversion) layer(ctx context.Context, i int, l source.Layer) error {
+	rc, err := l.Open(ctx)
+	if err != nil {
+		return err
+	}
+	spec := blob.Spec{
+		MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID, MaxSize: c.o.MaxSize,
+	}
+	if c.o.Progress != nil {
+		spec.Progress = func(n int) { c.o.Progress.Read(i, n) }
+	}
+	r, err := blob.NewReader(ctx, rc, spec)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	store := c.sink.Layer(i)
+	parsed, err := layer.FromTar(ctx, r, store, c.limits())
+	if err != nil && (ctx.Err() != nil || c.sink.Err() != nil) {
+		return err // it says nothing about the blob, of which the rest need not be read
+	}
+	if err := r.Finish(err); err != nil {
+		return err
+	}
+	if err := store.Close(); err != nil {
+		return err
+	}
+	c.layers[i] = parsed
+	c.in.Add(r.BytesRead())
+	if c.unpacked.Add(r.Size()) > c.o.MaxSize {
+		return fmt.Errorf("%w of %d bytes", blob.ErrTooLarge, c.o.MaxSize)
+	}
+	if c.o.Progress != nil {
+		c.o.Progress.Done(i)
+	}
+	return nil
+}
+
+// directory reads a plain directory as the only layer.
+func (c *conversion) directory(ctx context.Context) error {
+	store := c.sink.Layer(0)
+	l, err := layer.FromDir(ctx, c.img.Dir, store, c.limits())
+	if err != nil {
+		return err
+	}
+	c.layers[0] = l
+	c.in.Store(l.Stats.Bytes)
+	c.unpacked.Store(l.Stats.Bytes)
+	return store.Close()
+}
+
+func (c *conversion) limits() layer.Limits { return layer.Limits{MaxBytes: c.o.MaxSize} }

@@ -1,0 +1,27 @@
+// Package converter makes a dual image file out of an OCI image.
+//
+//	src, err := source.Parse("docker://debian:12", source.Config{})
+//	if err != nil {
+//		return err
+//	}
+//	defer src.Close()
+//	res, err := converter.Convert(ctx, src, "debian.daxfs", converter.Options{})
+//
+// # Flow
+//
+// Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (packages blob and layer). The
+// contents of files go to one ordered placer (internal/sink), which writes every distinct content once. When all
+// layers are verified their changes are merged into one tree (package tree), contents that no file refers to any more
+// are dropped, and the metadata is planned and written behind the contents (package daxfs).
+//
+// # What is promised
+//
+// The same layers give the same bytes: on another day, with another concurrency or memory limit, and from whatever
+// source, compressed or not.
+//
+// The output appears complete or not at all: it is written to a file without a name and linked to its name at the
+// end. A file that was there stays until it is replaced in one step.
+//
+// Memory is bounded by Options.Memory for contents, plus about 10 MiB for each layer that is read at the same time
+// (more for zstd layers with a large window), plus about 1 KiB per file of the image.
+package converter

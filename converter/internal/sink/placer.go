@@ -1,0 +1,342 @@
+package sink
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// key is what equal contents have in common; contents with one key are compared before they are shared.
+type key struct {
+	sum  [16]byte
+	size int64
+}
+
+// extent is a content that was placed.
+type extent struct {
+	off, size int64
+	live      bool
+}
+
+func (e extent) end() int64 { return e.off + up(e.size, page) }
+
+// gap is free room below the tail. Free room reads as zeros.
+type gap struct{ off, end int64 }
+
+// maxGaps is how many gaps are looked at for a small content, the latest ones: a bound for images with very many
+// big files. Finish considers them all.
+const maxGaps = 512
+
+// placer decides where contents go, and writes them.
+type placer struct {
+	f       *os.File
+	align   bool
+	tail    int64
+	gaps    []gap
+	extents []extent
+	known   map[key][]int32
+	saved   int64 // bytes of contents that were there already
+
+	big struct { // the content of which not all pieces have come
+		off, done int64
+		tail      int64 // before it was placed
+		gaps      int   // number of them before it was placed
+	}
+	pend struct { // what is to be written in one go: bytes at off
+		off int64
+		b   []byte
+	}
+	tmp [2][]byte
+}
+
+// place is the goroutine that takes the packs in order.
+func (s *Sink) place() {
+	defer close(s.done)
+	var back []byte // for packs that were spilled
+	for {
+		l, p := s.take()
+		if p == nil {
+			return
+		}
+		buf := p.buf
+		if buf == nil {
+			if back == nil {
+				back = make([]byte, huge)
+			}
+			buf = back
+			if err := s.spill.unspill(p, buf); err != nil {
+				s.fail(err)
+				return
+			}
+		}
+		if err := s.out.pack(l, p.items, buf); err != nil {
+			s.fail(fmt.Errorf("write image: %w", err))
+			return
+		}
+		if p.buf != nil {
+			s.mu.Lock()
+			s.recycle(l, p.buf, p.items)
+			s.wake.Broadcast()
+			s.mu.Unlock()
+		}
+	}
+}
+
+// take waits for the next pack. It returns nil at the end.
+func (s *Sink) take() (*Layer, *pack) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.err == nil && s.head < len(s.layers) {
+		l := s.layers[s.head]
+		if len(l.queue) > 0 {
+			p := l.queue[0]
+			l.queue = l.queue[1:]
+			return l, p
+		}
+		if l.closed {
+			l.queue = nil
+			s.head++
+			s.wake.Broadcast()
+			continue
+		}
+		s.wake.Wait()
+	}
+	return nil, nil
+}
+
+// pack places the contents of one pack of layer l.
+func (p *placer) pack(l *Layer, items []item, buf []byte) error {
+	for _, it := range items {
+		b := buf[it.off : int64(it.off)+up(int64(it.n), page)]
+		var id int32
+		var err error
+		if it.first && it.last {
+			id, err = p.whole(it, b)
+		} else {
+			id, err = p.piece(it, b)
+		}
+		if err != nil {
+			return err
+		}
+		if it.last {
+			l.refs = append(l.refs, id)
+		}
+	}
+	return p.flush()
+}
+
+// whole places a content that lies in one pack.
+func (p *placer) whole(it item, b []byte) (int32, error) {
+	k := key{it.sum, it.size}
+	for _, id := range p.known[k] {
+		same, err := p.equal(p.extents[id].off, b[:it.n])
+		if err != nil {
+			return 0, err
+		}
+		if same {
+			p.saved += it.size
+			return id, nil
+		}
+	}
+	off, err := p.alloc(it.size)
+	if err != nil {
+		return 0, err
+	}
+	return p.record(k, off), p.write(off, b)
+}
+
+// piece places a part of a big content where the content was given room with its first part. Whether it was there
+// already is known with the last one.
+func (p *placer) piece(it item, b []byte) (int32, error) {
+	if it.first {
+		p.big.tail, p.big.gaps, p.big.done = p.tail, len(p.gaps), 0
+		off, err := p.alloc(it.size)
+		if err != nil {
+			return 0, err
+		}
+		p.big.off = off
+	}
+	if !allZero(b) { // a hole stays one
+		if err := p.write(p.big.off+p.big.done, b); err != nil {
+			return 0, err
+		}
+	}
+	p.big.done += int64(it.n)
+	if !it.last {
+		return 0, nil
+	}
+	k := key{it.sum, it.size}
+	for _, id := range p.known[k] {
+		same, err := p.equalExtents(p.extents[id].off, p.big.off, it.size)
+		if err != nil {
+			return 0, err
+		}
+		if same {
+			p.saved += it.size
+			// As if it had never been placed.
+			if err := p.zero(p.big.off, p.tail); err != nil {
+				return 0, err
+			}
+			p.tail, p.gaps = p.big.tail, p.gaps[:p.big.gaps]
+			return id, nil
+		}
+	}
+	return p.record(k, p.big.off), nil
+}
+
+func (p *placer) record(k key, off int64) int32 {
+	id := int32(len(p.extents))
+	p.extents = append(p.extents, extent{off: off, size: k.size})
+	p.known[k] = append(p.known[k], id)
+	return id
+}
+
+// alloc finds room. Big contents start at a multiple of 2 MiB at the end; what they leave free before them is filled
+// with small contents that come later.
+func (p *placer) alloc(size int64) (int64, error) {
+	n := up(size, page)
+	if size < huge {
+		for i := max(0, len(p.gaps)-maxGaps); i < len(p.gaps); i++ {
+			if g := &p.gaps[i]; g.end-g.off >= n {
+				off := g.off
+				g.off += n
+				return off, nil
+			}
+		}
+	}
+	off := p.tail
+	if p.align && size >= huge {
+		off = up(p.tail, huge)
+	}
+	if off+n > maxEnd {
+		return 0, fmt.Errorf("%w: an image reaches no more than %d bytes", ErrTooLarge, maxEnd)
+	}
+	if off > p.tail {
+		p.gaps = append(p.gaps, gap{p.tail, off})
+	}
+	p.tail = off + n
+	return off, nil
+}
+
+// write notes bytes to be written, together with those before them if they follow each other in memory and file.
+func (p *placer) write(off int64, b []byte) error {
+	if n := len(p.pend.b); n > 0 && off == p.pend.off+int64(n) && cap(p.pend.b) >= n+len(b) &&
+		&p.pend.b[:n+1][n] == &b[0] {
+		p.pend.b = p.pend.b[:n+len(b)]
+		return nil
+	}
+	if err := p.flush(); err != nil {
+		return err
+	}
+	p.pend.off, p.pend.b = off, b
+	return nil
+}
+
+func (p *placer) flush() error {
+	if len(p.pend.b) == 0 {
+		return nil
+	}
+	_, err := p.f.WriteAt(p.pend.b, p.pend.off)
+	p.pend.b = nil
+	return err
+}
+
+// scratch returns a buffer for comparing and moving.
+func (p *placer) scratch(i int) []byte {
+	if p.tmp[i] == nil {
+		p.tmp[i] = make([]byte, 256<<10)
+	}
+	return p.tmp[i]
+}
+
+// equal compares bytes with those at off.
+func (p *placer) equal(off int64, b []byte) (bool, error) {
+	if err := p.flush(); err != nil {
+		return false, err
+	}
+	buf := p.scratch(0)
+	for len(b) > 0 {
+		n := min(len(b), len(buf))
+		if _, err := p.f.ReadAt(buf[:n], off); err != nil {
+			return false, err
+		}
+		if !bytes.Equal(buf[:n], b[:n]) {
+			return false, nil
+		}
+		b, off = b[n:], off+int64(n)
+	}
+	return true, nil
+}
+
+func (p *placer) equalExtents(a, b, size int64) (bool, error) {
+	buf := p.scratch(1)
+	// A hole at the end of the file may not have been written.
+	if err := p.flush(); err != nil {
+		return false, err
+	}
+	if err := p.cover(max(a, b) + size); err != nil {
+		return false, err
+	}
+	for done := int64(0); done < size; {
+		n := min(size-done, int64(len(buf)))
+		if _, err := p.f.ReadAt(buf[:n], b+done); err != nil {
+			return false, err
+		}
+		if same, err := p.equal(a+done, buf[:n]); !same || err != nil {
+			return false, err
+		}
+		done += n
+	}
+	return true, nil
+}
+
+// cover makes the file at least size bytes long.
+func (p *placer) cover(size int64) error {
+	fi, err := p.f.Stat()
+	if err != nil || fi.Size() >= size {
+		return err
+	}
+	return p.f.Truncate(size)
+}
+
+// zero makes a range read as zeros again.
+func (p *placer) zero(off, end int64) error {
+	if off >= end {
+		return nil
+	}
+	if err := p.flush(); err != nil {
+		return err
+	}
+	err := unix.Fallocate(int(p.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, end-off)
+	if err == nil {
+		return nil
+	}
+	if err != unix.EOPNOTSUPP && err != unix.ENOSYS {
+		return &os.PathError{Op: "punch hole", Path: p.f.Name(), Err: err}
+	}
+	buf := p.scratch(1)
+	clear(buf)
+	for off < end {
+		n := min(end-off, int64(len(buf)))
+		if _, err := p.f.WriteAt(buf[:n], off); err != nil {
+			return err
+		}
+		off += n
+	}
+	return nil
+}
+
+var zeros [64 << 10]byte
+
+func allZero(b []byte) bool {
+	for len(b) > 0 {
+		n := min(len(b), len(zeros))
+		if !bytes.Equal(b[:n], zeros[:n]) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
+}

@@ -1,0 +1,335 @@
+// Package sink lays the contents of files into an image file: every distinct content once, in an order that does not
+// depend on who delivers first.
+//
+// Layers are decompressed concurrently, but their contents are placed in the order of the layers, and within a layer
+// in the order of its entries, by one goroutine. Equal input therefore gives equal bytes whatever the concurrency. The
+// contents of the first unfinished layer (the head) are written as they come; those of later layers wait in memory,
+// and once the memory is used up, in a spill file without a name.
+//
+// Contents travel in packs: 2 MiB buffers in which they lie page aligned with zeroed tails, as they will in the image,
+// so that a run of small files is one write. The address that Put returns is a placeholder. Finish knows which
+// contents the merged tree still refers to, closes the gaps of those it does not, and puts the addresses into the tree.
+package sink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/zeebo/xxh3"
+)
+
+const (
+	page = daxfs.BlockSize
+	// huge is the alignment of big contents, the size of a huge page, and the size of a pack: a content that needs
+	// more than one pack is always a big one.
+	huge = 2 << 20
+	// reserve is how many packs only the head may take, so that it can always go on.
+	reserve = 4
+
+	// A placeholder address has its top bits set to layer and number of the content: both fit whatever an image holds.
+	virtual   = int64(1) << 62
+	layerBits = 20
+	seqBits   = 30
+
+	// maxEnd is what 32-bit block numbers reach.
+	maxEnd = int64(page) << 32
+)
+
+var (
+	// ErrTooLarge is returned when the contents of all layers exceed Options.MaxBytes, or what an image can address.
+	ErrTooLarge = errors.New("contents exceed the size limit")
+	errAborted  = errors.New("conversion was aborted")
+)
+
+// Options of a Sink.
+type Options struct {
+	// Memory bounds the bytes of contents that wait; at least 16 MiB are used.
+	Memory int64
+	// MaxBytes bounds the contents of all layers, duplicates and holes included; 0 means no limit.
+	MaxBytes int64
+	// NoAlign places contents of 2 MiB and more at any page instead of at multiples of 2 MiB.
+	NoAlign bool
+	// Failed is called once, when placing fails, so that the layers can be stopped.
+	Failed func(error)
+}
+
+// Sink receives the contents of all layers of an image.
+type Sink struct {
+	o     Options
+	f     *os.File
+	limit int // packs in memory
+	done  chan struct{}
+	out   placer // of the placing goroutine until done is closed
+
+	mu     sync.Mutex // guards what follows
+	wake   *sync.Cond // a pack was queued, placed, or something ended
+	layers []*Layer
+	head   int
+	inUse  int // packs that hold memory
+	free   []*pack
+	bytes  int64
+	err    error
+	spill  spill
+}
+
+// New starts to place contents into f, from its second block on. Layers are numbered from 0, bottom first. The
+// caller ends with Finish or Abort, and closes f afterwards.
+func New(f *os.File, layers int, o Options) (*Sink, error) {
+	if layers >= 1<<layerBits {
+		return nil, fmt.Errorf("%d layers, expected fewer than %d", layers, 1<<layerBits)
+	}
+	s := &Sink{o: o, f: f, done: make(chan struct{}), limit: int(max(o.Memory, 16<<20) / huge)}
+	s.wake = sync.NewCond(&s.mu)
+	s.out = placer{f: f, align: !o.NoAlign, tail: page, known: map[key][]int32{}}
+	for i := range layers {
+		s.layers = append(s.layers, &Layer{s: s, index: i})
+	}
+	go s.place()
+	return s, nil
+}
+
+// Layer returns the store for the contents of layer i.
+func (s *Sink) Layer(i int) *Layer { return s.layers[i] }
+
+// Layer takes the contents of one layer, in the order in which they are placed. It is safe for concurrent use, but
+// the order is then that of the calls.
+type Layer struct {
+	s     *Sink
+	index int
+
+	put sync.Mutex // held during Put and Close; taken before Sink.mu
+	cur *pack
+	seq int64
+
+	// Guarded by Sink.mu:
+	queue  []*pack
+	held   int // packs with memory, queued or being filled
+	closed bool
+
+	refs []int32 // extent of each content, by number; of the placing goroutine
+}
+
+// pack is a number of contents, or pieces of a big one.
+type pack struct {
+	buf   []byte // nil when the pack was spilled
+	n     int
+	items []item
+	spill int64 // offset in the spill file
+}
+
+// item is a content in a pack, or a piece of one.
+type item struct {
+	off, n      int32
+	first, last bool
+	size        int64    // of the content
+	sum         [16]byte // of the content; with the last piece
+}
+
+func up(n, to int64) int64 { return (n + to - 1) / to * to }
+
+// Put reads exactly size bytes from r and returns a placeholder for where they will be, which Finish replaces.
+func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
+	l.put.Lock()
+	defer l.put.Unlock()
+	if err := l.s.account(size); err != nil {
+		return daxfs.Data{}, err
+	}
+	if l.seq >= 1<<seqBits {
+		return daxfs.Data{}, fmt.Errorf("%w: more than %d files in a layer", ErrTooLarge, l.seq)
+	}
+	d := daxfs.Data{Off: virtual | (int64(l.index)<<seqBits|l.seq)*page, Size: size}
+	l.seq++
+	var err error
+	if size <= huge {
+		d.Sum, err = l.putSmall(size, r)
+	} else {
+		d.Sum, err = l.putBig(ctx, size, r)
+	}
+	return d, err
+}
+
+func (l *Layer) putSmall(size int64, r io.Reader) (sum [16]byte, err error) {
+	if l.cur != nil && int64(l.cur.n)+size > huge {
+		if err := l.flush(); err != nil {
+			return sum, err
+		}
+	}
+	b, err := l.read(size, r)
+	if err != nil {
+		return sum, err
+	}
+	sum = xxh3.Hash128(b).Bytes()
+	l.cur.items[len(l.cur.items)-1] = item{off: int32(l.cur.n), n: int32(size), first: true, last: true, size: size, sum: sum}
+	l.cur.n += int(up(size, page))
+	return sum, nil
+}
+
+func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [16]byte, err error) {
+	h := xxh3.New()
+	for done := int64(0); done < size; {
+		if err := ctx.Err(); err != nil {
+			return sum, err
+		}
+		if l.cur != nil && l.cur.n > huge-huge/8 {
+			if err := l.flush(); err != nil {
+				return sum, err
+			}
+		}
+		room := int64(huge)
+		if l.cur != nil {
+			room -= int64(l.cur.n)
+		}
+		n := min(size-done, room)
+		b, err := l.read(n, r)
+		if err != nil {
+			return sum, err
+		}
+		h.Write(b)
+		it := item{off: int32(l.cur.n), n: int32(n), first: done == 0, size: size}
+		if done += n; done == size {
+			it.last = true
+			it.sum = h.Sum128().Bytes()
+			sum = it.sum
+		}
+		l.cur.items[len(l.cur.items)-1] = it
+		l.cur.n += int(up(n, page))
+	}
+	return sum, nil
+}
+
+// read fills the current pack with n bytes, which the caller makes an item of: its place in items is there already.
+func (l *Layer) read(n int64, r io.Reader) ([]byte, error) {
+	if l.cur == nil {
+		p, err := l.s.newPack(l.index)
+		if err != nil {
+			return nil, err
+		}
+		l.cur = p
+	}
+	room := l.cur.buf[l.cur.n : l.cur.n+int(up(n, page))]
+	if got, err := io.ReadFull(r, room[:n]); err == io.EOF || err == io.ErrUnexpectedEOF {
+		return nil, fmt.Errorf("contents end after %d of %d bytes: %w", got, n, io.ErrUnexpectedEOF)
+	} else if err != nil {
+		return nil, err
+	}
+	clear(room[n:])
+	l.cur.items = append(l.cur.items, item{})
+	return room[:n], nil
+}
+
+// flush queues the current pack.
+func (l *Layer) flush() error {
+	p := l.cur
+	l.cur = nil
+	if p == nil {
+		return nil
+	}
+	s := l.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l.index > s.head && s.inUse > s.limit-reserve && s.err == nil {
+		// There is no memory for contents that wait. The pack's memory serves the next one.
+		if err := s.spillPack(l, p); err != nil {
+			return err
+		}
+	}
+	l.queue = append(l.queue, p)
+	s.wake.Broadcast()
+	return s.err
+}
+
+// Close says that the layer has no more contents.
+func (l *Layer) Close() error {
+	l.put.Lock()
+	defer l.put.Unlock()
+	err := l.flush()
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	l.closed = true
+	l.s.wake.Broadcast()
+	return err
+}
+
+// account counts bytes against the limit of the image.
+func (s *Sink) account(size int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	limit := maxEnd
+	if s.o.MaxBytes > 0 {
+		limit = min(limit, s.o.MaxBytes)
+	}
+	if size > limit-s.bytes {
+		return fmt.Errorf("%w of %d bytes", ErrTooLarge, limit)
+	}
+	s.bytes += size
+	return nil
+}
+
+// newPack returns an empty pack with memory. The head waits until packs of its own were placed; other layers never
+// wait, but flush gives their memory back when there is none left. Every layer that is being read may thus exceed the
+// limit by one pack.
+func (s *Sink) newPack(layer int) (*pack, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.layers[layer]
+	for layer <= s.head && s.inUse >= s.limit && l.held > 0 && s.err == nil {
+		s.wake.Wait()
+	}
+	if s.err != nil {
+		return nil, s.err
+	}
+	s.inUse++
+	l.held++
+	if n := len(s.free); n > 0 {
+		p := s.free[n-1]
+		s.free = s.free[:n-1]
+		return p, nil
+	}
+	return &pack{buf: make([]byte, huge)}, nil
+}
+
+// recycle takes the memory of a pack of l back.
+func (s *Sink) recycle(l *Layer, buf []byte, items []item) {
+	s.inUse--
+	l.held--
+	s.free = append(s.free, &pack{buf: buf, items: items[:0]})
+}
+
+// fail ends everything. The first error stays.
+func (s *Sink) fail(err error) {
+	s.mu.Lock()
+	first := s.err == nil
+	if first {
+		s.err = err
+	}
+	s.wake.Broadcast()
+	s.mu.Unlock()
+	if first && s.o.Failed != nil {
+		s.o.Failed(err)
+	}
+}
+
+// Err returns the error that ended the placing, if any.
+func (s *Sink) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
+// Abort ends the placing and frees the memory. No Put may be running any more. It may follow Finish, and does nothing
+// then.
+func (s *Sink) Abort() {
+	s.mu.Lock()
+	if s.err == nil {
+		s.err = errAborted
+	}
+	s.wake.Broadcast()
+	s.mu.Unlock()
+	<-s.done
+	s.spill.close()
+}

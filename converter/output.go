@@ -1,0 +1,100 @@
+package converter
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// output is a file that gets its name only when it is complete.
+type output struct {
+	*os.File
+	path string
+	temp string // the name it has in the meantime; empty when it has none
+}
+
+// newOutput creates a file in the directory of path. Where the file system can, the file has no name, so that not even
+// SIGKILL leaves it behind.
+func newOutput(path string) (*output, error) {
+	if fi, err := os.Stat(path); err == nil && !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("output %q is not a regular file", path)
+	}
+	dir := filepath.Dir(path)
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o666)
+	if err == nil {
+		return &output{File: os.NewFile(uintptr(fd), path), path: path}, nil
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.ENOENT) {
+		return nil, &os.PathError{Op: "create", Path: path, Err: err}
+	}
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	if err != nil {
+		return nil, err
+	}
+	o := &output{File: f, path: path, temp: f.Name()}
+	// As for any new file: the permissions that the umask leaves.
+	mask := unix.Umask(0)
+	unix.Umask(mask)
+	if err := f.Chmod(os.FileMode(0o666 &^ mask)); err != nil {
+		o.discard()
+		return nil, err
+	}
+	return o, nil
+}
+
+// commit gives the file its name, in place of a file that has it.
+func (o *output) commit(sync bool) error {
+	if sync {
+		if err := o.Sync(); err != nil {
+			return err
+		}
+	}
+	if o.temp == "" {
+		if err := o.link(); err != nil {
+			return err
+		}
+	}
+	if err := o.Close(); err != nil { // some file systems report a full disk only now
+		return err
+	}
+	if err := os.Rename(o.temp, o.path); err != nil {
+		return err
+	}
+	o.temp = ""
+	if !sync {
+		return nil
+	}
+	d, err := os.Open(filepath.Dir(o.path))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// link gives the file a temporary name: a link cannot replace a file, a rename can.
+func (o *output) link() error {
+	for i := range 1000 {
+		name := filepath.Join(filepath.Dir(o.path), fmt.Sprintf(".%s.%d-%d", filepath.Base(o.path), os.Getpid(), i))
+		err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, name, unix.AT_SYMLINK_FOLLOW)
+		if err == nil {
+			o.temp = name
+			return nil
+		}
+		if err != unix.EEXIST {
+			return &os.LinkError{Op: "link", Old: "temporary file", New: name, Err: err}
+		}
+	}
+	return fmt.Errorf("no free temporary name beside %q", o.path)
+}
+
+// discard drops the file unless it was committed.
+func (o *output) discard() {
+	o.Close()
+	if o.temp != "" {
+		os.Remove(o.temp)
+	}
+}
