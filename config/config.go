@@ -1,0 +1,242 @@
+// Package config is the configuration of the daemon daxfs-snapshotter: a TOML file over documented defaults.
+//
+//	c, err := config.Load("/etc/daxfs-snapshotter/config.toml")
+//
+// The sample that explains every key is [Sample]; a test holds it equal to Default. A key that is not known is an error
+// which names it: a misspelt key would otherwise leave its default in force without a word.
+package config
+
+import (
+	"bytes"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Sample is the configuration file with all defaults and what they mean.
+//
+//go:embed sample.toml
+var Sample []byte
+
+// DefaultPath is where the daemon looks for its configuration. That file may be missing.
+const DefaultPath = "/etc/daxfs-snapshotter/config.toml"
+
+// Config is the configuration of the daemon. What the keys mean stands in sample.toml.
+type Config struct {
+	Root       string     `toml:"root"`
+	Address    string     `toml:"address"`
+	Log        Log        `toml:"log"`
+	Containerd Containerd `toml:"containerd"`
+	Pool       Pool       `toml:"pool"`
+	Mount      Mount      `toml:"mount"`
+	Layers     Layers     `toml:"layers"`
+	Metrics    Metrics    `toml:"metrics"`
+}
+
+// Log says what is logged and how.
+type Log struct {
+	Level  string `toml:"level"`
+	Format string `toml:"format"`
+}
+
+// Containerd says where the daemon reads layers from in streaming mode.
+type Containerd struct {
+	Address string `toml:"address"`
+}
+
+// Pool says what the shared memory is.
+type Pool struct {
+	Kind string `toml:"kind"`
+	Path string `toml:"path"`
+	Size Size   `toml:"size"`
+	Phys uint64 `toml:"phys"`
+}
+
+// Mount says how images and containers are mounted.
+type Mount struct {
+	Driver         string   `toml:"driver"`
+	OverlayOptions []string `toml:"overlay_options"`
+	RemapIDs       bool     `toml:"remap_ids"`
+	FUSEHelper     string   `toml:"fuse_helper"`
+}
+
+// Layers says how layers are handled.
+type Layers struct {
+	Durability string   `toml:"durability"`
+	Workers    int      `toml:"workers"`
+	Settle     Duration `toml:"settle"`
+	MaxSize    Size     `toml:"max_size"`
+	MaxEntries int64    `toml:"max_entries"`
+}
+
+// Metrics says where the daemon can be watched.
+type Metrics struct {
+	Address string `toml:"address"`
+	Pprof   bool   `toml:"pprof"`
+}
+
+// The values of Layers.Durability.
+const (
+	// DurabilityPack keeps a copy of each streamed blob below the root, where the pool does not survive a reboot.
+	DurabilityPack = "pack"
+	// DurabilityContent relies on containerd to keep the blobs.
+	DurabilityContent = "content"
+)
+
+// kinds and drivers are what the keys may say. The packages behind them are not imported: a configuration can be
+// checked on a machine that has none of it.
+var (
+	kinds        = []string{"file", "tmpfs", "hugetlbfs", "pmem", "devdax", "dmabuf", "phys"}
+	drivers      = []string{"auto", "erofs", "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse"}
+	durabilities = []string{DurabilityPack, DurabilityContent}
+	levels       = []string{"trace", "debug", "info", "warn", "error", "fatal"}
+	formats      = []string{"text", "json"}
+)
+
+// Default returns the configuration that holds without a file.
+func Default() *Config {
+	return &Config{
+		Root:       "/var/lib/daxfs-snapshotter",
+		Address:    "/run/daxfs-snapshotter/daxfs.sock",
+		Log:        Log{Level: "info", Format: "text"},
+		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
+		Pool:       Pool{Kind: "file"},
+		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true, FUSEHelper: "daxfs"},
+		Layers: Layers{
+			Durability: DurabilityPack, Workers: 2, Settle: Duration(3 * time.Second),
+			MaxSize: 1 << 40, MaxEntries: 4 << 20,
+		},
+	}
+}
+
+// Load reads the file at path over the defaults and validates the result. If path is DefaultPath the file may be missing.
+func Load(path string) (*Config, error) {
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && path == DefaultPath {
+		c := Default()
+		return c, c.Validate()
+	}
+	if err != nil {
+		return nil, err
+	}
+	c, err := Parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// Parse reads the text of a file over the defaults and validates the result.
+func Parse(raw []byte) (*Config, error) {
+	c := Default()
+	d := toml.NewDecoder(bytes.NewReader(raw)).DisallowUnknownFields()
+	if err := d.Decode(c); err != nil {
+		return nil, explain(err)
+	}
+	return c, c.Validate()
+}
+
+// explain makes one line of what the decoder found wrong.
+func explain(err error) error {
+	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		var errs []error
+		for _, e := range strict.Errors {
+			line, _ := e.Position()
+			errs = append(errs, fmt.Errorf("line %d: unknown key %q", line, strings.Join(e.Key(), ".")))
+		}
+		return errors.Join(errs...)
+	}
+	if de, ok := errors.AsType[*toml.DecodeError](err); ok {
+		line, col := de.Position()
+		if key := strings.Join(de.Key(), "."); key != "" {
+			return fmt.Errorf("line %d, column %d: key %q: %w", line, col, key, err)
+		}
+		return fmt.Errorf("line %d, column %d: %w", line, col, err)
+	}
+	return err
+}
+
+// Validate returns everything that is wrong with the configuration, each error with its key.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(key string, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("key %q: "+format, append([]any{key}, args...)...))
+	}
+	oneOf := func(key, value string, allowed []string) {
+		if !slices.Contains(allowed, value) {
+			bad(key, "%q is not one of %q", value, allowed)
+		}
+	}
+	for _, p := range []struct{ key, value string }{
+		{"root", c.Root}, {"address", c.Address}, {"containerd.address", c.Containerd.Address},
+	} {
+		if !filepath.IsAbs(p.value) {
+			bad(p.key, "%q is not an absolute path", p.value)
+		}
+	}
+	if strings.ContainsAny(c.Root, ":,\\") {
+		// Directories below it become overlay mount options.
+		bad("root", "%q contains a colon, comma or backslash", c.Root)
+	}
+	if len(c.Address) > 107 {
+		bad("address", "%q has %d bytes, a unix socket can have 107", c.Address, len(c.Address))
+	}
+	oneOf("log.level", c.Log.Level, levels)
+	oneOf("log.format", c.Log.Format, formats)
+	oneOf("pool.kind", c.Pool.Kind, kinds)
+	oneOf("mount.driver", c.Mount.Driver, drivers)
+	oneOf("layers.durability", c.Layers.Durability, durabilities)
+	errs = append(errs, c.Pool.validate()...)
+	if c.Mount.FUSEHelper == "" {
+		bad("mount.fuse_helper", "is empty, expected a program")
+	}
+	if c.Layers.Workers < 1 || c.Layers.Workers > 64 {
+		bad("layers.workers", "%d is not in 1 to 64", c.Layers.Workers)
+	}
+	if c.Layers.Settle <= 0 {
+		bad("layers.settle", "%s is not positive", time.Duration(c.Layers.Settle))
+	}
+	if c.Layers.MaxSize < 1 {
+		bad("layers.max_size", "%d is not positive", int64(c.Layers.MaxSize))
+	}
+	if c.Layers.MaxEntries < 1 {
+		bad("layers.max_entries", "%d is not positive", c.Layers.MaxEntries)
+	}
+	if c.Metrics.Pprof && c.Metrics.Address == "" {
+		bad("metrics.pprof", "needs metrics.address")
+	}
+	return errors.Join(errs...)
+}
+
+func (p *Pool) validate() []error {
+	var errs []error
+	if p.Size < 0 {
+		errs = append(errs, fmt.Errorf("key %q: %d is negative", "pool.size", int64(p.Size)))
+	}
+	if p.Path != "" && !filepath.IsAbs(p.Path) {
+		errs = append(errs, fmt.Errorf("key %q: %q is not an absolute path", "pool.path", p.Path))
+	}
+	switch p.Kind {
+	case "file", "tmpfs", "phys":
+	default:
+		// A device is never taken without being named.
+		if p.Path == "" && slices.Contains(kinds, p.Kind) {
+			errs = append(errs, fmt.Errorf("key %q: is empty, a pool of kind %q needs it", "pool.path", p.Kind))
+		}
+	}
+	if p.Kind == "phys" && (p.Phys == 0 || p.Size == 0) {
+		errs = append(errs, fmt.Errorf("keys %q and %q: a pool of kind %q needs both", "pool.phys", "pool.size", p.Kind))
+	}
+	if p.Kind != "phys" && p.Phys != 0 {
+		errs = append(errs, fmt.Errorf("key %q: a pool of kind %q has none", "pool.phys", p.Kind))
+	}
+	return errs
+}

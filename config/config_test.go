@@ -1,0 +1,145 @@
+package config_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/config"
+)
+
+func TestSampleIsDefault(t *testing.T) {
+	c, err := config.Parse(config.Sample)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := config.Default(); !reflect.DeepEqual(c, want) {
+		t.Fatalf("the sample says\n%+v\nthe default is\n%+v", c, want)
+	}
+}
+
+// TestSampleIsComplete finds the keys that the sample forgot.
+func TestSampleIsComplete(t *testing.T) {
+	var sample map[string]any
+	if err := toml.Unmarshal(config.Sample, &sample); err != nil {
+		t.Fatal(err)
+	}
+	var check func(prefix string, typ reflect.Type, have map[string]any)
+	check = func(prefix string, typ reflect.Type, have map[string]any) {
+		for f := range typ.Fields() {
+			key := f.Tag.Get("toml")
+			v, ok := have[key]
+			if !ok {
+				t.Errorf("the sample lacks %s%s", prefix, key)
+				continue
+			}
+			if f.Type.Kind() == reflect.Struct {
+				check(prefix+key+".", f.Type, v.(map[string]any))
+			}
+		}
+	}
+	check("", reflect.TypeFor[config.Config](), sample)
+}
+
+func TestParse(t *testing.T) {
+	c, err := config.Parse([]byte(`
+root = "/data/daxfs"
+[pool]
+kind = "tmpfs"
+size = "3GiB"
+[layers]
+settle = "250ms"
+max_size = 1000000
+[mount]
+overlay_options = ["volatile"]
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := config.Default()
+	want.Root = "/data/daxfs"
+	want.Pool.Kind, want.Pool.Size = "tmpfs", 3<<30
+	want.Layers.Settle, want.Layers.MaxSize = config.Duration(250*time.Millisecond), 1000000
+	want.Mount.OverlayOptions = []string{"volatile"}
+	if !reflect.DeepEqual(c, want) {
+		t.Fatalf("got\n%+v\nexpected\n%+v", c, want)
+	}
+}
+
+func TestRefused(t *testing.T) {
+	for _, tc := range []struct{ text, want string }{
+		{`rooot = "/x"`, `line 1: unknown key "rooot"`},
+		{"[pool]\nkindd = \"file\"\nsice = 1", `unknown key "pool.kindd"`},
+		{"[pool]\nkindd = \"file\"\nsice = 1", `line 3: unknown key "pool.sice"`},
+		{"[nothing]\nx = 1", `unknown key "nothing`},
+		{`root = 3`, `line 1`},
+		{`root = "relative"`, `key "root": "relative" is not an absolute path`},
+		{`root = "/a:b"`, `key "root"`},
+		{`address = "/` + strings.Repeat("x", 107) + `"`, `key "address"`},
+		{"[log]\nlevel = \"loud\"", `key "log.level": "loud" is not one of`},
+		{"[log]\nformat = \"xml\"", `key "log.format"`},
+		{"[pool]\nkind = \"ram\"", `key "pool.kind": "ram" is not one of`},
+		{"[pool]\nkind = \"pmem\"", `key "pool.path": is empty, a pool of kind "pmem" needs it`},
+		{"[pool]\nkind = \"phys\"\nsize = \"1GiB\"", `"pool.phys"`},
+		{"[pool]\nphys = 4096", `key "pool.phys"`},
+		{"[pool]\nsize = \"many\"", `size "many"`},
+		{"[pool]\nsize = -1", `key "pool.size"`},
+		{"[pool]\npath = \"pool\"", `key "pool.path"`},
+		{"[mount]\ndriver = \"erofs-tape\"", `key "mount.driver"`},
+		{"[mount]\nfuse_helper = \"\"", `key "mount.fuse_helper"`},
+		{"[layers]\ndurability = \"hope\"", `key "layers.durability"`},
+		{"[layers]\nworkers = 0", `key "layers.workers"`},
+		{"[layers]\nsettle = \"soon\"", `duration "soon"`},
+		{"[layers]\nsettle = \"0s\"", `key "layers.settle"`},
+		{"[layers]\nmax_size = 0", `key "layers.max_size"`},
+		{"[layers]\nmax_entries = 0", `key "layers.max_entries"`},
+		{"[metrics]\npprof = true", `key "metrics.pprof"`},
+		{"[metrics\n", `line 1`},
+	} {
+		_, err := config.Parse([]byte(tc.text))
+		if err == nil {
+			t.Errorf("%q was accepted, expected an error with %q", tc.text, tc.want)
+		} else if !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%q: error %q, expected one with %q", tc.text, err, tc.want)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "config.toml")
+	if _, err := config.Load(file); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("a named file that is missing: %v", err)
+	}
+	if err := os.WriteFile(file, []byte("x = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := config.Load(file); err == nil || !strings.Contains(err.Error(), file) {
+		t.Fatalf("error %v, expected one that names %q", err, file)
+	}
+	if err := os.WriteFile(file, config.Sample, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := config.Load(file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(config.Sample)
+	f.Add([]byte("[pool]\nsize = \"3GiB\""))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := config.Parse(text)
+		if err == nil {
+			if err := c.Validate(); err != nil {
+				t.Fatalf("accepted, but %v", err)
+			}
+		}
+	})
+}

@@ -1,0 +1,34 @@
+package config
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/docker/go-units"
+)
+
+// Size is a number of bytes, written as a number or with a unit in powers of 1024: "64 GiB", "512m".
+type Size int64
+
+// UnmarshalText reads a size.
+func (s *Size) UnmarshalText(text []byte) error {
+	n, err := units.RAMInBytes(string(text))
+	if err != nil {
+		return fmt.Errorf("size %q: expected a number with an optional unit, such as \"64GiB\"", text)
+	}
+	*s = Size(n)
+	return nil
+}
+
+// Duration is a time span, written as in Go: "3s", "1m30s".
+type Duration time.Duration
+
+// UnmarshalText reads a duration.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	if err != nil {
+		return fmt.Errorf("duration %q: expected a number with a unit, such as \"3s\"", text)
+	}
+	*d = Duration(v)
+	return nil
+}
