@@ -63,7 +63,7 @@ type Source uint8
 const (
 	// FromTarStream marks a layer whose entries carry what a tar header carries: xattrs of a directory are laid over
 	// those that it has already.
-	FromTarStream Source = iota + 1
+	FromTarStream Source = iota
 	// FromDirectory marks a layer whose entries carry all attributes of an inode on disk: they replace what was there.
 	FromDirectory
 )

@@ -77,9 +77,6 @@ func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 		// containerd leaves the root directory alone whatever a "./" entry says.
 		return nil
 	}
-	if err := t.lim.checkPath(name); err != nil {
-		return err
-	}
 	if hdr.PAXRecords != nil {
 		// Names out of PAX records are slices of all records of the entry, which may be a megabyte.
 		name = strings.Clone(name)
@@ -87,6 +84,9 @@ func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 	dir, base := path.Split(name)
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return t.whiteout(dir, base)
+	}
+	if err := t.lim.checkPath(name); err != nil {
+		return err
 	}
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		// Its records are ignored, but its name is cleared like that of any entry, and nothing put there.
@@ -102,17 +102,21 @@ func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 	return t.add(c)
 }
 
-// whiteout handles the names that do not stand for files. The prefix counts for entries of every type.
+// whiteout handles the names that do not stand for files. The prefix counts for entries of every type. Limits are those of
+// the path it speaks of: the whiteout of a name of 255 bytes has one of 259.
 func (t *tarReader) whiteout(dir, base string) error {
-	if base == opaqueMarker {
-		return t.add(Change{Op: OpOpaque, Path: strings.TrimSuffix(dir, "/")})
+	c := Change{Op: OpOpaque, Path: strings.TrimSuffix(dir, "/")}
+	if base != opaqueMarker {
+		hidden := base[len(whiteoutPrefix):]
+		if hidden == "" || hidden == "." || hidden == ".." {
+			return invalidf("whiteout of %q", hidden)
+		}
+		c = Change{Op: OpRemove, Path: dir + hidden}
 	}
-	switch hidden := base[len(whiteoutPrefix):]; hidden {
-	case "", ".", "..":
-		return invalidf("whiteout of %q", hidden)
-	default:
-		return t.add(Change{Op: OpRemove, Path: dir + hidden})
+	if err := t.lim.checkPath(c.Path); err != nil {
+		return err
 	}
+	return t.add(c)
 }
 
 // attributes fills in all that does not depend on the type.

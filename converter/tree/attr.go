@@ -2,6 +2,7 @@ package tree
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -11,15 +12,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-const permissions = 0o7777
+const (
+	permissions = 0o7777
+	capability  = "security.capability"
+)
 
-// implied gives a directory that no entry of the layer describes its attributes.
-func (m *merger) implied(n *daxfs.Node) error {
-	n.Mode = unix.S_IFDIR | 0o755
-	return nil
-}
-
-// setAttributes gives an inode of the tree the attributes of an entry.
+// setAttributes gives an inode of the tree the attributes of an entry, with the system calls of containerd's applier in
+// mind: chown, setxattr, chmod, utimes.
 func (m *merger) setAttributes(n, from *daxfs.Node) error {
 	n.Mtime = from.Mtime
 	if m.exact {
@@ -31,32 +30,83 @@ func (m *merger) setAttributes(n, from *daxfs.Node) error {
 		}
 		return nil
 	}
+	chown(n, from.UID, from.GID)
 	kind := n.Mode & unix.S_IFMT
-	if from.UID != layer.KeepID {
-		n.UID = from.UID
-	}
-	if from.GID != layer.KeepID {
-		n.GID = from.GID
-	}
 	for _, x := range from.Xattrs {
-		if strings.HasPrefix(x.Name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR {
-			continue // the kernel refuses it, containerd ignores that
+		switch {
+		case x.Name == aclAccess || x.Name == aclDefault:
+			if err := setACL(n, x); err != nil {
+				return fmt.Errorf("xattr %q: %w", x.Name, err)
+			}
+		case strings.HasPrefix(x.Name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR:
+			// The kernel refuses it, containerd ignores that.
+		default:
+			setXattr(n, x)
 		}
-		setXattr(n, x)
 	}
 	if kind != unix.S_IFLNK {
-		n.Mode = kind | from.Mode&permissions
+		chmod(n, from.Mode)
+	}
+	if len(from.Xattrs) > 0 {
+		return checkXattrList(n)
 	}
 	return nil
+}
+
+// chown sets the owner as chown(2) does, which takes the capabilities of a program away.
+func chown(n *daxfs.Node, uid, gid uint32) {
+	if uid != layer.KeepID {
+		n.UID = uid
+	}
+	if gid != layer.KeepID {
+		n.GID = gid
+	}
+	if n.Mode&unix.S_IFMT != unix.S_IFDIR {
+		removeXattr(n, capability)
+	}
+}
+
+// The tree keeps the attributes of an inode sorted by name: a hostile layer may have thousands of them.
+
+func findXattr(n *daxfs.Node, name string) (int, bool) {
+	return slices.BinarySearchFunc(n.Xattrs, name, func(x daxfs.Xattr, name string) int { return strings.Compare(x.Name, name) })
+}
+
+func getXattr(n *daxfs.Node, name string) ([]byte, bool) {
+	i, ok := findXattr(n, name)
+	if !ok {
+		return nil, false
+	}
+	return n.Xattrs[i].Value, true
 }
 
 // setXattr sets an attribute to a copy of its value.
 func setXattr(n *daxfs.Node, x daxfs.Xattr) {
 	x.Value = bytes.Clone(x.Value)
-	i := slices.IndexFunc(n.Xattrs, func(y daxfs.Xattr) bool { return y.Name == x.Name })
-	if i < 0 {
-		n.Xattrs = append(n.Xattrs, x)
+	i, ok := findXattr(n, x.Name)
+	if ok {
+		n.Xattrs[i] = x
 		return
 	}
-	n.Xattrs[i] = x
+	n.Xattrs = slices.Insert(n.Xattrs, i, x)
+}
+
+func removeXattr(n *daxfs.Node, name string) {
+	if i, ok := findXattr(n, name); ok {
+		n.Xattrs = slices.Delete(n.Xattrs, i, i+1)
+	}
+}
+
+// maxXattrList is what listxattr(2) can return: names with a NUL each.
+const maxXattrList = 64 << 10
+
+func checkXattrList(n *daxfs.Node) error {
+	total := 0
+	for _, x := range n.Xattrs {
+		total += len(x.Name) + 1
+	}
+	if total > maxXattrList {
+		return fmt.Errorf("%w: more than %d bytes of xattr names", layer.ErrLimit, maxXattrList)
+	}
+	return nil
 }

@@ -136,9 +136,7 @@ func (m *merger) change(c *layer.Change) error {
 		return nil
 	}
 	if c.Path == "" {
-		m.setAttributes(m.root, c.Node)
-		m.root.Mtime = c.Node.Mtime
-		return nil
+		return m.setAttributes(m.root, c.Node)
 	}
 	parent, name := split(c.Path)
 	dir, err := m.mkdir(parent)
@@ -191,15 +189,18 @@ func (m *merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 	return m.setAttributes(n, from)
 }
 
-// create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory.
+// create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory, and ACLs.
 func (m *merger) create(dir *daxfs.Node, name string, kind uint32) *daxfs.Node {
 	n := m.node()
 	n.Mode = kind
 	if kind == unix.S_IFLNK {
 		n.Mode |= 0o777
 	}
-	if !m.exact && dir.Mode&unix.S_ISGID != 0 {
-		n.GID = dir.GID
+	if !m.exact {
+		if dir.Mode&unix.S_ISGID != 0 {
+			n.GID = dir.GID
+		}
+		inheritACL(n, dir)
 	}
 	m.enter(dir, name, n)
 	return n

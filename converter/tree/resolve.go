@@ -62,9 +62,7 @@ func (m *merger) descend(p string) (*daxfs.Node, bool, error) {
 			}
 			// Nothing below can be a link, so nothing is made in vain.
 			n = m.create(dir, name, unix.S_IFDIR)
-			if err := m.implied(n); err != nil {
-				return nil, false, err
-			}
+			chmod(n, 0o755)
 		}
 		switch n.Mode & unix.S_IFMT {
 		case unix.S_IFDIR:

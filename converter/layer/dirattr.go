@@ -1,0 +1,110 @@
+package layer
+
+import (
+	"bytes"
+	"errors"
+	"math"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// overlayMarks is what overlayfs has noted about an inode in its extended attributes.
+type overlayMarks struct {
+	opaque    bool // hides the directory below
+	whiteouts bool // files of the directory may be whiteouts in xattr form
+	whiteout  bool
+	redirect  bool
+	metacopy  bool
+}
+
+// attributes returns the attributes of the inode behind f, which may be an O_PATH descriptor.
+func (d *dirReader) attributes(f *os.File, st *unix.Stat_t) (*daxfs.Node, overlayMarks, error) {
+	n := d.node()
+	n.Mode, n.UID, n.GID = st.Mode, st.Uid, st.Gid
+	n.Mtime = daxfs.Time{Sec: st.Mtim.Sec, Nsec: uint32(st.Mtim.Nsec)}
+	marks, err := d.xattrs(f, n)
+	return n, marks, err
+}
+
+// xattrs reads the extended attributes of an inode, all of them or an error.
+func (d *dirReader) xattrs(f *os.File, n *daxfs.Node) (marks overlayMarks, err error) {
+	self := selfPath(f)
+	d.list, err = grow(d.list, func(b []byte) (int, error) { return unix.Listxattr(self, b) })
+	if errors.Is(err, unix.ENOTSUP) {
+		return marks, nil
+	}
+	if err != nil {
+		return marks, os.NewSyscallError("listxattr", err)
+	}
+	total := int64(0)
+	for list := d.list; len(list) > 0; {
+		raw, rest, _ := bytes.Cut(list, []byte{0})
+		list = rest
+		name := string(raw)
+		d.value, err = grow(d.value, func(b []byte) (int, error) { return unix.Getxattr(self, name, b) })
+		if err != nil {
+			return marks, os.NewSyscallError("getxattr "+name, err)
+		}
+		name, ours := overlayXattr(name, d.value, &marks)
+		if ours {
+			d.layer.Stats.IgnoredXattrs++
+			continue
+		}
+		total += int64(len(name) + len(d.value))
+		if total > d.lim.MaxXattrBytes {
+			return marks, limitError("bytes of xattrs of one entry", d.lim.MaxXattrBytes)
+		}
+		n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: name, Value: bytes.Clone(d.value)})
+	}
+	return marks, d.sealXattrs(n, total)
+}
+
+// grow calls read with ever larger buffers until the answer fits, and returns the answer. It reuses b.
+func grow(b []byte, read func([]byte) (int, error)) ([]byte, error) {
+	b = b[:cap(b)]
+	for {
+		if len(b) == 0 {
+			b = make([]byte, 1024)
+		}
+		n, err := read(b)
+		if errors.Is(err, unix.ERANGE) && len(b) < math.MaxUint16+1 {
+			b = make([]byte, 4*len(b))
+			continue
+		}
+		if err != nil {
+			return b[:0], err
+		}
+		return b[:n], nil
+	}
+}
+
+// overlayXattr looks at one attribute. If it is private to overlayfs it notes what it says and returns true. An attribute
+// that overlayfs escaped because it belongs to an overlay inside the overlay gets its own name back.
+func overlayXattr(name string, value []byte, marks *overlayMarks) (string, bool) {
+	for _, prefix := range []string{"trusted.overlay.", "user.overlay."} {
+		key, ok := strings.CutPrefix(name, prefix)
+		if !ok {
+			continue
+		}
+		if inner, escaped := strings.CutPrefix(key, "overlay."); escaped {
+			return prefix + inner, false
+		}
+		switch key {
+		case "opaque":
+			marks.opaque = marks.opaque || string(value) == "y"
+			marks.whiteouts = marks.whiteouts || string(value) == "x"
+		case "whiteout":
+			marks.whiteout = true
+		case "redirect":
+			marks.redirect = true
+		case "metacopy":
+			marks.metacopy = true
+		}
+		return "", true
+	}
+	return name, false
+}
