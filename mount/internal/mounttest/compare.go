@@ -2,6 +2,7 @@ package mounttest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -155,12 +156,28 @@ func sameBytes(a, b string) error {
 	return nil
 }
 
-// readall is a helper that reads every regular file below each of the directories once, and lists and stats everything.
+// readall is a helper that walks each of the directories once: it lists and stats everything, reads every regular file and
+// every link, and asks for a name that does not exist in every directory.
 func readall(args []string) error {
 	for _, root := range args {
 		err := filepath.WalkDir(root, func(path string, de fs.DirEntry, err error) error {
-			if err != nil || !de.Type().IsRegular() {
+			if err != nil {
 				return err
+			}
+			if _, err := de.Info(); err != nil {
+				return err
+			}
+			switch {
+			case de.Type()&fs.ModeSymlink != 0:
+				_, err := os.Readlink(path)
+				return err
+			case de.IsDir():
+				if _, err := os.Lstat(filepath.Join(path, "no such name")); !errors.Is(err, fs.ErrNotExist) {
+					return fmt.Errorf("%q: a name that does not exist: %w", path, err)
+				}
+				return nil
+			case !de.Type().IsRegular():
+				return nil
 			}
 			f, err := os.Open(path)
 			if err != nil {

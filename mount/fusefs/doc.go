@@ -1,0 +1,27 @@
+// Package fusefs serves the EROFS half of an image through FUSE: the way that works with any memory that can be mapped, on
+// kernels without EROFS or loop devices.
+//
+// The image never changes, so the kernel is told to keep everything: names (those that do not exist too), attributes, link
+// targets, listings and contents, without end. Open and opendir are answered with ENOSYS, after which the kernel stops
+// asking. A second walk over a tree then never leaves the kernel, and N containers share one page-cache copy.
+//
+// The server holds no state per file. A FUSE node number is the nid of the inode in the image plus a constant, so there is
+// nothing to remember, nothing to forget, and stat(2) shows the inode numbers that an EROFS mount shows. Replies to reads
+// are written to the kernel straight from the mapped image: no buffer, no copy and no allocation in between.
+//
+// # Why not passthrough
+//
+// FUSE passthrough (Linux 6.9) lets the kernel read a backing file itself, without a second copy in the page cache. It maps
+// a file to a whole backing file, offset 0 to offset 0. In an image and in a pool all files lie in one big file at some
+// offset, which passthrough cannot express.
+//
+// # The server is a process of its own
+//
+// Driver starts it, in a session of its own, and it ends when its file system is unmounted. Stopping or upgrading the daemon
+// must not stop it: containers would lose their root. Under systemd that takes KillMode=process in the unit of the
+// daemon, else systemd kills the whole control group. A server that dies all the same leaves a mount on which everything
+// fails with ENOTCONN ("transport endpoint is not connected"); mount.Table notices and mounts the image anew for later
+// containers, those that ran keep the dead mount and must be restarted.
+//
+// Never read from a mount in the process that serves it: a page fault there waits for the very threads that it stops.
+package fusefs

@@ -1,0 +1,350 @@
+package fusefs
+
+import (
+	"errors"
+	"io/fs"
+	"log"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// forever is the timeout of what the kernel may keep, in seconds: the longest that the kernel does not cut off.
+const forever = 1 << 40
+
+// server answers requests from an image. All of its methods are safe for concurrent use.
+type server struct {
+	fuse.RawFileSystem // everything that is not here is ENOSYS, and the kernel does not ask twice
+
+	img *daxfs.FS
+	log *log.Logger
+	// Counters of this server.
+	count Counters
+	// noOpen and noOpendir: the kernel takes ENOSYS for "never ask again, and keep the cache".
+	noOpen, noOpendir atomic.Bool
+	// noXattrs is set as soon as it is known that no inode has any. Then getxattr(2), which every exec, every ACL check and
+	// every lookup of an overlay does, is answered once with ENOSYS, and never asked again. Listing is rare, and a
+	// program that lists is better off with an empty list than with EOPNOTSUPP.
+	noXattrs atomic.Bool
+
+	logged sync.Map // nid of inodes whose damage was logged
+}
+
+func newServer(img *daxfs.FS, l *log.Logger) *server {
+	return &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), img: img, log: l}
+}
+
+// String names the file system type: "fuse.daxfs".
+func (s *server) String() string { return "daxfs" }
+
+// Init learns what the kernel can do.
+func (s *server) Init(srv *fuse.Server) {
+	flags := srv.KernelSettings().Flags64()
+	s.noOpen.Store(flags&fuse.CAP_NO_OPEN_SUPPORT != 0)
+	s.noOpendir.Store(flags&fuse.CAP_NO_OPENDIR_SUPPORT != 0)
+}
+
+// A node number is nid + 2: 0 means "no such name" and 1 is the root.
+const nodeBias = 2
+
+func (s *server) node(nid uint64) uint64 {
+	if nid == s.img.Root() {
+		return fuse.FUSE_ROOT_ID
+	}
+	return nid + nodeBias
+}
+
+func (s *server) nid(node uint64) uint64 {
+	if node == fuse.FUSE_ROOT_ID {
+		return s.img.Root()
+	}
+	return node - nodeBias
+}
+
+func (s *server) inode(node uint64) (daxfs.Inode, fuse.Status) {
+	// A file below the mapping that shrank, or memory that failed, is a fault here. It becomes a panic, which go-fuse turns
+	// into EIO, instead of the end of the process and of every container on it.
+	debug.SetPanicOnFault(true)
+	nid := s.nid(node)
+	in, err := s.img.Inode(nid)
+	if err != nil {
+		return in, s.errno(nid, err)
+	}
+	return in, fuse.OK
+}
+
+// errno translates, and logs damage once per inode.
+func (s *server) errno(nid uint64, err error) fuse.Status {
+	var e syscall.Errno
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fuse.ENOENT
+	case errors.As(err, &e):
+		return fuse.Status(e)
+	}
+	if _, dup := s.logged.LoadOrStore(nid, struct{}{}); !dup {
+		s.log.Printf("inode %d: %v", nid, err)
+	}
+	if errors.Is(err, daxfs.ErrCorrupt) {
+		return fuse.Status(unix.EUCLEAN)
+	}
+	return fuse.EIO
+}
+
+func fill(a *fuse.Attr, in *daxfs.Inode) {
+	*a = fuse.Attr{
+		Ino: in.Nid, Size: uint64(in.Size), Blocks: uint64(in.Size+511) / 512, Mode: in.Mode, Nlink: in.Nlink,
+		Owner: fuse.Owner{Uid: in.UID, Gid: in.GID}, Rdev: uint32(in.Rdev), Blksize: daxfs.BlockSize,
+		// The image has one time. EROFS shows it as all three.
+		Mtime: uint64(in.Mtime.Sec), Mtimensec: in.Mtime.Nsec, Atime: uint64(in.Mtime.Sec), Atimensec: in.Mtime.Nsec,
+		Ctime: uint64(in.Mtime.Sec), Ctimensec: in.Mtime.Nsec,
+	}
+}
+
+func (s *server) entry(out *fuse.EntryOut, in *daxfs.Inode) {
+	out.NodeId, out.Generation, out.EntryValid, out.AttrValid = s.node(in.Nid), 1, forever, forever
+	fill(&out.Attr, in)
+}
+
+// Lookup implements fuse.RawFileSystem.
+func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	s.count.Lookup.Add(1)
+	dir, st := s.inode(h.NodeId)
+	if !st.Ok() {
+		return st
+	}
+	nid, err := dir.Lookup(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		out.NodeId, out.EntryValid = 0, forever // the kernel remembers that there is none
+		return fuse.OK
+	}
+	if err != nil {
+		return s.errno(dir.Nid, err)
+	}
+	in, st := s.inode(nid + nodeBias)
+	if !st.Ok() {
+		return st
+	}
+	s.entry(out, &in)
+	return fuse.OK
+}
+
+// GetAttr implements fuse.RawFileSystem.
+func (s *server) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	s.count.GetAttr.Add(1)
+	i, st := s.inode(in.NodeId)
+	if !st.Ok() {
+		return st
+	}
+	out.AttrValid = forever
+	fill(&out.Attr, &i)
+	return fuse.OK
+}
+
+// Forget implements fuse.RawFileSystem: there is nothing to forget.
+func (s *server) Forget(uint64, uint64) {}
+
+// Readlink implements fuse.RawFileSystem.
+func (s *server) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {
+	s.count.Readlink.Add(1)
+	in, st := s.inode(h.NodeId)
+	if !st.Ok() {
+		return nil, st
+	}
+	target, err := in.Target()
+	if err != nil {
+		return nil, s.errno(in.Nid, err)
+	}
+	return []byte(target), fuse.OK
+}
+
+// Open implements fuse.RawFileSystem.
+func (s *server) Open(_ <-chan struct{}, _ *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	s.count.Open.Add(1)
+	if s.noOpen.Load() {
+		return fuse.ENOSYS
+	}
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE
+	return fuse.OK
+}
+
+// OpenDir implements fuse.RawFileSystem.
+func (s *server) OpenDir(_ <-chan struct{}, _ *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	s.count.OpenDir.Add(1)
+	if s.noOpendir.Load() {
+		return fuse.ENOSYS
+	}
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_CACHE_DIR
+	return fuse.OK
+}
+
+// view is a reply to a read: bytes of the mapped image. go-fuse asks for them once and then calls Done.
+type view struct{ b []byte }
+
+var views = sync.Pool{New: func() any { return new(view) }}
+
+func (v *view) Bytes([]byte) ([]byte, fuse.Status) { return v.b, fuse.OK }
+func (v *view) Size() int                          { return len(v.b) }
+func (v *view) Done()                              { v.b = nil; views.Put(v) }
+
+// Read implements fuse.RawFileSystem.
+func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	s.count.Read.Add(1)
+	in, st := s.inode(r.NodeId)
+	if !st.Ok() {
+		return nil, st
+	}
+	if !in.IsRegular() {
+		return nil, fuse.EINVAL
+	}
+	v := views.Get().(*view)
+	var err error
+	v.b, err = in.View(int64(r.Offset), int(r.Size))
+	if err == nil && len(v.b) < int(r.Size) && int64(r.Offset)+int64(len(v.b)) < in.Size {
+		// The contents are in pieces, and a short reply would be taken for the end of the file.
+		var n int
+		n, err = in.ReadAt(buf[:min(int64(r.Size), in.Size-int64(r.Offset))], int64(r.Offset))
+		v.b = buf[:n]
+	}
+	if err != nil {
+		v.Done()
+		return nil, s.errno(in.Nid, err)
+	}
+	s.count.ReadBytes.Add(uint64(len(v.b)))
+	return v, fuse.OK
+}
+
+// Directory offsets: 0 is ".", 1 is "..", then the cursors of the image plus 2. A cursor after an entry is never 0.
+
+// ReadDir implements fuse.RawFileSystem.
+func (s *server) ReadDir(_ <-chan struct{}, r *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return s.readDir(r, out.AddDirEntry)
+}
+
+// ReadDirPlus implements fuse.RawFileSystem.
+func (s *server) ReadDirPlus(_ <-chan struct{}, r *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return s.readDir(r, func(e fuse.DirEntry) bool {
+		o := out.AddDirLookupEntry(e)
+		if o == nil {
+			return false
+		}
+		if e.Name == "." || e.Name == ".." {
+			return true // no node: the kernel makes no entry for them
+		}
+		in, st := s.inode(e.Ino + nodeBias)
+		if st.Ok() {
+			s.entry(o, &in)
+		} // else the name is listed, and looking it up gives the error
+		return true
+	})
+}
+
+func (s *server) readDir(r *fuse.ReadIn, add func(fuse.DirEntry) bool) fuse.Status {
+	s.count.ReadDir.Add(1)
+	dir, st := s.inode(r.NodeId)
+	if !st.Ok() {
+		return st
+	}
+	off := r.Offset
+	if off == 0 {
+		if !add(fuse.DirEntry{Name: ".", Mode: unix.S_IFDIR, Ino: dir.Nid, Off: 1}) {
+			return fuse.OK
+		}
+		off = 1
+	}
+	if off == 1 {
+		// The parent is known to the kernel; nothing that looks at a listing's number for ".." can rely on it.
+		if !add(fuse.DirEntry{Name: "..", Mode: unix.S_IFDIR, Ino: fuse.FUSE_UNKNOWN_INO, Off: 2}) {
+			return fuse.OK
+		}
+		off = 2
+	}
+	err := dir.Entries(int64(off-2), func(e daxfs.Dirent) bool {
+		return add(fuse.DirEntry{Name: e.Name, Mode: e.Type, Ino: e.Nid, Off: uint64(e.Next) + 2})
+	})
+	if err != nil {
+		return s.errno(dir.Nid, err)
+	}
+	return fuse.OK
+}
+
+// GetXAttr implements fuse.RawFileSystem.
+func (s *server) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
+	s.count.GetXattr.Add(1)
+	if s.noXattrs.Load() {
+		return 0, fuse.ENOSYS
+	}
+	in, st := s.inode(h.NodeId)
+	if !st.Ok() {
+		return 0, st
+	}
+	val, ok, err := in.Xattr(name)
+	switch {
+	case err != nil:
+		return 0, s.errno(in.Nid, err)
+	case !ok:
+		return 0, fuse.ENODATA
+	case len(val) > len(dest):
+		return uint32(len(val)), fuse.ERANGE
+	}
+	return uint32(copy(dest, val)), fuse.OK
+}
+
+// ListXAttr implements fuse.RawFileSystem.
+func (s *server) ListXAttr(_ <-chan struct{}, h *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
+	s.count.ListXattr.Add(1)
+	in, st := s.inode(h.NodeId)
+	if !st.Ok() {
+		return 0, st
+	}
+	xs, err := in.Xattrs()
+	if err != nil {
+		return 0, s.errno(in.Nid, err)
+	}
+	var list []byte
+	for _, x := range xs {
+		list = append(append(list, x.Name...), 0)
+	}
+	if len(list) > len(dest) {
+		return uint32(len(list)), fuse.ERANGE
+	}
+	return uint32(copy(dest, list)), fuse.OK
+}
+
+// StatFs implements fuse.RawFileSystem: as EROFS answers, all blocks used and none free.
+func (s *server) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	s.count.StatFS.Add(1)
+	sb := s.img.Super()
+	*out = fuse.StatfsOut{
+		Blocks: uint64(sb.Blocks), Files: sb.Inodes, Bsize: daxfs.BlockSize, Frsize: daxfs.BlockSize, NameLen: daxfs.MaxName,
+	}
+	return fuse.OK
+}
+
+// lookForXattrs sets noXattrs if no inode has an attribute. It reads all metadata once.
+func (s *server) lookForXattrs() {
+	debug.SetPanicOnFault(true)
+	defer func() {
+		if p := recover(); p != nil {
+			s.log.Printf("while looking for xattrs: %v", p)
+		}
+	}()
+	found := errors.New("found")
+	err := s.img.Walk(func(_ string, in daxfs.Inode) error {
+		xs, err := in.Xattrs()
+		if err != nil {
+			return err
+		}
+		if len(xs) > 0 {
+			return found
+		}
+		return nil
+	})
+	s.noXattrs.Store(err == nil)
+}

@@ -1,0 +1,429 @@
+package fusefs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+func TestMain(m *testing.M) {
+	mounttest.Main(m, map[string]func([]string) error{"serve": serve, "overlay": overlay, "getxattr": getxattr})
+}
+
+// serve is the server process, as the daxfs program runs it.
+func serve(args []string) error {
+	f := flag.NewFlagSet("serve", flag.ContinueOnError)
+	off, size := f.Int64("offset", 0, ""), f.Int64("size", 0, "")
+	name, fd := f.String("name", "", ""), f.Int("ready-fd", -1, "")
+	suid, dev := f.Bool("suid", false, ""), f.Bool("dev", false, "")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	c := Config{Path: f.Arg(0), Dir: f.Arg(1), Name: *name, Off: *off, Size: *size, Restrict: !*suid || !*dev}
+	return Run(context.Background(), c, func(err error) { Ready(os.NewFile(uintptr(*fd), "ready"), err) })
+}
+
+// driver starts this test binary as its server.
+func driver() Driver {
+	cmd := mounttest.Command("serve")
+	return Driver{Command: []string{cmd.Path}, Env: cmd.Env}
+}
+
+func source(t testing.TB, tree string) mount.Source {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	mounttest.Mkfs(t, tree, path)
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mount.Source{Key: tree, Size: st.Size(), Region: region.Info{Kind: region.KindFile, Path: path, FD: -1}}
+}
+
+func needFuse(t testing.TB) {
+	t.Helper()
+	mounttest.Root(t)
+	if err := driver().Probe(context.Background(), region.Info{Kind: region.KindFile, Path: "/"}); err != nil {
+		t.Skip(err)
+	}
+}
+
+// serverOf returns the pid of the server of a mount, from its command line; 0 if there is none.
+func serverOf(t *testing.T, dir string) int {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range all {
+		b, err := os.ReadFile(name)
+		if err == nil && bytes.HasSuffix(b, []byte("\x00"+dir+"\x00")) && bytes.Contains(b, []byte("--ready-fd")) {
+			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	return 0
+}
+
+// eventually waits for what happens in another process.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for range 500 {
+		if ok() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%s: not within 5 seconds", what)
+}
+
+func TestServes(t *testing.T) {
+	needFuse(t)
+	tree := mounttest.Tree(t)
+	src := source(t, tree)
+	d, dir := driver(), t.TempDir()
+	if err := d.Mount(t.Context(), src, dir); err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Detach(dir)
+	mounttest.Same(t, tree, dir)
+	if err := d.Match(t.Context(), src, dir); err != nil {
+		t.Error(err)
+	}
+	other := src
+	other.Off = 4096
+	if err := d.Match(t.Context(), other, dir); err == nil {
+		t.Error("the mount of one window was taken for that of another")
+	}
+	if err := d.Mount(t.Context(), src, dir); err == nil {
+		t.Error("mounted on top of another mount")
+	}
+	pid := serverOf(t, dir)
+	if pid == 0 {
+		t.Fatal("no server process")
+	}
+	if sid, err := unix.Getsid(pid); err != nil || sid != pid {
+		t.Errorf("the server is in session %d, %v; expected one of its own, %d", sid, err, pid)
+	}
+	// A signal that would end other programs does not take the file system away from its users.
+	hold := exec.Command("sleep", "60")
+	hold.Dir = dir
+	if err := hold.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Unmount(t.Context(), dir); !errors.Is(err, mount.ErrBusy) {
+		t.Errorf("unmount in use: %v, expected ErrBusy", err)
+	}
+	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(600 * time.Millisecond) // longer than the server tries
+	mounttest.Same(t, tree, dir)
+	hold.Process.Kill()
+	hold.Wait()
+	if err := d.Unmount(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the server ends", func() bool { return unix.Kill(pid, 0) != nil })
+	if err := d.Unmount(t.Context(), dir); err != nil {
+		t.Errorf("second unmount: %v", err)
+	}
+}
+
+// start serves in this process; everything that looks at the mount must be another one.
+func start(t testing.TB, src mount.Source) (*Server, string) {
+	t.Helper()
+	dir := t.TempDir()
+	s, err := Start(Config{Path: src.Region.Path, Off: src.Off, Size: src.Size, Dir: dir, Log: t.Output()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Unmount(context.Background()); err != nil {
+			t.Error(err)
+			sys.Detach(dir)
+		}
+		<-s.Done()
+	})
+	return s, dir
+}
+
+func readAll(t testing.TB, dirs ...string) {
+	t.Helper()
+	if out, err := mounttest.Command("readall", dirs...).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// The kernel must not ask again for anything that it can keep: names, names that do not exist, attributes, listings, link
+// targets, contents. Only statfs has no cache.
+func TestSecondPassStaysInKernel(t *testing.T) {
+	needFuse(t)
+	s, dir := start(t, source(t, mounttest.Tree(t)))
+	readAll(t, dir)
+	first := s.Counters().Snapshot()
+	if first["readdir"] == 0 || first["readlink"] == 0 || first["read_bytes"] < 5<<20 {
+		t.Fatalf("the first pass asked for less than it needs: %v", first)
+	}
+	readAll(t, dir)
+	if second := s.Counters().Snapshot(); !maps.Equal(first, second) {
+		t.Errorf("the second pass left the kernel:\n%v\n%v", first, second)
+	}
+	if s.Counters().Open.Load() > 1 || s.Counters().OpenDir.Load() > 1 {
+		t.Errorf("the kernel went on to ask for open or opendir: %v", s.Counters())
+	}
+}
+
+// getxattr is a helper: it looks for a capability, as exec does.
+func getxattr(args []string) error {
+	_, err := unix.Lgetxattr(args[0], "security.capability", make([]byte, 64))
+	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil
+	}
+	return fmt.Errorf("getxattr: %w", err)
+}
+
+// An image without attributes stops the kernel from asking for them.
+func TestNoXattrsIsLearnt(t *testing.T) {
+	needFuse(t)
+	tree := t.TempDir()
+	if err := os.WriteFile(filepath.Join(tree, "f"), []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s, dir := start(t, source(t, tree))
+	eventually(t, "the server learns that there are no xattrs", s.fs.noXattrs.Load)
+	mounttest.Same(t, tree, dir)
+	for range 3 {
+		if out, err := mounttest.Command("getxattr", filepath.Join(dir, "f")).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	if c := s.Counters(); c.GetXattr.Load() > 1 {
+		t.Errorf("asked again: %v", c)
+	}
+}
+
+// overlay is a helper: it mounts an overlay over the lower directory and changes files through it, as a container does.
+func overlay(args []string) error {
+	lower, base := args[0], args[1]
+	for _, d := range []string{"upper", "work", "merged"} {
+		if err := os.MkdirAll(filepath.Join(base, d), 0o755); err != nil {
+			return err
+		}
+	}
+	merged := filepath.Join(base, "merged")
+	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, base, base)
+	if err := unix.Mount("overlay", merged, "overlay", 0, opts); err != nil {
+		return err
+	}
+	defer unix.Unmount(merged, unix.MNT_DETACH)
+	f, err := os.OpenFile(filepath.Join(merged, "hello"), os.O_RDWR|os.O_APPEND, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.WriteString("more"); err != nil {
+		return err
+	}
+	if err := os.Rename(filepath.Join(merged, "name with spaces\n and ü"), filepath.Join(merged, "plain")); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Join(merged, "usr/bin/big")); err != nil {
+		return err
+	}
+	got, err := os.ReadFile(filepath.Join(merged, "hello"))
+	if err != nil {
+		return err
+	}
+	if string(got) != "hello, world\nmore" {
+		return fmt.Errorf("read %q", got)
+	}
+	if _, err := os.Stat(filepath.Join(merged, "usr/bin/big")); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removed file: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(lower, "usr/bin/big")); err != nil {
+		return err
+	}
+	return nil
+}
+
+func TestOverlay(t *testing.T) {
+	needFuse(t)
+	_, dir := start(t, source(t, mounttest.Tree(t)))
+	if out, err := mounttest.Command("overlay", dir, t.TempDir()).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// A server that dies leaves clear errors behind, and the table mounts the image anew at the same place.
+func TestServerDies(t *testing.T) {
+	needFuse(t)
+	tree := mounttest.Tree(t)
+	src := source(t, tree)
+	src.Checked = "made by mkfs.erofs just now"
+	var warned []string
+	opts := mount.Options{Warn: func(f string, a ...any) { warned = append(warned, fmt.Sprintf(f, a...)) }}
+	root := t.TempDir()
+	tab, err := mount.Open(t.Context(), root, []mount.Driver{driver()}, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := tab.Mount(t.Context(), src, "h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Detach(m.Dir)
+	for _, restart := range []bool{false, true} {
+		pid := serverOf(t, m.Dir)
+		if pid == 0 {
+			t.Fatal("no server process")
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the mount is dead", func() bool { return errors.Is(sys.Alive(t.Context(), m.Dir), unix.ENOTCONN) })
+		if err := driver().Match(t.Context(), src, m.Dir); err == nil || !strings.Contains(err.Error(), "server is dead") {
+			t.Errorf("match: %v, expected that the server is dead", err)
+		}
+		if restart {
+			if tab, err = mount.Open(t.Context(), root, []mount.Driver{driver()}, opts); err != nil {
+				t.Fatal(err)
+			}
+			if got := tab.List(); len(got) != 0 {
+				t.Errorf("adopted a dead mount: %+v", got)
+			}
+		}
+		if m, err = tab.Mount(t.Context(), src, "h"); err != nil {
+			t.Fatal(err)
+		}
+		mounttest.Same(t, tree, m.Dir)
+	}
+	if len(warned) != 2 {
+		t.Errorf("warnings %q, expected two", warned)
+	}
+	tab.Release(src.Key, "h")
+	if err := tab.Prune(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAdoptedAfterRestart(t *testing.T) {
+	needFuse(t)
+	src := source(t, mounttest.Tree(t))
+	src.Checked = "made by mkfs.erofs just now"
+	root := t.TempDir()
+	tab, err := mount.Open(t.Context(), root, []mount.Driver{driver()}, mount.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := tab.Mount(t.Context(), src, "h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Detach(m.Dir)
+	pid := serverOf(t, m.Dir)
+	tab, err = mount.Open(t.Context(), root, []mount.Driver{driver()}, mount.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tab.Mount(t.Context(), src, "h"); err != nil {
+		t.Fatal(err)
+	}
+	if now := serverOf(t, m.Dir); now != pid || pid == 0 {
+		t.Errorf("server %d, expected %d as before", now, pid)
+	}
+	tab.Release(src.Key, "h")
+	if err := tab.Prune(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Dir(m.Dir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the image directory is still there: %v", err)
+	}
+}
+
+func TestBadInput(t *testing.T) {
+	needFuse(t)
+	good := source(t, mounttest.Tree(t))
+	dir := t.TempDir()
+	for name, tc := range map[string]struct {
+		change func(s *mount.Source)
+		want   string
+	}{
+		"no image":     {func(s *mount.Source) { s.Off = 8192; s.Size -= 8192 }, "magic"},
+		"missing file": {func(s *mount.Source) { s.Region.Path = "/nowhere/image" }, "no such file"},
+		"short file":   {func(s *mount.Source) { s.Size += 4096 }, "bytes only"},
+		"no offset":    {func(s *mount.Source) { s.Off = 5 }, "multiple of 4096"},
+	} {
+		src := good
+		tc.change(&src)
+		if err := driver().Mount(t.Context(), src, dir); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v, expected %q", name, err, tc.want)
+		}
+		if m, _, _ := sys.Top(dir); m != nil {
+			t.Fatalf("%s: mounted all the same", name)
+		}
+	}
+	dead := Driver{Command: []string{"/bin/true"}}
+	if err := dead.Mount(t.Context(), good, dir); err == nil || !strings.Contains(err.Error(), "ended before") {
+		t.Errorf("a server that ends at once: %v", err)
+	}
+	hangs := Driver{Command: []string{"/bin/sh", "-c", "exec sleep 60"}}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := hangs.Mount(ctx, good, dir); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a server that never gets ready: %v", err)
+	}
+	for _, kind := range []string{region.KindPhys, region.KindDMABuf} {
+		if err := driver().Probe(t.Context(), region.Info{Kind: kind, FD: -1}); !errors.Is(err, mount.ErrUnsupported) {
+			t.Errorf("probe of %s: %v, expected ErrUnsupported", kind, err)
+		}
+	}
+	t.Setenv("PATH", "/nowhere")
+	if err := (Driver{}).Probe(t.Context(), good.Region); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "install it") {
+		t.Errorf("no daxfs program: %v", err)
+	}
+	if err := explain(&os.PathError{Op: "open", Path: "/dev/fuse", Err: syscall.ENOENT}); !errors.Is(err, mount.ErrUnsupported) ||
+		!strings.Contains(err.Error(), "modprobe fuse") {
+		t.Errorf("no /dev/fuse: %v", err)
+	}
+}
+
+// An image whose file shrinks under the server makes errors, not a crash.
+func TestTruncatedUnderServer(t *testing.T) {
+	needFuse(t)
+	src := source(t, mounttest.Tree(t))
+	_, dir := start(t, src)
+	if err := os.Truncate(src.Region.Path, daxfs.BlockSize); err != nil {
+		t.Fatal(err)
+	}
+	out, err := mounttest.Command("readall", dir).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "input/output error") {
+		t.Errorf("reading what is gone: %v\n%s", err, out)
+	}
+	if err := sys.Alive(t.Context(), dir); err != nil {
+		t.Errorf("the server died: %v", err)
+	}
+}

@@ -1,0 +1,191 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+)
+
+// Config says what a server serves and where.
+type Config struct {
+	// Path is the file or device that holds the image, Off and Size the window in it. Name is what the mount table shows
+	// instead of Path, if it is not empty.
+	Path      string
+	Name      string
+	Off, Size int64
+	// Dir is the mount point.
+	Dir string
+	// Restrict mounts with nosuid and nodev.
+	Restrict bool
+	// Log receives damage and other surprises; nil is standard error.
+	Log io.Writer
+	// Readahead is the size of the kernel's read-ahead in KiB; 0 means 1024. The kernel's own default is 128, which
+	// makes every read from a cold cache eight trips to user space.
+	Readahead int
+}
+
+// source is what the mount table shows as the device: Match recognises it.
+func (c Config) source() string {
+	name := c.Name
+	if name == "" {
+		name = c.Path
+	}
+	return name + "@" + strconv.FormatInt(c.Off, 10) + "+" + strconv.FormatInt(c.Size, 10)
+}
+
+// Server is a mounted file system that this process serves.
+type Server struct {
+	fs    *server
+	fuse  *fuse.Server
+	image *mapping
+	dir   string
+	done  chan struct{}
+}
+
+// Start maps the image, mounts it and serves it until it is unmounted, whoever does that. It does not check the image; the
+// reader trusts nothing all the same.
+func Start(c Config) (*Server, error) {
+	if c.Log == nil {
+		c.Log = os.Stderr
+	}
+	if c.Readahead == 0 {
+		c.Readahead = 1024
+	}
+	l := log.New(c.Log, "daxfs fuse: ", log.LstdFlags)
+	m, err := mapWindow(c.Path, c.Off, c.Size)
+	if err != nil {
+		return nil, err
+	}
+	img, err := daxfs.OpenBytes(m.window)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("image in %q at %d: %w", c.Path, c.Off, err), m.close())
+	}
+	s := &Server{fs: newServer(img, l), image: m, dir: c.Dir, done: make(chan struct{})}
+	s.fuse, err = fuse.NewServer(s.fs, c.Dir, options(c, l))
+	if err != nil {
+		return nil, errors.Join(explain(err), m.close())
+	}
+	go s.fs.lookForXattrs()
+	go func() {
+		defer close(s.done)
+		s.fuse.Serve()
+	}()
+	if err := setReadahead(c.Dir, c.Readahead); err != nil {
+		l.Printf("read-ahead stays at the kernel's default: %v", err)
+	}
+	return s, nil
+}
+
+func options(c Config, l *log.Logger) *fuse.MountOptions {
+	o := &fuse.MountOptions{
+		FsName: c.source(), Name: "daxfs", Logger: l,
+		MaxWrite: 1 << 20, MaxReadAhead: 1 << 20, MaxBackground: 64,
+		EnableSymlinkCaching: true, ExplicitDataCacheControl: true, EnableAcl: true, IDMappedMount: true,
+		// Replies come from the mapping; splice would take them through a pipe.
+		DisableSplice:     true,
+		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT,
+		Options:           []string{"default_permissions"},
+	}
+	if os.Geteuid() == 0 {
+		o.DirectMountStrict, o.AllowOther = true, true
+		o.DirectMountFlags = unix.MS_RDONLY
+		if c.Restrict {
+			o.DirectMountFlags |= unix.MS_NOSUID | unix.MS_NODEV
+		}
+		return o
+	}
+	// fusermount3 adds nosuid and nodev by itself, and allow_other only where /etc/fuse.conf has user_allow_other.
+	o.Options = append(o.Options, "ro")
+	return o
+}
+
+// explain says what to do about the errors of mounting.
+func explain(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("%w: is /dev/fuse there? load the fuse module (modprobe fuse), "+
+			"or give /dev/fuse to this container: %w", err, mount.ErrUnsupported)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: run as root, or install fuse3 (fusermount3) for other users: %w", err, mount.ErrUnsupported)
+	}
+	return err
+}
+
+// setReadahead sets the read-ahead of the device behind dir. FUSE caps what a server may ask for at the kernel's default; only
+// sysfs can raise it.
+func setReadahead(dir string, kib int) error {
+	dir, err := sys.Real(dir)
+	if err != nil {
+		return err
+	}
+	m, _, err := sys.Top(dir)
+	if err != nil {
+		return err
+	}
+	if m == nil {
+		return fmt.Errorf("%q is not in the mount table", dir)
+	}
+	return os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", m.Major, m.Minor), []byte(strconv.Itoa(kib)), 0)
+}
+
+// Counters returns the counters of the server.
+func (s *Server) Counters() *Counters { return &s.fs.count }
+
+// Done is closed when the file system was unmounted and nothing uses it any more.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Unmount unmounts the file system, and with that ends the server. It fails with mount.ErrBusy while it is in use.
+func (s *Server) Unmount(ctx context.Context) error { return sys.Unmount(ctx, s.dir) }
+
+// Run starts a server and returns when it has ended. It is the body of `daxfs mount --driver fuse --foreground`. When the file
+// system is mounted, ready is called with nil; if it cannot be, ready is called with the error, which Run returns too.
+//
+// SIGINT and SIGTERM unmount, unless the file system is in use: then the server goes on, for a server that ends takes the
+// ground from under its users. SIGUSR1 writes the counters to the log.
+func Run(ctx context.Context, c Config, ready func(error)) error {
+	sig := make(chan os.Signal, 4)
+	signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGHUP)
+	defer signal.Stop(sig)
+	// When memory runs out the kernel shall not look here first: many containers would lose their root, for a few MiB.
+	// Needs privilege; without it the server is as likely a victim as any process.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0)
+	s, err := Start(c)
+	ready(err)
+	if err != nil {
+		return err
+	}
+	stop := ctx.Done()
+	for {
+		select {
+		case <-s.Done():
+			return nil
+		case <-stop:
+			stop = nil // a closed channel would be chosen again and again
+			if err := s.Unmount(context.WithoutCancel(ctx)); err != nil {
+				s.fs.log.Printf("still serving %q: %v", c.Dir, err)
+			}
+		case got := <-sig:
+			switch got {
+			case syscall.SIGUSR1:
+				s.fs.log.Print(s.Counters())
+			case syscall.SIGINT, syscall.SIGTERM:
+				if err := s.Unmount(ctx); err != nil {
+					s.fs.log.Printf("%v: still serving %q: %v", got, c.Dir, err)
+				}
+			}
+		}
+	}
+}
