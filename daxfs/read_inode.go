@@ -1,7 +1,6 @@
 package daxfs
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -224,6 +223,3 @@ func (in *Inode) rule(erofs, v8 Rule) Rule {
 func (in *Inode) bad(r Rule, format string, args ...any) error {
 	return corrupt(r, -1, in.Nid, format, args...)
 }
-
-// errStop ends an iteration early; it never reaches a caller.
-var errStop = errors.New("stop")

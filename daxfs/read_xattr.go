@@ -71,24 +71,34 @@ func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error 
 
 // sharedXattr reads the attribute that id refers to.
 func (f *FS) sharedXattr(id uint32, nid uint64) (rawXattr, error) {
-	off := f.sb.xattr + int64(id)*disk.ErofsXattrIDSize
-	if !f.s.holds(off, disk.ErofsXattrEntSize) {
-		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "shared xattr %d lies outside of the image of %d bytes", id, f.s.size)
-	}
-	head, err := f.s.view(off, disk.ErofsXattrEntSize)
+	off, size, err := f.sharedSize(id, nid)
 	if err != nil {
 		return rawXattr{}, err
 	}
-	var e disk.ErofsXattrEntry
-	e.Unmarshal(head)
-	if !f.s.holds(off, int64(e.Size())) {
-		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "shared xattr %d of %d bytes ends outside of the image of %d bytes", id, e.Size(), f.s.size)
-	}
-	b, err := f.s.view(off, e.Size())
+	b, err := f.s.view(off, int(size))
 	if err != nil {
 		return rawXattr{}, err
 	}
 	return parseXattr(b, off, nid)
+}
+
+// sharedSize returns where the attribute that id refers to lies; that is inside of the image.
+func (f *FS) sharedSize(id uint32, nid uint64) (off, size int64, err error) {
+	off = f.sb.xattr + int64(id)*disk.ErofsXattrIDSize
+	if !f.s.holds(off, disk.ErofsXattrEntSize) {
+		return 0, 0, corrupt(RuleXattrBounds, off, nid, "shared xattr %d lies outside of the image of %d bytes", id, f.s.size)
+	}
+	b, err := f.s.view(off, disk.ErofsXattrEntSize)
+	if err != nil {
+		return 0, 0, err
+	}
+	var e disk.ErofsXattrEntry
+	e.Unmarshal(b)
+	size = int64(e.Size())
+	if !f.s.holds(off, size) {
+		return 0, 0, corrupt(RuleXattrBounds, off, nid, "shared xattr %d of %d bytes ends outside of the image of %d bytes", id, size, f.s.size)
+	}
+	return off, size, nil
 }
 
 // parseXattr decodes the entry at the beginning of b.

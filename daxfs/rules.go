@@ -41,6 +41,7 @@ const (
 	RuleXattrBounds Rule = "xattr-bounds"
 	RuleXattrName   Rule = "xattr-name"
 	RuleXattrTwice  Rule = "xattr-twice"
+	RuleXattrACL    Rule = "xattr-acl"
 )
 
 // Rules of the DAXFS half.
@@ -79,5 +80,5 @@ const (
 	RuleHalvesTarget Rule = "halves-target"
 	RuleHalvesData   Rule = "halves-data"
 	RuleHalvesNlink  Rule = "halves-nlink"
-	RuleHalvesLinks  Rule = "halves-links"
+	RuleHalvesIno    Rule = "halves-ino"
 )

@@ -1,0 +1,339 @@
+package daxfs
+
+import (
+	"bytes"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// erofsState is what a check remembers of the EROFS half.
+type erofsState struct {
+	nodes []node
+	byNid map[uint64]int32 // index in nodes
+	dirs  []dirRef
+	todo  []int32 // indexes in dirs that are to be read
+
+	sharedSeen map[uint32]bool // shared xattrs that were checked; false if they were bad
+	names      []string        // scratch: xattr names of one inode
+}
+
+// node is one inode that a name led to.
+type node struct {
+	nid    uint64
+	cursor int64  // of its first name in dir
+	dir    int32  // index in dirs; -1 for the root
+	names  uint32 // entries that lead here; of a directory, its subdirectories
+	nlink  uint32
+	peer   uint32 // its inode in the DAXFS half, 0 if there is none
+	mode   uint16
+	ok     bool // the inode could be read
+}
+
+// dirRef is one directory.
+type dirRef struct {
+	node   int32 // index in nodes
+	parent int32 // index in dirs; of the root, its own
+	depth  int32 // bytes of its path
+}
+
+// checkErofs walks the EROFS half from the root, each directory once, side by side with the DAXFS half.
+func (c *checker) checkErofs() error {
+	if c.ero == nil {
+		return nil
+	}
+	c.byNid = make(map[uint64]int32)
+	c.sharedSeen = make(map[uint32]bool)
+	c.nodes = append(c.nodes, node{nid: c.ero.Root(), dir: -1})
+	c.byNid[c.ero.Root()] = 0
+	c.dirs = append(c.dirs, dirRef{})
+	if err := c.checkInode(0, "/"); err != nil {
+		return err
+	}
+	if c.v8 != nil {
+		if err := c.pair(0, disk.V8RootIno, "/"); err != nil {
+			return err
+		}
+	}
+	for c.todo = append(c.todo, 0); len(c.todo) > 0; {
+		d := c.todo[len(c.todo)-1]
+		c.todo = c.todo[:len(c.todo)-1]
+		if err := c.checkDir(d); err != nil {
+			return err
+		}
+	}
+	for i := range c.nodes {
+		n := &c.nodes[i]
+		want := n.names
+		if n.mode&unix.S_IFMT == unix.S_IFDIR {
+			want += 2
+		}
+		if n.ok && n.nlink != want {
+			err := c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(int32(i)), "link count is %d, expected %d", n.nlink, want)
+			if err != nil {
+				return err
+			}
+		}
+	}
+	if c.ero.sb.Inodes != uint64(len(c.nodes)) {
+		return c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, len(c.nodes))
+	}
+	return nil
+}
+
+// nodePath is the absolute path of a node by its first name, found again in the image: keeping all names takes too much.
+func (c *checker) nodePath(i int32) string {
+	var parts []string
+	for n := &c.nodes[i]; n.dir >= 0; n = &c.nodes[c.dirs[n.dir].node] {
+		parts = append(parts, c.nodeName(n))
+	}
+	var b strings.Builder
+	for i := len(parts) - 1; i >= 0; i-- {
+		b.WriteByte('/')
+		b.WriteString(parts[i])
+	}
+	if b.Len() == 0 {
+		return "/"
+	}
+	return b.String()
+}
+
+// nodeName reads the first name of a node.
+func (c *checker) nodeName(n *node) string {
+	name := "?" // only if the bytes have changed since
+	dir, err := c.ero.inode(c.nodes[c.dirs[n.dir].node].nid)
+	if err == nil && dir.IsDir() {
+		_ = c.ero.entries(&dir, n.cursor, func(e Dirent) bool {
+			name = e.Name
+			return false
+		})
+	}
+	return name
+}
+
+func childPath(dir string, name []byte) string {
+	if dir == "/" {
+		return dir + string(name)
+	}
+	return dir + "/" + string(name)
+}
+
+// checkDir checks one directory and every inode that it leads to first.
+func (c *checker) checkDir(d int32) error {
+	ref := c.dirs[d]
+	self := c.nodes[ref.node]
+	up := c.nodes[c.dirs[ref.parent].node].nid
+	dir, err := c.ero.inode(self.nid)
+	if err != nil {
+		return c.broken(err, "") // it was sound when its name was met
+	}
+	var pathMemo string
+	path := func() string {
+		if pathMemo == "" {
+			pathMemo = c.nodePath(ref.node)
+		}
+		return pathMemo
+	}
+	at, n := int64(-1), dir.Size
+	if n > 0 {
+		at, _ = dir.piece(0)
+	}
+	if !spend(&c.budget, n) {
+		return c.finding(RuleMetaOverlap, at, dir.Nid, path(), "directories take more bytes than the image has: they overlap")
+	}
+	other, err := c.peerEntries(&self)
+	if err != nil {
+		return err
+	}
+	dots := [2]int{}
+	var prev []byte
+	for pos := int64(0); pos < dir.Size; pos += BlockSize {
+		b, err := c.ero.block(&dir, pos)
+		if err != nil {
+			if err := c.broken(err, path()); err != nil {
+				return err
+			}
+			continue
+		}
+		for i := range b.count {
+			e, err := b.entry(i)
+			if err != nil {
+				if err := c.broken(err, path()); err != nil {
+					return err
+				}
+				continue
+			}
+			off := b.off + int64(i)*disk.ErofsDirentSize
+			if prev != nil && bytes.Compare(prev, e.name) >= 0 {
+				if err := c.finding(RuleDirOrder, off, dir.Nid, path(), "entry %q follows %q, expected order and no name twice", e.name, prev); err != nil {
+					return err
+				}
+			}
+			prev = e.name
+			if k := string(e.name); k == "." || k == ".." {
+				want := self.nid
+				if k == ".." {
+					want = up
+				}
+				dots[len(k)-1]++
+				if e.nid != want || e.typ != unix.S_IFDIR {
+					if err := c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d", k, e.nid, e.typ, want); err != nil {
+						return err
+					}
+				}
+				continue
+			}
+			if err := c.checkEntry(d, path, pos+int64(i)*disk.ErofsDirentSize, off, &e, other); err != nil {
+				return err
+			}
+		}
+	}
+	if dots != [2]int{1, 1} {
+		if err := c.finding(RuleDots, at, dir.Nid, path(), "%d entries %q and %d entries %q, expected one each", dots[0], ".", dots[1], ".."); err != nil {
+			return err
+		}
+	}
+	return c.unmatched(other, path)
+}
+
+// checkEntry checks one entry, and the inode if it is the first entry that leads there.
+func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, e *rawDirent, other *peerDir) error {
+	dirNid := c.nodes[c.dirs[d].node].nid
+	i, seen := c.byNid[e.nid]
+	if !seen {
+		if uint64(len(c.nodes)) >= c.max {
+			c.todo = nil
+			return c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max).(*FormatError), "")
+		}
+		i = int32(len(c.nodes))
+		c.nodes = append(c.nodes, node{nid: e.nid, dir: d, cursor: cursor})
+		c.byNid[e.nid] = i
+		if err := c.checkInode(i, ""); err != nil {
+			return err
+		}
+	}
+	n := &c.nodes[i]
+	if !n.ok {
+		return c.skipPeer(other, e.name)
+	}
+	if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {
+		err := c.finding(RuleDirType, off, dirNid, dirPath(), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ)
+		if err != nil {
+			return err
+		}
+	}
+	if n.mode&unix.S_IFMT == unix.S_IFDIR {
+		if seen {
+			return c.finding(RuleDirLoop, off, dirNid, dirPath(), "entry %q leads to directory %d, which has another name", e.name, e.nid)
+		}
+		c.nodes[c.dirs[d].node].names++
+		depth := c.dirs[d].depth + 1 + int32(len(e.name))
+		if depth > maxPath {
+			err := c.finding(RuleDirDepth, off, dirNid, "", "path of %d bytes, expected at most %d", depth, maxPath)
+			if err != nil {
+				return err
+			}
+			return c.skipPeer(other, e.name)
+		}
+		c.todo = append(c.todo, int32(len(c.dirs)))
+		c.dirs = append(c.dirs, dirRef{node: i, parent: d, depth: depth})
+	} else {
+		n.names++
+	}
+	return c.match(other, i, e.name, dirPath)
+}
+
+// checkInode reads and checks a node. path is only known for the root, else it is worked out.
+func (c *checker) checkInode(i int32, path string) error {
+	n := &c.nodes[i]
+	in, raw, err := c.ero.readInode(n.nid)
+	where := func() string {
+		if path == "" {
+			path = c.nodePath(i)
+		}
+		return path
+	}
+	if err != nil {
+		return c.broken(err, where())
+	}
+	n.ok, n.mode, n.nlink = true, raw.Mode, raw.Nlink
+	off := c.ero.inodeOff(n.nid)
+	if err := c.checkFields(&in, &raw, off, where); err != nil {
+		return err
+	}
+	head := int64(raw.HeaderSize())
+	c.use(off, head+in.xlen, useMeta, in.Nid)
+	if err := c.checkContents(&in, &raw, off, where); err != nil {
+		return err
+	}
+	if in.xlen == 0 {
+		return nil
+	}
+	if !spend(&c.budget, in.xlen) {
+		return c.finding(RuleMetaOverlap, in.xoff, in.Nid, where(), "xattrs and directories take more bytes than the image has: they overlap")
+	}
+	return c.checkXattrs(&in, where)
+}
+
+// checkFields checks what the reader does not need.
+func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where func() string) error {
+	b, err := c.s.view(off, raw.HeaderSize())
+	if err != nil {
+		return err
+	}
+	if off%BlockSize+int64(len(b)) > BlockSize || in.Nid == 0 {
+		if err := c.finding(RuleNid, off, in.Nid, where(), "inode of %d bytes, expected it in one block and not to be number 0", len(b)); err != nil {
+			return err
+		}
+	}
+	reserved := isZero(b[12:16]) && isZero(b[28:32])
+	if raw.Extended {
+		reserved = isZero(b[6:8]) && isZero(b[48:64])
+	}
+	if !reserved {
+		if err := c.finding(RuleInodeFormat, off, in.Nid, where(), "reserved bytes of the inode hold data: %x, expected zeros", b); err != nil {
+			return err
+		}
+	}
+	if in.UID == noID || in.GID == noID {
+		return c.finding(RuleOwner, off, in.Nid, where(), "owner is %d:%d, id %d stands for none", in.UID, in.GID, uint32(noID))
+	}
+	return nil
+}
+
+// checkContents checks where the contents lie, and symbolic links.
+func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, where func() string) error {
+	kind := useMeta
+	switch in.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		kind = useData
+		if raw.Layout != disk.ErofsLayoutPlain {
+			if err := c.finding(RuleLayout, off, in.Nid, where(), "data layout %d of a regular file, expected plain (0): no other can be mapped", raw.Layout); err != nil {
+				return err
+			}
+		}
+	case unix.S_IFLNK:
+		kind = useTarget
+		if _, err := in.Target(); err != nil {
+			if err := c.broken(err, where()); err != nil {
+				return err
+			}
+		}
+	case unix.S_IFDIR:
+	default:
+		return nil
+	}
+	for pos := int64(0); pos < in.Size; {
+		at, n := in.piece(pos)
+		if at+n > int64(c.ero.sb.Blocks)*BlockSize {
+			if err := c.finding(RuleDataBounds, off, in.Nid, where(), "%d bytes at %d, expected them in %d blocks", n, at, c.ero.sb.Blocks); err != nil {
+				return err
+			}
+		}
+		c.use(at, n, kind, in.Nid)
+		pos += n
+	}
+	return nil
+}

@@ -1,0 +1,254 @@
+package daxfs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// Finding is one rule of the format that an image breaks in one place.
+type Finding struct {
+	// Rule is the id under which docs/format.md explains the rule.
+	Rule Rule
+	// Off is the offset in the image of the structure that breaks the rule, in bytes; -1 where there is none.
+	Off int64
+	// Ino is the inode: a nid of the EROFS half, or an inode number of the DAXFS half for rules that start with "v8-".
+	// It is 0 where there is none.
+	Ino uint64
+	// Path is the absolute path of the inode, by its first name; empty where it has none or it is not known.
+	Path string
+	// Msg says what was expected and what was found.
+	Msg string
+}
+
+// String is the finding in one line.
+func (f Finding) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: ", f.Rule)
+	if f.Path != "" {
+		fmt.Fprintf(&b, "%q: ", f.Path)
+	}
+	b.WriteString(f.Msg)
+	if f.Ino != 0 {
+		fmt.Fprintf(&b, " (inode %d", f.Ino)
+		if f.Off >= 0 {
+			fmt.Fprintf(&b, ", offset %d", f.Off)
+		}
+		b.WriteByte(')')
+	} else if f.Off >= 0 {
+		fmt.Fprintf(&b, " (offset %d)", f.Off)
+	}
+	return b.String()
+}
+
+// CheckOptions are the choices of CheckWith. The zero value is what Check does.
+type CheckOptions struct {
+	// SkipTails leaves out the rule data-tail, and with it all reading of contents: it costs one page per file.
+	SkipTails bool
+	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<26. Memory use is up to 150 bytes
+	// per inode.
+	MaxInodes uint64
+}
+
+const defaultMaxInodes = 1 << 26
+
+// Check proves an image of size bytes: its EROFS half, its DAXFS half, and that both show the same tree over the same
+// contents. What passes is safe to mount with either kernel driver and can be read completely through Open and OpenDAXFS,
+// for as long as nobody changes the bytes.
+//
+// Bytes that no rule speaks about may hold anything: in a window of a pool the contents of other images lie there.
+//
+// Check calls report for each finding until it returns false; report may be nil. One fault can give several findings. The error is
+// nil only if there was no finding: it is the first finding as a *FormatError, or an error of r, which ends the check.
+// Time is O(n log n) and memory O(n) in the number of inodes and names, whatever the bytes are; both are bounded by size.
+func Check(r io.ReaderAt, size int64, report func(Finding) bool) error {
+	return CheckWith(r, size, CheckOptions{}, report)
+}
+
+// CheckWith is Check with options.
+func CheckWith(r io.ReaderAt, size int64, o CheckOptions, report func(Finding) bool) error {
+	c := checker{report: report, tails: !o.SkipTails, max: o.MaxInodes}
+	if c.max == 0 {
+		c.max = defaultMaxInodes
+	}
+	err := c.run(r, size)
+	if err != nil && !errors.Is(err, errStop) {
+		return err
+	}
+	return c.first
+}
+
+// errStop ends a check whose report function wants no more findings; it never reaches a caller.
+var errStop = errors.New("stop")
+
+// checker is one run of Check. Its methods return an error only to end the check.
+type checker struct {
+	report func(Finding) bool
+	first  error // the first finding
+	tails  bool
+	max    uint64
+
+	s    source // reads of metadata: cached unless the image is in memory
+	data source // reads of contents
+	ero  *FS    // nil if that half can not be read
+	v8   *DAXFS // nil if that half can not be read
+
+	erofsState
+	v8State
+	extents []extent
+	// budget is how many bytes of directories and xattrs may still be read, pairing how many of directories of the DAXFS half
+	// beside those of the EROFS half. Each begins with the size of the image: who needs more has structures that overlap.
+	budget, pairing int64
+}
+
+func (c *checker) run(r io.ReaderAt, size int64) error {
+	var err error
+	if c.data, err = newSource(r, size); err != nil {
+		return c.broken(err, "")
+	}
+	c.s = c.data
+	if c.s.b == nil {
+		c.s.r = newReadCache(r, size)
+	}
+	c.pairing = size
+	if size%BlockSize != 0 {
+		if err := c.finding(RuleImageSize, -1, 0, "", "size is %d bytes, expected a multiple of %d", size, BlockSize); err != nil {
+			return err
+		}
+	}
+	for _, step := range []func() error{c.checkSupers, c.checkErofs, c.checkV8, c.checkSpace} {
+		c.budget = size
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// finding reports one finding; the error says that no more are wanted.
+func (c *checker) finding(rule Rule, off int64, ino uint64, path, format string, args ...any) error {
+	return c.emit(&FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))}, path)
+}
+
+// broken reports an error of one of the readers; one that is not about the format ends the check.
+func (c *checker) broken(err error, path string) error {
+	var f *FormatError
+	if !errors.As(err, &f) {
+		return err
+	}
+	return c.emit(f, path)
+}
+
+func (c *checker) emit(f *FormatError, path string) error {
+	if c.first == nil {
+		c.first = f
+	}
+	if c.report == nil {
+		return errStop
+	}
+	if !c.report(Finding{f.Rule, f.Off, f.Ino, path, f.Err.Error()}) {
+		return errStop
+	}
+	return nil
+}
+
+// spend takes n bytes from a budget, and reports false when it is used up.
+func spend(budget *int64, n int64) bool {
+	if n > *budget {
+		return false
+	}
+	*budget -= n
+	return true
+}
+
+// checkSupers opens both halves and checks the first block and the overlay pair.
+func (c *checker) checkSupers() error {
+	var err error
+	if c.ero, err = openErofs(c.s); err != nil {
+		c.ero = nil
+		if err := c.broken(err, ""); err != nil {
+			return err
+		}
+	}
+	if c.v8, err = openV8(c.s); err != nil {
+		c.v8 = nil
+		if err := c.broken(err, ""); err != nil {
+			return err
+		}
+	}
+	c.use(0, BlockSize, useMeta, 0)
+	block, err := c.s.view(0, BlockSize)
+	if err != nil {
+		return err
+	}
+	if c.ero != nil {
+		if err := c.checkErofsSuper(block); err != nil {
+			return err
+		}
+	}
+	if c.v8 != nil {
+		return c.checkV8Super(block)
+	}
+	return nil
+}
+
+// isZero reports whether all bytes are zero.
+func isZero(b []byte) bool {
+	for _, x := range b {
+		if x != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// readCache keeps a few chunks of what it has read: a check reads metadata in small pieces that lie together.
+type readCache struct {
+	r    io.ReaderAt
+	size int64
+	slot [16]struct {
+		off int64
+		b   []byte
+	}
+}
+
+const cacheChunk = 64 << 10
+
+func newReadCache(r io.ReaderAt, size int64) *readCache { return &readCache{r: r, size: size} }
+
+func (c *readCache) ReadAt(p []byte, off int64) (int, error) {
+	n := 0
+	for n < len(p) {
+		b, err := c.chunk(off)
+		if err != nil {
+			return n, err
+		}
+		k := copy(p[n:], b)
+		n += k
+		off += int64(k)
+	}
+	return n, nil
+}
+
+// chunk returns the cached bytes from off (< size) to the end of its chunk.
+func (c *readCache) chunk(off int64) ([]byte, error) {
+	start := off &^ (cacheChunk - 1)
+	s := &c.slot[start/cacheChunk%int64(len(c.slot))]
+	if len(s.b) == 0 || s.off != start {
+		n := int(min(cacheChunk, c.size-start))
+		if s.b == nil {
+			s.b = make([]byte, cacheChunk)
+		}
+		s.b = s.b[:n]
+		if k, err := c.r.ReadAt(s.b, start); k < n {
+			s.b = s.b[:0]
+			if err == nil || errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
+		s.off = start
+	}
+	return s.b[off-start:], nil
+}

@@ -1,0 +1,119 @@
+package daxfs
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
+
+// extent is a range of the image that one structure uses.
+type extent struct {
+	off, size int64
+	ino       uint64
+	kind      useKind
+}
+
+type useKind uint8
+
+const (
+	useMeta   useKind = iota // nothing else may lie here
+	useTarget                // target of a symbolic link: both halves, and several links, may share it as a whole
+	useData                  // contents of a regular file, which may be shared as a whole
+	useV8     = 0x80         // ino is of the DAXFS half
+)
+
+// use notes that a structure uses a range of the image.
+func (c *checker) use(off, size int64, kind useKind, ino uint64) {
+	if size > 0 {
+		c.extents = append(c.extents, extent{off, size, ino, kind})
+	}
+}
+
+// end is the end of the range: contents take whole pages, because a direct mapping shows whole pages.
+func (e *extent) end() int64 {
+	if e.kind&^useV8 == useData {
+		return roundUp(e.off+e.size, BlockSize)
+	}
+	return e.off + e.size
+}
+
+// checkSpace checks that no two structures overlap unless they share everything, and that contents end with zeros.
+func (c *checker) checkSpace() error {
+	slices.SortFunc(c.extents, func(a, b extent) int {
+		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind, b.kind), cmp.Compare(a.ino, b.ino))
+	})
+	var last, high extent // last one, and the one that ends highest
+	for _, e := range c.extents {
+		kind := e.kind &^ useV8
+		same := kind != useMeta && kind == last.kind&^useV8 && e.off == last.off && e.size == last.size
+		if !same {
+			if err := c.checkExtent(&e, &high); err != nil {
+				return err
+			}
+		}
+		last = e
+		if e.end() > high.end() {
+			high = e
+		}
+	}
+	return nil
+}
+
+// checkExtent checks a range that is not the same as one before; high is the one that ends highest so far.
+func (c *checker) checkExtent(e, high *extent) error {
+	kind := e.kind &^ useV8
+	if e.off < high.end() {
+		rule := RuleMetaOverlap
+		if kind == useData && high.kind&^useV8 == useData {
+			rule = RuleDataOverlap
+		}
+		err := c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
+		if err != nil {
+			return err
+		}
+	}
+	if kind != useData || !c.tails {
+		return nil
+	}
+	tail := e.off + e.size
+	n := min(e.end(), c.data.size) - tail
+	b, err := c.data.view(tail, int(n))
+	if err != nil {
+		return err
+	}
+	if !isZero(b) {
+		return c.finding(RuleDataTail, tail, e.nid(), c.extentPath(e), "the last page holds something behind the contents, expected zeros")
+	}
+	return nil
+}
+
+// nid is the inode for a finding whose rule is not about the DAXFS half.
+func (e *extent) nid() uint64 {
+	if e.kind&useV8 != 0 {
+		return 0
+	}
+	return e.ino
+}
+
+// what names the structure.
+func (e *extent) what() string {
+	name := [...]string{"metadata", "target", "contents"}[e.kind&^useV8]
+	switch {
+	case e.ino == 0:
+		return name
+	case e.kind&useV8 != 0:
+		return fmt.Sprintf("%s of DAXFS inode %d", name, e.ino)
+	}
+	return fmt.Sprintf("%s of inode %d", name, e.ino)
+}
+
+// extentPath is the path of the inode of a range, if it is known.
+func (c *checker) extentPath(e *extent) string {
+	if e.kind&useV8 != 0 {
+		return c.v8Path(e.ino)
+	}
+	if i, ok := c.byNid[e.ino]; ok && e.ino != 0 {
+		return c.nodePath(i)
+	}
+	return ""
+}

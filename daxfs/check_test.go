@@ -1,0 +1,226 @@
+package daxfs_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// findings checks an image and returns what was found. It fails the test if the error does not fit to it.
+func findings(t testing.TB, b []byte) []daxfs.Finding {
+	t.Helper()
+	var list []daxfs.Finding
+	err := daxfs.Check(daxfs.Mem(b), int64(len(b)), func(f daxfs.Finding) bool {
+		list = append(list, f)
+		return true
+	})
+	if (err != nil) != (len(list) > 0) {
+		t.Errorf("%d findings and the error %v", len(list), err)
+	}
+	return list
+}
+
+// mustCheck fails if there is a finding.
+func mustCheck(t testing.TB, b []byte) {
+	t.Helper()
+	for _, f := range findings(t, b) {
+		t.Errorf("finding: %v", f)
+	}
+	if err := daxfs.Check(bytes.NewReader(b), int64(len(b)), nil); err != nil {
+		t.Errorf("check through a reader: %v", err)
+	}
+}
+
+// entry is all that an inode shows.
+type entry struct {
+	st     daxfs.Stat
+	target string
+	sum    uint64
+	xattrs string
+}
+
+// readAll reads everything that one half of an image shows.
+func readAll(walk func(func(string, daxfs.Inode) error) error) (map[string]entry, error) {
+	all := map[string]entry{}
+	err := walk(func(path string, in daxfs.Inode) error {
+		e := entry{st: in.Stat}
+		xs, err := in.Xattrs()
+		if err != nil {
+			return fmt.Errorf("xattrs of %q: %w", path, err)
+		}
+		e.xattrs = fmt.Sprintf("%q", xs)
+		switch {
+		case in.IsSymlink():
+			if e.target, err = in.Target(); err != nil {
+				return fmt.Errorf("target of %q: %w", path, err)
+			}
+		case in.IsRegular():
+			for pos := int64(0); pos < in.Size; {
+				b, err := in.View(pos, 1<<20)
+				if err != nil {
+					return fmt.Errorf("contents of %q: %w", path, err)
+				}
+				for _, c := range b {
+					e.sum = e.sum*31 + uint64(c)
+				}
+				pos += int64(len(b))
+			}
+		case in.IsDir():
+			// Every name that is listed can be looked up.
+			err := in.Entries(0, func(d daxfs.Dirent) bool {
+				var nid uint64
+				if nid, err = in.Lookup(d.Name); err == nil && nid != d.Nid {
+					err = fmt.Errorf("lookup of %q in %q: got %d, want %d", d.Name, path, nid, d.Nid)
+				}
+				return err == nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+		if _, ok := all[path]; ok {
+			return fmt.Errorf("path %q is there twice", path)
+		}
+		all[path] = e
+		return nil
+	})
+	return all, err
+}
+
+// mustAgree reads everything through both readers and compares it: what a silent Check promises.
+func mustAgree(t testing.TB, b []byte) {
+	t.Helper()
+	f, err := daxfs.OpenBytes(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := daxfs.OpenDAXFS(daxfs.Mem(b), int64(len(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := readAll(f.Walk)
+	if err != nil {
+		t.Fatalf("EROFS half: %v", err)
+	}
+	v8, err := readAll(d.Walk)
+	if err != nil {
+		t.Fatalf("DAXFS half: %v", err)
+	}
+	for path, e := range all {
+		switch e.st.Mode & unix.S_IFMT {
+		case unix.S_IFREG, unix.S_IFDIR, unix.S_IFLNK:
+		default:
+			continue
+		}
+		v, ok := v8[path]
+		if !ok {
+			t.Errorf("%q: not in the DAXFS half", path)
+		}
+		delete(v8, path)
+		same := e.st.Mode == v.st.Mode && e.st.UID == v.st.UID && e.st.GID == v.st.GID && e.st.Nlink == v.st.Nlink &&
+			e.target == v.target && e.sum == v.sum
+		if e.st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			same = same && e.st.Size == v.st.Size
+		}
+		if e.st.Mode&unix.S_IFMT == unix.S_IFREG {
+			same = same && e.st.Off == v.st.Off
+		}
+		if !same {
+			t.Errorf("%q: halves differ: %+v and %+v", path, e, v)
+		}
+	}
+	for _, path := range slices.Sorted(maps.Keys(v8)) {
+		t.Errorf("%q: only in the DAXFS half", path)
+	}
+}
+
+// TestCheckSilent checks that images of the writer are sound, in both placements.
+func TestCheckSilent(t *testing.T) {
+	for seed := range uint64(20) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			n := 1 << (seed % 12)
+			s := newStore(daxfs.BlockSize)
+			_, b := s.fileImage(t, randomTree(seed, n, s), daxfs.Options{Label: "label"})
+			mustCheck(t, b)
+			mustAgree(t, b)
+
+			s = newStore(16 << 20)
+			_, b = s.windowImage(t, randomTree(seed, n, s), 2<<20)
+			mustCheck(t, b)
+			mustAgree(t, b)
+		})
+	}
+}
+
+// TestCheckStops checks that a check ends when no more findings are wanted, and that errors of the reader come through.
+func TestCheckStops(t *testing.T) {
+	s := newStore(daxfs.BlockSize)
+	_, b := s.fileImage(t, randomTree(1, 100, s), daxfs.Options{})
+	for i := daxfs.BlockSize; i < len(b); i += 64 {
+		b[i] ^= 0x55
+	}
+	all := len(findings(t, b))
+	if all < 3 {
+		t.Fatalf("got %d findings, want many", all)
+	}
+	for limit := 1; limit <= 3; limit++ {
+		n := 0
+		err := daxfs.Check(daxfs.Mem(b), int64(len(b)), func(daxfs.Finding) bool { n++; return n < limit })
+		if n != limit || !isErr(err, daxfs.ErrCorrupt) {
+			t.Errorf("got %d findings and %v, want %d", n, err, limit)
+		}
+	}
+	if err := daxfs.Check(failingReader{}, 1<<20, nil); !isErr(err, io.ErrClosedPipe) {
+		t.Errorf("got %v, want the error of the reader", err)
+	}
+	short := bytes.NewReader(b[:len(b)-100])
+	if err := daxfs.Check(short, int64(len(b)), nil); err == nil {
+		t.Error("a short reader passes")
+	}
+}
+
+type failingReader struct{}
+
+func (failingReader) ReadAt([]byte, int64) (int, error) { return 0, io.ErrClosedPipe }
+
+// TestCheckLimits checks that more inodes than wanted are refused.
+func TestCheckLimits(t *testing.T) {
+	s := newStore(daxfs.BlockSize)
+	_, b := s.fileImage(t, randomTree(2, 200, s), daxfs.Options{})
+	err := daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), daxfs.CheckOptions{MaxInodes: 20}, nil)
+	if !isErr(err, daxfs.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), "more than 20") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func BenchmarkCheck(b *testing.B) {
+	const inodes = 60_000
+	s := newStore(daxfs.BlockSize)
+	root := dir(map[string]*daxfs.Node{})
+	for i := range inodes / 100 {
+		d := dir(map[string]*daxfs.Node{})
+		for k := range 99 {
+			d.Entries[fmt.Sprintf("file-with-a-name-%d", k)] = &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte(fmt.Sprintf("%d/%d", i, k)))}
+		}
+		root.Entries[fmt.Sprintf("directory-%d", i)] = d
+	}
+	_, image := s.fileImage(b, root, daxfs.Options{})
+	for name, r := range map[string]io.ReaderAt{"mapped": daxfs.Mem(image), "reader": bytes.NewReader(image)} {
+		b.Run(fmt.Sprintf("%s/%d", name, inodes), func(b *testing.B) {
+			b.ReportAllocs()
+			for range b.N {
+				if err := daxfs.Check(r, int64(len(image)), nil); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

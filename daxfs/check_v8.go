@@ -1,0 +1,182 @@
+package daxfs
+
+import (
+	"bytes"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// v8State is what a check remembers of the DAXFS half.
+type v8State struct {
+	v8nodes []v8node
+	peers   []int32 // by inode number: 1 + index in nodes, 0 if there is none
+}
+
+// v8node is one inode, by its number less 1.
+type v8node struct {
+	names  uint32 // entries that lead here; of a directory, its subdirectories
+	nlink  uint32
+	parent uint32 // of a directory; 0 if no name leads to it
+	mode   uint16
+	ok     bool
+	mark   uint8 // while loops are looked for
+}
+
+// v8Path is the path of an inode of the DAXFS half, as far as the EROFS half has it, too.
+func (c *checker) v8Path(ino uint64) string {
+	if ino < uint64(len(c.peers)) && c.peers[ino] != 0 {
+		return c.nodePath(c.peers[ino] - 1)
+	}
+	return ""
+}
+
+// checkV8 checks the DAXFS half on its own, in the order of its table. An inode without a name is no fault.
+func (c *checker) checkV8() error {
+	if c.v8 == nil {
+		return nil
+	}
+	count := c.v8.Inodes()
+	if count > c.max {
+		return c.emit(unsupported(RuleV8Table, 48, 0, "%d inodes, more than %d", count, c.max).(*FormatError), "")
+	}
+	c.v8nodes = make([]v8node, count)
+	for ino := uint64(1); ino <= count; ino++ {
+		if err := c.checkV8Inode(ino); err != nil {
+			return err
+		}
+	}
+	for i := range c.v8nodes {
+		if n := &c.v8nodes[i]; n.ok && n.mode&unix.S_IFMT == unix.S_IFDIR {
+			if err := c.checkV8Dir(uint64(i) + 1); err != nil {
+				return err
+			}
+		}
+	}
+	for i := range c.v8nodes {
+		n := &c.v8nodes[i]
+		isDir := n.mode&unix.S_IFMT == unix.S_IFDIR
+		want := n.names
+		if isDir {
+			want += 2
+		}
+		orphan := !isDir && n.names == 0
+		if n.ok && !orphan && n.nlink != want {
+			ino := uint64(i) + 1
+			if err := c.finding(RuleV8Nlink, c.v8.inodeOff(ino), ino, c.v8Path(ino), "link count is %d, expected %d", n.nlink, want); err != nil {
+				return err
+			}
+		}
+	}
+	return c.checkV8Loops()
+}
+
+func (c *checker) checkV8Inode(ino uint64) error {
+	in, raw, err := c.v8.readInode(ino)
+	if err != nil {
+		return c.broken(err, c.v8Path(ino))
+	}
+	off := c.v8.inodeOff(ino)
+	c.v8nodes[ino-1] = v8node{nlink: raw.Nlink, mode: uint16(raw.Mode), ok: true}
+	if raw.Mode>>16 != 0 {
+		if err := c.finding(RuleV8Mode, off, ino, c.v8Path(ino), "mode is %#o, expected 16 bits", raw.Mode); err != nil {
+			return err
+		}
+	}
+	if in.Size == 0 {
+		return nil
+	}
+	switch in.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		c.use(in.base, in.Size, useData|useV8, ino)
+		if in.base%BlockSize != 0 {
+			return c.finding(RuleV8Align, off, ino, c.v8Path(ino), "contents at %d, expected a multiple of %d", in.base, BlockSize)
+		}
+	case unix.S_IFLNK:
+		c.use(in.base, in.Size, useTarget|useV8, ino)
+		b, err := c.s.view(in.base, int(in.Size)+1)
+		if err != nil {
+			return err
+		}
+		if z := bytes.IndexByte(b, 0); int64(z) != in.Size {
+			return c.finding(RuleV8Symlink, in.base, ino, c.v8Path(ino), "target of %d bytes has its first NUL at %d, expected it to follow the target", in.Size, z)
+		}
+	case unix.S_IFDIR:
+		n := in.Size / disk.V8DirentUnit * disk.V8DirentSize
+		c.use(in.base, n, useMeta|useV8, ino)
+		if c.s.size-(in.base+n) < disk.V8DirentSize {
+			return c.finding(RuleV8DirSlack, off, ino, c.v8Path(ino), "entries end at %d, expected at least %d bytes before the end of the image at %d",
+				in.base+n, disk.V8DirentSize, c.s.size)
+		}
+	}
+	return nil
+}
+
+// checkV8Dir checks the entries of one directory.
+func (c *checker) checkV8Dir(ino uint64) error {
+	dir, err := c.v8.inode(ino)
+	if err != nil {
+		return c.broken(err, c.v8Path(ino))
+	}
+	if !spend(&c.budget, dir.Size) {
+		c.v8nodes[ino-1].ok = false
+		return c.finding(RuleMetaOverlap, dir.base, 0, c.v8Path(ino), "directories of the DAXFS half take more bytes than the image has: they overlap")
+	}
+	list, err := c.listV8(&dir, func(err error) error { return c.broken(err, c.v8Path(ino)) })
+	if err != nil {
+		return err
+	}
+	for i := range list {
+		e := &list[i]
+		if i > 0 && bytes.Equal(e.name, list[i-1].name) {
+			if err := c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q is there twice", e.name); err != nil {
+				return err
+			}
+		}
+		n := &c.v8nodes[e.nid-1]
+		if !n.ok {
+			continue
+		}
+		if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {
+			if err := c.finding(RuleV8DirType, e.off, ino, c.v8Path(ino), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ); err != nil {
+				return err
+			}
+		}
+		if n.mode&unix.S_IFMT != unix.S_IFDIR {
+			n.names++
+			continue
+		}
+		c.v8nodes[ino-1].names++
+		if n.parent != 0 || e.nid == disk.V8RootIno {
+			if err := c.finding(RuleV8DirLoop, e.off, ino, c.v8Path(ino), "entry %q leads to directory %d, which has another name or is the root", e.name, e.nid); err != nil {
+				return err
+			}
+			continue
+		}
+		n.parent = uint32(ino)
+	}
+	return nil
+}
+
+// checkV8Loops looks for directories that are their own ancestors. Every directory has at most one parent by now.
+func (c *checker) checkV8Loops() error {
+	const onPath, done = 1, 2
+	for i := range c.v8nodes {
+		at := uint32(i) + 1
+		for at != 0 && c.v8nodes[at-1].mark == 0 {
+			c.v8nodes[at-1].mark = onPath
+			at = c.v8nodes[at-1].parent
+		}
+		if at != 0 && c.v8nodes[at-1].mark == onPath {
+			ino := uint64(at)
+			if err := c.finding(RuleV8DirLoop, c.v8.inodeOff(ino), ino, c.v8Path(ino), "directory is its own ancestor"); err != nil {
+				return err
+			}
+		}
+		for at = uint32(i) + 1; at != 0 && c.v8nodes[at-1].mark == onPath; at = c.v8nodes[at-1].parent {
+			c.v8nodes[at-1].mark = done
+		}
+	}
+	return nil
+}
