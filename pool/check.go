@@ -73,6 +73,9 @@ func (c *checker) checkCatalogue(context.Context) error {
 		c.found("pool.header", "", 0, "no valid copy: %v", err)
 		return nil
 	}
+	if p.stale {
+		return nil // writing it failed, and the next change publishes: what is there may be of either generation
+	}
 	if hs[0].id != p.header.id || hs[0].generation != p.header.generation || hs[0].size != p.region.Size() {
 		c.found("pool.header", "", headerOff(hs[0].generation), "pool %x generation %d of %d bytes, expected %x, %d, %d",
 			hs[0].id, hs[0].generation, hs[0].size, p.header.id, p.header.generation, p.region.Size())
@@ -81,9 +84,6 @@ func (c *checker) checkCatalogue(context.Context) error {
 	if err != nil {
 		c.found("pool.catalogue", "", catalogueOff(hs[0].generation), "%v", err)
 		return nil
-	}
-	if p.stale {
-		return nil // known to be behind; the next change publishes
 	}
 	if a, b := encodeCatalogue(cat.Images), encodeCatalogue(p.imageList()); !bytes.Equal(a, b) {
 		c.found("pool.catalogue", "", catalogueOff(cat.Generation), "lists %d images that are not the %d of the owner", len(cat.Images), len(p.images))

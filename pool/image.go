@@ -231,11 +231,11 @@ func (p *Pool) commitImage(ctx context.Context, m Image, used []*extent) (added 
 		return false, err
 	}
 	if err = p.publish(gen, append(images, m)); err != nil {
-		rerr := p.index.removeImage(m.Key)
+		rerr := p.retract(gen, images, m.Key)
 		if rerr == nil {
 			return false, err
 		}
-		// The index has it and can not be told otherwise: then it is an image, only not in the catalogue yet.
+		// It may be visible to readers and can not be hidden again: then it is an image, and its bytes must stay.
 		err = errors.Join(err, rerr)
 	}
 	p.mu.Lock()
@@ -245,6 +245,14 @@ func (p *Pool) commitImage(ctx context.Context, m Image, used []*extent) (added 
 		e.images++
 	}
 	return true, err
+}
+
+// retract undoes a publication that failed halfway: readers may see it or not. Preconditions: commit is held.
+func (p *Pool) retract(gen uint64, images []Image, key string) error {
+	if err := p.publish(gen, images); err != nil {
+		return err
+	}
+	return p.index.removeImage(key)
 }
 
 // republish writes the catalogue again if it is behind the index.

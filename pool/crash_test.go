@@ -1,0 +1,332 @@
+package pool
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// model is what a pool should hold: bodies by key.
+type model struct {
+	layers map[string][][]byte
+	images map[string][][]byte
+}
+
+func newModel() *model {
+	return &model{layers: map[string][][]byte{}, images: map[string][][]byte{}}
+}
+
+func (m *model) clone() *model { return &model{maps.Clone(m.layers), maps.Clone(m.images)} }
+
+// world is a pool with the model of what was committed. A step may change the pool and then, if it succeeded, the model.
+type world struct {
+	t     testing.TB
+	r     *simRegion
+	index string
+	p     *Pool
+	m     *model
+	next  *model // what the step in progress makes of m
+}
+
+func (w *world) open(f *faults, how func() (*Pool, error)) error {
+	p, err := how()
+	if err != nil {
+		return err
+	}
+	w.p = p
+	p.index.fail = f.hit
+	return nil
+}
+
+func (w *world) layer(key string, bodies ...[]byte) error {
+	w.next.layers[key] = bodies
+	b := w.p.Begin()
+	defer b.Discard()
+	for _, body := range bodies {
+		if _, err := b.Put(ctx, int64(len(body)), bytes.NewReader(body)); err != nil {
+			return err
+		}
+	}
+	return b.CommitLayer(ctx, key, []byte(key))
+}
+
+// image makes an image of the contents of a layer, which are all there: putting them again finds them.
+func (w *world) image(key string, bodies ...[]byte) error {
+	w.next.images[key] = bodies
+	b := w.p.Begin()
+	defer b.Discard()
+	var files []daxfs.Data
+	for _, body := range bodies {
+		d, err := b.Put(ctx, int64(len(body)), bytes.NewReader(body))
+		if err != nil {
+			return err
+		}
+		files = append(files, d)
+	}
+	_, err := w.p.AddImage(ctx, key, tree(files...), daxfs.Options{})
+	return err
+}
+
+func (w *world) removeLayer(key string) error {
+	delete(w.next.layers, key)
+	return w.p.RemoveLayer(ctx, key)
+}
+
+func (w *world) removeImage(key string) error {
+	delete(w.next.images, key)
+	return w.p.RemoveImage(ctx, key)
+}
+
+func (w *world) discard(bodies ...[]byte) error {
+	b := w.p.Begin()
+	defer b.Discard()
+	for _, body := range bodies {
+		if _, err := b.Put(ctx, int64(len(body)), bytes.NewReader(body)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *world) reopen(f *faults) error {
+	if err := w.p.Close(); err != nil {
+		return err
+	}
+	return w.open(f, func() (*Pool, error) { return Open(w.r, w.index, Options{}) })
+}
+
+const simSize = 16 << 20
+
+// bodies are the contents in these tests: c is large, with a tail, and e is a multiple of 2 MiB.
+var bodies = struct{ a, b, c, d, e, g []byte }{
+	random(1, 3000), random(2, 70_000), random(3, smallMax+chunk/2), random(4, 4096), random(5, 2<<20), random(6, 100),
+}
+
+// steps is the life of a pool. Space is freed and taken again; the images overlap.
+func steps(f *faults) []func(w *world) error {
+	a, b, c, d, e, g := bodies.a, bodies.b, bodies.c, bodies.d, bodies.e, bodies.g
+	return []func(w *world) error{
+		func(w *world) error {
+			return w.open(f, func() (*Pool, error) { return Create(w.r, w.index, Options{}) })
+		},
+		func(w *world) error { return w.layer("A", a, b, c) },
+		func(w *world) error { return w.image("A", a, b, c) },
+		func(w *world) error { return w.layer("B", a, c, d) },
+		func(w *world) error { return w.image("B", a, c, d) },
+		func(w *world) error { return w.discard(e, g, a) },
+		func(w *world) error { return w.removeLayer("A") },
+		func(w *world) error { return w.removeImage("A") },
+		func(w *world) error { return w.layer("C", e, b, g) },
+		func(w *world) error { return w.image("C", e, b, g) },
+		func(w *world) error { return w.reopen(f) },
+		func(w *world) error { return w.removeImage("B") },
+		func(w *world) error { return w.removeLayer("B") },
+		func(w *world) error { return w.layer("D", c, a) },
+		func(w *world) error { return w.image("D", a, c) },
+	}
+}
+
+// matches tells how the pool differs from a model, and nil if it does not.
+func (m *model) matches(p *Pool) error {
+	if got, want := p.Layers(), slices.Sorted(maps.Keys(m.layers)); !slices.Equal(got, want) {
+		return fmt.Errorf("layers %q, expected %q", got, want)
+	}
+	if len(p.Images()) != len(m.images) {
+		return fmt.Errorf("%d images, expected %d", len(p.Images()), len(m.images))
+	}
+	for key := range m.layers {
+		if b, err := p.Layer(key); err != nil || string(b) != key {
+			return fmt.Errorf("layer %q: payload %q, %w", key, b, err)
+		}
+	}
+	for key, bodies := range m.images {
+		img, err := p.Image(key)
+		if err != nil {
+			return err
+		}
+		files, err := imageFiles(p.Region(), img)
+		if err != nil {
+			return fmt.Errorf("image %q: %w", key, err)
+		}
+		for i, want := range bodies {
+			if got := files[fmt.Sprintf("file%05d", i)]; !bytes.Equal(got, want) {
+				return fmt.Errorf("image %q: file %d has %d other bytes", key, i, len(got))
+			}
+		}
+	}
+	held := map[string]bool{}
+	for _, holders := range []map[string][][]byte{m.layers, m.images} {
+		for _, bodies := range holders {
+			for _, b := range bodies {
+				held[string(b)] = true
+			}
+		}
+	}
+	if n := p.Usage().ExtentCount; n != len(held) {
+		return fmt.Errorf("%d extents, expected %d: a leak or a loss", n, len(held))
+	}
+	return nil
+}
+
+// TestCrash cuts the power at every operation on the region and the index in turn. What was committed must be there
+// after reopening, the step in progress must have happened whole or not at all, and the pool must work.
+func TestCrash(t *testing.T) {
+	for seed := range uint64(2) {
+		rng := rand.New(rand.NewPCG(seed, 0))
+		for at := 1; ; at++ {
+			if crashAt(t, at, rng, seed%2 == 0) {
+				if at < 50 {
+					t.Fatalf("the scenario has only %d operations", at)
+				}
+				t.Logf("seed %d: %d operations", seed, at-1)
+				break
+			}
+			if t.Failed() {
+				t.Fatalf("after a crash at operation %d, seed %d", at, seed)
+			}
+		}
+	}
+}
+
+// crashAt returns true if the scenario ends before operation at.
+func crashAt(t *testing.T, at int, rng *rand.Rand, mapped bool) (finished bool) {
+	dir := fastDir(t)
+	f := &faults{at: at, stay: true}
+	w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(dir, "index"), m: newModel()}
+	w.r.mapped = mapped
+	var survivor *simRegion
+	copied := filepath.Join(dir, "copy")
+	f.onFail = func() {
+		survivor = w.r.crashClone(rng)
+		copyFile(t, w.index, copied)
+	}
+	step := -1
+	for i, do := range steps(f) {
+		w.next = w.m.clone()
+		if err := do(w); err != nil {
+			if !errors.Is(err, errFault) {
+				t.Fatalf("step %d: %v", i, err)
+			}
+			step = i
+			break
+		}
+		w.m = w.next
+	}
+	if w.p != nil {
+		defer w.p.Close()
+	}
+	if survivor == nil {
+		return true
+	}
+	if step < 0 {
+		// The fault was only warned of, such as of a punch: everything happened.
+		w.next = w.m
+	}
+	p, err := Open(survivor, copied, Options{})
+	switch {
+	case step == 0 && (errors.Is(err, ErrWiped) || errors.Is(err, ErrForeign)):
+		p, err = Reset(survivor, copied, Options{Force: errors.Is(err, ErrForeign)})
+	case err != nil:
+		t.Errorf("step %d: open: %v", step, err)
+		return false
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	mustCheck(t, p)
+	before, after := w.m.matches(p), w.next.matches(p)
+	if before != nil && after != nil {
+		t.Errorf("step %d: the pool is neither as before it (%v) nor as after it (%v)", step, before, after)
+	}
+	addImage(t, p, "new", random(99, 1<<20))
+	mustCheck(t, p)
+	return false
+}
+
+// TestFaults fails every operation in turn, once, in a process that goes on: a step that returns an error must have
+// changed nothing, and must succeed when it is tried again.
+func TestFaults(t *testing.T) {
+	for at := 1; ; at++ {
+		if faultAt(t, at) {
+			t.Logf("%d operations", at-1)
+			break
+		}
+		if t.Failed() {
+			t.Fatalf("after a fault at operation %d", at)
+		}
+	}
+}
+
+func faultAt(t *testing.T, at int) (finished bool) {
+	f := &faults{at: at}
+	w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(fastDir(t), "index"), m: newModel()}
+	for i, do := range steps(f) {
+		w.next = w.m.clone()
+		err := do(w)
+		if err != nil {
+			if !errors.Is(err, errFault) {
+				t.Fatalf("step %d: %v", i, err)
+			}
+			w.settle(i, f, err)
+			if t.Failed() {
+				return false
+			}
+			continue
+		}
+		w.m = w.next
+		if err := w.m.matches(w.p); err != nil {
+			t.Fatalf("step %d: %v", i, err)
+		}
+	}
+	defer w.p.Close()
+	mustCheck(t, w.p)
+	finished = f.n < at
+	f.at = 0
+	if err := w.reopen(f); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.m.matches(w.p); err != nil {
+		t.Fatalf("after reopening: %v", err)
+	}
+	mustCheck(t, w.p)
+	return finished
+}
+
+// settle looks at the pool after a step that failed and tries it again.
+func (w *world) settle(i int, f *faults, cause error) {
+	isOpen := i == 0 || i == 10
+	if isOpen {
+		// A pool that could not be opened is opened again; a half-made one is wiped.
+		if err := w.open(f, func() (*Pool, error) { return Open(w.r, w.index, Options{}) }); err != nil {
+			if i != 0 || !errors.Is(err, ErrWiped) {
+				w.t.Fatalf("open again after %v: %v", cause, err)
+			}
+			if err := w.open(f, func() (*Pool, error) { return Reset(w.r, w.index, Options{}) }); err != nil {
+				w.t.Fatalf("reset after %v: %v", cause, err)
+			}
+		}
+	}
+	if err := w.m.matches(w.p); err != nil {
+		w.t.Fatalf("step %d failed with %v, but: %v", i, cause, err)
+	}
+	mustCheck(w.t, w.p)
+	if isOpen {
+		return
+	}
+	w.next = w.m.clone()
+	if err := steps(f)[i](w); err != nil {
+		w.t.Fatalf("step %d again after %v: %v", i, cause, err)
+	}
+	w.m = w.next
+	if err := w.m.matches(w.p); err != nil {
+		w.t.Fatalf("step %d again after %v: %v", i, cause, err)
+	}
+}
