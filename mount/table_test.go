@@ -13,12 +13,15 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
+	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-func TestMain(m *testing.M) { mounttest.Main(m, nil) }
+func TestMain(m *testing.M) {
+	mounttest.Main(m, map[string]func([]string) error{"serve": fusefs.ServeArgs})
+}
 
 // counting is a driver that counts its mounts.
 type counting struct {

@@ -31,7 +31,7 @@ const startTimeout = 30 * time.Second
 type Driver struct {
 	// Command is the start of the command line of the server, to which
 	//
-	//	--offset N --size N --name NAME --ready-fd 3 [--suid --dev] FILE DIR
+	//	--offset N --size N --name NAME --ready-fd 3 [--suid] FILE DIR
 	//
 	// is added. If it is empty, that is "daxfs mount --driver fuse --foreground" with the daxfs program: this program
 	// if it has that name, else the one beside it, else the one in PATH.
@@ -137,7 +137,7 @@ func (d Driver) Mount(ctx context.Context, src mount.Source, dir string) error {
 	argv = append(argv[:len(argv):len(argv)], "--offset", strconv.FormatInt(c.Off, 10), "--size", strconv.FormatInt(c.Size, 10),
 		"--name", c.Name, "--ready-fd", "3")
 	if !c.Restrict {
-		argv = append(argv, "--suid", "--dev")
+		argv = append(argv, "--suid")
 	}
 	argv = append(argv, c.Path, dir)
 	r, w, err := os.Pipe()

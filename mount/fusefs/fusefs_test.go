@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -27,20 +26,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	mounttest.Main(m, map[string]func([]string) error{"serve": serve, "overlay": overlay, "getxattr": getxattr})
-}
-
-// serve is the server process, as the daxfs program runs it.
-func serve(args []string) error {
-	f := flag.NewFlagSet("serve", flag.ContinueOnError)
-	off, size := f.Int64("offset", 0, ""), f.Int64("size", 0, "")
-	name, fd := f.String("name", "", ""), f.Int("ready-fd", -1, "")
-	suid, dev := f.Bool("suid", false, ""), f.Bool("dev", false, "")
-	if err := f.Parse(args); err != nil {
-		return err
-	}
-	c := Config{Path: f.Arg(0), Dir: f.Arg(1), Name: *name, Off: *off, Size: *size, Restrict: !*suid || !*dev}
-	return Run(context.Background(), c, func(err error) { Ready(os.NewFile(uintptr(*fd), "ready"), err) })
+	mounttest.Main(m, map[string]func([]string) error{"serve": ServeArgs, "overlay": overlay, "getxattr": getxattr})
 }
 
 // driver starts this test binary as its server.

@@ -109,8 +109,7 @@ func (Driver) Match(ctx context.Context, src mount.Source, dir string) error {
 		return fmt.Errorf("%q is mounted from %q, expected %q", dir, m.Source, want.Source)
 	}
 	if size, ok := sys.MountOption(m, "size"); ok {
-		n, err := strconv.ParseInt(size, 0, 64)
-		if err != nil || n != src.Size {
+		if n, err := strconv.ParseInt(size, 0, 64); err == nil && n != src.Size {
 			return fmt.Errorf("%q has a window of %q bytes, expected %d", dir, size, src.Size)
 		}
 	}

@@ -31,6 +31,8 @@ func Main(m *testing.M, helpers map[string]func(args []string) error) {
 			f = compare
 		case "readall":
 			f = readall
+		case "readall-in":
+			f = readallIn
 		}
 		if f == nil {
 			fmt.Fprintf(os.Stderr, "no helper %q\n", name)
