@@ -188,6 +188,9 @@ func (s *Snapshotter) image(ctx context.Context, links []link) (dir string, err 
 	top := links[0].rec
 	defer s.pins.pin(top.Chain)()
 	layers := s.layers(links)
+	for _, l := range layers {
+		defer s.pins.pin(l.Key)()
+	}
 	err = s.withEviction(ctx, func() error {
 		dir, err = s.lowers.Lower(ctx, top.Chain, layers)
 		return err

@@ -1,0 +1,109 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	bolt "go.etcd.io/bbolt"
+)
+
+// Facts are what the records say, for those who hold it against what there is.
+type Facts struct {
+	// Uses says what is needed.
+	Uses Uses
+	// Chains are the layers, bottom first, of the chain of each committed snapshot, by chain key.
+	Chains map[string][]Layer
+}
+
+// Check compares metadata, records and directories, and tells report of each contradiction. It is exact when nothing
+// else is under way and Cleanup was called.
+func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts, error) {
+	facts := Facts{Chains: map[string][]Layer{}}
+	u, err := s.uses(ctx)
+	if err != nil {
+		return facts, err
+	}
+	facts.Uses = u
+	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error { // no snapshot is being created meanwhile
+		ids, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		for _, id := range recordIDs(tx) {
+			if ids[id] == "" {
+				report(fmt.Sprintf("record of snapshot %s, which does not exist", id))
+			}
+		}
+		entries, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if ids[e.Name()] == "" {
+				report(fmt.Sprintf("directory %q belongs to no snapshot", s.dir(e.Name())))
+			}
+		}
+		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
+			return s.checkOne(ctx, tx, info, facts, report)
+		})
+	})
+	return facts, err
+}
+
+func (s *Snapshotter) checkOne(ctx context.Context, tx *bolt.Tx, info snapshots.Info, facts Facts, report func(string)) error {
+	bad := func(format string, args ...any) {
+		report(fmt.Sprintf("snapshot %q: ", info.Name) + fmt.Sprintf(format, args...))
+	}
+	id, _, _, err := storage.GetInfo(ctx, info.Name)
+	if err != nil {
+		return err
+	}
+	rec, err := getRecord(tx, id)
+	if err != nil {
+		return err
+	}
+	links, err := chain(ctx, tx, info.Name)
+	if err != nil {
+		bad("%v", err)
+		return nil
+	}
+	if st, err := os.Stat(s.upper(id)); err != nil || !st.IsDir() {
+		bad("upper directory: %v", err)
+	}
+	if info.Kind == snapshots.KindCommitted {
+		if want := s.chainKey(info.Name, id); rec.Chain != want {
+			bad("its chain is on record as %q, expected %q", rec.Chain, want)
+		}
+		if !rec.Dir && len(rec.Streamed) == 0 {
+			bad("it has neither a directory nor a streamed layer")
+		}
+		facts.Chains[rec.Chain] = s.layers(links)
+		return nil
+	}
+	low := rec.Lower
+	if low == nil {
+		bad("there is no record of what it stands on")
+		return nil
+	}
+	parents := links[1:]
+	for i, id := range low.Dirs {
+		if i >= len(parents) || parents[i].id != id {
+			bad("directory %d below it is that of snapshot %s, which is not its parent", i, id)
+			return nil
+		}
+	}
+	rest := parents[len(low.Dirs):]
+	switch {
+	case low.Chain != "":
+		if len(rest) == 0 || rest[0].rec.Chain != low.Chain {
+			bad("it stands on chain %q, which is not its parents'", low.Chain)
+		}
+	case len(rest) > 0 && !low.Blind:
+		bad("%d of its parents are missing below it", len(rest))
+	}
+	return nil
+}

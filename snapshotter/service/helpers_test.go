@@ -1,0 +1,177 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	diffproxy "github.com/containerd/containerd/v2/core/diff/proxy"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if os.Geteuid() == 0 {
+		flag.Set("test.root", "true") // containerd's suite asks for it
+	}
+	os.Exit(m.Run())
+}
+
+// flavour is one way to run the daemon.
+type flavour struct {
+	name   string
+	kind   string // of the pool
+	driver string
+}
+
+var flavours = []flavour{
+	{"erofs-file", "file", "erofs-file"},
+	{"erofs-loop", "tmpfs", "erofs-loop"},
+}
+
+// config returns the configuration of a daemon below root.
+func (f flavour) config(root string) *config.Config {
+	c := config.Default()
+	c.Root = filepath.Join(root, "root")
+	c.Address = filepath.Join(root, "s.sock")
+	c.Pool.Kind, c.Pool.Size = f.kind, 256<<20
+	c.Mount.Driver = f.driver
+	c.Layers.Settle = config.Duration(20 * time.Millisecond)
+	if f.kind == "tmpfs" {
+		c.Pool.Path = filepath.Join("/dev/shm", filepath.Base(filepath.Dir(root))+"-"+filepath.Base(root)+".pool")
+	}
+	return c
+}
+
+// need skips the test where the flavour can not run, with the reason.
+func (f flavour) need(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts file systems, which needs root")
+	}
+	dir := t.TempDir()
+	c := f.config(dir)
+	c.Pool.Size = 16 << 20
+	r, p, err := openPool(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(c.Pool.Path)
+	defer r.Close()
+	defer p.Close()
+	drivers, err := mount.Select(allDrivers(c), f.driver)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range drivers {
+		if err := d.Probe(t.Context(), r.Info()); err != nil {
+			t.Skipf("driver %s: %v", d.Name(), err)
+		}
+	}
+}
+
+// client is a daemon and a connection to it.
+type client struct {
+	*Service
+	remote  snapshots.Snapshotter // through the socket
+	applier diff.Applier          // through the socket
+
+	conn   *grpc.ClientConn
+	stop   context.CancelFunc
+	served chan error
+}
+
+// start opens a daemon, whose differ reads from blobs, and serves it on its socket.
+func start(ctx context.Context, c *config.Config, blobs content.Provider) (*client, error) {
+	s, err := Open(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	l, err := listen(c.Address)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	conn, err := grpc.NewClient("unix://"+c.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, errors.Join(err, s.Close(), l.Close())
+	}
+	cl := &client{
+		Service: s, conn: conn, served: make(chan error, 1),
+		remote:  proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "daxfs"),
+		applier: diffproxy.NewDiffApplier(diffapi.NewDiffClient(conn)).(diff.Applier),
+	}
+	ctx, cl.stop = context.WithCancel(context.WithoutCancel(ctx))
+	go func() { cl.served <- serveGRPC(ctx, l, s.grpcServer(s.Differ(blobs))) }()
+	return cl, nil
+}
+
+// end stops the daemon as SIGTERM does.
+func (c *client) end() error {
+	c.conn.Close()
+	c.stop()
+	return errors.Join(<-c.served, c.Service.Close())
+}
+
+// purge removes every snapshot and looks for what is left over.
+func (c *client) purge(ctx context.Context) error {
+	for {
+		var names []string
+		err := c.sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+			names = append(names, info.Name)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if len(names) == 0 {
+			break
+		}
+		removed := false
+		for _, name := range names {
+			if err := c.sn.Remove(ctx, name); err == nil {
+				removed = true
+			} else if !errdefs.IsFailedPrecondition(err) {
+				return err
+			}
+		}
+		if !removed {
+			return fmt.Errorf("none of %q can be removed", names)
+		}
+	}
+	if err := c.settle(ctx); err != nil {
+		return err
+	}
+	if n := len(c.pool.Images()) + len(c.pool.Layers()) + len(c.table.List()); n > 0 {
+		return fmt.Errorf("%d images, layers and mounts are left over", n)
+	}
+	if u := c.pool.Usage(); u.Extents != 0 || u.Segments != 0 {
+		return fmt.Errorf("pool is not empty: %+v", u)
+	}
+	return nil
+}
+
+// settle waits for background work, cleans up, and checks that all agrees.
+func (c *client) settle(ctx context.Context) error {
+	if err := errors.Join(c.sn.Flush(ctx), c.sn.Cleanup(ctx)); err != nil {
+		return err
+	}
+	var errs []error
+	err := c.Check(ctx, func(msg string) { errs = append(errs, errors.New(msg)) })
+	return errors.Join(append(errs, err)...)
+}

@@ -1,0 +1,105 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/diffservice"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/log"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthapi "google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// stopTimeout is how long calls may go on after the daemon was told to stop. A pull that is cut off is tried again.
+const stopTimeout = 5 * time.Second
+
+// Serve answers on the configured addresses until ctx ends. ready is called once when it listens; it may be nil.
+func (s *Service) Serve(ctx context.Context, ready func()) error {
+	l, err := listen(s.cfg.Address)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	stopHTTP, err := s.metrics.serve(ctx, s.cfg.Metrics)
+	if err != nil {
+		return err
+	}
+	defer stopHTTP()
+	log.G(ctx).WithField("address", s.cfg.Address).Info("serving")
+	if ready != nil {
+		ready()
+	}
+	return serveGRPC(ctx, l, s.grpcServer(s.differ))
+}
+
+// grpcServer returns a server of the snapshotter and a differ.
+func (s *Service) grpcServer(d interface {
+	diff.Applier
+	diff.Comparer
+}) *grpc.Server {
+	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
+	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(s.sn))
+	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(d, d))
+	healthapi.RegisterHealthServer(srv, health.NewServer())
+	return srv
+}
+
+// serveGRPC serves until ctx ends, then lets calls under way end.
+func serveGRPC(ctx context.Context, l net.Listener, srv *grpc.Server) error {
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(l) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	timer := time.AfterFunc(stopTimeout, srv.Stop)
+	defer timer.Stop()
+	srv.GracefulStop()
+	if err := <-failed; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return err
+	}
+	return nil
+}
+
+// listen makes the socket, for root alone. The socket file of a process that died is replaced; that of one that lives
+// is not.
+func listen(address string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
+		return nil, err
+	}
+	if conn, err := net.DialTimeout("unix", address, time.Second); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("socket %q: another process answers there", address)
+	}
+	if st, err := os.Lstat(address); err == nil {
+		if st.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("socket %q: there is something else of type %s", address, st.Mode().Type())
+		}
+		if err := os.Remove(address); err != nil {
+			return nil, err
+		}
+	}
+	// Made under another name, because until it has its mode anyone could connect.
+	temp := fmt.Sprintf("%s.%d", address, os.Getpid())
+	os.Remove(temp)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err := errors.Join(os.Chmod(temp, 0o600), os.Rename(temp, address)); err != nil {
+		return nil, errors.Join(err, l.Close(), os.Remove(temp))
+	}
+	return l, nil
+}
