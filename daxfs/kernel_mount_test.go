@@ -182,4 +182,3 @@ func fsck(t *testing.T, file string) {
 		t.Errorf("fsck.erofs: %v\n%s", err, out)
 	}
 }
-

@@ -164,6 +164,9 @@ type walker struct {
 func (w *walker) add(n *Node, parent int32, name string) (int32, error) {
 	p := w.plan
 	idx := int32(len(p.inodes))
+	if len(p.inodes) == cap(p.inodes) {
+		p.inodes = slices.Grow(p.inodes, len(p.inodes)+64) // append grows large slices by a quarter: much copying
+	}
 	p.inodes = append(p.inodes, inode{parent: parent, name: name})
 	if len(p.inodes) == math.MaxInt32 {
 		return 0, w.fail(idx, invalid("too many inodes: expected fewer than %d", math.MaxInt32))
