@@ -30,7 +30,6 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 		return Result{}, err
 	}
 	s.spill.close()
-	s.free = nil
 	p := &s.out
 	r := Result{Deduplicated: p.saved}
 	var nodes []*daxfs.Node

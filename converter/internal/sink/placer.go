@@ -63,7 +63,9 @@ func (s *Sink) place() {
 		buf := p.buf
 		if buf == nil {
 			if back == nil {
-				back = make([]byte, huge)
+				s.mu.Lock()
+				back = s.arena.pack()
+				s.mu.Unlock()
 			}
 			buf = back
 			if err := s.spill.unspill(p, buf); err != nil {

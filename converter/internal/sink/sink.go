@@ -71,6 +71,7 @@ type Sink struct {
 	layers []*Layer
 	head   int
 	inUse  int // packs that hold memory
+	arena  arena
 	free   []*pack
 	bytes  int64
 	err    error
@@ -78,12 +79,16 @@ type Sink struct {
 }
 
 // New starts to place contents into f, from its second block on. Layers are numbered from 0, bottom first. The
-// caller ends with Finish or Abort, and closes f afterwards.
+// caller ends with Abort, after Finish or instead of it, and closes f afterwards.
 func New(f *os.File, layers int, o Options) (*Sink, error) {
 	if layers >= 1<<layerBits {
 		return nil, fmt.Errorf("%d layers, expected fewer than %d", layers, 1<<layerBits)
 	}
 	s := &Sink{o: o, f: f, done: make(chan struct{}), limit: int(max(o.Memory, 16<<20) / huge)}
+	var err error
+	if s.arena, err = newArena(s.limit + 1); err != nil { // one for packs that come back from the spill file
+		return nil, err
+	}
 	s.wake = sync.NewCond(&s.mu)
 	s.out = placer{f: f, align: !o.NoAlign, tail: page, known: map[key][]int32{}}
 	for i := range layers {
@@ -290,7 +295,7 @@ func (s *Sink) newPack(layer int) (*pack, error) {
 		s.free = s.free[:n-1]
 		return p, nil
 	}
-	return &pack{buf: make([]byte, huge)}, nil
+	return &pack{buf: s.arena.pack()}, nil
 }
 
 // recycle takes the memory of a pack of l back.
@@ -332,4 +337,6 @@ func (s *Sink) Abort() {
 	s.mu.Unlock()
 	<-s.done
 	s.spill.close()
+	s.free = nil
+	s.arena.close()
 }

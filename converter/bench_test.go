@@ -1,0 +1,254 @@
+package converter_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+)
+
+// benchImage is an image like those of Debian with Python or Node: four layers made of what this machine has below
+// /usr, some 400 MB in tens of thousands of files.
+var benchImage = sync.OnceValue(func() []ocitest.Layer {
+	tb := &testing.B{}
+	var layers []ocitest.Layer
+	for _, l := range []struct {
+		max  int64
+		dirs []string
+	}{
+		{140 << 20, []string{"/usr/bin", "/usr/sbin", "/usr/lib/x86_64-linux-gnu"}},
+		{150 << 20, []string{"/usr/lib/python3", "/usr/lib/python3.11", "/usr/include", "/usr/src", "/usr/lib/gcc", "/usr/lib/git-core"}},
+		{110 << 20, []string{"/usr/share", "/usr/local"}},
+		{2 << 20, []string{"/etc"}},
+	} {
+		layers = append(layers, ocitest.Layer{Tar: ocitest.TarTree(tb, l.max, l.dirs...)})
+	}
+	return layers
+})
+
+// benchLayout writes the image as a layout and returns its source and its blobs.
+func benchLayout(b *testing.B, c ocitest.Compression) (dir string, blobs []string, unpacked int64) {
+	b.Helper()
+	l := ocitest.NewLayout(b, filepath.Join(b.TempDir(), "layout"))
+	layers := append([]ocitest.Layer(nil), benchImage()...)
+	for i := range layers {
+		layers[i].Compression = c
+		unpacked += int64(len(layers[i].Tar))
+	}
+	l.Tag("", l.Manifest(ocitest.LinuxAMD64, layers...))
+	img := benchFind(b, l.Dir)
+	for _, y := range img.Layers {
+		blobs = append(blobs, l.BlobPath(y.Desc.Digest))
+	}
+	return l.Dir, blobs, unpacked
+}
+
+func benchFind(b *testing.B, dir string) *source.Image {
+	b.Helper()
+	img, err := benchSource(b, dir).Image(context.Background(), source.Host())
+	if err != nil {
+		b.Fatal(err)
+	}
+	return img
+}
+
+func benchSource(b *testing.B, dir string) source.Source {
+	b.Helper()
+	src, err := source.Parse("oci:"+dir, source.Config{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { src.Close() })
+	return src
+}
+
+func benchConvert(b *testing.B, dir, out string, o converter.Options) *converter.Result {
+	b.Helper()
+	res, err := converter.Convert(context.Background(), benchSource(b, dir), out, o)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return res
+}
+
+// decompressAndHash is the least that a verified conversion has to do, as a plain loop: all layers at the same time,
+// each read, hashed, decompressed with the same library, and hashed.
+func decompressAndHash(b *testing.B, blobs []string) {
+	b.Helper()
+	var g errgroup.Group
+	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
+	for _, name := range blobs {
+		g.Go(func() error {
+			f, err := os.Open(name)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			z, err := gzip.NewReader(io.TeeReader(f, sha256.New()))
+			if err != nil {
+				return err
+			}
+			_, err = io.Copy(sha256.New(), z)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// pipelined does the same with the reader that Convert uses.
+func pipelined(b *testing.B, img *source.Image) {
+	b.Helper()
+	var g errgroup.Group
+	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
+	for _, l := range img.Layers {
+		g.Go(func() error {
+			rc, err := l.Open(context.Background())
+			if err != nil {
+				return err
+			}
+			r, err := blob.NewReader(context.Background(), rc, blob.Spec{
+				MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID,
+			})
+			if err != nil {
+				return err
+			}
+			return r.Finish(nil)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// cost is what something took: wall time, and the processor time of this process and its children. On a machine that
+// does other things as well the second one is the more honest measure.
+type cost struct{ wall, cpu time.Duration }
+
+func (c cost) plus(d cost) cost { return cost{c.wall + d.wall, c.cpu + d.cpu} }
+
+// timed runs f without the garbage of what ran before.
+func timed(f func()) cost {
+	runtime.GC()
+	start, before := time.Now(), cpuTime()
+	f()
+	return cost{time.Since(start), cpuTime() - before}
+}
+
+func cpuTime() (t time.Duration) {
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var u unix.Rusage
+		if unix.Getrusage(who, &u) == nil {
+			t += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+		}
+	}
+	return t
+}
+
+// report adds the mean of a cost to the results.
+func (c cost) report(b *testing.B, name string) {
+	b.ReportMetric(c.wall.Seconds()/float64(b.N), name+"-s")
+	b.ReportMetric(c.cpu.Seconds()/float64(b.N), name+"-cpu-s")
+}
+
+// BenchmarkConvertGzip converts from gzip layers, beside only decompressing and hashing them, in turns. The goal is
+// x-decompress ≤ 1.15: conversion costs next to nothing beside what every verified pull must do.
+func BenchmarkConvertGzip(b *testing.B) {
+	dir, blobs, unpacked := benchLayout(b, ocitest.Gzip)
+	img := benchFind(b, dir)
+	out := filepath.Join(b.TempDir(), "image")
+	var base, pipe, conv cost
+	var res *converter.Result
+	b.SetBytes(unpacked)
+	b.ReportAllocs()
+	for b.Loop() {
+		base = base.plus(timed(func() { decompressAndHash(b, blobs) }))
+		pipe = pipe.plus(timed(func() { pipelined(b, img) }))
+		conv = conv.plus(timed(func() { res = benchConvert(b, dir, out, converter.Options{}) }))
+	}
+	base.report(b, "decompress")
+	pipe.report(b, "pipelined")
+	conv.report(b, "convert")
+	b.ReportMetric(conv.wall.Seconds()/min(base.wall, pipe.wall).Seconds(), "x-decompress")
+	b.ReportMetric(conv.cpu.Seconds()/min(base.cpu, pipe.cpu).Seconds(), "x-decompress-cpu")
+	b.ReportMetric(float64(res.Stats.Inodes), "inodes")
+}
+
+// BenchmarkConvertPlain converts from uncompressed layers, beside cp of the same blobs, in turns. The goal is
+// x-cp ≤ 2.
+func BenchmarkConvertPlain(b *testing.B) {
+	dir, blobs, unpacked := benchLayout(b, ocitest.None)
+	out := filepath.Join(b.TempDir(), "image")
+	copies := b.TempDir()
+	var cp, conv cost
+	b.SetBytes(unpacked)
+	b.ReportAllocs()
+	for b.Loop() {
+		cp = cp.plus(timed(func() {
+			args := append([]string{"--reflink=never"}, blobs...)
+			if msg, err := exec.Command("cp", append(args, copies)...).CombinedOutput(); err != nil {
+				b.Fatalf("cp: %v: %s", err, msg)
+			}
+		}))
+		for _, f := range blobs { // so that every cp writes new files, as every conversion does
+			os.Remove(filepath.Join(copies, filepath.Base(f)))
+		}
+		conv = conv.plus(timed(func() { benchConvert(b, dir, out, converter.Options{}) }))
+		os.Remove(out)
+	}
+	cp.report(b, "cp")
+	conv.report(b, "convert")
+	b.ReportMetric(conv.wall.Seconds()/cp.wall.Seconds(), "x-cp")
+	b.ReportMetric(conv.cpu.Seconds()/cp.cpu.Seconds(), "x-cp-cpu")
+}
+
+// BenchmarkMemory converts with several memory limits and reports the highest heap in use that was seen. With the
+// smallest one nearly all contents of upper layers go through the spill file.
+func BenchmarkMemory(b *testing.B) {
+	dir, _, unpacked := benchLayout(b, ocitest.Gzip)
+	for _, mib := range []int64{16, 64, 256} {
+		b.Run(fmt.Sprintf("%dMiB", mib), func(b *testing.B) {
+			out := filepath.Join(b.TempDir(), "image")
+			b.SetBytes(unpacked)
+			var peak uint64
+			for b.Loop() {
+				runtime.GC()
+				stop := make(chan struct{})
+				done := make(chan struct{})
+				before := inUse()
+				go func() {
+					defer close(done)
+					for {
+						select {
+						case <-stop:
+							return
+						case <-time.After(5 * time.Millisecond):
+							peak = max(peak, inUse()-before)
+						}
+					}
+				}()
+				benchConvert(b, dir, out, converter.Options{Memory: mib << 20})
+				close(stop)
+				<-done
+			}
+			b.ReportMetric(float64(peak)/(1<<20), "peak-MiB")
+		})
+	}
+}
