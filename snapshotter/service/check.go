@@ -2,11 +2,11 @@ package service
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
@@ -37,7 +37,7 @@ func (s *Service) Check(ctx context.Context, report func(msg string)) error {
 	if err := s.checkMounts(facts.Uses, report); err != nil {
 		return err
 	}
-	return s.checkLoops(report)
+	return s.checkLoops(ctx, report)
 }
 
 // checkStored holds layers and images against the records.
@@ -145,31 +145,52 @@ func (s *Service) inTable(dir string) bool {
 	return false
 }
 
+// loopsLag is how long a loop device may outlive its mount. A runtime that starts a container at the same moment has a
+// copy of all mounts until it changed its root, and with it the device.
+const loopsLag = 10 * time.Second
+
 // checkLoops finds loop devices over the pool that belong to no mount.
-func (s *Service) checkLoops(report func(string)) error {
-	path := s.region.Info().Path
+func (s *Service) checkLoops(ctx context.Context, report func(string)) error {
+	deadline := time.Now().Add(loopsLag)
+	for {
+		loops, err := loopsOver(s.region.Info().Path)
+		if err != nil {
+			return err
+		}
+		mounts := 0
+		for _, m := range s.table.List() {
+			if m.Driver == "erofs-loop" {
+				mounts++
+			}
+		}
+		if loops == mounts {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			report(fmt.Sprintf("%d loop devices over %q for %d mounts", loops, s.region.Info().Path, mounts))
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// loopsOver counts the loop devices over a file.
+func loopsOver(path string) (int, error) {
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
-		return err
+		return 0, err
 	}
-	loops := 0
+	n := 0
 	for _, f := range files {
 		raw, err := os.ReadFile(f)
-		if errors.Is(err, os.ErrNotExist) {
-			continue // detached meanwhile
-		}
+		// One that can not be read was detached meanwhile.
 		if err == nil && strings.TrimSuffix(strings.TrimSpace(string(raw)), " (deleted)") == path {
-			loops++
+			n++
 		}
 	}
-	mounts := 0
-	for _, m := range s.table.List() {
-		if m.Driver == "erofs-loop" {
-			mounts++
-		}
-	}
-	if loops != mounts {
-		report(fmt.Sprintf("%d loop devices over %q for %d mounts", loops, path, mounts))
-	}
-	return nil
+	return n, nil
 }

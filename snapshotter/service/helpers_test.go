@@ -50,7 +50,7 @@ func (f flavour) config(root string) *config.Config {
 	c := config.Default()
 	c.Root = filepath.Join(root, "root")
 	c.Address = filepath.Join(root, "s.sock")
-	c.Pool.Kind, c.Pool.Size = f.kind, 256<<20
+	c.Pool.Kind, c.Pool.Size = f.kind, 1<<30
 	c.Mount.Driver = f.driver
 	c.Layers.Settle = config.Duration(20 * time.Millisecond)
 	if f.kind == "tmpfs" {
