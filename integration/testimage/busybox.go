@@ -90,7 +90,7 @@ func SpecialLayers() [][]Entry {
 		File("s/attrs", 0o644, []byte("a")).Xattr("user.one", "1").Xattr("user.empty", "").
 			Xattr("user.long", strings.Repeat("v", 300)).Xattr("user.binary", "\x00\xff\x00"),
 		Dir("s/attrdir", 0o755).Xattr("user.on.dir", "yes"),
-		File("s/link1", 0o644, []byte("three names")), Link("s/link2", "s/link1"), Link("s/sticky/link3", "s/link1"),
+		File("s/link1", 0o644, []byte("three names")), Link("s/link2", "s/link1", 0o644), Link("s/sticky/link3", "s/link1", 0o644),
 		Symlink("s/relative", "sticky/link3"), Symlink("s/absolute", "/etc/passwd"), Symlink("s/dangling", "/no/such/file"),
 		Symlink("s/longlink", strings.Repeat("d/", 2000)+"end"),
 		device("s/char", '3', 1, 3), device("s/block", '4', 7, 200), device("s/bigdev", '3', 300, 70000), device("s/fifo", '6', 0, 0),
@@ -110,19 +110,24 @@ func SpecialLayers() [][]Entry {
 	zeros := make([]byte, 3<<20)
 	zeros[1<<20] = 1
 	lower = append(lower, File("s/sparse", 0o644, zeros))
+	lower = append(lower, Dir("s/many", 0o755))
 	for i := range 300 { // more than one block of directory entries
 		lower = append(lower, File(fmt.Sprintf("s/many/%03d", i), 0o644, []byte(fmt.Sprint(i))))
 	}
 	lower = append(lower,
 		Dir("s/hidden", 0o755), File("s/hidden/old", 0o644, []byte("old")),
 		Dir("s/replaced", 0o755), File("s/replaced/in-dir", 0o644, []byte("x")),
-		File("s/was-file", 0o644, []byte("file")), File("s/removed", 0o644, []byte("gone")),
+		File("s/was-file", 0o644, []byte("file")),
+		Dir("s/was-dir", 0o755), File("s/was-dir/x", 0o644, []byte("x")), File("s/removed", 0o644, []byte("gone")),
 		Dir("s/tree", 0o755), File("s/tree/a", 0o644, []byte("a")), Dir("s/tree/b", 0o755), File("s/tree/b/c", 0o644, []byte("c")),
 	)
+	// Directories that this layer changes have entries: without, containerd leaves the time of the unpacking.
 	upper := []Entry{
+		Dir("s", 0o755), Dir("s/sticky", 0o1777), Dir("s/replaced", 0o755),
 		Whiteout("s/removed"), Whiteout("s/tree"),
 		Dir("s/hidden", 0o700), Opaque("s/hidden"), File("s/hidden/new", 0o644, []byte("new")),
-		File("s/replaced", 0o644, []byte("a file now")),
+		Whiteout("s/replaced/in-dir"), File("s/replaced/new", 0o644, []byte("x")),
+		File("s/was-dir", 0o644, []byte("a file now")),
 		Dir("s/was-file", 0o755), File("s/was-file/inside", 0o644, []byte("inside")),
 		Dir("s/attrdir", 0o711),                       // attributes of a lower directory change
 		Whiteout("s/link2"),                           // one of three names goes

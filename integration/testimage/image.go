@@ -44,9 +44,10 @@ func Symlink(name, target string) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777}}
 }
 
-// Link is a second name of a file that this layer has under target.
-func Link(name, target string) Entry {
-	return Entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: target}}
+// Link is a second name of a file that this layer has under target. It repeats the file's mode, as archivers do, for
+// containerd applies it again.
+func Link(name, target string, mode int64) Entry {
+	return Entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: target, Mode: mode}}
 }
 
 // Whiteout removes what a lower layer has under name.

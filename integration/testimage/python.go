@@ -47,6 +47,17 @@ func PythonLayer() ([]Entry, error) {
 	return l.entries, nil
 }
 
+// Programs holds dynamic programs of this machine under their own paths, and the libraries they are linked with.
+func Programs(paths ...string) ([]Entry, error) {
+	l := fromHost{seen: map[string]bool{}}
+	for _, p := range paths {
+		if err := l.program(p); err != nil {
+			return nil, err
+		}
+	}
+	return l.entries, nil
+}
+
 // fromHost collects files of this machine under their own names.
 type fromHost struct {
 	entries []Entry

@@ -1,0 +1,110 @@
+package qemu
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+)
+
+// Kernel is a distribution's kernel with its modules.
+type Kernel struct {
+	Release string
+	Image   string // path of the bootable file
+	modules string // directory of the modules
+}
+
+// FindKernel returns the newest kernel of this machine, or of the test cache, that has what the tests need as modules:
+// DAXFS_TEST_KERNEL=DIR names another root directory, with boot/ and lib/modules/ below it. The error says how to get one.
+func FindKernel() (Kernel, error) {
+	roots := []string{"/"}
+	if cache, err := stack.CacheDir(); err == nil {
+		roots = append(roots, filepath.Join(cache, "kernel"))
+	}
+	if root := os.Getenv("DAXFS_TEST_KERNEL"); root != "" {
+		roots = []string{root}
+	}
+	for _, root := range roots {
+		images, err := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))
+		if err != nil {
+			return Kernel{}, err
+		}
+		slices.Reverse(images) // Glob sorts; good enough to prefer the newer of two
+		for _, image := range images {
+			release := strings.TrimPrefix(filepath.Base(image), "vmlinuz-")
+			k := Kernel{Release: release, Image: image, modules: filepath.Join(root, "lib/modules", release)}
+			if _, err := k.order("virtio_pmem", "erofs"); err == nil {
+				return k, nil
+			}
+		}
+	}
+	return Kernel{}, fmt.Errorf("no kernel with modules for virtio-pmem and erofs below %q (run .ci/deps test)", roots)
+}
+
+// order lists the files of modules and of all that they need, in the order in which to load them. What is built into
+// the kernel is left out; a module that is neither there nor built in is an error.
+func (k Kernel) order(names ...string) ([]string, error) {
+	needs := map[string][]string{} // by path below k.modules
+	byName := map[string]string{}
+	err := eachLine(filepath.Join(k.modules, "modules.dep"), func(line string) {
+		file, deps, _ := strings.Cut(line, ":")
+		needs[file] = strings.Fields(deps)
+		byName[moduleName(file)] = file
+	})
+	if err != nil {
+		return nil, err
+	}
+	builtin := map[string]bool{}
+	if err := eachLine(filepath.Join(k.modules, "modules.builtin"), func(line string) { builtin[moduleName(line)] = true }); err != nil {
+		return nil, err
+	}
+	var list []string
+	var missing []error
+	for _, name := range names {
+		file, ok := byName[moduleName(name)]
+		if !ok {
+			if !builtin[moduleName(name)] {
+				missing = append(missing, fmt.Errorf("kernel %s has no module %q", k.Release, name))
+			}
+			continue
+		}
+		// modules.dep lists everything that is needed, what is needed first last.
+		for _, f := range append(reversed(needs[file]), file) {
+			if !slices.Contains(list, f) {
+				list = append(list, f)
+			}
+		}
+	}
+	return list, errors.Join(missing...)
+}
+
+func reversed(s []string) []string {
+	s = slices.Clone(s)
+	slices.Reverse(s)
+	return s
+}
+
+// moduleName is the name under which a file is known: without directory and suffixes, "-" the same as "_".
+func moduleName(file string) string {
+	name, _, _ := strings.Cut(filepath.Base(file), ".ko")
+	return strings.ReplaceAll(name, "-", "_")
+}
+
+func eachLine(path string, fn func(string)) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		fn(lines.Text())
+	}
+	return lines.Err()
+}

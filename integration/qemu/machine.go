@@ -1,0 +1,245 @@
+package qemu
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
+)
+
+// Program is the emulator.
+const Program = "qemu-system-x86_64"
+
+// modules are what the guest loads, in this order.
+var modules = []string{
+	"virtio_pci", "9pnet_virtio", "9p", // the directory shared with the host
+	"crc32c_generic", "overlay", "erofs", "loop", "dm_mod", // what images are mounted with
+	"libnvdimm", "nd_pmem", "nd_e820", "virtio_pmem", // the memory
+}
+
+// Via is the way in which the host's file becomes memory of the guest.
+type Via string
+
+const (
+	// VirtioPmem is a paravirtual persistent memory device.
+	VirtioPmem Via = "virtio-pmem"
+	// Memmap makes the file a part of the guest's RAM that the kernel is told to leave alone (memmap=nn!ss).
+	Memmap Via = "memmap"
+	// Reserved is the same with memmap=nn$ss: a physical range without any driver or device.
+	Reserved Via = "reserved"
+)
+
+// Machine is one virtual machine that runs one task.
+type Machine struct {
+	Kernel Kernel
+	// Memory is the host file that the guest shares, and Via how. Its size is a multiple of 2 MiB. Several machines can
+	// have the same file.
+	Memory string
+	Via    Via
+	// Task is what /init does; Files are further files for the initramfs, by path without leading slash.
+	Task  task.Task
+	Files map[string][]byte
+	// RAM of the guest in MiB, without Memory; 0 means 512.
+	RAM int
+}
+
+// Running is a machine that was started.
+type Running struct {
+	dir    string // shared with the guest
+	cmd    *exec.Cmd
+	output bytes.Buffer
+	done   chan error
+}
+
+// Start boots a machine. dir is an empty directory for what host and guest exchange; the guest program is built from
+// this tree. The machine ends with ctx.
+func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
+	info, err := os.Stat(m.Memory)
+	if err != nil {
+		return nil, fmt.Errorf("shared memory of the guest: %w", err)
+	}
+	if info.Size()%(2<<20) != 0 {
+		return nil, fmt.Errorf("shared memory of the guest: %q has %d bytes, want a multiple of 2 MiB", m.Memory, info.Size())
+	}
+	share := filepath.Join(dir, "share")
+	if err := os.Mkdir(share, 0o755); err != nil {
+		return nil, err
+	}
+	initramfs := filepath.Join(dir, "initramfs")
+	if err := m.writeInitramfs(ctx, initramfs); err != nil {
+		return nil, fmt.Errorf("make the initramfs: %w", err)
+	}
+	ram := m.RAM
+	if ram == 0 {
+		ram = 512
+	}
+	params := "console=ttyS0 quiet panic=-1 oops=panic nokaslr random.trust_cpu=on rdinit=/init"
+	memory, extra := m.memory(ram, info.Size())
+	args := append([]string{
+		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
+		"-nographic", "-no-reboot", "-nodefaults", "-serial", "file:" + filepath.Join(dir, "console"), "-monitor", "none",
+		"-kernel", m.Kernel.Image, "-initrd", initramfs, "-append", params + extra,
+		"-virtfs", "local,path=" + share + ",mount_tag=host,security_model=none,multidevs=remap",
+	}, memory...)
+	r := &Running{dir: dir, cmd: exec.CommandContext(ctx, Program, args...), done: make(chan error, 1)}
+	r.cmd.Stdout, r.cmd.Stderr = &r.output, &r.output
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := r.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start the virtual machine: %w", err)
+	}
+	go func() { r.done <- r.cmd.Wait() }()
+	return r, nil
+}
+
+// memory returns the arguments that give the guest its RAM and the shared file, and what its kernel must be told.
+func (m Machine) memory(ram int, size int64) (args []string, params string) {
+	mib := size >> 20
+	switch m.Via {
+	case Memmap, Reserved:
+		mark := map[Via]string{Memmap: "!", Reserved: "$"}[m.Via]
+		// The file is a NUMA node right behind the first. The firmware keeps tables at the very end of RAM, so a last
+		// node of ordinary memory follows.
+		const tail = 64
+		return []string{
+			"-machine", "q35", "-m", fmt.Sprintf("%dM", int64(ram)+mib+tail),
+			"-object", fmt.Sprintf("memory-backend-ram,id=m0,size=%dM", ram),
+			"-object", fmt.Sprintf("memory-backend-file,id=m1,share=on,mem-path=%s,size=%dM", m.Memory, mib),
+			"-object", fmt.Sprintf("memory-backend-ram,id=m2,size=%dM", tail),
+			"-numa", "node,nodeid=0,memdev=m0", "-numa", "node,nodeid=1,memdev=m1", "-numa", "node,nodeid=2,memdev=m2",
+		}, fmt.Sprintf(" memmap=%dM%s%dM", mib, mark, ram)
+	default:
+		return []string{
+			"-machine", "q35", "-m", fmt.Sprintf("%dM,slots=4,maxmem=%dM", ram, int64(ram)+8192+mib),
+			"-object", fmt.Sprintf("memory-backend-file,id=vp0,share=on,mem-path=%s,size=%dM,align=2M", m.Memory, mib),
+			"-device", "virtio-pmem-pci,memdev=vp0,id=vpm0",
+		}, ""
+	}
+}
+
+// writeInitramfs makes the guest's first file system: /init, its task, and the modules.
+func (m Machine) writeInitramfs(ctx context.Context, path string) error {
+	guest := path + ".guest"
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", guest,
+		"github.com/daxfs/daxfs-snapshotter/integration/qemu/guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the guest program: %w\n%s", err, out)
+	}
+	program, err := os.ReadFile(guest)
+	if err != nil {
+		return err
+	}
+	t, err := json.Marshal(m.Task)
+	if err != nil {
+		return err
+	}
+	a := archive{}
+	a.add("init", typeFile|0o755, program)
+	a.add("task.json", typeFile|0o644, t)
+	for name, body := range m.Files {
+		a.add(name, typeFile|0o755, body)
+	}
+	for _, d := range []string{"proc", "sys", "dev", "tmp", "run", "host"} {
+		a.add(d, typeDir|0o755, nil)
+	}
+	files, err := m.Kernel.order(modules...)
+	if err != nil {
+		return err
+	}
+	var order strings.Builder
+	for _, f := range files {
+		body, err := os.ReadFile(filepath.Join(m.Kernel.modules, f))
+		if err != nil {
+			return err
+		}
+		name := "modules/" + filepath.Base(f)
+		a.add(name, typeFile|0o644, body)
+		fmt.Fprintln(&order, "/"+name)
+	}
+	a.add("modules/order", typeFile|0o644, []byte(order.String()))
+
+	var packed bytes.Buffer
+	zw, err := gzip.NewWriterLevel(&packed, gzip.BestSpeed)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(a.write(zw), zw.Close()); err != nil {
+		return err
+	}
+	return os.WriteFile(path, packed.Bytes(), 0o644)
+}
+
+// PID is the emulator's process.
+func (r *Running) PID() int { return r.cmd.Process.Pid }
+
+// AwaitReady waits until the task called Pause, and Resume lets it go on.
+func (r *Running) AwaitReady() error {
+	for {
+		if _, err := os.Stat(filepath.Join(r.dir, "share", task.ReadyFile)); err == nil {
+			return nil
+		}
+		select {
+		case err := <-r.done:
+			r.done <- err
+			return fmt.Errorf("the guest ended before it was ready: %w", r.explain(err))
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// Resume lets a task that called Pause go on.
+func (r *Running) Resume() error {
+	return os.WriteFile(filepath.Join(r.dir, "share", task.ResumeFile), nil, 0o644)
+}
+
+// Wait waits for the end of the machine and returns what the task answered. The error holds the end of the guest's console.
+func (r *Running) Wait() (task.Answer, error) {
+	err := <-r.done
+	r.done <- err
+	if err != nil {
+		return task.Answer{}, r.explain(err)
+	}
+	b, err := os.ReadFile(filepath.Join(r.dir, "share", task.AnswerFile))
+	if err != nil {
+		return task.Answer{}, r.explain(err)
+	}
+	var a task.Answer
+	if err := json.Unmarshal(b, &a); err != nil {
+		return a, r.explain(err)
+	}
+	if a.Error != "" {
+		return a, r.explain(errors.New(a.Error))
+	}
+	return a, nil
+}
+
+// Run starts a machine and waits for its end.
+func Run(ctx context.Context, m Machine, dir string) (task.Answer, error) {
+	r, err := Start(ctx, m, dir)
+	if err != nil {
+		return task.Answer{}, err
+	}
+	return r.Wait()
+}
+
+func (r *Running) explain(err error) error {
+	console, readErr := os.ReadFile(filepath.Join(r.dir, "console"))
+	if readErr != nil {
+		console = []byte(readErr.Error())
+	}
+	const most = 4000
+	if len(console) > most {
+		console = console[len(console)-most:]
+	}
+	return fmt.Errorf("guest: %w\n%s\n%s", err, r.output.String(), console)
+}

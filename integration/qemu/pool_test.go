@@ -1,0 +1,172 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/converter/tree"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/integration/listing"
+	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// need skips a test where virtual machines cannot run.
+func need(t *testing.T) Kernel {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short")
+	}
+	if os.Getuid() != 0 {
+		t.Skip("needs root: the trees have owners and devices")
+	}
+	if _, err := exec.LookPath(Program); err != nil {
+		t.Skip(err)
+	}
+	k, err := FindKernel()
+	if err != nil {
+		t.Skip(err)
+	}
+	return k
+}
+
+// boot runs a machine with a time limit that only a hung one reaches.
+func boot(t *testing.T, m Machine) *Running {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	t.Cleanup(cancel)
+	r, err := Start(ctx, m, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		<-r.done // the emulator is gone before its files are removed
+		r.done <- nil
+	})
+	return r
+}
+
+// poolOf makes a pool with one image per key, and returns its file.
+func poolOf(t *testing.T, size int64, images map[string][][]testimage.Entry) string {
+	t.Helper()
+	ctx := context.Background()
+	dir := t.TempDir()
+	config := region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "pool"), Size: size, Create: true}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		t.Fatal(err)
+	}
+	if fs.Type == unix.TMPFS_MAGIC {
+		config.Kind = region.KindTmpfs
+	}
+	r, err := region.Open(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p, err := pool.Create(r, filepath.Join(dir, "index"), pool.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	for key, layers := range images {
+		b := p.Begin()
+		defer b.Discard()
+		if _, err := p.AddImage(ctx, key, merge(t, b, layers), daxfs.Options{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return config.Path
+}
+
+// merge makes one tree of layers whose contents go into a store.
+func merge(t *testing.T, s layer.Store, layers [][]testimage.Entry) *daxfs.Node {
+	t.Helper()
+	var parsed []*layer.Layer
+	for _, entries := range layers {
+		var raw bytes.Buffer
+		if err := testimage.Tar(&raw, entries); err != nil {
+			t.Fatal(err)
+		}
+		l, err := layer.FromTar(context.Background(), &raw, s, layer.Limits{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		parsed = append(parsed, l)
+	}
+	root, err := tree.Merge(parsed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+// unpacked lists what tar(1) makes of a layer: the tree that every kernel has to show.
+func unpacked(t *testing.T, o listing.Options, entries []testimage.Entry) []string {
+	t.Helper()
+	dir := t.TempDir()
+	var raw bytes.Buffer
+	if err := testimage.Tar(&raw, entries); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("tar", "--extract", "--preserve-permissions", "--same-owner", "--numeric-owner",
+		"--xattrs", "--xattrs-include=*", "--no-overwrite-dir", "--delay-directory-restore", "--directory", dir)
+	cmd.Stdin = &raw
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("tar: %v\n%s", err, out)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lines, err := listing.Tree(dir, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
+
+// special is one layer with all kinds of entries, and nothing that a second layer changes. Times before 1970 are left
+// out: containerd, and so this project, makes them 1970, and tar does not.
+func special(t *testing.T) []testimage.Entry {
+	t.Helper()
+	base, err := testimage.Busybox()
+	if err != nil {
+		t.Skip(err)
+	}
+	for _, e := range testimage.SpecialLayers()[0] {
+		if e.ModTime.IsZero() || e.ModTime.Unix() >= 0 {
+			base = append(base, e)
+		}
+	}
+	return base
+}
+
+// dmsetup is the program that the DAX driver runs, with its libraries, as files for the initramfs.
+func dmsetup(t *testing.T) map[string][]byte {
+	t.Helper()
+	path, err := exec.LookPath("dmsetup")
+	if err != nil {
+		t.Skip(err)
+	}
+	entries, err := testimage.Programs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string][]byte{}
+	for _, e := range entries {
+		if e.Body != nil {
+			files[e.Name] = e.Body
+		}
+	}
+	return files
+}

@@ -1,0 +1,45 @@
+// Package task is what host and guest say to each other: the host gives a Task, the guest an Answer, both as JSON.
+package task
+
+// Files in the directory that host and guest share.
+const (
+	AnswerFile = "answer.json"
+	ReadyFile  = "ready"
+	ResumeFile = "resume"
+)
+
+// Task names what the guest does. The tasks are documented at their functions in package main of guest/.
+type Task struct {
+	Name string
+	// Images are the keys of the images in the pool to work on; none means that the memory is one image.
+	Images []string
+	// Pause makes the guest wait, with everything mounted and running, until the host resumes it.
+	Pause bool
+	// Program and arguments are run from the images; it must run until it is killed.
+	Program []string
+	// File is a path inside the images.
+	File string
+	// Module is the path of daxfs.ko in the guest, Phys where the shared memory is.
+	Module string
+	Phys   uint64
+	// Size of the image, in bytes, where the memory is one image.
+	Size int64
+}
+
+// Answer is what the guest found. Which fields are set depends on the task.
+type Answer struct {
+	Error   string
+	Kernel  string
+	Options []string // of each image's mount
+	// Trees is one list per image: a line for each entry.
+	Trees [][]string
+	// PssFile is, for each process that was started, the proportional size of its file pages in RAM, in KiB; Clean the
+	// private clean pages.
+	PssFile, Clean []int64
+	// Cached is the growth of the page cache, in KiB, while everything was read; Read how much that was.
+	Cached, Read int64
+	// Frames are page frame numbers of File, one list for each image.
+	Frames [][]uint64
+	// Output is what Program printed, one for each image.
+	Output []string
+}
