@@ -2,6 +2,7 @@ package daxfs
 
 import (
 	"bytes"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -83,21 +84,27 @@ func (c *checker) checkErofs() error {
 	return nil
 }
 
+// maxParts bounds how many names of a path a finding shows: many findings in a deep tree would take forever.
+const maxParts = 64
+
 // nodePath is the absolute path of a node by its first name, found again in the image: keeping all names takes too much.
+// Of a very deep one it is only the end, after "...".
 func (c *checker) nodePath(i int32) string {
 	var parts []string
-	for n := &c.nodes[i]; n.dir >= 0; n = &c.nodes[c.dirs[n.dir].node] {
+	n := &c.nodes[i]
+	for ; n.dir >= 0 && len(parts) < maxParts; n = &c.nodes[c.dirs[n.dir].node] {
 		parts = append(parts, c.nodeName(n))
 	}
-	var b strings.Builder
-	for i := len(parts) - 1; i >= 0; i-- {
-		b.WriteByte('/')
-		b.WriteString(parts[i])
-	}
-	if b.Len() == 0 {
+	switch {
+	case n.dir >= 0:
+		parts = append(parts, "...")
+	case len(parts) == 0:
 		return "/"
+	default:
+		parts = append(parts, "")
 	}
-	return b.String()
+	slices.Reverse(parts)
+	return strings.Join(parts, "/")
 }
 
 // nodeName reads the first name of a node.
@@ -216,6 +223,9 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 	}
 	n := &c.nodes[i]
 	if !n.ok {
+		if e.typ == unix.S_IFDIR {
+			c.nodes[c.dirs[d].node].names++
+		}
 		return c.skipPeer(other, e.name)
 	}
 	if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {
@@ -235,6 +245,7 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 			if err != nil {
 				return err
 			}
+			n.ok = false // what is in it is not counted
 			return c.skipPeer(other, e.name)
 		}
 		c.todo = append(c.todo, int32(len(c.dirs)))

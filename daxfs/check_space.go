@@ -43,36 +43,41 @@ func (c *checker) checkSpace() error {
 		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind, b.kind), cmp.Compare(a.ino, b.ino))
 	})
 	var last, high extent // last one, and the one that ends highest
+	told := false         // that something overlaps high: one finding is enough for all that one wrong size covers
 	for _, e := range c.extents {
 		kind := e.kind &^ useV8
 		same := kind != useMeta && kind == last.kind&^useV8 && e.off == last.off && e.size == last.size
 		if !same {
-			if err := c.checkExtent(&e, &high); err != nil {
+			if e.off < high.end() && !told {
+				told = true
+				if err := c.overlap(&e, &high); err != nil {
+					return err
+				}
+			}
+			if err := c.checkTail(&e); err != nil {
 				return err
 			}
 		}
 		last = e
 		if e.end() > high.end() {
-			high = e
+			high, told = e, false
 		}
 	}
 	return nil
 }
 
-// checkExtent checks a range that is not the same as one before; high is the one that ends highest so far.
-func (c *checker) checkExtent(e, high *extent) error {
-	kind := e.kind &^ useV8
-	if e.off < high.end() {
-		rule := RuleMetaOverlap
-		if kind == useData && high.kind&^useV8 == useData {
-			rule = RuleDataOverlap
-		}
-		err := c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
-		if err != nil {
-			return err
-		}
+// overlap reports that e begins before high ends.
+func (c *checker) overlap(e, high *extent) error {
+	rule := RuleMetaOverlap
+	if e.kind&^useV8 == useData && high.kind&^useV8 == useData {
+		rule = RuleDataOverlap
 	}
-	if kind != useData || !c.tails {
+	return c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
+}
+
+// checkTail checks that the last page of contents ends with zeros: a direct mapping shows it.
+func (c *checker) checkTail(e *extent) error {
+	if e.kind&^useV8 != useData || !c.tails {
 		return nil
 	}
 	tail := e.off + e.size

@@ -136,6 +136,9 @@ func (c *checker) checkV8Dir(ino uint64) error {
 		}
 		n := &c.v8nodes[e.nid-1]
 		if !n.ok {
+			if e.typ == unix.S_IFDIR {
+				c.v8nodes[ino-1].names++
+			}
 			continue
 		}
 		if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {

@@ -1,10 +1,12 @@
 package daxfs
 
+import "slices"
+
 // Rule is the id of a rule of the image format. docs/format.md explains every rule under its id; ids never change their
 // meaning. Those that start with "v8-" are about the DAXFS half, those that start with "halves-" about the agreement of both.
 type Rule string
 
-// Rules of the image as a whole and of the EROFS half.
+// Rules of the image as a whole and of its EROFS half.
 const (
 	RuleImageSize   Rule = "image-size"
 	RuleMagic       Rule = "super-magic"
@@ -82,3 +84,95 @@ const (
 	RuleHalvesNlink  Rule = "halves-nlink"
 	RuleHalvesIno    Rule = "halves-ino"
 )
+
+// Rules returns all rules in the order of docs/format.md.
+func Rules() []Rule {
+	list := make([]Rule, len(meanings))
+	for i := range meanings {
+		list[i] = meanings[i].rule
+	}
+	return list
+}
+
+// Meaning says in one line what must hold; it is empty for an unknown rule.
+func (r Rule) Meaning() string {
+	if i := slices.IndexFunc(meanings, func(m meaning) bool { return m.rule == r }); i >= 0 {
+		return meanings[i].text
+	}
+	return ""
+}
+
+type meaning struct {
+	rule Rule
+	text string
+}
+
+var meanings = []meaning{
+	{RuleImageSize, "an image has at least one block, and whole blocks"},
+	{RuleMagic, "the EROFS superblock has its magic number"},
+	{RuleBlockSize, "EROFS blocks have 4096 bytes"},
+	{RuleFeature, "no EROFS feature is used that changes the format"},
+	{RuleChecksum, "the checksum of the EROFS superblock is there and right"},
+	{RuleBlocks, "the EROFS superblock counts all blocks of the image"},
+	{RuleAreas, "metadata and shared xattrs begin inside of the image"},
+	{RuleReserved, "what block 0 does not use is zero"},
+	{RuleUUID, "the UUID is one that a content gives"},
+	{RuleInodes, "the EROFS superblock counts the inodes that names lead to"},
+	{RuleRoot, "the EROFS root is a directory"},
+	{RuleNid, "an inode lies inside of the image and of one block"},
+	{RuleInodeFormat, "an inode has no format bits and reserved bytes in use"},
+	{RuleMode, "an inode has a file type"},
+	{RuleOwner, "an owner is a valid id"},
+	{RuleTime, "nanoseconds are less than a second"},
+	{RuleInodeSize, "a size fits the image and the file type"},
+	{RuleLayout, "contents are not compressed or chunked, and those of regular files are plain"},
+	{RuleInline, "what is stored with an inode does not cross a block"},
+	{RuleNlink, "a link count is the number of links"},
+	{RuleSymlink, "a target has 1 to 4095 bytes without NUL"},
+	{RuleDataBounds, "contents lie inside of the image"},
+	{RuleDataOverlap, "contents share everything or nothing"},
+	{RuleDataTail, "the last page of contents ends with zeros"},
+	{RuleMetaOverlap, "metadata overlaps nothing"},
+	{RuleDirBlock, "a directory block can be taken apart"},
+	{RuleDirName, "a name has 1 to 255 bytes without '/' and NUL"},
+	{RuleDirOrder, "names ascend"},
+	{RuleDots, "a directory has . and .. and they are right"},
+	{RuleDirType, "an entry has the type of its inode"},
+	{RuleDirLoop, "a directory has one name"},
+	{RuleDirDepth, "no path has more than 65,535 bytes"},
+	{RuleXattrBounds, "xattrs lie where their inode or the superblock says"},
+	{RuleXattrName, "an xattr has a name that Linux serves"},
+	{RuleXattrTwice, "an inode has an xattr once"},
+	{RuleXattrACL, "a POSIX ACL can be parsed"},
+	{RuleV8Magic, "the DAXFS superblock has its magic number"},
+	{RuleV8Version, "the DAXFS format version is 8"},
+	{RuleV8BlockSize, "DAXFS blocks have 4096 bytes"},
+	{RuleV8Size, "the DAXFS superblock has the size of the image"},
+	{RuleV8Base, "the base region lies inside of the image"},
+	{RuleV8Table, "the inode table lies inside of the base region"},
+	{RuleV8Root, "inode 1 is the root"},
+	{RuleV8PageCache, "there is no page cache region"},
+	{RuleV8Overlay, "there is an overlay pair and it is empty"},
+	{RuleV8Ino, "a slot of the table holds the inode of its number"},
+	{RuleV8Mode, "a slot holds a regular file, directory or symbolic link"},
+	{RuleV8Bounds, "contents, entries and targets lie inside of the base region"},
+	{RuleV8Align, "contents begin at a page"},
+	{RuleV8Nlink, "a DAXFS link count is the number of links"},
+	{RuleV8Symlink, "a DAXFS target has 1 to 4095 bytes and then a NUL"},
+	{RuleV8DirSize, "the size of a DAXFS directory is 271 for every entry"},
+	{RuleV8DirSlack, "DAXFS entries do not end where the image ends"},
+	{RuleV8DirName, "a DAXFS name has 1 to 255 bytes without '/' and NUL"},
+	{RuleV8DirTwice, "a DAXFS directory has a name once"},
+	{RuleV8DirIno, "a DAXFS entry leads to an inode"},
+	{RuleV8DirType, "a DAXFS entry has the type of its inode"},
+	{RuleV8DirLoop, "a DAXFS directory has one name"},
+	{RuleV8DirDepth, "no DAXFS path has more than 65,535 bytes"},
+	{RuleHalvesNames, "both halves have the same names"},
+	{RuleHalvesMode, "both halves have the same modes"},
+	{RuleHalvesOwner, "both halves have the same owners"},
+	{RuleHalvesSize, "both halves have the same sizes"},
+	{RuleHalvesTarget, "both halves have the same targets"},
+	{RuleHalvesData, "both halves have the same contents"},
+	{RuleHalvesNlink, "both halves have the same link counts"},
+	{RuleHalvesIno, "both halves have the same hard links"},
+}

@@ -1,0 +1,141 @@
+package daxfs_test
+
+import (
+	"bytes"
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// TestRules checks that every rule that the source declares is listed, has a meaning, is explained in docs/format.md,
+// and is broken by a test.
+func TestRules(t *testing.T) {
+	doc, err := os.ReadFile("../docs/format.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tested := map[daxfs.Rule]bool{
+		daxfs.RuleDirDepth: true, daxfs.RuleV8DirDepth: true, // TestDeep
+	}
+	for _, c := range corruptions {
+		tested[c.rule] = true
+	}
+	listed := daxfs.Rules()
+	declared := declaredRules(t)
+	for _, r := range declared {
+		if !slices.Contains(listed, r) {
+			t.Errorf("rule %s: Rules does not list it", r)
+		}
+	}
+	if len(listed) != len(declared) {
+		t.Errorf("%d rules are listed, %d are declared", len(listed), len(declared))
+	}
+	for _, r := range listed {
+		if r.Meaning() == "" {
+			t.Errorf("rule %s: it has no meaning", r)
+		}
+		if n := bytes.Count(doc, []byte("| `"+r+"` | ")); n != 1 {
+			t.Errorf("rule %s: docs/format.md explains it %d times, want 1", r, n)
+		}
+		if !tested[r] {
+			t.Errorf("rule %s: no test breaks it", r)
+		}
+	}
+	if daxfs.Rule("no such rule").Meaning() != "" {
+		t.Error("an unknown rule has a meaning")
+	}
+}
+
+// declaredRules finds the constants of type Rule in the source.
+func declaredRules(t *testing.T) []daxfs.Rule {
+	t.Helper()
+	f, err := parser.ParseFile(token.NewFileSet(), "rules.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rules []daxfs.Rule
+	ast.Inspect(f, func(n ast.Node) bool {
+		v, ok := n.(*ast.ValueSpec)
+		if !ok {
+			return true
+		}
+		if typ, ok := v.Type.(*ast.Ident); ok && typ.Name == "Rule" {
+			id, err := strconv.Unquote(v.Values[0].(*ast.BasicLit).Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rules = append(rules, daxfs.Rule(id))
+		}
+		return true
+	})
+	return rules
+}
+
+// TestDeep checks that trees which are there to exhaust a stack are refused by walks of both halves and found by Check.
+func TestDeep(t *testing.T) {
+	root := dir(map[string]*daxfs.Node{})
+	at := root
+	for range 300 {
+		next := dir(map[string]*daxfs.Node{})
+		at.Entries[strings.Repeat("d", 250)] = next
+		at = next
+	}
+	p, err := daxfs.NewPlan(root, daxfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Place(daxfs.Placement{Meta: daxfs.BlockSize, End: daxfs.BlockSize + p.MetaSize()}); err != nil {
+		t.Fatal(err)
+	}
+	var m memFile
+	if err := p.WriteTo(&m); err != nil {
+		t.Fatal(err)
+	}
+	b := m.b
+	for _, f := range findings(t, b) {
+		if f.Rule != daxfs.RuleDirDepth && f.Rule != daxfs.RuleInodes {
+			t.Errorf("finding: %.300v", f)
+		}
+	}
+	o := operate(t, b)
+	walks := map[daxfs.Rule]func(func(string, daxfs.Inode) error) error{daxfs.RuleDirDepth: o.f.Walk, daxfs.RuleV8DirDepth: o.d.Walk}
+	for rule, walk := range walks {
+		err := walk(func(string, daxfs.Inode) error { return nil })
+		var f *daxfs.FormatError
+		if !errors.As(err, &f) || f.Rule != rule {
+			t.Errorf("got %.300v, want rule %s", err, rule)
+		}
+	}
+	if _, err := o.f.Stat(strings.Repeat("d/", 1<<16) + "d"); !isErr(err, fs.ErrInvalid) {
+		t.Errorf("stat of a long path: got %.100v", err)
+	}
+}
+
+// TestErrors pins the form of errors.
+func TestErrors(t *testing.T) {
+	b := patient(t)
+	s := operate(t, b)
+	s.raw("one")[1] = 1
+	nid := s.lookup("two").Nid
+	_, err := s.f.Stat("one")
+	var f *daxfs.FormatError
+	if !errors.As(err, &f) || f.Rule != daxfs.RuleInodeFormat || f.Ino == 0 || f.Off <= 0 || !errors.Is(err, daxfs.ErrUnsupported) {
+		t.Errorf("got %v", err)
+	}
+	want := "stat one: unsupported image: format is 0x101, expected bits 4 to 15 to be 0 (rule inode-format, inode 29, offset 62368)"
+	if err.Error() != want {
+		t.Errorf("got  %v\nwant %v", err, want)
+	}
+	if in, err := s.f.Inode(nid); err != nil || in.Size != 3 {
+		t.Errorf("got %v, %v", in, err)
+	}
+}
