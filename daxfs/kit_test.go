@@ -93,7 +93,7 @@ func (s *store) get(d daxfs.Data) []byte {
 	return s.f.b[d.Off : d.Off+d.Size]
 }
 
-// fileImage plans root and writes it behind the data of s, which began at BlockSize.
+// fileImage plans root and writes it behind the data of s, which began at BlockSize. The image is checked.
 func (s *store) fileImage(t testing.TB, root *daxfs.Node, o daxfs.Options) (*daxfs.Plan, []byte) {
 	t.Helper()
 	p, err := daxfs.NewPlan(root, o)
@@ -109,10 +109,11 @@ func (s *store) fileImage(t testing.TB, root *daxfs.Node, o daxfs.Options) (*dax
 	if got, want := int64(len(s.f.b)), s.next+p.MetaSize(); got != want {
 		t.Fatalf("image has %d bytes, expected %d", got, want)
 	}
+	mustCheck(t, s.f.b)
 	return p, s.f.b
 }
 
-// windowImage plans root and writes its segment at image, below the data of s. It returns the window alone.
+// windowImage plans root and writes its segment at image, below the data of s. It returns the window alone, checked.
 func (s *store) windowImage(t testing.TB, root *daxfs.Node, image int64) (*daxfs.Plan, []byte) {
 	t.Helper()
 	p, err := daxfs.NewPlan(root, daxfs.Options{})
@@ -127,6 +128,7 @@ func (s *store) windowImage(t testing.TB, root *daxfs.Node, image int64) (*daxfs
 	if err := p.WriteTo(window{&s.f, image}); err != nil {
 		t.Fatal(err)
 	}
+	mustCheck(t, s.f.b[image:])
 	return p, s.f.b[image:]
 }
 
@@ -299,4 +301,40 @@ func (g *generator) attrs(n *daxfs.Node) {
 		n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: "system.posix_acl_default", Value: acl(r.Uint32N(5))})
 	}
 	r.Shuffle(len(n.Xattrs), func(i, j int) { n.Xattrs[i], n.Xattrs[j] = n.Xattrs[j], n.Xattrs[i] })
+}
+
+// goldenImage has one of everything. Its layout is pinned by testdata/golden.txt.
+func goldenImage(t testing.TB) (*daxfs.Plan, []byte) {
+	s := newStore(daxfs.BlockSize)
+	at := func(sec int64, nsec uint32, n *daxfs.Node) *daxfs.Node {
+		n.Mtime = daxfs.Time{Sec: sec, Nsec: nsec}
+		return n
+	}
+	mark := daxfs.Xattr{Name: "user.mark", Value: []byte("the same for three")}
+	null := &daxfs.Node{Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)}
+	hello := at(-1, 999_999_999, &daxfs.Node{Mode: unix.S_IFREG | 0o755, UID: 1000, GID: 70_000, Data: s.put([]byte("hello")),
+		Xattrs: []daxfs.Xattr{mark, {Name: "security.capability", Value: capability}}})
+	root := at(1_700_000_000, 5, dir(map[string]*daxfs.Node{
+		"bin": at(1_700_000_000, 5, dir(map[string]*daxfs.Node{
+			"hello": hello,
+			"hi":    hello,
+			"sh":    at(1_700_000_000, 5, symlink("hello")),
+		})),
+		"dev": {Mode: unix.S_IFDIR | 0o1777, Entries: map[string]*daxfs.Node{
+			"fifo": {Mode: unix.S_IFIFO | 0o600},
+			"null": null,
+			"sda":  {Mode: unix.S_IFBLK | 0o660, Rdev: unix.Mkdev(8, 300)},
+			"sock": {Mode: unix.S_IFSOCK | 0o700},
+		}, Xattrs: []daxfs.Xattr{mark, {Name: "system.posix_acl_default", Value: acl(1000)}}},
+		"null-again": null,
+		"empty":      at(1_700_000_000, 5, &daxfs.Node{Mode: unix.S_IFREG | 0o600, Xattrs: []daxfs.Xattr{mark}}),
+		"data":       at(1_700_000_000, 5, &daxfs.Node{Mode: unix.S_IFREG | 0o4755, Data: s.put(bytes.Repeat([]byte("data."), 1000))}),
+		"long":       symlink(string(bytes.Repeat([]byte("x"), 4095))),
+		"-":          symlink("."),
+	}))
+	return s.fileImage(t, root, daxfs.Options{Label: "golden"})
+}
+
+func imageSum(img []byte) string {
+	return fmt.Sprintf("sha256 %x bytes %d\n", sha256.Sum256(img), len(img))
 }

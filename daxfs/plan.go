@@ -284,6 +284,7 @@ func (p *Plan) number() {
 		}
 		p.stats.V8Names += in.v8Entries
 	}
+	slices.SortFunc(p.left, func(a, b LeftOut) int { return cmp.Compare(a.Path, b.Path) })
 }
 
 func joinPath(dir, name string) string {
@@ -364,7 +365,7 @@ func (p *Plan) UUID() [16]byte { return p.uuid }
 // Stats are the counts of the plan.
 func (p *Plan) Stats() Stats { return p.stats }
 
-// LeftOut lists the names that the DAXFS half does not have, in the order of the tree. The EROFS half has them all.
+// LeftOut lists the names that the DAXFS half does not have, sorted by path. The EROFS half has them all.
 func (p *Plan) LeftOut() []LeftOut { return slices.Clone(p.left) }
 
 // Contents calls f for the contents of every regular file that has any, hard links once, in the order of the tree.
