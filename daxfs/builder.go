@@ -174,6 +174,7 @@ func (b *Builder) do(path string, f func(dir *Node, name string) error) error {
 		return b.err
 	}
 	parts := splitPath(path)
+	path = "/" + strings.TrimPrefix(path, "/")
 	dir, name := b.root, ""
 	for i, part := range parts {
 		if err := checkName(part); err != nil {

@@ -49,14 +49,6 @@ func (m *memFile) grow(size int64) {
 	}
 }
 
-// window shows what lies from off on as a file of its own.
-type window struct {
-	io.WriterAt
-	off int64
-}
-
-func (w window) WriteAt(p []byte, off int64) (int, error) { return w.WriterAt.WriteAt(p, w.off+off) }
-
 // store keeps contents as a pool does: page aligned, zero tails, equal ones once.
 type store struct {
 	f    memFile
@@ -125,7 +117,7 @@ func (s *store) windowImage(t testing.TB, root *daxfs.Node, image int64) (*daxfs
 	if err := p.Place(daxfs.Placement{Image: image, Meta: image + daxfs.BlockSize, End: end}); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.WriteTo(window{&s.f, image}); err != nil {
+	if err := p.WriteTo(io.NewOffsetWriter(&s.f, image)); err != nil {
 		t.Fatal(err)
 	}
 	mustCheck(t, s.f.b[image:])

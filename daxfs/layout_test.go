@@ -140,7 +140,7 @@ func TestLayoutCompact(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The metadata is moved down, so that nothing of the file's 4 GiB need be there.
-	if err := p.WriteTo(window{cut{&s.f, meta}, 0}); err != nil {
+	if err := p.WriteTo(cut{&s.f, meta}); err != nil {
 		t.Fatal(err)
 	}
 	var sb disk.ErofsSuper
