@@ -71,6 +71,9 @@ func Open(ctx context.Context, root string, drivers []Driver, opts Options) (*Ta
 	if len(drivers) == 0 {
 		return nil, errors.New("mount table: no drivers given")
 	}
+	if opts.Check == nil {
+		opts.Check = CheckImage
+	}
 	if opts.Warn == nil {
 		opts.Warn = func(string, ...any) {}
 	}
@@ -189,7 +192,7 @@ func (t *Table) ensure(ctx context.Context, e *entry, src Source) error {
 			return err
 		}
 	}
-	if src.Checked == "" && t.opts.Check != nil {
+	if src.Checked == "" {
 		if err := t.opts.Check(ctx, src); err != nil {
 			return err
 		}

@@ -80,7 +80,7 @@ func file(r region.Info) (path string, fd int, err error) {
 		if r.FD < 0 {
 			return "", -1, fmt.Errorf("the dma-buf of %q is not open in this process: %w", r.Path, mount.ErrUnsupported)
 		}
-		return "/proc/self/fd/4", r.FD, nil
+		return "/dev/fd/4", r.FD, nil
 	case r.Kind == region.KindPhys:
 		return "", -1, fmt.Errorf("a physical range is served by the daxfs driver; FUSE maps files and devices: %w", mount.ErrUnsupported)
 	case r.Path != "":

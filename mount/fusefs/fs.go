@@ -33,7 +33,8 @@ type server struct {
 	// program that lists is better off with an empty list than with EOPNOTSUPP.
 	noXattrs atomic.Bool
 
-	logged sync.Map // nid of inodes whose damage was logged
+	logged  sync.Map // nid of inodes whose damage was logged
+	faulted sync.Once
 }
 
 func newServer(img *daxfs.FS, l *log.Logger) *server {
@@ -93,6 +94,19 @@ func (s *server) errno(nid uint64, err error) fuse.Status {
 	}
 	if errors.Is(err, daxfs.ErrCorrupt) {
 		return fuse.Status(unix.EUCLEAN)
+	}
+	return fuse.EIO
+}
+
+// panicked is what becomes of a panic while a request is served: a fault of the mapping is logged once, anything else is a
+// defect of ours and logged with its stack.
+func (s *server) panicked(p any) fuse.Status {
+	if fault, ok := p.(interface{ Addr() uintptr }); ok {
+		s.faulted.Do(func() {
+			s.log.Printf("reading the image faulted at %#x: its file was truncated, or its memory or disk is broken", fault.Addr())
+		})
+	} else {
+		s.log.Printf("panic: %v\n%s", p, debug.Stack())
 	}
 	return fuse.EIO
 }

@@ -26,7 +26,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	mounttest.Main(m, map[string]func([]string) error{"serve": ServeArgs, "overlay": overlay, "getxattr": getxattr})
+	mounttest.Main(m, map[string]func([]string) error{"serve": ServeArgs, "overlay": overlay, "getxattr": getxattr, "idmapped": idmapped})
 }
 
 // driver starts this test binary as its server.
@@ -411,5 +411,96 @@ func TestTruncatedUnderServer(t *testing.T) {
 	}
 	if err := sys.Alive(t.Context(), dir); err != nil {
 		t.Errorf("the server died: %v", err)
+	}
+}
+
+// A dma-buf has no name to open it by: the server inherits the descriptor. A memfd stands for it here.
+func TestServesDescriptor(t *testing.T) {
+	needFuse(t)
+	tree := mounttest.Tree(t)
+	src := source(t, tree)
+	b, err := os.ReadFile(src.Region.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.MemfdCreate("buffer", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "buffer")
+	if _, err := f.WriteAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	src.Region = region.Info{Kind: region.KindDMABuf, Path: "/dev/dma_heap/system", FD: fd}
+	dir := t.TempDir()
+	if err := driver().Probe(t.Context(), src.Region); err != nil {
+		t.Fatal(err)
+	}
+	if err := driver().Mount(t.Context(), src, dir); err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Detach(dir)
+	f.Close() // the server keeps the buffer
+	mounttest.Same(t, tree, dir)
+	if err := driver().Match(t.Context(), src, dir); err != nil {
+		t.Error(err)
+	}
+	if err := driver().Unmount(t.Context(), dir); err != nil {
+		t.Error(err)
+	}
+}
+
+// idmapped is a helper: it makes an idmapped clone of a mount, as containers with a user namespace have it.
+func idmapped(args []string) error {
+	lower, where := args[0], args[1]
+	user := exec.Command("sleep", "60")
+	user.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{HostID: 100000, Size: 65536}},
+		GidMappings: []syscall.SysProcIDMap{{HostID: 100000, Size: 65536}},
+	}
+	if err := user.Start(); err != nil {
+		return err
+	}
+	defer user.Wait()
+	defer user.Process.Kill()
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", user.Process.Pid))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	tree, err := unix.OpenTree(unix.AT_FDCWD, lower, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(tree)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
+	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("mount_setattr: %w", err)
+	}
+	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, where, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return err
+	}
+	defer unix.Unmount(where, unix.MNT_DETACH)
+	var st unix.Stat_t
+	if err := unix.Lstat(filepath.Join(where, "usr/bin/big"), &st); err != nil {
+		return err
+	}
+	if st.Uid != 101000 || st.Gid != 102000 {
+		return fmt.Errorf("owner %d:%d, expected 101000:102000", st.Uid, st.Gid)
+	}
+	_, err = os.ReadFile(filepath.Join(where, "usr/bin/big"))
+	return err
+}
+
+func TestIDMapped(t *testing.T) {
+	needFuse(t)
+	_, dir := start(t, source(t, mounttest.Tree(t)))
+	out, err := mounttest.Command("idmapped", dir, t.TempDir()).CombinedOutput()
+	if strings.Contains(string(out), "mount_setattr: invalid argument") {
+		t.Skip("this kernel cannot idmap FUSE (Linux 6.12 and later can)")
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
 	}
 }

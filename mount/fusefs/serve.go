@@ -50,7 +50,7 @@ func (c Config) source() string {
 type Server struct {
 	fs    *server
 	fuse  *fuse.Server
-	image *mapping
+	image *sys.Mapping
 	dir   string
 	done  chan struct{}
 }
@@ -65,18 +65,18 @@ func Start(c Config) (*Server, error) {
 		c.Readahead = 1024
 	}
 	l := log.New(c.Log, "daxfs fuse: ", log.LstdFlags)
-	m, err := mapWindow(c.Path, c.Off, c.Size)
+	m, err := sys.MapWindow(c.Path, c.Off, c.Size)
 	if err != nil {
 		return nil, err
 	}
-	img, err := daxfs.OpenBytes(m.window)
+	img, err := daxfs.OpenBytes(m.Window)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("image in %q at %d: %w", c.Path, c.Off, err), m.close())
+		return nil, errors.Join(fmt.Errorf("image in %q at %d: %w", c.Path, c.Off, err), m.Close())
 	}
 	s := &Server{fs: newServer(img, l), image: m, dir: c.Dir, done: make(chan struct{})}
-	s.fuse, err = fuse.NewServer(s.fs, c.Dir, options(c, l))
+	s.fuse, err = fuse.NewServer(s.fs, c.Dir, s.fs.options(c))
 	if err != nil {
-		return nil, errors.Join(explain(err), m.close())
+		return nil, errors.Join(explain(err), m.Close())
 	}
 	go s.fs.lookForXattrs()
 	go func() {
@@ -89,15 +89,17 @@ func Start(c Config) (*Server, error) {
 	return s, nil
 }
 
-func options(c Config, l *log.Logger) *fuse.MountOptions {
+func (s *server) options(c Config) *fuse.MountOptions {
 	o := &fuse.MountOptions{
-		FsName: c.source(), Name: "daxfs", Logger: l,
+		FsName: c.source(), Name: "daxfs", Logger: s.log,
 		MaxWrite: 1 << 20, MaxReadAhead: 1 << 20, MaxBackground: 64,
 		EnableSymlinkCaching: true, ExplicitDataCacheControl: true, EnableAcl: true, IDMappedMount: true,
-		// Replies come from the mapping; splice would take them through a pipe.
+		// Replies come from the mapping. Splicing them from the file through a pipe was measured: 128 MiB from a cold cache
+		// took 1.2 to 1.9 times as long, 4 KiB reads 1.3 to 2.8 times.
 		DisableSplice:     true,
 		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT,
 		Options:           []string{"default_permissions"},
+		PanicHandler:      s.panicked,
 	}
 	if os.Geteuid() == 0 {
 		o.DirectMountStrict, o.AllowOther = true, true
