@@ -1,0 +1,174 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+)
+
+// env is what a command may touch of the world besides the files it is given.
+type env struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+}
+
+// registered holds the commands of all files; it does not change after initialisation.
+var registered []registration
+
+type registration struct {
+	order int
+	make  func(*env) *cli.Command
+}
+
+// register adds a command. Files call it from init. Commands are listed by order.
+func register(order int, f func(*env) *cli.Command) {
+	registered = append(registered, registration{order, f})
+}
+
+func newApp(e *env) *cli.App {
+	slices.SortStableFunc(registered, func(a, b registration) int { return cmp.Compare(a.order, b.order) })
+	app := &cli.App{
+		Name:                 "daxfs",
+		HelpName:             "daxfs",
+		Usage:                "container images that machines, kernels and processes share in memory",
+		Version:              version(),
+		HideHelpCommand:      true,
+		EnableBashCompletion: true,
+		Reader:               e.stdin,
+		Writer:               e.stdout,
+		ErrWriter:            e.stderr,
+		// run says what went wrong, and chooses the status.
+		ExitErrHandler: func(*cli.Context, error) {},
+		OnUsageError:   onUsageError,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return &usageError{msg: fmt.Sprintf("unknown command %q", c.Args().First())}
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+	cli.VersionPrinter = func(c *cli.Context) { fmt.Fprintf(c.App.Writer, "daxfs %s\n", c.App.Version) }
+	for _, r := range registered {
+		c := r.make(e)
+		prepare(c)
+		app.Commands = append(app.Commands, c)
+	}
+	return app
+}
+
+// prepare sets what all commands have in common.
+func prepare(c *cli.Command) {
+	c.OnUsageError = onUsageError
+	c.HideHelpCommand = true
+	// A description is written in a raw string and shown as it stands there.
+	c.Description = strings.TrimSpace(c.Description)
+	for _, s := range c.Subcommands {
+		prepare(s)
+	}
+}
+
+func onUsageError(c *cli.Context, err error, _ bool) error {
+	name := ""
+	if c.Command != nil && c.Command.Name != "daxfs" {
+		name = c.Command.Name
+	}
+	return &usageError{command: name, msg: err.Error()}
+}
+
+// needArgs checks the number of arguments; names are those that are missing or too many, "[X]" may be left out.
+func needArgs(c *cli.Context, names ...string) error {
+	least := 0
+	for _, n := range names {
+		if !strings.HasPrefix(n, "[") {
+			least++
+		}
+	}
+	if n := c.NArg(); n < least || n > len(names) {
+		return &usageError{command: c.Command.Name,
+			msg: fmt.Sprintf("%d arguments, expected %s", n, strings.Join(names, " "))}
+	}
+	return nil
+}
+
+// version is that of the build: the module's, or the commit's.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	if v == "" || v == "(devel)" {
+		v = "devel"
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" && len(s.Value) >= 12 {
+				v += "-" + s.Value[:12]
+			}
+		}
+	}
+	return v
+}
+
+// reorder moves flags before arguments, so that "convert SOURCE -o IMAGE" works: the flag parser of Go stops at the first
+// argument. What follows "--" stays where it is.
+func reorder(args []string, flags []cli.Flag, commands []*cli.Command) []string {
+	if len(args) == 0 || args[len(args)-1] == "--generate-bash-completion" {
+		return args
+	}
+	out := []string{args[0]}
+	args = args[1:]
+	// Flags before the command belong to the program; then the command, and perhaps one of its own commands.
+	for len(args) > 0 {
+		if strings.HasPrefix(args[0], "-") {
+			break
+		}
+		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(args[0]) })
+		if i < 0 {
+			break
+		}
+		out = append(out, args[0])
+		flags, commands = commands[i].Flags, commands[i].Subcommands
+		args = args[1:]
+	}
+	var options, rest []string
+	for i := 0; i < len(args); i++ {
+		a := args[i]
+		if a == "--" {
+			rest = append(rest, args[i+1:]...)
+			break
+		}
+		if len(a) < 2 || a[0] != '-' {
+			rest = append(rest, a)
+			continue
+		}
+		options = append(options, a)
+		if takesValue(a, flags) && i+1 < len(args) {
+			i++
+			options = append(options, args[i])
+		}
+	}
+	out = append(out, options...)
+	if len(rest) > 0 && slices.ContainsFunc(rest, func(a string) bool { return len(a) > 1 && a[0] == '-' }) {
+		out = append(out, "--")
+	}
+	return append(out, rest...)
+}
+
+// takesValue tells whether the argument after an option belongs to it.
+func takesValue(option string, flags []cli.Flag) bool {
+	name := strings.TrimLeft(option, "-")
+	if strings.Contains(name, "=") {
+		return false
+	}
+	for _, f := range flags {
+		if slices.Contains(f.Names(), name) {
+			d, ok := f.(cli.DocGenerationFlag)
+			return ok && d.TakesValue()
+		}
+	}
+	return false
+}

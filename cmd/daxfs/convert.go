@@ -1,0 +1,214 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+
+	"github.com/containerd/platforms"
+	"github.com/docker/go-units"
+	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+func init() { register(10, convertCommand) }
+
+func convertCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "convert",
+		Usage:     "make an image out of an OCI image",
+		ArgsUsage: "SOURCE",
+		Description: `
+SOURCE is one of
+   oci:DIR[:TAG]              an OCI image layout
+   oci-archive:FILE[:TAG]     an OCI image layout in a tar file
+   docker-archive:FILE[:REF]  what docker save writes
+   docker://REF               an image in a registry, with the credentials of docker login
+   containerd:REF             an image in containerd's image store
+   rootfs:DIR                 a directory
+
+All digests are verified. The same layers give the same bytes, whatever the source. When the command fails or is
+interrupted, IMAGE is as it was before.
+
+Examples:
+   daxfs convert docker://debian:12 -o debian.daxfs
+   daxfs convert --platform linux/arm64 oci:layout:v1 -o app.daxfs
+   daxfs convert containerd:docker.io/library/redis:7 --namespace k8s.io -o redis.daxfs
+   mount -t erofs -o ro debian.daxfs /mnt`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the image to `IMAGE`", Required: true},
+			&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 16 bytes"},
+			&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
+			&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
+			&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},
+			&cli.IntFlag{Name: "concurrency", Usage: "read `N` layers at the same time", DefaultText: "one for each core"},
+			&cli.StringFlag{Name: "memory", Usage: "let at most `SIZE` of contents wait in memory; more waits on disk", Value: size(converter.DefaultMemory)},
+			&cli.StringFlag{Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers", Value: size(converter.DefaultMaxSize)},
+			&cli.BoolFlag{Name: "no-align", Usage: "do not start files of 2 MiB and more at multiples of 2 MiB: for many big files and no DAX"},
+			&cli.BoolFlag{Name: "sync", Usage: "return only when the image is on disk"},
+			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "show no progress and no summary"},
+			&cli.BoolFlag{Name: "json", Usage: "write the summary as JSON"},
+		},
+		Action: e.convert,
+	}
+}
+
+func (e *env) convert(c *cli.Context) error {
+	if err := needArgs(c, "SOURCE"); err != nil {
+		return err
+	}
+	o := converter.Options{
+		Image:       daxfs.Options{Label: c.String("label")},
+		Concurrency: c.Int("concurrency"),
+		NoAlign:     c.Bool("no-align"),
+		Sync:        c.Bool("sync"),
+	}
+	var err error
+	if o.Platform, err = source.ParsePlatform(c.String("platform")); err != nil {
+		return &usageError{"convert", err.Error()}
+	}
+	if o.Concurrency < 0 {
+		return &usageError{"convert", fmt.Sprintf("--concurrency %d, expected 1 or more", o.Concurrency)}
+	}
+	if o.Memory, err = sizeFlag(c, "memory"); err != nil {
+		return err
+	}
+	if o.MaxSize, err = sizeFlag(c, "max-size"); err != nil {
+		return err
+	}
+	src, err := source.Parse(c.Args().First(), source.Config{
+		PlainHTTP: c.Bool("plain-http"), Address: c.String("address"), Namespace: c.String("namespace"),
+	})
+	if err != nil {
+		return &usageError{"convert", err.Error()}
+	}
+	defer src.Close()
+	progress := newProgress(e.stderr, c.Bool("quiet"))
+	o.Progress = progress
+	res, err := converter.Convert(c.Context, src, c.String("output"), o)
+	progress.end(err == nil)
+	if err != nil {
+		return err
+	}
+	switch {
+	case c.Bool("json"):
+		return writeJSON(e.stdout, summaryOf(c.String("output"), res))
+	case !c.Bool("quiet"):
+		printSummary(e.stdout, c.String("output"), res)
+	}
+	return nil
+}
+
+// size writes bytes in the form in which flags take them.
+func size(n int64) string {
+	return units.CustomSize("%.4g%s", float64(n), 1024, []string{"", "k", "m", "g", "t"})
+}
+
+func sizeFlag(c *cli.Context, name string) (int64, error) {
+	n, err := units.RAMInBytes(c.String(name))
+	if err != nil || n <= 0 || n == math.MaxInt64 {
+		return 0, &usageError{c.Command.Name, fmt.Sprintf("--%s %q, expected a size like 64m or 2g", name, c.String(name))}
+	}
+	return n, nil
+}
+
+// summary is what convert --json writes. All sizes are bytes.
+type summary struct {
+	Image        string    `json:"image"`
+	UUID         string    `json:"uuid"`
+	Digest       string    `json:"digest,omitempty"`
+	Platform     string    `json:"platform,omitempty"`
+	Layers       int       `json:"layers"`
+	BytesIn      int64     `json:"bytesIn"`
+	Unpacked     int64     `json:"bytesUnpacked"`
+	BytesOut     int64     `json:"bytesOut"`
+	Deduplicated int64     `json:"bytesDeduplicated"`
+	Counts       counts    `json:"counts"`
+	LeftOut      []leftOut `json:"leftOutOfDAXFS"`
+}
+
+// counts of an image, as convert and inspect show them.
+type counts struct {
+	Inodes      int   `json:"inodes"`
+	Names       int   `json:"names"`
+	Files       int   `json:"files"`
+	Directories int   `json:"directories"`
+	Symlinks    int   `json:"symlinks"`
+	Others      int   `json:"others"`
+	WithXattrs  int   `json:"withXattrs"`
+	FileBytes   int64 `json:"fileBytes"`
+}
+
+// leftOut is a name that only the EROFS half has.
+type leftOut struct {
+	Path   string `json:"path"`
+	Reason string `json:"reason"`
+}
+
+func countsOf(s daxfs.Stats) counts {
+	return counts{s.Inodes, s.Names, s.Files, s.Directories, s.Symlinks, s.Others, s.Xattrs, s.FileBytes}
+}
+
+func summaryOf(image string, r *converter.Result) summary {
+	s := summary{
+		Image: image, UUID: uuid(r.UUID), Digest: r.Digest.String(), Layers: r.Layers, BytesIn: r.BytesIn,
+		Unpacked: r.Unpacked, BytesOut: r.BytesOut, Deduplicated: r.Deduplicated, Counts: countsOf(r.Stats),
+		LeftOut: []leftOut{},
+	}
+	if r.Platform.OS != "" {
+		s.Platform = platforms.Format(r.Platform)
+	}
+	for _, l := range r.LeftOut {
+		s.LeftOut = append(s.LeftOut, leftOut{l.Path, l.Reason})
+	}
+	return s
+}
+
+func uuid(b [16]byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+func writeJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+func printSummary(w io.Writer, image string, r *converter.Result) {
+	fmt.Fprintf(w, "%s: %d files, %d directories, %d symbolic links, %d other nodes\n",
+		image, r.Stats.Files, r.Stats.Directories, r.Stats.Symlinks, r.Stats.Others)
+	in := fmt.Sprintf("%s in %d layers", human(r.BytesIn), r.Layers)
+	if r.Layers == 0 {
+		in = human(r.BytesIn)
+	}
+	fmt.Fprintf(w, "in %s, unpacked %s, out %s, saved by deduplication %s\n",
+		in, human(r.Unpacked), human(r.BytesOut), human(r.Deduplicated))
+	printLosses(w, r.Stats.Xattrs, summaryOf(image, r).LeftOut)
+}
+
+// printLosses says what the DAXFS half cannot show. Times are not worth a line: it never has them.
+func printLosses(w io.Writer, xattrs int, left []leftOut) {
+	if xattrs > 0 {
+		fmt.Fprintf(w, "daxfs.ko will not show the extended attributes of %d inodes\n", xattrs)
+	}
+	if len(left) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "daxfs.ko will not show %d names:\n", len(left))
+	const most = 10
+	for i, l := range left {
+		if i == most {
+			fmt.Fprintf(w, "  and %d more\n", len(left)-most)
+			break
+		}
+		fmt.Fprintf(w, "  %s (%s)\n", printable(l.Path), l.Reason)
+	}
+}
+
+func human(n int64) string { return units.BytesSize(float64(n)) }

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+func init() { register(60, exportCommand) }
+
+func exportCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "export",
+		Usage:     "write the tree of an image as a tar archive",
+		ArgsUsage: "IMAGE",
+		Description: `
+The archive goes to standard output, in PAX format: times in nanoseconds, extended attributes, hard links, devices. Sockets
+cannot be in a tar; they are named on standard error. The same image gives the same archive.
+
+Examples:
+   daxfs export debian.daxfs | tar -tv
+   daxfs export debian.daxfs | docker import - debian:again`,
+		Action: e.export,
+	}
+}
+
+func (e *env) export(c *cli.Context) error {
+	if err := needArgs(c, "IMAGE"); err != nil {
+		return err
+	}
+	if f, ok := e.stdout.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return &usageError{"export", "standard output is a terminal, expected a file or a pipe"}
+	}
+	img, err := openImage(c.Args().First())
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	f, err := img.fs()
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(e.stdout, 256<<10)
+	x := exporter{ctx: c, w: tar.NewWriter(w), first: map[uint64]string{}}
+	skipped := 0
+	err = f.Walk(func(path string, in daxfs.Inode) error {
+		if err := c.Context.Err(); err != nil {
+			return err
+		}
+		if in.Mode&unix.S_IFMT == unix.S_IFSOCK {
+			skipped++
+			fmt.Fprintf(e.stderr, "daxfs: /%s is a socket, which a tar cannot hold\n", printable(path))
+			return nil
+		}
+		return x.entry(path, in)
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", img.Name(), err)
+	}
+	if err := x.w.Close(); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+type exporter struct {
+	ctx   *cli.Context
+	w     *tar.Writer
+	first map[uint64]string // the first name of each inode with several
+}
+
+func (x *exporter) entry(path string, in daxfs.Inode) error {
+	h := &tar.Header{
+		Name: path, Mode: int64(in.Mode & 0o7777), Uid: int(in.UID), Gid: int(in.GID),
+		ModTime: time.Unix(in.Mtime.Sec, int64(in.Mtime.Nsec)), Format: tar.FormatPAX,
+	}
+	if path == "." {
+		h.Name = "./"
+	}
+	if !in.IsDir() && in.Nlink > 1 {
+		if first, ok := x.first[in.Nid]; ok {
+			h.Typeflag, h.Linkname = tar.TypeLink, first
+			return x.header(h, in)
+		}
+		x.first[in.Nid] = path
+	}
+	switch in.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		h.Typeflag, h.Size = tar.TypeReg, in.Size
+	case unix.S_IFDIR:
+		h.Typeflag = tar.TypeDir
+		if path != "." {
+			h.Name += "/"
+		}
+	case unix.S_IFLNK:
+		target, err := in.Target()
+		if err != nil {
+			return err
+		}
+		h.Typeflag, h.Linkname = tar.TypeSymlink, target
+	case unix.S_IFCHR, unix.S_IFBLK:
+		h.Typeflag = tar.TypeChar
+		if in.Mode&unix.S_IFMT == unix.S_IFBLK {
+			h.Typeflag = tar.TypeBlock
+		}
+		h.Devmajor, h.Devminor = int64(unix.Major(in.Rdev)), int64(unix.Minor(in.Rdev))
+	case unix.S_IFIFO:
+		h.Typeflag = tar.TypeFifo
+	default:
+		return fmt.Errorf("%q: file type %#o cannot be in a tar", path, in.Mode&unix.S_IFMT)
+	}
+	if err := x.header(h, in); err != nil {
+		return err
+	}
+	if h.Typeflag != tar.TypeReg {
+		return nil
+	}
+	return copyContents(x.ctx, x.w, in)
+}
+
+// header writes a header with the extended attributes. Those of a hard link are repeated: what unpacks it may set the
+// attributes of every entry.
+func (x *exporter) header(h *tar.Header, in daxfs.Inode) error {
+	xs, err := in.Xattrs()
+	if err != nil {
+		return err
+	}
+	for _, a := range xs {
+		if h.PAXRecords == nil {
+			h.PAXRecords = map[string]string{}
+		}
+		h.PAXRecords["SCHILY.xattr."+a.Name] = string(a.Value)
+	}
+	if err := x.w.WriteHeader(h); err != nil {
+		return fmt.Errorf("%q: %w", h.Name, err)
+	}
+	return nil
+}

@@ -1,0 +1,80 @@
+// Command daxfs makes images that both EROFS and DAXFS mount, and looks into them.
+//
+// Each sub-command is one file, which registers itself; adding a command is adding a file. Standard output carries what
+// was asked for, standard error what is said about it. The exit status is
+//
+//	0    done
+//	1    an error, or verify found that the image is damaged
+//	2    wrong use
+//	130  interrupted
+//
+// A command that fails leaves no output file behind, and one that was there as it was.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+)
+
+// Exit statuses.
+const (
+	statusOK          = 0
+	statusFailed      = 1
+	statusUsage       = 2
+	statusInterrupted = 130
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	// A second ^C ends the process at once.
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run is the program. args[0] is its name.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	app := newApp(&env{stdin: stdin, stdout: stdout, stderr: stderr})
+	err := app.RunContext(ctx, reorder(args, app.Flags, app.Commands))
+	var usage *usageError
+	switch {
+	case err == nil:
+		return statusOK
+	case errors.Is(err, errSilent):
+		return statusFailed
+	case ctx.Err() != nil:
+		fmt.Fprintln(stderr, "daxfs: interrupted")
+		return statusInterrupted
+	case errors.As(err, &usage):
+		fmt.Fprintf(stderr, "daxfs: %v\n", err)
+		if usage.command != "" {
+			fmt.Fprintf(stderr, "Try: daxfs %s --help\n", usage.command)
+		} else {
+			fmt.Fprintln(stderr, "Try: daxfs --help")
+		}
+		return statusUsage
+	}
+	fmt.Fprintf(stderr, "daxfs: %v\n", err)
+	return statusFailed
+}
+
+// errSilent ends a command with status 1 when all was said already.
+var errSilent = errors.New("failed")
+
+// usageError is wrong use of a command.
+type usageError struct {
+	command string
+	msg     string
+}
+
+func (e *usageError) Error() string {
+	if e.command == "" {
+		return e.msg
+	}
+	return e.command + ": " + e.msg
+}

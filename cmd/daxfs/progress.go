@@ -1,0 +1,93 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/term"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+)
+
+// progress shows a conversion: a bar for each layer on a terminal, a line for each elsewhere, or nothing.
+type progress struct {
+	w      io.Writer
+	quiet  bool
+	layers []source.Layer
+	done   atomic.Int32
+
+	mu   sync.Mutex // guards the lines; bars have their own lock
+	bars *mpb.Progress
+	bar  []*mpb.Bar
+}
+
+func newProgress(w io.Writer, quiet bool) *progress {
+	p := &progress{w: w, quiet: quiet}
+	if f, ok := w.(*os.File); ok && !quiet && term.IsTerminal(int(f.Fd())) {
+		p.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(40))
+	}
+	return p
+}
+
+// short is a digest as it fits into a line.
+func short(l source.Layer) string {
+	const n = len("sha256:") + 12
+	if name := l.Name(); len(name) > n {
+		return name[:n]
+	}
+	return l.Name()
+}
+
+func (p *progress) Start(layers []source.Layer) {
+	p.layers = layers
+	if p.bars == nil {
+		return
+	}
+	for _, l := range layers {
+		p.bar = append(p.bar, p.bars.AddBar(l.Desc.Size,
+			mpb.PrependDecorators(decor.Name(short(l), decor.WCSyncSpaceR)),
+			mpb.AppendDecorators(
+				decor.CountersKibiByte("% .1f / % .1f", decor.WCSyncSpace),
+				decor.OnComplete(decor.EwmaETA(decor.ET_STYLE_GO, 30, decor.WCSyncSpace), "done"),
+			)))
+	}
+}
+
+func (p *progress) Read(layer, n int) {
+	if p.bars != nil {
+		p.bar[layer].IncrBy(n)
+	}
+}
+
+func (p *progress) Done(layer int) {
+	n := p.done.Add(1)
+	if p.quiet {
+		return
+	}
+	if p.bars != nil {
+		p.bar[layer].SetTotal(-1, true)
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.layers[layer]
+	fmt.Fprintf(p.w, "%s %s (%d of %d layers)\n", short(l), human(l.Desc.Size), n, len(p.layers))
+}
+
+// end leaves the terminal as it should be. Bars of layers that were not finished stay where they stopped.
+func (p *progress) end(ok bool) {
+	if p.bars == nil {
+		return
+	}
+	if !ok {
+		for _, b := range p.bar {
+			b.Abort(false)
+		}
+	}
+	p.bars.Wait()
+}

@@ -1,0 +1,73 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+func init() { register(30, verifyCommand) }
+
+func verifyCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "verify",
+		Usage:     "prove that both halves of an image are sound and agree",
+		ArgsUsage: "IMAGE",
+		Description: `
+Writes every finding with the rule it breaks (docs/format.md explains the rules), and ends with status 1 if there are
+any. It says nothing about an image without findings.
+
+Examples:
+   daxfs verify debian.daxfs && mount -t erofs -o ro debian.daxfs /mnt
+   daxfs verify --json debian.daxfs | jq -r .rule | sort | uniq -c`,
+		Flags:  []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "write findings as lines of JSON"}},
+		Action: e.verify,
+	}
+}
+
+// finding is a line of verify --json. Off is -1 where a finding belongs to no place.
+type finding struct {
+	Rule string `json:"rule"`
+	Off  int64  `json:"offset"`
+	Ino  uint64 `json:"inode"`
+	Path string `json:"path"`
+	Msg  string `json:"message"`
+}
+
+func (e *env) verify(c *cli.Context) error {
+	if err := needArgs(c, "IMAGE"); err != nil {
+		return err
+	}
+	img, err := openImage(c.Args().First())
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	found := 0
+	var writeErr error
+	enc := json.NewEncoder(e.stdout)
+	err = daxfs.Check(img, img.size, func(f daxfs.Finding) bool {
+		found++
+		if c.Bool("json") {
+			writeErr = enc.Encode(finding{string(f.Rule), f.Off, f.Ino, f.Path, f.Msg})
+		} else {
+			_, writeErr = fmt.Fprintln(e.stdout, f)
+		}
+		return writeErr == nil && c.Context.Err() == nil
+	})
+	switch {
+	case c.Context.Err() != nil:
+		return c.Context.Err()
+	case writeErr != nil:
+		return writeErr
+	case found == 0 && err != nil:
+		return fmt.Errorf("%s: %w", img.Name(), err)
+	case found > 0:
+		fmt.Fprintf(e.stderr, "daxfs: %s: %d findings\n", img.Name(), found)
+		return errSilent
+	}
+	return nil
+}
