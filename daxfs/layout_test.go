@@ -122,7 +122,7 @@ func TestLayoutCompact(t *testing.T) {
 	add("second", false, func(n *daxfs.Node) { n.Mtime.Sec++ })
 	add("nanosecond", false, func(n *daxfs.Node) { n.Mtime.Nsec = 0 })
 	add("xattr", true, func(n *daxfs.Node) { n.Xattrs = []daxfs.Xattr{{Name: "user.a"}} })
-	add("4 GiB", false, func(n *daxfs.Node) { n.Data = daxfs.Data{Off: daxfs.BlockSize, Size: 1 << 32} })
+	add("4 GiB", false, func(n *daxfs.Node) { n.Data = daxfs.Data{Off: 1 << 33, Size: 1 << 32} })
 	add("less", true, func(n *daxfs.Node) { n.Data = daxfs.Data{Off: daxfs.BlockSize, Size: 1<<32 - 1} })
 	links := dir(map[string]*daxfs.Node{})
 	root.Entries["links"], want["links"] = links, false
@@ -135,11 +135,11 @@ func TestLayoutCompact(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	meta := int64(1<<32 + daxfs.BlockSize)
+	meta := int64(1<<33 + 1<<32)
 	if err := p.Place(daxfs.Placement{Meta: meta, End: meta + p.MetaSize()}); err != nil {
 		t.Fatal(err)
 	}
-	// The metadata is moved down, so that nothing of the file's 4 GiB need be there.
+	// The metadata is moved down, so that nothing of the contents need be there.
 	if err := p.WriteTo(cut{&s.f, meta}); err != nil {
 		t.Fatal(err)
 	}

@@ -139,10 +139,13 @@ func NewPlan(root *Node, o Options) (*Plan, error) {
 	if root == nil || root.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return nil, &TreeError{"/", invalid("the root is not a directory")}
 	}
-	if _, err := w.add(root, 0, ""); err != nil {
+	if _, err := w.add(root, 0, "", 0); err != nil {
 		return nil, err
 	}
 	p := w.plan
+	if err := p.checkContents(); err != nil {
+		return nil, err
+	}
 	p.number()
 	if err := p.layout(); err != nil {
 		return nil, err
@@ -160,8 +163,8 @@ type walker struct {
 	scratch []byte
 }
 
-// add plans n, its first name being name in the directory parent, and everything below it.
-func (w *walker) add(n *Node, parent int32, name string) (int32, error) {
+// add plans n, its first name being name in the directory parent, and everything below it. n's path has depth bytes.
+func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, error) {
 	p := w.plan
 	idx := int32(len(p.inodes))
 	if len(p.inodes) == cap(p.inodes) {
@@ -190,6 +193,9 @@ func (w *walker) add(n *Node, parent int32, name string) (int32, error) {
 	case unix.S_IFDIR:
 		p.stats.Directories++
 		i.nlink = 2
+		if depth > maxPath {
+			return 0, w.fail(idx, invalid("the path of a directory has %d bytes, expected at most %d", depth, maxPath))
+		}
 	case unix.S_IFREG:
 		p.stats.Files++
 		p.stats.FileBytes += i.size
@@ -229,7 +235,7 @@ func (w *walker) add(n *Node, parent int32, name string) (int32, error) {
 			kids[k].child = c
 			continue
 		}
-		c, err := w.add(n, idx, name)
+		c, err := w.add(n, idx, name, depth+1+len(name))
 		if err != nil {
 			return 0, err
 		}

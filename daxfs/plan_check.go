@@ -1,6 +1,7 @@
 package daxfs
 
 import (
+	"cmp"
 	"encoding/binary"
 	"math"
 	"slices"
@@ -93,6 +94,29 @@ func checkData(d Data) error {
 		return invalid("contents at %d: expected a multiple of %d", d.Off, BlockSize)
 	case d.Off > math.MaxInt64-BlockSize-d.Size:
 		return invalid("contents of %d bytes at %d: the end is beyond 63 bits", d.Size, d.Off)
+	}
+	return nil
+}
+
+// checkContents refuses files that overlap without being the same: it is what a store with a wrong index would give.
+func (p *Plan) checkContents() error {
+	files := make([]int32, 0, p.stats.Files)
+	for i := range p.inodes {
+		if p.inodes[i].data.Size > 0 {
+			files = append(files, int32(i))
+		}
+	}
+	slices.SortFunc(files, func(a, b int32) int {
+		x, y := p.inodes[a].data, p.inodes[b].data
+		return cmp.Or(cmp.Compare(x.Off, y.Off), cmp.Compare(x.Size, y.Size))
+	})
+	for k := 1; k < len(files); k++ {
+		x, y := p.inodes[files[k-1]].data, p.inodes[files[k]].data
+		if y.Off >= roundUp(x.Off+x.Size, BlockSize) || x.Off == y.Off && x.Size == y.Size {
+			continue
+		}
+		return &TreeError{p.path(files[k]), invalid("contents of %d bytes at %d overlap those of %q, %d bytes at %d",
+			y.Size, y.Off, p.path(files[k-1]), x.Size, x.Off)}
 	}
 	return nil
 }

@@ -22,6 +22,10 @@ func TestPlanRefuses(t *testing.T) {
 	loop := dir(map[string]*daxfs.Node{})
 	loop.Entries["x"] = dir(map[string]*daxfs.Node{"up": loop})
 	twice := dir(nil)
+	deep := dir(nil)
+	for range 256 { // the root's path is empty: 256 names of 255 bytes are one byte too many
+		deep = dir(map[string]*daxfs.Node{strings.Repeat("n", 255): deep})
+	}
 	many := &daxfs.Node{Mode: unix.S_IFREG}
 	for _, name := range []string{"user.a", "user.b", "user.c", "user.d", "user.e"} {
 		many.Xattrs = append(many.Xattrs, daxfs.Xattr{Name: name, Value: make([]byte, 60_000)})
