@@ -109,7 +109,7 @@ func Default() *Config {
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
 		Pool:       Pool{Kind: "file"},
-		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true, FUSEHelper: "daxfs"},
+		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
 		Layers: Layers{
 			Durability: DurabilityPack, Workers: 2, Settle: Duration(3 * time.Second),
 			MaxSize: 1 << 40, MaxEntries: 4 << 20,
@@ -195,8 +195,8 @@ func (c *Config) Validate() error {
 	oneOf("mount.driver", c.Mount.Driver, drivers)
 	oneOf("layers.durability", c.Layers.Durability, durabilities)
 	errs = append(errs, c.Pool.validate()...)
-	if c.Mount.FUSEHelper == "" {
-		bad("mount.fuse_helper", "is empty, expected a program")
+	if h := c.Mount.FUSEHelper; h != "" && !filepath.IsAbs(h) {
+		bad("mount.fuse_helper", "%q is not an absolute path", h)
 	}
 	if c.Layers.Workers < 1 || c.Layers.Workers > 64 {
 		bad("layers.workers", "%d is not in 1 to 64", c.Layers.Workers)

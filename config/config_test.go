@@ -92,7 +92,7 @@ func TestRefused(t *testing.T) {
 		{"[pool]\nsize = -1", `key "pool.size"`},
 		{"[pool]\npath = \"pool\"", `key "pool.path"`},
 		{"[mount]\ndriver = \"erofs-tape\"", `key "mount.driver"`},
-		{"[mount]\nfuse_helper = \"\"", `key "mount.fuse_helper"`},
+		{"[mount]\nfuse_helper = \"daxfs\"", `key "mount.fuse_helper"`},
 		{"[layers]\ndurability = \"hope\"", `key "layers.durability"`},
 		{"[layers]\nworkers = 0", `key "layers.workers"`},
 		{"[layers]\nsettle = \"soon\"", `duration "soon"`},

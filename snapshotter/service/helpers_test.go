@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -23,14 +24,31 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/config"
 	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
 )
 
 func TestMain(m *testing.M) {
+	if args, ok := helperArgs(os.Args); ok {
+		if err := fusefs.ServeArgs(args); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	flag.Parse()
 	if os.Geteuid() == 0 {
 		flag.Set("test.root", "true") // containerd's suite asks for it
 	}
 	os.Exit(m.Run())
+}
+
+// helperArgs tells whether this process was started as the program daxfs to serve a FUSE mount, and with which arguments.
+func helperArgs(args []string) ([]string, bool) {
+	head := []string{"mount", "--driver", "fuse", "--foreground"}
+	if len(args) <= len(head) || !slices.Equal(args[1:1+len(head)], head) {
+		return nil, false
+	}
+	return args[1+len(head):], true
 }
 
 // flavour is one way to run the daemon.
@@ -43,6 +61,7 @@ type flavour struct {
 var flavours = []flavour{
 	{"erofs-file", "file", "erofs-file"},
 	{"erofs-loop", "tmpfs", "erofs-loop"},
+	{"fuse", "tmpfs", "fuse"},
 }
 
 // config returns the configuration of a daemon below root.
@@ -52,6 +71,9 @@ func (f flavour) config(root string) *config.Config {
 	c.Address = filepath.Join(root, "s.sock")
 	c.Pool.Kind, c.Pool.Size = f.kind, 1<<30
 	c.Mount.Driver = f.driver
+	if self, err := os.Executable(); err == nil {
+		c.Mount.FUSEHelper = self
+	}
 	c.Layers.Settle = config.Duration(20 * time.Millisecond)
 	if f.kind == "tmpfs" {
 		c.Pool.Path = filepath.Join("/dev/shm", filepath.Base(filepath.Dir(root))+"-"+filepath.Base(root)+".pool")
