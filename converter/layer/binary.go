@@ -233,7 +233,10 @@ func (d *decoder) change(last string, b *builder) (c Change) {
 	}
 	c.Op = Op(op[0] & opMask)
 	shared := d.uint(uint64(len(last)))
-	c.Path = last[:shared] + d.string(maxPath)
+	c.Path = last[:shared] // costs no memory if nothing follows
+	if rest := d.string(maxPath); rest != "" {
+		c.Path += rest
+	}
 	if c.Op == OpLink {
 		c.LinkTo = d.string(maxPath)
 	}
