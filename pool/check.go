@@ -3,6 +3,7 @@ package pool
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -230,8 +231,12 @@ func (c *checker) checkImages(ctx context.Context) error {
 			return err
 		}
 		window := io.NewSectionReader(c.p.region, m.Off, m.Size)
-		if _, err := daxfs.Open(window, m.Size); err != nil {
-			c.found("image.open", m.Key, m.Off, "%v", err)
+		err := daxfs.Check(window, m.Size, func(f daxfs.Finding) bool {
+			c.found("image."+string(f.Rule), m.Key, m.Off+max(0, f.Off), "%v", f)
+			return !c.stop
+		})
+		if err != nil && !errors.Is(err, daxfs.ErrCorrupt) {
+			return fmt.Errorf("image %q: %w", m.Key, err)
 		}
 	}
 	return nil

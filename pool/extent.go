@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"syscall"
@@ -14,6 +13,7 @@ import (
 	"github.com/zeebo/xxh3"
 
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // extent is the contents of one file. All fields but the identity are guarded by Pool.mu, except as noted.
@@ -238,7 +238,7 @@ func (p *Pool) finish(e *extent, err error) {
 // equalBytes compares the region at off with b.
 func (p *Pool) equalBytes(off int64, b []byte) (equal bool, err error) {
 	if m := p.region.Bytes(); m != nil {
-		err = guard(func() { equal = bytes.Equal(m[off:off+int64(len(b))], b) })
+		err = region.Guard(func() { equal = bytes.Equal(m[off:off+int64(len(b))], b) })
 		return equal, err
 	}
 	buf := buffers.Get().(*[]byte)
@@ -259,7 +259,7 @@ func (p *Pool) equalBytes(off int64, b []byte) (equal bool, err error) {
 // equalExtents compares two ranges of the region.
 func (p *Pool) equalExtents(a, b, n int64) (equal bool, err error) {
 	if m := p.region.Bytes(); m != nil {
-		err = guard(func() { equal = bytes.Equal(m[a:a+n], m[b:b+n]) })
+		err = region.Guard(func() { equal = bytes.Equal(m[a:a+n], m[b:b+n]) })
 		return equal, err
 	}
 	buf := buffers.Get().(*[]byte)
@@ -274,23 +274,4 @@ func (p *Pool) equalExtents(a, b, n int64) (equal bool, err error) {
 		}
 	}
 	return true, nil
-}
-
-// guard turns the fault of a mapped page that can not be read, as after an I/O error of the disk, into an error.
-func guard(f func()) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			fault, ok := r.(interface {
-				error
-				Addr() uintptr // only memory faults have one
-			})
-			if !ok {
-				panic(r)
-			}
-			err = fmt.Errorf("pool: read of mapped memory: %w", fault)
-		}
-	}()
-	f()
-	return nil
 }

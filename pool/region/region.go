@@ -24,6 +24,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 )
 
 // The kinds of region.
@@ -151,10 +152,13 @@ type Config struct {
 	Phys uint64
 	// Create makes the file of a KindFile, KindTmpfs or KindHugetlbfs region if there is none; Size is needed then.
 	Create bool
+	// FD is a dma-buf that exists already, for KindDMABuf: it is used instead of a new one and stays the caller's. 0
+	// takes a new one.
+	FD int
 	// ReadOnly opens a region to read it; writing is an error.
 	ReadOnly bool
-	// Force skips the check for foreign contents: filesystem signatures and label areas. What is System RAM is refused
-	// even so.
+	// Force takes a KindPhys range that is not known to be reserved, or that has a driver. System RAM and label areas
+	// are refused even so.
 	Force bool
 }
 
@@ -175,12 +179,27 @@ func open(c Config) (Region, error) {
 	if c.Size > 0 && c.Size < MinSize {
 		return nil, fmt.Errorf("size %d is below the smallest pool of %d bytes: %w", c.Size, MinSize, ErrSize)
 	}
-	if c.Path == "" && c.Kind != KindPhys {
+	if c.Path == "" && c.Kind != KindPhys && c.FD == 0 {
 		return nil, fmt.Errorf("no path given: %w", ErrKind)
+	}
+	if c.Create && c.Size == 0 {
+		if _, err := os.Stat(c.Path); err != nil {
+			return nil, fmt.Errorf("the size of a new region must be given: %w: %w", ErrSize, err)
+		}
 	}
 	switch c.Kind {
 	case KindFile, KindTmpfs:
 		return openFile(c)
+	case KindHugetlbfs:
+		return openHugetlbfs(c)
+	case KindPmem:
+		return openPmem(thisHost, c)
+	case KindDevDAX:
+		return openDevDAX(thisHost, c)
+	case KindDMABuf:
+		return openDMABuf(c)
+	case KindPhys:
+		return openPhys(thisHost, c)
 	}
 	return nil, fmt.Errorf("kind %q is not one of %q: %w", c.Kind, Kinds(), ErrKind)
 }

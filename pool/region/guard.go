@@ -1,0 +1,26 @@
+package region
+
+import (
+	"fmt"
+	"runtime/debug"
+)
+
+// Guard calls f, which touches mapped memory, and turns a fault into an error: a page of a file that the disk can not
+// read, memory that is poisoned, a file that was cut. f must not start goroutines that touch it.
+func Guard(f func()) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			fault, ok := r.(interface {
+				error
+				Addr() uintptr // only memory faults have one
+			})
+			if !ok {
+				panic(r)
+			}
+			err = fmt.Errorf("mapped memory at %#x: %w", fault.Addr(), fault)
+		}
+	}()
+	f()
+	return nil
+}
