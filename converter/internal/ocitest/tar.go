@@ -11,61 +11,6 @@ import (
 	"time"
 )
 
-// Time is the modification time of entries that name none.
-var Time = time.Unix(1700000000, 123456789)
-
-// Entry is a header and its contents. A header without a type is a regular file.
-type Entry struct {
-	tar.Header
-	Body string
-}
-
-// File is a regular file.
-func File(name, body string) Entry { return Entry{tar.Header{Name: name, Mode: 0o644}, body} }
-
-// Dir is a directory.
-func Dir(name string) Entry {
-	return Entry{Header: tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755}}
-}
-
-// Link is a hard link.
-func Link(name, to string) Entry {
-	return Entry{Header: tar.Header{Name: name, Linkname: to, Typeflag: tar.TypeLink, Mode: 0o644}}
-}
-
-// Symlink is a symbolic link.
-func Symlink(name, to string) Entry {
-	return Entry{Header: tar.Header{Name: name, Linkname: to, Typeflag: tar.TypeSymlink, Mode: 0o777}}
-}
-
-// Tar makes a tar of entries.
-func Tar(tb testing.TB, entries ...Entry) []byte {
-	tb.Helper()
-	var out bytes.Buffer
-	w := tar.NewWriter(&out)
-	for _, e := range entries {
-		h := e.Header
-		if h.Typeflag == 0 {
-			h.Typeflag = tar.TypeReg
-		}
-		if h.ModTime.IsZero() {
-			h.ModTime = Time
-		}
-		h.Size = int64(len(e.Body))
-		h.Format = tar.FormatPAX
-		if err := w.WriteHeader(&h); err != nil {
-			tb.Fatalf("%s: %v", h.Name, err)
-		}
-		if _, err := w.Write([]byte(e.Body)); err != nil {
-			tb.Fatalf("%s: %v", h.Name, err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		tb.Fatal(err)
-	}
-	return out.Bytes()
-}
-
 // TarTree packs directories of this machine, given as paths below /, until the tar holds max bytes. Only regular
 // files, directories and symbolic links are taken, and hard links are kept.
 func TarTree(tb testing.TB, max int64, dirs ...string) []byte {
