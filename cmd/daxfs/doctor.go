@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+func init() { register(80, doctorCommand) }
+
+func doctorCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "doctor",
+		Usage:     "tell what this machine can share, and what is missing",
+		ArgsUsage: "[PATH...]",
+		Description: `
+PATH is an image, a pool or a directory for one; without any, all memory of the machine that could hold a pool is looked
+at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. The exit status is 1 if there
+is memory for which no driver works.
+
+Examples:
+   daxfs doctor
+   daxfs doctor --json /var/lib/daxfs-snapshotter | jq '.memory[0].drivers[] | select(.picked) | .driver'`,
+		Flags:  []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "write JSON"}},
+		Action: e.doctor,
+	}
+}
+
+// report is what doctor --json writes. Sizes are bytes.
+type report struct {
+	Kernel  string         `json:"kernel"`
+	Root    bool           `json:"root"`
+	Support []support      `json:"support"`
+	Memory  []memoryReport `json:"memory"`
+}
+
+type support struct {
+	Name string `json:"name"`
+	OK   bool   `json:"ok"`
+	Note string `json:"note,omitempty"`
+}
+
+type memoryReport struct {
+	memory
+	Drivers []mount.Explanation `json:"drivers"`
+}
+
+const defaultRoot = "/var/lib/daxfs-snapshotter"
+
+func (e *env) doctor(c *cli.Context) error {
+	rep := report{Kernel: kernelRelease(), Root: os.Geteuid() == 0, Support: supported()}
+	places, err := memoryOf(c.Args().Slice())
+	if err != nil {
+		return err
+	}
+	usable := true
+	for _, m := range places {
+		r := memoryReport{memory: m, Drivers: explain(c.Context, m.Info)}
+		works := false
+		for _, d := range r.Drivers {
+			works = works || d.Usable
+		}
+		usable = usable && works
+		rep.Memory = append(rep.Memory, r)
+	}
+	if c.Bool("json") {
+		enc := json.NewEncoder(e.stdout)
+		enc.SetEscapeHTML(false)
+		err = enc.Encode(rep)
+	} else {
+		err = e.show(rep)
+	}
+	if err == nil && !usable {
+		return errSilent
+	}
+	return err
+}
+
+func memoryOf(paths []string) ([]memory, error) {
+	if len(paths) == 0 {
+		return findMemory("/", defaultRoot)
+	}
+	var out []memory
+	for _, p := range paths {
+		p, err := filepath.Abs(p)
+		if err != nil {
+			return nil, err
+		}
+		st, err := os.Stat(p)
+		if err != nil {
+			return nil, err
+		}
+		if st.IsDir() {
+			info, err := fileRegion(p)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, memory{Info: info, Bytes: free(p)})
+			continue
+		}
+		info, err := describe("/", p)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, memory{Info: info, Bytes: uint64(st.Size())})
+	}
+	return out, nil
+}
+
+// explain asks the drivers. A directory stands for a pool file in it, so one is made for the question.
+func explain(ctx context.Context, info region.Info) []mount.Explanation {
+	if st, err := os.Stat(info.Path); err == nil && st.IsDir() {
+		if f, err := os.CreateTemp(info.Path, ".daxfs-doctor-*"); err == nil {
+			defer os.Remove(f.Name())
+			f.Close()
+			dir := info.Path
+			info.Path = f.Name()
+			out := mount.Explain(ctx, drivers.All(), info)
+			for i := range out {
+				out[i].Why = strings.ReplaceAll(out[i].Why, f.Name(), dir)
+			}
+			return out
+		}
+	}
+	return mount.Explain(ctx, drivers.All(), info)
+}
+
+func kernelRelease() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return err.Error()
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+// supported looks at what the kernel and the system have, without changing anything.
+func supported() []support {
+	var out []support
+	known, _ := os.ReadFile("/proc/filesystems")
+	for _, fs := range []struct{ name, note string }{
+		{"erofs", "the main driver; modprobe erofs"},
+		{"overlay", "needed by every container; modprobe overlay"},
+		{"fuse", "the fallback driver; modprobe fuse"},
+		{"daxfs", "out of tree, for memory without a block device; modprobe daxfs"},
+	} {
+		ok := strings.Contains(strings.ReplaceAll(string(known), "\n", "\t"), "\t"+fs.name+"\t")
+		out = append(out, need("file system "+fs.name, ok, fs.note))
+	}
+	for _, dev := range []struct{ path, note string }{
+		{"/dev/loop-control", "for pools on tmpfs; modprobe loop"},
+		{"/dev/fuse", "for the fuse driver; modprobe fuse"},
+		{"/dev/mapper/control", "for windows of DAX devices; modprobe dm_mod"},
+	} {
+		f, err := os.OpenFile(dev.path, os.O_RDWR, 0) // a node can be there without its driver
+		if err == nil {
+			f.Close()
+		}
+		out = append(out, need(dev.path, err == nil, dev.note))
+	}
+	_, err := exec.LookPath("dmsetup")
+	return append(out, need("dmsetup", err == nil, "for windows of DAX devices; install dmsetup"))
+}
+
+func need(name string, ok bool, note string) support {
+	if ok {
+		note = ""
+	}
+	return support{name, ok, note}
+}
+
+func (e *env) show(r report) error {
+	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
+	fmt.Fprintf(w, "kernel %s\n", r.Kernel)
+	if !r.Root {
+		fmt.Fprintln(w, "not root: what needs privilege is shown as missing")
+	}
+	for _, s := range r.Support {
+		mark := "yes"
+		if !s.OK {
+			mark = "no"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, mark, s.Note)
+	}
+	for _, m := range r.Memory {
+		fmt.Fprintf(w, "\n%s %s", m.Info.Kind, m.Info.Path)
+		if m.Bytes > 0 {
+			fmt.Fprintf(w, ", %s", human(int64(m.Bytes)))
+		}
+		if m.Info.HasPhys {
+			fmt.Fprintf(w, ", at physical address %#x", m.Info.Phys)
+		}
+		if m.Note != "" {
+			fmt.Fprintf(w, ", %s", m.Note)
+		}
+		fmt.Fprintln(w)
+		for _, d := range m.Drivers {
+			mark, text := "  ", d.Sharing
+			if d.Picked {
+				mark = "* "
+			}
+			if !d.Usable {
+				text = "no: " + d.Why
+			}
+			fmt.Fprintf(w, "%s%s\t%s\n", mark, d.Driver, text)
+		}
+	}
+	return w.Flush()
+}

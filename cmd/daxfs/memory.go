@@ -1,0 +1,168 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// sysroot is where the kernel describes the machine; tests have a directory of their own.
+type sysroot string
+
+func (s sysroot) read(elem ...string) string {
+	b, err := os.ReadFile(filepath.Join(append([]string{string(s)}, elem...)...))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// block describes a block device by its name in /sys/class/block.
+func (s sysroot) block(dev, name string) region.Info {
+	info := region.Info{Kind: region.KindPmem, Path: dev, BlockDevice: dev, FD: -1, Persistent: region.PersistsReboot}
+	info.DAX = s.read("sys/class/block", name, "queue/dax") == "1"
+	// An nvdimm namespace, and the virtio or legacy region that it came from, say where they lie.
+	for _, file := range []string{"device/resource", "device/../resource"} {
+		if phys, err := strconv.ParseUint(s.read("sys/class/block", name, file), 0, 64); err == nil && phys != 0 {
+			info.Phys, info.HasPhys = phys, true
+			break
+		}
+	}
+	return info
+}
+
+// describe tells what kind of memory is behind a path: a file, or a block or DAX device.
+func describe(s sysroot, path string) (region.Info, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return region.Info{}, err
+	}
+	if path, err = filepath.EvalSymlinks(path); err != nil {
+		return region.Info{}, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return region.Info{}, &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFBLK:
+		link := filepath.Join(string(s), "sys/dev/block", fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
+		target, err := os.Readlink(link)
+		if err != nil {
+			return region.Info{}, fmt.Errorf("block device %q: %w", path, err)
+		}
+		return s.block(path, filepath.Base(target)), nil
+	case unix.S_IFCHR:
+		return region.Info{Kind: region.KindDevDAX, Path: path, FD: -1, Persistent: region.PersistsProcess}, nil
+	case unix.S_IFREG:
+		return fileRegion(path)
+	}
+	return region.Info{}, fmt.Errorf("%q is neither a file nor a device", path)
+}
+
+// fileRegion describes a region that is the file at path, or one in the directory at path.
+func fileRegion(path string) (region.Info, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return region.Info{}, &fs.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	info := region.Info{Kind: region.KindFile, Path: path, Sparse: true, FD: -1, Persistent: region.PersistsReboot}
+	switch int64(st.Type) {
+	case unix.TMPFS_MAGIC:
+		info.Kind, info.Persistent = region.KindTmpfs, region.PersistsProcess
+	case unix.HUGETLBFS_MAGIC:
+		info.Kind, info.Persistent = region.KindHugetlbfs, region.PersistsProcess
+	}
+	return info, nil
+}
+
+// free is the number of bytes that a file in dir can have.
+func free(dir string) uint64 {
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) != nil {
+		return 0
+	}
+	return st.Bavail * uint64(st.Bsize)
+}
+
+// memory is one place where a pool could be.
+type memory struct {
+	Info region.Info `json:"region"`
+	// Bytes is the size of a device, or what is free on a file system.
+	Bytes uint64 `json:"bytes"`
+	Note  string `json:"note,omitempty"`
+}
+
+// findMemory lists the memory of this machine that can hold a pool: devices first, then a file below dir and one on tmpfs. The
+// file systems are represented by a file that does not exist yet.
+func findMemory(s sysroot, dir string) ([]memory, error) {
+	var out []memory
+	devices, err := os.ReadDir(filepath.Join(string(s), "sys/class/block"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, d := range devices {
+		dax := s.read("sys/class/block", d.Name(), "queue/dax") == "1"
+		if !dax && !strings.HasPrefix(d.Name(), "pmem") {
+			continue
+		}
+		m := memory{Info: s.block("/dev/"+d.Name(), d.Name())}
+		if n, err := strconv.ParseUint(s.read("sys/class/block", d.Name(), "size"), 10, 64); err == nil {
+			m.Bytes = n * 512
+		}
+		if strings.HasPrefix(d.Name(), "dm-") {
+			m.Note = "device-mapper window over another device"
+		}
+		out = append(out, m)
+	}
+	chars, err := os.ReadDir(filepath.Join(string(s), "sys/bus/dax/devices"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, d := range chars {
+		m := memory{Info: region.Info{Kind: region.KindDevDAX, Path: "/dev/" + d.Name(), FD: -1, Persistent: region.PersistsProcess}}
+		if n, err := strconv.ParseUint(s.read("sys/bus/dax/devices", d.Name(), "size"), 10, 64); err == nil {
+			m.Bytes = n
+		}
+		if phys, err := strconv.ParseUint(s.read("sys/bus/dax/devices", d.Name(), "resource"), 0, 64); err == nil && phys != 0 {
+			m.Info.Phys, m.Info.HasPhys = phys, true
+		}
+		out = append(out, m)
+	}
+	pages, _ := strconv.ParseUint(s.read("proc/sys/vm/nr_hugepages"), 10, 64)
+	if pages > 0 {
+		out = append(out, memory{Info: region.Info{Kind: region.KindHugetlbfs, FD: -1, Persistent: region.PersistsProcess},
+			Note: fmt.Sprintf("%d huge pages are reserved", pages)})
+	}
+	heaps, err := os.ReadDir(filepath.Join(string(s), "dev/dma_heap"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, h := range heaps {
+		out = append(out, memory{Info: region.Info{Kind: region.KindDMABuf, Path: "/dev/dma_heap/" + h.Name(), FD: -1}})
+	}
+	for _, d := range []string{existing(dir), filepath.Join(string(s), "dev/shm")} {
+		if info, err := fileRegion(d); err == nil {
+			out = append(out, memory{Info: info, Bytes: free(d)})
+		}
+	}
+	return out, nil
+}
+
+// existing is the longest part of a path that is there.
+func existing(path string) string {
+	for {
+		if _, err := os.Stat(path); err == nil || path == "/" || path == "." {
+			return path
+		}
+		path = filepath.Dir(path)
+	}
+}

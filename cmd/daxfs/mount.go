@@ -1,0 +1,209 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
+	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+func init() { register(70, mountCommand) }
+
+func mountCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "mount",
+		Usage:     "mount an image, read-only",
+		ArgsUsage: "IMAGE DIR | --pool POOL KEY DIR",
+		Description: `
+IMAGE is an image file, or a block device that holds one. With --pool, KEY is the name of an image in a pool (or the
+beginning of one, if no other begins like it), and POOL the file or device of the pool: the pool's owner need not run, nor
+run on this kernel. The owner does not know of the mount; it must not remove the image meanwhile.
+
+Drivers: auto takes the first that works, in the order shown by daxfs doctor; erofs (erofs-dax, erofs-file, erofs-loop),
+daxfs (the kernel module), fuse. The image is checked first: what a stranger wrote is not for a kernel to find out.
+
+Setuid programs and device nodes of the image do nothing unless --suid is given.
+
+With --driver fuse --foreground the command serves the image itself until it is unmounted; otherwise it starts a process
+that does. SIGUSR1 makes a server write its counters to its standard error.
+
+Examples:
+   daxfs mount debian.daxfs /mnt
+   daxfs mount --driver fuse debian.daxfs /mnt
+   daxfs mount --pool /dev/pmem0 sha256:6859 /mnt`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "driver", Aliases: []string{"d"}, Value: "auto", Usage: "mount with `DRIVER`"},
+			&cli.StringFlag{Name: "pool", Usage: "mount an image of the pool in `FILE`"},
+			&cli.Int64Flag{Name: "offset", Usage: "the image starts at byte `N` of the file"},
+			&cli.Int64Flag{Name: "size", Usage: "the image, or its window, has `N` bytes; 0 is the rest of the file"},
+			&cli.BoolFlag{Name: "suid", Usage: "let setuid programs and device nodes of the image work"},
+			&cli.BoolFlag{Name: "no-check", Usage: "do not check the image first: only for those that were checked and cannot have changed"},
+			&cli.BoolFlag{Name: "foreground", Usage: "serve in this process (fuse only)"},
+			// Those two belong to the driver that starts this command as its server.
+			&cli.StringFlag{Name: "name", Hidden: true},
+			&cli.IntFlag{Name: "ready-fd", Value: -1, Hidden: true},
+		},
+		Action: e.mount,
+	}
+}
+
+func (e *env) mount(c *cli.Context) error {
+	if err := needArgs(c, "IMAGE", "DIR"); err != nil {
+		return err
+	}
+	if c.Bool("foreground") {
+		return e.serve(c)
+	}
+	src, err := mountSource(c)
+	if err != nil {
+		return err
+	}
+	list, err := mount.Select(drivers.All(), c.String("driver"))
+	if err != nil {
+		return &usageError{"mount", err.Error()}
+	}
+	dir, err := drivers.Resolve(c.Args().Get(1))
+	if err != nil {
+		return err
+	}
+	if err := isDir(dir); err != nil {
+		return err
+	}
+	if !c.Bool("no-check") {
+		if err := mount.CheckImage(c.Context, src); err != nil {
+			return err
+		}
+	}
+	d, err := mount.Auto(c.Context, list, src, dir, func(format string, args ...any) {
+		fmt.Fprintf(e.stderr, "daxfs: warning: "+format+"\n", args...)
+	})
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(e.stderr, "mounted on %s with %s: %s\n", dir, d.Name(), d.Sharing())
+	return err
+}
+
+func isDir(dir string) error {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if !st.IsDir() {
+		return fmt.Errorf("%q is not a directory", dir)
+	}
+	return nil
+}
+
+// mountSource is the image that the arguments name.
+func mountSource(c *cli.Context) (mount.Source, error) {
+	name := c.Args().First()
+	src := mount.Source{Key: name, Off: c.Int64("offset"), Size: c.Int64("size"), Restrict: !c.Bool("suid")}
+	path := name
+	if c.IsSet("pool") {
+		if c.IsSet("offset") || c.IsSet("size") {
+			return src, &usageError{"mount", "the pool knows where the image is: --offset and --size do not go with --pool"}
+		}
+		path = c.String("pool")
+	}
+	var err error
+	if src.Region, err = describe("/", path); err != nil {
+		if errors.Is(err, os.ErrNotExist) && !c.IsSet("pool") && strings.Contains(name, ":") {
+			return src, fmt.Errorf("%w; for an image of a pool give --pool", err)
+		}
+		return src, err
+	}
+	f, err := os.Open(src.Region.Path)
+	if err != nil {
+		return src, err
+	}
+	defer f.Close()
+	if c.IsSet("pool") {
+		img, err := findImage(f, path, name)
+		if err != nil {
+			return src, err
+		}
+		src.Key, src.Off, src.Size = img.Key, img.Off, img.Size
+		return src, nil
+	}
+	end, err := f.Seek(0, io.SeekEnd) // also that of a device
+	if err != nil {
+		return src, fmt.Errorf("size of %q: %w", path, err)
+	}
+	if src.Off < 0 || src.Off >= end {
+		return src, fmt.Errorf("offset %d of %q, which has %d bytes", src.Off, path, end)
+	}
+	if src.Size == 0 {
+		src.Size = end - src.Off
+	}
+	return src, nil
+}
+
+// findImage looks up a key, or the only one that begins with it.
+func findImage(f *os.File, path, key string) (pool.Image, error) {
+	cat, err := pool.ReadCatalogue(f)
+	if err != nil {
+		return pool.Image{}, fmt.Errorf("pool %q: %w", path, err)
+	}
+	var found []pool.Image
+	for _, img := range cat.Images {
+		if img.Key == key {
+			return img, nil
+		}
+		if strings.HasPrefix(img.Key, key) || strings.HasPrefix(img.Key, "sha256:"+key) {
+			found = append(found, img)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return pool.Image{}, fmt.Errorf("pool %q has no image %q (it has %d images)", path, key, len(cat.Images))
+	}
+	return pool.Image{}, fmt.Errorf("%d images of pool %q begin with %q: %q, %q", len(found), path, key, found[0].Key, found[1].Key)
+}
+
+// serve is mount --foreground.
+func (e *env) serve(c *cli.Context) error {
+	if c.String("driver") != "fuse" {
+		return &usageError{"mount", "--foreground goes with --driver fuse: the other drivers leave no process behind"}
+	}
+	conf := fusefs.Config{
+		Path: c.Args().First(), Name: c.String("name"), Off: c.Int64("offset"), Size: c.Int64("size"),
+		Dir: c.Args().Get(1), Restrict: !c.Bool("suid"), Log: e.stderr,
+	}
+	if fd := c.Int("ready-fd"); fd >= 0 {
+		// Started by the driver, which has checked the image and resolved all names.
+		return fusefs.Run(c.Context, conf, func(err error) { fusefs.Ready(os.NewFile(uintptr(fd), "ready"), err) })
+	}
+	src, err := mountSource(c)
+	if err != nil {
+		return err
+	}
+	if !c.Bool("no-check") {
+		if err := mount.CheckImage(c.Context, src); err != nil {
+			return err
+		}
+	}
+	if conf.Dir, err = drivers.Resolve(conf.Dir); err != nil {
+		return err
+	}
+	if err := isDir(conf.Dir); err != nil {
+		return err
+	}
+	conf.Path, conf.Off, conf.Size = src.Region.Path, src.Off, src.Size
+	return fusefs.Run(context.WithoutCancel(c.Context), conf, func(err error) {
+		if err == nil {
+			fmt.Fprintf(e.stderr, "serving on %s\n", conf.Dir)
+		}
+	})
+}

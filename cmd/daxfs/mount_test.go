@@ -1,0 +1,259 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// program builds the daxfs program, for what has to be a process of its own: a FUSE server, a mount namespace.
+func program(t *testing.T) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	if _, err := exec.LookPath("unshare"); err != nil {
+		t.Skip("unshare is not installed (util-linux)")
+	}
+	bin := filepath.Join(t.TempDir(), "daxfs")
+	if out, err := exec.Command("go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return bin
+}
+
+// inNamespace runs a shell script in a mount namespace of its own, with the program as "daxfs".
+func inNamespace(t *testing.T, bin, script string) string {
+	t.Helper()
+	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-euc", script)
+	cmd.Dir = t.TempDir()
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(bin)+":"+os.Getenv("PATH"), "LC_ALL=C")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	return out.String()
+}
+
+func TestMount(t *testing.T) {
+	bin := program(t)
+	for name, f := range map[string]func(*testing.T, string){
+		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool,
+		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
+	} {
+		t.Run(name, func(t *testing.T) { f(t, bin) })
+	}
+}
+
+func mountsWithEveryDriver(t *testing.T, bin string) {
+	for _, driver := range []string{"auto", "erofs", "erofs-file", "erofs-loop", "fuse"} {
+		t.Run(driver, func(t *testing.T) {
+			out := inNamespace(t, bin, `
+				mkdir tree mnt; echo hello >tree/greeting; chmod 4755 tree/greeting; ln -s greeting tree/link
+				daxfs convert -o image rootfs:tree 2>/dev/null
+				daxfs mount --driver `+driver+` image mnt
+				cat mnt/link
+				grep " $PWD/mnt " /proc/self/mountinfo
+				! daxfs mount image mnt || echo mounted twice
+				daxfs umount mnt
+				! daxfs umount mnt || echo unmounted twice
+				daxfs mount --suid --driver `+driver+` image mnt 2>/dev/null
+				grep " $PWD/mnt " /proc/self/mountinfo | grep nosuid || echo setuid works
+				ln -s mnt through
+				daxfs umount through`)
+			for _, want := range []string{"mounted on", "hello\n", "ro,nosuid,nodev", "mount point already", "not mounted", "setuid works"} {
+				if !strings.Contains(out, want) {
+					t.Errorf("output lacks %q:\n%s", want, out)
+				}
+			}
+			if strings.Contains(out, "twice") {
+				t.Errorf("what must fail did not:\n%s", out)
+			}
+		})
+	}
+}
+
+func mountsInForeground(t *testing.T, bin string) {
+	out := inNamespace(t, bin, `
+		mkdir tree mnt; echo hello >tree/greeting
+		daxfs convert -o image rootfs:tree 2>/dev/null
+		daxfs mount --driver fuse --foreground image mnt & server=$!
+		for i in $(seq 200); do test -e mnt/greeting && break; sleep 0.05; done
+		cat mnt/greeting
+		kill -USR1 $server; sleep 0.2
+		kill $server; wait $server; echo status $?
+		! daxfs mount --foreground image mnt`)
+	for _, want := range []string{"serving on", "hello\n", `"read":1`, "status 0", "goes with --driver fuse"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q:\n%s", want, out)
+		}
+	}
+}
+
+// Damaged images are refused before the kernel sees them.
+func mountRefuses(t *testing.T, bin string) {
+	out := inNamespace(t, bin, `
+		mkdir tree mnt; echo hello >tree/greeting
+		daxfs convert -o image rootfs:tree 2>/dev/null
+		printf x | dd of=image bs=1 seek=1030 conv=notrunc 2>/dev/null
+		for args in "image mnt" "/nowhere mnt" "image /nowhere" "image image" "--driver ext4 image mnt" "--offset 99999999 image mnt" \
+			"--pool image sha256:00 mnt" "mnt mnt" "image"; do
+			echo "== $args"; ! daxfs mount $args || echo mounted
+		done
+		! daxfs umount / || echo unmounted
+		! daxfs umount || echo unmounted`)
+	if strings.Contains(out, "mounted\n") && !strings.Contains(out, "not mounted\n") {
+		t.Errorf("what must fail did not:\n%s", out)
+	}
+	for _, want := range []string{
+		"image check failed", "no such file or directory", "not a directory", `unknown mount driver "ext4"`, "which has",
+		"neither a file nor a device", "expected IMAGE DIR", "not of an image", "expected DIR...",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q:\n%s", want, out)
+		}
+	}
+}
+
+func mountsFromPool(t *testing.T, bin string) {
+	dir := t.TempDir()
+	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "pool"), Size: 64 << 20, Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p, err := pool.Create(r, filepath.Join(dir, "index"), pool.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	b := p.Begin()
+	defer b.Discard()
+	var keys []string
+	for _, name := range []string{"one", "two"} {
+		data, err := b.Put(t.Context(), 3, strings.NewReader(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		root := &daxfs.Node{Mode: 0o40755, Entries: map[string]*daxfs.Node{"name": {Mode: 0o100644, Data: data}}}
+		if err := b.CommitLayer(t.Context(), name, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.AddImage(t.Context(), "sha256:aa-"+name, root, daxfs.Options{}); err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, "sha256:aa-"+name)
+		b = p.Begin()
+	}
+	// The owner is running: readers need no lock.
+	for _, driver := range []string{"erofs", "erofs-loop", "fuse"} {
+		out := inNamespace(t, bin, `
+			mkdir one two
+			daxfs mount --driver `+driver+` --pool `+dir+`/pool `+keys[0]+` one
+			daxfs mount --driver `+driver+` --pool `+dir+`/pool aa-t two
+			cat one/name two/name
+			! daxfs mount --pool `+dir+`/pool sha256:aa two
+			! daxfs mount --pool `+dir+`/pool sha256:bb two
+			daxfs umount one two`)
+		for _, want := range []string{"onetwo", "2 images", "has no image"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("%s: output lacks %q:\n%s", driver, want, out)
+			}
+		}
+	}
+}
+
+// What a table mounted is not for umount.
+func umountLeavesTheSnapshotter(t *testing.T, bin string) {
+	out := inNamespace(t, bin, `
+		mkdir -p tree root/images/0123/mnt; echo hello >tree/greeting
+		daxfs convert -o image rootfs:tree 2>/dev/null
+		daxfs mount image root/images/0123/mnt
+		echo '{}' >root/images/0123/image.json
+		! daxfs umount root/images/0123/mnt
+		cat root/images/0123/mnt/greeting
+		daxfs umount --force root/images/0123/mnt`)
+	if !strings.Contains(out, "belongs to the snapshotter") || !strings.Contains(out, "hello\n") {
+		t.Errorf("output:\n%s", out)
+	}
+}
+
+func TestDoctor(t *testing.T) {
+	var out, errs bytes.Buffer
+	status := run(t.Context(), []string{"daxfs", "doctor", "--json", t.TempDir()}, nil, &out, &errs)
+	var rep report
+	if err := json.Unmarshal(out.Bytes(), &struct {
+		Kernel  *string `json:"kernel"`
+		Support *[]support
+		Memory  *[]struct{ Drivers []map[string]any }
+	}{Kernel: &rep.Kernel, Support: &rep.Support}); err != nil {
+		t.Fatalf("%v\n%s%s", err, &out, &errs)
+	}
+	if rep.Kernel == "" || len(rep.Support) == 0 || status > 1 {
+		t.Errorf("status %d, %+v", status, rep)
+	}
+	out.Reset()
+	run(t.Context(), []string{"daxfs", "doctor", t.TempDir()}, nil, &out, &errs)
+	for _, want := range []string{"kernel ", "erofs-dax", "virtio-pmem", "fuse"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("output lacks %q:\n%s", want, &out)
+		}
+	}
+	if status := run(t.Context(), []string{"daxfs", "doctor", "/nowhere"}, nil, &out, &errs); status != statusFailed {
+		t.Errorf("status %d for a path that does not exist", status)
+	}
+}
+
+// A machine with memory devices, as sysfs describes it.
+func TestFindMemory(t *testing.T) {
+	root := t.TempDir()
+	for name, text := range map[string]string{
+		"sys/class/block/pmem0/queue/dax":       "1\n",
+		"sys/class/block/pmem0/size":            "8192\n",
+		"sys/class/block/pmem0/device/resource": "0x100000000\n",
+		"sys/class/block/pmem1/queue/dax":       "0\n",
+		"sys/class/block/sda/queue/dax":         "0\n",
+		"sys/bus/dax/devices/dax0.0/size":       "2097152\n",
+		"sys/bus/dax/devices/dax0.0/resource":   "0x200000000\n",
+		"proc/sys/vm/nr_hugepages":              "16\n",
+		"dev/dma_heap/system":                   "",
+		"dev/shm/x":                             "",
+	} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	found, err := findMemory(sysroot(root), filepath.Join(root, "not", "yet"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, m := range found {
+		got = append(got, m.Info.Kind)
+	}
+	if s := strings.Join(got, " "); !strings.HasPrefix(s, "pmem pmem devdax hugetlbfs dmabuf ") || len(got) != 7 {
+		t.Errorf("found %q", got)
+	}
+	if m := found[0]; !m.Info.DAX || m.Info.Phys != 1<<32 || !m.Info.HasPhys || m.Bytes != 4<<20 || m.Info.BlockDevice != "/dev/pmem0" {
+		t.Errorf("pmem0 is %+v", m)
+	}
+	if m := found[1]; m.Info.DAX || m.Info.HasPhys {
+		t.Errorf("pmem1 is %+v", m)
+	}
+	if m := found[2]; m.Info.Phys != 2<<32 || m.Bytes != 2<<20 {
+		t.Errorf("dax0.0 is %+v", m)
+	}
+}
