@@ -22,6 +22,9 @@ type Options struct {
 	// NoRootTime leaves out the time of dir itself, which layers rarely name and tools then make up.
 	NoRootTime bool
 	NoXattrs   bool
+	// NoLinkCounts leaves out how many names an inode has: overlayfs counts names that upper layers removed. Which names of
+	// the tree are the same inode is shown all the same.
+	NoLinkCounts bool
 	// NoSpecial leaves out devices, fifos and sockets altogether.
 	NoSpecial bool
 }
@@ -68,7 +71,10 @@ func entry(path, rel string, o Options, first map[uint64]string) (string, error)
 		fmt.Fprintf(&b, " mtime=%d.%09d", st.Mtim.Sec, st.Mtim.Nsec)
 	}
 	if kind != unix.S_IFDIR {
-		fmt.Fprintf(&b, " size=%d nlink=%d", st.Size, st.Nlink)
+		fmt.Fprintf(&b, " size=%d", st.Size)
+		if !o.NoLinkCounts {
+			fmt.Fprintf(&b, " nlink=%d", st.Nlink)
+		}
 		if st.Nlink > 1 {
 			if name, ok := first[st.Ino]; ok {
 				fmt.Fprintf(&b, " same=%q", name)

@@ -1,28 +1,22 @@
 package stack
 
 import (
-	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"syscall"
 )
 
-// DaemonConfig is the path of the daemon's configuration. Tests may change the file while the daemon is stopped.
-func (s *Stack) DaemonConfig() string { return filepath.Join(s.Dir, "daxfs.toml") }
-
 // StartDaemon starts daxfs-snapshotter and waits until it takes connections.
 func (s *Stack) StartDaemon() error {
-	if !exists(s.DaemonConfig()) {
-		text := fmt.Sprintf("root = %q\nsocket = %q\ncontainerd_socket = %q\n%s\n",
-			s.Dir+"/daxfs", s.Run+"/daxfs.sock", s.Run+"/containerd.sock", s.options.Config)
-		if err := os.WriteFile(s.DaemonConfig(), []byte(text), 0o644); err != nil {
-			return err
-		}
+	config := filepath.Join(s.Dir, "daxfs.toml")
+	if err := os.WriteFile(config, []byte(s.options.Config), 0o644); err != nil {
+		return err
 	}
 	var err error
 	s.daemon, err = startProcess("daxfs-snapshotter", filepath.Join(s.Dir, "daxfs-snapshotter.log"), s.env(),
-		s.tools.path("daxfs-snapshotter"), "--config", s.DaemonConfig())
+		s.tools.path("daxfs-snapshotter"), "--config", config, "--log-level", "debug", "--root", s.DaemonRoot(),
+		"--address", s.Run+"/daxfs.sock", "--containerd-address", s.Run+"/containerd.sock")
 	if err != nil {
 		return err
 	}
@@ -35,10 +29,13 @@ func (s *Stack) StartDaemon() error {
 	})
 }
 
+// DaemonRoot is the state directory of the daemon.
+func (s *Stack) DaemonRoot() string { return filepath.Join(s.Dir, "daxfs") }
+
 // StopDaemon ends the daemon with sig: SIGTERM as an upgrade would, SIGKILL as a crash.
 func (s *Stack) StopDaemon(sig syscall.Signal) error { return s.daemon.stop(sig) }
 
-// DaemonDied tells whether the daemon ended without being asked to.
+// DaemonDied tells whether the daemon ended.
 func (s *Stack) DaemonDied() bool {
 	select {
 	case <-s.daemon.done:
@@ -47,3 +44,6 @@ func (s *Stack) DaemonDied() bool {
 		return false
 	}
 }
+
+// SetConfig replaces the TOML that the next StartDaemon uses.
+func (s *Stack) SetConfig(text string) { s.options.Config = text }

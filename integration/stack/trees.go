@@ -1,0 +1,92 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/listing"
+)
+
+// Rootfs is the root directory of a running container, as its shim mounted it.
+func (s *Stack) Rootfs(id string) string {
+	return filepath.Join(s.Run, "state/io.containerd.runtime.v2.task", Namespace, id, "rootfs")
+}
+
+// Comparable leaves out of listings what containerd's overlayfs snapshotter makes up: the time of the root is that of the
+// unpacking, and link counts are those of a lower layer.
+var Comparable = listing.Options{NoRootTime: true, NoLinkCounts: true}
+
+// ImageTree mounts an image by a view of a snapshotter and lists it.
+func (s *Stack) ImageTree(ref, snapshotter string) (lines []string, err error) {
+	dir, err := os.MkdirTemp(s.Run, "tree-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(dir)
+	if _, err := s.output("ctr", "image", "mount", "--snapshotter", snapshotter, ref, dir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		_, e := s.output("ctr", "image", "unmount", "--rm", "--snapshotter", snapshotter, dir)
+		err = errors.Join(err, e)
+	}()
+	return listing.Tree(dir, Comparable)
+}
+
+// Compare fails unless an image, which both snapshotters have, shows the same tree with daxfs as with overlayfs.
+func (s *Stack) Compare(ref string) error {
+	want, err := s.ImageTree(ref, "overlayfs")
+	if err != nil {
+		return err
+	}
+	got, err := s.ImageTree(ref, "daxfs")
+	if err != nil {
+		return err
+	}
+	if err := listing.Diff(want, got); err != nil {
+		return fmt.Errorf("%s with daxfs is not what it is with overlayfs: %w", ref, err)
+	}
+	return nil
+}
+
+// Compare fails the test unless an image shows the same tree with daxfs as with overlayfs.
+func (s *T) Compare(ref string) {
+	s.t.Helper()
+	if err := s.Stack.Compare(ref); err != nil {
+		s.t.Error(err)
+	}
+}
+
+// ImageTree lists an image by a view of a snapshotter.
+func (s *T) ImageTree(ref, snapshotter string) []string {
+	s.t.Helper()
+	lines, err := s.Stack.ImageTree(ref, snapshotter)
+	s.must(err)
+	return lines
+}
+
+// ImageMounts lists the mount points of images, each of which may serve many containers.
+func (s *Stack) ImageMounts() ([]string, error) {
+	points, err := s.Mounts()
+	if err != nil {
+		return nil, err
+	}
+	var list []string
+	for _, p := range points {
+		if strings.HasPrefix(p, filepath.Join(s.DaemonRoot(), "images")+"/") {
+			list = append(list, p)
+		}
+	}
+	return list, nil
+}
+
+// ImageMounts lists the mount points of images.
+func (s *T) ImageMounts() []string {
+	s.t.Helper()
+	list, err := s.Stack.ImageMounts()
+	s.must(err)
+	return list
+}
