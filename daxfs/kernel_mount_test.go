@@ -182,3 +182,58 @@ func fsck(t *testing.T, file string) {
 		t.Errorf("fsck.erofs: %v\n%s", err, out)
 	}
 }
+
+// recorder counts what a test would report.
+type recorder struct {
+	testing.TB
+	errors []string
+}
+
+func (r *recorder) Helper() {}
+
+func (r *recorder) Errorf(format string, args ...any) {
+	r.errors = append(r.errors, fmt.Sprintf(format, args...))
+}
+
+// TestCompareTree changes one thing at a time in what is expected of a mount: the comparison must see each.
+func TestCompareTree(t *testing.T) {
+	s := newStore(daxfs.BlockSize)
+	make := func() *daxfs.Node {
+		f := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte("text")), Xattrs: []daxfs.Xattr{{Name: "user.a", Value: []byte("1")}}}
+		return dir(map[string]*daxfs.Node{"f": f, "g": f, "l": symlink("f"), "d": dir(nil), "c": {Mode: unix.S_IFCHR, Rdev: 259}})
+	}
+	_, img := s.fileImage(t, make(), daxfs.Options{})
+	mountNamespace(t)
+	mnt, _ := mountImage(t, "loop", writeTemp(t, img), 0, int64(len(img)))
+	compareTree(t, mnt, make(), s)
+	for name, change := range map[string]func(root *daxfs.Node){
+		"mode":          func(r *daxfs.Node) { r.Entries["f"].Mode ^= 1 },
+		"root mode":     func(r *daxfs.Node) { r.Mode ^= 1 },
+		"type":          func(r *daxfs.Node) { r.Entries["c"].Mode = unix.S_IFBLK },
+		"uid":           func(r *daxfs.Node) { r.Entries["d"].UID++ },
+		"gid":           func(r *daxfs.Node) { r.Entries["l"].GID++ },
+		"seconds":       func(r *daxfs.Node) { r.Entries["c"].Mtime.Sec++ },
+		"nanoseconds":   func(r *daxfs.Node) { r.Entries["c"].Mtime.Nsec++ },
+		"device":        func(r *daxfs.Node) { r.Entries["c"].Rdev++ },
+		"contents":      func(r *daxfs.Node) { r.Entries["f"].Data = s.put([]byte("tex!")) },
+		"length":        func(r *daxfs.Node) { r.Entries["f"].Data.Size-- },
+		"target":        func(r *daxfs.Node) { r.Entries["l"].Target = "g" },
+		"xattr value":   func(r *daxfs.Node) { r.Entries["f"].Xattrs[0].Value = nil },
+		"xattr missing": func(r *daxfs.Node) { r.Entries["f"].Xattrs = nil },
+		"xattr more":    func(r *daxfs.Node) { r.Xattrs = []daxfs.Xattr{{Name: "user.b"}} },
+		"entry missing": func(r *daxfs.Node) { delete(r.Entries, "d") },
+		"entry more":    func(r *daxfs.Node) { r.Entries["d"].Entries = map[string]*daxfs.Node{"x": symlink("y")} },
+		"hard link": func(r *daxfs.Node) {
+			f := *r.Entries["f"]
+			r.Entries["g"] = &f
+		},
+	} {
+		root := make()
+		change(root)
+		r := &recorder{TB: t}
+		compareTree(r, mnt, root, s)
+		if len(r.errors) == 0 {
+			t.Errorf("%s: the comparison does not see it", name)
+		}
+	}
+}
