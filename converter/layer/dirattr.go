@@ -50,9 +50,12 @@ func (d *dirReader) xattrs(f *os.File, n *daxfs.Node) (marks overlayMarks, err e
 			return marks, os.NewSyscallError("getxattr "+name, err)
 		}
 		name, ours := overlayXattr(name, d.value, &marks)
-		if ours {
+		if ours || !settable(name) && !strings.HasPrefix(name, "trusted.") {
 			d.layer.Stats.IgnoredXattrs++
 			continue
+		}
+		if len(d.value) > maxXattr {
+			return marks, limitError("bytes of an xattr", maxXattr)
 		}
 		total += int64(len(name) + len(d.value))
 		if total > d.lim.MaxXattrBytes {

@@ -12,8 +12,8 @@ type Limits struct {
 	// MaxMetaBytes bounds the memory for paths, link targets and xattrs of a layer, in bytes. Default and maximum
 	// 1 GiB.
 	MaxMetaBytes int64
-	// MaxXattrBytes bounds names and values of the xattrs of one entry. Default 128 KiB; one value never exceeds the
-	// 64 KiB of the kernel.
+	// MaxXattrBytes bounds names and values of the xattrs of one entry. Default and maximum 128 KiB: an inode of an
+	// image has room for no more. One value has at most 65,535 bytes.
 	MaxXattrBytes int64
 	// MaxPath bounds the length of a path in bytes. Default and maximum 4095, as the kernel has it.
 	MaxPath int
@@ -27,8 +27,9 @@ const (
 	maxDepth   = (maxPath + 1) / 2
 	maxName    = 255   // NAME_MAX
 	maxTarget  = 4095  // of a symbolic link
-	maxXattr   = 65536 // XATTR_SIZE_MAX, one value
+	maxXattr   = 65535 // one value: the kernel takes one byte more, an EROFS image does not
 	maxXattrNm = 255   // XATTR_NAME_MAX
+	maxXattrs  = 128 << 10
 )
 
 func (l Limits) withDefaults() Limits {
@@ -41,8 +42,8 @@ func (l Limits) withDefaults() Limits {
 	if l.MaxMetaBytes == 0 || l.MaxMetaBytes > maxMeta {
 		l.MaxMetaBytes = maxMeta
 	}
-	if l.MaxXattrBytes == 0 {
-		l.MaxXattrBytes = 128 << 10
+	if l.MaxXattrBytes == 0 || l.MaxXattrBytes > maxXattrs {
+		l.MaxXattrBytes = maxXattrs
 	}
 	if l.MaxPath == 0 || l.MaxPath > maxPath {
 		l.MaxPath = maxPath

@@ -52,7 +52,8 @@ func (b *builder) sealXattrs(n *daxfs.Node, total int64) error {
 	return b.keep(int(total))
 }
 
-// settable says whether the kernel stores an attribute of that name and containerd lets it.
+// settable says whether the kernel stores an attribute of that name and containerd lets it. Besides these, an image can
+// hold trusted.*.
 func settable(name string) bool {
 	return strings.HasPrefix(name, "user.") || strings.HasPrefix(name, "security.") ||
 		name == aclAccessXattr || name == aclDefaultXattr

@@ -48,7 +48,7 @@ func (m *merger) setAttributes(n, from *daxfs.Node) error {
 		chmod(n, from.Mode)
 	}
 	if len(from.Xattrs) > 0 {
-		return checkXattrList(n)
+		return checkXattrs(n)
 	}
 	return nil
 }
@@ -97,16 +97,21 @@ func removeXattr(n *daxfs.Node, name string) {
 	}
 }
 
-// maxXattrList is what listxattr(2) can return: names with a NUL each.
-const maxXattrList = 64 << 10
+const (
+	maxXattrList  = 64 << 10  // bytes that listxattr(2) can return: names with a NUL each
+	maxXattrBytes = 128 << 10 // bytes of names and values; the 256 KiB of an EROFS inode hold them with their headers
+)
 
-func checkXattrList(n *daxfs.Node) error {
-	total := 0
+// checkXattrs bounds what the entries of several layers add up to.
+func checkXattrs(n *daxfs.Node) error {
+	names, all := 0, 0
 	for _, x := range n.Xattrs {
-		total += len(x.Name) + 1
+		names += len(x.Name) + 1
+		all += len(x.Name) + len(x.Value)
 	}
-	if total > maxXattrList {
-		return fmt.Errorf("%w: more than %d bytes of xattr names", layer.ErrLimit, maxXattrList)
+	if names > maxXattrList || all > maxXattrBytes {
+		return fmt.Errorf("%w: xattrs add up to %d bytes of names and %d in all, expected at most %d and %d",
+			layer.ErrLimit, names, all, maxXattrList, maxXattrBytes)
 	}
 	return nil
 }
