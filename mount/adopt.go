@@ -24,7 +24,7 @@ const (
 // record is <root>/images/<id>/image.json: what is mounted beside it, or was about to be (Driver empty). It has its own
 // fields, and not those of other packages, because another version of the program reads it.
 type record struct {
-	Version     int    `json:"version"`
+	Format      int    `json:"version"`
 	Driver      string `json:"driver"`
 	Key         string `json:"key"`
 	Kind        string `json:"kind"`
@@ -35,6 +35,7 @@ type record struct {
 	HasPhys     bool   `json:"hasPhys,omitempty"`
 	Off         int64  `json:"off"`
 	Size        int64  `json:"size"`
+	Version     string `json:"imageVersion,omitempty"`
 	Restrict    bool   `json:"restrict,omitempty"`
 	// File identifies the file or device behind Path: a path that was given to another file is another region.
 	File string `json:"file,omitempty"`
@@ -42,15 +43,15 @@ type record struct {
 
 func newRecord(driver string, s Source) record {
 	return record{
-		Version: recordVersion, Driver: driver, Key: s.Key, Kind: s.Region.Kind, Path: s.Region.Path,
+		Format: recordVersion, Driver: driver, Key: s.Key, Kind: s.Region.Kind, Path: s.Region.Path,
 		BlockDevice: s.Region.BlockDevice, DAX: s.Region.DAX, Phys: s.Region.Phys, HasPhys: s.Region.HasPhys,
-		Off: s.Off, Size: s.Size, Restrict: s.Restrict, File: fileID(s),
+		Off: s.Off, Size: s.Size, Version: s.Version, Restrict: s.Restrict, File: fileID(s),
 	}
 }
 
 func (r record) source() Source {
 	return Source{
-		Key: r.Key, Off: r.Off, Size: r.Size, Restrict: r.Restrict,
+		Key: r.Key, Off: r.Off, Size: r.Size, Version: r.Version, Restrict: r.Restrict,
 		Region: region.Info{
 			Kind: r.Kind, Path: r.Path, BlockDevice: r.BlockDevice, DAX: r.DAX, Phys: r.Phys, HasPhys: r.HasPhys, FD: -1,
 		},
@@ -92,8 +93,8 @@ func readRecord(dir string) (record, error) {
 	if err := json.Unmarshal(b, &r); err != nil {
 		return record{}, fmt.Errorf("%q: %w", name, err)
 	}
-	if r.Version != recordVersion {
-		return record{}, fmt.Errorf("%q: version %d, expected %d", name, r.Version, recordVersion)
+	if r.Format != recordVersion {
+		return record{}, fmt.Errorf("%q: version %d, expected %d", name, r.Format, recordVersion)
 	}
 	return r, nil
 }

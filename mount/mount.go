@@ -30,6 +30,9 @@ type Source struct {
 	Region region.Info
 	// Off and Size are the window, in bytes. Off is a multiple of 4096 (of 2 MiB for the daxfs driver).
 	Off, Size int64
+	// Version tells apart images that one key and one window had one after another: if it is another than when the window
+	// was mounted, that mount shows what is no longer there. Any string; empty if the bytes of a window never change.
+	Version string
 	// Restrict mounts with nosuid and nodev, for directories that other users can reach.
 	Restrict bool
 	// Checked, when not empty, is the reason why daxfs.Check need not run before this mount, for the log: for
@@ -58,7 +61,7 @@ func (s Source) Where() string {
 
 // same tells whether both sources are the same bytes mounted in the same way.
 func (s Source) same(o Source) bool {
-	return s.Key == o.Key && s.Off == o.Off && s.Size == o.Size && s.Restrict == o.Restrict &&
+	return s.Key == o.Key && s.Off == o.Off && s.Size == o.Size && s.Restrict == o.Restrict && s.Version == o.Version &&
 		s.Region.Kind == o.Region.Kind && s.Region.Path == o.Region.Path &&
 		s.Region.BlockDevice == o.Region.BlockDevice && s.Region.Phys == o.Region.Phys
 }

@@ -287,6 +287,29 @@ func TestTableOtherWindow(t *testing.T) {
 	}
 }
 
+// The same key in the same window, but not the same image: after a restart the old mount must not pass for the new one.
+func TestTableOtherVersion(t *testing.T) {
+	mounttest.Root(t)
+	root := t.TempDir()
+	drv := &counting{Driver: erofs.Loop{}}
+	tab := open(t, root, mount.Options{}, drv)
+	src := image(t, "a", "one")
+	src.Version = "1"
+	if _, err := tab.Mount(t.Context(), src, "h"); err != nil {
+		t.Fatal(err)
+	}
+	for i, version := range []string{"1", "2"} {
+		src.Version = version
+		tab = open(t, root, mount.Options{}, drv)
+		if _, err := tab.Mount(t.Context(), src, "h"); err != nil {
+			t.Fatal(err)
+		}
+		if drv.mounts != i+1 {
+			t.Errorf("version %s: mounted %d times, expected %d", version, drv.mounts, i+1)
+		}
+	}
+}
+
 func TestTableRepairsLostMount(t *testing.T) {
 	mounttest.Root(t)
 	var w warnings

@@ -236,3 +236,78 @@ func TestDAXDroppedSilently(t *testing.T) {
 		t.Errorf("still mounted: %+v", m)
 	}
 }
+
+// fakeDmsetup stands for dmsetup on a kernel without device-mapper: its devices are links to a block device, and it keeps a log.
+func fakeDmsetup(t *testing.T, dev string) (program, logName string) {
+	t.Helper()
+	if err := os.MkdirAll("/dev/mapper", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", "/dev/mapper", "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { sys.Detach("/dev/mapper") })
+	program, logName = filepath.Join(t.TempDir(), "dmsetup"), filepath.Join(t.TempDir(), "log")
+	script := `#!/bin/sh
+echo "$@" >>` + logName + `
+case $1 in
+create) ln -s ` + dev + ` /dev/mapper/$2 ;;
+remove) rm /dev/mapper/$3 ;;
+*) echo "unknown command $1" >&2; exit 1 ;;
+esac
+`
+	if err := os.WriteFile(program, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return program, logName
+}
+
+// The device of a window is marked for removal whatever becomes of the mount, and one of an earlier process is taken away first.
+func TestDAXWindowLeavesNoDevice(t *testing.T) {
+	mounttest.Root(t)
+	tree := mounttest.Tree(t)
+	a, _ := twoWindows(t, t.TempDir(), tree, tree)
+	dev, err := attach(t.Context(), a.Region.Path, a.Off, a.Size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	dir := t.TempDir()
+	name := device(dir)
+	program, logName := fakeDmsetup(t, dev.Name())
+	d := DAX{Dmsetup: program}
+	src := mount.Source{Key: "k", Off: 2 << 20, Size: a.Size, Region: region.Info{Kind: "pmem", BlockDevice: dev.Name(), DAX: true}}
+	if err := d.Probe(t.Context(), src.Region); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/dev/null", "/dev/mapper/"+name); err != nil { // left by a crash
+		t.Fatal(err)
+	}
+	// No kernel here has DAX on a loop device: the mount works and then is found to have none.
+	if err := d.Mount(t.Context(), src, dir); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "without DAX") {
+		t.Errorf("mount: %v, expected ErrUnsupported", err)
+	}
+	log, err := os.ReadFile(logName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "remove --deferred " + name + "\n" +
+		"create " + name + " --readonly --table " + table(src) + "\n" +
+		"remove --deferred " + name + "\n"
+	if string(log) != want {
+		t.Errorf("dmsetup was asked for:\n%sexpected:\n%s", log, want)
+	}
+	if m, _, _ := sys.Top(dir); m != nil {
+		t.Errorf("still mounted: %+v", m)
+	}
+	if err := d.Unmount(t.Context(), dir); err != nil {
+		t.Errorf("unmount of nothing: %v", err)
+	}
+	failing := DAX{Dmsetup: "/bin/false"}
+	if err := failing.Mount(t.Context(), src, dir); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "dm_mod") {
+		t.Errorf("no device-mapper: %v, expected ErrUnsupported that mentions dm_mod", err)
+	}
+	if err := (DAX{Dmsetup: "/nowhere/dmsetup"}).Probe(t.Context(), src.Region); !errors.Is(err, mount.ErrUnsupported) {
+		t.Errorf("no dmsetup: %v, expected ErrUnsupported", err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log"
 	"maps"
 	"os"
 	"os/exec"
@@ -16,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/hanwen/go-fuse/v2/posixtest"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
@@ -502,5 +505,86 @@ func TestIDMapped(t *testing.T) {
 	}
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// Replies to reads cost no allocation and no copy.
+func TestReadDoesNotAllocate(t *testing.T) {
+	tree := t.TempDir()
+	if err := os.WriteFile(filepath.Join(tree, "f"), bytes.Repeat([]byte("x"), 1<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	src := source(t, tree)
+	b, err := os.ReadFile(src.Region.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := daxfs.OpenBytes(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := img.Lookup("f", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newServer(img, log.New(t.Output(), "", 0))
+	req := &fuse.ReadIn{Offset: 4096, Size: 128 << 10}
+	req.NodeId = s.node(in.Nid)
+	allocs := testing.AllocsPerRun(1000, func() {
+		res, st := s.Read(nil, req, nil)
+		if !st.Ok() || res.Size() != 128<<10 {
+			t.Fatal(st)
+		}
+		data, _ := res.Bytes(nil)
+		if off, _, _ := in.Data(); &data[0] != &b[off+4096] {
+			t.Fatal("the reply is a copy")
+		}
+		res.Done()
+	})
+	if allocs != 0 {
+		t.Errorf("%v allocations for a read", allocs)
+	}
+	attr := &fuse.GetAttrIn{}
+	attr.NodeId = s.node(in.Nid)
+	if allocs := testing.AllocsPerRun(1000, func() { s.GetAttr(nil, attr, new(fuse.AttrOut)) }); allocs > 1 { // the reply here
+		t.Errorf("%v allocations for attributes", allocs)
+	}
+}
+
+// posix runs the tests of go-fuse, which it did not write for us, on an overlay over our mount. It runs in another process.
+func TestPOSIXOnOverlay(t *testing.T) {
+	if dir := os.Getenv("DAXFS_TEST_OVERLAY"); dir != "" {
+		for name, f := range posixtest.All {
+			if name == "FcntlFlockLocksFile" {
+				continue // about FUSE file systems that keep locks themselves: locks of one process do not conflict elsewhere
+			}
+			t.Run(name, func(t *testing.T) {
+				sub := filepath.Join(dir, name)
+				if err := os.Mkdir(sub, 0o755); err != nil {
+					t.Fatal(err)
+				}
+				f(t, sub)
+			})
+		}
+		return
+	}
+	needFuse(t)
+	_, lower := start(t, source(t, mounttest.Tree(t)))
+	base := t.TempDir()
+	merged := filepath.Join(base, "merged")
+	for _, d := range []string{"upper", "work", "merged"} {
+		if err := os.Mkdir(filepath.Join(base, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, base, base)
+	if err := unix.Mount("overlay", merged, "overlay", 0, opts); err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Detach(merged)
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPOSIXOnOverlay$", "-test.v")
+	cmd.Env = append(os.Environ(), "DAXFS_TEST_OVERLAY="+merged)
+	if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: TestPOSIXOnOverlay/")) {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
