@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"sync/atomic"
 
@@ -267,4 +268,5 @@ func (c *conversion) directory(ctx context.Context) error {
 	return store.Close()
 }
 
-func (c *conversion) limits() layer.Limits { return layer.Limits{MaxBytes: c.o.MaxSize} }
+// limits of one layer. The contents of all layers together are bounded by the sink.
+func (c *conversion) limits() layer.Limits { return layer.Limits{MaxBytes: math.MaxInt64} }

@@ -1,0 +1,182 @@
+package converter_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
+	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
+)
+
+// TestSameBytes: the image depends on nothing but the layers.
+func TestSameBytes(t *testing.T) {
+	tars := exampleLayers()
+	var want []byte
+	same := func(what, src string, o converter.Options) *converter.Result {
+		t.Helper()
+		got, res := mustConvert(t, src, o)
+		if want == nil {
+			want = got
+		} else if !bytes.Equal(got, want) {
+			t.Errorf("%s: another image (%d bytes, expected %d)", what, len(got), len(want))
+		}
+		return res
+	}
+	gz := newLayout(t, packed(tars, ocitest.Gzip)...)
+	for _, n := range []int{1, 2, 8} {
+		for _, memory := range []int64{1, 256 << 20} {
+			res := same(fmt.Sprint("concurrency ", n), "oci:"+gz.Dir, converter.Options{Concurrency: n, Memory: memory})
+			if res.Deduplicated < 3<<20 || res.Layers != 3 || len(res.LeftOut) != 3 {
+				t.Errorf("unexpected result %+v", res)
+			}
+		}
+	}
+	for _, c := range []ocitest.Compression{ocitest.None, ocitest.Zstd} {
+		same(string(c)+" layers", "oci:"+newLayout(t, packed(tars, c)...).Dir, converter.Options{})
+	}
+	dir := t.TempDir()
+	gz.Archive(filepath.Join(dir, "oci.tar"))
+	same("oci archive", "oci-archive:"+filepath.Join(dir, "oci.tar"), converter.Options{})
+	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:1", packed(tars, ocitest.None)...)
+	same("docker archive", "docker-archive:"+filepath.Join(dir, "docker.tar"), converter.Options{})
+	same("docker archive by name", "docker-archive:"+filepath.Join(dir, "docker.tar:docker.io/library/example:1"), converter.Options{})
+	compress(t, filepath.Join(dir, "docker.tar"), filepath.Join(dir, "docker.tar.gz"))
+	same("compressed docker archive", "docker-archive:"+filepath.Join(dir, "docker.tar.gz"), converter.Options{})
+	same("registry", "docker://"+push(t, gz), converter.Options{})
+}
+
+// push serves a layout's image from a registry in this process, and returns its reference.
+func push(t *testing.T, l *ocitest.Layout) string {
+	t.Helper()
+	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(srv.Close)
+	idx, err := layout.ImageIndexFromPath(l.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := name.ParseReference(strings.TrimPrefix(srv.URL, "http://") + "/some/image:tag")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(ref, idx); err != nil {
+		t.Fatal(err)
+	}
+	return ref.Name()
+}
+
+func compress(t *testing.T, from, to string) {
+	t.Helper()
+	b, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	w := gzip.NewWriter(&out)
+	if _, err := w.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, out.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRootfs: a directory gives the image of the layer that holds the same.
+func TestRootfs(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "root")
+	if err := os.MkdirAll(filepath.Join(dir, "etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, body := range map[string]string{"a": "a", "etc/b": noise(1, 100_000), "etc/c": noise(2, 3<<20)} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(body), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Link(filepath.Join(dir, "a"), filepath.Join(dir, "etc/a")); err != nil {
+		t.Fatal(err)
+	}
+	first, res := mustConvert(t, "rootfs:"+dir, converter.Options{})
+	if res.Stats.Files != 3 || res.Stats.Names != 5 {
+		t.Errorf("%d files with %d names, expected 3 and 5", res.Stats.Files, res.Stats.Names)
+	}
+	if again, _ := mustConvert(t, "rootfs:"+dir, converter.Options{}); !bytes.Equal(first, again) {
+		t.Error("the second image differs from the first")
+	}
+}
+
+func TestImageWithoutLayers(t *testing.T) {
+	_, res := mustConvert(t, "oci:"+newLayout(t).Dir, converter.Options{})
+	if res.Stats.Inodes != 1 {
+		t.Errorf("%d inodes, expected the root alone", res.Stats.Inodes)
+	}
+}
+
+// TestOutputIsReplaced: by a file with the permissions of a new one, and with nothing beside it.
+func TestOutputIsReplaced(t *testing.T) {
+	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
+	out, _, err := convert(t, "oci:"+l.Dir, converter.Options{Sync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkOnly(t, filepath.Dir(out), "image")
+	fi, err := os.Stat(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mask := unix.Umask(0)
+	unix.Umask(mask)
+	if want := os.FileMode(0o666 &^ mask); fi.Mode() != want {
+		t.Errorf("mode %v, expected %v", fi.Mode(), want)
+	}
+}
+
+// checkOnly fails unless a directory holds exactly these names.
+func checkOnly(t *testing.T, dir string, want ...string) {
+	t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range list {
+		got = append(got, e.Name())
+	}
+	if strings.Join(got, " ") != strings.Join(want, " ") {
+		t.Errorf("the directory holds %q, expected %q", got, want)
+	}
+}
+
+// TestSize holds the image of a tree of ordinary files against the goal for its size.
+func TestSize(t *testing.T) {
+	var files []File
+	var blocks int64
+	for i := range 3000 {
+		n := 100 + i*7
+		if i%500 == 0 {
+			n = 2<<20 + i
+		}
+		files = append(files, Reg(fmt.Sprintf("usr/share/dir%02d/a-file-name-%04d", i%40, i), noise(uint64(i), n)))
+		blocks += (int64(n) + 4095) / 4096 * 4096
+	}
+	b, res := mustConvert(t, "oci:"+newLayout(t, ocitest.Layer{Tar: Tar(files...)}).Dir, converter.Options{})
+	if most := blocks*102/100 + 400*int64(res.Stats.Names); int64(len(b)) > most {
+		t.Errorf("%d bytes, expected at most %d for %d bytes of blocks and %d names", len(b), most, blocks, res.Stats.Names)
+	}
+}

@@ -1,0 +1,300 @@
+package converter_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
+)
+
+// manifestOf reads the only manifest of a layout.
+func manifestOf(t *testing.T, l *ocitest.Layout) (ocispec.Descriptor, ocispec.Manifest) {
+	t.Helper()
+	var index ocispec.Index
+	readJSON(t, filepath.Join(l.Dir, "index.json"), &index)
+	var m ocispec.Manifest
+	readJSON(t, l.BlobPath(index.Manifests[0].Digest), &m)
+	return index.Manifests[0], m
+}
+
+func readJSON(t *testing.T, file string, v any) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// edit changes a blob without telling anybody.
+func edit(t *testing.T, file string, f func([]byte) []byte) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, f(b), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestBadInput: the error names the layer and what was expected and found, and the output stays what it was.
+func TestBadInput(t *testing.T) {
+	tars := exampleLayers()
+	middle := func(b []byte) []byte { b[len(b)/2] ^= 0x55; return b }
+	for _, c := range []struct {
+		name  string
+		make  func(t *testing.T) *ocitest.Layout
+		opts  converter.Options
+		is    error
+		holds []string // parts of the message; "LAYER" is the digest of the last layer
+	}{
+		{
+			name: "a damaged layer",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.Gzip)...)
+				_, m := manifestOf(t, l)
+				edit(t, l.BlobPath(m.Layers[2].Digest), middle)
+				return l
+			},
+			is: blob.ErrMismatch, holds: []string{"layer 2 (LAYER)", "digest mismatch: expected LAYER, found sha256:"},
+		},
+		{
+			name: "a damaged uncompressed layer",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.None)...)
+				_, m := manifestOf(t, l)
+				edit(t, l.BlobPath(m.Layers[2].Digest), func(b []byte) []byte { b[0] ^= 1; return b })
+				return l
+			},
+			is: blob.ErrMismatch, holds: []string{"LAYER", "digest mismatch"},
+		},
+		{
+			name: "a truncated layer",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.Gzip)...)
+				_, m := manifestOf(t, l)
+				edit(t, l.BlobPath(m.Layers[2].Digest), func(b []byte) []byte { return b[:len(b)-100] })
+				return l
+			},
+			is: blob.ErrMismatch, holds: []string{"LAYER", "size mismatch"},
+		},
+		{
+			name: "a layer that is too long",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.None)...)
+				_, m := manifestOf(t, l)
+				edit(t, l.BlobPath(m.Layers[2].Digest), func(b []byte) []byte { return append(b, 0) })
+				return l
+			},
+			is: blob.ErrMismatch, holds: []string{"LAYER", "size mismatch"},
+		},
+		{
+			name: "a missing layer",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.Gzip)...)
+				_, m := manifestOf(t, l)
+				if err := os.Remove(l.BlobPath(m.Layers[2].Digest)); err != nil {
+					t.Fatal(err)
+				}
+				return l
+			},
+			is: os.ErrNotExist, holds: []string{"LAYER"},
+		},
+		{
+			name: "a wrong diff ID",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: tars[0], Compression: ocitest.Zstd, DiffID: digest.FromString("x")})
+			},
+			is: blob.ErrMismatch, holds: []string{"LAYER", "diff ID mismatch: expected " + digest.FromString("x").String()},
+		},
+		{
+			name: "a layer that is no tar",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: bytes.Repeat([]byte("no tar"), 1000), Compression: ocitest.Gzip})
+			},
+			is: tar.ErrHeader, holds: []string{"LAYER"},
+		},
+		{
+			name: "a layer that ends in a file",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: tars[0][:len(tars[0])/2], Compression: ocitest.Gzip})
+			},
+			is: io.ErrUnexpectedEOF, holds: []string{"LAYER", `"lib/`},
+		},
+		{
+			name: "an encrypted layer",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: tars[0], MediaType: ocispec.MediaTypeImageLayerGzip + "+encrypted"})
+			},
+			is: blob.ErrEncrypted, holds: []string{"LAYER", "decrypt"},
+		},
+		{
+			name: "an unknown layer type",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: tars[0], MediaType: "application/vnd.erofs.layer.v1"})
+			},
+			is: blob.ErrMediaType, holds: []string{"LAYER", `"application/vnd.erofs.layer.v1"`, "expected"},
+		},
+		{
+			name: "a decompression bomb",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 64<<20))), Compression: ocitest.Gzip})
+			},
+			opts: converter.Options{MaxSize: 16 << 20}, is: converter.ErrTooLarge, holds: []string{"LAYER", "16777216"},
+		},
+		{
+			name: "a bomb in parts",
+			make: func(t *testing.T) *ocitest.Layout {
+				var l []ocitest.Layer
+				for range 5 {
+					l = append(l, ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 5<<20))), Compression: ocitest.Gzip})
+				}
+				return newLayout(t, l...)
+			},
+			opts: converter.Options{MaxSize: 16 << 20}, is: converter.ErrTooLarge, holds: []string{"16777216"},
+		},
+		{
+			name: "a damaged manifest",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.Gzip)...)
+				d, _ := manifestOf(t, l)
+				edit(t, l.BlobPath(d.Digest), func(b []byte) []byte { return bytes.Replace(b, []byte("config"), []byte("comfig"), 1) })
+				return l
+			},
+			is: blob.ErrMismatch, holds: []string{"manifest"},
+		},
+		{
+			name: "a damaged configuration",
+			make: func(t *testing.T) *ocitest.Layout {
+				l := newLayout(t, packed(tars, ocitest.Gzip)...)
+				_, m := manifestOf(t, l)
+				edit(t, l.BlobPath(m.Config.Digest), func(b []byte) []byte { return append(b, ' ') })
+				return l
+			},
+			is: blob.ErrMismatch, holds: []string{"config"},
+		},
+		{
+			name: "no layout at all",
+			make: func(t *testing.T) *ocitest.Layout { return &ocitest.Layout{Dir: t.TempDir()} },
+			is:   os.ErrNotExist, holds: []string{"not an OCI layout"},
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := c.make(t)
+			out, _, err := convert(t, "oci:"+l.Dir, c.opts)
+			if err == nil {
+				t.Fatal("it was converted")
+			}
+			if !errors.Is(err, c.is) {
+				t.Errorf("error %q, expected one that wraps %q", err, c.is)
+			}
+			for _, h := range c.holds {
+				if strings.Contains(h, "LAYER") {
+					_, m := manifestOf(t, l)
+					h = strings.ReplaceAll(h, "LAYER", m.Layers[len(m.Layers)-1].Digest.String())
+				}
+				if !strings.Contains(err.Error(), h) {
+					t.Errorf("error %q, expected it to say %q", err, h)
+				}
+			}
+			checkUntouched(t, out)
+		})
+	}
+}
+
+func checkUntouched(t *testing.T, out string) {
+	t.Helper()
+	checkOnly(t, filepath.Dir(out), "image")
+	if b, err := os.ReadFile(out); err != nil || string(b) != before {
+		t.Errorf("the output holds %d bytes (%v), expected %q", len(b), err, before)
+	}
+}
+
+// TestFullDisk converts to a file system that is too small.
+func TestFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2m"); err != nil {
+		t.Skipf("needs a small file system: mount tmpfs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	src, err := source.Parse("oci:"+newLayout(t, packed(exampleLayers(), ocitest.Gzip)...).Dir, source.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(dir, "image")
+	if err := os.WriteFile(out, []byte(before), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = converter.Convert(context.Background(), src, out, converter.Options{})
+	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), out) {
+		t.Errorf("error %q, expected %q for %q", err, unix.ENOSPC, out)
+	}
+	checkUntouched(t, out)
+}
+
+// cancelling is a progress that ends the conversion in the middle of a layer.
+type cancelling struct {
+	cancel context.CancelCauseFunc
+	err    error
+}
+
+func (c cancelling) Start([]source.Layer) {}
+func (c cancelling) Done(int)             {}
+func (c cancelling) Read(layer, _ int) {
+	if layer == 1 {
+		c.cancel(c.err)
+	}
+}
+
+func TestCancel(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	why := errors.New("somebody pressed ^C")
+	src, err := source.Parse("oci:"+newLayout(t, packed(exampleLayers(), ocitest.Gzip)...).Dir, source.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(out, []byte(before), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = converter.Convert(ctx, src, out, converter.Options{Progress: cancelling{cancel, why}})
+	if !errors.Is(err, why) {
+		t.Errorf("error %v, expected %v", err, why)
+	}
+	checkUntouched(t, out)
+}
+
+func TestOutputMustBeAFile(t *testing.T) {
+	src, err := source.Parse("oci:"+newLayout(t).Dir, source.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, out := range []string{t.TempDir(), "/dev/null", filepath.Join(t.TempDir(), "no", "image")} {
+		if _, err := converter.Convert(context.Background(), src, out, converter.Options{}); err == nil {
+			t.Errorf("converted to %q", out)
+		}
+	}
+}
