@@ -128,7 +128,7 @@ func (s *Snapshotter) chooseLower(ctx context.Context, kind snapshots.Kind, key 
 		return &lower{Blind: labels[labelParentChainID] != ""}, nil, nil
 	}
 	if kind == snapshots.KindActive && isExtract(key, labels) {
-		return s.chooseForUnpack(ctx, links)
+		return s.chooseForUnpack(ctx, labels, links)
 	}
 	dir, err := s.image(ctx, links)
 	if err == nil {
@@ -156,11 +156,13 @@ func (s *Snapshotter) chooseLower(ctx context.Context, kind snapshots.Kind, key 
 
 // chooseForUnpack decides what a layer is unpacked over. An unpacker that walks looks up the attributes of directories
 // there which the layer does not list itself; one that streams does not look at all.
-func (s *Snapshotter) chooseForUnpack(ctx context.Context, links []link) (*lower, []string, error) {
+func (s *Snapshotter) chooseForUnpack(ctx context.Context, labels map[string]string, links []link) (*lower, []string, error) {
 	low := directories(links)
-	if low.Chain != "" && s.recent.has(links[0].rec.Chain) {
-		// The parent was streamed a moment ago, in all likelihood by the same pull. Building the image of every
-		// prefix of the chain would cost the square of its length. Commit notices if the guess was wrong.
+	parent := links[0].rec
+	if low.Chain != "" && labels[snapshots.LabelSnapshotRef] != "" && !parent.Built && s.recent.has(parent.Chain) {
+		// The parent was streamed a moment ago, in all likelihood by the same pull: Image.Unpack, which does not ask
+		// our differ unless told to, sets no labels. Building the image of every prefix of the chain would cost the
+		// square of its length. Commit notices if the guess was wrong.
 		return &lower{Blind: true, Streaming: true}, nil, nil
 	}
 	dirs, err := s.lowerdirs(ctx, low, links)

@@ -158,7 +158,7 @@ type blobReader struct {
 
 // decodable reports whether a media type is that of a tar, plain or compressed in a way that we know.
 func decodable(ctx context.Context, mediaType string) bool {
-	if !images.IsLayerType(mediaType) {
+	if !images.IsLayerType(mediaType) || strings.HasSuffix(mediaType, "+encrypted") {
 		return false
 	}
 	compression, err := images.DiffCompression(ctx, mediaType)

@@ -97,6 +97,9 @@ func (f *fakeLowers) AddBlob(ctx context.Context, blob snapshotter.Blob) (s snap
 			return s, err
 		}
 	}
+	if err := os.MkdirAll(f.root, 0o700); err != nil {
+		return s, err
+	}
 	temp, err := os.MkdirTemp(f.root, "blob-")
 	if err != nil {
 		return s, err

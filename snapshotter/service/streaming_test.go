@@ -111,6 +111,7 @@ func (s *streaming) unpack(ctx context.Context, desc ocispec.Descriptor, diffID 
 func TestSuiteStreaming(t *testing.T) {
 	for _, f := range flavours {
 		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
 			f.need(t)
 			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				c := f.config(root)

@@ -1,0 +1,211 @@
+package snapshotter_test
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
+)
+
+// pull is a differ and the content store that it reads.
+type pull struct {
+	*env
+	*snapshotter.Differ
+	store content.Store
+}
+
+func newPull(e *env) *pull {
+	e.t.Helper()
+	store, err := local.NewStore(e.t.TempDir())
+	e.must(err)
+	return &pull{e, snapshotter.NewDiffer(e.Snapshotter, store), store}
+}
+
+// put stores an uncompressed layer.
+func (p *pull) put(tar []byte) ocispec.Descriptor {
+	p.t.Helper()
+	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(tar), Size: int64(len(tar))}
+	err := content.WriteBlob(p.t.Context(), p.store, desc.Digest.String(), bytes.NewReader(tar), desc)
+	if !errdefs.IsAlreadyExists(err) {
+		p.must(err)
+	}
+	return desc
+}
+
+// stream commits a layer that our differ applied.
+func (p *pull) stream(name, parent string, tar []byte) {
+	p.t.Helper()
+	desc := p.put(tar)
+	key := extractKey(name)
+	m := p.prepare(key, parent, labels(snapshots.LabelSnapshotRef, name))
+	got, err := p.Apply(p.t.Context(), desc, m)
+	p.must(err)
+	if got.Digest != desc.Digest || got.MediaType != ocispec.MediaTypeImageLayer || got.Size != desc.Size {
+		p.t.Fatalf("applied %+v, expected %+v", got, desc)
+	}
+	p.must(p.Commit(p.t.Context(), name, key))
+}
+
+func TestStream(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{Settle: time.Hour})
+	p := newPull(e)
+	p.stream("default/1/"+chainA, "", tarOf("a", "gone"))
+	p.stream("default/2/"+chainB, "default/1/"+chainA, tarOf("b", ".wh.gone"))
+	if e.fake.builds[chainA] != 0 {
+		t.Error("the image of an inner layer was built for a layer that was streamed")
+	}
+	entries, err := filepath.Glob(filepath.Join(e.root, "snapshots/*/fs/*"))
+	if e.must(err); len(entries) != 0 {
+		t.Errorf("streaming wrote %q", entries)
+	}
+	c := e.prepare("default/3/c", "default/2/"+chainB)
+	e.expectFiles(c, "a b")
+	if u, err := e.Usage(t.Context(), "default/2/"+chainB); err != nil || u.Size == 0 {
+		t.Errorf("usage of a streamed layer: %+v, %v", u, err)
+	}
+	// A container's changes on top of streamed layers, as nerdctl commit and build make them.
+	e.must(os.WriteFile(filepath.Join(option(c, "upperdir"), "c"), nil, 0o644))
+	e.must(e.Commit(t.Context(), "default/4/mine", "default/3/c"))
+	e.expectFiles(e.prepare("default/5/d", "default/4/mine"), "a b c")
+	e.layer("default/6/walked", "default/2/"+chainB, "w")
+	e.expectFiles(e.prepare("default/7/e", "default/6/walked"), "a b w")
+}
+
+func TestForeignMounts(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{})
+	p := newPull(e)
+	desc := p.put(tarOf("a"))
+	upper := filepath.Join(e.root, "snapshots/1/fs")
+	ours := e.prepare("default/1/extract-1-x a", "")
+	if ours[0].Source != upper {
+		t.Fatalf("prepared %v", ours)
+	}
+	for name, m := range map[string][]mount.Mount{
+		"other bind":     {{Type: "bind", Source: t.TempDir(), Options: []string{"rw"}}},
+		"other overlay":  {{Type: "overlay", Options: []string{"upperdir=/x/snapshots/1/fs"}}},
+		"two mounts":     {ours[0], ours[0]},
+		"none":           {},
+		"read-only bind": {{Type: "bind", Source: upper, Options: []string{"ro", "rbind"}}},
+		"work directory": {{Type: "bind", Source: filepath.Dir(upper), Options: []string{"rw"}}},
+		"way around":     {{Type: "bind", Source: e.root + "/snapshots/../snapshots/1/fs", Options: []string{"rw"}}},
+		"erofs":          {{Type: "erofs", Source: upper}},
+	} {
+		if _, err := p.Apply(t.Context(), desc, m); !errdefs.IsNotImplemented(err) {
+			t.Errorf("%s: %v, expected ErrNotImplemented", name, err)
+		}
+	}
+	for _, mediaType := range []string{"application/vnd.oci.image.layer.v1.tar+gzip+encrypted", ocispec.MediaTypeImageConfig, "application/vnd.erofs.layer.v1"} {
+		desc := desc
+		desc.MediaType = mediaType
+		if _, err := p.Apply(t.Context(), desc, ours); !errdefs.IsNotImplemented(err) {
+			t.Errorf("%s: %v, expected ErrNotImplemented", mediaType, err)
+		}
+	}
+	if _, err := p.Compare(t.Context(), nil, nil); !errdefs.IsNotImplemented(err) {
+		t.Errorf("Compare: %v", err)
+	}
+	gone := []mount.Mount{{Type: "bind", Source: filepath.Join(e.root, "snapshots/99/fs"), Options: []string{"rw"}}}
+	if _, err := p.Apply(t.Context(), desc, gone); !errdefs.IsNotFound(err) {
+		t.Errorf("snapshot that was removed: %v", err)
+	}
+}
+
+// Without room for a layer it is unpacked into its directory, with what is below it in sight.
+func TestStreamFallsBack(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{})
+	p := newPull(e)
+	e.fake.full = true
+	p.stream("default/1/"+chainA, "", tarOf("dir/", "gone"))
+	p.stream("default/2/"+chainB, "default/1/"+chainA, tarOf("dir/new", ".wh.gone"))
+	if strings.Join(e.fallbacks, " ") != "full full" {
+		t.Errorf("fallbacks %q", e.fallbacks)
+	}
+	c := e.prepare("default/3/c", "default/2/"+chainB)
+	e.expectFiles(c, "dir")
+	err := mount.WithTempMount(t.Context(), c, func(root string) error {
+		// The upper layer does not list dir; walking takes its mode from below.
+		st, err := os.Stat(filepath.Join(root, "dir"))
+		if err == nil && st.Mode().Perm() != 0o750 {
+			t.Errorf("dir is %s", st.Mode())
+		}
+		_, err = os.Stat(filepath.Join(root, "dir/new"))
+		return err
+	})
+	e.must(err)
+	e.fake.full = false
+}
+
+// A pull that begins with our differ and goes on with another must not get directories with wrong attributes.
+func TestDifferChanges(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{Settle: time.Hour})
+	p := newPull(e)
+	p.stream("default/1/"+chainA, "", tarOf("dir/"))
+	key := "default/2/extract-1-x " + chainB
+	m := e.prepare(key, "default/1/"+chainA, labels(snapshots.LabelSnapshotRef, chainB))
+	e.must(os.WriteFile(filepath.Join(option(m, "upperdir"), "walked"), nil, 0o644))
+	if err := e.Commit(t.Context(), "default/2/"+chainB, key); !errdefs.IsFailedPrecondition(err) {
+		t.Fatalf("commit of a layer that was walked blindly: %v", err)
+	}
+	e.must(e.Remove(t.Context(), key))
+	// The second try sees what is below.
+	m = e.prepare(key, "default/1/"+chainA, labels(snapshots.LabelSnapshotRef, chainB))
+	if low := option(m, "lowerdir"); low == "" {
+		t.Fatalf("prepared %v", m)
+	} else if _, err := os.Stat(filepath.Join(low, "dir")); err != nil {
+		t.Fatal(err)
+	}
+	e.must(os.WriteFile(filepath.Join(option(m, "upperdir"), "walked"), nil, 0o644))
+	e.must(e.Commit(t.Context(), "default/2/"+chainB, key))
+	e.expectFiles(e.prepare("default/3/c", "default/2/"+chainB), "dir walked")
+}
+
+func TestBadBlob(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{})
+	p := newPull(e)
+	m := e.prepare("default/1/extract-1-x a", "")
+	missing := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("nothing"), Size: 7}
+	if _, err := p.Apply(t.Context(), missing, m); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), missing.Digest.String()) {
+		t.Errorf("missing blob: %v", err)
+	}
+	if _, err := p.Apply(t.Context(), p.put([]byte(strings.Repeat("not a tar ", 100))), m); err == nil {
+		t.Error("a blob that is no tar was applied")
+	}
+	// The snapshot is as good as new.
+	desc := p.put(tarOf("a"))
+	if _, err := p.Apply(t.Context(), desc, m); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Mounts(t.Context(), "default/1/extract-1-x a"); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("mounts of a snapshot that was streamed to: %v", err)
+	}
+	// Two layers in one snapshot, in order.
+	if _, err := p.Apply(t.Context(), p.put(tarOf("b", ".wh.a")), m); err != nil {
+		t.Fatal(err)
+	}
+	e.must(e.Commit(t.Context(), "default/2/a", "default/1/extract-1-x a"))
+	e.expectFiles(e.prepare("default/3/c", "default/2/a"), "b")
+}
+
+func TestStreamCancelled(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{})
+	p := newPull(e)
+	m := e.prepare("default/1/extract-1-x a", "")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := p.Apply(ctx, p.put(tarOf("a")), m); err == nil {
+		t.Error("a cancelled Apply succeeded")
+	}
+}
