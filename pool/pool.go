@@ -161,8 +161,8 @@ func checkEmpty(r region.Region) error {
 			return fmt.Errorf("pool: read %d bytes at %d: %w", len(buf), off, err)
 		}
 		if !isZero(buf) {
-			what := "data"
-			if off == 0 && string(buf[:8]) == magic {
+			what := cmp.Or(region.Identify(r, r.Size()), "data")
+			if hasMagic(r) {
 				what = "a pool"
 			}
 			return fmt.Errorf("pool: region %q holds %s at %d: %w; to destroy it use force", r.Info().Path, what, off, ErrForeign)

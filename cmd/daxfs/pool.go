@@ -1,0 +1,550 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/converter/tree"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+func init() { register(60, poolCommand) }
+
+func poolCommand(e *env) *cli.Command {
+	index := &cli.StringFlag{Name: "index", Usage: "the owner's index is `FILE`"}
+	kind := &cli.StringFlag{Name: "kind", Usage: "the pool is a `KIND` of region: " + strings.Join(region.Kinds(), ", ")}
+	asJSON := &cli.BoolFlag{Name: "json", Usage: "write JSON; sizes are bytes"}
+	with := func(more ...cli.Flag) []cli.Flag { return append([]cli.Flag{index, kind, asJSON}, more...) }
+	return &cli.Command{
+		Name:      "pool",
+		Usage:     "look after a pool, which holds many images in shared memory",
+		ArgsUsage: "POOL",
+		Description: `
+POOL is a file on a disk, on tmpfs or on hugetlbfs, a /dev/pmem or /dev/dax device, or a reserved range of physical memory
+as ADDRESS+SIZE. The kind follows from it, unless --kind says so.
+
+A pool has one owner at a time, usually the snapshotter daemon. Its index says what the pool holds; without --index it is
+index.db beside a file where there is one, as the daemon makes it, else POOL.index; a device needs --index.
+ls and show read what the pool itself says, also while a daemon owns it; all else needs the pool to be free.
+
+Examples:
+   daxfs pool init --size 64g /var/lib/pool
+   daxfs pool put /var/lib/pool docker://debian:12
+   daxfs pool ls /var/lib/pool
+   daxfs pool init --index /var/lib/pmem0.index /dev/pmem0`,
+		Subcommands: []*cli.Command{
+			{Name: "init", Usage: "make an empty pool", ArgsUsage: "POOL", Action: e.poolInit, Flags: with(
+				&cli.StringFlag{Name: "size", Usage: "make it `SIZE` large, as 64g; a device may be used whole"},
+				&cli.BoolFlag{Name: "force", Usage: "destroy what the region holds, and an old index"})},
+			{Name: "ls", Usage: "list the images in a pool", ArgsUsage: "POOL", Action: e.poolList, Flags: with()},
+			{Name: "show", Usage: "show what a pool, or an image in it, takes and shares", ArgsUsage: "POOL [KEY]", Action: e.poolShow, Flags: with()},
+			{Name: "put", Usage: "add an image from an OCI image or a directory", ArgsUsage: "POOL SOURCE", Action: e.poolPut, Flags: with(
+				&cli.StringFlag{Name: "key", Usage: "call it `KEY` (default: its chain ID)"},
+				&cli.StringFlag{Name: "platform", Usage: "take the image for `OS/ARCH[/VARIANT]` (default: this machine's)"},
+				&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"})},
+			{Name: "rm", Usage: "remove images; they must not be mounted", ArgsUsage: "POOL KEY...", Action: e.poolRemove, Flags: with()},
+			{Name: "gc", Usage: "remove layers that no image uses", ArgsUsage: "POOL", Action: e.poolCollect, Flags: with(
+				&cli.BoolFlag{Name: "all", Usage: "remove all layers; images stay as they are"})},
+			{Name: "check", Usage: "prove that everything in a pool is consistent", ArgsUsage: "POOL", Action: e.poolCheck, Flags: with()},
+		},
+	}
+}
+
+// regionOf turns the POOL argument into a region.
+func regionOf(c *cli.Context, readOnly bool) (region.Config, error) {
+	arg := c.Args().First()
+	rc := region.Config{Kind: c.String("kind"), Path: arg, ReadOnly: readOnly}
+	if addr, size, ok := strings.Cut(arg, "+"); ok && (rc.Kind == "" || rc.Kind == region.KindPhys) && !strings.Contains(arg, "/") {
+		phys, err1 := strconv.ParseUint(addr, 0, 64)
+		n, err2 := strconv.ParseInt(size, 0, 64)
+		if err := errors.Join(err1, err2); err != nil {
+			return rc, &usageError{"pool", fmt.Sprintf("physical range %q, expected ADDRESS+SIZE: %v", arg, err)}
+		}
+		rc.Kind, rc.Path, rc.Phys, rc.Size = region.KindPhys, "", phys, n
+		return rc, nil
+	}
+	if rc.Kind != "" {
+		return rc, nil
+	}
+	info, err := describe("/", arg)
+	if errors.Is(err, os.ErrNotExist) {
+		// One that is to be made is of the kind of its directory.
+		dir, derr := filepath.EvalSymlinks(filepath.Dir(arg))
+		if derr != nil {
+			return rc, derr
+		}
+		info, err = fileRegion(dir)
+	}
+	rc.Kind = info.Kind
+	return rc, err
+}
+
+// indexOf is the index of a pool.
+func indexOf(c *cli.Context, rc region.Config) (string, error) {
+	if c.IsSet("index") {
+		return c.String("index"), nil
+	}
+	switch rc.Kind {
+	case region.KindFile, region.KindTmpfs:
+		if beside := filepath.Join(filepath.Dir(rc.Path), "index.db"); fileExists(beside) {
+			return beside, nil
+		}
+		return rc.Path + ".index", nil
+	}
+	return "", &usageError{"pool", fmt.Sprintf("a pool of kind %q needs --index", rc.Kind)}
+}
+
+func fileExists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// openPool opens the pool as its owner. close closes both.
+func (e *env) openPool(c *cli.Context) (p *pool.Pool, closePool func() error, err error) {
+	rc, err := regionOf(c, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	index, err := indexOf(c, rc)
+	if err != nil {
+		return nil, nil, err
+	}
+	r, err := region.Open(rc)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err = pool.Open(r, index, e.poolOptions())
+	if err != nil {
+		return nil, nil, errors.Join(err, r.Close())
+	}
+	return p, func() error { return errors.Join(p.Close(), r.Close()) }, nil
+}
+
+func (e *env) poolOptions() pool.Options {
+	return pool.Options{Warn: func(err error) { fmt.Fprintln(e.stderr, "daxfs:", err) }}
+}
+
+// withPool opens a pool, calls f and closes the pool; f's error comes first.
+func (e *env) withPool(c *cli.Context, f func(p *pool.Pool) error) error {
+	p, closePool, err := e.openPool(c)
+	if err != nil {
+		return err
+	}
+	err = f(p)
+	return errors.Join(err, closePool())
+}
+
+func (e *env) poolInit(c *cli.Context) error {
+	if err := needArgs(c, "POOL"); err != nil {
+		return err
+	}
+	rc, err := regionOf(c, false)
+	if err != nil {
+		return err
+	}
+	if c.IsSet("size") {
+		if rc.Size, err = sizeFlag(c, "size"); err != nil {
+			return err
+		}
+	}
+	made := !fileExists(rc.Path)
+	rc.Create, rc.Force = true, c.Bool("force")
+	switch rc.Kind {
+	case region.KindPmem, region.KindDevDAX, region.KindPhys:
+		rc.Create = false
+	case region.KindDMABuf:
+		return &usageError{"init", "a DMA buffer ends with the process that has it open: only the daemon can make such a pool"}
+	}
+	index, err := indexOf(c, rc)
+	if err != nil {
+		return err
+	}
+	r, err := region.Open(rc)
+	if err != nil {
+		return err
+	}
+	o := e.poolOptions()
+	o.Force = c.Bool("force")
+	p, err := pool.Create(r, index, o)
+	if err != nil {
+		err = errors.Join(err, r.Close())
+		if made && rc.Create {
+			err = errors.Join(err, os.Remove(rc.Path))
+		}
+		return err
+	}
+	defer r.Close()
+	defer p.Close()
+	u := p.Usage()
+	if c.Bool("json") {
+		id := p.ID()
+		return writeJSON(e.stdout, map[string]any{"id": hex.EncodeToString(id[:]), "index": index, "region": r.Info(), "usage": u})
+	}
+	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", c.Args().First(), human(u.Size), index)
+	return nil
+}
+
+// poolImage is an image in pool ls --json and pool show --json.
+type poolImage struct {
+	pool.Image
+	UUID  string           `json:"uuid"`
+	Usage *pool.ImageUsage `json:"usage,omitempty"` // only known to the owner
+}
+
+// poolState is pool ls --json and pool show --json.
+type poolState struct {
+	ID         string      `json:"id"`
+	Generation uint64      `json:"generation"`
+	Size       int64       `json:"size"`
+	Usage      *pool.Usage `json:"usage,omitempty"` // only known to the owner
+	Saved      int64       `json:"saved,omitempty"`
+	Images     []poolImage `json:"images"`
+}
+
+// state reads the catalogue, and what the owner knows if the pool has none at the moment.
+func (e *env) state(c *cli.Context) (*poolState, error) {
+	rc, err := regionOf(c, true)
+	if err != nil {
+		return nil, err
+	}
+	r, err := region.Open(rc)
+	if err != nil {
+		return nil, err
+	}
+	cat, err := pool.ReadCatalogue(r)
+	if err = errors.Join(err, r.Close()); err != nil {
+		return nil, fmt.Errorf("%s: %w", c.Args().First(), err)
+	}
+	s := &poolState{ID: hex.EncodeToString(cat.PoolID[:]), Generation: cat.Generation, Size: cat.Size, Images: []poolImage{}}
+	for _, m := range cat.Images {
+		s.Images = append(s.Images, poolImage{Image: m, UUID: uuid(m.UUID)})
+	}
+	p, closePool, err := e.openPool(c)
+	if err != nil {
+		// It belongs to a process that runs, here or on another machine: what readers may know stays.
+		fmt.Fprintf(e.stderr, "daxfs: only the catalogue can be read: %v\n", err)
+		return s, nil
+	}
+	u := p.Usage()
+	s.Usage, s.Saved = &u, u.Unshared-u.ImageExtents
+	for i := range s.Images {
+		if iu, err := p.ImageUsage(s.Images[i].Key); err == nil {
+			s.Images[i].Usage = &iu
+		}
+	}
+	return s, closePool()
+}
+
+func (e *env) poolList(c *cli.Context) error {
+	if err := needArgs(c, "POOL"); err != nil {
+		return err
+	}
+	s, err := e.state(c)
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return writeJSON(e.stdout, s)
+	}
+	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "KEY\tOFFSET\tWINDOW\tCONTENTS\tSHARED\tMETADATA\tADDED")
+	for _, m := range s.Images {
+		contents, shared := "-", "-"
+		if m.Usage != nil {
+			contents, shared = human(m.Usage.Extents), human(m.Usage.Shared)
+		}
+		fmt.Fprintf(w, "%s\t%#x\t%s\t%s\t%s\t%s\t%s\n", printable(m.Key), m.Off, human(m.Size), contents, shared, human(m.Seg),
+			m.Created.Local().Format(time.DateTime))
+	}
+	return w.Flush()
+}
+
+func (e *env) poolShow(c *cli.Context) error {
+	if err := needArgs(c, "POOL", "[KEY]"); err != nil {
+		return err
+	}
+	s, err := e.state(c)
+	if err != nil {
+		return err
+	}
+	if key := c.Args().Get(1); key != "" {
+		return e.showImage(c, s, key)
+	}
+	if c.Bool("json") {
+		return writeJSON(e.stdout, s)
+	}
+	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
+	defer w.Flush()
+	fmt.Fprintf(w, "Pool\t%s, generation %d\n", s.ID, s.Generation)
+	fmt.Fprintf(w, "Size\t%s\n", human(s.Size))
+	fmt.Fprintf(w, "Images\t%d\n", len(s.Images))
+	if u := s.Usage; u != nil {
+		fmt.Fprintf(w, "Contents\t%s in %d distinct files\n", human(u.Extents), u.ExtentCount)
+		fmt.Fprintf(w, "Metadata\t%s\n", human(u.Segments))
+		fmt.Fprintf(w, "Free\t%s, %s in one piece\n", human(u.Free), human(u.LongestFree))
+		fmt.Fprintf(w, "Layers\t%d, holding %s that no image uses\n", u.Layers, human(u.Reclaimable))
+		fmt.Fprintf(w, "Saved\t%s: the images' contents would take %s apart, and take %s\n", human(s.Saved), human(u.Unshared), human(u.ImageExtents))
+	}
+	return nil
+}
+
+func (e *env) showImage(c *cli.Context, s *poolState, key string) error {
+	for _, m := range s.Images {
+		if m.Key != key {
+			continue
+		}
+		if c.Bool("json") {
+			return writeJSON(e.stdout, m)
+		}
+		w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
+		fmt.Fprintf(w, "Key\t%s\nUUID\t%s\nAdded\t%s\n", printable(m.Key), m.UUID, m.Created.Local().Format(time.DateTime))
+		fmt.Fprintf(w, "Window\t%d bytes at %d (%#x)\nMetadata\t%s\n", m.Size, m.Off, m.Off, human(m.Seg))
+		if u := m.Usage; u != nil {
+			fmt.Fprintf(w, "Contents\t%s in %d distinct files\n", human(u.Extents), u.Files)
+			fmt.Fprintf(w, "Shared\t%s with other images, %s of its own\n", human(u.Shared), human(u.Extents-u.Shared))
+		}
+		return w.Flush()
+	}
+	return fmt.Errorf("%s: image %q: %w", c.Args().First(), key, pool.ErrNotFound)
+}
+
+func (e *env) poolPut(c *cli.Context) error {
+	if err := needArgs(c, "POOL", "SOURCE"); err != nil {
+		return err
+	}
+	platform := source.Host()
+	if s := c.String("platform"); s != "" {
+		var err error
+		if platform, err = source.ParsePlatform(s); err != nil {
+			return &usageError{"put", err.Error()}
+		}
+	}
+	src, err := source.Parse(c.Args().Get(1), source.Config{PlainHTTP: c.Bool("plain-http")})
+	if err != nil {
+		return &usageError{"put", err.Error()}
+	}
+	defer src.Close()
+	return e.withPool(c, func(p *pool.Pool) error {
+		img, err := src.Image(c.Context, platform)
+		if err != nil {
+			return err
+		}
+		before := p.Usage()
+		m, err := putImage(c.Context, p, img, c.String("key"))
+		if err != nil {
+			return fmt.Errorf("%s: %w", src, err)
+		}
+		u, err := p.ImageUsage(m.Key)
+		if err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			return writeJSON(e.stdout, poolImage{Image: m, UUID: uuid(m.UUID), Usage: &u})
+		}
+		after := p.Usage()
+		fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n", printable(m.Key), human(u.Extents), u.Files, human(after.Extents-before.Extents))
+		return nil
+	})
+}
+
+// putImage adds the layers of an image that are not in the pool, and the image.
+func putImage(ctx context.Context, p *pool.Pool, img *source.Image, key string) (pool.Image, error) {
+	var layers []*layer.Layer
+	var ids []digest.Digest
+	if img.Dir != "" {
+		if key == "" {
+			return pool.Image{}, &usageError{"put", "a directory has no chain ID: --key is needed"}
+		}
+		l, done, err := readLayer(ctx, p, func(s layer.Store) (*layer.Layer, error) { return layer.FromDir(ctx, img.Dir, s, layer.Limits{}) })
+		if err != nil {
+			return pool.Image{}, err
+		}
+		defer done() // after the image holds the contents: the directory is no layer that anyone would ask for
+		layers = append(layers, l)
+	}
+	for i, l := range img.Layers {
+		parsed, err := putLayer(ctx, p, l)
+		if err != nil {
+			return pool.Image{}, fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
+		}
+		layers, ids = append(layers, parsed), append(ids, l.DiffID)
+	}
+	root, err := tree.Merge(layers)
+	if err != nil {
+		return pool.Image{}, err
+	}
+	if key == "" {
+		key = identity.ChainID(ids).String()
+	}
+	return p.AddImage(ctx, key, root, daxfs.Options{})
+}
+
+// readLayer reads contents into a batch, which done discards.
+func readLayer(ctx context.Context, p *pool.Pool, read func(layer.Store) (*layer.Layer, error)) (l *layer.Layer, done func(), err error) {
+	b := p.Begin()
+	if l, err = read(b); err != nil {
+		b.Discard()
+		return nil, nil, err
+	}
+	return l, b.Discard, nil
+}
+
+// putLayer returns a layer that the pool has, or reads it into the pool.
+func putLayer(ctx context.Context, p *pool.Pool, l source.Layer) (*layer.Layer, error) {
+	key := l.DiffID.String()
+	if payload, err := p.Layer(key); err == nil {
+		parsed := new(layer.Layer)
+		return parsed, parsed.UnmarshalBinary(payload)
+	}
+	rc, err := l.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r, err := blob.NewReader(ctx, rc, blob.Spec{MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID})
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	b := p.Begin()
+	defer b.Discard()
+	parsed, err := layer.FromTar(ctx, r, b, layer.Limits{})
+	if err := r.Finish(err); err != nil {
+		return nil, err
+	}
+	payload, err := parsed.MarshalBinary()
+	if err != nil {
+		return nil, err
+	}
+	return parsed, b.CommitLayer(ctx, key, payload)
+}
+
+func (e *env) poolRemove(c *cli.Context) error {
+	if c.NArg() < 2 {
+		return &usageError{"rm", fmt.Sprintf("%d arguments, expected POOL KEY...", c.NArg())}
+	}
+	return e.withPool(c, func(p *pool.Pool) error {
+		before := p.Usage()
+		for _, key := range c.Args().Slice()[1:] {
+			m, err := p.Image(key)
+			if err != nil {
+				return err
+			}
+			if where := mountedFrom("/", p.Region().Info(), m); where != "" {
+				return fmt.Errorf("image %q: %s: %w", key, where, pool.ErrBusy)
+			}
+			if err := p.RemoveImage(c.Context, key); err != nil {
+				return err
+			}
+		}
+		return e.freed(c, before, p.Usage())
+	})
+}
+
+// mountedFrom says what uses the window of an image on this machine: a loop device, or a mount of the file.
+func mountedFrom(root string, info region.Info, m pool.Image) string {
+	loops, _ := filepath.Glob(filepath.Join(root, "sys/block/loop*/loop"))
+	for _, dir := range loops {
+		file, err1 := os.ReadFile(filepath.Join(dir, "backing_file"))
+		off, err2 := os.ReadFile(filepath.Join(dir, "offset"))
+		if err1 == nil && err2 == nil && strings.TrimSpace(string(file)) == info.Path && strings.TrimSpace(string(off)) == strconv.FormatInt(m.Off, 10) {
+			return "in use by /dev/" + filepath.Base(filepath.Dir(dir))
+		}
+	}
+	mounts, err := os.ReadFile(filepath.Join(root, "proc/self/mountinfo"))
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if strings.Contains(line, " - erofs "+info.Path+" ") && strings.Contains(line, fmt.Sprintf("fsoffset=%d", m.Off)) && len(f) > 4 {
+			return "mounted on " + f[4]
+		}
+	}
+	return ""
+}
+
+func (e *env) poolCollect(c *cli.Context) error {
+	if err := needArgs(c, "POOL"); err != nil {
+		return err
+	}
+	return e.withPool(c, func(p *pool.Pool) error {
+		before := p.Usage()
+		keys := p.UnusedLayers()
+		if c.Bool("all") {
+			keys = p.Layers()
+		}
+		for _, key := range keys {
+			if err := p.RemoveLayer(c.Context, key); err != nil {
+				return err
+			}
+		}
+		return e.freed(c, before, p.Usage())
+	})
+}
+
+// freed says what removing has freed.
+func (e *env) freed(c *cli.Context, before, after pool.Usage) error {
+	images, layers := before.Images-after.Images, before.Layers-after.Layers
+	bytes := before.Extents + before.Segments - after.Extents - after.Segments
+	if c.Bool("json") {
+		return writeJSON(e.stdout, map[string]any{"images": images, "layers": layers, "freed": bytes, "usage": after})
+	}
+	fmt.Fprintf(e.stdout, "removed %d images and %d layers, %s are free again\n", images, layers, human(bytes))
+	return nil
+}
+
+func (e *env) poolCheck(c *cli.Context) error {
+	if err := needArgs(c, "POOL"); err != nil {
+		return err
+	}
+	findings := []pool.Finding{}
+	err := e.withPool(c, func(p *pool.Pool) error {
+		return p.Check(c.Context, func(f pool.Finding) bool {
+			findings = append(findings, f)
+			return true
+		})
+	})
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		err = writeJSON(e.stdout, map[string]any{"ok": len(findings) == 0, "findings": findings})
+	} else {
+		err = printFindings(e.stdout, findings)
+	}
+	if err == nil && len(findings) > 0 {
+		return errSilent
+	}
+	return err
+}
+
+func printFindings(w io.Writer, findings []pool.Finding) error {
+	for _, f := range findings {
+		if _, err := fmt.Fprintln(w, f); err != nil {
+			return err
+		}
+	}
+	if len(findings) == 0 {
+		_, err := fmt.Fprintln(w, "the pool is consistent")
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// runPool runs "daxfs pool ARGS" in this process.
+func runPool(t *testing.T, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	status = run(t.Context(), append([]string{"daxfs", "pool"}, args...), strings.NewReader(""), &out, &errs)
+	return status, out.String(), errs.String()
+}
+
+// mustPool runs a command that must succeed and returns its standard output.
+func mustPool(t *testing.T, args ...string) string {
+	t.Helper()
+	status, stdout, stderr := runPool(t, args...)
+	if status != statusOK {
+		t.Fatalf("pool %q: status %d: %s", args, status, stderr)
+	}
+	return stdout
+}
+
+// rootfs makes a directory with files of the given contents.
+func rootfs(t *testing.T, files map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return "rootfs:" + dir
+}
+
+func TestPoolCommands(t *testing.T) {
+	p := filepath.Join(t.TempDir(), "pool")
+	mustPool(t, "init", "--size", "64m", p)
+	base := strings.Repeat("shared ", 20000)
+	mustPool(t, "put", "--key", "one", p, rootfs(t, map[string]string{"base": base, "a": "a"}))
+	mustPool(t, "put", "--key", "two", p, rootfs(t, map[string]string{"base": base, "b": "b"}))
+
+	var state poolState
+	if err := json.Unmarshal([]byte(mustPool(t, "show", "--json", p)), &state); err != nil {
+		t.Fatal(err)
+	}
+	pages := int64(len(base)+4095) / 4096 * 4096
+	if len(state.Images) != 2 || state.Usage == nil || state.Saved != pages || state.Usage.Extents != pages+2*4096 || state.Usage.Layers != 0 {
+		t.Errorf("show: %+v, usage %+v; expected %d bytes saved", state, state.Usage, pages)
+	}
+	for _, m := range state.Images {
+		if m.Usage == nil || m.Usage.Shared != pages || m.Usage.Files != 2 {
+			t.Errorf("image %q: %+v", m.Key, m.Usage)
+		}
+	}
+	for _, want := range []string{"KEY", "one", "two"} {
+		if out := mustPool(t, "ls", p); !strings.Contains(out, want) {
+			t.Errorf("ls lacks %q:\n%s", want, out)
+		}
+	}
+	if out := mustPool(t, "show", p, "one"); !strings.Contains(out, "Shared") || !strings.Contains(out, "one") {
+		t.Errorf("show of an image:\n%s", out)
+	}
+	if out := mustPool(t, "check", p); out != "the pool is consistent\n" {
+		t.Errorf("check: %q", out)
+	}
+	if out := mustPool(t, "rm", p, "one"); !strings.Contains(out, "removed 1 images") {
+		t.Errorf("rm: %q", out)
+	}
+	if out := mustPool(t, "gc", "--json", p); !strings.Contains(out, `"freed": 0`) {
+		t.Errorf("gc of a pool without layers: %s", out)
+	}
+	mustPool(t, "rm", p, "two")
+	if err := json.Unmarshal([]byte(mustPool(t, "show", "--json", p)), &state); err != nil || state.Usage.Extents != 0 {
+		t.Errorf("after removing all: %+v, %v", state.Usage, err)
+	}
+}
+
+func TestPoolCheckFindsDamage(t *testing.T) {
+	p := filepath.Join(t.TempDir(), "pool")
+	mustPool(t, "init", "--size", "64m", p)
+	text := strings.Repeat("0123456789abcdef", 1000)
+	mustPool(t, "put", "--key", "one", p, rootfs(t, map[string]string{"f": text}))
+	b, err := os.ReadFile(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(b, []byte(text))
+	if at < 0 {
+		t.Fatal("the contents are not in the pool")
+	}
+	b[at+100] ^= 1
+	if err := os.WriteFile(p, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	status, stdout, stderr := runPool(t, "check", "--json", p)
+	if status != statusFailed || !strings.Contains(stdout, "pool.sum") || stderr != "" {
+		t.Errorf("check of damaged contents: status %d, %s%s", status, stdout, stderr)
+	}
+}
+
+func TestPoolErrors(t *testing.T) {
+	dir := t.TempDir()
+	p, foreign := filepath.Join(dir, "pool"), filepath.Join(dir, "foreign")
+	mustPool(t, "init", "--size", "64m", p)
+	if err := os.WriteFile(foreign, append([]byte("precious"), make([]byte, 16<<20)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tree := rootfs(t, map[string]string{"f": "x"})
+	for _, test := range []struct {
+		status int
+		want   string
+		args   []string
+	}{
+		{statusFailed, "exists", []string{"init", "--index", p + ".index", "--size", "64m", filepath.Join(dir, "fresh")}},
+		{statusFailed, "holds data", []string{"init", foreign}},
+		{statusFailed, "a pool", []string{"init", "--index", filepath.Join(dir, "other"), p}},
+		{statusFailed, "smallest pool", []string{"init", "--size", "1m", filepath.Join(dir, "small")}},
+		{statusUsage, "--size", []string{"init", "--size", "much", filepath.Join(dir, "much")}},
+		{statusFailed, "size of a new region", []string{"init", filepath.Join(dir, "sizeless")}},
+		{statusFailed, "belongs to something else", []string{"check", foreign}},
+		{statusFailed, "no such file", []string{"ls", filepath.Join(dir, "none")}},
+		{statusUsage, "--key is needed", []string{"put", p, tree}},
+		{statusUsage, "unknown kind", []string{"put", p, "floppy:a"}},
+		{statusFailed, "not found", []string{"rm", p, "nothing"}},
+		{statusFailed, "not found", []string{"show", p, "nothing"}},
+		{statusUsage, "expected POOL KEY", []string{"rm", p}},
+		{statusUsage, "needs --index", []string{"check", "0x100000000+64"}},
+		{statusUsage, "only the daemon", []string{"init", "--kind", "dmabuf", "--index", "x", "/dev/dma_heap/system"}},
+	} {
+		status, stdout, stderr := runPool(t, test.args...)
+		if status != test.status || !strings.Contains(stderr, test.want) || stdout != "" {
+			t.Errorf("%q: status %d, %s%s; expected %d and %q", test.args, status, stdout, stderr, test.status, test.want)
+		}
+	}
+	for _, left := range []string{"small", "much", "sizeless", "other", "fresh"} {
+		if fileExists(filepath.Join(dir, left)) {
+			t.Errorf("a command that failed has left %q", left)
+		}
+	}
+	mustPool(t, "init", "--force", foreign)
+}
+
+// TestPoolOwned lists a pool that has an owner, and changes nothing in it.
+func TestPoolOwned(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pool")
+	mustPool(t, "init", "--size", "64m", path)
+	mustPool(t, "put", "--key", "one", path, rootfs(t, map[string]string{"f": "x"}))
+	r, err := region.Open(region.Config{Kind: region.KindFile, Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p, err := pool.Open(r, path+".index", pool.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	status, stdout, stderr := runPool(t, "ls", path)
+	if status != statusOK || !strings.Contains(stdout, "one") || !strings.Contains(stderr, "in use by process") {
+		t.Errorf("ls: status %d, %s%s", status, stdout, stderr)
+	}
+	status, _, stderr = runPool(t, "rm", path, "one")
+	if status != statusFailed || !strings.Contains(stderr, "in use by process") {
+		t.Errorf("rm: status %d, %s", status, stderr)
+	}
+}
+
+func TestMountedFrom(t *testing.T) {
+	root := t.TempDir()
+	for path, text := range map[string]string{
+		"sys/block/loop3/loop/backing_file": "/var/pool\n", "sys/block/loop3/loop/offset": "2097152\n",
+		"proc/self/mountinfo": "40 1 0:50 / /mnt/b ro - erofs /var/pool ro,directio,fsoffset=6291456\n",
+	} {
+		path = filepath.Join(root, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for off, want := range map[int64]string{2 << 20: "in use by /dev/loop3", 4 << 20: "", 6 << 20: "mounted on /mnt/b"} {
+		if got := mountedFrom(root, region.Info{Path: "/var/pool"}, pool.Image{Off: off}); got != want {
+			t.Errorf("image at %d: %q, expected %q", off, got, want)
+		}
+	}
+	if got := mountedFrom(root, region.Info{Path: "/var/other"}, pool.Image{Off: 2 << 20}); got != "" {
+		t.Errorf("another pool: %q", got)
+	}
+}
