@@ -258,6 +258,16 @@ func BenchmarkMmapFaultsWarm(b *testing.B) {
 	})
 }
 
+// BenchmarkMount is what an image costs the first container that uses it, besides its check.
+func BenchmarkMount(b *testing.B) {
+	onEach(b, 0, func(b *testing.B, fresh func() (string, func())) {
+		for range b.N {
+			_, done := fresh()
+			done()
+		}
+	})
+}
+
 func findLs(b *testing.B, dir string) {
 	if out, err := exec.Command("sh", "-c", `find "$0" -ls >/dev/null`, dir).CombinedOutput(); err != nil {
 		b.Fatalf("find: %v\n%s", err, out)
