@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,13 +28,20 @@ func doctorCommand(e *env) *cli.Command {
 		ArgsUsage: "[PATH...]",
 		Description: `
 PATH is an image, a pool or a directory for one; without any, all memory of the machine that could hold a pool is looked
-at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. The exit status is 1 if there
-is memory for which no driver works.
+at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. If containerd runs, its
+configuration is checked, too, and what has to be added to it is printed. The exit status is 1 if there is memory for
+which no driver works, or if containerd and the daemon do not fit together.
 
 Examples:
    daxfs doctor
    daxfs doctor --json /var/lib/daxfs-snapshotter | jq '.memory[0].drivers[] | select(.picked) | .driver'`,
-		Flags:  []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "write JSON"}},
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "json", Usage: "write JSON"},
+			&cli.StringFlag{Name: "containerd", Value: "/run/containerd/containerd.sock", Usage: "also check the containerd at `SOCKET`; empty: none"},
+			&cli.StringFlag{Name: "containerd-config", Value: "/etc/containerd/config.toml", Usage: "its configuration `FILE`"},
+			&cli.StringFlag{Name: "config", Value: "/etc/daxfs-snapshotter/config.toml", Usage: "the daemon's configuration `FILE`; if there is none, its defaults"},
+			&cli.StringFlag{Name: "snapshotter", Value: "daxfs", Usage: "the `NAME` of the daemon in containerd"},
+		},
 		Action: e.doctor,
 	}
 }
@@ -44,6 +52,8 @@ type report struct {
 	Root    bool           `json:"root"`
 	Support []support      `json:"support"`
 	Memory  []memoryReport `json:"memory"`
+	// Containerd is missing if no containerd was asked.
+	Containerd *containerdReport `json:"containerd,omitempty"`
 }
 
 type support struct {
@@ -75,6 +85,12 @@ func (e *env) doctor(c *cli.Context) error {
 		usable = usable && works
 		rep.Memory = append(rep.Memory, r)
 	}
+	if socket := c.String("containerd"); socket != "" && (c.IsSet("containerd") || exists(socket)) {
+		rep.Containerd = checkContainerd(c.Context, containerdFiles{
+			socket: socket, config: c.String("containerd-config"), daemonConfig: c.String("config"), name: c.String("snapshotter"),
+		})
+		usable = usable && !rep.Containerd.failed()
+	}
 	if c.Bool("json") {
 		enc := json.NewEncoder(e.stdout)
 		enc.SetEscapeHTML(false)
@@ -86,6 +102,11 @@ func (e *env) doctor(c *cli.Context) error {
 		return errSilent
 	}
 	return err
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 func memoryOf(paths []string) ([]memory, error) {
@@ -186,13 +207,7 @@ func (e *env) show(r report) error {
 	if !r.Root {
 		fmt.Fprintln(w, "not root: what needs privilege is shown as missing")
 	}
-	for _, s := range r.Support {
-		mark := "yes"
-		if !s.OK {
-			mark = "no"
-		}
-		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, mark, s.Note)
-	}
+	showSupport(w, r.Support)
 	for _, m := range r.Memory {
 		fmt.Fprintf(w, "\n%s %s", m.Info.Kind, m.Info.Path)
 		if m.Bytes > 0 {
@@ -216,5 +231,26 @@ func (e *env) show(r report) error {
 			fmt.Fprintf(w, "%s%s\t%s\n", mark, d.Driver, text)
 		}
 	}
-	return w.Flush()
+	if r.Containerd != nil {
+		fmt.Fprintf(w, "\ncontainerd %s at %s\n", r.Containerd.Version, r.Containerd.Address)
+		showSupport(w, r.Containerd.Checks)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if r.Containerd != nil && r.Containerd.Snippet != "" {
+		_, err := fmt.Fprintf(e.stdout, "\nAdd this to containerd's configuration and restart containerd:\n\n%s", r.Containerd.Snippet)
+		return err
+	}
+	return nil
+}
+
+func showSupport(w io.Writer, rows []support) {
+	for _, s := range rows {
+		mark := "yes"
+		if !s.OK {
+			mark = "no"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, mark, s.Note)
+	}
 }
