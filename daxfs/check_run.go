@@ -1,6 +1,7 @@
 package daxfs
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -46,7 +47,7 @@ func (f Finding) String() string {
 type CheckOptions struct {
 	// SkipTails leaves out the rule data-tail, and with it all reading of contents: it costs one page per file.
 	SkipTails bool
-	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<26. Memory use is up to 150 bytes
+	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<26. Memory use is up to 500 bytes
 	// per inode.
 	MaxInodes uint64
 }
@@ -97,6 +98,7 @@ type checker struct {
 	erofsState
 	v8State
 	extents []extent
+	page    [BlockSize]byte // scratch
 	// budget is how many bytes of directories and xattrs may still be read, pairing how many of directories of the DAXFS half
 	// beside those of the EROFS half. Each begins with the size of the image: who needs more has structures that overlap.
 	budget, pairing int64
@@ -193,14 +195,16 @@ func (c *checker) checkSupers() error {
 	return nil
 }
 
-// isZero reports whether all bytes are zero.
+var zeros [BlockSize]byte
+
+// isZero reports whether all bytes are zero. Comparing is several times faster than a loop.
 func isZero(b []byte) bool {
-	for _, x := range b {
-		if x != 0 {
+	for ; len(b) > len(zeros); b = b[len(zeros):] {
+		if !bytes.Equal(b[:len(zeros)], zeros[:]) {
 			return false
 		}
 	}
-	return true
+	return bytes.Equal(b, zeros[:len(b)])
 }
 
 // readCache keeps a few chunks of what it has read: a check reads metadata in small pieces that lie together.

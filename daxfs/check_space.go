@@ -82,8 +82,10 @@ func (c *checker) checkTail(e *extent) error {
 	}
 	tail := e.off + e.size
 	n := min(e.end(), c.data.size) - tail
-	b, err := c.data.view(tail, int(n))
-	if err != nil {
+	b := c.page[:n]
+	if c.data.b != nil {
+		b = c.data.b[tail : tail+n] // without copying
+	} else if err := c.data.readFull(b, tail); err != nil {
 		return err
 	}
 	if !isZero(b) {
