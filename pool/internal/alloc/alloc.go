@@ -94,15 +94,15 @@ func (s *Space) segTop() int64 {
 // that long. ok is false if no gap is long enough.
 func (s *Space) Extent(n int64) (off int64, ok bool) {
 	aligned := n >= Align
-	g := s.ext.find(n, aligned)
-	if g == nil {
+	start, length := s.ext.find(n, aligned)
+	if length == 0 {
 		return 0, false
 	}
-	off = g.start + g.n - n
+	off = start + length - n
 	if aligned {
 		off &^= Align - 1
 	}
-	s.ext.take(g.start, g.n, off, n)
+	s.ext.take(start, length, off, n)
 	return off, true
 }
 

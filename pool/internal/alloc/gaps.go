@@ -2,9 +2,12 @@ package alloc
 
 import "math/bits"
 
-// gaps holds disjoint free spans. It answers "where does a span of n bytes fit" by good fit: gaps are kept in classes by
-// the power of two of their length; the lowest class with a gap that is long enough wins, and in it the gap at the
-// highest offset. So small spans go into small holes before large ones are cut, and everything stays near the top.
+// gaps holds disjoint free spans. It answers "where does a span of n bytes fit".
+//
+// Small spans go by good fit: gaps are kept in classes by the power of two of their length; the lowest class with a gap
+// that is long enough wins, and in it the gap at the highest offset. So small spans fill small holes before large ones
+// are cut, and everything stays near the top. Aligned spans are large and rare: they take the smallest gap that fits,
+// found by looking at all, which in TestChurn halves how often one does not fit.
 type gaps struct {
 	class   [64]*node       // treaps by start
 	byStart map[int64]int64 // start -> length
@@ -19,7 +22,6 @@ type node struct {
 	prio        uint64
 	left, right *node
 	maxLen      int64 // longest gap in this subtree
-	maxAligned  int64 // longest span that fits at an aligned start in this subtree
 }
 
 func newGaps() *gaps {
@@ -34,10 +36,10 @@ func alignedFit(start, n int64) int64 {
 }
 
 func (t *node) fix() *node {
-	t.maxLen, t.maxAligned = t.n, alignedFit(t.start, t.n)
+	t.maxLen = t.n
 	for _, c := range [2]*node{t.left, t.right} {
 		if c != nil {
-			t.maxLen, t.maxAligned = max(t.maxLen, c.maxLen), max(t.maxAligned, c.maxAligned)
+			t.maxLen = max(t.maxLen, c.maxLen)
 		}
 	}
 	return t
@@ -120,35 +122,42 @@ func (g *gaps) take(gap, length, off, n int64) {
 	}
 }
 
-// find returns the gap that a span of n bytes should go into.
-func (g *gaps) find(n int64, aligned bool) *node {
+// find returns the gap that a span of n bytes should go into; length is 0 if there is none.
+func (g *gaps) find(n int64, aligned bool) (start, length int64) {
+	if aligned {
+		return g.smallest(n)
+	}
 	for c := classOf(n); c < len(g.class); c++ {
-		if t := highest(g.class[c], n, aligned); t != nil {
-			return t
+		if t := highest(g.class[c], n); t != nil {
+			return t.start, t.n
 		}
 	}
-	return nil
+	return 0, 0
+}
+
+// smallest returns the smallest gap with room for n bytes at a multiple of Align, of equal ones the highest.
+func (g *gaps) smallest(n int64) (start, length int64) {
+	for s, l := range g.byStart {
+		if alignedFit(s, l) >= n && (length == 0 || l < length || l == length && s > start) {
+			start, length = s, l
+		}
+	}
+	return start, length
 }
 
 // highest returns the fitting gap with the highest start.
-func highest(t *node, n int64, aligned bool) *node {
+func highest(t *node, n int64) *node {
 	for t != nil {
 		switch {
-		case fits(t.right, n, aligned):
+		case t.right != nil && t.right.maxLen >= n:
 			t = t.right
-		case !aligned && t.n >= n, aligned && alignedFit(t.start, t.n) >= n:
+		case t.n >= n:
 			return t
-		case fits(t.left, n, aligned):
-			t = t.left
 		default:
-			return nil
+			t = t.left
 		}
 	}
 	return nil
-}
-
-func fits(t *node, n int64, aligned bool) bool {
-	return t != nil && (aligned && t.maxAligned >= n || !aligned && t.maxLen >= n)
 }
 
 func (g *gaps) largest() int64 {
