@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
@@ -150,7 +151,7 @@ func (t *Table) adoptOne(ctx context.Context, dir string) error {
 	if err := sys.Detach(mnt); err != nil {
 		return err
 	}
-	for _, d := range t.drivers { // a crash before the record knew its driver can have left devices of any of them
+	for _, d := range t.known() { // a crash before the record knew its driver can have left devices of any of them
 		if err := d.Unmount(ctx, mnt); err != nil {
 			return err
 		}
@@ -167,8 +168,11 @@ func (e *entry) match(ctx context.Context) error {
 	return e.driver.Match(ctx, e.src, mountDir(e.dir))
 }
 
+// known are all drivers whose mounts may be found. The first of one name counts.
+func (t *Table) known() []Driver { return slices.Concat(t.drivers, t.opts.Adopt) }
+
 func (t *Table) byName(name string) Driver {
-	for _, d := range t.drivers {
+	for _, d := range t.known() {
 		if d.Name() == name {
 			return d
 		}

@@ -35,6 +35,9 @@ type Table struct {
 type Options struct {
 	// Check proves an image before it is mounted; Source.Checked skips it. Nil means CheckImage.
 	Check func(ctx context.Context, src Source) error
+	// Adopt are drivers besides those given to Open. Images that they mounted, under an earlier configuration, are adopted
+	// and unmounted when no longer used; no new mount is made with them.
+	Adopt []Driver
 	// Warn receives what an operator should know but no caller can act upon. Nil drops it.
 	Warn Warning
 }
@@ -136,7 +139,13 @@ func (t *Table) leave(key string, e *entry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e.users--
-	if e.users == 0 && e.driver == nil && t.entries[key] == e {
+	t.forget(key, e)
+}
+
+// forget drops an entry that stands for nothing any more. It needs Table.mu. An image that was lost and could not be mounted
+// again keeps its entry as long as it has holders: they are still its users when it comes back.
+func (t *Table) forget(key string, e *entry) {
+	if e.users == 0 && e.driver == nil && len(e.holders) == 0 && t.entries[key] == e {
 		delete(t.entries, key)
 	}
 }
@@ -250,6 +259,7 @@ func (t *Table) Release(key, holder string) int {
 		return 0
 	}
 	delete(e.holders, holder)
+	t.forget(key, e)
 	return len(e.holders)
 }
 

@@ -330,6 +330,56 @@ func TestTableRepairsLostMount(t *testing.T) {
 	}
 }
 
+// Holders of an image that is lost and cannot be mounted at the moment are its holders again when it can.
+func TestTableKeepsHoldersOfLostImage(t *testing.T) {
+	mounttest.Root(t)
+	tab := open(t, t.TempDir(), mount.Options{})
+	src := image(t, "a", "one")
+	m, err := tab.Mount(t.Context(), src, "h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	away := src.Region.Path + ".away"
+	if err := errors.Join(sys.Detach(m.Dir), os.Rename(src.Region.Path, away)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tab.Mount(t.Context(), src, "h2"); err == nil {
+		t.Fatal("mounted a file that is not there")
+	}
+	if _, ok := tab.Get("a"); ok {
+		t.Error("the image counts as mounted")
+	}
+	if err := os.Rename(away, src.Region.Path); err != nil {
+		t.Fatal(err)
+	}
+	if m, err = tab.Mount(t.Context(), src, "h2"); err != nil || fmt.Sprint(m.Holders) != "[h h2]" {
+		t.Errorf("holders %q, %v; expected h and h2", m.Holders, err)
+	}
+}
+
+// A mount of a driver that the configuration no longer names is kept as long as it is used.
+func TestTableAdoptsFromOtherDrivers(t *testing.T) {
+	mounttest.Root(t)
+	root := t.TempDir()
+	src := image(t, "a", "one")
+	if _, err := open(t, root, mount.Options{}).Mount(t.Context(), src, "h"); err != nil {
+		t.Fatal(err)
+	}
+	var none []string
+	other := fake{"other", nil, errors.New("must not be asked to mount"), &none}
+	tab := open(t, root, mount.Options{Adopt: []mount.Driver{erofs.Loop{}}}, other)
+	if m, err := tab.Mount(t.Context(), src, "h"); err != nil || m.Driver != "erofs-loop" {
+		t.Fatalf("got %+v, %v", m, err)
+	}
+	tab.Release("a", "h")
+	if err := tab.Prune(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tab.Mount(t.Context(), src, "h"); err == nil || len(none) != 1 {
+		t.Errorf("a new mount was made with a driver for adoption only: %v, %q", err, none)
+	}
+}
+
 func TestTableRefuses(t *testing.T) {
 	mounttest.Root(t)
 	refuse := errors.New("rule 7 is broken")
