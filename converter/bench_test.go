@@ -19,8 +19,8 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
-	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
 // benchImage is an image like those of Debian with Python or Node: four layers made of what this machine has below

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
-	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 

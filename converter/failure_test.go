@@ -18,8 +18,8 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
-	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 

@@ -12,9 +12,9 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
-	"github.com/daxfs/daxfs-snapshotter/converter/internal/ocitest"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 

@@ -40,7 +40,7 @@ Examples:
    daxfs convert containerd:docker.io/library/redis:7 --namespace k8s.io -o redis.daxfs
    mount -t erofs -o ro debian.daxfs /mnt`,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the image to `IMAGE`", Required: true},
+			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the image to `IMAGE`"},
 			&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
 			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 16 bytes"},
 			&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
@@ -61,6 +61,9 @@ Examples:
 func (e *env) convert(c *cli.Context) error {
 	if err := needArgs(c, "SOURCE"); err != nil {
 		return err
+	}
+	if c.String("output") == "" {
+		return &usageError{"convert", "no output, expected -o IMAGE"}
 	}
 	o := converter.Options{
 		Image:       daxfs.Options{Label: c.String("label")},

@@ -1,0 +1,219 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"daxfs": main})
+}
+
+// TestScripts runs the stories in testdata. Each begins in a directory that holds images:
+//
+//	layout          OCI layout with one image of two layers, tags v1 and v2 (v2 has a wrong diff ID)
+//	docker.tar      docker archive of the same layers
+//	multi           OCI layout with an index for linux/amd64 and linux/arm64
+//	endless         OCI layout with one big layer, which interrupt replaces by a fifo
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("HOME", e.WorkDir)
+			setup(t, e.WorkDir)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"status": wantStatus, "json": wantField, "sametar": sameTar, "layout": newLayout, "flip": flipBit, "interrupt": interrupt,
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "root" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return os.Geteuid() == 0, nil
+		},
+		RequireExplicitExec: true,
+	})
+}
+
+func setup(t *testing.T, dir string) {
+	tars := [][]byte{
+		Tar(Dir("etc").Own(1, 2), Reg("etc/passwd", "root:x:0:0::/:/bin/sh\n").Perm(0o600), Reg("bin", strings.Repeat("x", 3<<20)),
+			Sym("link", "etc/passwd"), Special(tar.TypeChar, "null", 1, 3), Special(tar.TypeFifo, "fifo", 0, 0),
+			Hard("etc/passwd-", "etc/passwd").Perm(0o600), Reg("etc/gone", "gone")),
+		Tar(Reg("etc/.wh.gone", ""), Reg("a\nb", "strange name"), Reg("cap", "c").X("user.note", "hello")),
+	}
+	layers := []ocitest.Layer{{Tar: tars[0], Compression: ocitest.Gzip}, {Tar: tars[1], Compression: ocitest.Zstd}}
+	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	l.Tag("v1", l.Manifest(ocitest.LinuxAMD64, layers...))
+	bad := slices.Clone(layers)
+	bad[1].DiffID = digest.FromString("something else")
+	l.Tag("v2", l.Manifest(ocitest.LinuxAMD64, bad...))
+	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:v1", layers...)
+	m := ocitest.NewLayout(t, filepath.Join(dir, "multi"))
+	arm := ocitest.LinuxAMD64
+	arm.Architecture = "arm64"
+	amd := m.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: Tar(Reg("amd64", "1"))})
+	m.Tag("", m.Index(m.Index(amd), m.Manifest(arm, ocitest.Layer{Tar: Tar(Reg("arm64", "1"))})))
+	e := ocitest.NewLayout(t, filepath.Join(dir, "endless"))
+	e.Tag("", e.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 2<<20)))}))
+}
+
+// wantStatus runs daxfs and wants this exit status: status N ARGS...
+func wantStatus(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 1 {
+		ts.Fatalf("usage: status N ARGS...")
+	}
+	got := 0
+	if err := ts.Exec("daxfs", args[1:]...); err != nil {
+		var exit interface{ ExitCode() int }
+		if !errors.As(err, &exit) {
+			ts.Fatalf("daxfs: %v", err)
+		}
+		got = exit.ExitCode()
+	}
+	if fmt.Sprint(got) != args[0] {
+		ts.Fatalf("status %d, expected %s", got, args[0])
+	}
+}
+
+// wantField wants a field of JSON in a file (or stdout) to have a value: json FILE PATH.TO.FIELD VALUE
+func wantField(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: json FILE FIELD VALUE")
+	}
+	var v any
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile(args[0])), &v))
+	for _, k := range strings.Split(args[1], ".") {
+		m, ok := v.(map[string]any)
+		if !ok || m[k] == nil {
+			ts.Fatalf("no field %q", args[1])
+		}
+		v = m[k]
+	}
+	got, err := json.Marshal(v)
+	ts.Check(err)
+	if string(got) != args[2] {
+		ts.Fatalf("%s is %s, expected %s", args[1], got, args[2])
+	}
+}
+
+// newLayout makes an OCI layout with one layer out of a tar: layout TAR DIR
+func newLayout(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: layout TAR DIR")
+	}
+	tb := &testing.B{} // a layout that cannot be written shows as one that cannot be read
+	l := ocitest.NewLayout(tb, ts.MkAbs(args[1]))
+	l.Tag("", l.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: []byte(ts.ReadFile(args[0])), Compression: ocitest.Gzip}))
+}
+
+// sameTar compares two tars: sametar A B. (cmp would print them.)
+func sameTar(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: sametar A B")
+	}
+	a, b := []byte(ts.ReadFile(args[0])), []byte(ts.ReadFile(args[1]))
+	if len(a) < 1024 || !bytes.Equal(a, b) {
+		ts.Fatalf("tars of %d and %d bytes differ", len(a), len(b))
+	}
+}
+
+// flipBit changes a bit of a file: flip FILE OFFSET
+func flipBit(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: flip FILE OFFSET")
+	}
+	name := ts.MkAbs(args[0])
+	b, err := os.ReadFile(name)
+	ts.Check(err)
+	var off int
+	_, err = fmt.Sscan(args[1], &off)
+	ts.Check(err)
+	b[off] ^= 1
+	ts.Check(os.WriteFile(name, b, 0o644))
+}
+
+// interrupt runs daxfs in this process with a context that ends, as by ^C, while a layer is read, and wants status 130:
+// interrupt ARGS... Of the arguments the source and the output are paths below the work directory.
+func interrupt(ts *testscript.TestScript, neg bool, args []string) {
+	if neg {
+		ts.Fatalf("usage: interrupt ARGS...")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	for i, a := range args {
+		if fifo, ok := strings.CutPrefix(a, "FIFO="); ok {
+			// A layer that is a fifo: the conversion waits for it for ever.
+			fifo = ts.MkAbs(fifo)
+			args[i] = "oci:" + fifo
+			blobs, err := filepath.Glob(filepath.Join(fifo, "blobs/sha256/*"))
+			ts.Check(err)
+			for _, b := range blobs {
+				if fi, err := os.Stat(b); err == nil && fi.Size() > 1<<20 {
+					ts.Check(os.Remove(b))
+					ts.Check(unix.Mkfifo(b, 0o600))
+					w, err := os.OpenFile(b, os.O_RDWR, 0)
+					ts.Check(err)
+					defer w.Close()
+					_, err = w.Write(make([]byte, 512))
+					ts.Check(err)
+				}
+			}
+		} else if i > 0 && args[i-1] == "-o" {
+			args[i] = ts.MkAbs(a)
+		}
+	}
+	time.AfterFunc(200*time.Millisecond, cancel)
+	var stderr bytes.Buffer
+	got := run(ctx, append([]string{"daxfs"}, args...), nil, io.Discard, &stderr)
+	if got != statusInterrupted || !strings.Contains(stderr.String(), "interrupted") {
+		ts.Fatalf("status %d (%s), expected %d", got, stderr.String(), statusInterrupted)
+	}
+}
+
+// TestReorder: options may stand before and after arguments.
+func TestReorder(t *testing.T) {
+	app := newApp(&env{stdin: nil, stdout: io.Discard, stderr: io.Discard})
+	for _, c := range []struct{ in, want string }{
+		{"daxfs convert SRC -o OUT", "daxfs convert -o OUT SRC"},
+		{"daxfs convert SRC --output=OUT --quiet", "daxfs convert --output=OUT --quiet SRC"},
+		{"daxfs convert -o OUT SRC", "daxfs convert -o OUT SRC"},
+		{"daxfs ls IMG PATH -lR", "daxfs ls -lR IMG PATH"},
+		{"daxfs cat IMG -- -file", "daxfs cat -- IMG -file"},
+		{"daxfs --version", "daxfs --version"},
+		{"daxfs unknown -o x", "daxfs -o unknown x"},
+		{"daxfs", "daxfs"},
+	} {
+		if got := strings.Join(reorder(strings.Fields(c.in), app.Flags, app.Commands), " "); got != c.want {
+			t.Errorf("%q becomes %q, expected %q", c.in, got, c.want)
+		}
+	}
+}
+
+// TestEveryCommandIsDocumented: help has a text and an example for each.
+func TestEveryCommandIsDocumented(t *testing.T) {
+	for _, c := range newApp(&env{stdout: io.Discard, stderr: io.Discard}).Commands {
+		if c.Usage == "" || !strings.Contains(c.Description, "Example") {
+			t.Errorf("command %q lacks a usage or an example", c.Name)
+		}
+	}
+}
