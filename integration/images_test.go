@@ -2,7 +2,10 @@ package integration
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -55,4 +58,12 @@ func sumOf(entries []testimage.Entry, name string) string {
 		}
 	}
 	return "no entry " + name
+}
+
+// removeIfThere removes a file that may not exist.
+func removeIfThere(t testing.TB, path string) {
+	t.Helper()
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
 }

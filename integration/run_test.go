@@ -62,26 +62,26 @@ func TestNerdctl(t *testing.T) {
 		if out := s.Nerdctl("run", "--rm", "--net=none", ref, "cat", "/s/size-1"); out != string(testimage.Noise(2, 1)) {
 			t.Errorf("nerdctl run printed %q", out)
 		}
-		s.Nerdctl("run", "--detach", "--net=none", "--name", "c", ref, "sleep", "1000000")
-		if out := s.Nerdctl("exec", "c", "sh", "-c", "echo changed > /s/owned; rm /s/attrs; stat -c %u:%g /s/bigid"); out != "2147483653:2147483654\n" {
+		s.Nerdctl("run", "--detach", "--net=none", "--name", "box", ref, "sleep", "1000000")
+		if out := s.Nerdctl("exec", "box", "sh", "-c", "echo changed > /s/owned; rm /s/attrs; stat -c %u:%g /s/bigid"); out != "2147483653:2147483654\n" {
 			t.Errorf("nerdctl exec printed %q", out)
 		}
 		file := filepath.Join(s.Dir, "copied")
 		if err := os.WriteFile(file, []byte("from outside"), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		s.Nerdctl("cp", file, "c:/s/copied")
-		s.Nerdctl("cp", "c:/s/copied", file+"-back")
+		s.Nerdctl("cp", file, "box:/s/copied")
+		s.Nerdctl("cp", "box:/s/copied", file+"-back")
 		if b, err := os.ReadFile(file + "-back"); err != nil || string(b) != "from outside" {
 			t.Errorf("nerdctl cp there and back: %q, %v", b, err)
 		}
-		diff := s.Nerdctl("diff", "c")
+		diff := s.Nerdctl("diff", "box")
 		for _, want := range []string{"C /s/owned", "D /s/attrs", "A /s/copied"} {
 			if !strings.Contains(diff, want) {
 				t.Errorf("nerdctl diff has no %q:\n%s", want, diff)
 			}
 		}
-		s.Nerdctl("commit", "c", "committed:1")
+		s.Nerdctl("commit", "box", "committed:1")
 		script := "cat /s/owned /s/copied; test ! -e /s/attrs && cat /s/hidden/new"
 		if out := s.Nerdctl("run", "--rm", "--net=none", "committed:1", "sh", "-c", script); out != "changed\nfrom outsidenew" {
 			t.Errorf("the committed image printed %q", out)
@@ -89,7 +89,7 @@ func TestNerdctl(t *testing.T) {
 		if out := s.Nerdctl("run", "--rm", "--net=none", "--read-only", ref, "sh", "-c", "touch /s/x 2>/dev/null || echo refused"); out != "refused\n" {
 			t.Errorf("a read-only container printed %q", out)
 		}
-		s.Nerdctl("rm", "--force", "c")
+		s.Nerdctl("rm", "--force", "box")
 	})
 }
 

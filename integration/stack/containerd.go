@@ -72,7 +72,7 @@ func (s *Stack) StartContainerd() error {
 		return err
 	}
 	s.containerd, err = startProcess("containerd", filepath.Join(s.Dir, "containerd.log"), s.env(),
-		s.tools.path("containerd"), "--config", config, "--log-level", "info")
+		s.tools.path("containerd"), "--config", config, "--log-level", "warn")
 	if err != nil {
 		return err
 	}

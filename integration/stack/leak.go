@@ -136,5 +136,3 @@ func added(before, now []string) []string {
 	}
 	return list
 }
-
-func fields(s string) []string { return strings.Fields(s) }

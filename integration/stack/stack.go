@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
@@ -49,6 +51,7 @@ type Stack struct {
 	containerd *process
 	daemon     *process
 	before     footprint
+	execs      int
 }
 
 // New starts a stack and stops it when the test ends. The test fails if anything is left behind then: a mount, a loop
@@ -100,6 +103,12 @@ func Start(o Options) (_ *Stack, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	// The root of a user namespace has to pass through on its way to the container.
+	for _, dir := range []string{s.Dir, s.Run} {
+		if err := os.Chmod(dir, 0o711); err != nil {
+			return nil, err
+		}
+	}
 	if err := os.Mkdir(filepath.Join(s.Dir, "tmp"), 0o1777); err != nil {
 		return nil, err
 	}
@@ -139,7 +148,7 @@ func (s *Stack) Close() error {
 
 // dumpLogs shows the end of what the programs printed.
 func (s *Stack) dumpLogs(t testing.TB) {
-	for _, name := range []string{"daxfs-snapshotter", "containerd"} {
+	for _, name := range []string{"containerd", "daxfs-snapshotter"} {
 		t.Logf("the log of %s ends with:\n%s", name, tail(filepath.Join(s.Dir, name+".log")))
 	}
 }
@@ -203,19 +212,82 @@ func (s *Stack) removeContainers() error {
 		return fmt.Errorf("containerd does not answer any more: %w", err)
 	}
 	var errs []error
-	for _, ns := range fields(namespaces) {
-		tasks, err := s.output("ctr", "--namespace", ns, "task", "ls", "-q")
-		errs = append(errs, err)
-		for _, id := range fields(tasks) {
-			_, err := s.output("ctr", "--namespace", ns, "task", "rm", "--force", id)
+	for _, ns := range strings.Fields(namespaces) {
+		for _, kind := range []struct{ list, remove []string }{
+			{[]string{"task", "ls", "-q"}, []string{"task", "rm", "--force"}},
+			{[]string{"container", "ls", "-q"}, []string{"container", "rm"}},
+		} {
+			ids, err := s.output("ctr", append([]string{"--namespace", ns}, kind.list...)...)
 			errs = append(errs, err)
-		}
-		containers, err := s.output("ctr", "--namespace", ns, "container", "ls", "-q")
-		errs = append(errs, err)
-		for _, id := range fields(containers) {
-			_, err := s.output("ctr", "--namespace", ns, "container", "rm", id)
-			errs = append(errs, err)
+			if list := strings.Fields(ids); len(list) > 0 {
+				_, err := s.output("ctr", append(append([]string{"--namespace", ns}, kind.remove...), list...)...)
+				errs = append(errs, err)
+			}
 		}
 	}
 	return errors.Join(errs...)
 }
+
+// Reboot does what a power failure and a boot do: every process ends at once, what is in memory is gone (mounts, and all
+// below Run), and the daemons start again. lost is called while nothing runs, to take away what else was in memory; it
+// may be nil. The registry stays as it is.
+func (s *Stack) Reboot(lost func()) error {
+	for range 100 { // a shim may start one more while it is looked for
+		pids, err := ownProcesses()
+		if err != nil {
+			return err
+		}
+		if len(pids) == 0 {
+			break
+		}
+		for _, p := range pids {
+			var pid int
+			if _, err := fmt.Sscan(p, &pid); err != nil {
+				return err
+			}
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return fmt.Errorf("kill %s: %w", p, err)
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	<-s.containerd.done
+	if s.daemon != nil {
+		<-s.daemon.done
+	}
+	if err := s.unmountAll(); err != nil {
+		return err
+	}
+	for _, dir := range []string{s.Run, "/run/containerd", "/run/nerdctl"} {
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(s.Run, 0o755); err != nil {
+		return err
+	}
+	if lost != nil {
+		lost()
+	}
+	if s.daemon != nil {
+		if err := s.StartDaemon(); err != nil {
+			return err
+		}
+	}
+	return s.StartContainerd()
+}
+
+// Exec runs a command in a running container and returns what it printed.
+func (s *Stack) Exec(id string, args ...string) (string, error) {
+	s.execs++
+	return s.output("ctr", append([]string{"task", "exec", "--exec-id", fmt.Sprintf("exec-%d", s.execs), id}, args...)...)
+}
+
+// Collect makes containerd forget what nothing refers to, and waits until it has.
+func (s *Stack) Collect() error {
+	_, err := s.output("ctr", "content", "prune", "references")
+	return err
+}
+
+// Must fails the test on an error, which is the last of the values.
+func (s *T) Must(err error) { s.t.Helper(); s.must(err) }
