@@ -179,6 +179,11 @@ func (c *checker) checkDir(d int32) error {
 				}
 			}
 			prev = e.name
+			if e.odd {
+				if err := c.finding(RuleDirBlock, off, dir.Nid, path(), "reserved byte of entry %q is not zero", e.name); err != nil {
+					return err
+				}
+			}
 			if k := string(e.name); k == "." || k == ".." {
 				want := self.nid
 				if k == ".." {
@@ -327,6 +332,12 @@ func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, wher
 		}
 	case unix.S_IFLNK:
 		kind = useTarget
+		// Linux looks for an inline target in the block of the inode, not only in one block.
+		if end := in.tail + in.Size; in.tail != 0 && off/BlockSize != (end-1)/BlockSize {
+			if err := c.finding(RuleInline, off, in.Nid, where(), "target ends at %d, expected it in the block of the inode", end); err != nil {
+				return err
+			}
+		}
 		if _, err := in.Target(); err != nil {
 			if err := c.broken(err, where()); err != nil {
 				return err

@@ -55,6 +55,11 @@ func (c *checker) checkV8Super(block []byte) error {
 	var sb disk.V8Super
 	sb.Unmarshal(block)
 	base, end := c.v8.base(), c.v8.end()
+	if sb.Reserved != 0 {
+		if err := c.finding(RuleV8Reserved, 12, 0, "", "reserved field is %#x, expected 0", sb.Reserved); err != nil {
+			return err
+		}
+	}
 	if sb.RootIno != disk.V8RootIno {
 		if err := c.finding(RuleV8Root, 52, 0, "", "root inode is %d, expected 1: the kernel takes 1 anyway", sb.RootIno); err != nil {
 			return err

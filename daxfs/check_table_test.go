@@ -81,6 +81,12 @@ var corruptions = []corruption{
 	{"chunked file", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 4 }) }},
 	{"inline file", daxfs.RuleLayout, "data-tail halves-data meta-overlap", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 2 }) }},
 	{"inline tail over a block", daxfs.RuleInline, "", func(s *surgeon) { s.inode("link", func(i *disk.ErofsInode) { i.Size = 4095 }) }},
+	{"inline target in the next block", daxfs.RuleInline, "halves-target meta-overlap xattr-bounds xattr-name", func(s *surgeon) {
+		s.inode("link", func(i *disk.ErofsInode) {
+			room := 4096 - int(s.meta()+int64(s.lookup("link").Nid)*disk.ErofsSlot)%4096
+			i.XattrCount = uint16((room-disk.ErofsCompactSize-disk.ErofsXattrHdrSize)/4 + 1)
+		})
+	}},
 	{"link count of a file", daxfs.RuleNlink, "halves-nlink", func(s *surgeon) { s.inode("one", func(i *disk.ErofsInode) { i.Nlink = 3 }) }},
 	{"link count of a directory", daxfs.RuleNlink, "halves-nlink", func(s *surgeon) { s.inode("dir", func(i *disk.ErofsInode) { i.Nlink = 1 }) }},
 	{"link count of a fifo", daxfs.RuleNlink, "", func(s *surgeon) { s.inode("fifo", func(i *disk.ErofsInode) { i.Nlink = 0 }) }},
@@ -126,6 +132,7 @@ var corruptions = []corruption{
 	{"names that cross", daxfs.RuleDirBlock, "halves-names inode-nlink super-inodes", func(s *surgeon) {
 		s.dirent("dir", "x", func(d *disk.ErofsDirent) { d.NameOff += 10 })
 	}},
+	{"reserved byte of an entry", daxfs.RuleDirBlock, "", func(s *surgeon) { b, i := s.block("dir", "x"); b[i*disk.ErofsDirentSize+11] = 1 }},
 	{"slash in a name", daxfs.RuleDirName, "halves-names super-inodes", func(s *surgeon) { s.name("many", "entry-100")[4] = '/' }},
 	{"NUL in a name", daxfs.RuleDirName, "halves-names super-inodes", func(s *surgeon) { s.name("many", "entry-100")[4] = 0 }},
 	{"empty last name", daxfs.RuleDirName, "halves-names super-inodes", func(s *surgeon) { s.name("dir", "y")[0] = 0 }},
@@ -216,6 +223,9 @@ var corruptions = []corruption{
 	{"inode 1 is a file", daxfs.RuleV8Root, "", func(s *surgeon) { s.inodeV8(".", func(i *disk.V8Inode) { i.Mode = unix.S_IFREG | 0o755 }) }},
 	{"page cache", daxfs.RuleV8PageCache, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.PCacheOff = 4096 }) }},
 	{"page cache slots", daxfs.RuleV8PageCache, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.PCacheSlots = 4 }) }},
+	{"reserved field", daxfs.RuleV8Reserved, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.Reserved = 1 }) }},
+	{"reserved bytes of a DAXFS inode", daxfs.RuleV8Reserved, "", func(s *surgeon) { s.rawV8("dir/x")[63] = 1 }},
+	{"reserved bytes of a DAXFS entry", daxfs.RuleV8Reserved, "", func(s *surgeon) { s.entryV8("dir", "x")[10] = 1 }},
 	{"no overlay", daxfs.RuleV8Overlay, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.OverlayOff, d.OverlaySize = 0, 0 }) }},
 	{"overlay after the end", daxfs.RuleV8Overlay, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.OverlayOff += 4096 }) }},
 	{"overlay that overflows", daxfs.RuleV8Overlay, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.OverlayOff = 1<<64 - 4096 }) }},

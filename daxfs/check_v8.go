@@ -84,6 +84,15 @@ func (c *checker) checkV8Inode(ino uint64) error {
 			return err
 		}
 	}
+	b, err := c.s.view(off, disk.V8InodeSize)
+	if err != nil {
+		return err
+	}
+	if !isZero(b[36:]) {
+		if err := c.finding(RuleV8Reserved, off+36, ino, c.v8Path(ino), "reserved bytes of the inode hold %x, expected zeros", b[36:]); err != nil {
+			return err
+		}
+	}
 	if in.Size == 0 {
 		return nil
 	}
@@ -131,6 +140,11 @@ func (c *checker) checkV8Dir(ino uint64) error {
 		e := &list[i]
 		if i > 0 && bytes.Equal(e.name, list[i-1].name) {
 			if err := c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q is there twice", e.name); err != nil {
+				return err
+			}
+		}
+		if e.odd {
+			if err := c.finding(RuleV8Reserved, e.off, ino, c.v8Path(ino), "reserved bytes of entry %q are not zero", e.name); err != nil {
 				return err
 			}
 		}

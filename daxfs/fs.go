@@ -86,6 +86,9 @@ func (p pathFS) ReadFile(path string) ([]byte, error) {
 	if !in.IsRegular() {
 		return nil, &fs.PathError{Op: "readfile", Path: path, Err: notRegular(&in)}
 	}
+	if int64(int(in.Size)) != in.Size { // on a 32-bit machine
+		return nil, &fs.PathError{Op: "readfile", Path: path, Err: unix.EFBIG}
+	}
 	b := make([]byte, in.Size) // the contents lie in the image: its size bounds this
 	if _, err := in.ReadAt(b, 0); err != nil {
 		return nil, &fs.PathError{Op: "readfile", Path: path, Err: err}

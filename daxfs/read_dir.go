@@ -28,6 +28,7 @@ type rawDirent struct {
 	nid  uint64
 	typ  uint32
 	name []byte
+	odd  bool // reserved bytes are not zero
 }
 
 // block reads the block of a directory that begins at pos, a multiple of BlockSize below its size.
@@ -76,7 +77,7 @@ func (d *dirBlock) entry(i int) (rawDirent, error) {
 	if err := checkStored(name, RuleDirName, at, d.nid); err != nil {
 		return rawDirent{}, err
 	}
-	r := rawDirent{nid: e.Nid, name: name}
+	r := rawDirent{nid: e.Nid, name: name, odd: d.b[i*disk.ErofsDirentSize+11] != 0}
 	if int(e.Type) < len(fileTypes) {
 		r.typ = fileTypes[e.Type]
 	}

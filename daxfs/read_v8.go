@@ -160,7 +160,7 @@ func (d *DAXFS) rawEntry(b []byte, off int64, dir uint64) (rawDirent, error) {
 	if e.Ino < 1 || e.Ino > d.sb.InodeCount {
 		return rawDirent{}, corrupt(RuleV8DirIno, off, dir, "entry %q has inode %d, expected 1 to %d", name, e.Ino, d.sb.InodeCount)
 	}
-	return rawDirent{nid: uint64(e.Ino), typ: e.Mode & unix.S_IFMT, name: name}, nil
+	return rawDirent{nid: uint64(e.Ino), typ: e.Mode & unix.S_IFMT, name: name, odd: !isZero(b[10:disk.V8DirentName])}, nil
 }
 
 // eachEntry calls fn for the entries of a directory from number i on, in stored order, until it returns false. The

@@ -56,6 +56,7 @@ const (
 	RuleV8Table     Rule = "v8-table"
 	RuleV8Root      Rule = "v8-root"
 	RuleV8PageCache Rule = "v8-page-cache"
+	RuleV8Reserved  Rule = "v8-reserved"
 	RuleV8Overlay   Rule = "v8-overlay"
 	RuleV8Ino       Rule = "v8-ino"
 	RuleV8Mode      Rule = "v8-mode"
@@ -152,6 +153,7 @@ var meanings = []meaning{
 	{RuleV8Table, "the inode table lies inside of the base region"},
 	{RuleV8Root, "inode 1 is the root"},
 	{RuleV8PageCache, "there is no page cache region"},
+	{RuleV8Reserved, "reserved bytes of the DAXFS half are zero"},
 	{RuleV8Overlay, "there is an overlay pair and it is empty"},
 	{RuleV8Ino, "a slot of the table holds the inode of its number"},
 	{RuleV8Mode, "a slot holds a regular file, directory or symbolic link"},
