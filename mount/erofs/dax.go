@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -24,6 +25,8 @@ import (
 type DAX struct {
 	// Dmsetup is the program to run, "dmsetup" if empty.
 	Dmsetup string
+
+	sysfs string // "/sys/class/block" if empty; tests have their own
 }
 
 // Name returns "erofs-dax".
@@ -102,9 +105,11 @@ func (d DAX) Mount(ctx context.Context, src mount.Source, dir string) (err error
 		if _, err := d.dmsetup(ctx, "create", name, "--readonly", "--table", table(src)); err != nil {
 			return fmt.Errorf("%w: the window cannot become a block device; is the dm_mod module loaded? %w", err, mount.ErrUnsupported)
 		}
-		dev = "/dev/mapper/" + name
 		// From here on the device is removed with its last user: at once if the mount fails.
 		defer func() { err = errors.Join(err, d.remove(cleanup, name)) }()
+		if dev, err = d.node(ctx, name); err != nil {
+			return err
+		}
 	}
 	if err := sys.Do(sys.Mount{Type: "erofs", Source: dev, Options: []string{"dax=always"}, Restrict: src.Restrict}, dir); err != nil {
 		return err
@@ -131,9 +136,47 @@ func hasDAX(dir string) error {
 	return nil
 }
 
+// node returns the path of a device. Where there is no udev it can take a second request until there is one.
+func (d DAX) node(ctx context.Context, name string) (string, error) {
+	path := "/dev/mapper/" + name
+	if _, err := os.Lstat(path); err == nil {
+		return path, nil
+	}
+	if _, err := d.dmsetup(ctx, "mknodes", name); err != nil {
+		return "", err
+	}
+	if _, err := os.Lstat(path); err != nil {
+		return "", fmt.Errorf("dmsetup made device %q but no node for it: %w: is udev running, or /dev a devtmpfs?", name, err)
+	}
+	return path, nil
+}
+
+// number returns the device number of a device-mapper device, "major:minor", or "" if there is none of that name. It asks
+// sysfs: a device can be without a node.
+func (d DAX) number(name string) string {
+	root := d.sysfs
+	if root == "" {
+		root = "/sys/class/block"
+	}
+	names, err := filepath.Glob(filepath.Join(root, "dm-*", "dm", "name"))
+	if err != nil {
+		return ""
+	}
+	for _, file := range names {
+		b, err := os.ReadFile(file)
+		if err != nil || strings.TrimSpace(string(b)) != name {
+			continue
+		}
+		if b, err = os.ReadFile(filepath.Join(filepath.Dir(filepath.Dir(file)), "dev")); err == nil {
+			return strings.TrimSpace(string(b))
+		}
+	}
+	return ""
+}
+
 // remove removes a device as soon as nobody has it open; nil if there is none.
 func (d DAX) remove(ctx context.Context, name string) error {
-	if _, err := os.Lstat("/dev/mapper/" + name); os.IsNotExist(err) {
+	if d.number(name) == "" {
 		return nil
 	}
 	_, err := d.dmsetup(ctx, "remove", "--deferred", name)
@@ -146,12 +189,15 @@ func (d DAX) Match(ctx context.Context, src mount.Source, dir string) error {
 	if err != nil {
 		return err
 	}
-	want := src.Region.BlockDevice
+	name, want := src.Region.BlockDevice, ""
 	if src.Off != 0 {
-		want = "/dev/mapper/" + device(dir)
+		name = device(dir)
+		want = d.number(name)
+	} else if want, err = devNumber(name); err != nil {
+		return err
 	}
-	if m.Source != want {
-		return fmt.Errorf("%q is mounted from %q, expected %q", dir, m.Source, want)
+	if got := fmt.Sprintf("%d:%d", m.Major, m.Minor); got != want {
+		return fmt.Errorf("%q is mounted from %q (%s), expected %q (%s)", dir, m.Source, got, name, want)
 	}
 	if err := hasDAX(dir); err != nil {
 		return err

@@ -238,7 +238,7 @@ func TestDAXDroppedSilently(t *testing.T) {
 }
 
 // fakeDmsetup stands for dmsetup on a kernel without device-mapper: its devices are links to a block device, and it keeps a log.
-func fakeDmsetup(t *testing.T, dev string) (program, logName string) {
+func fakeDmsetup(t *testing.T, dev string) (d DAX, logName string) {
 	t.Helper()
 	if err := os.MkdirAll("/dev/mapper", 0o755); err != nil {
 		t.Fatal(err)
@@ -247,19 +247,22 @@ func fakeDmsetup(t *testing.T, dev string) (program, logName string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { sys.Detach("/dev/mapper") })
-	program, logName = filepath.Join(t.TempDir(), "dmsetup"), filepath.Join(t.TempDir(), "log")
+	program, sysfs := filepath.Join(t.TempDir(), "dmsetup"), t.TempDir()
+	logName = filepath.Join(t.TempDir(), "log")
 	script := `#!/bin/sh
+cd ` + sysfs + `
 echo "$@" >>` + logName + `
 case $1 in
-create) ln -s ` + dev + ` /dev/mapper/$2 ;;
-remove) rm /dev/mapper/$3 ;;
+create) mkdir -p dm-0/dm; echo 253:0 >dm-0/dev; echo $2 >dm-0/dm/name ;; # without a node, as it happens without udev
+mknodes) ln -s ` + dev + ` /dev/mapper/$2 ;;
+remove) rm -rf dm-0; rm /dev/mapper/$3 ;;
 *) echo "unknown command $1" >&2; exit 1 ;;
 esac
 `
 	if err := os.WriteFile(program, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	return program, logName
+	return DAX{Dmsetup: program, sysfs: sysfs}, logName
 }
 
 // The device of a window is marked for removal whatever becomes of the mount, and one of an earlier process is taken away first.
@@ -274,13 +277,17 @@ func TestDAXWindowLeavesNoDevice(t *testing.T) {
 	defer dev.Close()
 	dir := t.TempDir()
 	name := device(dir)
-	program, logName := fakeDmsetup(t, dev.Name())
-	d := DAX{Dmsetup: program}
+	d, logName := fakeDmsetup(t, dev.Name())
 	src := mount.Source{Key: "k", Off: 2 << 20, Size: a.Size, Region: region.Info{Kind: "pmem", BlockDevice: dev.Name(), DAX: true}}
 	if err := d.Probe(t.Context(), src.Region); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink("/dev/null", "/dev/mapper/"+name); err != nil { // left by a crash
+	for _, args := range [][]string{{"create", name}, {"mknodes", name}} { // left by a crash
+		if _, err := d.dmsetup(t.Context(), args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(logName); err != nil {
 		t.Fatal(err)
 	}
 	// No kernel here has DAX on a loop device: the mount works and then is found to have none.
@@ -293,6 +300,7 @@ func TestDAXWindowLeavesNoDevice(t *testing.T) {
 	}
 	want := "remove --deferred " + name + "\n" +
 		"create " + name + " --readonly --table " + table(src) + "\n" +
+		"mknodes " + name + "\n" +
 		"remove --deferred " + name + "\n"
 	if string(log) != want {
 		t.Errorf("dmsetup was asked for:\n%sexpected:\n%s", log, want)
@@ -302,6 +310,9 @@ func TestDAXWindowLeavesNoDevice(t *testing.T) {
 	}
 	if err := d.Unmount(t.Context(), dir); err != nil {
 		t.Errorf("unmount of nothing: %v", err)
+	}
+	if n := d.number(name); n != "" {
+		t.Errorf("device %s is left", n)
 	}
 	failing := DAX{Dmsetup: "/bin/false"}
 	if err := failing.Mount(t.Context(), src, dir); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "dm_mod") {
