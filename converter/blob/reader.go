@@ -165,10 +165,7 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 			pack = plain
 		}
 	}
-	algo := r.spec.DiffID.Algorithm()
-	if r.spec.DiffID == "" {
-		algo = digest.Canonical
-	}
+	algo := r.diffAlgorithm()
 	if pack != plain || r.raw == nil || r.spec.Digest.Algorithm() != algo {
 		r.tar = newHasher(algo.Hash())
 	}
