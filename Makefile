@@ -20,7 +20,7 @@ export DAXFS_TEST_CACHE
 
 GO           ?= go
 # Static binaries: one file serves every distribution, and the same bytes come out on every machine (-trimpath).
-GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.linkedVersion=$(VERSION)'
 GOTEST        = $(GO) run ./integration/testreport $(if $(SKIPS),-skips $(SKIPS)) --
 # How long each fuzz target runs in "make fuzz"; "make test" gives each 10 s.
 FUZZTIME     ?= 60s
@@ -61,7 +61,7 @@ test-unit: ## Test every package but integration/
 	$(GOTEST) -timeout 20m $(UNIT_PKGS)
 
 test-integration: build ## Test on real containerd, and kernels in QEMU
-	$(GOTEST) -timeout 40m -p 1 ./integration/...
+	$(GOTEST) -count 1 -timeout 40m -p 1 ./integration/...
 
 test-short: ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
@@ -100,11 +100,11 @@ install: build ## Install programs, manual pages, unit and sample configuration 
 	install -d $(DESTDIR)$(BINDIR)
 	install -m 0755 $(COMMANDS:%=bin/%) $(DESTDIR)$(BINDIR)/
 	for page in docs/man/*.[0-9]; do \
-		install -D -m 0644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; \
+		[ -e "$$page" ] || continue; install -D -m 0644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; \
 	done
-	install -D -m 0644 config/daxfs-snapshotter.service $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	install -D -m 0644 docs/systemd/daxfs-snapshotter.service $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
 	[ -e $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml ] || \
-		install -D -m 0644 config/config.toml $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml
+		install -D -m 0644 config/sample.toml $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml
 
 uninstall: ## Remove what install put there; configuration and data stay
 	rm -f $(COMMANDS:%=$(DESTDIR)$(BINDIR)/%) $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
