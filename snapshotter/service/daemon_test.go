@@ -1,0 +1,403 @@
+package service
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	diffproxy "github.com/containerd/containerd/v2/core/diff/proxy"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/daxfs/daxfs-snapshotter/config"
+)
+
+// job is what a daemon in a process of its own is told through the environment.
+type job struct {
+	Config  *config.Config
+	Content string // directory of a content store that stands for containerd's
+}
+
+const jobEnv = "DAXFS_TEST_DAEMON"
+
+// runJob is the daemon in a process of its own.
+func runJob(text string) error {
+	var j job
+	if err := json.Unmarshal([]byte(text), &j); err != nil {
+		return err
+	}
+	ctx := context.Background()
+	store, err := local.NewStore(j.Content)
+	if err != nil {
+		return err
+	}
+	s, err := Open(ctx, j.Config)
+	if err != nil {
+		return err
+	}
+	l, err := listen(j.Config.Address)
+	if err != nil {
+		return err
+	}
+	return serveGRPC(ctx, l, s.grpcServer(s.Differ(store)))
+}
+
+// machine is a computer with a disk, a memory, and a daemon that can be killed.
+type machine struct {
+	t     *testing.T
+	cfg   *config.Config
+	store content.Store
+	dir   string
+	cmd   *exec.Cmd
+	ended chan struct{}
+	conn  *grpc.ClientConn
+	sn    snapshots.Snapshotter
+	ap    diff.Applier
+	names int
+}
+
+func newMachine(t *testing.T, f flavour) *machine {
+	t.Helper()
+	f.need(t)
+	m := &machine{t: t, dir: t.TempDir()}
+	m.cfg = f.config(m.dir)
+	var err error
+	m.store, err = local.NewStore(filepath.Join(m.dir, "content"))
+	m.must(err)
+	t.Cleanup(func() {
+		if m.cmd != nil {
+			m.kill()
+		}
+		// Whatever a failed test left.
+		s, err := Open(context.Background(), m.cfg)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		c := &client{Service: s}
+		if err := errors.Join(c.purge(context.Background()), s.Close(), removePool(m.cfg)); err != nil {
+			t.Error(err)
+		}
+	})
+	return m
+}
+
+func (m *machine) must(err error) {
+	m.t.Helper()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// boot starts the daemon and connects to it.
+func (m *machine) boot() {
+	m.t.Helper()
+	text, err := json.Marshal(job{m.cfg, filepath.Join(m.dir, "content")})
+	m.must(err)
+	self, err := os.Executable()
+	m.must(err)
+	m.cmd = exec.Command(self)
+	m.cmd.Env = append(os.Environ(), jobEnv+"="+string(text))
+	var out bytes.Buffer
+	m.cmd.Stderr = &out
+	m.must(m.cmd.Start())
+	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
+	defer cancel()
+	m.ended = make(chan struct{})
+	go func() {
+		m.cmd.Wait()
+		close(m.ended)
+		cancel()
+	}()
+	m.conn, err = grpc.NewClient("unix://"+m.cfg.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	m.must(err)
+	m.sn = proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(m.conn), "daxfs")
+	m.ap = diffproxy.NewDiffApplier(diffapi.NewDiffClient(m.conn)).(diff.Applier)
+	if _, err := snapshotsapi.NewSnapshotsClient(m.conn).Cleanup(ctx, &snapshotsapi.CleanupRequest{}, grpc.WaitForReady(true)); err != nil {
+		m.t.Fatalf("the daemon does not answer: %v\n%s", err, &out)
+	}
+}
+
+// kill ends the daemon as kill -9 does.
+func (m *machine) kill() {
+	m.t.Helper()
+	m.conn.Close()
+	m.cmd.Process.Kill() // it may have ended
+	<-m.ended
+	m.cmd = nil
+}
+
+// reboot ends everything, and loses what was in memory.
+func (m *machine) reboot() {
+	m.t.Helper()
+	m.kill()
+	dirs, err := filepath.Glob(filepath.Join(m.cfg.Root, "images/*/mnt"))
+	m.must(err)
+	for _, d := range dirs {
+		m.must(mount.UnmountAll(d, 0))
+	}
+	m.must(removePool(m.cfg))
+	m.boot()
+}
+
+// verify opens the daemon's state in this process and checks all of it; the daemon must not run.
+func (m *machine) verify() {
+	m.t.Helper()
+	s, err := Open(context.Background(), m.cfg)
+	m.must(err)
+	c := &client{Service: s}
+	m.must(errors.Join(c.settle(context.Background()), s.Close()))
+}
+
+// file is one file of a layer.
+type file struct {
+	name string
+	body []byte
+}
+
+func random(seed uint64, n int) []byte {
+	b := make([]byte, n)
+	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1})
+	r.Read(b)
+	return b
+}
+
+func makeTar(files ...file) []byte {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, f := range files {
+		if err := w.WriteHeader(&tar.Header{Name: f.name, Mode: 0o644, Size: int64(len(f.body)), Typeflag: tar.TypeReg}); err != nil {
+			panic(err)
+		}
+		if _, err := w.Write(f.body); err != nil {
+			panic(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		panic(err)
+	}
+	return b.Bytes()
+}
+
+// pull commits a chain of layers, streamed or walked, and returns the name of its top.
+func (m *machine) pull(ctx context.Context, stream bool, layers ...[]file) (string, error) {
+	st := &streaming{m.sn, m.ap, m.store}
+	parent := ""
+	for _, files := range layers {
+		m.names++
+		name, key := fmt.Sprintf("default/%d/layer", m.names), fmt.Sprintf("default/%d/extract-1-x layer", m.names)
+		if stream {
+			desc, diffID, err := st.put(ctx, makeTar(files...))
+			if err != nil && !strings.Contains(err.Error(), "already exists") {
+				return "", err
+			}
+			if err := st.unpack(ctx, desc, diffID, name, key, parent); err != nil {
+				return "", err
+			}
+		} else if err := m.walk(ctx, name, key, parent, files); err != nil {
+			return "", err
+		}
+		parent = name
+	}
+	return parent, nil
+}
+
+func (m *machine) walk(ctx context.Context, name, key, parent string, files []file) error {
+	mounts, err := m.sn.Prepare(ctx, key, parent)
+	if err != nil {
+		return err
+	}
+	dir := mounts[0].Source
+	for _, o := range mounts[0].Options {
+		if v, ok := strings.CutPrefix(o, "upperdir="); ok {
+			dir = v
+		}
+	}
+	for _, f := range files {
+		if err := os.WriteFile(filepath.Join(dir, f.name), f.body, 0o644); err != nil {
+			return err
+		}
+	}
+	return m.sn.Commit(ctx, name, key)
+}
+
+// compare fails the test unless the mounts show exactly files.
+func (m *machine) compare(mounts []mount.Mount, files ...file) {
+	m.t.Helper()
+	err := mount.WithTempMount(m.t.Context(), mounts, func(root string) error { return compareTree(root, files) })
+	if err != nil {
+		m.t.Fatalf("%v: %v", mounts, err)
+	}
+}
+
+func compareTree(root string, files []file) error {
+	want := map[string][]byte{}
+	for _, f := range files {
+		want[f.name] = f.body
+	}
+	err := fs.WalkDir(os.DirFS(root), ".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		body, ok := want[p]
+		if !ok {
+			return fmt.Errorf("file %q should not be there", p)
+		}
+		delete(want, p)
+		got, err := os.ReadFile(filepath.Join(root, p))
+		if err == nil && !bytes.Equal(got, body) {
+			err = fmt.Errorf("file %q: %d bytes that differ from the expected %d", p, len(got), len(body))
+		}
+		return err
+	})
+	for p := range want {
+		err = errors.Join(err, fmt.Errorf("file %q is missing", p))
+	}
+	return err
+}
+
+// TestKilledWithContainers kills the daemon below a container: the container notices nothing, and the next daemon goes on
+// where it was.
+func TestKilledWithContainers(t *testing.T) {
+	for _, f := range flavours {
+		for _, stream := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/stream=%v", f.name, stream), func(t *testing.T) {
+				t.Parallel()
+				m := newMachine(t, f)
+				m.boot()
+				ctx := namespaces.WithNamespace(t.Context(), "default")
+				a, b := file{"a", random(1, 100_000)}, file{"b", random(2, 3_000_000)}
+				top, err := m.pull(ctx, stream, []file{a}, []file{b})
+				m.must(err)
+				before, err := m.sn.Prepare(ctx, "default/100/c", top)
+				m.must(err)
+				root := filepath.Join(m.dir, "container")
+				m.must(os.Mkdir(root, 0o755))
+				m.must(mount.All(before, root))
+				defer func() { m.must(mount.UnmountAll(root, 0)) }()
+				m.must(compareTree(root, []file{a, b}))
+				for range 3 {
+					m.kill()
+					m.must(compareTree(root, []file{a, b}))
+					m.boot()
+					after, err := m.sn.Mounts(ctx, "default/100/c")
+					if err != nil || fmt.Sprint(after) != fmt.Sprint(before) {
+						t.Fatalf("after a restart the mounts are %v, %v; they were %v", after, err, before)
+					}
+				}
+				m.must(compareTree(root, []file{a, b}))
+				m.kill()
+				m.verify()
+				m.boot()
+			})
+		}
+	}
+}
+
+// TestReboot loses memory and mounts; the registry is off and containerd has dropped the blobs.
+func TestReboot(t *testing.T) {
+	for _, f := range flavours {
+		for _, stream := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/stream=%v", f.name, stream), func(t *testing.T) {
+				t.Parallel()
+				m := newMachine(t, f)
+				m.boot()
+				ctx := namespaces.WithNamespace(t.Context(), "default")
+				a, b, c := file{"a", random(1, 5000)}, file{"b", random(2, 2_500_000)}, file{"c", random(3, 17)}
+				top, err := m.pull(ctx, stream, []file{a, {"b", random(9, 100)}}, []file{b})
+				m.must(err)
+				mounts, err := m.sn.Prepare(ctx, "default/100/c", top)
+				m.must(err)
+				m.must(mount.WithTempMount(ctx, mounts, func(root string) error {
+					return os.WriteFile(filepath.Join(root, c.name), c.body, 0o644)
+				}))
+				m.must(os.RemoveAll(filepath.Join(m.dir, "content/blobs")))
+				for range 2 {
+					m.reboot()
+					again, err := m.sn.Mounts(ctx, "default/100/c")
+					if err != nil || fmt.Sprint(again) != fmt.Sprint(mounts) {
+						t.Fatalf("after a reboot the mounts are %v, %v; they were %v", again, err, mounts)
+					}
+					m.compare(again, a, b, c)
+				}
+				m.kill()
+				m.verify()
+				m.boot()
+			})
+		}
+	}
+}
+
+// TestKilledAnywhere kills the daemon at random moments of pulls, starts and removals. Afterwards everything agrees, nothing
+// is left over, and every snapshot that was committed shows what was committed.
+func TestKilledAnywhere(t *testing.T) {
+	rounds := 12
+	if testing.Short() {
+		rounds = 4
+	}
+	for _, f := range flavours[:2] {
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, f)
+			ctx := namespaces.WithNamespace(t.Context(), "default")
+			committed := map[string][]file{}
+			rnd := rand.New(rand.NewPCG(7, 11))
+			for round := range rounds {
+				m.boot()
+				timer := time.AfterFunc(time.Duration(rnd.IntN(400))*time.Millisecond, func() { m.cmd.Process.Kill() })
+				for i := 0; ; i++ {
+					files := []file{{fmt.Sprintf("f%d", rnd.IntN(5)), random(uint64(rnd.IntN(50)), rnd.IntN(300_000))}, {"own", fmt.Appendf(nil, "%d %d", round, i)}}
+					top, err := m.pull(ctx, rnd.IntN(2) == 0, []file{files[0]}, []file{files[1]})
+					if err != nil {
+						break // killed
+					}
+					committed[top] = files
+					key := fmt.Sprintf("default/%d/container", m.names)
+					if _, err := m.sn.Prepare(ctx, key, top); err != nil {
+						break
+					}
+					if rnd.IntN(2) == 0 {
+						if m.sn.Remove(ctx, key) != nil || m.sn.(snapshots.Cleaner).Cleanup(ctx) != nil {
+							break
+						}
+					}
+				}
+				timer.Stop()
+				m.kill()
+				m.verify()
+			}
+			m.boot()
+			for top, files := range committed {
+				view, err := m.sn.View(ctx, "default/0/view-"+top, top)
+				m.must(err)
+				m.compare(view, files...)
+			}
+			if len(committed) == 0 {
+				t.Skip("no pull ended before a kill: the machine is too slow for this test to say anything")
+			}
+			m.kill()
+			m.verify()
+			m.boot()
+		})
+	}
+}
