@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"sync"
 
+	"github.com/distribution/reference"
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -17,13 +18,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// normal is a reference with the parts that docker lets one leave out.
+// normal is a reference with the parts that docker lets one leave out, as containerd and docker save write it.
 func normal(ref string) string {
-	r, err := name.ParseReference(ref)
+	r, err := reference.ParseDockerRef(ref)
 	if err != nil {
 		return ref
 	}
-	return r.Name()
+	return r.String()
 }
 
 // registry is an image in a registry that speaks the distribution protocol.
