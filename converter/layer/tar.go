@@ -30,6 +30,10 @@ const readBuffer = 64 << 10
 // returns the changes. Entries mean what containerd's archive.Apply takes them for; where that depends on what lies
 // below, tree.Merge decides.
 //
+// It takes one thing more than containerd: sparse files in the old GNU format. It refuses two that containerd takes: owners
+// of more than 32 bits, which containerd cuts off, and an xattr of 65,536 bytes, for which an image has no room. The limits of
+// Limits come on top.
+//
 // It may read some bytes beyond the end marker; the caller reads the rest of r, for example to verify a digest. On
 // error, what was put into s already is for the caller to drop. Errors of r and s are wrapped.
 func FromTar(ctx context.Context, r io.Reader, s Store, lim Limits) (*Layer, error) {

@@ -70,7 +70,9 @@ type merger struct {
 	// spared counts entries that an opaque directory kept and containerd's walk would remove; for tests.
 	spared int
 
-	lastPath string // of a directory that was looked up without passing a symbolic link
+	// lastDir is what lastPath led to: entries of a directory come together. It is forgotten when a symbolic link appears
+	// or anything is removed that a path may lead through.
+	lastPath string
 	lastDir  *daxfs.Node
 
 	slab []daxfs.Node
@@ -88,7 +90,7 @@ func newMerger() *merger {
 
 func (m *merger) apply(l *layer.Layer) error {
 	m.exact = l.Source == layer.FromDirectory
-	m.steps = 1<<20 + 1000*len(l.Changes)
+	m.steps = 1<<24 + 1000*len(l.Changes)
 	m.fresh, m.opaque = nil, nil
 	for i := range l.Changes {
 		if l.Changes[i].Op == layer.OpOpaque {
@@ -230,13 +232,16 @@ func (m *merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
 		dir.Entries = make(map[string]*daxfs.Node)
 	}
 	dir.Entries[name] = n
+	if n.Mode&unix.S_IFMT == unix.S_IFLNK {
+		m.lastDir = nil
+	}
 }
 
 // remove removes a name and all below it.
 func (m *merger) remove(dir *daxfs.Node, name string) {
 	if n := dir.Entries[name]; n != nil {
 		delete(dir.Entries, name)
-		if n.Mode&unix.S_IFMT == unix.S_IFDIR {
+		if kind := n.Mode & unix.S_IFMT; kind == unix.S_IFDIR || kind == unix.S_IFLNK {
 			m.lastDir = nil
 		}
 	}

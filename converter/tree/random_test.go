@@ -188,7 +188,7 @@ func (g *generator) file() treetest.File {
 	}
 }
 
-var names = []string{"qa", "qb", "qc", "qd", "qe", "q f", "qü", "q\xff\xfe", "q.wh.", "q\n", "q" + strings.Repeat("n", 254)}
+var names = []string{"qa", "qb", "qc", "qd", "qe", "q f", "qü", "q\xff\xfe", "q.wh.", ".qa", "q\n", "q" + strings.Repeat("n", 254)}
 
 // place returns a path for an entry: an old one, a new one in something that exists, or one with missing parents.
 func (g *generator) place() string {

@@ -28,21 +28,17 @@ func (m *merger) mkdir(p string) (*daxfs.Node, error) {
 		return m.lastDir, nil
 	}
 	dir, straight, err := m.descend(p)
+	if err == nil && !straight {
+		var resolved string
+		if resolved, err = m.resolve(p); err != nil {
+			return nil, err
+		}
+		if dir, straight, err = m.descend(resolved); err == nil && !straight {
+			err = fmt.Errorf("%w: %q still has a symbolic link", layer.ErrInvalid, resolved)
+		}
+	}
 	if err != nil {
 		return nil, err
-	}
-	if !straight {
-		resolved, err := m.resolve(p)
-		if err != nil {
-			return nil, err
-		}
-		if dir, straight, err = m.descend(resolved); err != nil {
-			return nil, err
-		}
-		if !straight {
-			return nil, fmt.Errorf("%w: %q still has a symbolic link", layer.ErrInvalid, resolved)
-		}
-		return dir, nil
 	}
 	m.lastPath, m.lastDir = p, dir
 	return dir, nil
@@ -78,6 +74,9 @@ func (m *merger) descend(p string) (*daxfs.Node, bool, error) {
 
 // lookup returns what a path names, following symbolic links in every element, the last one included.
 func (m *merger) lookup(p string) (*daxfs.Node, error) {
+	if n := m.plain(p); n != nil && n.Mode&unix.S_IFMT != unix.S_IFLNK {
+		return n, nil
+	}
 	resolved, err := m.resolve(p)
 	if err != nil {
 		return nil, err
@@ -89,10 +88,24 @@ func (m *merger) lookup(p string) (*daxfs.Node, error) {
 	return n, err
 }
 
+// plain returns what p names if there is nothing to follow, neither links nor "..", on the way; else nil.
+func (m *merger) plain(p string) *daxfs.Node {
+	n := m.root
+	for p != "" && n != nil {
+		var name string
+		name, p, _ = strings.Cut(p, "/")
+		n = n.Entries[name] // what is no directory has none
+	}
+	return n
+}
+
 // linkTarget returns the inode that the target of a hard link names: the last element is not followed.
 func (m *merger) linkTarget(target string) (*daxfs.Node, error) {
 	if len(target) > maxPath {
 		return nil, fmt.Errorf("%w: more than %d bytes of a link target", layer.ErrLimit, maxPath)
+	}
+	if n := m.plain(strings.TrimPrefix(strings.TrimPrefix(target, "./"), "/")); n != nil && !strings.HasSuffix(target, "/") {
+		return n, nil
 	}
 	i := strings.LastIndexByte(target, '/') + 1
 	dir, err := m.resolve(target[:i])
@@ -129,6 +142,7 @@ func (m *merger) resolve(p string) (string, error) {
 // pass walks p once. The result is absolute and clean if it met no link.
 func (m *merger) pass(p string, walked *int) (string, error) {
 	at, first := "/", !strings.HasPrefix(p, "/")
+	dir := m.root // what at names, nil if not known
 	for rest := p; rest != ""; {
 		var name string
 		name, rest, _ = strings.Cut(rest, "/")
@@ -142,23 +156,39 @@ func (m *merger) pass(p string, walked *int) (string, error) {
 		if len(candidate) > maxPath {
 			return "", fmt.Errorf("%w: more than %d bytes of a path", layer.ErrLimit, maxPath)
 		}
-		n, err := m.lstat(candidate[1:])
-		if err != nil {
+		if err := m.spend(1 + len(candidate)/64); err != nil {
 			return "", err
+		}
+		var n *daxfs.Node
+		if dir != nil && dir.Mode&unix.S_IFMT == unix.S_IFDIR && name != "." && name != ".." {
+			n = dir.Entries[name]
+		} else {
+			var err error
+			if n, err = m.lstat(candidate[1:]); err != nil {
+				return "", err
+			}
 		}
 		switch {
 		case n == nil || n.Mode&unix.S_IFMT != unix.S_IFLNK:
-			at = candidate
+			at, dir = candidate, n
 		case first || strings.HasPrefix(n.Target, "/"):
-			at = n.Target
+			at, dir = n.Target, nil
 			*walked++
 		default:
-			at = path.Join(at, n.Target)
+			at, dir = path.Join(at, n.Target), nil
 			*walked++
 		}
 		first = false
 	}
 	return at, nil
+}
+
+// spend holds resolution against what it may cost: layers can be made to lead through very many links.
+func (m *merger) spend(steps int) error {
+	if m.steps -= steps; m.steps < 0 {
+		return fmt.Errorf("%w: too many symbolic links in the parents of entries", layer.ErrLimit)
+	}
+	return nil
 }
 
 // lstat returns what a clean relative path names, as the kernel finds it: symbolic links before the last element are
@@ -169,8 +199,8 @@ func (m *merger) lstat(p string) (*daxfs.Node, error) {
 		followed = 0
 	)
 	for p != "" {
-		if m.steps--; m.steps < 0 {
-			return nil, fmt.Errorf("%w: too many symbolic links in the parents of entries", layer.ErrLimit)
+		if err := m.spend(1); err != nil {
+			return nil, err
 		}
 		var name string
 		name, p, _ = strings.Cut(p, "/")
