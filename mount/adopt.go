@@ -192,7 +192,16 @@ func removeImageDir(dir string) {
 	for _, name := range []string{recordName, "fuse.log"} {
 		os.Remove(filepath.Join(dir, name))
 	}
+	removeTemps(dir)
 	os.Remove(dir)
+}
+
+// removeTemps removes records that a killed process did not finish to write.
+func removeTemps(dir string) {
+	temps, _ := filepath.Glob(filepath.Join(dir, "."+recordName+"*")) // the pattern is good unless dir has wildcards: not ours
+	for _, t := range temps {
+		os.Remove(t)
+	}
 }
 
 // removeEmpty removes an image directory that holds at most an empty mount point.
@@ -200,5 +209,6 @@ func removeEmpty(dir string) error {
 	if err := os.Remove(mountDir(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	removeTemps(dir)
 	return os.Remove(dir)
 }
