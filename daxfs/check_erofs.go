@@ -16,6 +16,7 @@ type erofsState struct {
 	byNid map[uint64]int32 // index in nodes
 	dirs  []dirRef
 	todo  []int32 // indexes in dirs that are to be read
+	full  bool    // there are more inodes than wanted: nothing can be said about links
 
 	sharedSeen map[uint32]bool // shared xattrs that were checked; false if they were bad
 	names      []string        // scratch: xattr names of one inode
@@ -64,6 +65,9 @@ func (c *checker) checkErofs() error {
 		if err := c.checkDir(d); err != nil {
 			return err
 		}
+	}
+	if c.full {
+		return nil
 	}
 	for i := range c.nodes {
 		n := &c.nodes[i]
@@ -217,6 +221,10 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 	if !seen {
 		if uint64(len(c.nodes)) >= c.max {
 			c.todo = nil
+			if c.full {
+				return nil
+			}
+			c.full = true
 			return c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max).(*FormatError), "")
 		}
 		i = int32(len(c.nodes))

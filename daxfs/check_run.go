@@ -149,7 +149,9 @@ func (c *checker) emit(f *FormatError, path string) error {
 	if c.report == nil {
 		return errStop
 	}
-	if !c.report(Finding{f.Rule, f.Off, f.Ino, path, f.Err.Error()}) {
+	// That the image is corrupt goes without saying; that something is only unsupported does not.
+	msg := strings.TrimPrefix(f.Err.Error(), ErrCorrupt.Error()+": ")
+	if !c.report(Finding{f.Rule, f.Off, f.Ino, path, msg}) {
 		return errStop
 	}
 	return nil

@@ -197,6 +197,29 @@ func TestCheckLimits(t *testing.T) {
 	if !isErr(err, daxfs.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), "more than 20") {
 		t.Errorf("got %v", err)
 	}
+	rules := map[daxfs.Rule]int{}
+	_ = daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), daxfs.CheckOptions{MaxInodes: 20}, func(f daxfs.Finding) bool {
+		if strings.Contains(f.Msg, "more than 20") {
+			rules[f.Rule]++
+		}
+		return true
+	})
+	if rules[daxfs.RuleInodes] != 1 || rules[daxfs.RuleV8Table] != 1 {
+		t.Errorf("got %v, want one finding for each half", rules)
+	}
+}
+
+// TestCheckSkipTails checks that contents can be left alone.
+func TestCheckSkipTails(t *testing.T) {
+	b := patient(t)
+	in := operate(t, b).lookup("two")
+	b[in.Off+in.Size] = 1
+	if err := daxfs.Check(daxfs.Mem(b), int64(len(b)), nil); !isErr(err, daxfs.ErrCorrupt) {
+		t.Errorf("with tails: got %v", err)
+	}
+	if err := daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), daxfs.CheckOptions{SkipTails: true}, nil); err != nil {
+		t.Errorf("without tails: got %v", err)
+	}
 }
 
 func BenchmarkCheck(b *testing.B) {
