@@ -42,50 +42,43 @@ type dirRef struct {
 }
 
 // checkErofs walks the EROFS half from the root, each directory once, side by side with the DAXFS half.
-func (c *checker) checkErofs() error {
+func (c *checker) checkErofs() {
 	if c.ero == nil {
-		return nil
+		return
 	}
 	c.byNid = make(map[uint64]int32)
 	c.sharedSeen = make(map[uint32]bool)
 	c.nodes = append(c.nodes, node{nid: c.ero.Root(), dir: -1})
 	c.byNid[c.ero.Root()] = 0
 	c.dirs = append(c.dirs, dirRef{})
-	if err := c.checkInode(0, "/"); err != nil {
-		return err
-	}
+	c.checkInode(0, "/")
 	if c.v8 != nil {
-		if err := c.pair(0, disk.V8RootIno, "/"); err != nil {
-			return err
-		}
+		c.pair(0, disk.V8RootIno, "/")
 	}
-	for c.todo = append(c.todo, 0); len(c.todo) > 0; {
+	for c.todo = append(c.todo, 0); len(c.todo) > 0 && c.err == nil; {
 		d := c.todo[len(c.todo)-1]
 		c.todo = c.todo[:len(c.todo)-1]
-		if err := c.checkDir(d); err != nil {
-			return err
-		}
+		c.checkDir(d)
 	}
 	if c.full {
-		return nil
+		return
 	}
 	for i := range c.nodes {
+		if c.err != nil {
+			return
+		}
 		n := &c.nodes[i]
 		want := n.names
 		if n.mode&unix.S_IFMT == unix.S_IFDIR {
 			want += 2
 		}
 		if n.ok && n.nlink != want {
-			err := c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(int32(i)), "link count is %d, expected %d", n.nlink, want)
-			if err != nil {
-				return err
-			}
+			c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(int32(i)), "link count is %d, expected %d", n.nlink, want)
 		}
 	}
 	if c.ero.sb.Inodes != uint64(len(c.nodes)) {
-		return c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, len(c.nodes))
+		c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, len(c.nodes))
 	}
-	return nil
 }
 
 // maxParts bounds how many names of a path a finding shows: many findings in a deep tree would take forever.
@@ -132,13 +125,14 @@ func childPath(dir string, name []byte) string {
 }
 
 // checkDir checks one directory and every inode that it leads to first.
-func (c *checker) checkDir(d int32) error {
+func (c *checker) checkDir(d int32) {
 	ref := c.dirs[d]
 	self := c.nodes[ref.node]
 	up := c.nodes[c.dirs[ref.parent].node].nid
 	dir, err := c.ero.inode(self.nid)
 	if err != nil {
-		return c.broken(err, "") // it was sound when its name was met
+		c.broken(err, "") // it was sound when its name was met
+		return
 	}
 	var pathMemo string
 	path := func() string {
@@ -152,41 +146,31 @@ func (c *checker) checkDir(d int32) error {
 		at, _ = dir.piece(0)
 	}
 	if !spend(&c.budget, n) {
-		return c.finding(RuleMetaOverlap, at, dir.Nid, path(), "directories take more bytes than the image has: they overlap")
+		c.finding(RuleMetaOverlap, at, dir.Nid, path(), "directories take more bytes than the image has: they overlap")
+		return
 	}
-	other, err := c.peerEntries(&self)
-	if err != nil {
-		return err
-	}
+	other := c.peerEntries(&self)
 	dots := [2]int{}
 	var prev []byte
-	for pos := int64(0); pos < dir.Size; pos += BlockSize {
+	for pos := int64(0); pos < dir.Size && c.err == nil; pos += BlockSize {
 		b, err := c.ero.block(&dir, pos)
 		if err != nil {
-			if err := c.broken(err, path()); err != nil {
-				return err
-			}
+			c.broken(err, path())
 			continue
 		}
 		for i := range b.count {
 			e, err := b.entry(i)
 			if err != nil {
-				if err := c.broken(err, path()); err != nil {
-					return err
-				}
+				c.broken(err, path())
 				continue
 			}
 			off := b.off + int64(i)*disk.ErofsDirentSize
 			if prev != nil && bytes.Compare(prev, e.name) >= 0 {
-				if err := c.finding(RuleDirOrder, off, dir.Nid, path(), "entry %q follows %q, expected order and no name twice", e.name, prev); err != nil {
-					return err
-				}
+				c.finding(RuleDirOrder, off, dir.Nid, path(), "entry %q follows %q, expected order and no name twice", e.name, prev)
 			}
 			prev = e.name
 			if e.odd {
-				if err := c.finding(RuleDirBlock, off, dir.Nid, path(), "reserved byte of entry %q is not zero", e.name); err != nil {
-					return err
-				}
+				c.finding(RuleDirBlock, off, dir.Nid, path(), "reserved byte of entry %q is not zero", e.name)
 			}
 			if k := string(e.name); k == "." || k == ".." {
 				want := self.nid
@@ -195,82 +179,72 @@ func (c *checker) checkDir(d int32) error {
 				}
 				dots[len(k)-1]++
 				if e.nid != want || e.typ != unix.S_IFDIR {
-					if err := c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d", k, e.nid, e.typ, want); err != nil {
-						return err
-					}
+					c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d", k, e.nid, e.typ, want)
 				}
 				continue
 			}
-			if err := c.checkEntry(d, path, pos+int64(i)*disk.ErofsDirentSize, off, &e, other); err != nil {
-				return err
-			}
+			c.checkEntry(d, path, pos+int64(i)*disk.ErofsDirentSize, off, &e, other)
 		}
 	}
 	if dots != [2]int{1, 1} {
-		if err := c.finding(RuleDots, at, dir.Nid, path(), "%d entries %q and %d entries %q, expected one each", dots[0], ".", dots[1], ".."); err != nil {
-			return err
-		}
+		c.finding(RuleDots, at, dir.Nid, path(), "%d entries %q and %d entries %q, expected one each", dots[0], ".", dots[1], "..")
 	}
-	return c.unmatched(other, path)
+	c.unmatched(other, path)
 }
 
 // checkEntry checks one entry, and the inode if it is the first entry that leads there.
-func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, e *rawDirent, other *peerDir) error {
+func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, e *rawDirent, other *peerDir) {
 	dirNid := c.nodes[c.dirs[d].node].nid
 	i, seen := c.byNid[e.nid]
 	if !seen {
 		if uint64(len(c.nodes)) >= c.max {
 			c.todo = nil
 			if c.full {
-				return nil
+				return
 			}
 			c.full = true
-			return c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max).(*FormatError), "")
+			c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max).(*FormatError), "")
+			return
 		}
 		i = int32(len(c.nodes))
 		c.nodes = append(c.nodes, node{nid: e.nid, dir: d, cursor: cursor})
 		c.byNid[e.nid] = i
-		if err := c.checkInode(i, ""); err != nil {
-			return err
-		}
+		c.checkInode(i, "")
 	}
 	n := &c.nodes[i]
 	if !n.ok {
 		if e.typ == unix.S_IFDIR {
 			c.nodes[c.dirs[d].node].names++
 		}
-		return c.skipPeer(other, e.name)
+		c.skipPeer(other, e.name)
+		return
 	}
 	if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {
-		err := c.finding(RuleDirType, off, dirNid, dirPath(), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ)
-		if err != nil {
-			return err
-		}
+		c.finding(RuleDirType, off, dirNid, dirPath(), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ)
 	}
 	if n.mode&unix.S_IFMT == unix.S_IFDIR {
 		if seen {
-			return c.finding(RuleDirLoop, off, dirNid, dirPath(), "entry %q leads to directory %d, which has another name", e.name, e.nid)
+			c.finding(RuleDirLoop, off, dirNid, dirPath(), "entry %q leads to directory %d, which has another name", e.name, e.nid)
+			return
 		}
 		c.nodes[c.dirs[d].node].names++
 		depth := c.dirs[d].depth + 1 + int32(len(e.name))
 		if depth > maxPath {
-			err := c.finding(RuleDirDepth, off, dirNid, "", "path of %d bytes, expected at most %d", depth, maxPath)
-			if err != nil {
-				return err
-			}
+			c.finding(RuleDirDepth, off, dirNid, "", "path of %d bytes, expected at most %d", depth, maxPath)
 			n.ok = false // what is in it is not counted
-			return c.skipPeer(other, e.name)
+			c.skipPeer(other, e.name)
+			return
 		}
 		c.todo = append(c.todo, int32(len(c.dirs)))
 		c.dirs = append(c.dirs, dirRef{node: i, parent: d, depth: depth})
 	} else {
 		n.names++
 	}
-	return c.match(other, i, e.name, dirPath)
+	c.match(other, i, e.name, dirPath)
 }
 
 // checkInode reads and checks a node. path is only known for the root, else it is worked out.
-func (c *checker) checkInode(i int32, path string) error {
+func (c *checker) checkInode(i int32, path string) {
 	n := &c.nodes[i]
 	in, raw, err := c.ero.readInode(n.nid)
 	where := func() string {
@@ -280,90 +254,75 @@ func (c *checker) checkInode(i int32, path string) error {
 		return path
 	}
 	if err != nil {
-		return c.broken(err, where())
+		c.broken(err, where())
+		return
 	}
 	n.ok, n.mode, n.nlink = true, raw.Mode, raw.Nlink
 	off := c.ero.inodeOff(n.nid)
-	if err := c.checkFields(&in, &raw, off, where); err != nil {
-		return err
-	}
+	c.checkFields(&in, &raw, off, where)
 	head := int64(raw.HeaderSize())
 	c.use(off, head+in.xlen, useMeta, in.Nid)
-	if err := c.checkContents(&in, &raw, off, where); err != nil {
-		return err
-	}
+	c.checkContents(&in, &raw, off, where)
 	if in.xlen == 0 {
-		return nil
+		return
 	}
 	if !spend(&c.budget, in.xlen) {
-		return c.finding(RuleMetaOverlap, in.xoff, in.Nid, where(), "xattrs and directories take more bytes than the image has: they overlap")
+		c.finding(RuleMetaOverlap, in.xoff, in.Nid, where(), "xattrs and directories take more bytes than the image has: they overlap")
+		return
 	}
-	return c.checkXattrs(&in, where)
+	c.checkXattrs(&in, where)
 }
 
 // checkFields checks what the reader does not need.
-func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where func() string) error {
+func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where func() string) {
 	b, err := c.s.view(off, raw.HeaderSize())
 	if err != nil {
-		return err
+		c.fail(err)
+		return
 	}
 	if off%BlockSize+int64(len(b)) > BlockSize || in.Nid == 0 {
-		if err := c.finding(RuleNid, off, in.Nid, where(), "inode of %d bytes, expected it in one block and not to be number 0", len(b)); err != nil {
-			return err
-		}
+		c.finding(RuleNid, off, in.Nid, where(), "inode of %d bytes, expected it in one block and not to be number 0", len(b))
 	}
 	reserved := isZero(b[12:16]) && isZero(b[28:32])
 	if raw.Extended {
 		reserved = isZero(b[6:8]) && isZero(b[48:64])
 	}
 	if !reserved {
-		if err := c.finding(RuleInodeFormat, off, in.Nid, where(), "reserved bytes of the inode hold data: %x, expected zeros", b); err != nil {
-			return err
-		}
+		c.finding(RuleInodeFormat, off, in.Nid, where(), "reserved bytes of the inode hold data: %x, expected zeros", b)
 	}
 	if in.UID == noID || in.GID == noID {
-		return c.finding(RuleOwner, off, in.Nid, where(), "owner is %d:%d, id %d stands for none", in.UID, in.GID, uint32(noID))
+		c.finding(RuleOwner, off, in.Nid, where(), "owner is %d:%d, id %d stands for none", in.UID, in.GID, uint32(noID))
 	}
-	return nil
 }
 
 // checkContents checks where the contents lie, and symbolic links.
-func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, where func() string) error {
+func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, where func() string) {
 	kind := useMeta
 	switch in.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		kind = useData
 		if raw.Layout != disk.ErofsLayoutPlain {
-			if err := c.finding(RuleLayout, off, in.Nid, where(), "data layout %d of a regular file, expected plain (0): no other can be mapped", raw.Layout); err != nil {
-				return err
-			}
+			c.finding(RuleLayout, off, in.Nid, where(), "data layout %d of a regular file, expected plain (0): no other can be mapped", raw.Layout)
 		}
 	case unix.S_IFLNK:
 		kind = useTarget
 		// Linux looks for an inline target in the block of the inode, not only in one block.
 		if end := in.tail + in.Size; in.tail != 0 && off/BlockSize != (end-1)/BlockSize {
-			if err := c.finding(RuleInline, off, in.Nid, where(), "target ends at %d, expected it in the block of the inode", end); err != nil {
-				return err
-			}
+			c.finding(RuleInline, off, in.Nid, where(), "target ends at %d, expected it in the block of the inode", end)
 		}
 		if _, err := in.Target(); err != nil {
-			if err := c.broken(err, where()); err != nil {
-				return err
-			}
+			c.broken(err, where())
 		}
 	case unix.S_IFDIR:
 	default:
-		return nil
+		return
 	}
 	for pos := int64(0); pos < in.Size; {
 		at, n := in.piece(pos)
 		if at+n > int64(c.ero.sb.Blocks)*BlockSize {
-			if err := c.finding(RuleDataBounds, off, in.Nid, where(), "%d bytes at %d, expected them in %d blocks", n, at, c.ero.sb.Blocks); err != nil {
-				return err
-			}
+			c.finding(RuleDataBounds, off, in.Nid, where(), "%d bytes at %d, expected them in %d blocks", n, at, c.ero.sb.Blocks)
 		}
 		c.use(at, n, kind, in.Nid)
 		pos += n
 	}
-	return nil
 }

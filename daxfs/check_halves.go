@@ -25,36 +25,37 @@ type peerDir struct {
 }
 
 // listV8 reads the usable entries of a directory, sorted by name. Unusable ones go to bad, if it is not nil.
-func (c *checker) listV8(dir *Inode, bad func(error) error) ([]v8Entry, error) {
+func (c *checker) listV8(dir *Inode, bad func(error)) []v8Entry {
 	var list []v8Entry
-	var stop error
 	err := c.v8.eachEntry(dir, 0, func(_ int64, e rawDirent, off int64, err error) bool {
 		switch {
 		case err == nil:
 			list = append(list, v8Entry{e, off, false})
 		case bad != nil:
-			stop = bad(err)
+			bad(err)
 		}
-		return stop == nil
+		return c.err == nil
 	})
+	if err != nil {
+		c.fail(err)
+	}
 	byName := func(a, b v8Entry) int { return cmp.Or(bytes.Compare(a.name, b.name), cmp.Compare(a.off, b.off)) }
 	if !slices.IsSortedFunc(list, byName) {
 		slices.SortFunc(list, byName)
 	}
-	return list, cmp.Or(err, stop)
+	return list
 }
 
 // peerEntries lists the directory of the DAXFS half that is the same as n, or nil if there is none.
-func (c *checker) peerEntries(n *node) (*peerDir, error) {
+func (c *checker) peerEntries(n *node) *peerDir {
 	if n.peer == 0 {
-		return nil, nil
+		return nil
 	}
 	dir, err := c.v8.inode(uint64(n.peer))
 	if err != nil || !dir.IsDir() || !spend(&c.pairing, dir.Size) {
-		return nil, nil // checkV8 says so
+		return nil // checkV8 says so
 	}
-	list, err := c.listV8(&dir, nil)
-	return &peerDir{dir.Nid, list}, err
+	return &peerDir{dir.Nid, c.listV8(&dir, nil)}
 }
 
 func (p *peerDir) find(name []byte) *v8Entry {
@@ -69,28 +70,26 @@ func (p *peerDir) find(name []byte) *v8Entry {
 }
 
 // skipPeer notes that an entry of the EROFS half can not be compared.
-func (c *checker) skipPeer(p *peerDir, name []byte) error {
+func (c *checker) skipPeer(p *peerDir, name []byte) {
 	if e := p.find(name); e != nil {
 		e.matched = true
 	}
-	return nil
 }
 
 // match compares node i with the entry of the same name in the DAXFS half.
-func (c *checker) match(p *peerDir, i int32, name []byte, dirPath func() string) error {
+func (c *checker) match(p *peerDir, i int32, name []byte, dirPath func() string) {
 	if p == nil {
-		return nil
+		return
 	}
 	e := p.find(name)
 	n := &c.nodes[i]
 	switch {
 	case e != nil:
 		e.matched = true
-		return c.pair(i, e.nid, "")
+		c.pair(i, e.nid, "")
 	case holdable(uint32(n.mode)):
-		return c.finding(RuleHalvesNames, -1, n.nid, childPath(dirPath(), name), "the DAXFS half does not have this name")
+		c.finding(RuleHalvesNames, -1, n.nid, childPath(dirPath(), name), "the DAXFS half does not have this name")
 	}
-	return nil
 }
 
 // holdable reports whether the DAXFS half can hold an inode of that mode.
@@ -103,24 +102,24 @@ func holdable(mode uint32) bool {
 }
 
 // unmatched reports what only the DAXFS half has.
-func (c *checker) unmatched(p *peerDir, dirPath func() string) error {
+func (c *checker) unmatched(p *peerDir, dirPath func() string) {
 	if p == nil {
-		return nil
+		return
 	}
 	for i := range p.entries {
+		if c.err != nil {
+			return
+		}
 		e := &p.entries[i]
 		if e.matched || i > 0 && bytes.Equal(e.name, p.entries[i-1].name) {
 			continue
 		}
-		if err := c.finding(RuleHalvesNames, e.off, 0, childPath(dirPath(), e.name), "only the DAXFS half has this name"); err != nil {
-			return err
-		}
+		c.finding(RuleHalvesNames, e.off, 0, childPath(dirPath(), e.name), "only the DAXFS half has this name")
 	}
-	return nil
 }
 
 // pair notes that node i is the same inode as ino of the DAXFS half, and compares them the first time.
-func (c *checker) pair(i int32, ino uint64, path string) error {
+func (c *checker) pair(i int32, ino uint64, path string) {
 	n := &c.nodes[i]
 	where := func() string {
 		if path == "" {
@@ -134,67 +133,60 @@ func (c *checker) pair(i int32, ino uint64, path string) error {
 	first := n.peer == 0 && c.peers[ino] == 0
 	if !first {
 		if uint64(n.peer) != ino || c.peers[ino] != i+1 {
-			return c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(), "inode is DAXFS inode %d by this name, expected the same by every name of either", ino)
+			c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(), "inode is DAXFS inode %d by this name, expected the same by every name of either", ino)
 		}
-		return nil
+		return
 	}
 	n.peer, c.peers[ino] = uint32(ino), i+1
 	if !n.ok {
-		return nil
+		return
 	}
 	a, raw, err := c.ero.readInode(n.nid)
 	if err != nil {
-		return c.broken(err, where())
+		c.broken(err, where())
+		return
 	}
 	b, vraw, err := c.v8.readInode(ino)
 	if err != nil {
-		return nil // checkV8 says so
+		return // checkV8 says so
 	}
 	off := c.v8.inodeOff(ino)
 	if raw.Ino != uint32(ino) {
-		if err := c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(), "inode stores number %d, its DAXFS inode is %d", raw.Ino, ino); err != nil {
-			return err
-		}
+		c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(), "inode stores number %d, its DAXFS inode is %d", raw.Ino, ino)
 	}
 	if a.Mode != b.Mode {
-		if err := c.finding(RuleHalvesMode, off, n.nid, where(), "mode is %#o, in the DAXFS half %#o", a.Mode, b.Mode); err != nil {
-			return err
-		}
+		c.finding(RuleHalvesMode, off, n.nid, where(), "mode is %#o, in the DAXFS half %#o", a.Mode, b.Mode)
 		if a.Mode&unix.S_IFMT != b.Mode&unix.S_IFMT {
-			return nil
+			return
 		}
 	}
-	return c.compare(&a, &b, &vraw, off, where)
+	c.compare(&a, &b, &vraw, off, where)
 }
 
 // compare compares the attributes of an inode in both halves.
-func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func() string) error {
+func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func() string) {
 	if a.UID != b.UID || a.GID != b.GID {
-		if err := c.finding(RuleHalvesOwner, off, a.Nid, where(), "owner is %d:%d, in the DAXFS half %d:%d", a.UID, a.GID, b.UID, b.GID); err != nil {
-			return err
-		}
+		c.finding(RuleHalvesOwner, off, a.Nid, where(), "owner is %d:%d, in the DAXFS half %d:%d", a.UID, a.GID, b.UID, b.GID)
 	}
 	if a.Nlink != b.Nlink {
-		if err := c.finding(RuleHalvesNlink, off, a.Nid, where(), "link count is %d, in the DAXFS half %d", a.Nlink, b.Nlink); err != nil {
-			return err
-		}
+		c.finding(RuleHalvesNlink, off, a.Nid, where(), "link count is %d, in the DAXFS half %d", a.Nlink, b.Nlink)
 	}
 	if a.IsDir() {
-		return nil
+		return
 	}
 	if a.Size != b.Size {
-		return c.finding(RuleHalvesSize, off, a.Nid, where(), "size is %d, in the DAXFS half %d", a.Size, b.Size)
+		c.finding(RuleHalvesSize, off, a.Nid, where(), "size is %d, in the DAXFS half %d", a.Size, b.Size)
+		return
 	}
 	if a.IsSymlink() {
 		x, errA := a.Target()
 		y, errB := b.Target()
 		if errA == nil && errB == nil && x != y {
-			return c.finding(RuleHalvesTarget, off, a.Nid, where(), "target is %q, in the DAXFS half %q", x, y)
+			c.finding(RuleHalvesTarget, off, a.Nid, where(), "target is %q, in the DAXFS half %q", x, y)
 		}
-		return nil
+		return
 	}
 	if a.Size > 0 && a.Off != b.Off {
-		return c.finding(RuleHalvesData, off, a.Nid, where(), "contents are at %d, in the DAXFS half at %d (%d from its base)", a.Off, b.Off, vraw.DataOff)
+		c.finding(RuleHalvesData, off, a.Nid, where(), "contents are at %d, in the DAXFS half at %d (%d from its base)", a.Off, b.Off, vraw.DataOff)
 	}
-	return nil
 }

@@ -73,9 +73,9 @@ func CheckWith(r io.ReaderAt, size int64, o CheckOptions, report func(Finding) b
 	if c.max == 0 {
 		c.max = defaultMaxInodes
 	}
-	err := c.run(r, size)
-	if err != nil && !errors.Is(err, errStop) {
-		return err
+	c.run(r, size)
+	if c.err != nil && !errors.Is(c.err, errStop) {
+		return c.err
 	}
 	return c.first
 }
@@ -83,10 +83,11 @@ func CheckWith(r io.ReaderAt, size int64, o CheckOptions, report func(Finding) b
 // errStop ends a check whose report function wants no more findings; it never reaches a caller.
 var errStop = errors.New("stop")
 
-// checker is one run of Check. Its methods return an error only to end the check.
+// checker is one run of Check.
 type checker struct {
 	report func(Finding) bool
 	first  error // the first finding
+	err    error // why the check ends early: nothing is reported after it, loops look at it, the rest need not
 	tails  bool
 	max    uint64
 
@@ -104,10 +105,11 @@ type checker struct {
 	budget, pairing int64
 }
 
-func (c *checker) run(r io.ReaderAt, size int64) error {
+func (c *checker) run(r io.ReaderAt, size int64) {
 	var err error
 	if c.data, err = newSource(r, size); err != nil {
-		return c.broken(err, "")
+		c.broken(err, "")
+		return
 	}
 	c.s = c.data
 	if c.s.b == nil {
@@ -115,46 +117,54 @@ func (c *checker) run(r io.ReaderAt, size int64) error {
 	}
 	c.pairing = size
 	if size%BlockSize != 0 {
-		if err := c.finding(RuleImageSize, -1, 0, "", "size is %d bytes, expected a multiple of %d", size, BlockSize); err != nil {
-			return err
-		}
+		c.finding(RuleImageSize, -1, 0, "", "size is %d bytes, expected a multiple of %d", size, BlockSize)
 	}
-	for _, step := range []func() error{c.checkSupers, c.checkErofs, c.checkV8, c.checkSpace} {
+	for _, step := range []func(){c.checkSupers, c.checkErofs, c.checkV8, c.checkSpace} {
 		c.budget = size
-		if err := step(); err != nil {
-			return err
+		if step(); c.err != nil {
+			return
 		}
 	}
-	return nil
 }
 
-// finding reports one finding; the error says that no more are wanted.
-func (c *checker) finding(rule Rule, off int64, ino uint64, path, format string, args ...any) error {
-	return c.emit(&FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))}, path)
+// fail ends the check.
+func (c *checker) fail(err error) {
+	if c.err == nil {
+		c.err = err
+	}
+}
+
+// finding reports one finding.
+func (c *checker) finding(rule Rule, off int64, ino uint64, path, format string, args ...any) {
+	c.emit(&FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))}, path)
 }
 
 // broken reports an error of one of the readers; one that is not about the format ends the check.
-func (c *checker) broken(err error, path string) error {
+func (c *checker) broken(err error, path string) {
 	var f *FormatError
 	if !errors.As(err, &f) {
-		return err
+		c.fail(err)
+		return
 	}
-	return c.emit(f, path)
+	c.emit(f, path)
 }
 
-func (c *checker) emit(f *FormatError, path string) error {
+func (c *checker) emit(f *FormatError, path string) {
+	if c.err != nil {
+		return
+	}
 	if c.first == nil {
 		c.first = f
 	}
 	if c.report == nil {
-		return errStop
+		c.fail(errStop)
+		return
 	}
 	// That the image is corrupt goes without saying; that something is only unsupported does not.
 	msg := strings.TrimPrefix(f.Err.Error(), ErrCorrupt.Error()+": ")
 	if !c.report(Finding{f.Rule, f.Off, f.Ino, path, msg}) {
-		return errStop
+		c.fail(errStop)
 	}
-	return nil
 }
 
 // spend takes n bytes from a budget, and reports false when it is used up.
@@ -167,34 +177,28 @@ func spend(budget *int64, n int64) bool {
 }
 
 // checkSupers opens both halves and checks the first block and the overlay pair.
-func (c *checker) checkSupers() error {
+func (c *checker) checkSupers() {
 	var err error
 	if c.ero, err = openErofs(c.s); err != nil {
 		c.ero = nil
-		if err := c.broken(err, ""); err != nil {
-			return err
-		}
+		c.broken(err, "")
 	}
 	if c.v8, err = openV8(c.s); err != nil {
 		c.v8 = nil
-		if err := c.broken(err, ""); err != nil {
-			return err
-		}
+		c.broken(err, "")
 	}
 	c.use(0, BlockSize, useMeta, 0)
 	block, err := c.s.view(0, BlockSize)
 	if err != nil {
-		return err
+		c.fail(err)
+		return
 	}
 	if c.ero != nil {
-		if err := c.checkErofsSuper(block); err != nil {
-			return err
-		}
+		c.checkErofsSuper(block)
 	}
 	if c.v8 != nil {
-		return c.checkV8Super(block)
+		c.checkV8Super(block)
 	}
-	return nil
 }
 
 var zeros [BlockSize]byte

@@ -38,47 +38,45 @@ func (e *extent) end() int64 {
 }
 
 // checkSpace checks that no two structures overlap unless they share everything, and that contents end with zeros.
-func (c *checker) checkSpace() error {
+func (c *checker) checkSpace() {
 	slices.SortFunc(c.extents, func(a, b extent) int {
 		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind, b.kind), cmp.Compare(a.ino, b.ino))
 	})
 	var last, high extent // last one, and the one that ends highest
 	told := false         // that something overlaps high: one finding is enough for all that one wrong size covers
 	for _, e := range c.extents {
+		if c.err != nil {
+			return
+		}
 		kind := e.kind &^ useV8
 		same := kind != useMeta && kind == last.kind&^useV8 && e.off == last.off && e.size == last.size
 		if !same {
 			if e.off < high.end() && !told {
 				told = true
-				if err := c.overlap(&e, &high); err != nil {
-					return err
-				}
+				c.overlap(&e, &high)
 			}
-			if err := c.checkTail(&e); err != nil {
-				return err
-			}
+			c.checkTail(&e)
 		}
 		last = e
 		if e.end() > high.end() {
 			high, told = e, false
 		}
 	}
-	return nil
 }
 
 // overlap reports that e begins before high ends.
-func (c *checker) overlap(e, high *extent) error {
+func (c *checker) overlap(e, high *extent) {
 	rule := RuleMetaOverlap
 	if e.kind&^useV8 == useData && high.kind&^useV8 == useData {
 		rule = RuleDataOverlap
 	}
-	return c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
+	c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
 }
 
 // checkTail checks that the last page of contents ends with zeros: a direct mapping shows it.
-func (c *checker) checkTail(e *extent) error {
+func (c *checker) checkTail(e *extent) {
 	if e.kind&^useV8 != useData || !c.tails {
-		return nil
+		return
 	}
 	tail := e.off + e.size
 	n := min(e.end(), c.data.size) - tail
@@ -86,12 +84,12 @@ func (c *checker) checkTail(e *extent) error {
 	if c.data.b != nil {
 		b = c.data.b[tail : tail+n] // without copying
 	} else if err := c.data.readFull(b, tail); err != nil {
-		return err
+		c.fail(err)
+		return
 	}
 	if !isZero(b) {
-		return c.finding(RuleDataTail, tail, e.nid(), c.extentPath(e), "the last page holds something behind the contents, expected zeros")
+		c.finding(RuleDataTail, tail, e.nid(), c.extentPath(e), "the last page holds something behind the contents, expected zeros")
 	}
-	return nil
 }
 
 // nid is the inode for a finding whose rule is not about the DAXFS half.

@@ -33,25 +33,22 @@ func (c *checker) v8Path(ino uint64) string {
 }
 
 // checkV8 checks the DAXFS half on its own, in the order of its table. An inode without a name is no fault.
-func (c *checker) checkV8() error {
+func (c *checker) checkV8() {
 	if c.v8 == nil {
-		return nil
+		return
 	}
 	count := c.v8.Inodes()
 	if count > c.max {
-		return c.emit(unsupported(RuleV8Table, 48, 0, "%d inodes, more than %d", count, c.max).(*FormatError), "")
+		c.emit(unsupported(RuleV8Table, 48, 0, "%d inodes, more than %d", count, c.max).(*FormatError), "")
+		return
 	}
 	c.v8nodes = make([]v8node, count)
-	for ino := uint64(1); ino <= count; ino++ {
-		if err := c.checkV8Inode(ino); err != nil {
-			return err
-		}
+	for ino := uint64(1); ino <= count && c.err == nil; ino++ {
+		c.checkV8Inode(ino)
 	}
 	for i := range c.v8nodes {
-		if n := &c.v8nodes[i]; n.ok && n.mode&unix.S_IFMT == unix.S_IFDIR {
-			if err := c.checkV8Dir(uint64(i) + 1); err != nil {
-				return err
-			}
+		if n := &c.v8nodes[i]; c.err == nil && n.ok && n.mode&unix.S_IFMT == unix.S_IFDIR {
+			c.checkV8Dir(uint64(i) + 1)
 		}
 	}
 	for i := range c.v8nodes {
@@ -64,89 +61,83 @@ func (c *checker) checkV8() error {
 		orphan := !isDir && n.names == 0
 		if n.ok && !orphan && n.nlink != want {
 			ino := uint64(i) + 1
-			if err := c.finding(RuleV8Nlink, c.v8.inodeOff(ino), ino, c.v8Path(ino), "link count is %d, expected %d", n.nlink, want); err != nil {
-				return err
-			}
+			c.finding(RuleV8Nlink, c.v8.inodeOff(ino), ino, c.v8Path(ino), "link count is %d, expected %d", n.nlink, want)
 		}
 	}
-	return c.checkV8Loops()
+	c.checkV8Loops()
 }
 
-func (c *checker) checkV8Inode(ino uint64) error {
+func (c *checker) checkV8Inode(ino uint64) {
 	in, raw, err := c.v8.readInode(ino)
 	if err != nil {
-		return c.broken(err, c.v8Path(ino))
+		c.broken(err, c.v8Path(ino))
+		return
 	}
 	off := c.v8.inodeOff(ino)
 	c.v8nodes[ino-1] = v8node{nlink: raw.Nlink, mode: uint16(raw.Mode), ok: true}
 	if raw.Mode>>16 != 0 {
-		if err := c.finding(RuleV8Mode, off, ino, c.v8Path(ino), "mode is %#o, expected 16 bits", raw.Mode); err != nil {
-			return err
-		}
+		c.finding(RuleV8Mode, off, ino, c.v8Path(ino), "mode is %#o, expected 16 bits", raw.Mode)
 	}
 	b, err := c.s.view(off, disk.V8InodeSize)
 	if err != nil {
-		return err
+		c.fail(err)
+		return
 	}
 	if !isZero(b[36:]) {
-		if err := c.finding(RuleV8Reserved, off+36, ino, c.v8Path(ino), "reserved bytes of the inode hold %x, expected zeros", b[36:]); err != nil {
-			return err
-		}
+		c.finding(RuleV8Reserved, off+36, ino, c.v8Path(ino), "reserved bytes of the inode hold %x, expected zeros", b[36:])
 	}
 	if in.Size == 0 {
-		return nil
+		return
 	}
 	switch in.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		c.use(in.base, in.Size, useData|useV8, ino)
 		if in.base%BlockSize != 0 {
-			return c.finding(RuleV8Align, off, ino, c.v8Path(ino), "contents at %d, expected a multiple of %d", in.base, BlockSize)
+			c.finding(RuleV8Align, off, ino, c.v8Path(ino), "contents at %d, expected a multiple of %d", in.base, BlockSize)
 		}
 	case unix.S_IFLNK:
 		c.use(in.base, in.Size, useTarget|useV8, ino)
 		b, err := c.s.view(in.base, int(in.Size)+1)
 		if err != nil {
-			return err
+			c.fail(err)
+			return
 		}
 		if z := bytes.IndexByte(b, 0); int64(z) != in.Size {
-			return c.finding(RuleV8Symlink, in.base, ino, c.v8Path(ino), "target of %d bytes has its first NUL at %d, expected it to follow the target", in.Size, z)
+			c.finding(RuleV8Symlink, in.base, ino, c.v8Path(ino), "target of %d bytes has its first NUL at %d, expected it to follow the target", in.Size, z)
 		}
 	case unix.S_IFDIR:
 		n := in.Size / disk.V8DirentUnit * disk.V8DirentSize
 		c.use(in.base, n, useMeta|useV8, ino)
 		if c.s.size-(in.base+n) < disk.V8DirentSize {
-			return c.finding(RuleV8DirSlack, off, ino, c.v8Path(ino), "entries end at %d, expected at least %d bytes before the end of the image at %d",
+			c.finding(RuleV8DirSlack, off, ino, c.v8Path(ino), "entries end at %d, expected at least %d bytes before the end of the image at %d",
 				in.base+n, disk.V8DirentSize, c.s.size)
 		}
 	}
-	return nil
 }
 
 // checkV8Dir checks the entries of one directory.
-func (c *checker) checkV8Dir(ino uint64) error {
+func (c *checker) checkV8Dir(ino uint64) {
 	dir, err := c.v8.inode(ino)
 	if err != nil {
-		return c.broken(err, c.v8Path(ino))
+		c.broken(err, c.v8Path(ino))
+		return
 	}
 	if !spend(&c.budget, dir.Size) {
 		c.v8nodes[ino-1].ok = false
-		return c.finding(RuleMetaOverlap, dir.base, 0, c.v8Path(ino), "directories of the DAXFS half take more bytes than the image has: they overlap")
+		c.finding(RuleMetaOverlap, dir.base, 0, c.v8Path(ino), "directories of the DAXFS half take more bytes than the image has: they overlap")
+		return
 	}
-	list, err := c.listV8(&dir, func(err error) error { return c.broken(err, c.v8Path(ino)) })
-	if err != nil {
-		return err
-	}
+	list := c.listV8(&dir, func(err error) { c.broken(err, c.v8Path(ino)) })
 	for i := range list {
+		if c.err != nil {
+			return
+		}
 		e := &list[i]
 		if i > 0 && bytes.Equal(e.name, list[i-1].name) {
-			if err := c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q is there twice", e.name); err != nil {
-				return err
-			}
+			c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q is there twice", e.name)
 		}
 		if e.odd {
-			if err := c.finding(RuleV8Reserved, e.off, ino, c.v8Path(ino), "reserved bytes of entry %q are not zero", e.name); err != nil {
-				return err
-			}
+			c.finding(RuleV8Reserved, e.off, ino, c.v8Path(ino), "reserved bytes of entry %q are not zero", e.name)
 		}
 		n := &c.v8nodes[e.nid-1]
 		if !n.ok {
@@ -156,9 +147,7 @@ func (c *checker) checkV8Dir(ino uint64) error {
 			continue
 		}
 		if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {
-			if err := c.finding(RuleV8DirType, e.off, ino, c.v8Path(ino), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ); err != nil {
-				return err
-			}
+			c.finding(RuleV8DirType, e.off, ino, c.v8Path(ino), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ)
 		}
 		if n.mode&unix.S_IFMT != unix.S_IFDIR {
 			n.names++
@@ -166,18 +155,15 @@ func (c *checker) checkV8Dir(ino uint64) error {
 		}
 		c.v8nodes[ino-1].names++
 		if n.parent != 0 || e.nid == disk.V8RootIno {
-			if err := c.finding(RuleV8DirLoop, e.off, ino, c.v8Path(ino), "entry %q leads to directory %d, which has another name or is the root", e.name, e.nid); err != nil {
-				return err
-			}
+			c.finding(RuleV8DirLoop, e.off, ino, c.v8Path(ino), "entry %q leads to directory %d, which has another name or is the root", e.name, e.nid)
 			continue
 		}
 		n.parent = uint32(ino)
 	}
-	return nil
 }
 
 // checkV8Loops looks for directories that are their own ancestors. Every directory has at most one parent by now.
-func (c *checker) checkV8Loops() error {
+func (c *checker) checkV8Loops() {
 	const onPath, done = 1, 2
 	for i := range c.v8nodes {
 		at := uint32(i) + 1
@@ -187,13 +173,10 @@ func (c *checker) checkV8Loops() error {
 		}
 		if at != 0 && c.v8nodes[at-1].mark == onPath {
 			ino := uint64(at)
-			if err := c.finding(RuleV8DirLoop, c.v8.inodeOff(ino), ino, c.v8Path(ino), "directory is its own ancestor"); err != nil {
-				return err
-			}
+			c.finding(RuleV8DirLoop, c.v8.inodeOff(ino), ino, c.v8Path(ino), "directory is its own ancestor")
 		}
 		for at = uint32(i) + 1; at != 0 && c.v8nodes[at-1].mark == onPath; at = c.v8nodes[at-1].parent {
 			c.v8nodes[at-1].mark = done
 		}
 	}
-	return nil
 }
