@@ -36,6 +36,10 @@ import (
 type job struct {
 	Config  *config.Config
 	Content string // directory of a content store that stands for containerd's
+	// Do is what the process does: "serve", "verify" that everything agrees, or "purge", which verifies that nothing
+	// remains once all snapshots are removed. The test itself never opens the pool: what it forks for other tests
+	// would hold the lock of the pool until it has executed.
+	Do string
 }
 
 const jobEnv = "DAXFS_TEST_DAEMON"
@@ -54,6 +58,13 @@ func runJob(text string) error {
 	s, err := Open(ctx, j.Config)
 	if err != nil {
 		return err
+	}
+	c := &client{Service: s}
+	switch j.Do {
+	case "verify":
+		return errors.Join(c.settle(ctx), s.Close())
+	case "purge":
+		return errors.Join(c.purge(ctx), s.Close())
 	}
 	l, err := listen(j.Config.Address)
 	if err != nil {
@@ -88,14 +99,7 @@ func newMachine(t *testing.T, f flavour) *machine {
 		if m.cmd != nil {
 			m.kill()
 		}
-		// Whatever a failed test left.
-		s, err := Open(context.Background(), m.cfg)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		c := &client{Service: s}
-		if err := errors.Join(c.purge(context.Background()), s.Close(), removePool(m.cfg)); err != nil {
+		if err := errors.Join(m.do("purge"), removePool(m.cfg)); err != nil {
 			t.Error(err)
 		}
 	})
@@ -112,12 +116,9 @@ func (m *machine) must(err error) {
 // boot starts the daemon and connects to it.
 func (m *machine) boot() {
 	m.t.Helper()
-	text, err := json.Marshal(job{m.cfg, filepath.Join(m.dir, "content")})
+	var err error
+	m.cmd, err = m.command("serve")
 	m.must(err)
-	self, err := os.Executable()
-	m.must(err)
-	m.cmd = exec.Command(self)
-	m.cmd.Env = append(os.Environ(), jobEnv+"="+string(text))
 	var out bytes.Buffer
 	m.cmd.Stderr = &out
 	m.must(m.cmd.Start())
@@ -160,13 +161,37 @@ func (m *machine) reboot() {
 	m.boot()
 }
 
-// verify opens the daemon's state in this process and checks all of it; the daemon must not run.
+// verify checks everything that the daemon, which must not run, left.
 func (m *machine) verify() {
 	m.t.Helper()
-	s, err := Open(context.Background(), m.cfg)
-	m.must(err)
-	c := &client{Service: s}
-	m.must(errors.Join(c.settle(context.Background()), s.Close()))
+	m.must(m.do("verify"))
+}
+
+// command is the daemon's process.
+func (m *machine) command(do string) (*exec.Cmd, error) {
+	text, err := json.Marshal(job{m.cfg, filepath.Join(m.dir, "content"), do})
+	if err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(self)
+	cmd.Env = append(os.Environ(), jobEnv+"="+string(text))
+	return cmd, nil
+}
+
+// do runs the daemon's process to its end.
+func (m *machine) do(what string) error {
+	cmd, err := m.command(what)
+	if err != nil {
+		return err
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", what, err, out)
+	}
+	return nil
 }
 
 // file is one file of a layer.

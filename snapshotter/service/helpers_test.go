@@ -36,8 +36,11 @@ func TestMain(m *testing.M) {
 		return
 	}
 	if text := os.Getenv(jobEnv); text != "" {
-		fmt.Fprintln(os.Stderr, runJob(text))
-		os.Exit(1)
+		if err := runJob(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
 	}
 	flag.Parse()
 	if os.Geteuid() == 0 {
