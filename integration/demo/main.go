@@ -1,0 +1,110 @@
+// Command demo shows on this machine what daxfs does: a private containerd pulls two images that have files in common,
+// starts containers from each, and the demo looks up which physical pages they stand on. The same images then run on
+// containerd's own snapshotters, for comparison.
+//
+//	make demo
+//	make demo POOL=tmpfs
+//
+// It runs in namespaces of its own, with state below DAXFS_TEST_CACHE (see package stack), and leaves nothing behind but the
+// programs there. It needs root.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+)
+
+func main() {
+	o := options{out: os.Stdout}
+	flag.StringVar(&o.pool, "pool", "file", "what the shared memory is made of: file or tmpfs")
+	flag.IntVar(&o.containers, "containers", 4, "containers of each image")
+	flag.Parse()
+	if err := o.check(); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(2)
+	}
+	if stack.Outermost() {
+		introduce(os.Stdout)
+	}
+	os.Exit(stack.Isolated(func() int {
+		// Twice ^C changes nothing: what was started has to be ended. A terminal sends it to everyone, and the outer
+		// processes pass it on as well.
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+		defer stop()
+		err := show(ctx, o)
+		switch {
+		case ctx.Err() != nil:
+			fmt.Fprintln(os.Stderr, "demo: interrupted, everything was cleaned up")
+			return 130
+		case err != nil:
+			fmt.Fprintln(os.Stderr, "demo:", err)
+			return 1
+		}
+		return 0
+	}))
+}
+
+// options of a run.
+type options struct {
+	pool       string // kind of the pool
+	containers int    // of each image
+	out        io.Writer
+}
+
+func (o options) check() error {
+	if o.pool != "file" && o.pool != "tmpfs" {
+		return fmt.Errorf("pool %q, expected \"file\" or \"tmpfs\"", o.pool)
+	}
+	if o.containers < 1 || o.containers > 100 {
+		return fmt.Errorf("%d containers, expected 1 to 100", o.containers)
+	}
+	if os.Getuid() != 0 {
+		return errors.New("needs root, to mount and to run containers: sudo -E make demo")
+	}
+	return nil
+}
+
+// introduce says what will happen before anything does.
+func introduce(w io.Writer) {
+	cache, err := stack.CacheDir()
+	if err != nil {
+		cache = "the cache directory"
+	}
+	fmt.Fprintf(w, `This starts a containerd of its own, in namespaces of its own; one that runs here already is not touched.
+Programs that are missing in %s/bin are built first: %s.
+The first time that takes about ten minutes on two cores. They stay there; nothing else does.
+
+`, cache, stack.Versions())
+}
+
+// config is the daemon's configuration for a kind of pool: nothing for the default.
+func (o options) config() string {
+	if o.pool == "file" {
+		return ""
+	}
+	// /run is a tmpfs of the demo's own mount namespace and goes with it.
+	return "[pool]\nkind = \"tmpfs\"\npath = \"" + tmpfsPool + "\"\nsize = \"1GiB\"\n"
+}
+
+const tmpfsPool = "/run/daxfs-demo.pool"
+
+// show runs everything and prints the proof.
+func show(ctx context.Context, o options) (err error) {
+	s, err := stack.Start(stack.Options{Mode: stack.Streaming, Config: o.config()})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	d := &demo{Stack: s, options: o, ctx: ctx}
+	_, err = d.run()
+	return err
+}

@@ -1,0 +1,82 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// poolFacts are what the pool's catalogue and the images in it say. Sizes are bytes of whole pages.
+type poolFacts struct {
+	images   int
+	apart    int64 // contents of all images, if each had its own
+	together int64 // contents as they are in the pool
+	// files are the addresses in the pool of one file, image by image.
+	files map[string][]int64
+}
+
+// readPool reads the pool as another kernel would: no daemon is asked.
+func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
+	r, err := region.Open(region.Config{Kind: d.pool, Path: d.poolPath(), ReadOnly: true})
+	if err != nil {
+		return facts, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	catalogue, err := pool.ReadCatalogue(r)
+	if err != nil {
+		return facts, err
+	}
+	facts.images = len(catalogue.Images)
+	facts.files = map[string][]int64{}
+	all := map[int64]int64{}
+	for _, m := range catalogue.Images {
+		img, err := daxfs.Open(io.NewSectionReader(r, m.Off, m.Size), m.Size)
+		if err != nil {
+			return facts, fmt.Errorf("image %q: %w", m.Key, err)
+		}
+		own, err := extents(img)
+		if err != nil {
+			return facts, fmt.Errorf("image %q: %w", m.Key, err)
+		}
+		for off, size := range own {
+			facts.apart += size
+			all[m.Off+off] = size
+		}
+		for _, name := range files {
+			st, err := fs.Stat(img, name)
+			if err != nil {
+				return facts, fmt.Errorf("image %q: %w", m.Key, err)
+			}
+			facts.files[name] = append(facts.files[name], m.Off+st.Sys().(*daxfs.Stat).Off)
+		}
+	}
+	for _, size := range all {
+		facts.together += size
+	}
+	return facts, nil
+}
+
+// extents lists where the contents of an image's files are, by their offset in the image, and how many bytes of whole
+// pages they take.
+func extents(img *daxfs.FS) (map[int64]int64, error) {
+	found := map[int64]int64{}
+	err := fs.WalkDir(img, ".", func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		if st := info.Sys().(*daxfs.Stat); st.Off >= 0 {
+			found[st.Off] = (st.Size + pageSize - 1) / pageSize * pageSize
+		}
+		return nil
+	})
+	return found, err
+}
