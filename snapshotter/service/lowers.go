@@ -283,8 +283,10 @@ func (l *lowers) restore(ctx context.Context, key string) error {
 		},
 		Pin: func(string) {}, // the caller's snapshot names the layer
 	}, nil)
-	if errors.Is(err, blob.ErrMismatch) {
-		return fmt.Errorf("layer pack %q is damaged; pull the image again: %w", l.packs.path(id), err)
+	switch {
+	case err == nil, ctx.Err() != nil, errdefs.IsNotFound(err), errdefs.IsResourceExhausted(toErrdefs(err)):
+		return err
 	}
-	return err
+	// It was a good layer when it was written.
+	return fmt.Errorf("layer pack %q is damaged; pull the image again: %w: %w", l.packs.path(id), err, errdefs.ErrDataLoss)
 }
