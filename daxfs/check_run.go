@@ -47,12 +47,12 @@ func (f Finding) String() string {
 type CheckOptions struct {
 	// SkipTails leaves out the rule data-tail, and with it all reading of contents: it costs one page per file.
 	SkipTails bool
-	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<26. Memory use is up to 500 bytes
+	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<24. Memory use is up to 500 bytes
 	// per inode.
 	MaxInodes uint64
 }
 
-const defaultMaxInodes = 1 << 26
+const defaultMaxInodes = 1 << 24
 
 // Check proves an image of size bytes: its EROFS half, its DAXFS half, and that both show the same tree over the same
 // contents. What passes is safe to mount with either kernel driver and can be read completely through Open and OpenDAXFS,

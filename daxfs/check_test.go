@@ -2,6 +2,7 @@ package daxfs_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -178,6 +179,12 @@ func TestCheckStops(t *testing.T) {
 	}
 	if err := daxfs.Check(failingReader{}, 1<<20, nil); !isErr(err, io.ErrClosedPipe) {
 		t.Errorf("got %v, want the error of the reader", err)
+	}
+	for _, size := range []int64{-1, 0, 4095, 1 << 45, 1<<63 - 1} {
+		var f *daxfs.FormatError
+		if err := daxfs.Check(daxfs.Mem(b), size, nil); !errors.As(err, &f) || f.Rule != daxfs.RuleImageSize {
+			t.Errorf("size %d: got %v", size, err)
+		}
 	}
 	short := bytes.NewReader(b[:len(b)-100])
 	if err := daxfs.Check(short, int64(len(b)), nil); err == nil {

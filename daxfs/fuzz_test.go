@@ -21,6 +21,19 @@ import (
 func fuzzImage(t testing.TB) []byte {
 	t.Helper()
 	s := newStore(daxfs.BlockSize)
+	_, b := s.fileImage(t, fuzzTree(s), daxfs.Options{Label: "fuzz"})
+	return b
+}
+
+// fuzzWindow is the same tree in a window of a pool.
+func fuzzWindow(t testing.TB) []byte {
+	t.Helper()
+	s := newStore(64 << 10)
+	_, b := s.windowImage(t, fuzzTree(s), 8192)
+	return b
+}
+
+func fuzzTree(s *store) *daxfs.Node {
 	reg := func(content string) *daxfs.Node {
 		return &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte(content))}
 	}
@@ -34,13 +47,11 @@ func fuzzImage(t testing.TB) []byte {
 	for i := range 25 { // two blocks
 		many.Entries[string(bytes.Repeat([]byte{byte('a' + i)}, 180))] = one
 	}
-	root := dir(map[string]*daxfs.Node{
+	return dir(map[string]*daxfs.Node{
 		"one": one, "two": reg("two"), "link": symlink("one"), "long": symlink(string(bytes.Repeat([]byte("l"), 4095))),
 		"sub": dir(map[string]*daxfs.Node{"sub": dir(nil)}), "many": many,
 		"null": {Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)},
 	})
-	_, b := s.fileImage(t, root, daxfs.Options{Label: "fuzz"})
-	return b
 }
 
 // fuzzLimit bounds what one input may allocate: the images are below 64 KiB.
@@ -245,21 +256,28 @@ func walkRanges(s *surgeon, erofs func(string, daxfs.Inode, int64), v8 func(daxf
 	}
 }
 
-// FuzzCheck changes any bytes of the metadata, and the size.
+// FuzzCheck changes any bytes of the metadata, and the size, of a file image or a window: bit 0 of cut says which.
 func FuzzCheck(f *testing.F) {
-	sound := fuzzImage(f)
-	meta := operate(f, bytes.Clone(sound)).meta()
-	rs := [][2]int64{{0, daxfs.BlockSize}, {meta, int64(len(sound))}, {0, int64(len(sound))}}
-	f.Add([]byte{}, uint32(0))
-	f.Add([]byte{1, 0, 40, 0, 2, 1, 1, 0}, uint32(0))
-	f.Add([]byte{2, 0, 200, 3, 3, 2, 1, 0, 1, 0, 44, 0, 1, 0, 9, 0}, uint32(4096))
+	var images [2][]byte
+	var ranges [2][][2]int64
+	for i, sound := range [][]byte{fuzzImage(f), fuzzWindow(f)} {
+		images[i] = sound
+		s := operate(f, bytes.Clone(sound))
+		ranges[i] = [][2]int64{{0, daxfs.BlockSize}, {s.meta(), s.meta() + 16<<10}, {0, int64(len(sound))}}
+	}
+	for _, window := range []uint32{0, 1} {
+		f.Add([]byte{}, window)
+		f.Add([]byte{1, 0, 40, 0, 2, 1, 1, 0}, window)
+		f.Add([]byte{2, 0, 200, 3, 3, 2, 1, 0, 1, 0, 44, 0, 1, 0, 9, 0}, 8192+window)
+	}
 	f.Fuzz(func(t *testing.T, data []byte, cut uint32) {
 		if len(data) > 512 {
 			return
 		}
-		b := bytes.Clone(sound)
-		apply(b, rs, data)
-		prove(t, b[:len(b)-int(cut%uint32(len(b)))])
+		i := cut & 1
+		b := bytes.Clone(images[i])
+		apply(b, ranges[i], data)
+		prove(t, b[:len(b)-int(cut>>1%uint32(len(b)))])
 	})
 }
 

@@ -46,9 +46,15 @@ type source struct {
 	size int64
 }
 
+// maxImage is what block numbers of 32 bits reach. Sums of two offsets in an image do not overflow either.
+const maxImage = (1<<32 - 1) * BlockSize
+
 func newSource(r io.ReaderAt, size int64) (source, error) {
 	if size < BlockSize {
 		return source{}, corrupt(RuleImageSize, -1, 0, "size is %d bytes, expected at least %d", size, BlockSize)
+	}
+	if size > maxImage {
+		return source{}, unsupported(RuleImageSize, -1, 0, "size is %d bytes, expected at most %d", size, int64(maxImage))
 	}
 	s := source{r: r, size: size}
 	if m, ok := r.(Mapped); ok {
