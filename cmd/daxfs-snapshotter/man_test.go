@@ -1,0 +1,42 @@
+package main
+
+import (
+	"io"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/manpage"
+)
+
+var manPage = manpage.Page{
+	Section: 8,
+	Intro: `daxfs-snapshotter serves containerd as a proxy snapshotter and differ. It keeps the layers of OCI images in one pool of shared
+memory, every distinct file once; each image is mounted once, and each container gets an OverlayFS over that mount.
+
+Flags win over the configuration file. The file may be missing; then the pool is a file below the state directory.
+
+Stopping the daemon in any way, SIGKILL included, leaves containers and mounts alone. While it does not run, no
+container can be started and no image pulled with it. SIGTERM and SIGINT end it after what it was asked for is answered.`,
+	Sections: []manpage.Section{
+		{"FILES", `/etc/daxfs-snapshotter/config.toml	the configuration; "daxfs-snapshotter config default" prints one with all keys explained
+
+/var/lib/daxfs-snapshotter	the state, and the pool unless the configuration says otherwise
+
+/run/daxfs-snapshotter/daxfs.sock	the socket, for root only`},
+		{"EXIT STATUS", `0	ended by a signal
+
+1	an error
+
+2	wrong use`},
+		{"EXAMPLES", `Check a configuration before restarting the daemon:
+   daxfs-snapshotter --config /etc/daxfs-snapshotter/config.toml config check
+
+Use it:
+   nerdctl --snapshotter daxfs run --rm debian:12 true`},
+		{"SEE ALSO", "daxfs(1), containerd(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
+	},
+}
+
+// The page in docs/man is the one that the flags and commands make.
+func TestManPage(t *testing.T) {
+	manpage.Check(t, "../../docs/man/daxfs-snapshotter.8", manPage.Render(app(io.Discard, io.Discard)))
+}
