@@ -139,7 +139,7 @@ func libraries(ps []*process) []library {
 				continue
 			}
 			l.acrossCommon++
-			if frames[0][0] == frames[1][0] {
+			if frames[0][0] == frames[1][0] && frames[0][0] != 0 {
 				l.acrossSame++
 			}
 			if !found {

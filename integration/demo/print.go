@@ -114,7 +114,11 @@ func (d *demo) compare(f *facts) {
 		d.say("The kernel cannot tell how much of a file is cached (cachestat is there since Linux 6.5).")
 	}
 	if f.daxfs.pool > 0 {
-		d.say("Of the page cache of daxfs, %s are the pool's own pages.", mib(f.daxfs.pool))
+		why := "left from writing it; the kernel takes them back when it needs memory"
+		if d.pool == "tmpfs" {
+			why = "which stays in memory; the rest is the page cache of its mounts, through a loop device"
+		}
+		d.say("Of what daxfs has cached, %s are the pool itself, %s.", mib(f.daxfs.pool), why)
 	}
 	d.say(`How to read this: containers of one image share its page cache with overlayfs as well. What daxfs adds is that files shared by
 images without a common layer are stored once, that nothing is unpacked into directories, and, with DAX memory, that the pool's

@@ -7,7 +7,8 @@ import (
 	"syscall"
 )
 
-// StartDaemon starts daxfs-snapshotter and waits until it takes connections.
+// StartDaemon starts daxfs-snapshotter and waits until it takes connections; if containerd runs, until that is connected
+// to it again: after a failure containerd waits for some seconds before it tries the next time.
 func (s *Stack) StartDaemon() error {
 	config := filepath.Join(s.Dir, "daxfs.toml")
 	if err := os.WriteFile(config, []byte(s.options.Config), 0o644); err != nil {
@@ -22,9 +23,14 @@ func (s *Stack) StartDaemon() error {
 	}
 	return s.daemon.await(func() error {
 		c, err := net.Dial("unix", s.Run+"/daxfs.sock")
-		if err == nil {
-			c.Close()
+		if err != nil {
+			return err
 		}
+		c.Close()
+		if s.containerd == nil || s.containerd.ended() {
+			return nil
+		}
+		_, err = s.output("ctr", "snapshot", "--snapshotter", "daxfs", "ls")
 		return err
 	})
 }
@@ -34,16 +40,6 @@ func (s *Stack) DaemonRoot() string { return filepath.Join(s.Dir, "daxfs") }
 
 // StopDaemon ends the daemon with sig: SIGTERM as an upgrade would, SIGKILL as a crash.
 func (s *Stack) StopDaemon(sig syscall.Signal) error { return s.daemon.stop(sig) }
-
-// DaemonDied tells whether the daemon ended.
-func (s *Stack) DaemonDied() bool {
-	select {
-	case <-s.daemon.done:
-		return true
-	default:
-		return false
-	}
-}
 
 // SetConfig replaces the TOML that the next StartDaemon uses.
 func (s *Stack) SetConfig(text string) { s.options.Config = text }

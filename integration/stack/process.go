@@ -79,6 +79,15 @@ func (p *process) stop(sig syscall.Signal) error {
 	}
 }
 
+func (p *process) ended() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // tail returns the last lines of a file, for messages.
 func tail(path string) string {
 	b, err := os.ReadFile(path)
