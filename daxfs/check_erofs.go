@@ -172,24 +172,29 @@ func (c *checker) checkDir(d int32) {
 			if e.odd {
 				c.finding(RuleDirBlock, off, dir.Nid, path(), "reserved byte of entry %q is not zero", e.name)
 			}
-			if k := string(e.name); k == "." || k == ".." {
-				want := self.nid
-				if k == ".." {
-					want = up
-				}
-				dots[len(k)-1]++
-				if e.nid != want || e.typ != unix.S_IFDIR {
-					c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d", k, e.nid, e.typ, want)
-				}
-				continue
+			switch string(e.name) {
+			case ".":
+				dots[0]++
+				c.checkDot(&dir, &e, self.nid, off, path)
+			case "..":
+				dots[1]++
+				c.checkDot(&dir, &e, up, off, path)
+			default:
+				c.checkEntry(d, path, pos+int64(i)*disk.ErofsDirentSize, off, &e, other)
 			}
-			c.checkEntry(d, path, pos+int64(i)*disk.ErofsDirentSize, off, &e, other)
 		}
 	}
 	if dots != [2]int{1, 1} {
 		c.finding(RuleDots, at, dir.Nid, path(), "%d entries %q and %d entries %q, expected one each", dots[0], ".", dots[1], "..")
 	}
 	c.unmatched(other, path)
+}
+
+// checkDot checks that "." or ".." leads to the directory want.
+func (c *checker) checkDot(dir *Inode, e *rawDirent, want uint64, off int64, path func() string) {
+	if e.nid != want || e.typ != unix.S_IFDIR {
+		c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d", e.name, e.nid, e.typ, want)
+	}
 }
 
 // checkEntry checks one entry, and the inode if it is the first entry that leads there.

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 
@@ -251,5 +253,30 @@ func TestFindingString(t *testing.T) {
 		if got := f.String(); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
+	}
+}
+
+// TestConcurrent reads one image from several goroutines; the race detector looks on.
+func TestConcurrent(t *testing.T) {
+	b := patient(t)
+	for _, mapped := range []bool{true, false} {
+		f := open(t, b, mapped)
+		want, err := readAll(f.Walk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				got, err := readAll(f.Walk)
+				if err != nil || !maps.Equal(got, want) {
+					t.Errorf("got %d entries, %v, want %d", len(got), err, len(want))
+				}
+				if text, err := f.ReadFile("link"); string(text) != "one" || err != nil {
+					t.Errorf("got %q, %v", text, err)
+				}
+			})
+		}
+		wg.Wait()
 	}
 }
