@@ -90,7 +90,7 @@ const (
 func flags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: flagConfig, Aliases: []string{"c"}, Value: config.DefaultPath, Usage: "configuration `FILE`"},
-		&cli.StringFlag{Name: flagRoot, Usage: "state `DIR`ectory (root)"},
+		&cli.StringFlag{Name: flagRoot, Usage: "state directory `DIR` (root)"},
 		&cli.StringFlag{Name: flagAddress, Aliases: []string{"a"}, Usage: "unix `SOCKET` to serve on (address)"},
 		&cli.StringFlag{Name: flagContainerd, Usage: "containerd's `SOCKET` (containerd.address)"},
 		&cli.StringFlag{Name: flagDriver, Usage: "mount `DRIVER` (mount.driver)"},

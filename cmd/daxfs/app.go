@@ -95,8 +95,14 @@ func needArgs(c *cli.Context, names ...string) error {
 	return nil
 }
 
-// version is that of the build: the module's, or the commit's.
+// linkedVersion is set by release builds with -ldflags "-X main.linkedVersion=v1.2.3".
+var linkedVersion string
+
+// version is that of the build: what was linked in, the module's, or the commit's.
 func version() string {
+	if linkedVersion != "" {
+		return linkedVersion
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/manpage"
+)
+
+var manPage = manpage.Page{
+	Section: 1,
+	Intro: `daxfs makes images out of OCI images, looks into them, checks them, mounts them, and keeps many of them in pools of shared
+memory. An image is a read-only file system that Linux mounts both as EROFS and, with the module of that name, as DAXFS.
+
+Flags may stand before or after arguments. What a command was asked for goes to standard output, everything else to
+standard error. A command that fails leaves no output file behind, and one that was there as it was.`,
+	Sections: []manpage.Section{
+		{"EXIT STATUS", `0	done
+
+1	an error; or verify, pool check or doctor found something wrong
+
+2	wrong use
+
+130	interrupted`},
+		{"SEE ALSO", "daxfs-snapshotter(8), mount(8), mkfs.erofs(1), ctr(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
+	},
+}
+
+// The page in docs/man is the one that the commands make.
+func TestManPage(t *testing.T) {
+	app := newApp(&env{stdin: strings.NewReader(""), stdout: io.Discard, stderr: io.Discard})
+	manpage.Check(t, "../../docs/man/daxfs.1", manPage.Render(app))
+}
