@@ -178,7 +178,11 @@ func (m *model) matches(p *Pool) error {
 // TestCrash cuts the power at every operation on the region and the index in turn. What was committed must be there
 // after reopening, the step in progress must have happened whole or not at all, and the pool must work.
 func TestCrash(t *testing.T) {
-	for seed := range uint64(2) {
+	seeds := uint64(2)
+	if testing.Short() {
+		seeds = 1
+	}
+	for seed := range seeds {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		for at := 1; ; at++ {
 			if crashAt(t, at, rng, seed%2 == 0) {
