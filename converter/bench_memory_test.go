@@ -1,10 +1,100 @@
 package converter_test
 
-import "runtime/metrics"
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
 
-// inUse is the memory that the heap's objects occupy, dead ones that were not collected yet included.
-func inUse() uint64 {
-	s := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
-	metrics.Read(s)
-	return s[0].Value.Uint64()
+	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+)
+
+// helperEnv makes the test binary convert an image and print the most memory that it ever had: a process of its own,
+// because a peak cannot be reset, and holds nothing else.
+const helperEnv = "DAXFS_TEST_CONVERT_MEMORY"
+
+func convertHelper(memory string) error {
+	n, err := strconv.ParseInt(memory, 10, 64)
+	if err != nil {
+		return err
+	}
+	src, err := source.Parse("oci:"+os.Args[1], source.Config{})
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	if _, err := converter.Convert(context.Background(), src, os.Args[2], converter.Options{Memory: n}); err != nil {
+		return err
+	}
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return err
+	}
+	_, rest, _ := bytes.Cut(status, []byte("VmHWM:"))
+	var kib int64
+	if _, err := fmt.Sscan(string(rest), &kib); err != nil {
+		return err
+	}
+	_, err = fmt.Println(kib)
+	return err
+}
+
+// peakMemory converts a layout in a process of its own, and returns its peak resident memory in bytes.
+func peakMemory(tb testing.TB, dir string, memory int64) int64 {
+	tb.Helper()
+	cmd := exec.Command(os.Args[0], dir, filepath.Join(tb.TempDir(), "image"))
+	cmd.Env = append(os.Environ(), fmt.Sprint(helperEnv, "=", memory))
+	out, err := cmd.Output()
+	if err != nil {
+		tb.Fatalf("%v: %s", err, out)
+	}
+	var kib int64
+	if _, err := fmt.Sscan(string(out), &kib); err != nil {
+		tb.Fatal(err)
+	}
+	return kib << 10
+}
+
+// memoryBound is what the package documentation promises for an image of files, converted on this many layers at a time.
+func memoryBound(memory int64, layers, files int) int64 {
+	const program = 48 << 20 // what a process that imports all sources takes before it does anything
+	return program + max(memory, 16<<20) + int64(layers)*10<<20 + int64(files)<<10
+}
+
+// TestMemoryIsBounded: layers of 96 MiB wait for the first one within the limit.
+func TestMemoryIsBounded(t *testing.T) {
+	var layers []ocitest.Layer
+	for i := range uint64(3) {
+		layers = append(layers, ocitest.Layer{Tar: treeTar(i, 96), Compression: ocitest.Gzip})
+	}
+	l := newLayout(t, layers...)
+	for _, memory := range []int64{16 << 20, 64 << 20} {
+		got, most := peakMemory(t, l.Dir, memory), memoryBound(memory, 2, 300)
+		t.Logf("limit %d MiB: peak %d MiB, bound %d MiB", memory>>20, got>>20, most>>20)
+		if got > most {
+			t.Errorf("with a limit of %d the peak is %d bytes, expected at most %d", memory, got, most)
+		}
+	}
+}
+
+// BenchmarkMemory reports the peak for several limits and a realistic image. With the smallest one nearly all contents of
+// upper layers go through the spill file.
+func BenchmarkMemory(b *testing.B) {
+	dir, _, unpacked := benchLayout(b, ocitest.Gzip)
+	for _, mib := range []int64{16, 64, 256} {
+		b.Run(fmt.Sprintf("%dMiB", mib), func(b *testing.B) {
+			b.SetBytes(unpacked)
+			var peak int64
+			for b.Loop() {
+				peak = max(peak, peakMemory(b, dir, mib<<20))
+			}
+			b.ReportMetric(float64(peak)/(1<<20), "peak-MiB")
+		})
+	}
 }

@@ -3,6 +3,7 @@ package converter_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -19,6 +20,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if memory := os.Getenv(helperEnv); memory != "" {
+		if err := convertHelper(memory); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	log.L.Logger.SetLevel(logrus.ErrorLevel) // containerd's applier warns of every attribute it ignores
 	os.Exit(m.Run())
 }
@@ -31,6 +39,19 @@ func noise(seed uint64, n int) string {
 		b[i] = byte(rnd.Uint32()) & 0x3f
 	}
 	return string(b)
+}
+
+// treeTar is a layer of n files of 1 MiB each, which differ in every block.
+func treeTar(seed uint64, n int) []byte {
+	body := []byte(noise(seed, 1<<20))
+	var files []File
+	for i := range n {
+		for at := 0; at < len(body); at += 4096 {
+			body[at], body[at+1] = byte(i), byte(seed)
+		}
+		files = append(files, Reg(fmt.Sprintf("file-%d-%d", seed, i), string(body)))
+	}
+	return Tar(files...)
 }
 
 // exampleLayers use every way in which layers act on each other once: package tree tests each of them in depth.
