@@ -138,9 +138,6 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 		return
 	}
 	n.peer, c.peers[ino] = uint32(ino), i+1
-	if !n.ok {
-		return
-	}
 	a, raw, err := c.ero.readInode(n.nid)
 	if err != nil {
 		c.broken(err, where())

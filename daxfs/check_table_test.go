@@ -65,6 +65,10 @@ var corruptions = []corruption{
 	{"inode after the end", daxfs.RuleNid, "", func(s *surgeon) {
 		s.dirent("dir", "x", func(d *disk.ErofsDirent) { d.Nid = 1 << 40 })
 	}},
+	{"inode 0", daxfs.RuleNid, "", func(s *surgeon) {
+		copy(s.b[s.meta():], s.raw("many/entry-200")[:disk.ErofsCompactSize])
+		s.dirent("many", "entry-200", func(d *disk.ErofsDirent) { d.Nid = 0 })
+	}},
 	{"inode number that overflows", daxfs.RuleNid, "", func(s *surgeon) {
 		s.dirent("dir", "x", func(d *disk.ErofsDirent) { d.Nid = 1<<64 - 1 })
 	}},

@@ -76,14 +76,15 @@ func readAll(walk func(func(string, daxfs.Inode) error) error) (map[string]entry
 			}
 		case in.IsDir():
 			// Every name that is listed can be looked up.
+			var bad error
 			err := in.Entries(0, func(d daxfs.Dirent) bool {
 				var nid uint64
-				if nid, err = in.Lookup(d.Name); err == nil && nid != d.Nid {
-					err = fmt.Errorf("lookup of %q in %q: got %d, want %d", d.Name, path, nid, d.Nid)
+				if nid, bad = in.Lookup(d.Name); bad == nil && nid != d.Nid {
+					bad = fmt.Errorf("lookup of %q in %q: got %d, want %d", d.Name, path, nid, d.Nid)
 				}
-				return err == nil
+				return bad == nil
 			})
-			if err != nil {
+			if err = errors.Join(err, bad); err != nil {
 				return err
 			}
 		}
@@ -190,6 +191,55 @@ func TestCheckStops(t *testing.T) {
 	if err := daxfs.Check(short, int64(len(b)), nil); err == nil {
 		t.Error("a short reader passes")
 	}
+}
+
+// TestReadFaults fails one read after the other, the later ones in steps: the error must come through, from a check and from both readers.
+func TestReadFaults(t *testing.T) {
+	b := patient(t)
+	size := int64(len(b))
+	for name, f := range map[string]func(r io.ReaderAt) error{
+		"check": func(r io.ReaderAt) error { return daxfs.Check(r, size, func(daxfs.Finding) bool { return true }) },
+		"erofs": func(r io.ReaderAt) error {
+			f, err := daxfs.Open(r, size)
+			if err == nil {
+				_, err = readAll(f.Walk)
+			}
+			return err
+		},
+		"daxfs": func(r io.ReaderAt) error {
+			d, err := daxfs.OpenDAXFS(r, size)
+			if err == nil {
+				_, err = readAll(d.Walk)
+			}
+			return err
+		},
+	} {
+		n := 0
+		for ; ; n += 1 + n/20 {
+			r := &faultyReader{r: bytes.NewReader(b), left: n}
+			err := f(r)
+			if err == nil && r.left >= 0 {
+				break
+			}
+			if !isErr(err, io.ErrClosedPipe) {
+				t.Fatalf("%s: read %d failed: got %v", name, n, err)
+			}
+		}
+	}
+}
+
+// faultyReader fails the read after left reads.
+type faultyReader struct {
+	r    io.ReaderAt
+	left int
+}
+
+func (f *faultyReader) ReadAt(p []byte, off int64) (int, error) {
+	f.left--
+	if f.left == -1 {
+		return 0, io.ErrClosedPipe
+	}
+	return f.r.ReadAt(p, off)
 }
 
 type failingReader struct{}

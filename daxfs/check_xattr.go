@@ -16,10 +16,6 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 		c.fail(err)
 		return
 	}
-	if in.xlen < disk.ErofsXattrHdrSize {
-		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "%d bytes of xattrs, expected at least %d", in.xlen, disk.ErofsXattrHdrSize)
-		return
-	}
 	var h disk.ErofsXattrHeader
 	h.Unmarshal(b)
 	if !isZero(b[:4]) || !isZero(b[5:disk.ErofsXattrHdrSize]) {

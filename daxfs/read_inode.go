@@ -64,7 +64,7 @@ type Inode struct {
 
 	base int64 // offset of the contents, or of their whole blocks where the tail is stored apart
 	tail int64 // offset of the last, partial block of the contents where it is stored apart (FLAT_INLINE), else 0
-	xoff int64 // offset and size of the attributes stored with the inode
+	xoff int64 // offset and size of the attributes stored with the inode; the size is 0, or room for their header at least
 	xlen int64
 }
 

@@ -33,9 +33,6 @@ func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error 
 	if in.xlen == 0 {
 		return nil
 	}
-	if in.xlen < disk.ErofsXattrHdrSize {
-		return corrupt(RuleXattrBounds, in.xoff, in.Nid, "%d bytes of xattrs, expected at least %d", in.xlen, disk.ErofsXattrHdrSize)
-	}
 	b, err := f.s.view(in.xoff, int(in.xlen))
 	if err != nil {
 		return err
