@@ -28,7 +28,8 @@ type worker struct {
 	stopped bool
 }
 
-// task is one committed snapshot to look at. With settled set it had its time to get a layer on top.
+// task is one committed snapshot to look at. With settled set it had its time to get a layer on top. Without a name it is
+// a cleanup.
 type task struct {
 	name    string
 	settled bool
@@ -118,7 +119,7 @@ func (w *worker) run() {
 
 		ctx := log.WithLogger(w.ctx, log.L.WithField("snapshot", t.name))
 		if err := w.s.process(ctx, t); err != nil && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Warn("background work on a committed snapshot failed, it is done again when a container needs it")
+			log.G(ctx).WithError(err).Warn("work in the background failed, it is done again when it is needed")
 		}
 
 		w.mu.Lock()
@@ -133,6 +134,9 @@ func (s *Snapshotter) Flush(ctx context.Context) error { return s.work.flush(ctx
 
 // process does what can be done ahead of time for a committed snapshot.
 func (s *Snapshotter) process(ctx context.Context, t task) error {
+	if t.name == "" {
+		return s.Cleanup(ctx)
+	}
 	var links []link
 	hasChild := false
 	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
@@ -239,5 +243,7 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 	for _, name := range names {
 		s.work.committed(name)
 	}
+	// containerd calls Cleanup only after it removed something.
+	s.work.add(task{})
 	return err
 }

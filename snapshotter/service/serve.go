@@ -47,7 +47,8 @@ func (s *Service) grpcServer(d interface {
 	diff.Applier
 	diff.Comparer
 }) *grpc.Server {
-	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
+	// Handlers have to end before the pool below them is closed.
+	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true))
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(s.sn))
 	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(d, d))
 	healthapi.RegisterHealthServer(srv, health.NewServer())
