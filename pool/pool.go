@@ -53,7 +53,7 @@ type Pool struct {
 // caller's: it must outlive the pool.
 //
 // Errors: ErrForeign if the first or last 2 MiB of the region are not zero, or there is an index already, and Force is
-// not set; ErrBusy if another process has either open.
+// not set; ErrBusy if another process has either open, or, whatever Force says, if something is mounted from the region.
 func Create(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := lock(r); err != nil {
 		return nil, err
@@ -179,6 +179,9 @@ func hasMagic(r region.Region) bool {
 
 // format makes an empty pool. A crash inside of it leaves a wiped region.
 func format(r region.Region, indexPath string, o Options) (*Pool, error) {
+	if err := region.InUse(r.Info()); err != nil {
+		return nil, fmt.Errorf("pool: make it anew: %w", err)
+	}
 	clearTo := int64(headArea)
 	if r.Info().Sparse {
 		clearTo = r.Size()
