@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -69,7 +70,8 @@ type target struct {
 }
 
 // compare runs f on all targets in turn, round by round, because the machine is not equally busy at all times. It reports the
-// fastest run of each, and the ratios. If warm is set, each target is mounted once and f runs once before it counts.
+// fastest run of each, and the ratios. If warm is set, each target is mounted once and f runs once before it counts; all work is
+// then done by the calling thread and its children, and it is their processor time that counts: waiting for others does not.
 func compare(b *testing.B, files int, warm bool, f func(dir string)) {
 	all := targets(b, files)
 	if warm {
@@ -80,14 +82,21 @@ func compare(b *testing.B, files int, warm bool, f func(dir string)) {
 			all[i].fresh = func() (string, func()) { return dir, func() {} }
 		}
 	}
+	start := time.Now()
+	clock := func() time.Duration { return time.Since(start) }
+	if warm {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		clock = func() time.Duration { return processorTime(b) }
+	}
 	best := map[string]time.Duration{}
 	b.ResetTimer()
 	for range b.N {
 		for _, t := range all {
 			dir, done := t.fresh()
-			begin := time.Now()
+			begin := clock()
 			f(dir)
-			if took := time.Since(begin); best[t.name] == 0 || took < best[t.name] {
+			if took := clock() - begin; best[t.name] == 0 || took < best[t.name] {
 				best[t.name] = took
 			}
 			done()
@@ -101,6 +110,19 @@ func compare(b *testing.B, files int, warm bool, f func(dir string)) {
 	}
 	b.ReportMetric(0, "ns/op") // of all targets together: says nothing
 	b.Logf("speed relative to erofs-loop: %s", strings.Join(ratios, ", "))
+}
+
+// processorTime is what this thread and the children that ended have used.
+func processorTime(b *testing.B) time.Duration {
+	var t unix.Timespec
+	var children unix.Rusage
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t); err != nil {
+		b.Fatal(err)
+	}
+	if err := unix.Getrusage(unix.RUSAGE_CHILDREN, &children); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(t.Nano() + children.Utime.Nano() + children.Stime.Nano())
 }
 
 // targets makes a tree and an image of it.

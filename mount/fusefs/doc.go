@@ -15,11 +15,20 @@
 // a file to a whole backing file, offset 0 to offset 0. In an image and in a pool all files lie in one big file at some
 // offset, which passthrough cannot express.
 //
+// # How fast
+//
+// Compared on Linux 6.18 with EROFS on a loop device over the same image (BenchmarkXxxWarm and BenchmarkXxxCold in package mount,
+// processor time where all is cached): cached random reads cost the same (1.0), find -ls of 50,000 files
+// takes 1.2 to 1.9 times as long on a fresh mount and as long on the second pass. Cached sequential reads and page faults
+// run at 0.25 to 0.33 of EROFS, exactly as on tmpfs: EROFS keeps files in large folios, FUSE and tmpfs keep them in single
+// pages, and nothing that a server can ask for changes that.
+//
 // # The server is a process of its own
 //
 // Driver starts it, in a session of its own, and it ends when its file system is unmounted. Stopping or upgrading the daemon
 // must not stop it: containers would lose their root. Under systemd that takes KillMode=process in the unit of the
-// daemon, else systemd kills the whole control group. A server that dies all the same leaves a mount on which everything
+// daemon, else systemd kills the whole control group; in a Kubernetes pod the server ends with its container, whatever
+// that says, so a DaemonSet should use EROFS. A server that dies all the same leaves a mount on which everything
 // fails with ENOTCONN ("transport endpoint is not connected"); mount.Table notices and mounts the image anew for later
 // containers, those that ran keep the dead mount and must be restarted.
 //
