@@ -56,13 +56,14 @@ disabled_plugins = [
   snapshotter = "daxfs"
   differ = "{{if eq .Mode "streaming"}}daxfs-diff{{else}}walking{{end}}"
   optional = true
-`))
+{{.More}}`))
 
 // StartContainerd starts the private containerd and waits until it answers.
 func (s *Stack) StartContainerd() error {
 	var text bytes.Buffer
 	err := containerdConfig.Execute(&text, map[string]any{
 		"Dir": s.Dir, "Run": s.Run, "Mode": s.options.Mode, "Unpacks": max(1, s.options.ParallelUnpacks),
+		"More": s.options.Containerd,
 	})
 	if err != nil {
 		return err
@@ -88,8 +89,12 @@ func (s *Stack) StopContainerd(sig syscall.Signal) error { return s.containerd.s
 // env is the environment of everything that runs in the stack: our programs first on the path, and nothing that
 // would point nerdctl or containerd at the machine's own.
 func (s *Stack) env() []string {
+	path := s.tools.own + ":" + s.tools.bin
+	if s.options.Path != "" {
+		path += ":" + s.options.Path
+	}
 	return []string{
-		"PATH=" + s.tools.own + ":" + s.tools.bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"PATH=" + path + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"HOME=" + s.Dir,
 		"TMPDIR=" + filepath.Join(s.Dir, "tmp"),
 		"XDG_RUNTIME_DIR=" + s.Run,

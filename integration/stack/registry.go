@@ -20,7 +20,8 @@ type Registry struct {
 	server  *http.Server
 }
 
-func newRegistry() (*Registry, error) {
+// NewRegistry starts an empty registry. The caller ends it with Off.
+func NewRegistry() (*Registry, error) {
 	r := &Registry{handler: registry.New(registry.Logger(log.New(io.Discard, "", 0))), addr: "127.0.0.1:0"}
 	return r, r.On()
 }

@@ -35,6 +35,12 @@ type Options struct {
 	ParallelUnpacks int
 	// Config is TOML that is appended to the daemon's configuration.
 	Config string
+	// Containerd is TOML that is appended to containerd's configuration.
+	Containerd string
+	// Path is searched for programs before the machine's own directories; our programs come first anyway.
+	Path string
+	// Registry is one that serves already, for stacks that follow one another. It is the caller's; nil makes a new one.
+	Registry *Registry
 }
 
 // Stack is a running registry, containerd and daxfs-snapshotter.
@@ -112,8 +118,10 @@ func Start(o Options) (_ *Stack, err error) {
 	if err := os.Mkdir(filepath.Join(s.Dir, "tmp"), 0o1777); err != nil {
 		return nil, err
 	}
-	if s.Registry, err = newRegistry(); err != nil {
-		return nil, err
+	if s.Registry = o.Registry; s.Registry == nil {
+		if s.Registry, err = NewRegistry(); err != nil {
+			return nil, err
+		}
 	}
 	if o.Mode != None {
 		if err := s.StartDaemon(); err != nil {
@@ -139,7 +147,7 @@ func (s *Stack) Close() error {
 		errs = append(errs, s.daemon.stop(syscall.SIGTERM))
 	}
 	errs = append(errs, s.unmountAll())
-	if s.Registry != nil {
+	if s.Registry != nil && s.options.Registry == nil {
 		errs = append(errs, s.Registry.Off())
 	}
 	errs = append(errs, s.leaks(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir))

@@ -1,0 +1,12 @@
+"""Loads what a service would, then says so and waits, unless it was told to end."""
+import sys
+import time
+
+import flask
+import numpy
+import requests
+
+print("ready", numpy.arange(10).sum(), flask.Flask("app").name, requests.__version__, flush=True)
+open("/tmp/ready", "w").close()
+while "wait" in sys.argv:
+    time.sleep(1000)

@@ -1,0 +1,301 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+)
+
+// Names of what is measured. Seconds, unless they say MiB.
+const (
+	mPull  = "pull"      // ctr image pull, which unpacks
+	mReady = "ready"     // pull until a container could be created: the image is built and mounted
+	mFirst = "first"     // the application in the first container
+	mNth   = "nth"       // a small program in each further container; median of one round
+	mDisk  = "disk MiB"  // what the snapshotter keeps on disk
+	mCache = "cache MiB" // growth of Cached (with Shmem) for the containers of the memory test, from cold
+	mShmem = "shmem MiB" // growth of Shmem
+	mAvail = "avail MiB" // shrinkage of MemAvailable
+	mPss   = "pss MiB"   // sum of Pss of the applications
+	mFile  = "pss file MiB"
+)
+
+// sample is one value of one round.
+type sample struct {
+	Workload, Variant, Metric string
+	Round                     int
+	Value                     float64
+}
+
+// bench is one run.
+type bench struct {
+	ctx        context.Context
+	registry   *stack.Registry
+	loads      []*workload
+	variants   []*variant
+	nth        int // containers that are started one after the other
+	containers int // of the memory test; 0: none
+	rounds     int
+	samples    []sample
+	profiles   string // directory for the daemon's profiles; "" takes none
+}
+
+// run goes through all rounds: within each, every variant has its turn with every workload.
+func (b *bench) run() error {
+	for round := range b.rounds {
+		for _, w := range b.loads {
+			for _, v := range b.variants {
+				if err := b.ctx.Err(); err != nil {
+					return err
+				}
+				if err := b.turn(round, w, v); err != nil {
+					return fmt.Errorf("round %d, %s with %s: %w", round, w.name, v.name, err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// turn is one variant with one workload on a stack of its own, from nothing.
+func (b *bench) turn(round int, w *workload, v *variant) (err error) {
+	o := v.options
+	o.Registry = b.registry
+	s, err := stack.Start(o)
+	if err != nil {
+		return err
+	}
+	t := &turn{bench: b, Stack: s, w: w, v: v, round: round}
+	defer func() {
+		err = errors.Join(err, s.Close())
+		os.Remove(tmpfsPool) // of a stack that is closed; most have none
+	}()
+	for _, step := range []func() error{t.pull, t.start, t.disk, t.memory} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	fmt.Printf("round %d  %-7s %-14s", round+1, w.name, v.name)
+	for _, x := range t.taken {
+		fmt.Printf("  %s %.2f", x.Metric, x.Value)
+	}
+	fmt.Println()
+	return nil
+}
+
+// turn is what is being measured.
+type turn struct {
+	*bench
+	*stack.Stack
+	w     *workload
+	v     *variant
+	round int
+	taken []sample
+}
+
+func (t *turn) add(metric string, value float64) {
+	x := sample{t.w.name, t.v.name, metric, t.round, value}
+	t.samples, t.taken = append(t.samples, x), append(t.taken, x)
+}
+
+// pull pulls an image that containerd has never seen, then asks for a container's root as the first container will.
+func (t *turn) pull() error {
+	unix.Sync() // what others wrote before is not our time
+	defer t.profile()()
+	began := time.Now()
+	if _, err := t.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", t.v.snapshotter, t.w.ref); err != nil {
+		return err
+	}
+	t.add(mPull, time.Since(began).Seconds())
+	if _, err := t.Try("ctr", "snapshot", "--snapshotter", t.v.snapshotter, "prepare", "bench-ready", t.w.chain); err != nil {
+		return err
+	}
+	t.add(mReady, time.Since(began).Seconds())
+	_, err := t.Try("ctr", "snapshot", "--snapshotter", t.v.snapshotter, "rm", "bench-ready")
+	return err
+}
+
+// start runs one container after the other.
+func (t *turn) start() error {
+	run := func(id string, command []string) (float64, error) {
+		began := time.Now()
+		_, err := t.Try("ctr", append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.w.ref, id}, command...)...)
+		return time.Since(began).Seconds(), err
+	}
+	first, err := run("first", t.w.app)
+	if err != nil {
+		return err
+	}
+	t.add(mFirst, first)
+	var times []float64
+	for n := range t.nth {
+		took, err := run(fmt.Sprintf("nth-%d", n+2), t.w.small)
+		if err != nil {
+			return err
+		}
+		times = append(times, took)
+	}
+	if len(times) > 0 {
+		t.add(mNth, median(times))
+	}
+	return nil
+}
+
+// disk adds up the blocks that the snapshotter's files take.
+func (t *turn) disk() error {
+	var bytes int64
+	for _, root := range t.v.roots(t.Stack) {
+		var top unix.Stat_t
+		if err := unix.Lstat(root, &top); err != nil {
+			return fmt.Errorf("stat %q: %w", root, err)
+		}
+		seen := map[uint64]bool{}
+		err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			info, err := d.Info()
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			st := info.Sys().(*syscall.Stat_t)
+			if uint64(st.Dev) != top.Dev { // mounted images
+				if d.IsDir() {
+					return fs.SkipDir
+				}
+				return nil
+			}
+			if !seen[st.Ino] {
+				seen[st.Ino] = true
+				bytes += st.Blocks * 512
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	t.add(mDisk, float64(bytes)/(1<<20))
+	return nil
+}
+
+// memory starts containers that stay, from an empty page cache, and looks what that took.
+func (t *turn) memory() error {
+	if t.containers == 0 {
+		return nil
+	}
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o200); err != nil {
+		return err
+	}
+	// What the client and runc read themselves is the same for all and would count as the image's.
+	if _, err := t.Try("ctr", "run", "--rm", "--snapshotter", t.v.snapshotter, t.w.ref, "warm", "/bin/true"); err != nil {
+		return err
+	}
+	before, err := meminfo()
+	if err != nil {
+		return err
+	}
+	var ids []string
+	for n := range t.containers {
+		id := fmt.Sprintf("stays-%d", n+1)
+		ids = append(ids, id)
+		_, err := t.Try("ctr", append([]string{"run", "--detach", "--snapshotter", t.v.snapshotter, t.w.ref, id}, t.w.wait...)...)
+		if err != nil {
+			return err
+		}
+	}
+	for _, id := range ids {
+		if err := t.await(filepath.Join(t.Rootfs(id), "tmp/ready")); err != nil {
+			return fmt.Errorf("container %q: %w", id, err)
+		}
+	}
+	after, err := meminfo()
+	if err != nil {
+		return err
+	}
+	pss, file, err := t.pss()
+	if err != nil {
+		return err
+	}
+	const kiB = 1.0 / 1024
+	t.add(mCache, float64(after["Cached"]-before["Cached"])*kiB)
+	t.add(mShmem, float64(after["Shmem"]-before["Shmem"])*kiB)
+	t.add(mAvail, float64(before["MemAvailable"]-after["MemAvailable"])*kiB)
+	t.add(mPss, float64(pss)*kiB)
+	t.add(mFile, float64(file)*kiB)
+	return nil
+}
+
+// await waits for a file. The limit only ends what would never end.
+func (t *turn) await(path string) error {
+	limit := time.After(2 * time.Minute)
+	for {
+		if _, err := os.Stat(path); err == nil {
+			return nil
+		}
+		select {
+		case <-t.ctx.Done():
+			return t.ctx.Err()
+		case <-limit:
+			return errors.New("its program is not ready after two minutes")
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// pss sums what the programs in the containers have in memory, shared pages divided among those that share them. KiB.
+func (t *turn) pss() (total, file int64, err error) {
+	out, err := t.Try("ctr", "task", "ls")
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(out) {
+		f := strings.Fields(line)
+		if len(f) != 3 || f[2] != "RUNNING" {
+			continue
+		}
+		fields, err := kilobytes("/proc/" + f[1] + "/smaps_rollup")
+		if err != nil {
+			return 0, 0, err
+		}
+		total += fields["Pss"]
+		file += fields["Pss_File"]
+	}
+	return total, file, nil
+}
+
+func meminfo() (map[string]int64, error) { return kilobytes("/proc/meminfo") }
+
+// kilobytes reads lines like "Cached:  123 kB".
+func kilobytes(path string) (map[string]int64, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	m := map[string]int64{}
+	for line := range strings.Lines(string(raw)) {
+		name, rest, ok := strings.Cut(line, ":")
+		var n int64
+		if _, err := fmt.Sscan(rest, &n); ok && err == nil {
+			m[name] = n
+		}
+	}
+	return m, nil
+}
