@@ -37,6 +37,8 @@ func newApp(e *env) *cli.App {
 		HelpName:             "daxfs",
 		Usage:                "container images that machines, kernels and processes share in memory",
 		Version:              version(),
+		Description: "Exit status: 0 done, 1 an error (or verify found damage), 2 wrong use, 130 interrupted.\n" +
+			"Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,
 		Reader:               e.stdin,
