@@ -33,10 +33,10 @@ func register(order int, f func(*env) *cli.Command) {
 func newApp(e *env) *cli.App {
 	slices.SortStableFunc(registered, func(a, b registration) int { return cmp.Compare(a.order, b.order) })
 	app := &cli.App{
-		Name:                 "daxfs",
-		HelpName:             "daxfs",
-		Usage:                "container images that machines, kernels and processes share in memory",
-		Version:              version(),
+		Name:     "daxfs",
+		HelpName: "daxfs",
+		Usage:    "container images that machines, kernels and processes share in memory",
+		Version:  version(),
 		Description: "Exit status: 0 done, 1 an error (or verify found damage), 2 wrong use, 130 interrupted.\n" +
 			"Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
 		HideHelpCommand:      true,
