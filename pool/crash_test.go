@@ -178,18 +178,18 @@ func (m *model) matches(p *Pool) error {
 // TestCrash cuts the power at every operation on the region and the index in turn. What was committed must be there
 // after reopening, the step in progress must have happened whole or not at all, and the pool must work.
 func TestCrash(t *testing.T) {
-	seeds := uint64(2)
+	seeds, stride := uint64(2), 1
 	if testing.Short() {
-		seeds = 1
+		seeds, stride = 1, 5
 	}
 	for seed := range seeds {
 		rng := rand.New(rand.NewPCG(seed, 0))
-		for at := 1; ; at++ {
+		for at := 1; ; at += stride {
 			if crashAt(t, at, rng, seed%2 == 0) {
 				if at < 50 {
 					t.Fatalf("the scenario has only %d operations", at)
 				}
-				t.Logf("seed %d: %d operations", seed, at-1)
+				t.Logf("seed %d: up to %d operations", seed, at-1)
 				break
 			}
 			if t.Failed() {
@@ -258,9 +258,13 @@ func crashAt(t *testing.T, at int, rng *rand.Rand, mapped bool) (finished bool) 
 // TestFaults fails every operation in turn, once, in a process that goes on: a step that returns an error must have
 // changed nothing, and must succeed when it is tried again.
 func TestFaults(t *testing.T) {
-	for at := 1; ; at++ {
+	stride := 1
+	if testing.Short() {
+		stride = 5
+	}
+	for at := 1; ; at += stride {
 		if faultAt(t, at) {
-			t.Logf("%d operations", at-1)
+			t.Logf("up to %d operations", at-1)
 			break
 		}
 		if t.Failed() {
