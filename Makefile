@@ -88,8 +88,11 @@ lint: $(TOOLS)/gofumpt $(TOOLS)/staticcheck $(TOOLS)/go-errorlint ## Check forma
 	$(TOOLS)/staticcheck ./...
 	$(TOOLS)/go-errorlint -test=false ./...
 
-bench: build ## Run the benchmarks
-	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m ./...
+bench: ## Compare with containerd's overlayfs and erofs snapshotters into bench-out/, then run the Go benchmarks (root)
+	.ci/deps demo
+	integration/bench/prepare
+	$(GO) run ./integration/bench $(BENCH)
+	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m $(UNIT_PKGS) >bench-out/go.txt; status=$$?; cat bench-out/go.txt; exit $$status
 
 demo: ## Show the sharing on this machine: a private containerd, two images, the proof (root; installs packages)
 	.ci/deps demo
