@@ -183,8 +183,30 @@ func directories(links []link) *lower {
 	return low
 }
 
-// image makes the image of the chain links, top first, available and returns where it is mounted.
-func (s *Snapshotter) image(ctx context.Context, links []link) (dir string, err error) {
+// image makes the image of the chain links, top first, available and returns where it is mounted. The work goes on if the
+// caller gives up: one that comes back after its deadline finds it further on, or done.
+func (s *Snapshotter) image(ctx context.Context, links []link) (string, error) {
+	type result struct {
+		dir string
+		err error
+	}
+	done := make(chan result, 1)
+	err := s.work.detach(func(ctx context.Context) {
+		dir, err := s.build(ctx, links)
+		done <- result{dir, err}
+	})
+	if err != nil {
+		return "", err
+	}
+	select {
+	case r := <-done:
+		return r.dir, r.err
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+}
+
+func (s *Snapshotter) build(ctx context.Context, links []link) (dir string, err error) {
 	began := time.Now()
 	defer func() { s.opts.Observe("build", time.Since(began), err) }()
 	top := links[0].rec

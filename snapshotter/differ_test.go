@@ -3,6 +3,7 @@ package snapshotter_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -207,5 +208,23 @@ func TestStreamCancelled(t *testing.T) {
 	cancel()
 	if _, err := p.Apply(ctx, p.put(tarOf("a")), m); err == nil {
 		t.Error("a cancelled Apply succeeded")
+	}
+}
+
+// The caller's deadline does not undo the work on an image: who comes back finds it done.
+func TestBuildOutlivesCaller(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{Settle: time.Hour})
+	e.layer("default/1/"+chainA, "", "a")
+	e.fake.mu.Lock() // nothing is built until it is unlocked
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err := e.Prepare(ctx, "default/2/c", "default/1/"+chainA)
+	e.fake.mu.Unlock()
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("Prepare with a deadline: %v", err)
+	}
+	e.expectFiles(e.prepare("default/2/c", "default/1/"+chainA), "a")
+	if n := e.fake.builds[chainA]; n != 1 {
+		t.Errorf("built %d times", n)
 	}
 }

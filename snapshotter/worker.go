@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -82,6 +83,17 @@ func (w *worker) settle(name string) {
 		return
 	}
 	w.waiting[name] = time.AfterFunc(w.s.opts.Settle, func() { w.add(task{name: name, settled: true}) })
+}
+
+// detach runs fn in a goroutine of its own, with a context that ends only with the worker.
+func (w *worker) detach(fn func(context.Context)) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stopped {
+		return fmt.Errorf("the snapshotter is closing: %w", errdefs.ErrUnavailable)
+	}
+	w.done.Go(func() { fn(w.ctx) })
+	return nil
 }
 
 // flush returns when nothing is left to do.

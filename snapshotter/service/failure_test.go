@@ -266,3 +266,30 @@ func TestBlobsNeedNamespace(t *testing.T) {
 		t.Errorf("without containerd: %v", err)
 	}
 }
+
+// Memory that others can write is checked before the kernel sees it, and what is damaged is made again.
+func TestDamagedImage(t *testing.T) {
+	for _, stream := range []bool{false, true} {
+		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
+			cl, m := inside(t, flavours[1], func(*config.Config) {})
+			cl.lowers.private = false
+			ctx := namespaces.WithNamespace(t.Context(), "default")
+			a := file{"a", random(1, 100_000)}
+			top, err := m.pull(ctx, stream, []file{a})
+			m.must(err)
+			m.must(cl.sn.Flush(ctx))
+			img := cl.pool.Images()[0]
+			cl.table.Release(img.Key, holder)
+			m.must(cl.table.Unmount(ctx, img.Key))
+			if _, err := cl.region.WriteAt(make([]byte, 4096), img.Off); err != nil {
+				t.Fatal(err)
+			}
+			mounts, err := m.sn.Prepare(ctx, "default/100/c", top)
+			m.must(err)
+			if strings.Contains(strings.Join(mounts[0].Options, " "), "lowerdir="+m.cfg.Root+"/snapshots") {
+				t.Errorf("%v stands on plain directories", mounts)
+			}
+			m.compare(mounts, a)
+		})
+	}
+}

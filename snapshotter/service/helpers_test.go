@@ -195,12 +195,20 @@ func (c *client) purge(ctx context.Context) error {
 	return nil
 }
 
+// patience is how long a mount may be held by others. On a machine where containers are started at the same time, each
+// start copies all mounts for a moment, and what is mounted is rightly not given away.
+const patience = 30 * time.Second
+
 // settle waits for background work, cleans up, and checks that all agrees.
 func (c *client) settle(ctx context.Context) error {
-	if err := errors.Join(c.sn.Flush(ctx), c.sn.Cleanup(ctx)); err != nil {
-		return err
+	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		if err := errors.Join(c.sn.Flush(ctx), c.sn.Cleanup(ctx)); err != nil {
+			return err
+		}
+		var errs []error
+		err := c.Check(ctx, func(msg string) { errs = append(errs, errors.New(msg)) })
+		if err != nil || len(errs) == 0 || time.Now().After(deadline) {
+			return errors.Join(append(errs, err)...)
+		}
 	}
-	var errs []error
-	err := c.Check(ctx, func(msg string) { errs = append(errs, errors.New(msg)) })
-	return errors.Join(append(errs, err)...)
 }

@@ -182,20 +182,55 @@ func (l *lowers) Lower(ctx context.Context, chain string, layers []snapshotter.L
 		return "", err
 	}
 	defer unlock()
+	dir, err := l.mount(ctx, chain, layers)
+	if errors.Is(err, mount.ErrCheck) {
+		// The memory no longer holds what was written there. Layers are checked by nothing, so they are not trusted
+		// either where they can be stored again.
+		log.G(ctx).WithError(err).WithField("chain", chain).Error("an image is damaged, making it again")
+		if err = l.forget(ctx, chain, layers); err == nil {
+			dir, err = l.mount(ctx, chain, layers)
+		}
+	}
+	if err != nil {
+		return "", toErrdefs(fmt.Errorf("image of chain %q: %w", chain, err))
+	}
+	return dir, nil
+}
+
+// mount mounts the image of a chain, which it builds if there is none. Preconditions: the chain is locked.
+func (l *lowers) mount(ctx context.Context, chain string, layers []snapshotter.Layer) (string, error) {
 	img, err := l.pool.Image(chain)
-	built := false
-	if errors.Is(err, pool.ErrNotFound) {
-		built = true
+	built := errors.Is(err, pool.ErrNotFound)
+	if built {
 		img, err = l.build(ctx, chain, layers)
 	}
 	if err != nil {
-		return "", toErrdefs(fmt.Errorf("image of chain %q: %w", chain, err))
+		return "", err
 	}
 	m, err := l.table.Mount(ctx, l.source(img, built), holder)
-	if err != nil {
-		return "", toErrdefs(fmt.Errorf("image of chain %q: %w", chain, err))
+	return m.Dir, err
+}
+
+// forget removes an image, which is not mounted, and those of its layers that can be stored again.
+func (l *lowers) forget(ctx context.Context, chain string, layers []snapshotter.Layer) error {
+	if err := l.pool.RemoveImage(ctx, chain); err != nil {
+		return err
 	}
-	return m.Dir, nil
+	for _, f := range layers {
+		if f.Dir == "" && !l.restorable(f.Key) {
+			continue
+		}
+		unlock, err := l.layers.lock(ctx, f.Key)
+		if err != nil {
+			return err
+		}
+		err = l.pool.RemoveLayer(ctx, f.Key)
+		unlock()
+		if err != nil && !errors.Is(err, pool.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
 }
 
 // source describes an image of the pool to the table.
