@@ -63,7 +63,11 @@ func TestDeadDaemon(t *testing.T) {
 			t.Errorf("overlayfs without the daemon: %q", out)
 		}
 		s.Must(s.StartDaemon())
-		s.Pull(ref, "daxfs")
+		// After a failure containerd waits for some seconds before it connects again.
+		await(t, "containerd reaches the daemon again", func() bool {
+			_, err := s.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", "daxfs", ref)
+			return err == nil
+		})
 		s.Compare(ref)
 	})
 }

@@ -7,8 +7,8 @@ import (
 	"syscall"
 )
 
-// StartDaemon starts daxfs-snapshotter and waits until it takes connections; if containerd runs, until that is connected
-// to it again: after a failure containerd waits for some seconds before it tries the next time.
+// StartDaemon starts daxfs-snapshotter and waits until it takes connections; if containerd runs and has snapshots to ask
+// about, until that is connected to it again: after a failure containerd waits for seconds before it tries the next time.
 func (s *Stack) StartDaemon() error {
 	config := filepath.Join(s.Dir, "daxfs.toml")
 	if err := os.WriteFile(config, []byte(s.options.Config), 0o644); err != nil {
