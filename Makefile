@@ -11,6 +11,7 @@ PREFIX       ?= /usr/local
 BINDIR       ?= $(PREFIX)/bin
 MANDIR       ?= $(PREFIX)/share/man
 UNITDIR      ?= $(PREFIX)/lib/systemd/system
+DATADIR      ?= $(PREFIX)/share
 SYSCONFDIR   ?= /etc
 DESTDIR      ?=
 
@@ -29,12 +30,13 @@ SKIPLIST      = $(DAXFS_TEST_CACHE)/skipped
 TOOLS         = $(DAXFS_TEST_CACHE)/tools
 GOFUMPT      := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK  := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+KUSTOMIZE    := sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
 ERRORLINT    := github.com/polyfloyd/go-errorlint@v1.8.0
 
 COMMANDS     := daxfs daxfs-snapshotter
 UNIT_PKGS     = $$($(GO) list ./... | grep -v '/integration')
 
-.PHONY: help build test test-deps test-unit test-integration test-short race fuzz fuzz-smoke lint bench demo install uninstall clean
+.PHONY: help build test test-deps test-unit test-integration test-short race fuzz fuzz-smoke lint bench demo install uninstall man reproducible clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,7 +62,7 @@ test-deps: ## Install the Debian packages that the tests use (root)
 test-unit: ## Test every package but integration/
 	$(GOTEST) -timeout 20m $(UNIT_PKGS)
 
-test-integration: build ## Test on real containerd, and kernels in QEMU
+test-integration: build $(TOOLS)/kustomize ## Test on real containerd, and kernels in QEMU
 	$(GOTEST) -count 1 -timeout 40m -p 1 ./integration/...
 
 test-short: ## Test what needs neither root nor packages, in about a minute
@@ -81,6 +83,7 @@ $(TOOLS)/%:
 $(TOOLS)/gofumpt: TOOL = $(GOFUMPT)
 $(TOOLS)/staticcheck: TOOL = $(STATICCHECK)
 $(TOOLS)/go-errorlint: TOOL = $(ERRORLINT)
+$(TOOLS)/kustomize: TOOL = $(KUSTOMIZE)
 
 lint: $(TOOLS)/gofumpt $(TOOLS)/staticcheck $(TOOLS)/go-errorlint ## Check format, vet, staticcheck, error wrapping
 	@out=$$($(TOOLS)/gofumpt -l .); [ -z "$$out" ] || { echo "gofumpt: run $(TOOLS)/gofumpt -w on:"; echo "$$out"; exit 1; }
@@ -94,24 +97,48 @@ bench: ## Compare with containerd's overlayfs and erofs snapshotters into bench-
 	$(GO) run ./integration/bench $(BENCH)
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m $(UNIT_PKGS) >bench-out/go.txt; status=$$?; cat bench-out/go.txt; exit $$status
 
-demo: ## Show the sharing on this machine: a private containerd, two images, the proof (root; installs packages)
+demo: ## Show the sharing: a private containerd, two images, the proof (root; installs packages; POOL=file or tmpfs)
 	.ci/deps demo
 	$(MAKE) build
-	$(GO) run ./integration/demo
+	$(GO) run ./integration/demo $(if $(POOL),-pool $(POOL))
 
-install: build ## Install programs, manual pages, unit and sample configuration (DESTDIR, PREFIX)
+# Shell completion, by where each shell looks for it.
+COMPLETION   := bash-completion/completions/daxfs zsh/site-functions/_daxfs fish/vendor_completions.d/daxfs.fish
+
+install: build ## Install programs, manual pages, completion, unit and sample configuration (DESTDIR, PREFIX)
 	install -d $(DESTDIR)$(BINDIR)
 	install -m 0755 $(COMMANDS:%=bin/%) $(DESTDIR)$(BINDIR)/
 	for page in docs/man/*.[0-9]; do \
-		[ -e "$$page" ] || continue; install -D -m 0644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; \
+		install -D -m 0644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; \
 	done
-	install -D -m 0644 docs/systemd/daxfs-snapshotter.service $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	for file in $(COMPLETION); do \
+		install -d "$(DESTDIR)$(DATADIR)/$${file%/*}"; \
+		bin/daxfs completion "$${file%%[-/]*}" >"$(DESTDIR)$(DATADIR)/$$file"; \
+		chmod 0644 "$(DESTDIR)$(DATADIR)/$$file"; \
+	done
+	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/daxfs/containerd config/containerd/*.toml
+	install -d $(DESTDIR)$(UNITDIR)
+	sed 's|^ExecStart=/usr/local/bin/|ExecStart=$(BINDIR)/|' docs/systemd/daxfs-snapshotter.service >$(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	chmod 0644 $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
 	[ -e $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml ] || \
 		install -D -m 0644 config/sample.toml $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml
 
 uninstall: ## Remove what install put there; configuration and data stay
-	rm -f $(COMMANDS:%=$(DESTDIR)$(BINDIR)/%) $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	rm -f $(COMMANDS:%=$(DESTDIR)$(BINDIR)/%) $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service $(COMPLETION:%=$(DESTDIR)$(DATADIR)/%)
 	for page in docs/man/*.[0-9]; do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; done
+	rm -rf $(DESTDIR)$(DATADIR)/doc/daxfs
+
+man: ## Make the manual pages anew from the commands and flags
+	UPDATE_MAN=1 $(GO) test -count=1 -run TestManPage ./cmd/...
+
+# From a copy in another directory, with an empty build cache.
+reproducible: ## Build twice, in two directories and from nothing, and compare the bytes
+	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	for n in 1 2; do \
+		mkdir -p "$$dir/$$n"; tar -c --exclude=./.git --exclude=./bin . | tar -x -C "$$dir/$$n"; \
+		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" build VERSION=$(VERSION); \
+	done; \
+	for c in $(COMMANDS); do cmp "$$dir/1/bin/$$c" "$$dir/2/bin/$$c"; sha256sum "$$dir/1/bin/$$c" | sed "s|$$dir/1/||"; done
 
 clean: ## Remove what build, bench and demo made here
 	rm -rf bin dist bench-out

@@ -11,8 +11,14 @@ import (
 	"strings"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
+
+// imageNames are the repositories of the two images.
+var imageNames = [2]string{"web", "jobs"}
 
 // demo is one run.
 type demo struct {
@@ -33,11 +39,11 @@ type facts struct {
 func (d *demo) say(format string, args ...any) { fmt.Fprintf(d.out, format+"\n", args...) }
 
 func (d *demo) run() (*facts, error) {
-	images, err := makeImages()
+	web, jobs, err := testimage.Twins()
 	if err != nil {
 		return nil, err
 	}
-	for i, img := range images {
+	for i, img := range []v1.Image{web, jobs} {
 		if d.refs[i], err = d.Push(imageNames[i], img); err != nil {
 			return nil, err
 		}
@@ -149,7 +155,7 @@ func (d *demo) pull(snapshotter, ref string) error {
 // processes waits until the programs in the containers are ready and reads which pages they have.
 func (d *demo) processes(ids []string) ([]*process, error) {
 	for _, id := range ids {
-		if err := d.awaitFile(filepath.Join(d.Rootfs(id), readyFile), id); err != nil {
+		if err := d.awaitFile(filepath.Join(d.Rootfs(id), testimage.TwinReady), id); err != nil {
 			return nil, err
 		}
 	}

@@ -1,0 +1,118 @@
+package integration
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+)
+
+// The files for Kubernetes have no field that its API types do not have, and say the same paths as the daemon's defaults.
+func TestKubernetes(t *testing.T) {
+	dir := "../docs/kubernetes/"
+	daemonSet := &appsv1.DaemonSet{}
+	for file, object := range map[string]any{
+		"daemonset.yaml": daemonSet, "namespace.yaml": &corev1.Namespace{}, "runtimeclass.yaml": &nodev1.RuntimeClass{},
+	} {
+		text, err := os.ReadFile(dir + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := yaml.UnmarshalStrict(text, object); err != nil {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+	pod := daemonSet.Spec.Template.Spec
+	c := pod.Containers[0]
+	if c.SecurityContext == nil || c.SecurityContext.Privileged == nil || !*c.SecurityContext.Privileged {
+		t.Error("the container is not privileged: it cannot mount")
+	}
+	def := config.Default()
+	paths := map[string]string{}
+	for _, v := range pod.Volumes {
+		if v.HostPath != nil {
+			paths[v.Name] = v.HostPath.Path
+		}
+	}
+	propagated := false
+	for _, m := range c.VolumeMounts {
+		if host, ok := paths[m.Name]; ok && host != m.MountPath {
+			t.Errorf("volume %q is %q on the node and %q in the container", m.Name, host, m.MountPath)
+		}
+		if m.MountPath == def.Root && m.MountPropagation != nil && *m.MountPropagation == corev1.MountPropagationBidirectional {
+			propagated = true
+		}
+	}
+	if !propagated {
+		t.Errorf("no volume at %q whose mounts appear on the node", def.Root)
+	}
+	for _, want := range []string{def.Root, filepath.Dir(def.Address), filepath.Dir(def.Containerd.Address), "/dev"} {
+		found := false
+		for _, p := range paths {
+			found = found || p == want
+		}
+		if !found {
+			t.Errorf("no volume for %q of the node", want)
+		}
+	}
+	if _, err := config.Load(dir + "config.toml"); err != nil {
+		t.Error(err)
+	}
+}
+
+// kustomize finds the program: in the path, or where the Makefile puts tools.
+func kustomize(cache string) string {
+	if path, err := exec.LookPath("kustomize"); err == nil {
+		return path
+	}
+	path := filepath.Join(cache, "tools/kustomize")
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	return path
+}
+
+// The kustomization builds, and names the generated configuration in the DaemonSet.
+func TestKustomize(t *testing.T) {
+	cache, err := stack.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := kustomize(cache)
+	if program == "" {
+		t.Skip("no kustomize (make tools)")
+	}
+	out, err := exec.Command(program, "build", "../docs/kubernetes").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, part := range bytes.Split(out, []byte("\n---\n")) {
+		var object struct {
+			Kind     string
+			Metadata struct{ Name, Namespace string }
+		}
+		if err := yaml.Unmarshal(part, &object); err != nil {
+			t.Fatal(err)
+		}
+		if object.Kind == "ConfigMap" {
+			names = append(names, object.Metadata.Name)
+		}
+		if object.Kind == "DaemonSet" && object.Metadata.Namespace != "daxfs-system" {
+			t.Errorf("the DaemonSet is in namespace %q", object.Metadata.Namespace)
+		}
+	}
+	if len(names) != 1 || strings.Count(string(out), names[0]) < 2 {
+		t.Errorf("config maps %q; one is expected, with a user:\n%s", names, out)
+	}
+}
