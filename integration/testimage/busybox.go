@@ -129,7 +129,9 @@ func SpecialLayers() [][]Entry {
 		Whiteout("s/replaced/in-dir"), File("s/replaced/new", 0o644, []byte("x")),
 		File("s/was-dir", 0o644, []byte("a file now")),
 		Dir("s/was-file", 0o755), File("s/was-file/inside", 0o644, []byte("inside")),
-		Dir("s/attrdir", 0o711),                       // attributes of a lower directory change
+		// The mode of a lower directory changes. Its attribute is repeated, as whoever archives the directory does: without,
+		// overlayfs would hide the attribute, and converting a layer keeps it (see package tree).
+		Dir("s/attrdir", 0o711).Xattr("user.on.dir", "yes"),
 		Whiteout("s/link2"),                           // one of three names goes
 		File("s/sticky/link3", 0o600, []byte("own")),  // one is a file of its own now
 		File("s/size-4096", 0o644, []byte("smaller")), // contents change
