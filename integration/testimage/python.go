@@ -32,7 +32,7 @@ func Python(app string) (v1.Image, error) {
 func PythonLayer() ([]Entry, error) {
 	real, err := filepath.EvalSymlinks(pythonPath)
 	if err != nil {
-		return nil, fmt.Errorf("no Python (Debian: python3-minimal): %w", err)
+		return nil, fmt.Errorf("no Python (Debian: python3): %w", err)
 	}
 	l := fromHost{seen: map[string]bool{}}
 	if err := l.program(real); err != nil {
