@@ -217,6 +217,8 @@ func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 			"--insecure-registry --cgroup-manager cgroupfs \"$@\"", bin, containerd, stack.Namespace, s.Dir, bin, s.Dir),
 		"daxfs": fmt.Sprintf("if [ \"$1\" = doctor ]; then shift; set -- doctor --containerd %s --containerd-config %s/containerd.toml --config %s/daxfs.toml \"$@\"; fi\n"+
 			"exec %s/daxfs \"$@\"", containerd, s.Dir, dir, own),
+		// doctor asks it for its configuration.
+		"containerd":        fmt.Sprintf("exec %s/containerd \"$@\"", bin),
 		"daxfs-snapshotter": fmt.Sprintf("exec %s/daxfs-snapshotter \"$@\"", own),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
