@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -57,6 +58,12 @@ func outside(m interface{ Run() int }) int {
 		fmt.Fprintln(os.Stderr, "build the programs under test:", err)
 		return 1
 	}
+	release, err := claimRunDir()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "prepare the directory of running tests:", err)
+		return 1
+	}
+	defer release()
 	// A mount point must exist before it can be hidden. On a machine without CNI it is ours to remove again.
 	if err := os.Mkdir(cniState, 0o755); err == nil {
 		defer os.Remove(cniState)
@@ -89,6 +96,27 @@ func outside(m interface{ Run() int }) int {
 		return 1
 	}
 	return exitStatus(syscall.WaitStatus(state.Sys().(syscall.WaitStatus)))
+}
+
+// claimRunDir marks the directory of running tests as in use until release. If nobody else uses it, what runs that were
+// killed left there is removed.
+func claimRunDir() (release func(), err error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(cache, "run.lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		err = os.RemoveAll(filepath.Join(cache, "run"))
+	}
+	if err := errors.Join(err, unix.Flock(int(f.Fd()), unix.LOCK_SH)); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
 }
 
 // shortRun finds -test.short before the flags are parsed.
