@@ -248,6 +248,56 @@ func TestDocsMarked(t *testing.T) {
 	}
 }
 
+// mention is daxfs with the arguments that follow it in a code span or an indented block.
+var mention = regexp.MustCompile("(?m)(?:^(?:    )+[#$]? ?|^ *[#$] |`)(daxfs [a-z][^`\n]*)")
+
+// Commands that documents mention outside of console blocks exist, and so do their flags.
+func TestDocsMentions(t *testing.T) {
+	if unavailable := os.Getuid() != 0 || testing.Short(); unavailable {
+		t.Skip("the programs are only built for root, and not with -short")
+	}
+	cache, err := stack.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	help := func(args ...string) string {
+		out, err := exec.Command(filepath.Join(cache, "own/daxfs"), append(args, "--help")...).CombinedOutput()
+		if err != nil {
+			return ""
+		}
+		return string(out)
+	}
+	seen := 0
+	for _, file := range docFiles(t) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range mention.FindAllStringSubmatch(string(text), -1) {
+			line, _, _ := strings.Cut(m[1], "    ") // what follows is an explanation
+			words := strings.Fields(strings.TrimRight(line, ".…"))[1:]
+			command := words[:1]
+			if command[0] == "pool" && len(words) > 1 {
+				command = words[:2]
+			}
+			usage := help(command...)
+			if !strings.Contains(usage, "daxfs "+strings.Join(command, " ")) {
+				t.Errorf("%s: %q: there is no such command", file, line)
+				continue
+			}
+			seen++
+			for _, w := range words {
+				if flag, _, _ := strings.Cut(w, "="); strings.HasPrefix(flag, "--") && !strings.Contains(usage, flag) {
+					t.Errorf("%s: %q: the command has no flag %s", file, line, flag)
+				}
+			}
+		}
+	}
+	if seen < 10 {
+		t.Errorf("%d commands found in all documents", seen)
+	}
+}
+
 var link = regexp.MustCompile(`\]\(([^)#]+)(#[^)]*)?\)`)
 
 // What documents link to exists.

@@ -90,7 +90,7 @@ func TestKustomize(t *testing.T) {
 	}
 	program := kustomize(cache)
 	if program == "" {
-		t.Skip("no kustomize (make tools)")
+		t.Skip("no kustomize: make test-integration installs it")
 	}
 	out, err := exec.Command(program, "build", "../docs/kubernetes").Output()
 	if err != nil {
