@@ -166,14 +166,21 @@ func setACL(n *daxfs.Node, x daxfs.Xattr) error {
 	return nil
 }
 
+// maxInherited bounds the bytes of ACLs that new inodes inherit. An ACL of 64 KiB is one entry of a layer, but every
+// file that is made below it, for 512 bytes of the layer, gets a copy.
+const maxInherited = 256 << 20
+
 // inheritACL gives a new inode the ACLs that come from its directory.
-func inheritACL(n, dir *daxfs.Node) {
+func (m *merger) inheritACL(n, dir *daxfs.Node) error {
 	if len(dir.Xattrs) == 0 || n.Mode&unix.S_IFMT == unix.S_IFLNK {
-		return
+		return nil
 	}
 	value, ok := getXattr(dir, aclDefault)
 	if !ok {
-		return
+		return nil
+	}
+	if m.inherited += 2 * int64(len(value)); m.inherited > maxInherited {
+		return fmt.Errorf("%w: more than %d bytes of inherited ACLs", layer.ErrLimit, maxInherited)
 	}
 	if n.Mode&unix.S_IFMT == unix.S_IFDIR {
 		setXattr(n, daxfs.Xattr{Name: aclDefault, Value: value})
@@ -181,6 +188,7 @@ func inheritACL(n, dir *daxfs.Node) {
 	if a, ok, err := parseACL(value); ok && err == nil && !a.minimal() {
 		setXattr(n, daxfs.Xattr{Name: aclAccess, Value: value})
 	}
+	return nil
 }
 
 // chmod sets the permission bits of an inode that is no symbolic link, as chmod(2) does.

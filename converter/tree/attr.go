@@ -25,13 +25,12 @@ func (m *merger) setAttributes(n, from *daxfs.Node) error {
 		n.Mode = n.Mode&unix.S_IFMT | from.Mode&permissions
 		n.UID, n.GID = from.UID, from.GID
 		n.Xattrs = nil
-		for _, x := range from.Xattrs {
-			setXattr(n, x)
-		}
+		setXattrs(n, from.Xattrs)
 		return nil
 	}
 	chown(n, from.UID, from.GID)
 	kind := n.Mode & unix.S_IFMT
+	var plain []daxfs.Xattr
 	for _, x := range from.Xattrs {
 		switch {
 		case x.Name == aclAccess || x.Name == aclDefault:
@@ -41,9 +40,10 @@ func (m *merger) setAttributes(n, from *daxfs.Node) error {
 		case strings.HasPrefix(x.Name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR:
 			// The kernel refuses it, containerd ignores that.
 		default:
-			setXattr(n, x)
+			plain = append(plain, x)
 		}
 	}
+	setXattrs(n, plain)
 	if kind != unix.S_IFLNK {
 		chmod(n, from.Mode)
 	}
@@ -89,6 +89,26 @@ func setXattr(n *daxfs.Node, x daxfs.Xattr) {
 		return
 	}
 	n.Xattrs = slices.Insert(n.Xattrs, i, x)
+}
+
+// setXattrs is setXattr for many: setting one at a time would move those behind it each time.
+func setXattrs(n *daxfs.Node, xs []daxfs.Xattr) {
+	if len(xs) == 1 {
+		setXattr(n, xs[0])
+		return
+	}
+	for _, x := range xs {
+		n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: x.Name, Value: bytes.Clone(x.Value)})
+	}
+	slices.SortStableFunc(n.Xattrs, func(a, b daxfs.Xattr) int { return strings.Compare(a.Name, b.Name) })
+	kept := n.Xattrs[:0]
+	for i, x := range n.Xattrs {
+		if i+1 == len(n.Xattrs) || n.Xattrs[i+1].Name != x.Name { // of one name, the last counts
+			kept = append(kept, x)
+		}
+	}
+	clear(n.Xattrs[len(kept):])
+	n.Xattrs = kept
 }
 
 func removeXattr(n *daxfs.Node, name string) {

@@ -62,6 +62,8 @@ type merger struct {
 	layer int
 	exact bool // attributes are complete, see layer.FromDirectory
 	steps int  // what path resolution may still cost
+	// inherited is the size of the ACLs that inodes inherited, in all layers.
+	inherited int64
 
 	// fresh has the names that the present layer made; nil if the layer has no use for it.
 	fresh map[entry]struct{}
@@ -85,12 +87,12 @@ type entry struct {
 }
 
 func newMerger() *merger {
-	return &merger{root: &daxfs.Node{Mode: unix.S_IFDIR | 0o755}}
+	return &merger{root: &daxfs.Node{Mode: unix.S_IFDIR | 0o755}, steps: 1 << 24}
 }
 
 func (m *merger) apply(l *layer.Layer) error {
 	m.exact = l.Source == layer.FromDirectory
-	m.steps = 1<<24 + 1000*len(l.Changes)
+	m.steps += 200 * len(l.Changes)
 	m.fresh, m.opaque = nil, nil
 	for i := range l.Changes {
 		if l.Changes[i].Op == layer.OpOpaque {
@@ -184,7 +186,10 @@ func (m *merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 		if n != nil {
 			m.remove(dir, name)
 		}
-		n = m.create(dir, name, kind)
+		var err error
+		if n, err = m.create(dir, name, kind); err != nil {
+			return err
+		}
 		n.Rdev, n.Target, n.Data = from.Rdev, from.Target, from.Data
 	}
 	m.touch(dir, name)
@@ -192,7 +197,7 @@ func (m *merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 }
 
 // create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory, and ACLs.
-func (m *merger) create(dir *daxfs.Node, name string, kind uint32) *daxfs.Node {
+func (m *merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node, error) {
 	n := m.node()
 	n.Mode = kind
 	if kind == unix.S_IFLNK {
@@ -202,10 +207,12 @@ func (m *merger) create(dir *daxfs.Node, name string, kind uint32) *daxfs.Node {
 		if dir.Mode&unix.S_ISGID != 0 {
 			n.GID = dir.GID
 		}
-		inheritACL(n, dir)
+		if err := m.inheritACL(n, dir); err != nil {
+			return nil, err
+		}
 	}
 	m.enter(dir, name, n)
-	return n
+	return n, nil
 }
 
 // link gives a name to an inode that has one already.

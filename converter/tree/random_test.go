@@ -265,8 +265,10 @@ func (g *generator) attributes(f treetest.File) treetest.File {
 		f = f.Own(pick(g, []int{1, 1000, 65534, 1 << 31, 1<<32 - 2, 1<<32 - 1}), pick(g, []int{1, 100, 1<<32 - 2, 1<<32 - 1}))
 	}
 	if g.r.IntN(3) == 0 {
-		f = f.At(pick(g, []time.Time{time.Unix(0, 0), time.Unix(-1, 5), time.Unix(-100000, 0), time.Unix(1, 999_999_999),
-			time.Unix(1<<33, 1), time.Unix(1<<34, 0), time.Unix(int64(g.r.IntN(1<<30)), int64(g.r.IntN(1e9)))}))
+		f = f.At(pick(g, []time.Time{
+			time.Unix(0, 0), time.Unix(-1, 5), time.Unix(-100000, 0), time.Unix(1, 999_999_999),
+			time.Unix(1<<33, 1), time.Unix(1<<34, 0), time.Unix(int64(g.r.IntN(1<<30)), int64(g.r.IntN(1e9))),
+		}))
 	}
 	for g.r.IntN(5) == 0 {
 		f = f.X(pick(g, []string{"user.a", "user.b", "security.q", "trusted.a", "trusted.overlay.opaque", "other.a", "user.ü"}), fmt.Sprint(g.r.IntN(100)))

@@ -57,7 +57,10 @@ func (m *merger) descend(p string) (*daxfs.Node, bool, error) {
 				return nil, false, fmt.Errorf("%w: path %q is not clean", layer.ErrInvalid, p)
 			}
 			// Nothing below can be a link, so nothing is made in vain.
-			n = m.create(dir, name, unix.S_IFDIR)
+			var err error
+			if n, err = m.create(dir, name, unix.S_IFDIR); err != nil {
+				return nil, false, err
+			}
 			chmod(n, 0o755)
 		}
 		switch n.Mode & unix.S_IFMT {

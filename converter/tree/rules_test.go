@@ -51,16 +51,24 @@ var rules = []struct {
 	s    stack
 }{
 	{"nothing", nil, stack{{}}},
-	{"every type", nil, stack{{tt.Dir("d"), tt.Reg("d/f", "x"), tt.Sym("d/s", "f"), tt.Hard("d/h", "d/f"), tt.Special(tar.TypeFifo, "d/p", 0, 0),
-		tt.Special(tar.TypeChar, "d/c", 1, 3), tt.Special(tar.TypeBlock, "d/b", 259, 70000), tt.Special(tar.TypeChar, "d/wh", 0, 0)}}},
+	{"every type", nil, stack{{
+		tt.Dir("d"), tt.Reg("d/f", "x"), tt.Sym("d/s", "f"), tt.Hard("d/h", "d/f"), tt.Special(tar.TypeFifo, "d/p", 0, 0),
+		tt.Special(tar.TypeChar, "d/c", 1, 3), tt.Special(tar.TypeBlock, "d/b", 259, 70000), tt.Special(tar.TypeChar, "d/wh", 0, 0),
+	}}},
 	{"modes and owners", nil, stack{{tt.Dir("d").Perm(0o7777).Own(1<<32-2, 5), tt.Reg("f", "").Perm(0o6711).Own(1000, 1<<32-2), tt.Sym("s", "f").Own(3, 4).Perm(0o600), tt.Reg("none", "").Perm(0)}}},
-	{"owner that stays", nil, stack{{tt.Dir("d").Own(5, 6), tt.Dir("s").Own(7, 8).Perm(0o2755)},
-		{tt.Dir("d").Own(1<<32-1, 1<<32-1), tt.Reg("f", "").Own(1<<32-1, 1<<32-1), tt.Reg("s/f", "").Own(1<<32-1, 1<<32-1)}}},
-	{"times", nil, stack{{tt.Reg("ns", "").At(at(1, 999_999_999)), tt.Reg("old", "").At(at(-5, 0)), tt.Reg("older", "").At(at(-1, 999_999_999)),
-		tt.Reg("late", "").At(at(1<<33, 7)), tt.Reg("later", "").At(at(1<<34, 0)), tt.Sym("s", "x").At(at(9, 9)), tt.Dir("d").At(at(8, 8)), tt.Reg("d/f", "")}}},
+	{"owner that stays", nil, stack{
+		{tt.Dir("d").Own(5, 6), tt.Dir("s").Own(7, 8).Perm(0o2755)},
+		{tt.Dir("d").Own(1<<32-1, 1<<32-1), tt.Reg("f", "").Own(1<<32-1, 1<<32-1), tt.Reg("s/f", "").Own(1<<32-1, 1<<32-1)},
+	}},
+	{"times", nil, stack{{
+		tt.Reg("ns", "").At(at(1, 999_999_999)), tt.Reg("old", "").At(at(-5, 0)), tt.Reg("older", "").At(at(-1, 999_999_999)),
+		tt.Reg("late", "").At(at(1<<33, 7)), tt.Reg("later", "").At(at(1<<34, 0)), tt.Sym("s", "x").At(at(9, 9)), tt.Dir("d").At(at(8, 8)), tt.Reg("d/f", ""),
+	}}},
 	{"time of a directory that is changed later", nil, stack{{tt.Dir("d").At(at(8, 8))}, {tt.Reg("d/f", "")}, {tt.Dir("d").At(at(9, 9)), tt.Reg(".wh.d/f", "")}}},
-	{"time of a directory whose name stands for another", nil, stack{{tt.Dir("a"), tt.Dir("b"), tt.Sym("l", "a")},
-		{tt.Dir("l/sub").At(at(7, 7)), tt.Dir("b/sub"), tt.Sym("l", "b")}}},
+	{"time of a directory whose name stands for another", nil, stack{
+		{tt.Dir("a"), tt.Dir("b"), tt.Sym("l", "a")},
+		{tt.Dir("l/sub").At(at(7, 7)), tt.Dir("b/sub"), tt.Sym("l", "b")},
+	}},
 	{"directory entry that is a file in the end", nil, stack{{tt.Dir("a").At(at(7, 7)), tt.Reg("a", "").At(at(8, 8))}}},
 	{"directory entry that is gone in the end", ErrNotExist, stack{{tt.Dir("a"), tt.Reg(".wh.a", "")}}},
 	{"root entry", nil, stack{{tt.Dir("./").Perm(0o700).Own(1, 2), tt.Dir("/").Perm(0o711), tt.Dir("..").Perm(0o712)}}},
@@ -141,15 +149,19 @@ var rules = []struct {
 	{"global header", nil, stack{{tt.Reg("GlobalHead.0.0", "x")}, {{Header: tar.Header{Typeflag: tar.TypeXGlobalHeader, PAXRecords: map[string]string{"path": "x", "SCHILY.xattr.user.a": "1"}}}, tt.Reg("a", "")}}},
 
 	{"xattrs", nil, stack{{tt.Reg("a", "").X("user.a", "").X("user.b", "\x00\xff").X("security.x", "1").X("security.capability", fileCap), tt.Dir("d").X("user.a", "1").X("security.capability", fileCap)}}},
-	{"xattrs that containerd ignores", nil, stack{{tt.Reg("a", "").X("trusted.a", "1").X("trusted.overlay.opaque", "y").X("com.apple.a", "1").X("system.x", "1").X("x", "1"),
-		tt.Sym("s", "x").X("user.a", "1").X("security.x", "1"), tt.Special(tar.TypeFifo, "p", 0, 0).X("user.a", "1").X("security.x", "2"), tt.Hard("s2", "s").X("user.a", "1")}}},
+	{"xattrs that containerd ignores", nil, stack{{
+		tt.Reg("a", "").X("trusted.a", "1").X("trusted.overlay.opaque", "y").X("com.apple.a", "1").X("system.x", "1").X("x", "1"),
+		tt.Sym("s", "x").X("user.a", "1").X("security.x", "1"), tt.Special(tar.TypeFifo, "p", 0, 0).X("user.a", "1").X("security.x", "2"), tt.Hard("s2", "s").X("user.a", "1"),
+	}}},
 	{"capability that is none", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "x")}}},
 	{"xattr name without an end", layer.ErrInvalid, stack{{tt.Reg("a", "").X("user.", "x")}}},
 	{"xattr without a name", layer.ErrInvalid, stack{{tt.Reg("a", "").X("", "x")}}},
 	{"ACL", nil, stack{{tt.Reg("a", "").X(aclAccess, aclWithUser).Perm(0o640), tt.Dir("d").X(aclAccess, aclWithUser).X(aclDefault, aclWithUser).Perm(0o700)}}},
 	{"ACL that says no more than the mode", nil, stack{{tt.Reg("a", "").X(aclAccess, aclModeOnly), tt.Dir("d").X(aclDefault, aclModeOnly), tt.Reg("d/f", ""), tt.Dir("d/e")}}},
-	{"ACL that is inherited", nil, stack{{tt.Dir("d").X(aclDefault, aclWithUser), tt.Reg("d/f", "").Perm(0o604), tt.Dir("d/e").Perm(0o2711), tt.Sym("d/s", "f"), tt.Special(tar.TypeFifo, "d/p", 0, 0)},
-		{tt.Reg("d/e/missing/f", "").Perm(0o777), tt.Dir("d/e").X(aclDefault, ""), tt.Reg("d/e/g", "")}}},
+	{"ACL that is inherited", nil, stack{
+		{tt.Dir("d").X(aclDefault, aclWithUser), tt.Reg("d/f", "").Perm(0o604), tt.Dir("d/e").Perm(0o2711), tt.Sym("d/s", "f"), tt.Special(tar.TypeFifo, "d/p", 0, 0)},
+		{tt.Reg("d/e/missing/f", "").Perm(0o777), tt.Dir("d/e").X(aclDefault, ""), tt.Reg("d/e/g", "")},
+	}},
 	{"ACL and chmod", nil, stack{{tt.Dir("d").X(aclAccess, aclWithUser)}, {tt.Dir("d").Perm(0o712)}, {tt.Dir("d").X(aclAccess, "")}}},
 	{"ACL through a hard link", nil, stack{{tt.Reg("a", "").X(aclAccess, aclWithUser), tt.Hard("b", "a").Perm(0o421)}}},
 	{"ACL of a symbolic link", nil, stack{{tt.Sym("a", "b").X(aclAccess, aclWithUser)}}},
