@@ -208,7 +208,7 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 				return
 			}
 			c.full = true
-			c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max).(*FormatError), "")
+			c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max), "")
 			return
 		}
 		i = int32(len(c.nodes))

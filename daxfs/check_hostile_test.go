@@ -99,8 +99,10 @@ func TestCheckHostile(t *testing.T) {
 // TestWalkLoops checks that walks by path end in images whose directories form loops.
 func TestWalkLoops(t *testing.T) {
 	sound := patient(t)
-	for _, name := range []string{"directory with two names", "directory below itself", "root below itself",
-		"DAXFS directory with two names", "DAXFS root below itself"} {
+	for _, name := range []string{
+		"directory with two names", "directory below itself", "root below itself",
+		"DAXFS directory with two names", "DAXFS root below itself",
+	} {
 		i := slices.IndexFunc(corruptions, func(c corruption) bool { return c.name == name })
 		s := operate(t, bytes.Clone(sound))
 		corruptions[i].edit(s)

@@ -39,7 +39,7 @@ func (c *checker) checkV8() {
 	}
 	count := c.v8.Inodes()
 	if count > c.max {
-		c.emit(unsupported(RuleV8Table, 48, 0, "%d inodes, more than %d", count, c.max).(*FormatError), "")
+		c.emit(unsupported(RuleV8Table, 48, 0, "%d inodes, more than %d", count, c.max), "")
 		return
 	}
 	c.v8nodes = make([]v8node, count)

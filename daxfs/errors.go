@@ -47,6 +47,6 @@ func corrupt(rule Rule, off int64, ino uint64, format string, args ...any) error
 }
 
 // unsupported makes the error for what this package does not read.
-func unsupported(rule Rule, off int64, ino uint64, format string, args ...any) error {
+func unsupported(rule Rule, off int64, ino uint64, format string, args ...any) *FormatError {
 	return &FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrUnsupported, fmt.Sprintf(format, args...))}
 }

@@ -199,7 +199,7 @@ func (p pathFS) Walk(fn func(path string, in Inode) error) error {
 		return err
 	}
 	if err := fn(".", root); err != nil {
-		if err == fs.SkipDir {
+		if errors.Is(err, fs.SkipDir) {
 			return nil
 		}
 		return err
@@ -246,7 +246,7 @@ func (w *treeWalk) entry(path string, e Dirent) error {
 	}
 	err = w.fn(path, in)
 	switch {
-	case err == fs.SkipDir && in.IsDir():
+	case errors.Is(err, fs.SkipDir) && in.IsDir():
 		return nil
 	case err != nil || !in.IsDir():
 		return err

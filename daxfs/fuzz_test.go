@@ -309,7 +309,10 @@ func FuzzOpen(f *testing.F) {
 func seedImages(t testing.TB) [][]byte {
 	var list [][]byte
 	for _, entries := range []map[string]*daxfs.Node{
-		{}, {"link": symlink("x")}, {"dir": dir(nil)}, {"fifo": {Mode: unix.S_IFIFO}},
+		{},
+		{"link": symlink("x")},
+		{"dir": dir(nil)},
+		{"fifo": {Mode: unix.S_IFIFO}},
 		{"file": {Mode: unix.S_IFREG, Xattrs: []daxfs.Xattr{{Name: "user.x", Value: []byte("y")}}}},
 	} {
 		_, b := newStore(daxfs.BlockSize).fileImage(t, dir(entries), daxfs.Options{})

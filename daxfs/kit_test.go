@@ -304,8 +304,10 @@ func goldenImage(t testing.TB) (*daxfs.Plan, []byte) {
 	}
 	mark := daxfs.Xattr{Name: "user.mark", Value: []byte("the same for three")}
 	null := &daxfs.Node{Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)}
-	hello := at(-1, 999_999_999, &daxfs.Node{Mode: unix.S_IFREG | 0o755, UID: 1000, GID: 70_000, Data: s.put([]byte("hello")),
-		Xattrs: []daxfs.Xattr{mark, {Name: "security.capability", Value: capability}}})
+	hello := at(-1, 999_999_999, &daxfs.Node{
+		Mode: unix.S_IFREG | 0o755, UID: 1000, GID: 70_000, Data: s.put([]byte("hello")),
+		Xattrs: []daxfs.Xattr{mark, {Name: "security.capability", Value: capability}},
+	})
 	root := at(1_700_000_000, 5, dir(map[string]*daxfs.Node{
 		"bin": at(1_700_000_000, 5, dir(map[string]*daxfs.Node{
 			"hello": hello,

@@ -71,7 +71,8 @@ func TestPlanRefuses(t *testing.T) {
 		"xattr long name":   {dir(map[string]*daxfs.Node{"a": withXattr("user."+strings.Repeat("n", 251), nil)}), "/a", "255"},
 		"xattr long value":  {dir(map[string]*daxfs.Node{"a": withXattr("user.a", make([]byte, 65536))}), "/a", "65536 bytes"},
 		"xattr twice": {dir(map[string]*daxfs.Node{"a": {Mode: unix.S_IFREG, Xattrs: []daxfs.Xattr{
-			{Name: "user.a"}, {Name: "user.b"}, {Name: "user.a", Value: []byte("x")}}}}), "/a", "twice"},
+			{Name: "user.a"}, {Name: "user.b"}, {Name: "user.a", Value: []byte("x")},
+		}}}), "/a", "twice"},
 		"xattrs too many": {dir(map[string]*daxfs.Node{"a": many}), "/a", "xattrs take"},
 		"acl short":       {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", []byte{2, 0, 0, 0})}), "/a", "POSIX ACL"},
 		"acl version":     {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{1}, acl(1)[1:]...))}), "/a", "POSIX ACL"},
@@ -195,8 +196,10 @@ func TestPlanDeterministic(t *testing.T) {
 func TestUUID(t *testing.T) {
 	tree := func() *daxfs.Node {
 		return dir(map[string]*daxfs.Node{
-			"f": {Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: 4096, Size: 5, Sum: [16]byte{1}},
-				Xattrs: []daxfs.Xattr{{Name: "user.a", Value: []byte("1")}, {Name: "user.b"}}},
+			"f": {
+				Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: 4096, Size: 5, Sum: [16]byte{1}},
+				Xattrs: []daxfs.Xattr{{Name: "user.a", Value: []byte("1")}, {Name: "user.b"}},
+			},
 			"l": symlink("f"),
 			"c": {Mode: unix.S_IFCHR, Rdev: 1},
 		})
@@ -277,8 +280,10 @@ func TestPlanGolden(t *testing.T) {
 func TestPlanReports(t *testing.T) {
 	p, _ := goldenImage(t)
 	want := []daxfs.LeftOut{
-		{Path: "/dev/fifo", Reason: "fifo"}, {Path: "/dev/null", Reason: "character device"},
-		{Path: "/dev/sda", Reason: "block device"}, {Path: "/dev/sock", Reason: "socket"},
+		{Path: "/dev/fifo", Reason: "fifo"},
+		{Path: "/dev/null", Reason: "character device"},
+		{Path: "/dev/sda", Reason: "block device"},
+		{Path: "/dev/sock", Reason: "socket"},
 		{Path: "/null-again", Reason: "character device"},
 	}
 	if got := p.LeftOut(); len(got) != len(want) {
@@ -295,8 +300,10 @@ func TestPlanReports(t *testing.T) {
 		t.Errorf("metadata %d, expected %d", got.MetaBytes, p.MetaSize())
 	}
 	got.MetaBytes = 0
-	if want := (daxfs.Stats{Inodes: 13, Names: 14, Directories: 3, Files: 3, Symlinks: 3, Others: 4, Xattrs: 3,
-		V8Inodes: 9, V8Names: 9, FileBytes: 5 + 5000}); got != want {
+	if want := (daxfs.Stats{
+		Inodes: 13, Names: 14, Directories: 3, Files: 3, Symlinks: 3, Others: 4, Xattrs: 3,
+		V8Inodes: 9, V8Names: 9, FileBytes: 5 + 5000,
+	}); got != want {
 		t.Errorf("stats %+v, expected %+v", got, want)
 	}
 	n := 0

@@ -258,9 +258,18 @@ func TestPaths(t *testing.T) {
 		path string
 		err  error
 	}{
-		{"a/link", nil}, {"bin/abs", nil}, {"odd/b\xff\xfe", nil}, {".", nil},
-		{"odd/dangling", fs.ErrNotExist}, {"odd/loop", unix.ELOOP}, {"size1/x", unix.ENOTDIR},
-		{"", fs.ErrInvalid}, {"/", fs.ErrInvalid}, {"a/", fs.ErrInvalid}, {"a/../a", fs.ErrInvalid}, {"./a", fs.ErrInvalid},
+		{"a/link", nil},
+		{"bin/abs", nil},
+		{"odd/b\xff\xfe", nil},
+		{".", nil},
+		{"odd/dangling", fs.ErrNotExist},
+		{"odd/loop", unix.ELOOP},
+		{"size1/x", unix.ENOTDIR},
+		{"", fs.ErrInvalid},
+		{"/", fs.ErrInvalid},
+		{"a/", fs.ErrInvalid},
+		{"a/../a", fs.ErrInvalid},
+		{"./a", fs.ErrInvalid},
 	} {
 		_, err := f.Stat(c.path)
 		if !isErr(err, c.err) {

@@ -34,7 +34,8 @@ func patient(t testing.TB) []byte {
 	}
 	one := reg("one")
 	one.Xattrs = []daxfs.Xattr{
-		{Name: "user.first", Value: []byte("1")}, {Name: "user.other", Value: []byte("2")},
+		{Name: "user.first", Value: []byte("1")},
+		{Name: "user.other", Value: []byte("2")},
 		{Name: "system.posix_acl_access", Value: acl(5)},
 	}
 	shared := daxfs.Xattr{Name: "user.shared", Value: bytes.Repeat([]byte("s"), 300)}

@@ -442,8 +442,10 @@ func TestAutoPicks(t *testing.T) {
 	var tried []string
 	no := fmt.Errorf("no such thing here: %w", mount.ErrUnsupported)
 	drivers := []mount.Driver{
-		fake{"erofs-dax", no, nil, &tried}, fake{"erofs-file", nil, no, &tried},
-		fake{"erofs-loop", nil, nil, &tried}, fake{"fuse", nil, nil, &tried},
+		fake{"erofs-dax", no, nil, &tried},
+		fake{"erofs-file", nil, no, &tried},
+		fake{"erofs-loop", nil, nil, &tried},
+		fake{"fuse", nil, nil, &tried},
 	}
 	src := mount.Source{Key: "k", Size: 4096}
 	var w warnings

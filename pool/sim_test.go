@@ -32,10 +32,9 @@ type simWrite struct {
 type faults struct {
 	mu     sync.Mutex
 	n      int
-	at     int        // the operation that fails; 0 = none
-	stay   bool       // all later ones fail too: the process is dead
-	onFail func()     // called once, when operation at is reached
-	rng    *rand.Rand // for how much of a failing write is done
+	at     int    // the operation that fails; 0 = none
+	stay   bool   // all later ones fail too: the process is dead
+	onFail func() // called once, when operation at is reached
 }
 
 var errFault = errors.New("injected fault")

@@ -17,22 +17,22 @@ Flags win over the configuration file. The file may be missing; then the pool is
 Stopping the daemon in any way, SIGKILL included, leaves containers and mounts alone. While it does not run, no
 container can be started and no image pulled with it. SIGTERM and SIGINT end it after what it was asked for is answered.`,
 	Sections: []manpage.Section{
-		{"FILES", `/etc/daxfs-snapshotter/config.toml	the configuration; "daxfs-snapshotter config default" prints one with all keys explained
+		{Title: "FILES", Text: `/etc/daxfs-snapshotter/config.toml	the configuration; "daxfs-snapshotter config default" prints one with all keys explained
 
 /var/lib/daxfs-snapshotter	the state, and the pool unless the configuration says otherwise
 
 /run/daxfs-snapshotter/daxfs.sock	the socket, for root only`},
-		{"EXIT STATUS", `0	ended by a signal
+		{Title: "EXIT STATUS", Text: `0	ended by a signal
 
 1	an error
 
 2	wrong use`},
-		{"EXAMPLES", `Check a configuration before restarting the daemon:
+		{Title: "EXAMPLES", Text: `Check a configuration before restarting the daemon:
    daxfs-snapshotter --config /etc/daxfs-snapshotter/config.toml config check
 
 Use it:
    nerdctl --snapshotter daxfs run --rm debian:12 true`},
-		{"SEE ALSO", "daxfs(1), containerd(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
+		{Title: "SEE ALSO", Text: "daxfs(1), containerd(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
 	},
 }
 

@@ -91,8 +91,10 @@ func needArgs(c *cli.Context, names ...string) error {
 		}
 	}
 	if n := c.NArg(); n < least || n > len(names) {
-		return &usageError{command: c.Command.Name,
-			msg: fmt.Sprintf("%d arguments, expected %s", n, strings.Join(names, " "))}
+		return &usageError{
+			command: c.Command.Name,
+			msg:     fmt.Sprintf("%d arguments, expected %s", n, strings.Join(names, " ")),
+		}
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -288,8 +289,10 @@ func (e *env) cat(c *cli.Context) error {
 		return fmt.Errorf("%s: %w", img.Name(), err)
 	}
 	if !in.IsRegular() {
-		return fmt.Errorf("%s: %w", img.Name(), &fs.PathError{Op: "cat", Path: c.Args().Get(1),
-			Err: fmt.Errorf("is a %s, expected a file", typeName(in.Mode))})
+		return fmt.Errorf("%s: %w", img.Name(), &fs.PathError{
+			Op: "cat", Path: c.Args().Get(1),
+			Err: fmt.Errorf("is a %s, expected a file", typeName(in.Mode)),
+		})
 	}
 	return copyContents(c, e.stdout, in)
 }
@@ -302,7 +305,7 @@ func copyContents(c *cli.Context, w io.Writer, in daxfs.Inode) error {
 			return err
 		}
 		n, err := in.ReadAt(buf[:min(int64(len(buf)), in.Size-off)], off)
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 		if n == 0 {

@@ -16,14 +16,14 @@ memory. An image is a read-only file system that Linux mounts both as EROFS and,
 Flags may stand before or after arguments. What a command was asked for goes to standard output, everything else to
 standard error. A command that fails leaves no output file behind, and one that was there as it was.`,
 	Sections: []manpage.Section{
-		{"EXIT STATUS", `0	done
+		{Title: "EXIT STATUS", Text: `0	done
 
 1	an error; or verify, pool check or doctor found something wrong
 
 2	wrong use
 
 130	interrupted`},
-		{"SEE ALSO", "daxfs-snapshotter(8), mount(8), mkfs.erofs(1), ctr(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
+		{Title: "SEE ALSO", Text: "daxfs-snapshotter(8), mount(8), mkfs.erofs(1), ctr(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
 	},
 }
 

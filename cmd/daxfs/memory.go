@@ -139,8 +139,10 @@ func findMemory(s sysroot, dir string) ([]memory, error) {
 	}
 	pages, _ := strconv.ParseUint(s.read("proc/sys/vm/nr_hugepages"), 10, 64)
 	if pages > 0 {
-		out = append(out, memory{Info: region.Info{Kind: region.KindHugetlbfs, FD: -1, Persistent: region.PersistsProcess},
-			Note: fmt.Sprintf("%d huge pages are reserved", pages)})
+		out = append(out, memory{
+			Info: region.Info{Kind: region.KindHugetlbfs, FD: -1, Persistent: region.PersistsProcess},
+			Note: fmt.Sprintf("%d huge pages are reserved", pages),
+		})
 	}
 	heaps, err := os.ReadDir(filepath.Join(string(s), "dev/dma_heap"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -2,6 +2,7 @@ package blob
 
 import (
 	"context"
+	"errors"
 	"hash"
 	"io"
 	"sync"
@@ -150,7 +151,7 @@ func (r *reader) Read(p []byte) (int, error) {
 func (r *reader) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
-		if err := r.fill(); err == io.EOF {
+		if err := r.fill(); errors.Is(err, io.EOF) {
 			return total, nil
 		} else if err != nil {
 			return total, err

@@ -159,7 +159,7 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 	if pack == sniffed {
 		if err := src.fill(); err == nil {
 			pack = sniff(src.cur.bytes())
-		} else if err != io.EOF {
+		} else if !errors.Is(err, io.EOF) {
 			return err
 		} else {
 			pack = plain
@@ -195,7 +195,7 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 		err = w.flush()
 	}
 	w.drop()
-	if err != nil && src.err == io.EOF && w.err == nil {
+	if err != nil && errors.Is(src.err, io.EOF) && w.err == nil {
 		err = fmt.Errorf("%s: %w", pack, err) // neither the source's error nor the consumer's
 	}
 	return err
@@ -204,7 +204,7 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 // forward passes the chunks of an uncompressed blob on as they are.
 func (r *Reader) forward(src *reader, out *stream) error {
 	for {
-		if err := src.fill(); err == io.EOF {
+		if err := src.fill(); errors.Is(err, io.EOF) {
 			return nil
 		} else if err != nil {
 			return err

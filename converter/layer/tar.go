@@ -49,7 +49,7 @@ func FromTar(ctx context.Context, r io.Reader, s Store, lim Limits) (*Layer, err
 			return nil, err
 		}
 		hdr, err := t.tar.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return t.layer, nil
 		}
 		if err != nil {
@@ -144,7 +144,7 @@ func (t *tarReader) contents(ctx context.Context, hdr *tar.Header, c *Change) er
 	switch hdr.Typeflag {
 	case tar.TypeDir:
 		n.Mode |= unix.S_IFDIR
-	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse: //nolint:staticcheck // old archives have TypeRegA
+	case tar.TypeReg, tar.TypeGNUSparse: // the reader turns the TypeRegA of old archives into TypeReg
 		n.Mode |= unix.S_IFREG
 		if err := t.content(hdr.Size); err != nil {
 			return err

@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path"
 	"strings"
 
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -30,25 +32,28 @@ type archive struct {
 }
 
 // openArchive indexes a tar. One that is gzip compressed is unpacked into a temporary file without a name first,
-// since its members could not be read in the order in which they are needed.
-func openArchive(file string) (*archive, error) {
+// since its members could not be read in the order in which they are needed. It may have at most limit bytes then.
+func openArchive(ctx context.Context, file string, limit int64) (*archive, error) {
+	if limit <= 0 {
+		limit = DefaultMaxSize
+	}
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}
 	a := &archive{f: f}
-	if err := a.inflate(); err != nil {
+	if err := a.inflate(ctx, limit); err != nil {
 		a.f.Close()
 		return nil, fmt.Errorf("%q: %w", file, err)
 	}
-	if err := a.index(); err != nil {
+	if err := a.index(ctx); err != nil {
 		a.f.Close()
 		return nil, fmt.Errorf("%q is not a tar archive that can be read: %w", file, err)
 	}
 	return a, nil
 }
 
-func (a *archive) inflate() error {
+func (a *archive) inflate(ctx context.Context, limit int64) error {
 	br := bufio.NewReaderSize(a.f, 64<<10)
 	if head, _ := br.Peek(3); !bytes.Equal(head, []byte{0x1f, 0x8b, 0x08}) {
 		_, err := a.f.Seek(0, io.SeekStart)
@@ -63,7 +68,11 @@ func (a *archive) inflate() error {
 		return err
 	}
 	os.Remove(tmp.Name())
-	if _, err := io.Copy(tmp, z); err != nil {
+	n, err := io.Copy(tmp, io.LimitReader(untilDone{ctx, z}, limit+1))
+	if err == nil && n > limit {
+		err = fmt.Errorf("%w of %d bytes", blob.ErrTooLarge, limit)
+	}
+	if err != nil {
 		tmp.Close()
 		return err
 	}
@@ -73,14 +82,36 @@ func (a *archive) inflate() error {
 	return err
 }
 
+// untilDone is a reader that fails when ctx ends.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u untilDone) Read(p []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.r.Read(p)
+}
+
+// maxMembers bounds the members of an archive: each takes memory, and images have a few for each layer.
+const maxMembers = 1 << 20
+
 // index notes where every member lies. The tar reader does not read ahead of a header, and skips by seeking, so that
 // the file's position is where the contents begin.
-func (a *archive) index() error {
+func (a *archive) index(ctx context.Context) error {
 	a.members = map[string]member{}
 	tr := tar.NewReader(a.f)
-	for {
+	for n := 0; ; n++ {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if n == maxMembers {
+			return fmt.Errorf("more than %d members", maxMembers)
+		}
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
@@ -144,6 +175,7 @@ func (a *archive) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, 
 // ociArchive is an OCI image layout in a tar file.
 type ociArchive struct {
 	name, file, tag string
+	limit           int64
 	*archive
 }
 
@@ -161,7 +193,7 @@ func (a *archive) close() error {
 func (s *ociArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 	var err error
 	if s.archive == nil {
-		if s.archive, err = openArchive(s.file); err != nil {
+		if s.archive, err = openArchive(ctx, s.file, s.limit); err != nil {
 			return nil, fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
@@ -179,6 +211,7 @@ func (s *ociArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 // dockerArchive is what docker save writes: a manifest.json that names a configuration and tars of layers.
 type dockerArchive struct {
 	name, file, ref string
+	limit           int64
 	*archive
 }
 
@@ -192,10 +225,10 @@ type dockerEntry struct {
 	Layers   []string
 }
 
-func (s *dockerArchive) Image(_ context.Context, p Platform) (*Image, error) {
+func (s *dockerArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 	var err error
 	if s.archive == nil {
-		if s.archive, err = openArchive(s.file); err != nil {
+		if s.archive, err = openArchive(ctx, s.file, s.limit); err != nil {
 			return nil, fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
@@ -278,7 +311,9 @@ func pickDocker(list []dockerEntry, ref string) (dockerEntry, error) {
 func repoTags(list []dockerEntry) string {
 	var s []string
 	for _, e := range list {
-		s = append(s, e.RepoTags...)
+		for _, t := range e.RepoTags {
+			s = append(s, fmt.Sprintf("%q", t))
+		}
 	}
 	if len(s) == 0 {
 		return "no tags"

@@ -11,7 +11,6 @@ type variant struct {
 	name        string
 	snapshotter string
 	options     stack.Options
-	about       string
 }
 
 // The name of what the others are held against, and those of what has goals.
@@ -40,21 +39,21 @@ const erofsConfig = `
 // variants lists what is compared. mkfs is a directory with a mkfs.erofs that containerd's differ takes.
 func variants(mkfs string) []*variant {
 	return []*variant{
-		{overlay, "overlayfs", stack.Options{}, "containerd's default"},
-		{erofs, "erofs", stack.Options{Containerd: erofsConfig, Path: mkfs}, "containerd's erofs snapshotter and differ"},
-		{overlay + "-3", "overlayfs", stack.Options{ParallelUnpacks: unpacks}, "overlayfs, max_concurrent_unpacks = 3"},
+		{overlay, "overlayfs", stack.Options{}},
+		{erofs, "erofs", stack.Options{Containerd: erofsConfig, Path: mkfs}},
+		{overlay + "-3", "overlayfs", stack.Options{ParallelUnpacks: unpacks}},
 		{
-			erofs + "-3", "erofs", stack.Options{Containerd: erofsConfig, Path: mkfs, ParallelUnpacks: unpacks},
-			"erofs, max_concurrent_unpacks = 3",
+			erofs + "-3", "erofs",
+			stack.Options{Containerd: erofsConfig, Path: mkfs, ParallelUnpacks: unpacks},
 		},
-		{file, "daxfs", stack.Options{Mode: stack.Streaming, ParallelUnpacks: unpacks}, "streaming into a file pool, as documented"},
+		{file, "daxfs", stack.Options{Mode: stack.Streaming, ParallelUnpacks: unpacks}},
 		{
 			tmpfs, "daxfs", stack.Options{
 				Mode: stack.Streaming, ParallelUnpacks: unpacks,
 				Config: "[pool]\nkind = \"tmpfs\"\npath = \"" + tmpfsPool + "\"\nsize = \"4GiB\"\n",
-			}, "streaming into a tmpfs pool",
+			},
 		},
-		{walking, "daxfs", stack.Options{Mode: stack.Walking, ParallelUnpacks: unpacks}, "containerd's differ, file pool"},
+		{walking, "daxfs", stack.Options{Mode: stack.Walking, ParallelUnpacks: unpacks}},
 	}
 }
 

@@ -12,8 +12,10 @@ func TestRender(t *testing.T) {
 		Name: "prog", Usage: "do things",
 		Flags: []cli.Flag{&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Value: "/etc/x", Usage: "configuration `FILE`"}},
 		Commands: []*cli.Command{
-			{Name: "see", Usage: "show things", ArgsUsage: "THING...", Description: "First.\n.dot and \\ back-slash\n\nExamples:\n   prog see -a\n   prog see b",
-				Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "write JSON"}, &cli.IntFlag{Name: "n", Usage: "count"}}},
+			{
+				Name: "see", Usage: "show things", ArgsUsage: "THING...", Description: "First.\n.dot and \\ back-slash\n\nExamples:\n   prog see -a\n   prog see b",
+				Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "write JSON"}, &cli.IntFlag{Name: "n", Usage: "count"}},
+			},
 			{Name: "secret", Hidden: true},
 			{Name: "group", Usage: "many", Subcommands: []*cli.Command{{Name: "one", Usage: "the one"}}},
 		},

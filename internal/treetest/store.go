@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -24,7 +25,7 @@ type Store struct {
 func (s *Store) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	var b bytes.Buffer
 	if n, err := io.CopyN(&b, r, size); err != nil {
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return daxfs.Data{}, fmt.Errorf("contents end after %d of %d bytes: %w", n, size, err)

@@ -54,8 +54,10 @@ func TestDirTimesSince(t *testing.T) {
 		want Entry
 		same bool
 	}{
-		{entry("d", unix.S_IFDIR, 1000), true}, {entry("d", unix.S_IFDIR, 999), false},
-		{entry(".", unix.S_IFDIR, 999), true}, {entry("f", unix.S_IFREG, 1000), false},
+		{entry("d", unix.S_IFDIR, 1000), true},
+		{entry("d", unix.S_IFDIR, 999), false},
+		{entry(".", unix.S_IFDIR, 999), true},
+		{entry("f", unix.S_IFREG, 1000), false},
 	} {
 		got := test.want
 		got.Mtime.Sec = 5

@@ -19,13 +19,19 @@ func TestOptions(t *testing.T) {
 		want string // source, options, descriptors; or part of the error
 		ok   bool
 	}{
-		{"physical", mount.Source{Region: phys, Off: 6 << 20, Size: 1 << 20},
-			"0x100600000 [phys=0x100600000 size=1048576 validate] map[]", true},
+		{
+			"physical",
+			mount.Source{Region: phys, Off: 6 << 20, Size: 1 << 20},
+			"0x100600000 [phys=0x100600000 size=1048576 validate] map[]", true,
+		},
 		{"start", mount.Source{Region: phys, Size: 4096}, "0x100000000 [phys=0x100000000 size=4096 validate] map[]", true},
 		{"misaligned", mount.Source{Region: phys, Off: 4096, Size: 4096}, "multiple of 2 MiB", false},
 		{"no address", mount.Source{Region: region.Info{Kind: region.KindFile, Path: "/x", FD: -1}, Size: 4096}, "no physical address", false},
-		{"dma-buf", mount.Source{Region: region.Info{Kind: region.KindDMABuf, Path: "/dev/dma_heap/system", FD: 7}, Size: 4096},
-			"/dev/dma_heap/system [validate] map[dmabuf:7]", true},
+		{
+			"dma-buf",
+			mount.Source{Region: region.Info{Kind: region.KindDMABuf, Path: "/dev/dma_heap/system", FD: 7}, Size: 4096},
+			"/dev/dma_heap/system [validate] map[dmabuf:7]", true,
+		},
 		{"part of a dma-buf", mount.Source{Region: region.Info{Kind: region.KindDMABuf, FD: 7}, Off: 2 << 20, Size: 4096}, "from its start", false},
 		{"closed dma-buf", mount.Source{Region: region.Info{Kind: region.KindDMABuf, FD: -1}, Size: 4096}, "not open", false},
 	} {

@@ -46,7 +46,8 @@ func (s *Service) Serve(ctx context.Context, ready func()) error {
 func (s *Service) grpcServer(d interface {
 	diff.Applier
 	diff.Comparer
-}) *grpc.Server {
+},
+) *grpc.Server {
 	// Handlers have to end before the pool below them is closed.
 	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true))
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(s.sn))

@@ -61,26 +61,38 @@ func TestOffsets(t *testing.T) {
 			"RootNid": {14, 2}, "Inos": {16, 8}, "EpochSec": {24, 8}, "EpochNsec": {32, 4}, "Blocks": {36, 4},
 			"MetaBlock": {40, 4}, "XattrBlock": {44, 4}, "UUID": {48, 16}, "Label": {64, 16}, "FeatureIncompat": {80, 4},
 			"Compression": {84, 2}, "ExtraDevices": {86, 2}, "DevTableSlot": {88, 2}, "DirBlockBits": {90, 1},
-			"XattrPrefixes": {91, 1}, "XattrPrefixOff": {92, 4}, "PackedNid": {96, 8}, "XattrFilter": {104, 1}}},
-		{"erofs dirent", fieldBytes(t, ErofsDirentSize, (*ErofsDirent).Marshal, (*ErofsDirent).Unmarshal),
-			map[string][2]int{"Nid": {0, 8}, "NameOff": {8, 2}, "Type": {10, 1}}},
-		{"erofs xattr header", fieldBytes(t, ErofsXattrHdrSize, (*ErofsXattrHeader).Marshal, (*ErofsXattrHeader).Unmarshal),
-			map[string][2]int{"Filter": {0, 4}, "Shared": {4, 1}}},
-		{"erofs xattr entry", fieldBytes(t, ErofsXattrEntSize, (*ErofsXattrEntry).Marshal, (*ErofsXattrEntry).Unmarshal),
-			map[string][2]int{"NameLen": {0, 1}, "Index": {1, 1}, "ValueLen": {2, 2}}},
+			"XattrPrefixes": {91, 1}, "XattrPrefixOff": {92, 4}, "PackedNid": {96, 8}, "XattrFilter": {104, 1},
+		}},
+		{
+			"erofs dirent", fieldBytes(t, ErofsDirentSize, (*ErofsDirent).Marshal, (*ErofsDirent).Unmarshal),
+			map[string][2]int{"Nid": {0, 8}, "NameOff": {8, 2}, "Type": {10, 1}},
+		},
+		{
+			"erofs xattr header", fieldBytes(t, ErofsXattrHdrSize, (*ErofsXattrHeader).Marshal, (*ErofsXattrHeader).Unmarshal),
+			map[string][2]int{"Filter": {0, 4}, "Shared": {4, 1}},
+		},
+		{
+			"erofs xattr entry", fieldBytes(t, ErofsXattrEntSize, (*ErofsXattrEntry).Marshal, (*ErofsXattrEntry).Unmarshal),
+			map[string][2]int{"NameLen": {0, 1}, "Index": {1, 1}, "ValueLen": {2, 2}},
+		},
 		{"daxfs super", fieldBytes(t, V8SuperSize, (*V8Super).Marshal, (*V8Super).Unmarshal), map[string][2]int{
 			"Magic": {0, 4}, "Version": {4, 4}, "BlockSize": {8, 4}, "Reserved": {12, 4}, "TotalSize": {16, 8},
 			"BaseOff": {24, 8}, "BaseSize": {32, 8}, "InodeOff": {40, 8}, "InodeCount": {48, 4}, "RootIno": {52, 4},
 			"DataOff": {56, 8}, "OverlayOff": {64, 8}, "OverlaySize": {72, 8}, "OverlayBkts": {80, 4},
 			"OverlayShift": {84, 4}, "PCacheOff": {88, 8}, "PCacheSize": {96, 8}, "PCacheSlots": {104, 4},
-			"PCacheHashSft": {108, 4}}},
+			"PCacheHashSft": {108, 4},
+		}},
 		{"daxfs inode", fieldBytes(t, V8InodeSize, (*V8Inode).Marshal, (*V8Inode).Unmarshal), map[string][2]int{
-			"Ino": {0, 4}, "Mode": {4, 4}, "UID": {8, 4}, "GID": {12, 4}, "Size": {16, 8}, "DataOff": {24, 8}, "Nlink": {32, 4}}},
-		{"daxfs dirent", fieldBytes(t, V8DirentName, (*V8Dirent).Marshal, (*V8Dirent).Unmarshal),
-			map[string][2]int{"Ino": {0, 4}, "Mode": {4, 4}, "NameLen": {8, 2}}},
+			"Ino": {0, 4}, "Mode": {4, 4}, "UID": {8, 4}, "GID": {12, 4}, "Size": {16, 8}, "DataOff": {24, 8}, "Nlink": {32, 4},
+		}},
+		{
+			"daxfs dirent", fieldBytes(t, V8DirentName, (*V8Dirent).Marshal, (*V8Dirent).Unmarshal),
+			map[string][2]int{"Ino": {0, 4}, "Mode": {4, 4}, "NameLen": {8, 2}},
+		},
 		{"daxfs overlay", fieldBytes(t, V8OverlayUsed, (*V8Overlay).Marshal, (*V8Overlay).Unmarshal), map[string][2]int{
 			"Magic": {0, 4}, "Version": {4, 4}, "BucketOff": {8, 8}, "PoolOff": {16, 8}, "PoolSize": {24, 8},
-			"PoolAlloc": {32, 8}, "NextIno": {40, 8}, "Free": {48, 24}}},
+			"PoolAlloc": {32, 8}, "NextIno": {40, 8}, "Free": {48, 24},
+		}},
 	} {
 		if !reflect.DeepEqual(c.got, c.want) {
 			t.Errorf("%s:\ngot  %v\nwant %v", c.name, c.got, c.want)
