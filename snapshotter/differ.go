@@ -148,6 +148,9 @@ func (d *Differ) open(ctx context.Context, desc ocispec.Descriptor) (io.ReadClos
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", desc.Digest, err)
 	}
+	if r, ok := ra.(interface{ Reader() io.Reader }); ok {
+		return blobReader{r.Reader(), ra}, nil
+	}
 	return blobReader{bufio.NewReaderSize(content.NewReader(ra), blobBuffer), ra}, nil
 }
 
