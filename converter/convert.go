@@ -24,7 +24,12 @@ const (
 	// DefaultMemory is the default of Options.Memory.
 	DefaultMemory = 256 << 20
 	// DefaultMaxSize is the default of Options.MaxSize.
-	DefaultMaxSize = 256 << 30
+	DefaultMaxSize = source.DefaultMaxSize
+	// DefaultMaxEntries is the default of Options.MaxEntries.
+	DefaultMaxEntries = 4 << 20
+
+	// maxNames bounds the bytes of names, link targets and xattrs of all layers, which stay in memory.
+	maxNames = 1 << 30
 )
 
 // ErrTooLarge is wrapped when an image exceeds Options.MaxSize or what an image file can address.
@@ -44,6 +49,8 @@ type Options struct {
 	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
 	// DefaultMaxSize. It is what stops a decompression bomb.
 	MaxSize int64
+	// MaxEntries bounds the entries of all layers, each of which takes about 1 KiB of memory; 0 means DefaultMaxEntries.
+	MaxEntries int64
 	// NoAlign places files of 2 MiB and more at any block instead of at multiples of 2 MiB. Images get a little
 	// smaller, and cannot be mapped with huge pages.
 	NoAlign bool
@@ -97,12 +104,15 @@ func Convert(ctx context.Context, src source.Source, output string, o Options) (
 	if o.MaxSize <= 0 {
 		o.MaxSize = DefaultMaxSize
 	}
+	if o.MaxEntries <= 0 {
+		o.MaxEntries = DefaultMaxEntries
+	}
 	if o.Concurrency <= 0 {
 		o.Concurrency = max(2, runtime.GOMAXPROCS(0))
 	}
 	img, err := src.Image(ctx, o.Platform)
 	if err != nil {
-		return nil, err
+		return nil, tooLarge(err)
 	}
 	f, err := newOutput(output)
 	if err != nil {
@@ -114,15 +124,20 @@ func Convert(ctx context.Context, src source.Source, output string, o Options) (
 		if cause := context.Cause(ctx); cause != nil {
 			return nil, cause
 		}
-		if errors.Is(err, sink.ErrTooLarge) || errors.Is(err, blob.ErrTooLarge) {
-			err = fmt.Errorf("%w: %w", ErrTooLarge, err)
-		}
-		return nil, fmt.Errorf("%s: %w", src, err)
+		return nil, fmt.Errorf("%s: %w", src, tooLarge(err))
 	}
 	if err := f.commit(o.Sync); err != nil {
 		return nil, err
 	}
 	return res, nil
+}
+
+// tooLarge marks errors of those who met a limit.
+func tooLarge(err error) error {
+	if errors.Is(err, sink.ErrTooLarge) || errors.Is(err, blob.ErrTooLarge) {
+		return fmt.Errorf("%w: %w", ErrTooLarge, err)
+	}
+	return err
 }
 
 // write puts the image into f.
@@ -192,7 +207,7 @@ type conversion struct {
 	img    *source.Image
 	layers []*layer.Layer
 
-	in, unpacked atomic.Int64
+	in, unpacked, entries, names atomic.Int64
 }
 
 // read reads all layers, some of them at the same time.
@@ -244,6 +259,9 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) error {
 	if err := store.Close(); err != nil {
 		return err
 	}
+	if err := c.count(parsed); err != nil {
+		return err
+	}
 	c.layers[i] = parsed
 	c.in.Add(r.BytesRead())
 	if c.unpacked.Add(r.Size()) > c.o.MaxSize {
@@ -262,6 +280,9 @@ func (c *conversion) directory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := c.count(l); err != nil {
+		return err
+	}
 	c.layers[0] = l
 	c.in.Store(l.Stats.Bytes)
 	c.unpacked.Store(l.Stats.Bytes)
@@ -269,4 +290,29 @@ func (c *conversion) directory(ctx context.Context) error {
 }
 
 // limits of one layer. The contents of all layers together are bounded by the sink.
-func (c *conversion) limits() layer.Limits { return layer.Limits{MaxBytes: math.MaxInt64} }
+func (c *conversion) limits() layer.Limits {
+	return layer.Limits{MaxBytes: math.MaxInt64, MaxEntries: c.o.MaxEntries, MaxMetaBytes: maxNames}
+}
+
+// count holds what all layers keep in memory against the limits of the image.
+func (c *conversion) count(l *layer.Layer) error {
+	if n := c.entries.Add(l.Stats.Entries); n > c.o.MaxEntries {
+		return fmt.Errorf("%w: more than %d entries in all layers", ErrTooLarge, c.o.MaxEntries)
+	}
+	var names int64
+	for i := range l.Changes {
+		ch := &l.Changes[i]
+		names += int64(len(ch.Path) + len(ch.LinkTo))
+		if ch.Node == nil {
+			continue
+		}
+		names += int64(len(ch.Node.Target))
+		for _, x := range ch.Node.Xattrs {
+			names += int64(len(x.Name) + len(x.Value))
+		}
+	}
+	if c.names.Add(names) > maxNames {
+		return fmt.Errorf("%w: more than %d bytes of names and attributes in all layers", ErrTooLarge, maxNames)
+	}
+	return nil
+}

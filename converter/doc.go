@@ -23,5 +23,6 @@
 // end. A file that was there stays until it is replaced in one step.
 //
 // Memory is bounded by Options.Memory for contents, plus about 10 MiB for each layer that is read at the same time
-// (more for zstd layers with a large window), plus about 1 KiB per file of the image.
+// (more for zstd layers with a large window), plus about 1 KiB per entry of the layers, of which Options.MaxEntries is
+// the limit.
 package converter

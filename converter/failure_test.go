@@ -173,6 +173,25 @@ func TestBadInput(t *testing.T) {
 			opts: converter.Options{MaxSize: 16 << 20}, is: converter.ErrTooLarge, holds: []string{"16777216"},
 		},
 		{
+			name: "too many entries in all layers",
+			make: func(t *testing.T) *ocitest.Layout {
+				var l []ocitest.Layer
+				for range 5 {
+					l = append(l, ocitest.Layer{Tar: Tar(Dir("a"), Dir("b"), Dir("c")), Compression: ocitest.Gzip})
+				}
+				return newLayout(t, l...)
+			},
+			opts: converter.Options{MaxEntries: 14}, is: converter.ErrTooLarge, holds: []string{"LAYER", "14 entries"},
+		},
+		{
+			name: "a sparse file beyond 32-bit block numbers",
+			make: func(t *testing.T) *ocitest.Layout {
+				return newLayout(t, ocitest.Layer{Tar: Tar(Reg("a", "a")), Compression: ocitest.Gzip},
+					ocitest.Layer{Tar: sparseTar(t, "huge", 17<<40, "end"), Compression: ocitest.Gzip})
+			},
+			opts: converter.Options{MaxSize: 1 << 50}, is: converter.ErrTooLarge, holds: []string{"LAYER", "17592186044416", `"huge"`},
+		},
+		{
 			name: "a damaged manifest",
 			make: func(t *testing.T) *ocitest.Layout {
 				l := newLayout(t, packed(tars, ocitest.Gzip)...)
@@ -296,5 +315,44 @@ func TestOutputMustBeAFile(t *testing.T) {
 		if _, err := converter.Convert(context.Background(), src, out, converter.Options{}); err == nil {
 			t.Errorf("converted to %q", out)
 		}
+	}
+}
+
+// TestOutputIsALink: what the link leads to is replaced, the link stays. A link to what is no file is refused, before
+// anything is created beside it.
+func TestOutputIsALink(t *testing.T) {
+	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
+	src, err := source.Parse("oci:"+l.Dir, source.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, links := t.TempDir(), t.TempDir()
+	for name, target := range map[string]string{
+		"good": filepath.Join(dir, "image"), "dangling": filepath.Join(dir, "nothing"), "device": "/dev/null", "directory": dir,
+	} {
+		if err := os.Symlink(target, filepath.Join(links, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "image"), []byte(before), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"dangling", "device", "directory"} {
+		if _, err := converter.Convert(context.Background(), src, filepath.Join(links, name), converter.Options{}); err == nil {
+			t.Errorf("converted to the link %q", name)
+		}
+	}
+	checkUntouched(t, filepath.Join(dir, "image"))
+	res, err := converter.Convert(context.Background(), src, filepath.Join(links, "good"), converter.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkOnly(t, dir, "image")
+	checkOnly(t, links, "dangling", "device", "directory", "good")
+	if fi, err := os.Lstat(filepath.Join(dir, "image")); err != nil || fi.Size() != res.BytesOut {
+		t.Errorf("%v (%v), expected an image of %d bytes", fi, err, res.BytesOut)
+	}
+	if got, err := os.Readlink(filepath.Join(links, "good")); err != nil || got != filepath.Join(dir, "image") {
+		t.Errorf("the link leads to %q (%v)", got, err)
 	}
 }

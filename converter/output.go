@@ -19,6 +19,12 @@ type output struct {
 // newOutput creates a file in the directory of path. Where the file system can, the file has no name, so that not even
 // SIGKILL leaves it behind.
 func newOutput(path string) (*output, error) {
+	// A symbolic link stays; what it leads to is replaced. (/dev/stdout is one.)
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == os.ModeSymlink {
+		if path, err = filepath.EvalSymlinks(path); err != nil {
+			return nil, fmt.Errorf("output is a symbolic link to nothing that can be replaced: %w", err)
+		}
+	}
 	if fi, err := os.Stat(path); err == nil && !fi.Mode().IsRegular() {
 		return nil, fmt.Errorf("output %q is not a regular file", path)
 	}

@@ -46,7 +46,7 @@ func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, e
 }
 
 // fromIndexFile finds an image from the index.json of a layout.
-func fromIndexFile(ctx context.Context, r io.Reader, b blobs, tag string, p Platform) (*Image, error) {
+func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p Platform) (*Image, error) {
 	doc, err := io.ReadAll(io.LimitReader(r, maxDocument))
 	if err != nil {
 		return nil, err
@@ -60,8 +60,9 @@ func fromIndexFile(ctx context.Context, r io.Reader, b blobs, tag string, p Plat
 		return nil, err
 	}
 	if len(list) == 1 {
-		return resolve(ctx, b, list[0], p)
+		return resolve(ctx, store, list[0], p)
 	}
+	b := &finder{blobs: store}
 	all, err := expand(ctx, b, list, 0)
 	if err != nil {
 		return nil, err

@@ -78,6 +78,22 @@ func (s *registry) login(ctx context.Context) (*http.Client, error) {
 	return s.client, s.err
 }
 
+// withoutQuery takes the query out of the address in an error: registries redirect to addresses that are signed, and who
+// has one can read what it leads to.
+func withoutQuery(err error) error {
+	var ue *url.Error
+	if !errors.As(err, &ue) {
+		return err
+	}
+	u, parseErr := url.Parse(ue.URL)
+	if parseErr != nil {
+		return ue.Err
+	}
+	u.RawQuery, u.Fragment = "", ""
+	ue.URL = u.Redacted()
+	return err
+}
+
 // explain adds what a user can do about an error.
 func explain(err error, registry string) error {
 	var te *transport.Error
@@ -103,7 +119,7 @@ func (s *registry) get(ctx context.Context, kind, id string, accept ...string) (
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, withoutQuery(err)
 	}
 	if err := transport.CheckError(resp, http.StatusOK); err != nil {
 		resp.Body.Close()

@@ -21,6 +21,10 @@ const (
 	maxDocument = 8 << 20
 	// maxNesting bounds how deep indexes may lie in indexes.
 	maxNesting = 8
+	// maxDocuments and maxAllDocuments bound the number and the bytes of what is read to find one image: indexes can name
+	// each other many times, and an index without platforms makes us read every image in it.
+	maxDocuments    = 1000
+	maxAllDocuments = 32 << 20
 )
 
 // blobs is a store that finds content by its digest: a layout, an archive, a registry, containerd.
@@ -28,8 +32,17 @@ type blobs interface {
 	open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error)
 }
 
+// finder reads the documents that lead to one image, and counts them.
+type finder struct {
+	blobs
+	documents, bytes int
+}
+
 // document reads and verifies a small JSON blob.
-func document(ctx context.Context, b blobs, d ocispec.Descriptor) ([]byte, error) {
+func (b *finder) document(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+	if b.documents++; b.documents > maxDocuments {
+		return nil, fmt.Errorf("more than %d indexes, manifests and configurations for one image", maxDocuments)
+	}
 	if err := d.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
 	}
@@ -44,6 +57,9 @@ func document(ctx context.Context, b blobs, d ocispec.Descriptor) ([]byte, error
 	p, err := io.ReadAll(io.LimitReader(rc, maxDocument+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", d.Digest, err)
+	}
+	if b.bytes += len(p); b.bytes > maxAllDocuments {
+		return nil, fmt.Errorf("more than %d bytes of indexes, manifests and configurations for one image", maxAllDocuments)
 	}
 	return p, verify(p, d)
 }
@@ -63,7 +79,8 @@ func verify(p []byte, d ocispec.Descriptor) error {
 }
 
 // resolve walks from a descriptor through indexes and manifest to the layers.
-func resolve(ctx context.Context, b blobs, d ocispec.Descriptor, p Platform) (*Image, error) {
+func resolve(ctx context.Context, store blobs, d ocispec.Descriptor, p Platform) (*Image, error) {
+	b := &finder{blobs: store}
 	indexed := false
 	if isIndex(d.MediaType) {
 		all, err := manifests(ctx, b, d, 0)
@@ -96,11 +113,11 @@ func isManifest(mediaType string) bool {
 }
 
 // manifests lists the image manifests of an index and of the indexes in it, each with its platform.
-func manifests(ctx context.Context, b blobs, d ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
+func manifests(ctx context.Context, b *finder, d ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
 	if depth == maxNesting {
-		return nil, fmt.Errorf("index %s: more than %d indexes within each other", d.Digest, maxNesting)
+		return nil, fmt.Errorf("index %q: more than %d indexes within each other", d.Digest, maxNesting)
 	}
-	p, err := document(ctx, b, d)
+	p, err := b.document(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
@@ -111,7 +128,7 @@ func manifests(ctx context.Context, b blobs, d ocispec.Descriptor, depth int) ([
 	return expand(ctx, b, index.Manifests, depth)
 }
 
-func expand(ctx context.Context, b blobs, list []ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
+func expand(ctx context.Context, b *finder, list []ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
 	var all []ocispec.Descriptor
 	for _, m := range list {
 		switch {
@@ -138,12 +155,12 @@ func expand(ctx context.Context, b blobs, list []ocispec.Descriptor, depth int) 
 }
 
 // fromManifest reads an image manifest and its configuration, and checks that they agree.
-func fromManifest(ctx context.Context, b blobs, d ocispec.Descriptor) (*Image, error) {
+func fromManifest(ctx context.Context, b *finder, d ocispec.Descriptor) (*Image, error) {
 	if !isManifest(d.MediaType) {
-		return nil, fmt.Errorf("%w %q of %s: expected an OCI or Docker (schema 2) manifest or index",
+		return nil, fmt.Errorf("%w %q of %q: expected an OCI or Docker (schema 2) manifest or index",
 			ErrMediaType, d.MediaType, d.Digest)
 	}
-	p, err := document(ctx, b, d)
+	p, err := b.document(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("manifest: %w", err)
 	}
@@ -155,7 +172,7 @@ func fromManifest(ctx context.Context, b blobs, d ocispec.Descriptor) (*Image, e
 		return nil, fmt.Errorf("manifest %s: %w of its config %q: expected %q, this is not a container image",
 			d.Digest, ErrMediaType, t, ocispec.MediaTypeImageConfig)
 	}
-	p, err = document(ctx, b, m.Config)
+	p, err = b.document(ctx, m.Config)
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}

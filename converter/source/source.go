@@ -77,7 +77,12 @@ type Config struct {
 	// Address of containerd's socket and the Namespace in it, for containerd:.
 	Address   string
 	Namespace string
+	// MaxSize bounds the bytes that a compressed archive may unpack to; 0 means DefaultMaxSize.
+	MaxSize int64
 }
+
+// DefaultMaxSize is the default of Config.MaxSize.
+const DefaultMaxSize = 256 << 30
 
 // Kinds lists the forms of a source, for help texts.
 const Kinds = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF], docker://REF, containerd:REF or rootfs:DIR"
@@ -94,10 +99,10 @@ func Parse(name string, c Config) (Source, error) {
 		return &layout{name: name, dir: dir, tag: tag}, nil
 	case "oci-archive":
 		file, tag := splitTag(rest)
-		return &ociArchive{name: name, file: file, tag: tag}, nil
+		return &ociArchive{name: name, file: file, tag: tag, limit: c.MaxSize}, nil
 	case "docker-archive":
 		file, ref, _ := strings.Cut(rest, ":")
-		return &dockerArchive{name: name, file: file, ref: ref}, nil
+		return &dockerArchive{name: name, file: file, ref: ref, limit: c.MaxSize}, nil
 	case "docker":
 		ref, ok := strings.CutPrefix(rest, "//")
 		if !ok {

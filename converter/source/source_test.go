@@ -56,7 +56,8 @@ func find(t *testing.T, src Source, p string) (*Image, error) {
 			t.Fatalf("layer %d: %v", i, err)
 		}
 		r, err := blob.NewReader(context.Background(), rc, blob.Spec{
-			MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID})
+			MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID,
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -112,8 +113,12 @@ func TestPlatforms(t *testing.T) {
 	l.Tag("one", amd)
 	src := func(tag string) Source { return mustParse(t, "oci:"+l.Dir+tag, Config{}) }
 	for _, c := range []struct{ tag, platform, want string }{
-		{":all", "linux/amd64", "amd64"}, {":all", "linux/arm64", "arm64"}, {":all", "linux/arm/v7", "v7"},
-		{":one", "", "amd64"}, {":one", "linux/amd64", "amd64"}, {"@" + string(arm.Digest), "linux/arm64", ""},
+		{":all", "linux/amd64", "amd64"},
+		{":all", "linux/arm64", "arm64"},
+		{":all", "linux/arm/v7", "v7"},
+		{":one", "", "amd64"},
+		{":one", "linux/amd64", "amd64"},
+		{"@" + string(arm.Digest), "linux/arm64", ""},
 	} {
 		img, err := find(t, src(c.tag), c.platform)
 		if c.want == "" { // it is in an index, not in index.json

@@ -139,7 +139,7 @@ func (p *placer) end(live []int32) int64 {
 	return p.extents[live[len(live)-1]].end()
 }
 
-// fillFromTail moves the last extents into gaps, as long as the last one fits somewhere.
+// fillFromTail moves the last extents into gaps, as long as the last one fits into one of the first that are free.
 func (p *placer) fillFromTail(live []int32) (moved int64, err error) {
 	var gaps []gap
 	at := int64(page)
@@ -154,7 +154,7 @@ func (p *placer) fillFromTail(live []int32) (moved int64, err error) {
 		e := &p.extents[live[i]]
 		n := up(e.size, page)
 		to := int64(-1)
-		for j := first; j < len(gaps) && gaps[j].off < e.off; j++ {
+		for j := first; j < min(len(gaps), first+maxGaps) && gaps[j].off < e.off; j++ {
 			g := &gaps[j]
 			off := g.off
 			if p.align && e.size >= huge {

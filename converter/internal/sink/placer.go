@@ -25,9 +25,13 @@ func (e extent) end() int64 { return e.off + up(e.size, page) }
 // gap is free room below the tail. Free room reads as zeros.
 type gap struct{ off, end int64 }
 
-// maxGaps is how many gaps are looked at for a small content, the latest ones: a bound for images with very many
-// big files. Finish considers them all.
-const maxGaps = 512
+const (
+	// maxGaps is how many gaps are looked at for one content: a bound for images with very many.
+	maxGaps = 512
+	// maxAlike is how many contents with one key are compared. There are more only if somebody made them, to have each
+	// compared with all before it: the key is no cryptographic hash. Those beyond are stored although they may be there.
+	maxAlike = 4
+)
 
 // placer decides where contents go, and writes them.
 type placer struct {
@@ -191,7 +195,9 @@ func (p *placer) piece(it item, b []byte) (int32, error) {
 func (p *placer) record(k key, off int64) int32 {
 	id := int32(len(p.extents))
 	p.extents = append(p.extents, extent{off: off, size: k.size})
-	p.known[k] = append(p.known[k], id)
+	if alike := p.known[k]; len(alike) < maxAlike {
+		p.known[k] = append(alike, id)
+	}
 	return id
 }
 

@@ -257,8 +257,13 @@ func fill(n int, b byte) []byte {
 
 // TestAlignment: a big file at a multiple of 2 MiB, and the small ones in the gap before it.
 func TestAlignment(t *testing.T) {
-	l := []*content{{b: fill(10, 1), keep: true}, {b: fill(5<<20, 2), keep: true}, {b: fill(1<<20, 3), keep: true},
-		{b: fill(900<<10, 4), keep: true}, {b: fill(300<<10, 5), keep: true}}
+	l := []*content{
+		{b: fill(10, 1), keep: true},
+		{b: fill(5<<20, 2), keep: true},
+		{b: fill(1<<20, 3), keep: true},
+		{b: fill(900<<10, 4), keep: true},
+		{b: fill(300<<10, 5), keep: true},
+	}
 	img, r := place(t, [][]*content{l}, Options{})
 	checkImage(t, [][]*content{l}, img, r, true)
 	for i, want := range []int64{page, huge, 2 * page, 2*page + 1<<20, huge + 5<<20} {

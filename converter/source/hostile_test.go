@@ -1,0 +1,173 @@
+package source
+
+import (
+	"archive/tar"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+)
+
+// TestIndexesThatMultiply: eight levels of indexes, each of which names the one below a hundred times.
+func TestIndexesThatMultiply(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	d := l.Manifest(platform("amd64", ""), layer("a"))
+	for range maxNesting {
+		many := make([]ocispec.Descriptor, 100)
+		for i := range many {
+			many[i] = d
+		}
+		d = l.Index(many...)
+	}
+	l.Tag("x", d)
+	_, err := find(t, mustParse(t, "oci:"+l.Dir+":x", Config{}), "linux/arm64")
+	if err == nil || !strings.Contains(err.Error(), "more than 1000 indexes, manifests and configurations") {
+		t.Errorf("error %v, expected one about the number of documents", err)
+	}
+}
+
+// TestManifestsWithoutPlatform: each of them and its configuration must be read.
+func TestManifestsWithoutPlatform(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	d := l.Manifest(platform("amd64", ""), layer("a"))
+	d.Platform = nil
+	for _, c := range []struct {
+		n  int
+		ok bool
+	}{{400, true}, {600, false}} {
+		many := make([]ocispec.Descriptor, c.n)
+		for i := range many {
+			many[i] = d
+		}
+		tag := fmt.Sprint(c.n)
+		l.Tag(tag, l.Index(many...))
+		if _, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), ""); (err == nil) != c.ok {
+			t.Errorf("%d manifests: %v", c.n, err)
+		}
+	}
+}
+
+// TestLargeDocuments: each within its limit, and together too much.
+func TestLargeDocuments(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	var all []ocispec.Descriptor
+	for i := range 6 {
+		b := fmt.Sprintf(`{"schemaVersion":2,"manifests":[],"annotations":{"%d":"%s"}}`, i, strings.Repeat("x", 7<<20))
+		all = append(all, l.Blob(ocispec.MediaTypeImageIndex, []byte(b)))
+	}
+	l.Tag("x", l.Index(all...))
+	_, err := find(t, mustParse(t, "oci:"+l.Dir+":x", Config{}), "")
+	if err == nil || !strings.Contains(err.Error(), "bytes of indexes") {
+		t.Errorf("error %v, expected one about the size of all documents", err)
+	}
+}
+
+// TestArchiveBomb: a compressed archive is bounded before it fills the disk, and can be interrupted.
+func TestArchiveBomb(t *testing.T) {
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	file := filepath.Join(t.TempDir(), "docker.tar.gz")
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	z := gzip.NewWriter(f)
+	w := tar.NewWriter(z)
+	if err := w.WriteHeader(&tar.Header{Name: "zeros", Typeflag: tar.TypeReg, Size: 32 << 20, Mode: 0o600}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(make([]byte, 32<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(w.Close(), z.Close(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []string{"docker-archive:", "oci-archive:"} {
+		src := mustParse(t, kind+file, Config{MaxSize: 16 << 20})
+		if _, err := src.Image(context.Background(), Host()); !errors.Is(err, blob.ErrTooLarge) {
+			t.Errorf("%s: error %v, expected %v", kind, err, blob.ErrTooLarge)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if _, err := mustParse(t, kind+file, Config{}).Image(ctx, Host()); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: error %v, expected %v", kind, err, context.Canceled)
+		}
+	}
+	left, err := os.ReadDir(tmp)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v (%v)", left, err)
+	}
+}
+
+// TestArchivePaths: no name in an archive or a layout leads to a file outside of it.
+func TestArchivePaths(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "secret"), []byte(`{"rootfs":{"type":"layers"}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "docker.tar")
+	for _, c := range []struct{ config, link string }{
+		{"../secret", ""}, {filepath.Join(dir, "secret"), ""}, {"config", "../secret"}, {"config", filepath.Join(dir, "secret")},
+		{"config", "config"}, {"config", "/proc/self/environ"},
+	} {
+		f, err := os.Create(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := tar.NewWriter(f)
+		doc := fmt.Sprintf(`[{"Config":%q,"Layers":[]}]`, c.config)
+		err = errors.Join(
+			w.WriteHeader(&tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg, Size: int64(len(doc))}), write(w, doc),
+			w.WriteHeader(&tar.Header{Name: "config", Typeflag: tar.TypeSymlink, Linkname: c.link}), w.Close(), f.Close())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = mustParse(t, "docker-archive:"+file, Config{}).Image(context.Background(), Host())
+		if err == nil || !strings.Contains(err.Error(), "is not in the archive") {
+			t.Errorf("%+v: error %v, expected that it is not in the archive", c, err)
+		}
+	}
+	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	l.Tag("x", ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: "sha256:../../../secret", Size: 1})
+	if _, err := mustParse(t, "oci:"+l.Dir+":x", Config{}).Image(context.Background(), Host()); err == nil ||
+		!strings.Contains(err.Error(), `digest "sha256:../../../secret"`) {
+		t.Errorf("error %v, expected one about the digest", err)
+	}
+}
+
+func write(w *tar.Writer, s string) error {
+	_, err := w.Write([]byte(s))
+	return err
+}
+
+// TestNoSecretsInErrors: registries redirect to signed addresses, and what fails there must not show the signature.
+func TestNoSecretsInErrors(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v2/" {
+			return
+		}
+		http.Redirect(w, r, "http://user:pass@127.0.0.1:1/blob?X-Signature=sesame", http.StatusTemporaryRedirect)
+	}))
+	t.Cleanup(srv.Close)
+	ref := "docker://" + strings.TrimPrefix(srv.URL, "http://") + "/a:b"
+	_, err := mustParse(t, ref, Config{PlainHTTP: true}).Image(context.Background(), Host())
+	if err == nil || !strings.Contains(err.Error(), "127.0.0.1:1/blob") {
+		t.Fatalf("error %v, expected one that says what could not be reached", err)
+	}
+	for _, secret := range []string{"sesame", "pass"} {
+		if strings.Contains(err.Error(), secret) {
+			t.Errorf("error %q holds %q", err, secret)
+		}
+	}
+}
