@@ -49,6 +49,7 @@ Examples:
 			&cli.IntFlag{Name: "concurrency", Usage: "read `N` layers at the same time", DefaultText: "one for each core"},
 			&cli.StringFlag{Name: "memory", Usage: "let at most `SIZE` of contents wait in memory; more waits on disk", Value: size(converter.DefaultMemory)},
 			&cli.StringFlag{Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers", Value: size(converter.DefaultMaxSize)},
+			&cli.Int64Flag{Name: "max-entries", Usage: "refuse images with more than `N` files in all layers", Value: converter.DefaultMaxEntries},
 			&cli.BoolFlag{Name: "no-align", Usage: "do not start files of 2 MiB and more at multiples of 2 MiB: for many big files and no DAX"},
 			&cli.BoolFlag{Name: "sync", Usage: "return only when the image is on disk"},
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "show no progress and no summary"},
@@ -84,8 +85,11 @@ func (e *env) convert(c *cli.Context) error {
 	if o.MaxSize, err = sizeFlag(c, "max-size"); err != nil {
 		return err
 	}
+	if o.MaxEntries = c.Int64("max-entries"); o.MaxEntries <= 0 {
+		return &usageError{"convert", fmt.Sprintf("--max-entries %d, expected 1 or more", o.MaxEntries)}
+	}
 	src, err := source.Parse(c.Args().First(), source.Config{
-		PlainHTTP: c.Bool("plain-http"), Address: c.String("address"), Namespace: c.String("namespace"),
+		PlainHTTP: c.Bool("plain-http"), Address: c.String("address"), Namespace: c.String("namespace"), MaxSize: o.MaxSize,
 	})
 	if err != nil {
 		return &usageError{"convert", err.Error()}

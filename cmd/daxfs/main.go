@@ -51,7 +51,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		fmt.Fprintln(stderr, "daxfs: interrupted")
 		return statusInterrupted
 	case errors.As(err, &usage):
-		fmt.Fprintf(stderr, "daxfs: %v\n", err)
+		fmt.Fprintf(stderr, "daxfs: %s\n", message(err))
 		if usage.command != "" {
 			fmt.Fprintf(stderr, "Try: daxfs %s --help\n", usage.command)
 		} else {
@@ -59,7 +59,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		}
 		return statusUsage
 	}
-	fmt.Fprintf(stderr, "daxfs: %v\n", err)
+	fmt.Fprintf(stderr, "daxfs: %s\n", message(err))
 	return statusFailed
 }
 

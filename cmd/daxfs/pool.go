@@ -232,7 +232,7 @@ func (e *env) state(c *cli.Context) (*poolState, error) {
 	p, closePool, err := e.openPool(c)
 	if err != nil {
 		// It belongs to a process that runs, here or on another machine: what readers may know stays.
-		fmt.Fprintf(e.stderr, "daxfs: only the catalogue can be read: %v\n", err)
+		fmt.Fprintf(e.stderr, "daxfs: only the catalogue can be read: %s\n", message(err))
 		return s, nil
 	}
 	u := p.Usage()
