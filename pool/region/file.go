@@ -17,6 +17,8 @@ type file struct {
 	m    []byte
 	size int64
 	info Info
+	// behind is nil where bytes never go to a disk.
+	behind *behind
 }
 
 func openFile(c Config) (Region, error) {
@@ -67,6 +69,9 @@ func (r *file) init(c Config) error {
 	if r.size, err = usable(size); err != nil {
 		return err
 	}
+	if r.info.Persistent == PersistsReboot {
+		r.behind = &behind{f: r.f}
+	}
 	r.m, err = unix.Mmap(int(r.f.Fd()), 0, int(r.size), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("map %d bytes: %w", r.size, err)
@@ -113,7 +118,11 @@ func (r *file) WriteAt(p []byte, off int64) (int, error) {
 	if err := checkRange(off, int64(len(p)), r.size); err != nil {
 		return 0, err
 	}
-	return r.f.WriteAt(p, off)
+	n, err := r.f.WriteAt(p, off)
+	if r.behind != nil && n > 0 {
+		r.behind.wrote(off, int64(n))
+	}
+	return n, err
 }
 
 func (r *file) Bytes() []byte { return r.m }
@@ -158,6 +167,9 @@ func (r *file) Punch(off, n int64) error {
 
 func (r *file) Close() error {
 	var err error
+	if r.behind != nil {
+		r.behind.wait()
+	}
 	if r.m != nil {
 		err = unix.Munmap(r.m)
 		r.m = nil
