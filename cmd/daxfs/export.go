@@ -4,7 +4,9 @@ import (
 	"archive/tar"
 	"bufio"
 	"fmt"
+	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -22,8 +24,9 @@ func exportCommand(e *env) *cli.Command {
 		Usage:     "write the tree of an image as a tar archive",
 		ArgsUsage: "IMAGE",
 		Description: `
-The archive goes to standard output, in PAX format: times in nanoseconds, extended attributes, hard links, devices. Sockets
-cannot be in a tar; they are named on standard error. The same image gives the same archive.
+The archive goes to standard output, in PAX format: times in nanoseconds, extended attributes, hard links, devices. Sockets,
+and attributes with a "=" in their name, cannot be in a tar; they are named on standard error. The same image gives the same
+archive.
 
 Examples:
    daxfs export debian.daxfs | tar -tv
@@ -49,14 +52,12 @@ func (e *env) export(c *cli.Context) error {
 		return err
 	}
 	w := bufio.NewWriterSize(e.stdout, 256<<10)
-	x := exporter{ctx: c, w: tar.NewWriter(w), first: map[uint64]string{}}
-	skipped := 0
+	x := exporter{ctx: c, w: tar.NewWriter(w), warn: e.stderr, first: map[uint64]string{}}
 	err = f.Walk(func(path string, in daxfs.Inode) error {
 		if err := c.Context.Err(); err != nil {
 			return err
 		}
 		if in.Mode&unix.S_IFMT == unix.S_IFSOCK {
-			skipped++
 			fmt.Fprintf(e.stderr, "daxfs: /%s is a socket, which a tar cannot hold\n", printable(path))
 			return nil
 		}
@@ -74,6 +75,7 @@ func (e *env) export(c *cli.Context) error {
 type exporter struct {
 	ctx   *cli.Context
 	w     *tar.Writer
+	warn  io.Writer
 	first map[uint64]string // the first name of each inode with several
 }
 
@@ -134,6 +136,10 @@ func (x *exporter) header(h *tar.Header, in daxfs.Inode) error {
 		return err
 	}
 	for _, a := range xs {
+		if strings.Contains(a.Name, "=") {
+			fmt.Fprintf(x.warn, "daxfs: /%s has the attribute %q, which a tar cannot hold\n", printable(h.Name), a.Name)
+			continue
+		}
 		if h.PAXRecords == nil {
 			h.PAXRecords = map[string]string{}
 		}
