@@ -195,7 +195,7 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 		err = w.flush()
 	}
 	w.drop()
-	if err != nil && errors.Is(src.err, io.EOF) && w.err == nil {
+	if err != nil && (src.err == nil || errors.Is(src.err, io.EOF)) && w.err == nil {
 		err = fmt.Errorf("%s: %w", pack, err) // neither the source's error nor the consumer's
 	}
 	return err
