@@ -74,16 +74,17 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 
 // record makes the directories of a snapshot and writes it down.
 func (s *Snapshotter) record(ctx context.Context, kind snapshots.Kind, key, parent string, low *lower, root rootAttr, opts []snapshots.Opt) (id string, info snapshots.Info, err error) {
-	var made []string
+	temp := ""
 	defer func() {
-		if err == nil {
+		if err == nil || temp == "" {
 			return
 		}
-		for _, dir := range made {
-			if rerr := os.RemoveAll(dir); rerr != nil {
-				err = errors.Join(err, rerr)
-			}
+		if rerr := os.RemoveAll(temp); rerr != nil {
+			err = errors.Join(err, rerr)
 		}
+		// If the directory got its name before the transaction failed, only a cleanup may remove it: the id is given out
+		// again, perhaps at this moment.
+		s.work.add(task{})
 	}()
 	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		// Inside the transaction, so that Cleanup, which holds one too, never sees a directory without a record.
@@ -98,11 +99,9 @@ func (s *Snapshotter) record(ctx context.Context, kind snapshots.Kind, key, pare
 		if err := putRecord(tx, id, record{Lower: low}); err != nil {
 			return err
 		}
-		temp, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), "new-")
-		if err != nil {
+		if temp, err = os.MkdirTemp(filepath.Join(s.root, "snapshots"), "new-"); err != nil {
 			return err
 		}
-		made = append(made, temp)
 		if err := root.mkdir(filepath.Join(temp, "fs")); err != nil {
 			return err
 		}
@@ -111,11 +110,12 @@ func (s *Snapshotter) record(ctx context.Context, kind snapshots.Kind, key, pare
 				return err
 			}
 		}
-		// What is left there by a crash between the rename and the commit of an earlier transaction has no record.
-		if err := os.RemoveAll(s.dir(id)); err != nil {
-			return err
+		// What an earlier transaction left there that failed after the rename has no record.
+		if _, err := os.Lstat(s.dir(id)); err == nil {
+			if _, err := s.doom(id); err != nil {
+				return err
+			}
 		}
-		made = append(made, s.dir(id))
 		return os.Rename(temp, s.dir(id))
 	})
 	return id, info, err
@@ -212,14 +212,41 @@ func (s *Snapshotter) build(ctx context.Context, links []link) (dir string, err 
 	top := links[0].rec
 	defer s.pins.pin(top.Chain)()
 	layers := s.layers(links)
-	for _, l := range layers {
-		defer s.pins.pin(l.Key)()
+	release, err := s.hold(ctx, links[0], layers)
+	if err != nil {
+		return "", err
 	}
+	defer release()
 	err = s.withEviction(ctx, func() error {
 		dir, err = s.lowers.Lower(ctx, top.Chain, layers)
 		return err
 	})
 	return dir, err
+}
+
+// hold keeps the layers of the chain that ends with top from being swept, and their directories from being removed, until
+// release is called. It fails if top is gone. Reading a directory while it is removed would give a layer that lacks files,
+// and in the end an image that does, under a chain ID that others trust.
+func (s *Snapshotter) hold(ctx context.Context, top link, layers []Layer) (release func(), err error) {
+	var unpins []func()
+	release = func() {
+		for _, unpin := range unpins {
+			unpin()
+		}
+	}
+	for _, l := range layers {
+		unpins = append(unpins, s.pins.pin(l.Key))
+	}
+	// After pinning: whoever removes it from now on sees the pins. Its parents cannot be removed before it.
+	id, _, _, err := s.lookup(ctx, top.info.Name)
+	if err == nil && id != top.id {
+		err = fmt.Errorf("snapshot %q was removed and made again: %w", top.info.Name, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		release()
+		return nil, err
+	}
+	return release, nil
 }
 
 // layers returns the layers of a chain, bottom first.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,9 +19,13 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	return errors.Join(s.removeDirs(ctx), s.sweep(ctx, false))
 }
 
-// removeDirs removes the directories that belong to no snapshot.
+// doomed begins the names of directories that are being removed.
+const doomed = "removed-"
+
+// removeDirs removes the directories that belong to no snapshot. One that cannot be removed does not keep the others.
 func (s *Snapshotter) removeDirs(ctx context.Context) error {
-	var orphans []string
+	var dirs []string
+	var errs []error
 	// A write transaction, because snapshots are created in one: no directory is seen without its record.
 	err := s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		ids, err := storage.IDMap(ctx)
@@ -39,16 +44,37 @@ func (s *Snapshotter) removeDirs(ctx context.Context) error {
 			return err
 		}
 		for _, e := range entries {
-			if ids[e.Name()] == "" {
-				orphans = append(orphans, s.dir(e.Name()))
+			id := e.Name()
+			if ids[id] != "" || s.pins.has(s.dirKey(id)) {
+				continue // in use, or being read: see hold
 			}
+			// Renamed within the transaction: if one fails, the id that it took is given out again, and a directory that
+			// is removed by that name later may be another snapshot's.
+			dir, err := s.doom(id)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			dirs = append(dirs, dir)
 		}
 		return nil
 	})
-	for _, dir := range orphans {
-		err = errors.Join(err, os.RemoveAll(dir))
+	for _, dir := range dirs {
+		errs = append(errs, os.RemoveAll(dir))
 	}
-	return err
+	return errors.Join(append(errs, err)...)
+}
+
+// doom gives a directory a name that no snapshot ever has, and returns its path.
+func (s *Snapshotter) doom(name string) (string, error) {
+	if strings.HasPrefix(name, doomed) {
+		return s.dir(name), nil
+	}
+	dir, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), doomed)
+	if err != nil {
+		return "", err
+	}
+	return dir, os.Rename(s.dir(name), filepath.Join(dir, name))
 }
 
 // sweep lets Lowers free what no record and no operation needs.

@@ -193,7 +193,11 @@ func (s *Snapshotter) ingest(ctx context.Context, l link) (err error) {
 	began := time.Now()
 	defer func() { s.opts.Observe("ingest", time.Since(began), err) }()
 	key := s.dirKey(l.id)
-	defer s.pins.pin(key)()
+	release, err := s.hold(ctx, l, []Layer{{Key: key}})
+	if err != nil {
+		return err
+	}
+	defer release()
 	if err := s.withEviction(ctx, func() error { return s.lowers.AddDir(ctx, key, s.upper(l.id)) }); err != nil {
 		return err
 	}
@@ -204,6 +208,7 @@ func (s *Snapshotter) ingest(ctx context.Context, l link) (err error) {
 func (s *Snapshotter) amend(ctx context.Context, id string, change func(*record)) error {
 	return s.st.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
 		if tx.Bucket(bucketOwn).Bucket(bucketRecords).Get([]byte(id)) == nil {
+			s.work.add(task{}) // what was done for it is of no use, and a cleanup before this spared it
 			return nil
 		}
 		rec, err := getRecord(tx, id)
@@ -232,9 +237,6 @@ func ignoreGone(err error) error {
 
 // recover forgets what a crash left half done and takes up the work that it interrupted.
 func (s *Snapshotter) recover(ctx context.Context) error {
-	if err := s.removeDirs(ctx); err != nil {
-		return err
-	}
 	var names []string
 	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
@@ -255,7 +257,8 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 	for _, name := range names {
 		s.work.committed(name)
 	}
-	// containerd calls Cleanup only after it removed something.
+	// Directories without a record, and whatever else is left over. Not now: removing can take longer than a service
+	// manager waits for a start. containerd calls Cleanup only after it removed something.
 	s.work.add(task{})
 	return err
 }
