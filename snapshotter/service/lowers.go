@@ -235,7 +235,7 @@ func (l *lowers) forget(ctx context.Context, chain string, layers []snapshotter.
 
 // source describes an image of the pool to the table.
 func (l *lowers) source(img pool.Image, built bool) mount.Source {
-	src := mount.Source{Key: img.Key, Region: l.pool.Region().Info(), Off: img.Off, Size: img.Size}
+	src := mount.Source{Key: img.Key, Region: l.pool.Region().Info(), Off: img.Off, Size: img.Size, Version: version(img)}
 	switch {
 	case built:
 		src.Checked = "this process built it"
@@ -243,6 +243,11 @@ func (l *lowers) source(img pool.Image, built bool) mount.Source {
 		src.Checked = "only root can write to the pool"
 	}
 	return src
+}
+
+// version tells an image from others that had its key and its window before it.
+func version(img pool.Image) string {
+	return fmt.Sprintf("%x of %d", img.UUID, img.Created.UnixNano())
 }
 
 // private tells whether the memory of a region belongs to this machine's root alone. Devices may be shared with others.

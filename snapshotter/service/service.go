@@ -50,12 +50,14 @@ func Open(ctx context.Context, c *config.Config) (_ *Service, err error) {
 	if s.region, s.pool, err = openPool(ctx, c); err != nil {
 		return nil, err
 	}
-	drivers, err := mount.Select(allDrivers(c), c.Mount.Driver)
+	all := allDrivers(c)
+	drivers, err := mount.Select(all, c.Mount.Driver)
 	if err != nil {
 		return nil, err
 	}
 	s.table, err = mount.Open(ctx, c.Root, drivers, mount.Options{
-		Warn: func(format string, args ...any) { log.L.Warnf(format, args...) },
+		Adopt: all, // those of another mount.driver than now
+		Warn:  func(format string, args ...any) { log.L.Warnf(format, args...) },
 	})
 	if err != nil {
 		return nil, err
