@@ -37,6 +37,11 @@ func readProcess(pid int) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Where this process has another root, in a chroot for instance, the kernel puts the way to the container's in front.
+	root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
+	if err != nil {
+		return nil, err
+	}
 	pagemap, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", pid))
 	if err != nil {
 		return nil, err
@@ -59,7 +64,8 @@ func readProcess(pid int) (*process, error) {
 		if _, err := pagemap.ReadAt(entries, int64(first/pageSize*8)); err != nil && !errors.Is(err, io.EOF) {
 			return nil, err
 		}
-		p.add(f[5], strings.Contains(f[1], "x"), offset, entries)
+		file := "/" + strings.TrimPrefix(strings.TrimPrefix(f[5], root), "/")
+		p.add(file, strings.Contains(f[1], "x"), offset, entries)
 	}
 	return p, nil
 }
