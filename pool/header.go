@@ -2,6 +2,7 @@ package pool
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -23,6 +24,9 @@ const (
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// errVersion reports a header of another version of the format. What it is the header of may be in use.
+var errVersion = errors.New("made by another version")
 
 // header is one of the two copies at 0 and 4096.
 type header struct {
@@ -60,7 +64,7 @@ func decodeHeader(b []byte, slot int64) (*header, error) {
 		return nil, fmt.Errorf("no pool header: magic %q, expected %q", b[:8], magic)
 	}
 	if v := le.Uint32(b[8:]); v != formatVersion {
-		return nil, fmt.Errorf("pool format version %d, this program knows %d", v, formatVersion)
+		return nil, fmt.Errorf("pool format version %d, this program knows %d: %w", v, formatVersion, errVersion)
 	}
 	if got, want := crc32.Checksum(b[:headerSize-4], castagnoli), le.Uint32(b[headerSize-4:]); got != want {
 		return nil, fmt.Errorf("header checksum %#x, stored is %#x", got, want)
@@ -93,7 +97,7 @@ func readHeaders(r io.ReaderAt) ([]*header, error) {
 		}
 		h, err := decodeHeader(b, off)
 		if err != nil {
-			if firstErr == nil {
+			if firstErr == nil || errors.Is(err, errVersion) {
 				firstErr = err
 			}
 			continue

@@ -76,8 +76,12 @@ func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 		return nil, err
 	}
 	if !o.Force {
-		if hs, err := readHeaders(r); err == nil {
+		hs, err := readHeaders(r)
+		if err == nil {
 			return nil, fmt.Errorf("pool: reset: the region holds pool %x: %w", hs[0].id, ErrForeign)
+		}
+		if errors.Is(err, errVersion) {
+			return nil, fmt.Errorf("pool: reset: region %q: %w: %w", r.Info().Path, ErrForeign, err)
 		}
 		if err := checkEmpty(r); err != nil && !hasMagic(r) {
 			return nil, err
@@ -89,12 +93,15 @@ func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 // Open opens a pool as its only owner. The region stays the caller's: it must outlive the pool.
 //
 // Errors: ErrWiped if the region has no pool header, ErrForeign if it has that of a pool with another or an older
-// index, or holds something else; ErrBusy if another process owns it; ErrCorrupt.
+// index, or that of another version of this program, or holds something else; ErrBusy if another process owns it; ErrCorrupt.
 func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := lock(r); err != nil {
 		return nil, err
 	}
 	hs, err := readHeaders(r)
+	if errors.Is(err, errVersion) {
+		return nil, fmt.Errorf("pool: region %q: %w: %w; use the version that made it, or destroy it with force", r.Info().Path, ErrForeign, err)
+	}
 	if err != nil {
 		if ferr := checkEmpty(r); ferr != nil && !hasMagic(r) {
 			return nil, ferr
