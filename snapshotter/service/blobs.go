@@ -2,15 +2,20 @@ package service
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
+	"github.com/containerd/containerd/v2/pkg/labels"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -22,6 +27,7 @@ import (
 type blobs struct {
 	conn    *grpc.ClientConn
 	store   content.Store
+	spaces  namespacesapi.NamespacesClient
 	plugins introspection.IntrospectionClient
 }
 
@@ -39,7 +45,10 @@ func dialBlobs(address string) (*blobs, error) {
 	if err != nil {
 		return nil, fmt.Errorf("containerd at %q: %w", address, err)
 	}
-	return &blobs{conn: conn, store: proxy.NewContentStore(conn), plugins: introspection.NewIntrospectionClient(conn)}, nil
+	return &blobs{
+		conn: conn, store: proxy.NewContentStore(conn),
+		spaces: namespacesapi.NewNamespacesClient(conn), plugins: introspection.NewIntrospectionClient(conn),
+	}, nil
 }
 
 func (b *blobs) Close() error { return b.conn.Close() }
@@ -61,6 +70,46 @@ func (b *blobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.
 		return f, ra.Close()
 	}
 	return ra, nil
+}
+
+// findTimeout bounds the search for a blob, which someone who starts a container waits for.
+const findTimeout = 10 * time.Second
+
+// find opens a blob whose uncompressed bytes have the digest diffID, of whatever namespace. containerd notes that digest
+// with a blob when it has unpacked it. The caller verifies it.
+func (b *blobs) find(ctx context.Context, diffID digest.Digest) (io.ReadCloser, error) {
+	searching, cancel := context.WithTimeout(ctx, findTimeout)
+	defer cancel()
+	spaces, err := b.spaces.List(searching, &namespacesapi.ListNamespacesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("containerd: %w", err)
+	}
+	var errs []error
+	for _, ns := range spaces.Namespaces {
+		var found []ocispec.Descriptor
+		err := b.store.Walk(namespaces.WithNamespace(searching, ns.Name), func(info content.Info) error {
+			found = append(found, ocispec.Descriptor{Digest: info.Digest, Size: info.Size})
+			return nil
+		}, fmt.Sprintf("labels.%q==%q", labels.LabelUncompressed, diffID))
+		errs = append(errs, err)
+		for _, desc := range found {
+			ra, err := b.ReaderAt(namespaces.WithNamespace(ctx, ns.Name), desc)
+			if err == nil {
+				return blobReader{content.NewReader(ra), ra}, nil
+			}
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("containerd: %w", err)
+	}
+	return nil, fmt.Errorf("containerd has no blob of layer %s: %w", diffID, errdefs.ErrNotFound)
+}
+
+// blobReader reads a blob from its start.
+type blobReader struct {
+	io.Reader
+	io.Closer
 }
 
 // file opens the file of a blob that containerd has, or returns nil: other content stores have no files, and a daemon in a

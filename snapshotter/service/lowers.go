@@ -32,6 +32,8 @@ type lowers struct {
 	table  *mount.Table
 	packs  *packs // nil: streamed layers need none, or containerd keeps the blobs
 	limits layer.Limits
+	// find opens a blob, of whatever name and compression, of the layer with a diff ID.
+	find func(ctx context.Context, diffID digest.Digest) (io.ReadCloser, error)
 	// private says that nobody but root can have written to the region, so that an image in it is as we wrote it.
 	private bool
 
@@ -53,7 +55,7 @@ func (l *lowers) AddDir(ctx context.Context, key, dir string) error {
 		return err
 	}
 	defer unlock()
-	if _, err := l.pool.Layer(key); err == nil {
+	if _, _, err := l.load(key); err == nil {
 		return nil
 	}
 	b := l.pool.Begin()
@@ -62,14 +64,21 @@ func (l *lowers) AddDir(ctx context.Context, key, dir string) error {
 	if err != nil {
 		return toErrdefs(err)
 	}
-	return toErrdefs(commit(ctx, b, key, made, 0))
+	return toErrdefs(l.commit(ctx, b, key, made, 0))
 }
 
-// commit makes a layer of a batch. The payload is the size of the layer's tar, then the layer.
-func commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64) error {
+// commit makes a layer of a batch, in the place of one that cannot be read: another version of the program may have stored
+// it. The payload is the size of the layer's tar, then the layer. Preconditions: the layer is locked, or not known yet.
+func (l *lowers) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64) error {
 	raw, err := made.MarshalBinary()
 	if err != nil {
 		return err
+	}
+	if _, _, err := l.load(key); errors.Is(err, pool.ErrCorrupt) {
+		log.G(ctx).WithError(err).Warn("replacing a layer that cannot be read")
+		if err := l.pool.RemoveLayer(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
+			return err
+		}
 	}
 	return b.CommitLayer(ctx, key, append(binary.AppendUvarint(nil, uint64(size)), raw...))
 }
@@ -164,7 +173,7 @@ func (l *lowers) stream(ctx context.Context, b snapshotter.Blob, keep *packs) (s
 			return s, err
 		}
 	}
-	return s, commit(ctx, batch, s.Key, made, s.Size)
+	return s, l.commit(ctx, batch, s.Key, made, s.Size)
 }
 
 // maxTar bounds a tar by what its contents may be, with room for headers.
@@ -279,7 +288,7 @@ func (l *lowers) build(ctx context.Context, chain string, from []snapshotter.Lay
 // ensure returns a layer of the pool, after storing it again where that is needed.
 func (l *lowers) ensure(ctx context.Context, f snapshotter.Layer) (*layer.Layer, error) {
 	made, _, err := l.load(f.Key)
-	if !errors.Is(err, pool.ErrNotFound) {
+	if !errors.Is(err, pool.ErrNotFound) && !errors.Is(err, pool.ErrCorrupt) {
 		return made, err
 	}
 	if f.Dir != "" {
@@ -294,39 +303,45 @@ func (l *lowers) ensure(ctx context.Context, f snapshotter.Layer) (*layer.Layer,
 	return made, err
 }
 
-// restore stores a streamed layer again from its pack.
+// restore stores a streamed layer again: from its pack, else from the blob, if containerd still has it.
 func (l *lowers) restore(ctx context.Context, key string) error {
 	unlock, err := l.layers.lock(ctx, key)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if _, err := l.pool.Layer(key); err == nil {
+	if _, _, err := l.load(key); err == nil {
 		return nil
 	}
 	id := digest.Digest(strings.TrimPrefix(key, blobPrefix))
 	if err := id.Validate(); err != nil {
 		return fmt.Errorf("layer %q: %w: %w", key, err, errdefs.ErrInvalidArgument)
 	}
-	if l.packs == nil {
-		return fmt.Errorf("layer %s is no longer in the pool and no layer pack was kept; pull the image again: %w", id, errdefs.ErrNotFound)
+	perr := l.again(ctx, id, nil, func(context.Context) (io.ReadCloser, error) { return l.packs.open(id) })
+	if perr == nil || ctx.Err() != nil || errdefs.IsResourceExhausted(toErrdefs(perr)) {
+		return perr
 	}
-	log.G(ctx).WithField("layer", id).Info("storing a layer again from its pack")
-	_, err = l.stream(ctx, snapshotter.Blob{
-		DiffID: id,
-		Open: func(context.Context) (io.ReadCloser, error) {
-			f, err := l.packs.open(id)
-			if errors.Is(err, os.ErrNotExist) {
-				return nil, fmt.Errorf("layer %s has no layer pack; pull the image again: %w: %w", id, err, errdefs.ErrNotFound)
-			}
-			return f, err
-		},
-		Pin: func(string) {}, // the caller's snapshot names the layer
-	}, nil)
+	berr := l.again(ctx, id, l.packs, func(ctx context.Context) (io.ReadCloser, error) { return l.find(ctx, id) })
 	switch {
-	case err == nil, ctx.Err() != nil, errdefs.IsNotFound(err), errdefs.IsResourceExhausted(toErrdefs(err)):
-		return err
+	case berr == nil:
+		log.G(ctx).WithField("layer", id).Info("stored a layer again from the blob in containerd")
+		return nil
+	case ctx.Err() != nil, errdefs.IsResourceExhausted(toErrdefs(berr)):
+		return berr
+	case errors.Is(perr, os.ErrNotExist):
+		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not to be had (%v); pull the image again: %w",
+			id, berr, errdefs.ErrNotFound)
 	}
 	// It was a good layer when it was written.
-	return fmt.Errorf("layer pack %q is damaged; pull the image again: %w: %w", l.packs.path(id), err, errdefs.ErrDataLoss)
+	return fmt.Errorf("layer pack %q is damaged: %w, and the blob is not to be had (%v); pull the image again: %w",
+		l.packs.path(id), perr, berr, errdefs.ErrDataLoss)
+}
+
+// again stores a layer that a snapshot names from the bytes that open yields, which need not be what they should be.
+func (l *lowers) again(ctx context.Context, id digest.Digest, keep *packs, open func(context.Context) (io.ReadCloser, error)) error {
+	_, err := l.stream(ctx, snapshotter.Blob{
+		DiffID: id, Open: open,
+		Pin: func(string) {}, // the caller's snapshot names the layer
+	}, keep)
+	return err
 }

@@ -41,8 +41,13 @@ func (p *packs) path(diffID digest.Digest) string {
 	return filepath.Join(p.dir, strings.ReplaceAll(diffID.String(), ":", "-"))
 }
 
-// open reads the pack of a layer.
-func (p *packs) open(diffID digest.Digest) (*os.File, error) { return os.Open(p.path(diffID)) }
+// open reads the pack of a layer. Where no packs are kept there is none.
+func (p *packs) open(diffID digest.Digest) (io.ReadCloser, error) {
+	if p == nil {
+		return nil, fmt.Errorf("no layer packs are kept: %w", fs.ErrNotExist)
+	}
+	return os.Open(p.path(diffID))
+}
 
 func (p *packs) has(diffID digest.Digest) bool {
 	_, err := os.Stat(p.path(diffID))

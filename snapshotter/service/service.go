@@ -62,7 +62,11 @@ func Open(ctx context.Context, c *config.Config) (_ *Service, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if s.blobs, err = dialBlobs(c.Containerd.Address); err != nil {
+		return nil, err
+	}
 	s.lowers = &lowers{
+		find: s.blobs.find,
 		pool: s.pool, table: s.table, private: private(s.region.Info()),
 		limits: layer.Limits{MaxBytes: int64(c.Layers.MaxSize), MaxEntries: c.Layers.MaxEntries},
 	}
@@ -85,9 +89,6 @@ func Open(ctx context.Context, c *config.Config) (_ *Service, err error) {
 	})
 	if err != nil {
 		return nil, fmt.Errorf("snapshotter: %w", err)
-	}
-	if s.blobs, err = dialBlobs(c.Containerd.Address); err != nil {
-		return nil, err
 	}
 	s.differ = snapshotter.NewDiffer(s.sn, s.blobs)
 	logUse(ctx, drivers, s.region.Info())
