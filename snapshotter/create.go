@@ -61,7 +61,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %q on %q: %w", key, parent, err)
 	}
-	root, err := s.upperRoot(want.Labels, low, lowerdirs)
+	root, err := s.upperRoot(want.Labels, lowerdirs)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %q: %w", key, err)
 	}
@@ -298,6 +298,10 @@ func (a rootAttr) mkdir(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
+	return a.apply(dir)
+}
+
+func (a rootAttr) apply(dir string) error {
 	if err := os.Lchown(dir, a.uid, a.gid); err != nil {
 		return err
 	}
@@ -306,7 +310,7 @@ func (a rootAttr) mkdir(dir string) error {
 
 // upperRoot returns the attributes that the root of a snapshot takes over from what it stands on, with the owner that
 // the labels map root to.
-func (s *Snapshotter) upperRoot(labels map[string]string, low *lower, lowerdirs []string) (rootAttr, error) {
+func (s *Snapshotter) upperRoot(labels map[string]string, lowerdirs []string) (rootAttr, error) {
 	root := rootAttr{mode: 0o755, uid: os.Geteuid(), gid: os.Getegid()}
 	if len(lowerdirs) > 0 {
 		st, err := os.Stat(lowerdirs[0])

@@ -126,6 +126,14 @@ func (d *Differ) unpack(ctx context.Context, id string, desc ocispec.Descriptor,
 			return ocispec.Descriptor{}, err
 		}
 		options = append(options, "lowerdir="+strings.Join(lowerdirs, ":"))
+		// A snapshot that was to be streamed was made without a look at what is below it.
+		root, err := d.s.upperRoot(info.Labels, lowerdirs)
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		if err := root.apply(d.s.upper(id)); err != nil {
+			return ocispec.Descriptor{}, err
+		}
 	}
 	if rec.Lower != nil && rec.Lower.Streaming {
 		err := d.s.amendActive(ctx, info.Name, id, func(r *record) { r.Lower.Streaming = false })

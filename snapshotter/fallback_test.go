@@ -1,0 +1,42 @@
+package snapshotter_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
+)
+
+// A layer that was to be streamed over another, and had to be unpacked, leaves the attributes of the root as they were.
+func TestFallbackKeepsRoot(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{})
+	p := newPull(e)
+	ctx := t.Context()
+	below, top := "default/1/"+chainA, "default/2/"+chainB
+	p.stream(below, "", tarOf("x"))
+	m := e.prepare(extractKey(top), below, labels(snapshots.LabelSnapshotRef, top)) // expected to be streamed as well
+	if option(m, "lowerdir") != "" {
+		t.Fatalf("mounts %v", m)
+	}
+	view, err := e.View(ctx, "default/4/view", below)
+	e.must(err)
+	want, err := os.Stat(view[0].Source)
+	e.must(err)
+	if want.Mode().Perm() == 0o755 {
+		t.Fatalf("the root below is %s, as it would be without one below", want.Mode())
+	}
+	e.fake.full = true
+	_, err = p.Apply(ctx, p.put(tarOf("y")), m)
+	e.must(err)
+	e.fake.full = false
+	e.must(e.Commit(ctx, top, extractKey(top)))
+	c := e.prepare("default/5/c", top)
+	e.expectFiles(c, "x y")
+	st, err := os.Stat(option(c, "upperdir"))
+	e.must(err)
+	if st.Mode() != want.Mode() {
+		t.Errorf("the container's root is %s, that of the layer below %s", st.Mode(), want.Mode())
+	}
+}
