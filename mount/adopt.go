@@ -121,15 +121,16 @@ func (t *Table) adopt(ctx context.Context) error {
 
 func (t *Table) adoptOne(ctx context.Context, dir string) error {
 	rec, err := readRecord(dir)
-	if err == nil && t.imageDir(rec.Key) != dir {
-		err = fmt.Errorf("the record is that of image %q, whose directory is %q", rec.Key, t.imageDir(rec.Key))
-	}
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			// No record, nothing of ours is mounted: a crash between making the directory and writing the record.
-			return removeEmpty(dir)
-		}
-		return err
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		// No record, nothing of ours is mounted: a crash between making the directory and writing the record.
+		return removeEmpty(dir)
+	case err != nil:
+		// Another version of the program wrote it, or a power failure cut it. If it stayed, its image could not be mounted.
+		t.opts.Warn("image directory %q: what is mounted there is not used further: %v", dir, err)
+		return t.removeMounted(ctx, dir)
+	case t.imageDir(rec.Key) != dir:
+		return fmt.Errorf("the record is that of image %q, whose directory is %q", rec.Key, t.imageDir(rec.Key))
 	}
 	mnt := mountDir(dir)
 	driver := t.byName(rec.Driver)
@@ -148,6 +149,12 @@ func (t *Table) adoptOne(ctx context.Context, dir string) error {
 		}
 		t.opts.Warn("image %q: what is mounted on %q is not used further: %v", rec.Key, mnt, err)
 	}
+	return t.removeMounted(ctx, dir)
+}
+
+// removeMounted removes what may be mounted in an image directory, whoever uses it, and the directory.
+func (t *Table) removeMounted(ctx context.Context, dir string) error {
+	mnt := mountDir(dir)
 	if err := sys.Detach(mnt); err != nil {
 		return err
 	}
