@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
 )
@@ -46,7 +47,7 @@ func TestMain(m *testing.M) {
 	if os.Geteuid() == 0 {
 		flag.Set("test.root", "true") // containerd's suite asks for it
 	}
-	os.Exit(m.Run())
+	os.Exit(mountns.Main(m))
 }
 
 // helperArgs tells whether this process was started as the program daxfs to serve a FUSE mount, and with which arguments.

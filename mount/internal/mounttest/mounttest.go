@@ -9,16 +9,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
 )
 
-const (
-	envNamespace = "DAXFS_MOUNTTEST_NAMESPACE"
-	envHelper    = "DAXFS_MOUNTTEST_HELPER"
-)
+const envHelper = "DAXFS_MOUNTTEST_HELPER"
 
 // Main is the body of a TestMain. Run as root it starts the test binary again in a mount namespace of its own, so that no test can
 // leave a mount behind. Helpers are run instead of tests when Command asks for one by name; "compare" and "readall" are
@@ -44,26 +42,7 @@ func Main(m *testing.M, helpers map[string]func(args []string) error) {
 		}
 		os.Exit(0)
 	}
-	if os.Geteuid() != 0 {
-		os.Exit(m.Run())
-	}
-	if os.Getenv(envNamespace) == "" {
-		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-		cmd.Env = append(os.Environ(), envNamespace+"=1")
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-		err := cmd.Run()
-		if cmd.ProcessState == nil {
-			fmt.Fprintln(os.Stderr, "new mount namespace:", err)
-			os.Exit(1)
-		}
-		os.Exit(cmd.ProcessState.ExitCode())
-	}
-	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		fmt.Fprintln(os.Stderr, "make / private:", err)
-		os.Exit(1)
-	}
-	os.Exit(m.Run())
+	os.Exit(mountns.Main(m))
 }
 
 // Root skips the test unless it runs as root in the private mount namespace.
@@ -72,7 +51,7 @@ func Root(t testing.TB) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounting needs root")
 	}
-	if os.Getenv(envNamespace) == "" {
+	if !mountns.Inside() {
 		t.Fatal("TestMain does not call mounttest.Main")
 	}
 }
