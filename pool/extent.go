@@ -13,7 +13,6 @@ import (
 	"github.com/zeebo/xxh3"
 
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
-	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // extent is the contents of one file. All fields but the identity are guarded by Pool.mu, except as noted.
@@ -235,12 +234,9 @@ func (p *Pool) finish(e *extent, err error) {
 	}
 }
 
-// equalBytes compares the region at off with b.
+// equalBytes compares the region at off with b. It reads instead of looking at the mapping, because pages of a file that
+// this process maps stay in the page cache whatever the kernel is advised: all that was ever found equal would.
 func (p *Pool) equalBytes(off int64, b []byte) (equal bool, err error) {
-	if m := p.region.Bytes(); m != nil {
-		err = region.Guard(func() { equal = bytes.Equal(m[off:off+int64(len(b))], b) })
-		return equal, err
-	}
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	for len(b) > 0 {
@@ -258,10 +254,6 @@ func (p *Pool) equalBytes(off int64, b []byte) (equal bool, err error) {
 
 // equalExtents compares two ranges of the region.
 func (p *Pool) equalExtents(a, b, n int64) (equal bool, err error) {
-	if m := p.region.Bytes(); m != nil {
-		err = region.Guard(func() { equal = bytes.Equal(m[a:a+n], m[b:b+n]) })
-		return equal, err
-	}
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	for at := int64(0); at < n; at += chunk {
