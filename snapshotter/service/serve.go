@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
@@ -15,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthapi "google.golang.org/grpc/health/grpc_health_v1"
@@ -92,16 +94,16 @@ func listen(address string) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	// Made under another name, because until it has its mode anyone could connect.
-	temp := fmt.Sprintf("%s.%d", address, os.Getpid())
-	os.Remove(temp)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
+	// The mode is set before the socket has its name, because until it has its mode anyone could connect.
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var merr error
+		err := c.Control(func(fd uintptr) { merr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, merr)
+	}}
+	l, err := config.Listen(context.Background(), "unix", address)
 	if err != nil {
 		return nil, err
 	}
-	l.SetUnlinkOnClose(false)
-	if err := errors.Join(os.Chmod(temp, 0o600), os.Rename(temp, address)); err != nil {
-		return nil, errors.Join(err, l.Close(), os.Remove(temp))
-	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
 	return l, nil
 }
