@@ -86,7 +86,7 @@ type Result struct {
 	Deduplicated int64
 	// Stats are the counts of the image.
 	Stats daxfs.Stats
-	// LeftOut are the names that the DAXFS half cannot hold.
+	// LeftOut are the names that the DAXFS half cannot hold, see daxfs.Plan.LeftOut.
 	LeftOut []daxfs.LeftOut
 	// UUID of the image.
 	UUID [16]byte

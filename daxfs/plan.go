@@ -106,6 +106,10 @@ type Stats struct {
 	MetaBytes   int64 // MetaSize
 }
 
+// maxLeftOut bounds the bytes of the paths that are listed: many devices deep in a tree are small in a layer and in an
+// image, but their paths are not.
+const maxLeftOut = 16 << 20
+
 // LeftOut is one name that the DAXFS half does not have because its kernel module refuses such inodes.
 type LeftOut struct {
 	Path   string // absolute, "/dev/null"
@@ -265,6 +269,7 @@ func (p *Plan) path(idx int32) string {
 // number gives every inode its number: first the inodes of the DAXFS half, dense from 1, which is what its table
 // needs, then the others. So the number is the same in both halves. It also lists what the DAXFS half leaves out.
 func (p *Plan) number() {
+	listed := 0
 	p.stats.Inodes = len(p.inodes)
 	next := uint32(0)
 	for i := range p.inodes {
@@ -280,13 +285,21 @@ func (p *Plan) number() {
 			next++
 			in.ino = next
 		}
+		dir := ""
 		for _, k := range in.kids {
 			c := &p.inodes[k.child]
 			if c.inV8() {
 				in.v8Entries++
 				continue
 			}
-			p.left = append(p.left, LeftOut{joinPath(p.path(int32(i)), k.name), typeName(c.mode)})
+			if listed > maxLeftOut {
+				continue
+			}
+			if dir == "" {
+				dir = p.path(int32(i))
+			}
+			p.left = append(p.left, LeftOut{joinPath(dir, k.name), typeName(c.mode)})
+			listed += len(dir) + len(k.name)
 		}
 		p.stats.V8Names += in.v8Entries
 	}
@@ -371,7 +384,8 @@ func (p *Plan) UUID() [16]byte { return p.uuid }
 // Stats are the counts of the plan.
 func (p *Plan) Stats() Stats { return p.stats }
 
-// LeftOut lists the names that the DAXFS half does not have, sorted by path. The EROFS half has them all.
+// LeftOut lists the names that the DAXFS half does not have, sorted by path: all of them, or 16 MiB. There are
+// Stats.Names - Stats.V8Names. The EROFS half has them all.
 func (p *Plan) LeftOut() []LeftOut { return slices.Clone(p.left) }
 
 // Contents calls f for the contents of every regular file that has any, hard links once, in the order of the tree.

@@ -3,6 +3,7 @@ package daxfs_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math"
 	"os"
 	"strings"
@@ -315,5 +316,35 @@ func TestPlanReports(t *testing.T) {
 	})
 	if n != 2 {
 		t.Errorf("%d files have contents, expected 2", n)
+	}
+}
+
+// TestPlanListIsBounded: the list of what the DAXFS half leaves out does not grow with the square of the tree.
+func TestPlanListIsBounded(t *testing.T) {
+	root := dir(nil)
+	deep := root
+	for range 15 {
+		d := dir(nil)
+		deep.Entries = map[string]*daxfs.Node{strings.Repeat("d", 250): d}
+		deep = d
+	}
+	const n = 50_000 // their paths have 190 MB
+	deep.Entries = map[string]*daxfs.Node{}
+	for i := range n {
+		deep.Entries[fmt.Sprint(i)] = &daxfs.Node{Mode: unix.S_IFIFO}
+	}
+	p, err := daxfs.NewPlan(root, daxfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := 0
+	for _, l := range p.LeftOut() {
+		size += len(l.Path)
+	}
+	if size < 16<<20 || size > 17<<20 {
+		t.Errorf("paths of %d bytes are listed, expected 16 MiB", size)
+	}
+	if s := p.Stats(); s.Names-s.V8Names != n {
+		t.Errorf("%d names are left out, expected %d", s.Names-s.V8Names, n)
 	}
 }

@@ -196,22 +196,23 @@ func printSummary(w io.Writer, image string, r *converter.Result) {
 	}
 	fmt.Fprintf(w, "in %s, unpacked %s, out %s, saved by deduplication %s\n",
 		in, human(r.Unpacked), human(r.BytesOut), human(r.Deduplicated))
-	printLosses(w, r.Stats.Xattrs, summaryOf(image, r).LeftOut)
+	printLosses(w, r.Stats.Xattrs, summaryOf(image, r).LeftOut, r.Stats.Names-r.Stats.V8Names)
 }
 
-// printLosses says what the DAXFS half cannot show. Times are not worth a line: it never has them.
-func printLosses(w io.Writer, xattrs int, left []leftOut) {
+// printLosses says what the DAXFS half cannot show: all names, of which the first are left. Times are not worth a line: it
+// never has them.
+func printLosses(w io.Writer, xattrs int, left []leftOut, all int) {
 	if xattrs > 0 {
 		fmt.Fprintf(w, "daxfs.ko will not show the extended attributes of %d inodes\n", xattrs)
 	}
 	if len(left) == 0 {
 		return
 	}
-	fmt.Fprintf(w, "daxfs.ko will not show %d names:\n", len(left))
+	fmt.Fprintf(w, "daxfs.ko will not show %d names:\n", all)
 	const most = 10
 	for i, l := range left {
 		if i == most {
-			fmt.Fprintf(w, "  and %d more\n", len(left)-most)
+			fmt.Fprintf(w, "  and %d more\n", all-most)
 			break
 		}
 		fmt.Fprintf(w, "  %s (%s)\n", printable(l.Path), l.Reason)

@@ -27,6 +27,9 @@ Examples:
 	}
 }
 
+// maxLeftOut bounds the bytes of the names that are listed: the image may be made to have very many long ones.
+const maxLeftOut = 16 << 20
+
 // inspection is what inspect --json writes. All sizes and offsets are bytes.
 type inspection struct {
 	Image  string `json:"image"`
@@ -38,10 +41,14 @@ type inspection struct {
 	Counts counts `json:"counts"`
 	// DataBytes are the blocks of distinct contents; Huge are the files of 2 MiB and more, Aligned those of them that
 	// start at a multiple of 2 MiB.
-	DataBytes int64     `json:"dataBytes"`
-	Huge      int       `json:"hugeFiles"`
-	Aligned   int       `json:"alignedHugeFiles"`
-	LeftOut   []leftOut `json:"leftOutOfDAXFS"`
+	DataBytes int64 `json:"dataBytes"`
+	Huge      int   `json:"hugeFiles"`
+	Aligned   int   `json:"alignedHugeFiles"`
+	// LeftOut lists no more names than maxLeftOut bytes hold; LeftOutNames counts them all.
+	LeftOut      []leftOut `json:"leftOutOfDAXFS"`
+	LeftOutNames int       `json:"namesLeftOutOfDAXFS"`
+
+	listed int // bytes of LeftOut
 }
 
 type erofs struct {
@@ -113,7 +120,11 @@ func (r *inspection) walk(c *cli.Context, f *daxfs.FS) error {
 			r.Counts.Names++
 		}
 		if reason := leftOutReason(in.Mode); reason != "" {
-			r.LeftOut = append(r.LeftOut, leftOut{"/" + path, reason})
+			r.LeftOutNames++
+			if r.listed <= maxLeftOut {
+				r.LeftOut = append(r.LeftOut, leftOut{"/" + path, reason})
+				r.listed += len(path)
+			}
 		}
 		if seen[in.Nid] {
 			return nil
@@ -193,5 +204,5 @@ func (r *inspection) print(w io.Writer) {
 	if r.Huge > 0 {
 		fmt.Fprintf(w, "huge pages %d of %d files of 2 MiB and more can be mapped with them\n", r.Aligned, r.Huge)
 	}
-	printLosses(w, n.WithXattrs, r.LeftOut)
+	printLosses(w, n.WithXattrs, r.LeftOut, r.LeftOutNames)
 }
