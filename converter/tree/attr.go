@@ -91,10 +91,13 @@ func setXattr(n *daxfs.Node, x daxfs.Xattr) {
 	n.Xattrs = slices.Insert(n.Xattrs, i, x)
 }
 
-// setXattrs is setXattr for many: setting one at a time would move those behind it each time.
+// setXattrs is setXattr for any number. Setting many one at a time would move those behind each of them every time.
 func setXattrs(n *daxfs.Node, xs []daxfs.Xattr) {
-	if len(xs) == 1 {
-		setXattr(n, xs[0])
+	const few = 16
+	if len(xs) <= few {
+		for _, x := range xs {
+			setXattr(n, x)
+		}
 		return
 	}
 	for _, x := range xs {
