@@ -49,13 +49,17 @@ func (l *lowers) sweepImage(ctx context.Context, chain string, use snapshotter.U
 	if u == snapshotter.InUse || u == snapshotter.Ready && !short {
 		return nil
 	}
+	_, mounted := l.table.Get(chain)
+	if !mounted && u == snapshotter.Stored && !short {
+		return nil // as it should be
+	}
 	// Not only if the table has it: containers may outlive a mount that was replaced, or that the table did not adopt.
 	if where, err := usedElsewhere(l.table.Dir(chain)); err != nil || where != "" {
 		// No snapshot stands on it, but something that was mounted from it does. Its pages must not be given away.
 		log.G(ctx).WithError(err).WithField("chain", chain).WithField("user", where).Warn("the image of a removed snapshot is still mounted somewhere, keeping it")
 		return nil
 	}
-	if _, ok := l.table.Get(chain); ok {
+	if mounted {
 		l.table.Release(chain, holder)
 		err := l.table.Unmount(ctx, chain)
 		if errors.Is(err, mount.ErrBusy) {
