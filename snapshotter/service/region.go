@@ -30,7 +30,7 @@ func openPool(ctx context.Context, c *config.Config) (_ region.Region, _ *pool.P
 	}
 	r, err := region.Open(rc)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, fmt.Errorf("%w%s", err, advice(err))
 	}
 	defer func() {
 		if err != nil {
@@ -51,9 +51,23 @@ func openPool(ctx context.Context, c *config.Config) (_ region.Region, _ *pool.P
 		p, err = pool.Reset(r, index, opts)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w (pool.kind %q, pool.path %q)", err, rc.Kind, rc.Path)
+		return nil, nil, fmt.Errorf("%w (pool.kind %q, pool.path %q)%s", err, rc.Kind, rc.Path, advice(err))
 	}
 	return r, p, nil
+}
+
+// advice says what to do about the errors of opening a pool that a change of the configuration, or of the program, causes.
+func advice(err error) string {
+	switch {
+	case errors.Is(err, region.ErrSize):
+		return "; a pool keeps the size that it was made with: set pool.size back or leave it out, " +
+			"or end all containers and remove the file to start with an empty pool"
+	case errors.Is(err, pool.ErrForeign):
+		return "; if nothing needs what is there, `daxfs pool init --force` makes an empty pool"
+	case errors.Is(err, pool.ErrBusy):
+		return "; end what uses it, then start again"
+	}
+	return ""
 }
 
 // regionConfig fills in what the configuration leaves open.
