@@ -23,5 +23,5 @@
 // copied to packs/ while it is streamed and synced before containerd is told that the layer is applied. The pack is the blob
 // as it came: it takes a fraction of the space of the contents, it costs no more to write than to receive, and its diff ID
 // proves it when it is read again. Rebuilding decompresses once more, which only happens after a reboot, or when memory was
-// so short that the layer was dropped.
+// so short that the layer was dropped. Where there is no pack, or a damaged one, containerd is asked for the blob.
 package service
