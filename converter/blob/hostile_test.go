@@ -28,8 +28,11 @@ func TestZstdWindow(t *testing.T) {
 		frame []byte
 		ok    bool
 	}{
-		{"128 MiB", frame(27), true}, {"256 MiB", frame(28), false}, {"512 GiB", frame(39), false},
-		{"contents of 1 TiB", single(1 << 40), false}, {"contents of 2^64-1", single(1<<64 - 1), false},
+		{"128 MiB", frame(27), true},
+		{"256 MiB", frame(28), false},
+		{"512 GiB", frame(39), false},
+		{"contents of 1 TiB", single(1 << 40), false},
+		{"contents of 2^64-1", single(1<<64 - 1), false},
 	} {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

@@ -118,8 +118,12 @@ func TestArchivePaths(t *testing.T) {
 	}
 	file := filepath.Join(dir, "docker.tar")
 	for _, c := range []struct{ config, link string }{
-		{"../secret", ""}, {filepath.Join(dir, "secret"), ""}, {"config", "../secret"}, {"config", filepath.Join(dir, "secret")},
-		{"config", "config"}, {"config", "/proc/self/environ"},
+		{"../secret", ""},
+		{filepath.Join(dir, "secret"), ""},
+		{"config", "../secret"},
+		{"config", filepath.Join(dir, "secret")},
+		{"config", "config"},
+		{"config", "/proc/self/environ"},
 	} {
 		f, err := os.Create(file)
 		if err != nil {

@@ -1,0 +1,5 @@
+//go:build !race
+
+package converter_test
+
+const raceDetector = false
