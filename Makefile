@@ -36,7 +36,7 @@ ERRORLINT    := github.com/polyfloyd/go-errorlint@v1.8.0
 COMMANDS     := daxfs daxfs-snapshotter
 UNIT_PKGS     = $$($(GO) list ./... | grep -v '/integration')
 
-.PHONY: help build test test-deps test-unit test-integration test-short race fuzz fuzz-smoke lint bench demo install uninstall man reproducible clean
+.PHONY: help build test test-deps test-unit test-integration test-race test-short race fuzz fuzz-smoke lint bench demo install uninstall man reproducible clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,10 +48,11 @@ build: $(COMMANDS:%=bin/%) ## Build both programs into bin/
 $(COMMANDS:%=bin/%): bin/%:
 	$(GOBUILD) -o $@ ./cmd/$*
 
-test: test-deps ## All that CI runs: lint, unit, fuzz smoke, real containerd, QEMU (root; installs packages)
+test: test-deps ## All that CI runs: lint, unit, race, fuzz smoke, real containerd, QEMU (root; installs packages)
 	rm -f $(SKIPLIST)
 	$(MAKE) lint
 	$(MAKE) test-unit SKIPS=$(SKIPLIST)
+	$(MAKE) test-race
 	$(MAKE) fuzz-smoke FUZZTIME=10s
 	$(MAKE) test-integration SKIPS=$(SKIPLIST)
 	@echo "all tests passed; skipped: $$(cat $(SKIPLIST) 2>/dev/null | wc -l)"; cat $(SKIPLIST) 2>/dev/null || true
@@ -67,6 +68,12 @@ test-integration: build $(TOOLS)/kustomize ## Test on real containerd, and kerne
 
 test-short: ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
+
+# What runs on several processors at once. The rest of "make race" is single-threaded, or has its time in the kernel.
+RACE_PKGS     = ./converter/blob ./converter/internal/sink ./mount/... ./pool/... ./snapshotter
+
+test-race: ## Test the concurrent packages with the race detector, briefly (needs gcc)
+	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 20m $(RACE_PKGS)
 
 race: ## Test all but integration/ with the race detector (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -timeout 40m $(UNIT_PKGS)
