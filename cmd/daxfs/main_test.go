@@ -43,6 +43,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"status": wantStatus, "json": wantField, "sametar": sameTar, "layout": newLayout, "flip": flipBit, "interrupt": interrupt,
+			"setxattr": setXattr,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "root" {
@@ -124,6 +125,14 @@ func newLayout(ts *testscript.TestScript, neg bool, args []string) {
 	tb := &testing.B{} // a layout that cannot be written shows as one that cannot be read
 	l := ocitest.NewLayout(tb, ts.MkAbs(args[1]))
 	l.Tag("", l.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: []byte(ts.ReadFile(args[0])), Compression: ocitest.Gzip}))
+}
+
+// setXattr sets an extended attribute of a file: setxattr FILE NAME VALUE. (setfattr is a package of its own.)
+func setXattr(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: setxattr FILE NAME VALUE")
+	}
+	ts.Check(unix.Setxattr(ts.MkAbs(args[0]), args[1], []byte(args[2]), 0))
 }
 
 // sameTar compares two tars: sametar A B. (cmp would print them.)
