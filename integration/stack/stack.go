@@ -37,6 +37,9 @@ type Options struct {
 	Config string
 	// Containerd is TOML that is appended to containerd's configuration.
 	Containerd string
+	// Peer is the command line of another snapshotter, to which PeerSocket and PeerRoot are added. It runs from before
+	// containerd until after it. Empty runs none.
+	Peer []string
 	// Path is searched for programs before the machine's own directories; our programs come first anyway.
 	Path string
 	// Registry is one that serves already, for stacks that follow one another. It is the caller's; nil makes a new one.
@@ -56,6 +59,7 @@ type Stack struct {
 	tools      tools
 	containerd *process
 	daemon     *process
+	peer       *process
 	before     footprint
 	execs      int
 }
@@ -128,6 +132,11 @@ func Start(o Options) (_ *Stack, err error) {
 			return nil, err
 		}
 	}
+	if len(o.Peer) > 0 {
+		if err := s.startPeer(); err != nil {
+			return nil, err
+		}
+	}
 	return s, s.StartContainerd()
 }
 
@@ -146,11 +155,15 @@ func (s *Stack) Close() error {
 	if s.daemon != nil {
 		errs = append(errs, s.daemon.stop(syscall.SIGTERM))
 	}
+	if s.peer != nil {
+		errs = append(errs, s.peer.stop(syscall.SIGTERM))
+	}
 	errs = append(errs, s.unmountAll())
 	if s.Registry != nil && s.options.Registry == nil {
 		errs = append(errs, s.Registry.Off())
 	}
-	errs = append(errs, s.leaks(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir))
+	// What is left counts against this stack and not against the next one.
+	errs = append(errs, s.leaks(), killOwn(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir))
 	return errors.Join(errs...)
 }
 
@@ -240,24 +253,8 @@ func (s *Stack) removeContainers() error {
 // below Run), and the daemons start again. lost is called while nothing runs, to take away what else was in memory; it
 // may be nil. The registry stays as it is.
 func (s *Stack) Reboot(lost func()) error {
-	for range 100 { // a shim may start one more while it is looked for
-		pids, err := ownProcesses()
-		if err != nil {
-			return err
-		}
-		if len(pids) == 0 {
-			break
-		}
-		for _, p := range pids {
-			var pid int
-			if _, err := fmt.Sscan(p, &pid); err != nil {
-				return err
-			}
-			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-				return fmt.Errorf("kill %s: %w", p, err)
-			}
-		}
-		time.Sleep(20 * time.Millisecond)
+	if err := killOwn(); err != nil {
+		return err
 	}
 	<-s.containerd.done
 	if s.daemon != nil {
@@ -283,6 +280,30 @@ func (s *Stack) Reboot(lost func()) error {
 		}
 	}
 	return s.StartContainerd()
+}
+
+// killOwn ends every process of this PID namespace but PID 1 and this one, at once.
+func killOwn() error {
+	for range 100 { // a shim may start one more while it is looked for
+		pids, err := ownProcesses()
+		if err != nil {
+			return err
+		}
+		if len(pids) == 0 {
+			break
+		}
+		for _, p := range pids {
+			var pid int
+			if _, err := fmt.Sscan(p, &pid); err != nil {
+				return err
+			}
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return fmt.Errorf("kill %s: %w", p, err)
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return nil
 }
 
 // Exec runs a command in a running container and returns what it printed.
