@@ -98,11 +98,12 @@ lint: $(TOOLS)/gofumpt $(TOOLS)/staticcheck $(TOOLS)/go-errorlint ## Check forma
 	$(TOOLS)/staticcheck ./...
 	$(TOOLS)/go-errorlint -test=false ./...
 
-bench: ## Compare with containerd's overlayfs and erofs snapshotters into bench-out/, then run the Go benchmarks (root)
+bench: ## Compare with other snapshotters, converters and filesystems into bench-out/, then run the Go benchmarks (root)
 	.ci/deps demo
 	integration/bench/prepare
-	$(GO) run ./integration/bench $(BENCH)
-	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m $(UNIT_PKGS) >bench-out/go.txt; status=$$?; cat bench-out/go.txt; exit $$status
+	rm -rf bench-out && mkdir bench-out
+	status=0; $(GO) run ./integration/bench $(BENCH) || status=1; \
+	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m $(UNIT_PKGS) >bench-out/go.txt || status=1; cat bench-out/go.txt; exit $$status
 
 demo: ## Show the sharing: a private containerd, two images, the proof (root; installs packages; POOL=file or tmpfs)
 	.ci/deps demo

@@ -6,6 +6,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -39,11 +40,16 @@ func TestReport(t *testing.T) {
 		b.samples = append(b.samples,
 			sample{"python", overlay, mReady, round, v}, sample{"python", file, mReady, round, v / 5},
 			sample{"python", overlay, mNth, round, v}, sample{"python", file, mNth, round, v * 2},
-			sample{"python", "tar <x>", mConvert, round, v},
+			sample{"conversion of python", untar, mConvert, round, v / 10},
+			sample{"conversion of python", "tar <x>", mConvert, round, v},
+			sample{reading, readTmpfs, "find cold ms", round, v * 2}, sample{reading, "ext4", "find cold ms", round, v},
 		)
 	}
+	for range 2 {
+		b.fail(errors.New("no\nspace"), "python with %s", stargz)
+	}
 	dir := t.TempDir()
-	if err := b.report(dir); err != nil {
+	if err := b.report(dir, "a machine"); err != nil {
 		t.Fatal(err)
 	}
 	raw, err := os.ReadFile(filepath.Join(dir, "results.md"))
@@ -52,7 +58,9 @@ func TestReport(t *testing.T) {
 	}
 	for _, want := range []string{
 		"| ready: daxfs / overlayfs | 0.50 | 0.20 |", "| nth: daxfs / overlayfs | 1.05 | **2.00** |",
-		"| daxfs | 0.20 | 2.00 |", "5.00 [4.00..6.00]", "| tar <x> | 5.00 [4.00..6.00] |  |",
+		"| daxfs | 0.20 | 2.00 |", "5.00 [4.00..6.00]", "| tar <x> | 10.00 |  | 5.00 [4.00..6.00] |  |",
+		"| tmpfs | 1.00 |", "| ext4 | 0.50 |", "| tmpfs | 2.00 |", "| ext4 | 5.0 [4.0..6.0] |",
+		"* python with stargz, 2 time(s): no space", "a machine",
 	} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("the report lacks %q:\n%s", want, raw)
@@ -61,17 +69,22 @@ func TestReport(t *testing.T) {
 	if strings.Contains(string(raw), "cache MiB") {
 		t.Errorf("the report names what was not measured:\n%s", raw)
 	}
-	svg, err := os.ReadFile(filepath.Join(dir, "python-ready.svg"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := xml.NewDecoder(bytes.NewReader(svg))
-	for {
-		if _, err := d.Token(); errors.Is(err, io.EOF) {
-			break
-		} else if err != nil {
-			t.Fatalf("the chart is no XML: %v\n%s", err, svg)
+	for _, name := range []string{"ready", "convert", "read-cold"} {
+		svg, err := os.ReadFile(filepath.Join(dir, name+".svg"))
+		if err != nil {
+			t.Fatal(err)
 		}
+		d := xml.NewDecoder(bytes.NewReader(svg))
+		for {
+			if _, err := d.Token(); errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatalf("the chart %s is no XML: %v\n%s", name, err, svg)
+			}
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "read-warm.svg")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a chart of what was not measured: %v", err)
 	}
 }
 

@@ -18,14 +18,18 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"golang.org/x/sys/unix"
-
-	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
 // mConvert is the time of a conversion; mConverted what came out.
 const (
 	mConvert   = "convert"
 	mConverted = "convert MiB"
+)
+
+// What the other conversions are held against.
+const (
+	untar   = "tar -x to tmpfs"
+	mkfsTar = "mkfs.erofs --tar=f"
 )
 
 // tool makes something of an image. All read from a tmpfs, and write there unless they say otherwise.
@@ -39,6 +43,9 @@ type tool struct {
 	sync    bool // the time until it is durable
 }
 
+// converting is the name of the conversions of a workload among the samples.
+func converting(w *workload) string { return "conversion of " + w.name }
+
 func tools(daxfs, mkfs string) []tool {
 	return []tool{
 		{name: "daxfs convert, gzip layers", command: func(out string) []string { return []string{daxfs, "convert", "-o", out, "oci:layout"} }},
@@ -46,15 +53,15 @@ func tools(daxfs, mkfs string) []tool {
 		{name: "gzip -dc of the layers", command: func(out string) []string {
 			return []string{"sh", "-c", "gzip -dc layer-*.gz >" + out}
 		}},
-		{name: "mkfs.erofs 1.8.6 --tar=f", command: func(out string) []string { return []string{mkfs, "--quiet", "--tar=f", out, "flat.tar"} }},
-		{name: "mkfs.erofs 1.8.6 --tar=f --sort=none", command: func(out string) []string {
+		{name: mkfsTar, command: func(out string) []string { return []string{mkfs, "--quiet", "--tar=f", out, "flat.tar"} }},
+		{name: "mkfs.erofs --tar=f --sort=none", command: func(out string) []string {
 			return []string{mkfs, "--quiet", "--tar=f", "--sort=none", out, "flat.tar"}
 		}},
-		{name: "mkfs.erofs 1.8.6 of the tree", command: func(out string) []string { return []string{mkfs, "--quiet", out, "tree"} }},
+		{name: "mkfs.erofs of the tree", command: func(out string) []string { return []string{mkfs, "--quiet", out, "tree"} }},
 		{name: "tar2sqfs lz4", command: func(out string) []string {
 			return []string{"sh", "-c", "tar2sqfs -q -f -c lz4 " + out + " <flat.tar"}
 		}},
-		{name: "tar -x to tmpfs", dir: true, command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} }},
+		{name: untar, dir: true, command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} }},
 		{name: "tar -x to disk", dir: true, disk: true, command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} }},
 		{name: "tar -x to disk, synced", dir: true, disk: true, sync: true, command: func(out string) []string {
 			return []string{"tar", "-xf", "flat.tar", "-C", out}
@@ -66,30 +73,25 @@ func tools(daxfs, mkfs string) []tool {
 	}
 }
 
-// convert compares the conversions of each workload, tool after tool in every round.
-func (b *bench) convert(mkfs string) error {
-	cache, err := stack.CacheDir()
-	if err != nil {
-		return err
-	}
-	disk, err := os.MkdirTemp(cache, "convert-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(disk)
-	const dir = "/run/daxfs-bench" // a tmpfs of our own
-	all := tools(filepath.Join(cache, "own", "daxfs"), filepath.Join(mkfs, "mkfs.erofs"))
+// scratch is on a tmpfs of our own.
+const scratch = "/run/daxfs-bench"
+
+// convert compares the conversions of each workload, tool after tool in every round. disk is an empty directory on disk.
+func (b *bench) convert(daxfs, mkfs, disk string) error {
+	const dir = scratch
+	defer os.RemoveAll(dir)
+	all := tools(daxfs, mkfs)
 	for _, w := range b.loads {
 		if err := stage(w, dir); err != nil {
 			return fmt.Errorf("prepare the conversions of %s: %w", w.name, err)
 		}
-		for round := range max(b.rounds, 5) {
+		for round := range b.rounds {
 			for _, t := range all {
 				if err := b.ctx.Err(); err != nil {
 					return err
 				}
-				if err := b.runTool(t, w, dir, disk, round); err != nil {
-					fmt.Printf("conversion left out: %s: %v\n", t.name, err)
+				if err := b.runTool(t, w, dir, disk, round); err != nil && b.ctx.Err() == nil {
+					b.fail(err, "conversion of %s by %s", w.name, t.name)
 				}
 			}
 		}
@@ -122,9 +124,9 @@ func (b *bench) runTool(t tool, w *workload, dir, disk string, round int) error 
 	if t.sync {
 		unix.Sync()
 	}
-	b.samples = append(b.samples, sample{w.name, t.name, mConvert, round, time.Since(began).Seconds()})
+	b.samples = append(b.samples, sample{converting(w), t.name, mConvert, round, time.Since(began).Seconds()})
 	if st, err := os.Stat(out); err == nil && st.Mode().IsRegular() {
-		b.samples = append(b.samples, sample{w.name, t.name, mConverted, round, float64(st.Size()) / (1 << 20)})
+		b.samples = append(b.samples, sample{converting(w), t.name, mConverted, round, float64(st.Size()) / (1 << 20)})
 	}
 	return nil
 }
@@ -134,11 +136,11 @@ func stage(w *workload, dir string) error {
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(filepath.Join(dir, "tree"), 0o755)); err != nil {
 		return err
 	}
-	layers, err := w.image.Layers()
+	layers, err := w.gzip.image.Layers()
 	if err != nil {
 		return err
 	}
-	plain := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	var plain []mutate.Addendum
 	for i, l := range layers {
 		if err := saveLayer(l, filepath.Join(dir, fmt.Sprintf("layer-%d.gz", i))); err != nil {
 			return err
@@ -151,29 +153,26 @@ func stage(w *workload, dir string) error {
 		if err := errors.Join(err, rc.Close()); err != nil {
 			return err
 		}
-		if plain, err = mutate.AppendLayers(plain, static.NewLayer(raw, types.OCIUncompressedLayer)); err != nil {
-			return err
-		}
+		plain = append(plain, mutate.Addendum{Layer: static.NewLayer(raw, types.OCIUncompressedLayer)})
 	}
-	cfg, err := plain.ConfigFile()
+	unpacked, err := pack(plain)
 	if err != nil {
 		return err
 	}
-	cfg = cfg.DeepCopy()
-	cfg.OS, cfg.Architecture = "linux", "amd64"
-	if plain, err = mutate.ConfigFile(plain, cfg); err != nil {
+	for name, img := range map[string]v1.Image{"layout": w.gzip.image, "plain": unpacked.image} {
+		if err := writeLayout(filepath.Join(dir, name), img); err != nil {
+			return err
+		}
+	}
+	return flatten(w.gzip.image, filepath.Join(dir, "flat.tar"), filepath.Join(dir, "tree"))
+}
+
+func writeLayout(dir string, img v1.Image) error {
+	p, err := layout.Write(dir, empty.Index)
+	if err != nil {
 		return err
 	}
-	for name, img := range map[string]v1.Image{"layout": w.image, "plain": plain} {
-		p, err := layout.Write(filepath.Join(dir, name), empty.Index)
-		if err != nil {
-			return err
-		}
-		if err := p.AppendImage(img); err != nil {
-			return err
-		}
-	}
-	return flatten(w.image, filepath.Join(dir, "flat.tar"), filepath.Join(dir, "tree"))
+	return p.AppendImage(img)
 }
 
 func saveLayer(l v1.Layer, path string) error {
@@ -216,28 +215,4 @@ func flatten(img v1.Image, flat, tree string) error {
 		return fmt.Errorf("tar -x: %w\n%s", err, out)
 	}
 	return nil
-}
-
-// conversions writes the table of all tools.
-func (b *bench) conversions(w io.Writer) {
-	for _, l := range b.loads {
-		var names []string
-		for _, x := range b.samples {
-			if x.Workload == l.name && x.Metric == mConvert && (len(names) == 0 || names[len(names)-1] != x.Variant) && x.Round == 0 {
-				names = append(names, x.Variant)
-			}
-		}
-		if len(names) == 0 {
-			continue
-		}
-		fmt.Fprintf(w, "\n### Conversion, %s\n\n| program | s, median [min..max] | MiB |\n| --- | --- | --- |\n", l.name)
-		for _, n := range names {
-			s, size := b.of(l.name, n, mConvert), b.of(l.name, n, mConverted)
-			mib := ""
-			if size.n > 0 {
-				mib = fmt.Sprintf("%.0f", size.median)
-			}
-			fmt.Fprintf(w, "| %s | %.2f [%.2f..%.2f] | %s |\n", n, s.median, s.min, s.max, mib)
-		}
-	}
 }

@@ -26,15 +26,21 @@ import (
 
 // workload is one image and what runs from it.
 type workload struct {
-	name   string
-	trees  []string // below the cache, bottom first
-	small  []string // a program that ends at once
-	app    []string // one that loads what a service would
-	wait   []string // the same, which then waits
-	image  v1.Image
-	ref    string // in the registry
-	chain  string // chain ID of the top
-	packed int64  // bytes of the compressed layers
+	name  string
+	trees []string // below the cache, bottom first
+	small []string // a program that ends at once
+	app   []string // one that loads what a service would
+	wait  []string // the same, which then waits
+	gzip  packed
+	esgz  packed // the same layers as eStargz; without a reference if nobody asked for it
+}
+
+// packed is an image in one way of packing layers.
+type packed struct {
+	image v1.Image
+	ref   string // in the registry
+	chain string // chain ID of the top
+	size  int64  // bytes of the compressed layers
 }
 
 func workloads() []*workload {
@@ -53,42 +59,53 @@ func workloads() []*workload {
 }
 
 // open makes the image of the trees in the cache. Their layers are packed the first time.
-func (w *workload) open(cache string) error {
-	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	var diffIDs []digest.Digest
+func (w *workload) open(cache string) (err error) {
+	var layers []mutate.Addendum
 	for _, t := range w.trees {
-		packed, err := packTree(filepath.Join(cache, t))
+		file, err := packTree(filepath.Join(cache, t))
 		if err != nil {
 			return fmt.Errorf("tree %q (was integration/bench/prepare run?): %w", t, err)
 		}
-		layer, err := tarball.LayerFromFile(packed, tarball.WithMediaType(types.OCILayer))
+		layer, err := tarball.LayerFromFile(file, tarball.WithMediaType(types.OCILayer))
 		if err != nil {
 			return err
 		}
-		if img, err = mutate.AppendLayers(img, layer); err != nil {
-			return err
-		}
-		id, err := layer.DiffID()
+		layers = append(layers, mutate.Addendum{Layer: layer})
+	}
+	w.gzip, err = pack(layers)
+	return err
+}
+
+// pack makes an image of layers.
+func pack(layers []mutate.Addendum) (packed, error) {
+	var p packed
+	var diffIDs []digest.Digest
+	for _, l := range layers {
+		id, err := l.Layer.DiffID()
 		if err != nil {
-			return err
+			return p, err
 		}
-		diffIDs = append(diffIDs, digest.Digest(id.String()))
-		size, err := layer.Size()
+		size, err := l.Layer.Size()
 		if err != nil {
-			return err
+			return p, err
 		}
-		w.packed += size
+		diffIDs, p.size = append(diffIDs, digest.Digest(id.String())), p.size+size
+	}
+	base := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	img, err := mutate.Append(base, layers...)
+	if err != nil {
+		return p, err
 	}
 	cfg, err := img.ConfigFile()
 	if err != nil {
-		return err
+		return p, err
 	}
 	cfg = cfg.DeepCopy()
 	cfg.OS, cfg.Architecture = "linux", "amd64"
 	cfg.Config.Env = []string{"PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
-	w.image, err = mutate.ConfigFile(img, cfg)
-	w.chain = identity.ChainID(diffIDs).String()
-	return err
+	p.image, err = mutate.ConfigFile(img, cfg)
+	p.chain = identity.ChainID(diffIDs).String()
+	return p, err
 }
 
 // packTree writes the tree dir/fs, an upper directory of overlayfs or a plain one, to dir/layer.tar.gz unless it is there.

@@ -1,12 +1,14 @@
-// Command bench compares daxfs with containerd's own snapshotters on this machine: pulling, starting, memory and disk, on a
-// real containerd; and daxfs convert with other programs that make file system images.
+// Command bench compares daxfs with others on this machine, in one run: with containerd's own snapshotters and
+// stargz-snapshotter (pulling, starting, memory and disk, on a real containerd); daxfs convert with other programs that
+// make file system images; and what reading from the mounted image costs with reading from a tmpfs and from disk.
 //
 //	make bench
 //	make bench BENCH="-rounds 3 -only daxfs,overlayfs -images python"
 //
 // All variants have their turn in every round, each on a containerd and a disk state of its own, so that whatever else
-// slows the machine down slows all of them. The result is a Markdown table with ratios first, the samples as CSV, and
-// charts, in a directory. It needs root; integration/bench/prepare makes the images and mkfs.erofs beforehand.
+// slows the machine down slows all of them. What fails is named in the result, and the rest goes on. The result is a
+// Markdown table with ratios first, the samples as CSV, and charts, in a directory. It needs root;
+// integration/bench/prepare makes the images, mkfs.erofs and stargz-snapshotter beforehand.
 package main
 
 import (
@@ -19,6 +21,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -31,7 +34,7 @@ type options struct {
 	rounds     int
 	nth        int
 	containers int
-	conversion bool
+	parts      string
 	only       string
 	images     string
 	profiles   string
@@ -40,11 +43,11 @@ type options struct {
 func main() {
 	var o options
 	flag.StringVar(&o.out, "out", "bench-out", "directory for the results")
-	flag.IntVar(&o.rounds, "rounds", 5, "rounds; 0 leaves containerd out")
+	flag.IntVar(&o.rounds, "rounds", 5, "rounds")
 	flag.IntVar(&o.nth, "nth", 19, "containers that are started one after the other, after the first")
 	flag.IntVar(&o.containers, "containers", 20, "containers of the memory test; 0 leaves it out")
-	flag.BoolVar(&o.conversion, "conversion", true, "compare daxfs convert with other programs")
-	flag.StringVar(&o.only, "only", "", "variants to compare, separated by commas (all)")
+	flag.StringVar(&o.parts, "parts", "", "what to compare: snapshotters, conversion, reads (all)")
+	flag.StringVar(&o.only, "only", "", "snapshotters to compare, separated by commas (all)")
 	flag.StringVar(&o.images, "images", "", "images to compare them on: python, node (both)")
 	flag.StringVar(&o.profiles, "profiles", "", "directory for CPU profiles and metrics of the daemon")
 	flag.Parse()
@@ -70,22 +73,18 @@ func measure(ctx context.Context, o options) (err error) {
 	}
 	cache := filepath.Join(dir, "bench")
 	b := &bench{ctx: ctx, rounds: o.rounds, nth: o.nth, containers: o.containers, profiles: o.profiles}
-	mkfs := filepath.Join(cache, "erofs")
-	if b.variants, err = choose(variants(mkfs), o.only, func(v *variant) string { return v.name }); err != nil {
+	parts, err := choose([]string{"snapshotters", "conversion", "reads"}, o.parts, func(s string) string { return s })
+	if err != nil {
+		return err
+	}
+	if b.variants, err = choose(variants(cache), o.only, func(v *variant) string { return v.name }); err != nil {
 		return err
 	}
 	if b.loads, err = choose(workloads(), o.images, func(w *workload) string { return w.name }); err != nil {
 		return err
 	}
-	if b.registry, err = stack.NewRegistry(); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, b.registry.Off()) }()
 	for _, w := range b.loads {
 		if err := w.open(cache); err != nil {
-			return err
-		}
-		if w.ref, err = b.registry.Push(w.name, w.image); err != nil {
 			return err
 		}
 	}
@@ -102,12 +101,65 @@ func measure(ctx context.Context, o options) (err error) {
 			v.options.Config += profileConfig
 		}
 	}
-	err = b.run()
-	if err == nil && o.conversion {
-		err = b.convert(mkfs)
+	// Below the directory of the stacks: what a run that was killed left there, the next one removes.
+	if err := os.MkdirAll(filepath.Join(dir, "run"), 0o755); err != nil {
+		return err
 	}
+	disk, err := os.MkdirTemp(filepath.Join(dir, "run"), "bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(disk)) }()
+	daxfs, mkfs := filepath.Join(dir, "own", "daxfs"), filepath.Join(cache, "erofs", "mkfs.erofs")
+	began, where := time.Now(), describe(cache)
+	for _, part := range parts {
+		var err error
+		switch part {
+		case "snapshotters":
+			err = b.snapshotters(cache)
+		case "conversion":
+			err = b.convert(daxfs, mkfs, disk)
+		case "reads":
+			err = b.read(daxfs, disk)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		if err != nil {
+			b.fail(err, "%s", part)
+		}
+	}
+	b.took = time.Since(began)
 	// What was measured is worth keeping also when the rest failed.
-	return errors.Join(err, b.report(o.out))
+	err = errors.Join(ctx.Err(), b.report(o.out, where))
+	if err == nil && len(b.failures) > 0 {
+		err = fmt.Errorf("not all could be measured; %q names what", filepath.Join(o.out, "results.md"))
+	}
+	return err
+}
+
+// snapshotters serves the images and has all of them pulled and run.
+func (b *bench) snapshotters(cache string) (err error) {
+	if b.registry, err = stack.NewRegistry(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.registry.Off()) }()
+	for _, w := range b.loads {
+		if w.gzip.ref, err = b.registry.Push(w.name, w.gzip.image); err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(b.variants, func(v *variant) bool { return v.esgz }) {
+			continue
+		}
+		err := w.openStargz(b.ctx, cache)
+		if err == nil {
+			w.esgz.ref, err = b.registry.Push(w.name+"-estargz", w.esgz.image)
+		}
+		if err != nil {
+			b.fail(err, "%s as eStargz", w.name)
+		}
+	}
+	return b.run()
 }
 
 // choose returns those of all that a list names.

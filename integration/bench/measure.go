@@ -21,13 +21,14 @@ import (
 const (
 	mPull  = "pull"      // ctr image pull, which unpacks
 	mReady = "ready"     // pull until a container could be created: the image is built and mounted
-	mCPU   = "ready cpu" // what containerd, daxfs-snapshotter and their children computed for that
+	mCPU   = "ready cpu" // what containerd, the snapshotter and their children computed for that
 	mFirst = "first"     // the application in the first container
+	mAll   = "ready + first"
 	mNth   = "nth"       // a small program in each further container; median of one round
 	mDisk  = "disk MiB"  // what the snapshotter keeps on disk
 	mCache = "cache MiB" // growth of Cached (with Shmem) for the containers of the memory test, from cold
 	mShmem = "shmem MiB" // growth of Shmem
-	mAvail = "avail MiB" // shrinkage of MemAvailable
+	mAvail = "used MiB"  // shrinkage of MemAvailable
 	mPss   = "pss MiB"   // sum of Pss of the applications
 	mFile  = "pss file MiB"
 )
@@ -49,7 +50,22 @@ type bench struct {
 	containers int // of the memory test; 0: none
 	rounds     int
 	samples    []sample
+	failures   []failure
+	took       time.Duration
 	profiles   string // directory for the daemon's profiles; "" takes none
+}
+
+// failure is something that could not be measured, in whole or in part.
+type failure struct {
+	what string
+	err  error
+}
+
+// fail keeps a failure for the report; the rest goes on.
+func (b *bench) fail(err error, format string, args ...any) {
+	f := failure{fmt.Sprintf(format, args...), err}
+	b.failures = append(b.failures, f)
+	fmt.Printf("FAILED  %s: %v\n", f.what, err)
 }
 
 // run goes through all rounds: within each, every variant has its turn with every workload.
@@ -60,30 +76,33 @@ func (b *bench) run() error {
 				if err := b.ctx.Err(); err != nil {
 					return err
 				}
-				if err := b.turn(round, w, v); err != nil {
-					return fmt.Errorf("round %d, %s with %s: %w", round, w.name, v.name, err)
+				if err := b.turn(round, w, v); err != nil && b.ctx.Err() == nil {
+					b.fail(err, "%s with %s", w.name, v.name)
 				}
 			}
 		}
 	}
-	return nil
+	return b.ctx.Err()
 }
 
 // turn is one variant with one workload on a stack of its own, from nothing.
 func (b *bench) turn(round int, w *workload, v *variant) (err error) {
+	if v.image(w).ref == "" {
+		return errors.New("the image could not be made")
+	}
 	o := v.options
 	o.Registry = b.registry
 	s, err := stack.Start(o)
 	if err != nil {
 		return err
 	}
-	t := &turn{bench: b, Stack: s, w: w, v: v, round: round}
+	t := &turn{bench: b, Stack: s, w: w, v: v, img: v.image(w), round: round}
 	defer func() {
 		err = errors.Join(err, s.Close())
 		os.Remove(tmpfsPool) // of a stack that is closed; most have none
 	}()
 	for _, step := range []func() error{t.pull, t.start, t.disk, t.memory} {
-		if err := step(); err != nil {
+		if err := errors.Join(b.ctx.Err(), step()); err != nil {
 			return err
 		}
 	}
@@ -101,7 +120,9 @@ type turn struct {
 	*stack.Stack
 	w     *workload
 	v     *variant
+	img   packed
 	round int
+	ready float64
 	taken []sample
 }
 
@@ -119,14 +140,15 @@ func (t *turn) pull() error {
 		return err
 	}
 	began := time.Now()
-	if _, err := t.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", t.v.snapshotter, t.w.ref); err != nil {
+	if _, err := t.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", t.v.snapshotter, t.img.ref); err != nil {
 		return err
 	}
 	t.add(mPull, time.Since(began).Seconds())
-	if _, err := t.Try("ctr", "snapshot", "--snapshotter", t.v.snapshotter, "prepare", "bench-ready", t.w.chain); err != nil {
+	if _, err := t.Try("ctr", "snapshot", "--snapshotter", t.v.snapshotter, "prepare", "bench-ready", t.img.chain); err != nil {
 		return err
 	}
-	t.add(mReady, time.Since(began).Seconds())
+	t.ready = time.Since(began).Seconds()
+	t.add(mReady, t.ready)
 	after, err := daemonsCPU()
 	if err != nil {
 		return err
@@ -140,7 +162,7 @@ func (t *turn) pull() error {
 func (t *turn) start() error {
 	run := func(id string, command []string) (float64, error) {
 		began := time.Now()
-		_, err := t.Try("ctr", append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.w.ref, id}, command...)...)
+		_, err := t.Try("ctr", append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, id}, command...)...)
 		return time.Since(began).Seconds(), err
 	}
 	first, err := run("first", t.w.app)
@@ -148,8 +170,12 @@ func (t *turn) start() error {
 		return err
 	}
 	t.add(mFirst, first)
+	t.add(mAll, t.ready+first)
 	var times []float64
 	for n := range t.nth {
+		if err := t.ctx.Err(); err != nil {
+			return err
+		}
 		took, err := run(fmt.Sprintf("nth-%d", n+2), t.w.small)
 		if err != nil {
 			return err
@@ -216,7 +242,7 @@ func (t *turn) memory() error {
 		return err
 	}
 	// What the client and runc read themselves is the same for all and would count as the image's.
-	if _, err := t.Try("ctr", "run", "--rm", "--snapshotter", t.v.snapshotter, t.w.ref, "warm", "/bin/true"); err != nil {
+	if _, err := t.Try("ctr", "run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, "warm", "/bin/true"); err != nil {
 		return err
 	}
 	before, err := meminfo()
@@ -225,9 +251,12 @@ func (t *turn) memory() error {
 	}
 	var ids []string
 	for n := range t.containers {
+		if err := t.ctx.Err(); err != nil {
+			return err
+		}
 		id := fmt.Sprintf("stays-%d", n+1)
 		ids = append(ids, id)
-		_, err := t.Try("ctr", append([]string{"run", "--detach", "--snapshotter", t.v.snapshotter, t.w.ref, id}, t.w.wait...)...)
+		_, err := t.Try("ctr", append([]string{"run", "--detach", "--snapshotter", t.v.snapshotter, t.img.ref, id}, t.w.wait...)...)
 		if err != nil {
 			return err
 		}
@@ -292,7 +321,7 @@ func (t *turn) pss() (total, file int64, err error) {
 	return total, file, nil
 }
 
-// daemonsCPU is the processor time of containerd and daxfs-snapshotter so far, in seconds. Unlike the time on the clock it
+// daemonsCPU is the processor time of containerd and the snapshotter beside it so far, in seconds. Unlike the time on the clock it
 // says little about what else the machine does.
 func daemonsCPU() (float64, error) {
 	paths, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -308,7 +337,7 @@ func daemonsCPU() (float64, error) {
 		// pid (name) state, and 10 fields before the times of itself and of its children.
 		_, rest, _ := strings.Cut(string(raw), "(")
 		name, rest, _ := strings.Cut(rest, ") ")
-		if fields := strings.Fields(rest); (name == "containerd" || name == "daxfs-snapshott") && len(fields) > 15 {
+		if fields := strings.Fields(rest); (name == "containerd" || name == "daxfs-snapshott" || name == "stargz") && len(fields) > 15 {
 			for _, f := range fields[11:15] {
 				n, err := strconv.ParseInt(f, 10, 64)
 				if err != nil {

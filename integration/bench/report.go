@@ -82,10 +82,10 @@ var goals = []goal{
 	{mNth, walking, overlay, 1.2},
 }
 
-// report writes all results to a directory.
-func (b *bench) report(dir string) error {
+// report writes all results to a directory. where is what describe returned.
+func (b *bench) report(dir, where string) error {
 	var text strings.Builder
-	b.markdown(&text)
+	b.markdown(&text, where)
 	fmt.Print("\n", text.String())
 	return errors.Join(
 		os.WriteFile(filepath.Join(dir, "results.md"), []byte(text.String()), 0o644),
@@ -111,62 +111,159 @@ func (b *bench) csv(w io.Writer) error {
 	return c.WriteAll(rows)
 }
 
-// markdown writes goals, ratios and values.
-func (b *bench) markdown(w io.Writer) {
-	fmt.Fprintf(w, "%s\n\n", describe())
+// markdown writes what is missing, goals, ratios and values.
+func (b *bench) markdown(w io.Writer, where string) {
+	fmt.Fprintf(w, "%s\n%d rounds; the run took %.0f minutes.\n\n", where, b.rounds, b.took.Minutes())
+	b.missing(w)
 	b.goalTable(w)
 	for _, load := range b.loads {
-		metrics := b.metrics(load.name)
-		if len(metrics) == 0 {
+		variants := b.measured(load.name)
+		if len(variants) == 0 {
 			continue
 		}
-		fmt.Fprintf(w, "\n### %s, %.0f MiB in %d compressed layers\n\n", load.name, float64(load.packed)/(1<<20), len(load.trees))
-		b.table(w, load.name, "against "+overlay, metrics, func(variant, metric string) string {
-			if r := b.ratio(load.name, variant, overlay, metric); r > 0 {
-				return fmt.Sprintf("%.2f", r)
-			}
-			return ""
-		})
-		fmt.Fprintln(w)
-		b.table(w, load.name, "median [min..max]", metrics, func(variant, metric string) string {
-			s := b.of(load.name, variant, metric)
-			if s.n == 0 {
-				return ""
-			}
-			if strings.HasSuffix(metric, "MiB") {
-				return fmt.Sprintf("%.0f [%.0f..%.0f]", s.median, s.min, s.max)
-			}
-			return fmt.Sprintf("%.2f [%.2f..%.2f]", s.median, s.min, s.max)
-		})
+		fmt.Fprintf(w, "\n### %s, %.0f MiB in %d compressed layers\n\n", load.name, float64(load.gzip.size)/(1<<20), len(load.trees))
+		metrics := b.metrics(load.name)
+		b.ratios(w, load.name, overlay, variants, metrics)
+		b.values(w, load.name, variants, metrics)
+		if slices.Contains(variants, stargz) {
+			fmt.Fprintln(w, "\n"+stargzNote)
+		}
 	}
-	b.conversions(w)
+	for _, load := range b.loads {
+		b.conversions(w, load)
+	}
+	if views := b.measured(reading); len(views) > 0 {
+		fmt.Fprintf(w, "\n### Reading a file of %d MiB and listing %d files\n\n", bigSize>>20, smallFiles)
+		metrics := b.metrics(reading)
+		for _, base := range views[:min(2, len(views))] {
+			b.ratios(w, reading, base, views, metrics)
+		}
+		b.values(w, reading, views, metrics)
+	}
+}
+
+// stargzNote keeps readers from comparing what is not the same.
+const stargzNote = "stargz (stargz-snapshotter) pulls the same layers as eStargz and loads their contents on demand: it is \"ready\" when it has read " +
+	"their tables of contents, fetches what a container reads while it runs and the rest behind it. Compare \"ready + first\"; its disk and memory " +
+	"are those of the moment, and its own memory counts in \"used\" only."
+
+// missing names what could not be measured, each once.
+func (b *bench) missing(w io.Writer) {
+	if len(b.failures) == 0 {
+		return
+	}
+	var order []string
+	times, first := map[string]int{}, map[string]error{}
+	for _, f := range b.failures {
+		if times[f.what]++; times[f.what] == 1 {
+			order, first[f.what] = append(order, f.what), f.err
+		}
+	}
+	fmt.Fprint(w, "**NOT MEASURED, in whole or in part:**\n\n")
+	for _, what := range order {
+		text := strings.Join(strings.Fields(first[what].Error()), " ")
+		fmt.Fprintf(w, "* %s, %d time(s): %.500s\n", what, times[what], text)
+	}
+	fmt.Fprintln(w)
 }
 
 // metrics lists what was measured of a workload, in the order of the measuring.
 func (b *bench) metrics(workload string) []string {
 	var list []string
 	for _, x := range b.samples {
-		if x.Workload == workload && x.Variant != "" && !strings.HasPrefix(x.Metric, "convert") && !slices.Contains(list, x.Metric) {
+		if x.Workload == workload && !slices.Contains(list, x.Metric) {
 			list = append(list, x.Metric)
 		}
 	}
 	return list
 }
 
-func (b *bench) table(w io.Writer, workload, head string, metrics []string, cell func(variant, metric string) string) {
+// measured lists the variants with samples of a workload, in the order of the measuring.
+func (b *bench) measured(workload string) []string {
+	var list []string
+	for _, x := range b.samples {
+		if x.Workload == workload && !slices.Contains(list, x.Variant) {
+			list = append(list, x.Variant)
+		}
+	}
+	return list
+}
+
+// unit splits the name of a metric from its unit, and says how to write values of it.
+func unit(metric string) (name, unit, format string) {
+	if name, ok := strings.CutSuffix(metric, " MiB"); ok {
+		return name, "MiB", "%.0f"
+	}
+	if name, ok := strings.CutSuffix(metric, " ms"); ok {
+		return name, "ms", "%.1f"
+	}
+	return metric, "s", "%.2f"
+}
+
+// text writes a spread in the unit of its metric.
+func (s spread) text(metric string) string {
+	if s.n == 0 {
+		return ""
+	}
+	_, _, f := unit(metric)
+	return fmt.Sprintf(f+" ["+f+".."+f+"]", s.median, s.min, s.max)
+}
+
+func (b *bench) ratioText(workload, variant, base, metric string) string {
+	if r := b.ratio(workload, variant, base, metric); r > 0 {
+		return fmt.Sprintf("%.2f", r)
+	}
+	return ""
+}
+
+func (b *bench) ratios(w io.Writer, workload, base string, variants, metrics []string) {
+	if !slices.Contains(variants, base) {
+		return
+	}
+	table(w, "against "+base, variants, metrics, func(variant, metric string) string {
+		return b.ratioText(workload, variant, base, metric)
+	})
+	fmt.Fprintln(w)
+}
+
+func (b *bench) values(w io.Writer, workload string, variants, metrics []string) {
+	table(w, "median [min..max]", variants, metrics, func(variant, metric string) string {
+		return b.of(workload, variant, metric).text(metric)
+	})
+}
+
+func table(w io.Writer, head string, variants, metrics []string, cell func(variant, metric string) string) {
 	fmt.Fprintf(w, "| %s | %s |\n|%s\n", head, strings.Join(metrics, " | "), strings.Repeat(" --- |", len(metrics)+1))
-	for _, v := range b.variants {
-		cells := []string{v.name}
+	for _, v := range variants {
+		cells := []string{v}
 		for _, m := range metrics {
-			cells = append(cells, cell(v.name, m))
+			cells = append(cells, cell(v, m))
 		}
 		fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | "))
 	}
 }
 
+// conversions writes the table of all tools.
+func (b *bench) conversions(w io.Writer, load *workload) {
+	key := converting(load)
+	tools := b.measured(key)
+	if len(tools) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "\n### Conversion, %s\n\n| program | against %s | against %s | s, median [min..max] | MiB |\n| --- | --- | --- | --- | --- |\n",
+		load.name, untar, mkfsTar)
+	for _, t := range tools {
+		size := ""
+		if s := b.of(key, t, mConverted); s.n > 0 {
+			size = fmt.Sprintf("%.0f", s.median)
+		}
+		fmt.Fprintf(w, "| %s | %s | %s | %s | %s |\n", t, b.ratioText(key, t, untar, mConvert), b.ratioText(key, t, mkfsTar, mConvert),
+			b.of(key, t, mConvert).text(mConvert), size)
+	}
+}
+
 func (b *bench) goalTable(w io.Writer) {
-	fmt.Fprintln(w, "| goal | limit |", strings.Join(names(b.loads), " | "), "|")
-	fmt.Fprintln(w, "| --- | --- |"+strings.Repeat(" --- |", len(b.loads)))
+	var rows []string
 	for _, g := range goals {
 		var cells []string
 		any := false
@@ -184,8 +281,12 @@ func (b *bench) goalTable(w io.Writer) {
 			any = true
 		}
 		if any {
-			fmt.Fprintf(w, "| %s: %s / %s | %.2f | %s |\n", g.metric, g.variant, g.base, g.limit, strings.Join(cells, " | "))
+			rows = append(rows, fmt.Sprintf("| %s: %s / %s | %.2f | %s |", g.metric, g.variant, g.base, g.limit, strings.Join(cells, " | ")))
 		}
+	}
+	if len(rows) > 0 {
+		fmt.Fprintf(w, "| goal | limit | %s |\n| --- | --- |%s\n%s\n", strings.Join(names(b.loads), " | "),
+			strings.Repeat(" --- |", len(b.loads)), strings.Join(rows, "\n"))
 	}
 }
 
@@ -197,8 +298,8 @@ func names(loads []*workload) []string {
 	return list
 }
 
-// describe says when, where and with what it was measured.
-func describe() string {
+// describe says when, where and with what it was measured. cache is what integration/bench/prepare filled.
+func describe(cache string) string {
 	var u unix.Utsname
 	kernel := "unknown"
 	if unix.Uname(&u) == nil {
@@ -221,12 +322,16 @@ func describe() string {
 	if raw, err := os.ReadFile("/proc/loadavg"); err == nil {
 		load = strings.Join(strings.Fields(string(raw))[:3], " ")
 	}
-	runc, err := exec.Command("runc", "--version").Output()
-	version, _, _ := strings.Cut(string(runc), "\n")
-	if err != nil {
-		version = "runc unknown"
-	}
-	return fmt.Sprintf("%s; Linux %s; %d × %s; %d GiB; load at the end %s; %s; %s; %s.",
-		time.Now().UTC().Format("2006-01-02"), kernel, runtime.NumCPU(), model, memory, load, stack.Versions(),
-		cmp.Or(version, "runc"), runtime.Version())
+	return fmt.Sprintf("%s; Linux %s; %d × %s; %d GiB; disk with %s; load %s.\n%s; %s; stargz-snapshotter %s; %s; %s; %s; %s.",
+		time.Now().UTC().Format("2006-01-02 15:04 UTC"), kernel, runtime.NumCPU(), model, memory, filesystem(cache), load,
+		stack.Versions(), version("runc", "--version"), stargzVersion(cache),
+		version(filepath.Join(cache, "erofs", "mkfs.erofs"), "--version"), version("tar2sqfs", "--version"), version("tar", "--version"),
+		runtime.Version())
+}
+
+// version is the first line of what a program says about itself.
+func version(argv ...string) string {
+	out, _ := exec.Command(argv[0], argv[1:]...).CombinedOutput() // some say it and fail
+	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
+	return cmp.Or(line, "no "+filepath.Base(argv[0]))
 }

@@ -11,6 +11,7 @@ type variant struct {
 	name        string
 	snapshotter string
 	options     stack.Options
+	esgz        bool // pulls the image as eStargz
 }
 
 // The name of what the others are held against, and those of what has goals.
@@ -20,6 +21,7 @@ const (
 	file    = "daxfs"
 	tmpfs   = "daxfs-tmpfs"
 	walking = "daxfs-walking"
+	stargz  = "stargz"
 )
 
 // tmpfsPool is on the private /run of the stack.
@@ -36,31 +38,47 @@ const erofsConfig = `
   differ = "erofs"
 `
 
-// variants lists what is compared. mkfs is a directory with a mkfs.erofs that containerd's differ takes.
-func variants(mkfs string) []*variant {
+// variants lists what is compared. cache is what integration/bench/prepare filled.
+func variants(cache string) []*variant {
+	mkfs := filepath.Join(cache, "erofs") // a mkfs.erofs that containerd's differ takes
 	return []*variant{
-		{overlay, "overlayfs", stack.Options{}},
-		{erofs, "erofs", stack.Options{Containerd: erofsConfig, Path: mkfs}},
-		{overlay + "-3", "overlayfs", stack.Options{ParallelUnpacks: unpacks}},
+		{name: overlay, snapshotter: "overlayfs"},
+		{name: erofs, snapshotter: "erofs", options: stack.Options{Containerd: erofsConfig, Path: mkfs}},
+		{name: overlay + "-3", snapshotter: "overlayfs", options: stack.Options{ParallelUnpacks: unpacks}},
 		{
-			erofs + "-3", "erofs",
-			stack.Options{Containerd: erofsConfig, Path: mkfs, ParallelUnpacks: unpacks},
+			name: erofs + "-3", snapshotter: "erofs",
+			options: stack.Options{Containerd: erofsConfig, Path: mkfs, ParallelUnpacks: unpacks},
 		},
-		{file, "daxfs", stack.Options{Mode: stack.Streaming, ParallelUnpacks: unpacks}},
 		{
-			tmpfs, "daxfs", stack.Options{
+			name: stargz, snapshotter: "stargz", esgz: true,
+			options: stack.Options{Containerd: stargzConfig, Peer: []string{stargzProgram(cache), "serve"}},
+		},
+		{name: file, snapshotter: "daxfs", options: stack.Options{Mode: stack.Streaming, ParallelUnpacks: unpacks}},
+		{
+			name: tmpfs, snapshotter: "daxfs", options: stack.Options{
 				Mode: stack.Streaming, ParallelUnpacks: unpacks,
 				Config: "[pool]\nkind = \"tmpfs\"\npath = \"" + tmpfsPool + "\"\nsize = \"4GiB\"\n",
 			},
 		},
-		{walking, "daxfs", stack.Options{Mode: stack.Walking, ParallelUnpacks: unpacks}},
+		{name: walking, snapshotter: "daxfs", options: stack.Options{Mode: stack.Walking, ParallelUnpacks: unpacks}},
 	}
+}
+
+// image is what the variant pulls.
+func (v *variant) image(w *workload) packed {
+	if v.esgz {
+		return w.esgz
+	}
+	return w.gzip
 }
 
 // roots are the directories that hold what a variant keeps of an image.
 func (v *variant) roots(s *stack.Stack) []string {
-	if v.snapshotter == "daxfs" {
+	switch v.snapshotter {
+	case "daxfs":
 		return []string{s.DaemonRoot()}
+	case "stargz":
+		return []string{s.PeerRoot()}
 	}
 	return []string{filepath.Join(s.Dir, "containerd/root/io.containerd.snapshotter.v1."+v.snapshotter)}
 }
