@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"testing/fstest"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -172,6 +173,11 @@ func sandbox(t *testing.T, web, jobs v1.Image) string {
 		if err := writeArchive(filepath.Join(dir, name+".tar"), img); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := os.CopyFS(filepath.Join(dir, "llama"), fstest.MapFS{
+		"config.json": {Data: []byte("{}\n")}, "weights.safetensors": {Data: testimage.Noise(1, 5<<20)},
+	}); err != nil {
+		t.Fatal(err)
 	}
 	return dir
 }

@@ -113,6 +113,7 @@ func work(answer *task.Answer) error {
 var tasks = map[string]func(task.Task, *task.Answer) error{
 	"list":  list,
 	"share": share,
+	"large": large,
 	"daxfs": module,
 }
 

@@ -40,6 +40,8 @@ type Answer struct {
 	Cached, Read int64
 	// Frames are page frame numbers of File, one list for each image.
 	Frames [][]uint64
+	// Faults are the page faults of reading File through a mapping, one for each image.
+	Faults []int64
 	// Output is what Program printed, one for each image.
 	Output []string
 }
