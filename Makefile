@@ -102,7 +102,7 @@ bench: ## Compare with other snapshotters, converters and filesystems into bench
 	.ci/deps demo
 	integration/bench/prepare
 	rm -rf bench-out && mkdir bench-out
-	status=0; $(GO) run ./integration/bench $(BENCH) || status=1; \
+	trap 'exit 130' INT TERM; status=0; $(GO) run ./integration/bench $(BENCH) || status=1; \
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 60m $(UNIT_PKGS) >bench-out/go.txt || status=1; cat bench-out/go.txt; exit $$status
 
 demo: ## Show the sharing: a private containerd, two images, the proof (root; installs packages; POOL=file or tmpfs)

@@ -44,7 +44,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.out, "out", "bench-out", "directory for the results")
 	flag.IntVar(&o.rounds, "rounds", 5, "rounds")
-	flag.IntVar(&o.nth, "nth", 19, "containers that are started one after the other, after the first")
+	flag.IntVar(&o.nth, "nth", 9, "containers that are started one after the other, after the first")
 	flag.IntVar(&o.containers, "containers", 20, "containers of the memory test; 0 leaves it out")
 	flag.StringVar(&o.parts, "parts", "", "what to compare: snapshotters, conversion, reads (all)")
 	flag.StringVar(&o.only, "only", "", "snapshotters to compare, separated by commas (all)")

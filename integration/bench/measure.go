@@ -101,12 +101,16 @@ func (b *bench) turn(round int, w *workload, v *variant) (err error) {
 		err = errors.Join(err, s.Close())
 		os.Remove(tmpfsPool) // of a stack that is closed; most have none
 	}()
-	for _, step := range []func() error{t.pull, t.start, t.disk, t.memory} {
+	steps := []func() error{t.pull, t.first, t.further, t.disk, t.memory}
+	if v.pullOnly {
+		steps = steps[:2]
+	}
+	for _, step := range steps {
 		if err := errors.Join(b.ctx.Err(), step()); err != nil {
 			return err
 		}
 	}
-	fmt.Printf("round %d  %-7s %-14s", round+1, w.name, v.name)
+	fmt.Printf("%s  round %d  %-7s %-14s", time.Now().Format(time.TimeOnly), round+1, w.name, v.name)
 	for _, x := range t.taken {
 		fmt.Printf("  %s %.2f", x.Metric, x.Value)
 	}
@@ -158,25 +162,32 @@ func (t *turn) pull() error {
 	return err
 }
 
-// start runs one container after the other.
-func (t *turn) start() error {
-	run := func(id string, command []string) (float64, error) {
-		began := time.Now()
-		_, err := t.Try("ctr", append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, id}, command...)...)
-		return time.Since(began).Seconds(), err
-	}
-	first, err := run("first", t.w.app)
+// run runs a container to its end and tells how long that took.
+func (t *turn) run(id string, command []string) (float64, error) {
+	began := time.Now()
+	_, err := t.Try("ctr", append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, id}, command...)...)
+	return time.Since(began).Seconds(), err
+}
+
+// first runs the application in the first container.
+func (t *turn) first() error {
+	took, err := t.run("first", t.w.app)
 	if err != nil {
 		return err
 	}
-	t.add(mFirst, first)
-	t.add(mAll, t.ready+first)
+	t.add(mFirst, took)
+	t.add(mAll, t.ready+took)
+	return nil
+}
+
+// further runs one container after the other.
+func (t *turn) further() error {
 	var times []float64
 	for n := range t.nth {
 		if err := t.ctx.Err(); err != nil {
 			return err
 		}
-		took, err := run(fmt.Sprintf("nth-%d", n+2), t.w.small)
+		took, err := t.run(fmt.Sprintf("nth-%d", n+2), t.w.small)
 		if err != nil {
 			return err
 		}
