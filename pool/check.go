@@ -54,6 +54,9 @@ func (c *checker) found(rule, key string, off int64, format string, args ...any)
 func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
+	if err := p.index.unknown(); err != nil {
+		return fmt.Errorf("pool: check: index %q: %w", p.index.path, err)
+	}
 	c := &checker{p: p, report: report}
 	steps := []func(context.Context) error{c.checkCatalogue, c.checkIndex, c.checkSpace, c.checkExtents, c.checkImages}
 	for _, step := range steps {

@@ -33,6 +33,7 @@ type world struct {
 	p     *Pool
 	m     *model
 	next  *model // what the step in progress makes of m
+	done  func(op string) error
 }
 
 func (w *world) open(f *faults, how func() (*Pool, error)) error {
@@ -42,6 +43,9 @@ func (w *world) open(f *faults, how func() (*Pool, error)) error {
 	}
 	w.p = p
 	p.index.fail = f.hit
+	if w.done != nil {
+		p.index.done = w.done
+	}
 	return nil
 }
 
@@ -337,4 +341,69 @@ func (w *world) settle(i int, f *faults, cause error) {
 	if err := w.m.matches(w.p); err != nil {
 		w.t.Fatalf("step %d again after %v: %v", i, cause, err)
 	}
+}
+
+// TestIndexUnknown lets the disk fail at the end of every change of the index in turn, so that it may have the change or
+// not. The pool must say so and do nothing more; whichever of both is there when it is opened again, all is well.
+func TestIndexUnknown(t *testing.T) {
+	for at := 1; ; at++ {
+		if unknownAt(t, at) {
+			if at < 10 {
+				t.Fatalf("the scenario has only %d changes", at)
+			}
+			t.Logf("up to %d changes", at-1)
+			break
+		}
+		if t.Failed() {
+			t.Fatalf("after change %d", at)
+		}
+	}
+}
+
+// unknownAt returns true if the scenario ends before change at.
+func unknownAt(t *testing.T, at int) (finished bool) {
+	dir := fastDir(t)
+	before, after := filepath.Join(dir, "before"), filepath.Join(dir, "index")
+	f, end := &faults{}, &faults{at: at}
+	w := &world{t: t, r: newSimRegion(simSize, f), index: after, m: newModel(), done: end.hit}
+	f.each = func() { copyFile(t, after, before) }
+	for i, do := range steps(f) {
+		w.next = w.m.clone()
+		err := do(w)
+		if err == nil {
+			w.m = w.next
+			continue
+		}
+		if !errors.Is(err, errUnknown) || !errors.Is(err, errFault) {
+			t.Fatalf("step %d: %v", i, err)
+		}
+		f.each = nil
+		if err := childLayer(w.p, "more", 1); !errors.Is(err, errUnknown) {
+			t.Errorf("step %d: a change after that: %v, expected %v", i, err, errUnknown)
+		}
+		if err := w.p.Check(ctx, func(Finding) bool { return true }); !errors.Is(err, errUnknown) {
+			t.Errorf("step %d: check: %v", i, err)
+		}
+		if err := w.p.Close(); err != nil {
+			t.Error(err)
+		}
+		for _, index := range []string{before, after} {
+			r := newSimRegion(simSize, &faults{})
+			copy(r.mem, w.r.mem)
+			p, err := Open(r, index, Options{})
+			if err != nil {
+				t.Fatalf("step %d: open with the index %q: %v", i, filepath.Base(index), err)
+			}
+			mustCheck(t, p)
+			if b, a := w.m.matches(p), w.next.matches(p); b != nil && a != nil {
+				t.Errorf("step %d, index %q: the pool is neither as before it (%v) nor as after it (%v)", i, filepath.Base(index), b, a)
+			}
+			addImage(t, p, "new", random(99, 1<<20))
+			mustCheck(t, p)
+			p.Close()
+		}
+		return false
+	}
+	w.p.Close()
+	return true
 }

@@ -95,8 +95,11 @@ func (p *Pool) newExtent(size int64) (*extent, error) {
 }
 
 // unref gives up one reference to each extent and frees those that have none left: first the bytes, then the space, so
-// that nobody writes where zeros are still being written.
+// that nobody writes where zeros are still being written. If nobody knows what the index holds they stay: it may list them.
 func (p *Pool) unref(es ...*extent) {
+	if p.index.unknown() != nil {
+		return
+	}
 	var dead []*extent
 	p.mu.Lock()
 	for _, e := range es {

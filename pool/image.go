@@ -168,7 +168,11 @@ func (p *Pool) newSegment(n int64) (int64, error) {
 	return off, nil
 }
 
+// freeSegment frees what newSegment took, unless the index may list it.
 func (p *Pool) freeSegment(m Image) {
+	if p.index.unknown() != nil {
+		return
+	}
 	p.punch(alloc.Span{Off: m.Off, Len: m.Seg})
 	p.mu.Lock()
 	defer p.mu.Unlock()

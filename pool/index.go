@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -26,9 +27,16 @@ import (
 type index struct {
 	db   *bbolt.DB
 	path string
-	// fail is called before every change, for tests that cut there.
-	fail func(op string) error
+	// fail is called before every change, for tests that cut there, and done after it was made, for tests of a disk that
+	// fails while it is synced.
+	fail, done func(op string) error
+
+	mu     sync.Mutex
+	broken error // why nobody knows what is in the file; see update
 }
+
+// errUnknown reports an index of which nobody knows whether it holds the last change.
+var errUnknown = errors.New("whether the disk has it is unknown")
 
 var (
 	bucketMeta   = []byte("meta")
@@ -52,7 +60,8 @@ func openIndex(path string, durable bool) (*index, error) {
 	case err != nil:
 		return nil, fmt.Errorf("index %q: %w", path, err)
 	}
-	return &index{db: db, path: path, fail: func(string) error { return nil }}, nil
+	never := func(string) error { return nil }
+	return &index{db: db, path: path, fail: never, done: never}, nil
 }
 
 func (x *index) close() error { return x.db.Close() }
@@ -72,14 +81,49 @@ func (x *index) format(id [16]byte, gen uint64) error {
 	})
 }
 
+// update makes one change, whole or not at all. If the disk fails at the very end nobody knows which, and the file may
+// come to hold it later. Then no change follows: the caller must keep all that either answer needs, until the pool is opened
+// anew and the file is read.
 func (x *index) update(op string, f func(tx *bbolt.Tx) error) error {
-	if err := x.fail(op); err != nil {
-		return fmt.Errorf("index %q: %s: %w", x.path, op, err)
+	wrap := func(err error) error { return fmt.Errorf("index %q: %s: %w", x.path, op, err) }
+	if err := x.unknown(); err != nil {
+		return wrap(err)
 	}
-	if err := x.db.Update(f); err != nil {
-		return fmt.Errorf("index %q: %s: %w", x.path, op, err)
+	if err := x.fail(op); err != nil {
+		return wrap(err)
+	}
+	before := x.transaction()
+	err := x.db.Update(f)
+	changed := x.transaction() != before
+	if err == nil {
+		err = x.done(op)
+	}
+	if err != nil && changed {
+		err = fmt.Errorf("%w; look at the disk, then open the pool anew: %w", errUnknown, err)
+		x.mu.Lock()
+		x.broken = err
+		x.mu.Unlock()
+	}
+	if err != nil {
+		return wrap(err)
 	}
 	return nil
+}
+
+// transaction is the number of the last one that readers see.
+func (x *index) transaction() (id int) {
+	_ = x.db.View(func(tx *bbolt.Tx) error { // of a closed database, whose changes fail as well
+		id = tx.ID()
+		return nil
+	})
+	return id
+}
+
+// unknown returns the error after which nobody knows what is in the file, or nil.
+func (x *index) unknown() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.broken
 }
 
 // putGeneration notes the generation that the header is about to get. The header then has it or the one before.

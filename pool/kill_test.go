@@ -14,10 +14,11 @@ import (
 	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestMain runs the child of TestKill in place of the tests when it is asked to.
+// TestMain runs the child of TestKill in place of the tests when it is asked to. The tests may mount.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("POOL_TEST_CHILD"); dir != "" {
 		seed, _ := strconv.ParseUint(os.Getenv("POOL_TEST_SEED"), 10, 64)
@@ -25,7 +26,7 @@ func TestMain(m *testing.M) {
 		fmt.Println("error:", err)
 		os.Exit(1)
 	}
-	os.Exit(m.Run())
+	os.Exit(mountns.Main(m))
 }
 
 // killBodies are the contents of the layer and image with a number. Numbers share some.

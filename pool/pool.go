@@ -196,6 +196,10 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := r.Punch(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
+	// The catalogue gets its blocks now: on a disk that is full later, removing an image must not need any.
+	if _, err := r.WriteAt(make([]byte, headArea), 0); err != nil {
+		return nil, fmt.Errorf("pool: clear: %w", err)
+	}
 	if err := r.Sync(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
@@ -337,7 +341,8 @@ func (p *Pool) writeCatalogue(gen uint64, images []Image) error {
 			return fmt.Errorf("pool: sync generation %d: %w", gen, err)
 		}
 	}
-	p.header = h
+	// The id never changes: ID reads it without commit.
+	p.header.generation, p.header.count, p.header.sum = h.generation, h.count, h.sum
 	return nil
 }
 

@@ -55,11 +55,11 @@ func TestTenImagesShareBase(t *testing.T) {
 	if u.Extents != distinct {
 		t.Errorf("extents take %d bytes, distinct contents %d", u.Extents, distinct)
 	}
-	// Metadata is what is not zero below the last segment: the rest of a segment takes no memory.
-	var meta int64
+	// Metadata is the head, and what is not zero up to the end of the last segment: the rest of a segment takes no memory.
+	meta := int64(headArea)
 	images := p.Images()
 	last := images[len(images)-1]
-	for off := int64(0); off < last.Off+last.Seg; off += 4096 {
+	for off := int64(headArea); off < last.Off+last.Seg; off += 4096 {
 		if !isZero(r.Bytes()[off : off+4096]) {
 			meta += 4096
 		}
@@ -78,6 +78,36 @@ func TestTenImagesShareBase(t *testing.T) {
 		if err != nil || iu.Shared < iu.Extents*9/10 {
 			t.Errorf("image %d: %+v, %v", i, iu, err)
 		}
+	}
+}
+
+// TestCollision forges sums: contents that only have the sum and the size of others in common share nothing with them.
+func TestCollision(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	for _, n := range []int{1, 5000, smallMax + 5000} {
+		b := p.Begin()
+		first, second := random(uint64(n), n), random(uint64(n+1), n)
+		a := put(t, b, first)
+		e := p.extents[a.Off]
+		p.mu.Lock()
+		p.unlist(e)
+		e.sum = sumOf(second)
+		p.list(e)
+		p.mu.Unlock()
+		c := put(t, b, second)
+		if c.Off == a.Off || c.Sum != e.sum {
+			t.Errorf("%d bytes: contents at %d with sum %x, others with the same sum at %d", n, c.Off, c.Sum, a.Off)
+		}
+		for off, want := range map[int64][]byte{a.Off: first, c.Off: second} {
+			got := make([]byte, n)
+			if _, err := p.region.ReadAt(got, off); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%d bytes at %d are not those that were put: %v", n, off, err)
+			}
+		}
+		if d := put(t, b, second); d.Off != c.Off {
+			t.Errorf("%d bytes: the second of equal sums is not found", n)
+		}
+		b.Discard()
 	}
 }
 
@@ -115,6 +145,43 @@ func TestConcurrent(t *testing.T) {
 	}
 	if u := p.Usage(); u.ExtentCount != 0 || u.Gaps != 1 || u.Segments != 0 {
 		t.Errorf("after removing all: %+v", u)
+	}
+}
+
+// TestPutAtOnce puts the same contents from many goroutines at the same moment: one of them stores them.
+func TestPutAtOnce(t *testing.T) {
+	p := newTestPool(t, 256<<20)
+	for i := range 20 {
+		body := random(uint64(i), []int{100, smallMax, smallMax + 1, 1 << 20}[i%4])
+		start := make(chan struct{})
+		places := make([]int64, 8)
+		batches := make([]*Batch, len(places))
+		var wg sync.WaitGroup
+		for g := range places {
+			batches[g] = p.Begin()
+			wg.Go(func() {
+				<-start
+				d, err := batches[g].Put(ctx, int64(len(body)), bytes.NewReader(body))
+				if err != nil {
+					t.Error(err)
+				}
+				places[g] = d.Off
+			})
+		}
+		close(start)
+		wg.Wait()
+		for _, off := range places {
+			if off != places[0] {
+				t.Errorf("%d bytes are at %d", len(body), places)
+				break
+			}
+		}
+		if n := p.Usage().ExtentCount; n != 1 {
+			t.Errorf("%d extents, expected 1", n)
+		}
+		for _, b := range batches {
+			b.Discard()
+		}
 	}
 }
 

@@ -35,6 +35,7 @@ type faults struct {
 	at     int    // the operation that fails; 0 = none
 	stay   bool   // all later ones fail too: the process is dead
 	onFail func() // called once, when operation at is reached
+	each   func() // called at each operation
 }
 
 var errFault = errors.New("injected fault")
@@ -44,6 +45,9 @@ func (f *faults) hit(op string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.n++
+	if f.each != nil {
+		f.each()
+	}
 	if f.at == 0 || f.n < f.at || f.n > f.at && !f.stay {
 		return nil
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,6 +20,11 @@ type file struct {
 	info Info
 	// behind is nil where bytes never go to a disk.
 	behind *behind
+
+	fdatasync func() error // replaced in tests
+
+	mu     sync.Mutex
+	failed error // of the first sync that failed
 }
 
 func openFile(c Config) (Region, error) {
@@ -33,6 +39,7 @@ func openFile(c Config) (Region, error) {
 		return nil, err
 	}
 	r := &file{f: f, info: Info{Kind: c.Kind, Path: c.Path, Sparse: true, ReadOnly: c.ReadOnly, FD: int(f.Fd())}}
+	r.fdatasync = func() error { return unix.Fdatasync(int(f.Fd())) }
 	if err := r.init(c); err != nil {
 		r.Close()
 		return nil, err
@@ -132,6 +139,9 @@ func (r *file) Lock() error   { return Flock(r.f) }
 
 // Sync syncs the whole file, as there is no call that makes a range of a sparse file durable: its blocks may be
 // allocated by the write.
+//
+// A sync that failed is not tried again: the kernel reports an error once, drops what it could not write and calls the next
+// sync a success. What else was waiting to be written may be lost too, so from then on nothing is called durable.
 func (r *file) Sync(off, n int64) error {
 	if err := checkRange(off, n, r.size); err != nil {
 		return err
@@ -139,15 +149,20 @@ func (r *file) Sync(off, n int64) error {
 	if r.info.Persistent != PersistsReboot {
 		return nil
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.failed != nil {
+		return fmt.Errorf("an earlier sync failed, what was written before it may be lost; look at the disk, then open the pool anew: %w", r.failed)
+	}
 	for {
-		err := unix.Fdatasync(int(r.f.Fd()))
+		err := r.fdatasync()
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
-			return &os.PathError{Op: "fdatasync", Path: r.info.Path, Err: err}
+			r.failed = &os.PathError{Op: "fdatasync", Path: r.info.Path, Err: err}
 		}
-		return nil
+		return r.failed
 	}
 }
 

@@ -132,6 +132,20 @@ func TestFileAndTmpfs(t *testing.T) {
 	}
 }
 
+// TestSyncFailsForGood lets one sync fail: the next would be a success of a kernel that has forgotten what it did not write.
+func TestSyncFailsForGood(t *testing.T) {
+	r := mustOpen(t, Config{Kind: KindFile, Path: filepath.Join(t.TempDir(), "pool"), Size: 16 << 20, Create: true}).(*file)
+	real := r.fdatasync
+	r.fdatasync = func() error { return unix.EIO }
+	if err := r.Sync(0, 4096); !errors.Is(err, unix.EIO) {
+		t.Errorf("sync: %v, expected EIO", err)
+	}
+	r.fdatasync = real
+	if err := r.Sync(0, 4096); !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), "open the pool anew") {
+		t.Errorf("sync again: %v, expected the same error and what to do", err)
+	}
+}
+
 func TestReadOnly(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pool")
 	w := mustOpen(t, Config{Kind: KindFile, Path: path, Size: MinSize, Create: true})
