@@ -186,7 +186,7 @@ func hasMagic(r region.Region) bool {
 
 // format makes an empty pool. A crash inside of it leaves a wiped region.
 func format(r region.Region, indexPath string, o Options) (*Pool, error) {
-	if err := region.InUse(r.Info()); err != nil {
+	if err := region.InUse(r); err != nil {
 		return nil, fmt.Errorf("pool: make it anew: %w", err)
 	}
 	clearTo := int64(headArea)

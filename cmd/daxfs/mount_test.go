@@ -48,6 +48,7 @@ func TestMount(t *testing.T) {
 	bin := program(t)
 	for name, f := range map[string]func(*testing.T, string){
 		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool,
+		"rm leaves what is mounted": removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, bin) })
@@ -168,6 +169,29 @@ func mountsFromPool(t *testing.T, bin string) {
 			if !strings.Contains(out, want) {
 				t.Errorf("%s: output lacks %q:\n%s", driver, want, out)
 			}
+		}
+	}
+}
+
+// An image that any driver has mounted is not removed, by whatever path the pool is named, nor is its pool made anew.
+func removeLeavesWhatIsMounted(t *testing.T, bin string) {
+	for _, driver := range []string{"erofs", "erofs-loop", "fuse"} {
+		out := inNamespace(t, bin, `
+			mkdir tree mnt "real dir"; echo hello >tree/greeting; ln -s "real dir" link
+			daxfs pool init --size 64m link/pool
+			daxfs pool put --key one link/pool rootfs:tree
+			echo other >tree/greeting
+			daxfs pool put --key two link/pool rootfs:tree
+			daxfs mount --driver `+driver+` --pool link/pool one mnt
+			! daxfs pool rm link/pool one || echo removed in use
+			! daxfs pool init --force --size 64m link/pool || echo made anew in use
+			daxfs pool rm link/pool two
+			cat mnt/greeting
+			daxfs umount mnt
+			daxfs pool rm link/pool one`)
+		if strings.Count(out, "in use; unmount it first") != 1 || strings.Count(out, "removed 1 images") != 2 ||
+			!strings.Contains(out, "make it anew") || !strings.Contains(out, "hello\n") || strings.Contains(out, "anew in use") {
+			t.Errorf("%s: output:\n%s", driver, out)
 		}
 	}
 }

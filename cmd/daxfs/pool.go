@@ -329,8 +329,8 @@ func (e *env) poolRemove(c *cli.Context) error {
 			if err != nil {
 				return err
 			}
-			if where := mountedFrom("/", p.Region().Info(), m); where != "" {
-				return fmt.Errorf("image %q: %s: %w", key, where, pool.ErrBusy)
+			if err := region.WindowInUse(p.Region(), m.Off); err != nil {
+				return fmt.Errorf("image %q: %w; unmount it first", key, err)
 			}
 			if err := p.RemoveImage(c.Context, key); err != nil {
 				return err
@@ -338,29 +338,6 @@ func (e *env) poolRemove(c *cli.Context) error {
 		}
 		return e.freed(c, before, p.Usage())
 	})
-}
-
-// mountedFrom says what uses the window of an image on this machine: a loop device, or a mount of the file.
-func mountedFrom(root string, info region.Info, m pool.Image) string {
-	loops, _ := filepath.Glob(filepath.Join(root, "sys/block/loop*/loop"))
-	for _, dir := range loops {
-		file, err1 := os.ReadFile(filepath.Join(dir, "backing_file"))
-		off, err2 := os.ReadFile(filepath.Join(dir, "offset"))
-		if err1 == nil && err2 == nil && strings.TrimSpace(string(file)) == info.Path && strings.TrimSpace(string(off)) == strconv.FormatInt(m.Off, 10) {
-			return "in use by /dev/" + filepath.Base(filepath.Dir(dir))
-		}
-	}
-	mounts, err := os.ReadFile(filepath.Join(root, "proc/self/mountinfo"))
-	if err != nil {
-		return ""
-	}
-	for line := range strings.Lines(string(mounts)) {
-		f := strings.Fields(line)
-		if strings.Contains(line, " - erofs "+info.Path+" ") && strings.Contains(line, fmt.Sprintf("fsoffset=%d", m.Off)) && len(f) > 4 {
-			return "mounted on " + f[4]
-		}
-	}
-	return ""
 }
 
 func (e *env) poolCollect(c *cli.Context) error {

@@ -174,27 +174,3 @@ func TestPoolOwned(t *testing.T) {
 		t.Errorf("rm: status %d, %s", status, stderr)
 	}
 }
-
-func TestMountedFrom(t *testing.T) {
-	root := t.TempDir()
-	for path, text := range map[string]string{
-		"sys/block/loop3/loop/backing_file": "/var/pool\n", "sys/block/loop3/loop/offset": "2097152\n",
-		"proc/self/mountinfo": "40 1 0:50 / /mnt/b ro - erofs /var/pool ro,directio,fsoffset=6291456\n",
-	} {
-		path = filepath.Join(root, path)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for off, want := range map[int64]string{2 << 20: "in use by /dev/loop3", 4 << 20: "", 6 << 20: "mounted on /mnt/b"} {
-		if got := mountedFrom(root, region.Info{Path: "/var/pool"}, pool.Image{Off: off}); got != want {
-			t.Errorf("image at %d: %q, expected %q", off, got, want)
-		}
-	}
-	if got := mountedFrom(root, region.Info{Path: "/var/other"}, pool.Image{Off: 2 << 20}); got != "" {
-		t.Errorf("another pool: %q", got)
-	}
-}
