@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
@@ -111,7 +113,11 @@ func (d DAX) Mount(ctx context.Context, src mount.Source, dir string) (err error
 			return err
 		}
 	}
-	if err := sys.Do(sys.Mount{Type: "erofs", Source: dev, Options: []string{"dax=always"}, Restrict: src.Restrict}, dir); err != nil {
+	err = sys.Do(sys.Mount{Type: "erofs", Source: dev, Options: []string{"dax=always"}, Restrict: src.Restrict}, dir)
+	if errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("this kernel's EROFS has no DAX (CONFIG_FS_DAX), or cannot use it with this image: %w: %w", err, mount.ErrUnsupported)
+	}
+	if err != nil {
 		return err
 	}
 	if err := hasDAX(dir); err != nil {

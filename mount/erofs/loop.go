@@ -111,7 +111,7 @@ func attach(ctx context.Context, path string, off, size int64) (*os.File, error)
 		}
 		n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
 		if err != nil {
-			return nil, fmt.Errorf("get a free loop device: %w", err)
+			return nil, noLoop(err) // such as ENOSPC, or a limit of the module
 		}
 		dev, err := os.OpenFile("/dev/loop"+strconv.Itoa(n), os.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {

@@ -38,6 +38,11 @@ func MapWindow(path string, off, size int64) (*Mapping, error) {
 	if st.Mode().IsRegular() && st.Size() < off+size {
 		return nil, fmt.Errorf("window %d+%d of %q: the file has %d bytes only", off, size, path, st.Size())
 	}
+	if st.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice {
+		// The page cache of a block device may be older than the memory below it, which other kernels write as well. What
+		// is mapped elsewhere stays in it.
+		_ = unix.Fadvise(int(f.Fd()), off, size, unix.FADV_DONTNEED)
+	}
 	m, err := mapRange(int(f.Fd()), off, size)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOMEM) {
 		// Files of huge pages and DAX devices are mapped in whole huge pages only.
