@@ -213,13 +213,10 @@ func (e *env) show(r report) error {
 		if m.Bytes > 0 {
 			fmt.Fprintf(w, ", %s", human(int64(m.Bytes)))
 		}
-		if m.Info.HasPhys {
-			fmt.Fprintf(w, ", at physical address %#x", m.Info.Phys)
-		}
 		if m.Note != "" {
 			fmt.Fprintf(w, ", %s", m.Note)
 		}
-		fmt.Fprintln(w)
+		fmt.Fprintf(w, "\n  %s\n", properties(m.Info))
 		for _, d := range m.Drivers {
 			mark, text := "  ", d.Sharing
 			if d.Picked {
@@ -243,6 +240,26 @@ func (e *env) show(r report) error {
 		return err
 	}
 	return nil
+}
+
+// properties says in words what can be done with a region.
+func properties(i region.Info) string {
+	device := "no block device"
+	if i.BlockDevice != "" && i.DAX {
+		device = "block device with DAX"
+	} else if i.BlockDevice != "" {
+		device = "block device without DAX"
+	}
+	phys := "physical address unknown"
+	if i.HasPhys {
+		phys = fmt.Sprintf("physical address %#x", i.Phys)
+	}
+	survives := map[region.Persistence]string{
+		region.PersistsNothing: "ends with its last user",
+		region.PersistsProcess: "survives its processes, not a reboot",
+		region.PersistsReboot:  "survives a reboot",
+	}[i.Persistent]
+	return strings.Join([]string{device, phys, survives}, "; ")
 }
 
 func showSupport(w io.Writer, rows []support) {

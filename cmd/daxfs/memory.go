@@ -135,8 +135,12 @@ func findMemory(s sysroot, dir string) ([]memory, error) {
 		if phys, err := strconv.ParseUint(s.read("sys/bus/dax/devices", d.Name(), "resource"), 0, 64); err == nil && phys != 0 {
 			m.Info.Phys, m.Info.HasPhys = phys, true
 		}
+		if dir, err := filepath.EvalSymlinks(filepath.Join(string(s), "sys/bus/dax/devices", d.Name())); err == nil && strings.Contains(dir, "/ndbus") {
+			m.Info.Persistent = region.PersistsReboot // an nvdimm's, as package region takes it
+		}
 		out = append(out, m)
 	}
+	out = append(out, reserved(s.read("proc/cmdline"))...)
 	pages, _ := strconv.ParseUint(s.read("proc/sys/vm/nr_hugepages"), 10, 64)
 	if pages > 0 {
 		out = append(out, memory{
@@ -157,6 +161,47 @@ func findMemory(s sysroot, dir string) ([]memory, error) {
 		}
 	}
 	return out, nil
+}
+
+// reserved finds what the kernel command line keeps out of the kernel's hands, memmap=SIZE$ADDRESS. Other ranges that
+// /proc/iomem calls reserved are the firmware's.
+func reserved(cmdline string) []memory {
+	var out []memory
+	for _, arg := range strings.Fields(cmdline) {
+		list, ok := strings.CutPrefix(arg, "memmap=")
+		if !ok {
+			continue
+		}
+		for part := range strings.SplitSeq(list, ",") {
+			size, addr, ok := strings.Cut(strings.ReplaceAll(part, `\`, ""), "$")
+			n, err1 := memSize(size)
+			at, err2 := memSize(addr)
+			if !ok || err1 != nil || err2 != nil {
+				continue
+			}
+			out = append(out, memory{
+				Info:  region.Info{Kind: region.KindPhys, Phys: at, HasPhys: true, FD: -1, Persistent: region.PersistsProcess},
+				Bytes: n,
+				Note:  "reserved on the kernel command line",
+			})
+		}
+	}
+	return out
+}
+
+// memSize reads a number as the kernel does on its command line: decimal or 0x, then K, M, G or T.
+func memSize(s string) (uint64, error) {
+	shift := 0
+	if s != "" {
+		if i := strings.IndexByte("KMGT", s[len(s)-1]&^0x20); i >= 0 {
+			shift, s = 10*(i+1), s[:len(s)-1]
+		}
+	}
+	n, err := strconv.ParseUint(s, 0, 64)
+	if err == nil && n<<shift>>shift != n {
+		err = strconv.ErrRange
+	}
+	return n << shift, err
 }
 
 // existing is the longest part of a path that is there.

@@ -48,7 +48,7 @@ func TestMount(t *testing.T) {
 	bin := program(t)
 	for name, f := range map[string]func(*testing.T, string){
 		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool,
-		"rm leaves what is mounted": removeLeavesWhatIsMounted,
+		"rm leaves what is mounted":     removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, bin) })
@@ -248,6 +248,7 @@ func TestFindMemory(t *testing.T) {
 		"sys/class/block/sda/queue/dax":         "0\n",
 		"sys/bus/dax/devices/dax0.0/size":       "2097152\n",
 		"sys/bus/dax/devices/dax0.0/resource":   "0x200000000\n",
+		"proc/cmdline":                          "quiet memmap=1G\\$0x300000000,2G!8G memmap=512M$64g root=/dev/vda\n",
 		"proc/sys/vm/nr_hugepages":              "16\n",
 		"dev/dma_heap/system":                   "",
 		"dev/shm/x":                             "",
@@ -268,7 +269,7 @@ func TestFindMemory(t *testing.T) {
 	for _, m := range found {
 		got = append(got, m.Info.Kind)
 	}
-	if s := strings.Join(got, " "); !strings.HasPrefix(s, "pmem pmem devdax hugetlbfs dmabuf ") || len(got) != 7 {
+	if s := strings.Join(got, " "); !strings.HasPrefix(s, "pmem pmem devdax phys phys hugetlbfs dmabuf ") || len(got) != 9 {
 		t.Errorf("found %q", got)
 	}
 	if m := found[0]; !m.Info.DAX || m.Info.Phys != 1<<32 || !m.Info.HasPhys || m.Bytes != 4<<20 || m.Info.BlockDevice != "/dev/pmem0" {
@@ -279,5 +280,20 @@ func TestFindMemory(t *testing.T) {
 	}
 	if m := found[2]; m.Info.Phys != 2<<32 || m.Bytes != 2<<20 {
 		t.Errorf("dax0.0 is %+v", m)
+	}
+	for i, want := range map[int][2]uint64{3: {3 << 32, 1 << 30}, 4: {64 << 30, 512 << 20}} {
+		if m := found[i]; m.Info.Phys != want[0] || m.Bytes != want[1] {
+			t.Errorf("reserved range is %+v", m)
+		}
+	}
+	for i, want := range map[int]string{
+		0: "block device with DAX; physical address 0x100000000; survives a reboot",
+		1: "block device without DAX; physical address unknown; survives a reboot",
+		2: "no block device; physical address 0x200000000; survives its processes, not a reboot",
+		6: "no block device; physical address unknown; ends with its last user",
+	} {
+		if got := properties(found[i].Info); got != want {
+			t.Errorf("%s: %q, expected %q", found[i].Info.Kind, got, want)
+		}
 	}
 }

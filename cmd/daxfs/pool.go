@@ -198,7 +198,7 @@ func (e *env) poolInit(c *cli.Context) error {
 type poolImage struct {
 	pool.Image
 	UUID  string           `json:"uuid"`
-	Usage *pool.ImageUsage `json:"usage,omitempty"` // only known to the owner
+	Usage *pool.ImageUsage `json:"usage,omitempty"`
 }
 
 // poolState is pool ls --json and pool show --json.
@@ -207,7 +207,9 @@ type poolState struct {
 	Generation uint64      `json:"generation"`
 	Size       int64       `json:"size"`
 	Usage      *pool.Usage `json:"usage,omitempty"` // only known to the owner
-	Saved      int64       `json:"saved,omitempty"`
+	Unshared   int64       `json:"unshared"`        // what the images' contents would take apart
+	Contents   int64       `json:"contents"`        // and what they take
+	Saved      int64       `json:"saved"`
 	Images     []poolImage `json:"images"`
 }
 
@@ -221,27 +223,32 @@ func (e *env) state(c *cli.Context) (*poolState, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer r.Close()
 	cat, err := pool.ReadCatalogue(r)
-	if err = errors.Join(err, r.Close()); err != nil {
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", c.Args().First(), err)
+	}
+	shared, err := pool.ReadShared(r, cat)
+	if err != nil {
+		fmt.Fprintf(e.stderr, "daxfs: what these images share is not known: %s\n", message(err))
 	}
 	s := &poolState{ID: hex.EncodeToString(cat.PoolID[:]), Generation: cat.Generation, Size: cat.Size, Images: []poolImage{}}
 	for _, m := range cat.Images {
-		s.Images = append(s.Images, poolImage{Image: m, UUID: uuid(m.UUID)})
+		im := poolImage{Image: m, UUID: uuid(m.UUID)}
+		if u, ok := shared.Images[m.Key]; ok {
+			im.Usage = &u
+		}
+		s.Images = append(s.Images, im)
 	}
+	s.Unshared, s.Contents, s.Saved = shared.Unshared, shared.ImageExtents, shared.Unshared-shared.ImageExtents
 	p, closePool, err := e.openPool(c)
 	if err != nil {
 		// It belongs to a process that runs, here or on another machine: what readers may know stays.
-		fmt.Fprintf(e.stderr, "daxfs: only the catalogue can be read: %s\n", message(err))
+		fmt.Fprintf(e.stderr, "daxfs: layers and free space are known to the owner only: %s\n", message(err))
 		return s, nil
 	}
 	u := p.Usage()
-	s.Usage, s.Saved = &u, u.Unshared-u.ImageExtents
-	for i := range s.Images {
-		if iu, err := p.ImageUsage(s.Images[i].Key); err == nil {
-			s.Images[i].Usage = &iu
-		}
-	}
+	s.Usage = &u
 	return s, closePool()
 }
 
@@ -293,8 +300,8 @@ func (e *env) poolShow(c *cli.Context) error {
 		fmt.Fprintf(w, "Metadata\t%s\n", human(u.Segments))
 		fmt.Fprintf(w, "Free\t%s, %s in one piece\n", human(u.Free), human(u.LongestFree))
 		fmt.Fprintf(w, "Layers\t%d, holding %s that no image uses\n", u.Layers, human(u.Reclaimable))
-		fmt.Fprintf(w, "Saved\t%s: the images' contents would take %s apart, and take %s\n", human(s.Saved), human(u.Unshared), human(u.ImageExtents))
 	}
+	fmt.Fprintf(w, "Saved\t%s: the images' contents would take %s apart, and take %s\n", human(s.Saved), human(s.Unshared), human(s.Contents))
 	return nil
 }
 

@@ -154,7 +154,8 @@ func TestPoolErrors(t *testing.T) {
 func TestPoolOwned(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pool")
 	mustPool(t, "init", "--size", "64m", path)
-	mustPool(t, "put", "--key", "one", path, rootfs(t, map[string]string{"f": "x"}))
+	mustPool(t, "put", "--key", "one", path, rootfs(t, map[string]string{"f": "x", "g": "both"}))
+	mustPool(t, "put", "--key", "two", path, rootfs(t, map[string]string{"h": "both"}))
 	r, err := region.Open(region.Config{Kind: region.KindFile, Path: path})
 	if err != nil {
 		t.Fatal(err)
@@ -168,6 +169,21 @@ func TestPoolOwned(t *testing.T) {
 	status, stdout, stderr := runPool(t, "ls", path)
 	if status != statusOK || !strings.Contains(stdout, "one") || !strings.Contains(stderr, "in use by process") {
 		t.Errorf("ls: status %d, %s%s", status, stdout, stderr)
+	}
+	var state poolState
+	if _, stdout, _ := runPool(t, "show", "--json", path); json.Unmarshal([]byte(stdout), &state) != nil || len(state.Images) != 2 {
+		t.Fatalf("show: %s", stdout)
+	}
+	// What the images share is the same for readers and for the owner.
+	u := p.Usage()
+	if state.Usage != nil || state.Saved != 4096 || state.Unshared != u.Unshared || state.Contents != u.ImageExtents {
+		t.Errorf("show: %+v, the owner knows %+v", state, u)
+	}
+	for _, m := range state.Images {
+		want, err := p.ImageUsage(m.Key)
+		if err != nil || m.Usage == nil || *m.Usage != want {
+			t.Errorf("image %q: %+v, the owner knows %+v, %v", m.Key, m.Usage, want, err)
+		}
 	}
 	status, _, stderr = runPool(t, "rm", path, "one")
 	if status != statusFailed || !strings.Contains(stderr, "in use by process") {
