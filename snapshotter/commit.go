@@ -45,6 +45,12 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		usage.Add(snapshots.Usage(du))
 	}
 	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		// A differ whose caller gave up may have ended only now.
+		if now, err := getRecord(tx, id); err != nil {
+			return err
+		} else if len(now.Streamed) != len(rec.Streamed) {
+			return fmt.Errorf("snapshot %q is still being written: %w", key, errdefs.ErrFailedPrecondition)
+		}
 		if _, err := storage.CommitActive(ctx, key, name, usage, opts...); err != nil {
 			return err
 		}

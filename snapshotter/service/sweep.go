@@ -40,6 +40,9 @@ func (l *lowers) Sweep(ctx context.Context, use snapshotter.Uses, short bool) er
 }
 
 func (l *lowers) sweepImage(ctx context.Context, chain string, use snapshotter.Uses, short bool) error {
+	if use.Image(chain) == snapshotter.InUse {
+		return nil // and it may be in the making: do not wait for that
+	}
 	unlock, err := l.chains.lock(ctx, chain)
 	if err != nil {
 		return err
@@ -80,6 +83,9 @@ func (l *lowers) sweepImage(ctx context.Context, chain string, use snapshotter.U
 }
 
 func (l *lowers) sweepLayer(ctx context.Context, key string, use snapshotter.Uses, short bool) error {
+	if use.Layer(key) == snapshotter.InUse {
+		return nil
+	}
 	unlock, err := l.layers.lock(ctx, key)
 	if err != nil {
 		return err
