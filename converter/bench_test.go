@@ -167,8 +167,8 @@ func (c cost) report(b *testing.B, name string) {
 	b.ReportMetric(c.cpu.Seconds()/float64(b.N), name+"-cpu-s")
 }
 
-// BenchmarkConvertGzip converts from gzip layers, beside only decompressing and hashing them, in turns. The goal is
-// x-decompress ≤ 1.15: conversion costs next to nothing beside what every verified pull must do.
+// BenchmarkConvertGzip converts from gzip layers, beside only decompressing and hashing them, in turns: as a plain loop
+// does (the goal is x-decompress ≤ 1.15), and as the stages of a pipeline do (x-pipelined), which keeps both cores busy.
 func BenchmarkConvertGzip(b *testing.B) {
 	dir, blobs, unpacked := benchLayout(b, ocitest.Gzip)
 	img := benchFind(b, dir)
@@ -186,8 +186,9 @@ func BenchmarkConvertGzip(b *testing.B) {
 	base.report(b, "decompress")
 	pipe.report(b, "pipelined")
 	conv.report(b, "convert")
-	b.ReportMetric(conv.wall.Seconds()/min(base.wall, pipe.wall).Seconds(), "x-decompress")
-	b.ReportMetric(conv.cpu.Seconds()/min(base.cpu, pipe.cpu).Seconds(), "x-decompress-cpu")
+	b.ReportMetric(conv.wall.Seconds()/base.wall.Seconds(), "x-decompress")
+	b.ReportMetric(conv.wall.Seconds()/pipe.wall.Seconds(), "x-pipelined")
+	b.ReportMetric(conv.cpu.Seconds()/base.cpu.Seconds(), "x-decompress-cpu")
 	b.ReportMetric(float64(res.Stats.Inodes), "inodes")
 }
 

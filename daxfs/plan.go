@@ -143,6 +143,8 @@ func NewPlan(root *Node, o Options) (*Plan, error) {
 	if root == nil || root.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return nil, &TreeError{"/", invalid("the root is not a directory")}
 	}
+	// At once where that can be told: inodes are large, and growing step by step takes three times their memory.
+	w.plan.inodes = make([]inode, 0, countNames(root, 1, maxPath))
 	if _, err := w.add(root, 0, "", 0); err != nil {
 		return nil, err
 	}
@@ -159,6 +161,18 @@ func NewPlan(root *Node, o Options) (*Plan, error) {
 	return p, nil
 }
 
+// countNames returns n and the names below a directory, but stops at a million, and at the depth that paths have at most: the
+// tree has not been checked yet, and may be none.
+func countNames(root *Node, n, depth int) int {
+	for _, e := range root.Entries {
+		if n >= 1<<20 || depth == 0 || e == nil {
+			return n
+		}
+		n = countNames(e, n+1, depth-1)
+	}
+	return n
+}
+
 // walker turns nodes into planned inodes.
 type walker struct {
 	plan    *Plan
@@ -171,9 +185,6 @@ type walker struct {
 func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, error) {
 	p := w.plan
 	idx := int32(len(p.inodes))
-	if len(p.inodes) == cap(p.inodes) {
-		p.inodes = slices.Grow(p.inodes, len(p.inodes)+64) // append grows large slices by a quarter: much copying
-	}
 	p.inodes = append(p.inodes, inode{parent: parent, name: name})
 	if len(p.inodes) == math.MaxInt32 {
 		return 0, w.fail(idx, invalid("too many inodes: expected fewer than %d", math.MaxInt32))

@@ -2,7 +2,6 @@ package layer
 
 import (
 	"archive/tar"
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -23,8 +22,8 @@ const (
 	xattrRecord    = "SCHILY.xattr."
 )
 
-// readBuffer is what is read from the tar stream at once. Contents longer than that do not pass through the buffer.
-const readBuffer = 64 << 10
+// onlyReader hides a Seek method: skipped contents must be read, or a hash over the stream would miss them.
+type onlyReader struct{ io.Reader }
 
 // FromTar reads an uncompressed tar stream up to its end marker, puts the contents of every regular file into s, and
 // returns the changes. Entries mean what containerd's archive.Apply takes them for; where that depends on what lies
@@ -34,14 +33,14 @@ const readBuffer = 64 << 10
 // of more than 32 bits, which containerd cuts off, and an xattr of 65,536 bytes, for which an image has no room. The limits of
 // Limits come on top.
 //
-// It may read some bytes beyond the end marker; the caller reads the rest of r, for example to verify a digest. On
+// Headers are read 512 bytes at a time: r should have a buffer. The caller reads what follows the end marker, for example
+// to verify a digest. On
 // error, what was put into s already is for the caller to drop. Errors of r and s are wrapped.
 func FromTar(ctx context.Context, r io.Reader, s Store, lim Limits) (*Layer, error) {
 	t := tarReader{
 		builder: newBuilder(FromTarStream, lim),
-		// The buffer also hides a Seek method: skipped contents must be read, or a hash over r would miss them.
-		tar:   tar.NewReader(bufio.NewReaderSize(r, readBuffer)),
-		store: s,
+		tar:     tar.NewReader(onlyReader{r}),
+		store:   s,
 	}
 	last := ""
 	for {
