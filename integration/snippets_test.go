@@ -1,0 +1,91 @@
+package integration
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+)
+
+// containerd itself takes every file of config/containerd, alone as a version of its configuration and with each of those
+// for Kubernetes added, and knows every key in them.
+func TestSnippets(t *testing.T) {
+	cache, err := stack.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	containerd := filepath.Join(cache, "bin/containerd")
+	if _, err := os.Stat(containerd); err != nil {
+		t.Skip("no containerd: it is built for root, and not with -short")
+	}
+	read := func(name string) string {
+		t.Helper()
+		b, err := os.ReadFile("../config/containerd/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	for _, version := range []string{"v3.toml", "v4.toml"} {
+		for _, cri := range []string{"", "cri.toml", "cri-runtimeclass.toml"} {
+			t.Run(version+"+"+cri, func(t *testing.T) {
+				text := read(version)
+				if cri != "" {
+					text += read(cri)
+				}
+				file := filepath.Join(t.TempDir(), "config.toml")
+				if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				cmd := exec.Command(containerd, "--config", file, "config", "dump")
+				var stderr bytes.Buffer
+				cmd.Stderr = &stderr
+				out, err := cmd.Output()
+				if err != nil {
+					t.Fatalf("%v\n%s", err, stderr.String())
+				}
+				// It only warns of what it does not know.
+				if strings.Contains(strings.ToLower(stderr.String()), "unknown") {
+					t.Errorf("containerd says:\n%s", stderr.String())
+				}
+				var got struct {
+					Proxy   map[string]struct{ Type string } `toml:"proxy_plugins"`
+					Plugins map[string]struct {
+						Unpack      []struct{ Snapshotter, Differ string } `toml:"unpack_config"`
+						Snapshotter string
+						Platforms   map[string]struct{ Snapshotter string } `toml:"runtime_platforms"`
+						Containerd  struct {
+							Runtimes map[string]struct{ Snapshotter string }
+						}
+					}
+				}
+				if err := toml.Unmarshal(out, &got); err != nil {
+					t.Fatal(err)
+				}
+				if got.Proxy["daxfs"].Type != "snapshot" || got.Proxy["daxfs-diff"].Type != "diff" {
+					t.Errorf("proxy plugins: %+v", got.Proxy)
+				}
+				if u := got.Plugins["io.containerd.transfer.v1.local"].Unpack; len(u) != 2 || u[1].Snapshotter != "daxfs" || u[1].Differ != "daxfs-diff" {
+					t.Errorf("unpack_config: %+v", u)
+				}
+				images, runtime := got.Plugins["io.containerd.cri.v1.images"], got.Plugins["io.containerd.cri.v1.runtime"]
+				if s := images.Snapshotter; (s == "daxfs") != (cri == "cri.toml") {
+					t.Errorf("the snapshotter of all pods is %q", s)
+				}
+				class := cri == "cri-runtimeclass.toml"
+				if s := images.Platforms["runc-daxfs"].Snapshotter; (s == "daxfs") != class {
+					t.Errorf("the snapshotter of images for the runtime class is %q", s)
+				}
+				if s := runtime.Containerd.Runtimes["runc-daxfs"].Snapshotter; (s == "daxfs") != class {
+					t.Errorf("the snapshotter of the runtime class is %q", s)
+				}
+			})
+		}
+	}
+}
