@@ -6,7 +6,8 @@ SHELL        := /bin/bash
 .SHELLFLAGS  := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VERSION      ?= $(shell git describe --tags --always --dirty --match 'v*' 2>/dev/null || echo unknown)
+VERSION      ?= $(shell git describe --tags --match 'v*' 2>/dev/null || echo unreleased)
+COMMIT       ?= $(shell git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)
 PREFIX       ?= /usr/local
 BINDIR       ?= $(PREFIX)/bin
 MANDIR       ?= $(PREFIX)/share/man
@@ -21,7 +22,7 @@ export DAXFS_TEST_CACHE
 
 GO           ?= go
 # Static binaries: one file serves every distribution, and the same bytes come out on every machine (-trimpath).
-GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.linkedVersion=$(VERSION)'
+GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X "main.linkedVersion=$(VERSION) (commit $(COMMIT))"'
 GOTEST        = $(GO) run ./integration/testreport $(if $(SKIPS),-skips $(SKIPS)) --
 # How long each fuzz target runs in "make fuzz"; "make test" gives each 10 s.
 FUZZTIME     ?= 60s
@@ -144,7 +145,7 @@ reproducible: ## Build twice, in two directories and from nothing, and compare t
 	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	for n in 1 2; do \
 		mkdir -p "$$dir/$$n"; tar -c --exclude=./.git --exclude=./bin . | tar -x -C "$$dir/$$n"; \
-		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" build VERSION=$(VERSION); \
+		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" build VERSION=$(VERSION) COMMIT=$(COMMIT); \
 	done; \
 	for c in $(COMMANDS); do cmp "$$dir/1/bin/$$c" "$$dir/2/bin/$$c"; sha256sum "$$dir/1/bin/$$c" | sed "s|$$dir/1/||"; done
 

@@ -17,7 +17,7 @@ func TestInstall(t *testing.T) {
 	dest := t.TempDir()
 	makeTarget := func(target string) {
 		t.Helper()
-		cmd := exec.Command("make", "-C", "..", target, "DESTDIR="+dest, "PREFIX=/usr", "VERSION=v1.2.3-test")
+		cmd := exec.Command("make", "-C", "..", target, "DESTDIR="+dest, "PREFIX=/usr", "VERSION=v1.2.3-test", "COMMIT=0123abc")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("make %s: %v\n%s", target, err, out)
 		}
@@ -40,7 +40,7 @@ func TestInstall(t *testing.T) {
 	}
 	for _, program := range []string{"daxfs", "daxfs-snapshotter"} {
 		out, err := exec.Command(filepath.Join(dest, "usr/bin", program), "--version").CombinedOutput()
-		if err != nil || string(out) != program+" v1.2.3-test\n" {
+		if err != nil || string(out) != program+" v1.2.3-test (commit 0123abc)\n" {
 			t.Errorf("%s --version: %q, %v", program, out, err)
 		}
 	}
