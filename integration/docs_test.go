@@ -30,6 +30,7 @@ var notRun = map[string]string{
 	"make uninstall":   "as make install",
 	"systemctl":        "needs systemd, and a unit that was installed",
 	"kubectl":          "needs a cluster; TestKubernetes checks the files",
+	"docker":           "needs docker, Debian's image and a registry; TestDaemonSet runs what comes out on another base",
 	"rm -r /var/lib":   "removes the state of this machine's daemon",
 	"daxfs umount --f": "unmounts what this machine's daemon has mounted",
 }

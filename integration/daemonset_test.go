@@ -1,0 +1,165 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
+)
+
+// The pod of the DaemonSet, with its mounts, its propagation, its namespaces and its configuration, serves the containerd of
+// the node on which it runs; it can be replaced below running containers, and a daemon on the node can take over from it.
+func TestDaemonSet(t *testing.T) {
+	s := stack.New(t, stack.Options{Mode: stack.Streaming})
+	s.Must(s.StopDaemon(syscall.SIGTERM))
+	// As / of a node: what is mounted in the pod is to appear here.
+	if err := unix.Mount(s.DaemonRoot(), s.DaemonRoot(), "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("", s.DaemonRoot(), "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	pod := podImage(t, s)
+	flags, args := podFlags(t, s)
+	start := func(id string) {
+		t.Helper()
+		// ctr has no word for the propagation of the root, without which that of the volume goes nowhere.
+		_, err := s.Try("nerdctl", append(append(append([]string{"--snapshotter", "overlayfs", "run", "--detach", "--name", id}, flags...), pod), args...)...)
+		s.Must(err)
+		for range 200 { // containerd waits for seconds after a failure before it connects again
+			if _, err = s.Try("ctr", "snapshot", "--snapshotter", "daxfs", "ls"); err == nil {
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		t.Fatalf("the daemon in pod %q does not answer: %v", id, err)
+	}
+	stop := func(id string) {
+		t.Helper()
+		s.Nerdctl("rm", "--force", id)
+	}
+	prints := func(id string) {
+		t.Helper()
+		if out, err := s.Exec(id, "cat", "/etc/hostname"); err != nil || out != "tiny\n" {
+			t.Errorf("container %q: %q, %v", id, out, err)
+		}
+	}
+
+	start("pod-1")
+	ref := push(t, s, "tiny")
+	s.Pull(ref, "daxfs")
+	s.Ctr("run", "--detach", "--snapshotter", "daxfs", ref, "before", "sleep", "1000000")
+	prints("before")
+	mounts := s.ImageMounts()
+	if len(mounts) != 1 || !strings.Contains(mounts[0], s.DaemonRoot()) {
+		t.Errorf("on the node there are the mounts %q, expected the one of the image", mounts)
+	}
+	stop("pod-1")
+	prints("before")
+	start("pod-2")
+	s.Ctr("run", "--detach", "--snapshotter", "daxfs", ref, "after", "sleep", "1000000")
+	prints("after")
+	stop("pod-2")
+	s.Must(s.StartDaemon())
+	prints("before")
+	if out := s.Run(ref, "daxfs", "last", "cat", "/etc/hostname"); out != "tiny\n" {
+		t.Errorf("with a daemon on the node the container printed %q", out)
+	}
+	if now := s.ImageMounts(); len(now) != 1 || len(mounts) != 1 || now[0] != mounts[0] {
+		t.Errorf("mounts of the image: %q at first, %q in the end, expected the same one", mounts, now)
+	}
+}
+
+// podImage pushes what docs/kubernetes/Dockerfile makes, on busybox in place of Debian.
+func podImage(t *testing.T, s *stack.T) string {
+	t.Helper()
+	cache, err := stack.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	base, err := testimage.Busybox()
+	if err != nil {
+		t.Fatal(err)
+	}
+	programs := []testimage.Entry{testimage.Dir("usr/local", 0o755), testimage.Dir("usr/local/bin", 0o755)}
+	for _, name := range []string{"daxfs", "daxfs-snapshotter"} {
+		body, err := os.ReadFile(filepath.Join(cache, "own", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		programs = append(programs, testimage.File("usr/local/bin/"+name, 0o755, body))
+	}
+	img, err := testimage.Image(base, programs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Push("daxfs-snapshotter", img)
+}
+
+// podFlags translates the pod of the DaemonSet for nerdctl, as containerd's CRI would. Its paths on the node become those of the
+// stack.
+func podFlags(t *testing.T, s *stack.T) (flags, args []string) {
+	t.Helper()
+	text, err := os.ReadFile("../docs/kubernetes/daemonset.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := &appsv1.DaemonSet{}
+	if err := yaml.UnmarshalStrict(text, set); err != nil {
+		t.Fatal(err)
+	}
+	spec := set.Spec.Template.Spec
+	c := spec.Containers[0]
+	if spec.HostPID {
+		flags = append(flags, "--pid", "host")
+	}
+	if spec.HostNetwork {
+		flags = append(flags, "--net", "host")
+	}
+	if p := c.SecurityContext.Privileged; p != nil && *p {
+		flags = append(flags, "--privileged")
+	}
+	etc := t.TempDir()
+	text, err = os.ReadFile("../docs/kubernetes/config.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(etc, "config.toml"), text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	def := config.Default()
+	node := strings.NewReplacer(def.Root, s.DaemonRoot(), filepath.Dir(def.Address), s.Stack.Run, filepath.Dir(def.Containerd.Address), s.Stack.Run)
+	host := map[string]string{}
+	for _, v := range spec.Volumes {
+		switch {
+		case v.HostPath != nil:
+			host[v.Name] = node.Replace(v.HostPath.Path)
+		case v.ConfigMap != nil:
+			host[v.Name] = etc
+		}
+	}
+	for _, m := range c.VolumeMounts {
+		options := "rprivate"
+		if p := m.MountPropagation; p != nil && *p == corev1.MountPropagationBidirectional {
+			options = "rshared"
+		}
+		if m.ReadOnly {
+			options += ",ro"
+		}
+		flags = append(flags, "-v", fmt.Sprintf("%s:%s:%s", host[m.Name], node.Replace(m.MountPath), options))
+	}
+	args = append(append(args, c.Command...), c.Args...)
+	return flags, append(args, "--root", s.DaemonRoot(), "--address", s.Stack.Run+"/daxfs.sock", "--containerd-address", s.Stack.Run+"/containerd.sock")
+}
