@@ -85,3 +85,19 @@ func TestInstall(t *testing.T) {
 		t.Errorf("after uninstalling there are %q, %v", left, err)
 	}
 }
+
+// systemd takes the unit as it is installed: it knows every option, and the program is where the unit says.
+func TestUnit(t *testing.T) {
+	if _, err := exec.LookPath("systemd-analyze"); err != nil {
+		t.Skip("no systemd-analyze: Debian's minimal system has no systemd")
+	}
+	prefix := t.TempDir()
+	cmd := exec.Command("make", "-C", "..", "install", "PREFIX="+prefix, "SYSCONFDIR="+prefix+"/etc")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("make install: %v\n%s", err, out)
+	}
+	out, err := exec.Command("systemd-analyze", "verify", "--man=no", prefix+"/lib/systemd/system/daxfs-snapshotter.service").CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+}
