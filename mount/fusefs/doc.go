@@ -21,7 +21,8 @@
 // processor time where all is cached): cached random reads cost the same (1.0), find -ls of 50,000 files
 // takes 1.2 to 1.9 times as long on a fresh mount and as long on the second pass. Cached sequential reads and page faults
 // run at 0.25 to 0.33 of EROFS, as they do on tmpfs: EROFS keeps files in large folios (/proc/kpageflags: 3,456 of the 4,096
-// pages of a file), FUSE in single pages (0 of 4,096), and nothing that a server can ask for changes that.
+// pages of a file), FUSE in single pages (0 of 4,096), and nothing that a server can ask for changes that. EROFS that has to cache
+// single pages is no faster than FUSE: docs/decisions/0008-fuse-caches-single-pages.md.
 //
 // # The server is a process of its own
 //
