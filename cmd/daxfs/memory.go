@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -66,6 +67,48 @@ func describe(s sysroot, path string) (region.Info, error) {
 		return fileRegion(path)
 	}
 	return region.Info{}, fmt.Errorf("%q is neither a file nor a device", path)
+}
+
+// memoryFile is memory that is open for reading.
+type memoryFile interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// openMemory opens what a path or ADDRESS+SIZE stands for, describes it and tells how many bytes it has.
+func openMemory(arg string, info *region.Info) (_ memoryFile, size int64, err error) {
+	rc, err := regionAt("", arg)
+	if err != nil {
+		return nil, 0, err
+	}
+	if rc.Kind == region.KindPhys || rc.Kind == region.KindDevDAX {
+		// This memory can only be mapped: read(2) knows nothing of it.
+		rc.ReadOnly = true
+		r, err := region.Open(rc)
+		if err != nil {
+			return nil, 0, err
+		}
+		*info = r.Info()
+		info.FD = -1 // it ends with r
+		return r, r.Size(), nil
+	}
+	if *info, err = describe("/", arg); err != nil {
+		return nil, 0, err
+	}
+	f, err := os.Open(info.Path)
+	if err != nil {
+		return nil, 0, err
+	}
+	if size, err = f.Seek(0, io.SeekEnd); err != nil { // also that of a device
+		return nil, 0, errors.Join(fmt.Errorf("size of %q: %w", arg, err), f.Close())
+	}
+	if info.BlockDevice != "" {
+		// What this kernel has cached of the device may be older than what another one, with the same memory, wrote since.
+		if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+			return nil, 0, errors.Join(fmt.Errorf("drop the cache of %q: %w", arg, err), f.Close())
+		}
+	}
+	return f, size, nil
 }
 
 // fileRegion describes a region that is the file at path, or one in the directory at path.

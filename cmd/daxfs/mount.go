@@ -24,9 +24,9 @@ func mountCommand(e *env) *cli.Command {
 		Usage:     "mount an image, read-only",
 		ArgsUsage: "IMAGE DIR | --pool POOL KEY DIR",
 		Description: `
-IMAGE is an image file, or a block device that holds one. With --pool, KEY is the name of an image in a pool (or the
-beginning of one, if no other begins like it), and POOL the file or device of the pool: the pool's owner need not run, nor
-run on this kernel. The owner does not know of the mount; it must not remove the image meanwhile.
+IMAGE is an image file, or a device or range of physical memory that holds one. With --pool, KEY is the name of an image in
+a pool (or the beginning of one, if no other begins like it), and POOL the file, device or ADDRESS+SIZE of the pool: the pool's
+owner need not run, nor run on this kernel. The owner does not know of the mount; it must not remove the image meanwhile.
 
 Drivers: auto takes the first that works, in the order shown by daxfs doctor; erofs (erofs-dax, erofs-file, erofs-loop),
 daxfs (the kernel module), fuse. The image is checked first: what a stranger wrote is not for a kernel to find out.
@@ -39,10 +39,11 @@ that does. SIGUSR1 makes a server write its counters to its standard error.
 Examples:
    daxfs mount debian.daxfs /mnt
    daxfs mount --driver fuse debian.daxfs /mnt
-   daxfs mount --pool /dev/pmem0 sha256:6859 /mnt`,
+   daxfs mount --pool /dev/pmem0 sha256:6859 /mnt
+   daxfs mount --driver daxfs --pool 0x400000000+4294967296 sha256:6859 /mnt`,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "driver", Aliases: []string{"d"}, Value: "auto", Usage: "mount with `DRIVER`"},
-			&cli.StringFlag{Name: "pool", Usage: "mount an image of the pool in `FILE`"},
+			&cli.StringFlag{Name: "pool", Usage: "mount an image of `POOL`"},
 			&cli.Int64Flag{Name: "offset", Usage: "the image starts at byte `N` of the file"},
 			&cli.Int64Flag{Name: "size", Usage: "the image, or its window, has `N` bytes; 0 is the rest of the file"},
 			&cli.BoolFlag{Name: "suid", Usage: "let setuid programs and device nodes of the image work"},
@@ -115,15 +116,11 @@ func mountSource(c *cli.Context) (mount.Source, error) {
 		}
 		path = c.String("pool")
 	}
-	var err error
-	if src.Region, err = describe("/", path); err != nil {
+	f, end, err := openMemory(path, &src.Region)
+	if err != nil {
 		if errors.Is(err, os.ErrNotExist) && !c.IsSet("pool") && strings.Contains(name, ":") {
 			return src, fmt.Errorf("%w; for an image of a pool give --pool", err)
 		}
-		return src, err
-	}
-	f, err := os.Open(src.Region.Path)
-	if err != nil {
 		return src, err
 	}
 	defer f.Close()
@@ -135,10 +132,6 @@ func mountSource(c *cli.Context) (mount.Source, error) {
 		src.Key, src.Off, src.Size = img.Key, img.Off, img.Size
 		return src, nil
 	}
-	end, err := f.Seek(0, io.SeekEnd) // also that of a device
-	if err != nil {
-		return src, fmt.Errorf("size of %q: %w", path, err)
-	}
 	if src.Off < 0 || src.Off >= end {
 		return src, fmt.Errorf("offset %d of %q, which has %d bytes", src.Off, path, end)
 	}
@@ -149,7 +142,7 @@ func mountSource(c *cli.Context) (mount.Source, error) {
 }
 
 // findImage looks up a key, or the only one that begins with it.
-func findImage(f *os.File, path, key string) (pool.Image, error) {
+func findImage(f io.ReaderAt, path, key string) (pool.Image, error) {
 	cat, err := pool.ReadCatalogue(f)
 	if err != nil {
 		return pool.Image{}, fmt.Errorf("pool %q: %w", path, err)

@@ -62,18 +62,24 @@ Examples:
 
 // regionOf turns the POOL argument into a region.
 func regionOf(c *cli.Context, readOnly bool) (region.Config, error) {
-	arg := c.Args().First()
-	rc := region.Config{Kind: c.String("kind"), Path: arg, ReadOnly: readOnly}
-	if addr, size, ok := strings.Cut(arg, "+"); ok && (rc.Kind == "" || rc.Kind == region.KindPhys) && !strings.Contains(arg, "/") {
+	rc, err := regionAt(c.String("kind"), c.Args().First())
+	rc.ReadOnly = readOnly
+	return rc, err
+}
+
+// regionAt is the region that a POOL argument stands for, of the kind that follows from it unless one is given.
+func regionAt(kind, arg string) (region.Config, error) {
+	rc := region.Config{Kind: kind, Path: arg}
+	if addr, size, ok := strings.Cut(arg, "+"); ok && (kind == "" || kind == region.KindPhys) && !strings.Contains(arg, "/") {
 		phys, err1 := strconv.ParseUint(addr, 0, 64)
 		n, err2 := strconv.ParseInt(size, 0, 64)
 		if err := errors.Join(err1, err2); err != nil {
 			return rc, &usageError{"pool", fmt.Sprintf("physical range %q, expected ADDRESS+SIZE: %v", arg, err)}
 		}
-		rc.Kind, rc.Path, rc.Phys, rc.Size = region.KindPhys, "", phys, n
-		return rc, nil
+		// Whoever opens a pool does not take the range: init did, and had to be forced where the kernel does not reserve it.
+		return region.Config{Kind: region.KindPhys, Phys: phys, Size: n, Force: true}, nil
 	}
-	if rc.Kind != "" {
+	if kind != "" {
 		return rc, nil
 	}
 	info, err := describe("/", arg)
