@@ -55,6 +55,9 @@ func (p Platform) choose(candidates []ocispec.Descriptor) (ocispec.Descriptor, e
 			found = append(found, d)
 		}
 	}
+	if len(names) == 0 {
+		return ocispec.Descriptor{}, fmt.Errorf("%w %s: the index has no container image", ErrPlatform, p.name)
+	}
 	if len(found) == 0 {
 		slices.Sort(names)
 		return ocispec.Descriptor{}, fmt.Errorf("%w %s: the index has %s; choose one with --platform",

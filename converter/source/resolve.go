@@ -3,6 +3,7 @@ package source
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -144,6 +145,9 @@ func expand(ctx context.Context, b *finder, list []ocispec.Descriptor, depth int
 			all = append(all, m)
 		default:
 			img, err := fromManifest(ctx, b, m) // the configuration knows
+			if errors.Is(err, errArtifact) {
+				continue // signatures and the like often stand beside the image they belong to, in a layout
+			}
 			if err != nil {
 				return nil, err
 			}
@@ -153,6 +157,9 @@ func expand(ctx context.Context, b *finder, list []ocispec.Descriptor, depth int
 	}
 	return all, nil
 }
+
+// errArtifact marks manifests of something else than container images.
+var errArtifact = fmt.Errorf("%w of its config", ErrMediaType)
 
 // fromManifest reads an image manifest and its configuration, and checks that they agree.
 func fromManifest(ctx context.Context, b *finder, d ocispec.Descriptor) (*Image, error) {
@@ -169,8 +176,8 @@ func fromManifest(ctx context.Context, b *finder, d ocispec.Descriptor) (*Image,
 		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
 	}
 	if t := m.Config.MediaType; t != ocispec.MediaTypeImageConfig && t != dockerConfig {
-		return nil, fmt.Errorf("manifest %s: %w of its config %q: expected %q, this is not a container image",
-			d.Digest, ErrMediaType, t, ocispec.MediaTypeImageConfig)
+		return nil, fmt.Errorf("manifest %s: %w %q: expected %q, this is not a container image",
+			d.Digest, errArtifact, t, ocispec.MediaTypeImageConfig)
 	}
 	p, err = b.document(ctx, m.Config)
 	if err != nil {

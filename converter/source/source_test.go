@@ -156,6 +156,25 @@ func TestUntaggedIndexFile(t *testing.T) {
 	}
 }
 
+// TestArtifactsBesideAnImage: a layout may hold what belongs to an image, as manifests without a platform.
+func TestArtifactsBesideAnImage(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	config := l.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))
+	signature := l.JSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{ArtifactType: "application/vnd.example.signature", Config: config, Layers: []ocispec.Descriptor{config}})
+	img := l.Manifest(platform("amd64", ""), layer("amd64"))
+	img.Platform = nil
+	l.Tag("", signature)
+	l.Tag("", img)
+	got, err := find(t, mustParse(t, "oci:"+l.Dir, Config{}), "linux/amd64")
+	if err != nil || got.Digest != img.Digest {
+		t.Errorf("found %+v (%v), expected %s", got, err, img.Digest)
+	}
+	l.Tag("only", l.Index(signature))
+	if _, err := find(t, mustParse(t, "oci:"+l.Dir+":only", Config{}), ""); !errors.Is(err, ErrPlatform) || !strings.Contains(err.Error(), "no container image") {
+		t.Errorf("error %v, expected %v that says there is no container image", err, ErrPlatform)
+	}
+}
+
 func TestNotAnImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	config := l.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))

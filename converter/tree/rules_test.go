@@ -255,7 +255,6 @@ func TestOpaqueHidesOnlyLower(t *testing.T) {
 	}
 }
 
-// TestForeignTars compares the archives that archive/tar is tested with: several tars have written them.
 // goroot is where the Go distribution of the running go command is.
 func goroot(t *testing.T) string {
 	t.Helper()
@@ -266,6 +265,7 @@ func goroot(t *testing.T) string {
 	return strings.TrimSpace(string(out))
 }
 
+// TestForeignTars compares the archives that archive/tar is tested with: several tars have written them.
 func TestForeignTars(t *testing.T) {
 	requireRoot(t)
 	files, _ := filepath.Glob(filepath.Join(goroot(t), "src/archive/tar/testdata/*.tar*"))
