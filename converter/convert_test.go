@@ -2,7 +2,7 @@ package converter_test
 
 import (
 	"bytes"
-	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
 	"log"
@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
@@ -55,8 +56,13 @@ func TestSameBytes(t *testing.T) {
 	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:1", packed(tars, ocitest.None)...)
 	same("docker archive", "docker-archive:"+filepath.Join(dir, "docker.tar"), converter.Options{})
 	same("docker archive by name", "docker-archive:"+filepath.Join(dir, "docker.tar:docker.io/library/example:1"), converter.Options{})
-	compress(t, filepath.Join(dir, "docker.tar"), filepath.Join(dir, "docker.tar.gz"))
-	same("compressed docker archive", "docker-archive:"+filepath.Join(dir, "docker.tar.gz"), converter.Options{})
+	for _, name := range []string{"docker", "oci"} {
+		for _, c := range []ocitest.Compression{ocitest.Gzip, ocitest.Zstd} {
+			packed := filepath.Join(dir, name+"."+string(c))
+			compress(t, filepath.Join(dir, name+".tar"), packed, c)
+			same(string(c)+" "+name+" archive", name+"-archive:"+packed, converter.Options{})
+		}
+	}
 	same("registry", "docker://"+push(t, gz), converter.Options{})
 }
 
@@ -79,21 +85,13 @@ func push(t *testing.T, l *ocitest.Layout) string {
 	return ref.Name()
 }
 
-func compress(t *testing.T, from, to string) {
+func compress(t *testing.T, from, to string, c ocitest.Compression) {
 	t.Helper()
 	b, err := os.ReadFile(from)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out bytes.Buffer
-	w := gzip.NewWriter(&out)
-	if _, err := w.Write(b); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(to, out.Bytes(), 0o644); err != nil {
+	if err := os.WriteFile(to, ocitest.Pack(t, b, c), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -145,6 +143,20 @@ func TestOutputIsReplaced(t *testing.T) {
 	if want := os.FileMode(0o666 &^ mask); fi.Mode() != want {
 		t.Errorf("mode %v, expected %v", fi.Mode(), want)
 	}
+}
+
+// TestLongName: the name that the output has before it is complete fits wherever its own does.
+func TestLongName(t *testing.T) {
+	dir := t.TempDir()
+	name := strings.Repeat("n", 255)
+	src, err := source.Parse("oci:"+newLayout(t, packed(exampleLayers(), ocitest.Gzip)...).Dir, source.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := converter.Convert(context.Background(), src, filepath.Join(dir, name), converter.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	checkOnly(t, dir, name)
 }
 
 // checkOnly fails unless a directory holds exactly these names.

@@ -36,7 +36,7 @@ func newOutput(path string) (*output, error) {
 	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.ENOENT) {
 		return nil, &os.PathError{Op: "create", Path: path, Err: err}
 	}
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	f, err := os.CreateTemp(dir, ".daxfs-*") // without the name of the output, which may be as long as names can be
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +84,7 @@ func (o *output) commit(sync bool) error {
 // link gives the file a temporary name: a link cannot replace a file, a rename can.
 func (o *output) link() error {
 	for i := range 1000 {
-		name := filepath.Join(filepath.Dir(o.path), fmt.Sprintf(".%s.%d-%d", filepath.Base(o.path), os.Getpid(), i))
+		name := filepath.Join(filepath.Dir(o.path), fmt.Sprintf(".daxfs-%d-%d", os.Getpid(), i))
 		err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, name, unix.AT_SYMLINK_FOLLOW)
 		if err == nil {
 			o.temp = name

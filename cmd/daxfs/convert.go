@@ -31,8 +31,8 @@ SOURCE is one of
    containerd:REF             an image in containerd's image store
    rootfs:DIR                 a directory
 
-All digests are verified. The same layers give the same bytes, whatever the source. When the command fails or is
-interrupted, IMAGE is as it was before.
+Archives may be compressed with gzip or zstd. All digests are verified. The same layers give the same bytes, whatever
+the source. When the command fails or is interrupted, IMAGE is as it was before.
 
 Examples:
    daxfs convert docker://debian:12 -o debian.daxfs

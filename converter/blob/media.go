@@ -71,6 +71,9 @@ func packingOf(mediaType string) (packing, error) {
 	return 0, fmt.Errorf("%w: %q (expected an OCI or Docker layer: tar, tar+gzip or tar+zstd)", ErrMediaType, mediaType)
 }
 
+// IsCompressed says whether the first bytes of a file, at least 4 of them, are those of gzip or zstd.
+func IsCompressed(head []byte) bool { return sniff(head) != plain }
+
 // sniff tells the packing from the first bytes of a blob. A tar begins with a file name; one that begins with the
 // magic of gzip or zstd does not occur by accident.
 func sniff(head []byte) packing {

@@ -2,7 +2,6 @@ package source
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -14,7 +13,6 @@ import (
 	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
-	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -31,8 +29,8 @@ type archive struct {
 	members map[string]member
 }
 
-// openArchive indexes a tar. One that is gzip compressed is unpacked into a temporary file without a name first,
-// since its members could not be read in the order in which they are needed. It may have at most limit bytes then.
+// openArchive indexes a tar. One that is compressed is unpacked into a temporary file without a name first, since its
+// members could not be read in the order in which they are needed. It may have at most limit bytes then.
 func openArchive(ctx context.Context, file string, limit int64) (*archive, error) {
 	if limit <= 0 {
 		limit = DefaultMaxSize
@@ -54,45 +52,37 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 }
 
 func (a *archive) inflate(ctx context.Context, limit int64) error {
-	br := bufio.NewReaderSize(a.f, 64<<10)
-	if head, _ := br.Peek(3); !bytes.Equal(head, []byte{0x1f, 0x8b, 0x08}) {
-		_, err := a.f.Seek(0, io.SeekStart)
+	head := make([]byte, 4)
+	n, err := a.f.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	z, err := gzip.NewReader(br)
+	if !blob.IsCompressed(head[:n]) {
+		return nil
+	}
+	r, err := blob.NewReader(ctx, a.f, blob.Spec{MaxSize: limit})
 	if err != nil {
 		return err
 	}
+	defer r.Close() // and with it the file
 	tmp, err := os.CreateTemp("", "daxfs-archive-*")
 	if err != nil {
 		return err
 	}
 	os.Remove(tmp.Name())
-	n, err := io.Copy(tmp, io.LimitReader(untilDone{ctx, z}, limit+1))
-	if err == nil && n > limit {
-		err = fmt.Errorf("%w of %d bytes", blob.ErrTooLarge, limit)
+	_, err = io.Copy(tmp, r)
+	if err = r.Finish(err); err == nil {
+		_, err = tmp.Seek(0, io.SeekStart)
 	}
 	if err != nil {
 		tmp.Close()
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		return err
 	}
-	a.f.Close()
 	a.f = tmp
-	_, err = tmp.Seek(0, io.SeekStart)
-	return err
-}
-
-// untilDone is a reader that fails when ctx ends.
-type untilDone struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (u untilDone) Read(p []byte) (int, error) {
-	if u.ctx.Err() != nil {
-		return 0, context.Cause(u.ctx)
-	}
-	return u.r.Read(p)
+	return nil
 }
 
 // maxMembers bounds the members of an archive: each takes memory, and images have a few for each layer.
