@@ -11,9 +11,9 @@ import (
 	"text/template"
 )
 
-// containerdConfig is the configuration of the private containerd. What containerd does for Kubernetes is off: it
+// containerdTemplate is the configuration of the private containerd. What containerd does for Kubernetes is off: it
 // wants devices and directories that tests have no use for.
-var containerdConfig = template.Must(template.New("config.toml").Parse(`version = 3
+var containerdTemplate = template.Must(template.New("config.toml").Parse(`version = 3
 root = "{{.Dir}}/containerd/root"
 state = "{{.Run}}/state"
 temp = "{{.Dir}}/containerd/temp"
@@ -58,17 +58,20 @@ disabled_plugins = [
   optional = true
 {{.More}}`))
 
+// containerdConfig is where StartContainerd leaves the configuration.
+func (s *Stack) containerdConfig() string { return filepath.Join(s.Dir, "containerd.toml") }
+
 // StartContainerd starts the private containerd and waits until it answers.
 func (s *Stack) StartContainerd() error {
 	var text bytes.Buffer
-	err := containerdConfig.Execute(&text, map[string]any{
+	err := containerdTemplate.Execute(&text, map[string]any{
 		"Dir": s.Dir, "Run": s.Run, "Mode": s.options.Mode, "Unpacks": max(1, s.options.ParallelUnpacks),
 		"More": s.options.Containerd,
 	})
 	if err != nil {
 		return err
 	}
-	config := filepath.Join(s.Dir, "containerd.toml")
+	config := s.containerdConfig()
 	if err := os.WriteFile(config, text.Bytes(), 0o644); err != nil {
 		return err
 	}
@@ -86,10 +89,10 @@ func (s *Stack) StartContainerd() error {
 // StopContainerd ends containerd with sig. Shims and their containers go on.
 func (s *Stack) StopContainerd(sig syscall.Signal) error { return s.containerd.stop(sig) }
 
-// env is the environment of everything that runs in the stack: our programs first on the path, and nothing that
-// would point nerdctl or containerd at the machine's own.
-func (s *Stack) env() []string {
-	path := s.tools.own + ":" + s.tools.bin
+// env is the environment of everything that runs in the stack: our programs first on the path (but for those in first),
+// and nothing that would point nerdctl or containerd at the machine's own.
+func (s *Stack) env(first ...string) []string {
+	path := strings.Join(append(first, s.tools.own, s.tools.bin), ":")
 	if s.options.Path != "" {
 		path += ":" + s.options.Path
 	}

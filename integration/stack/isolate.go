@@ -25,10 +25,10 @@ var unavailable string
 
 // Main builds the programs, enters namespaces of its own and runs the tests there. It returns the exit status of the
 // process. Benchmarks and short runs go the same way: New decides what to skip.
-func Main(m interface{ Run() int }) int {
+func Main(m interface{ Run() int }, more ...Build) int {
 	switch os.Getenv(stageEnv) {
 	case "":
-		return outside(m)
+		return outside(m, more)
 	case "init":
 		return inside()
 	default:
@@ -45,7 +45,7 @@ type runFunc func() int
 func (f runFunc) Run() int { return f() }
 
 // outside prepares what needs the host's network, then starts itself again in new namespaces.
-func outside(m interface{ Run() int }) int {
+func outside(m interface{ Run() int }, more []Build) int {
 	if os.Getuid() != 0 {
 		unavailable = "needs root: it mounts filesystems and runs containers"
 		return m.Run()
@@ -54,7 +54,7 @@ func outside(m interface{ Run() int }) int {
 		unavailable = "-short"
 		return m.Run()
 	}
-	if _, err := buildTools(); err != nil {
+	if _, err := buildTools(more...); err != nil {
 		fmt.Fprintln(os.Stderr, "build the programs under test:", err)
 		return 1
 	}

@@ -55,6 +55,9 @@ func CacheDir() (string, error) {
 	return filepath.Join(dir, "daxfs-test"), nil
 }
 
+// Build makes something that not every test needs in the cache, where the network is at hand.
+type Build func(cache string) error
+
 // tools are the programs of one test run.
 type tools struct {
 	cache string // CacheDir
@@ -73,7 +76,7 @@ func (t tools) path(name string) string {
 
 // buildTools makes what the cache does not hold yet, and the programs of this tree. It needs the network the first
 // time only.
-func buildTools() (tools, error) {
+func buildTools(more ...Build) (tools, error) {
 	cache, err := CacheDir()
 	if err != nil {
 		return tools{}, err
@@ -97,6 +100,11 @@ func buildTools() (tools, error) {
 	}
 	if err := installNerdctl(t.bin); err != nil {
 		return tools{}, err
+	}
+	for _, build := range more {
+		if err := build(cache); err != nil {
+			return tools{}, err
+		}
 	}
 	if err := buildOwn(t.own); err != nil {
 		return tools{}, err
@@ -131,22 +139,12 @@ func installNerdctl(bin string) error {
 	}
 	defer os.RemoveAll(src)
 
-	// Download wants to stand in a module; any will do.
-	if err := os.WriteFile(filepath.Join(src, "go.mod"), []byte("module nerdctlbuild\n"), 0o644); err != nil {
+	module, err := moduleDir(nerdctlModule, nerdctlVersion)
+	if err != nil {
 		return err
-	}
-	var out bytes.Buffer
-	download := goCommand(src, "mod", "download", "-json", nerdctlModule+"@"+nerdctlVersion)
-	download.Stdout = &out
-	if err := run(download); err != nil {
-		return err
-	}
-	var mod struct{ Dir string }
-	if err := json.Unmarshal(out.Bytes(), &mod); err != nil {
-		return fmt.Errorf("read what go mod download printed: %w", err)
 	}
 	tree := filepath.Join(src, "tree")
-	if err := os.CopyFS(tree, os.DirFS(mod.Dir)); err != nil {
+	if err := os.CopyFS(tree, os.DirFS(module)); err != nil {
 		return fmt.Errorf("copy the source of nerdctl: %w", err)
 	}
 	// The module cache is read-only, and so is the copy.
@@ -182,6 +180,30 @@ func installNerdctl(bin string) error {
 		return err
 	}
 	return os.WriteFile(stamp, []byte(nerdctlVersion), 0o644)
+}
+
+// moduleDir downloads a module unless the module cache has it, and returns the directory there. It is read-only.
+func moduleDir(module, version string) (string, error) {
+	// Download wants to stand in a module; any will do.
+	dir, err := os.MkdirTemp("", "download-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte("module download\n"), 0o644); err != nil {
+		return "", err
+	}
+	var out bytes.Buffer
+	download := goCommand(dir, "mod", "download", "-json", module+"@"+version)
+	download.Stdout = &out
+	if err := run(download); err != nil {
+		return "", err
+	}
+	var mod struct{ Dir string }
+	if err := json.Unmarshal(out.Bytes(), &mod); err != nil {
+		return "", fmt.Errorf("read what go mod download printed: %w", err)
+	}
+	return mod.Dir, nil
 }
 
 // buildOwn makes the programs of this tree, as a release would be made.

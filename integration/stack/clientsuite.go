@@ -1,0 +1,64 @@
+package stack
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+)
+
+// clientSuite is the directory of the cache that holds containerd's own client tests.
+const clientSuite = "clientsuite"
+
+// BuildClientSuite makes the tests of containerd's integration/client, as they are in its module, and the runc that they
+// let fail. For Main.
+func BuildClientSuite(cache string) error {
+	runc := program{containerdModule, containerdVersion, "integration/failpoint/cmd/runc-fp"}
+	if err := runc.install(filepath.Join(cache, "bin")); err != nil {
+		return err
+	}
+	dir := filepath.Join(cache, clientSuite)
+	stamp := filepath.Join(dir, "version")
+	if have, err := os.ReadFile(stamp); err == nil && string(have) == containerdVersion {
+		return nil
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	module, err := moduleDir(containerdModule, containerdVersion)
+	if err != nil {
+		return err
+	}
+	if err := run(goCommand(module, "test", "-c", "-ldflags", "-s -w", "-o", filepath.Join(dir, "client.test"), "./integration/client")); err != nil {
+		return err
+	}
+	if err := os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS(filepath.Join(module, "integration/client/testdata"))); err != nil {
+		return fmt.Errorf("copy the data of containerd's client tests: %w", err)
+	}
+	return os.WriteFile(stamp, []byte(containerdVersion), 0o644)
+}
+
+// ClientSuite makes the command that runs containerd's client tests, which have to be in the cache already. They start
+// and stop a containerd themselves, in directories of their own; it has the configuration and the address of the
+// stack's, which has to be stopped.
+func (s *Stack) ClientSuite(args ...string) (*exec.Cmd, error) {
+	// The suite finds containerd on the path, and gives it a configuration that knows no proxy plugin. Its other
+	// containerds are about other things than snapshotters; they get what they are given.
+	bin := filepath.Join(s.Dir, "suite")
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		return nil, err
+	}
+	script := fmt.Sprintf("#!/bin/sh\ncase \" $* \" in *\" --root /var/lib/containerd-test \"*) set -- \"$@\" --config %q ;; esac\nexec %q \"$@\"\n",
+		s.containerdConfig(), s.tools.path("containerd"))
+	if err := os.WriteFile(filepath.Join(bin, "containerd"), []byte(script), 0o755); err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(s.tools.cache, clientSuite)
+	cmd := exec.Command(filepath.Join(dir, "client.test"), append([]string{"-address", s.Run + "/containerd.sock"}, args...)...)
+	cmd.Dir = dir
+	cmd.Env = s.env(bin)
+	return cmd, nil
+}
