@@ -58,6 +58,10 @@ func outside(m interface{ Run() int }, more []Build) int {
 		fmt.Fprintln(os.Stderr, "build the programs under test:", err)
 		return 1
 	}
+	// A time limit of go test (SIGQUIT) and ^C are for the tests; they print where they stand, then all of it ends. From here on
+	// there is something to remove.
+	forward := make(chan os.Signal, 1)
+	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
 	release, err := claimRunDir()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "prepare the directory of running tests:", err)
@@ -82,9 +86,6 @@ func outside(m interface{ Run() int }, more []Build) int {
 		fmt.Fprintln(os.Stderr, "enter new namespaces:", err)
 		return 1
 	}
-	// A time limit of go test (SIGQUIT) and ^C are for the tests; they print where they stand, then all of it ends.
-	forward := make(chan os.Signal, 1)
-	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
 	go func() {
 		for sig := range forward {
 			p.Signal(sig)
