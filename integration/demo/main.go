@@ -68,7 +68,7 @@ func (o options) check() error {
 		return fmt.Errorf("%d containers, expected 1 to 100", o.containers)
 	}
 	if os.Getuid() != 0 {
-		return errors.New("needs root, to mount and to run containers: sudo -E make demo")
+		return errors.New(`needs root, to mount and to run containers: sudo env "PATH=$PATH" make demo`)
 	}
 	return nil
 }
