@@ -39,11 +39,14 @@ type facts struct {
 func (d *demo) say(format string, args ...any) { fmt.Fprintf(d.out, format+"\n", args...) }
 
 func (d *demo) run() (*facts, error) {
-	web, jobs, err := testimage.Twins()
+	images, err := d.makeImages()
 	if err != nil {
 		return nil, err
 	}
-	for i, img := range []v1.Image{web, jobs} {
+	for i, img := range images {
+		if err := d.ctx.Err(); err != nil {
+			return nil, err
+		}
 		if d.refs[i], err = d.Push(imageNames[i], img); err != nil {
 			return nil, err
 		}
@@ -65,6 +68,23 @@ func (d *demo) run() (*facts, error) {
 	}
 	d.compare(f)
 	return f, nil
+}
+
+// makeImages makes the two images. Interrupted, it does not wait for what it is at, which ends with the process.
+func (d *demo) makeImages() ([]v1.Image, error) {
+	var web, jobs v1.Image
+	made := make(chan error, 1)
+	go func() {
+		var err error
+		web, jobs, err = testimage.Twins()
+		made <- err
+	}()
+	select {
+	case <-d.ctx.Done():
+		return nil, d.ctx.Err()
+	case err := <-made:
+		return []v1.Image{web, jobs}, err
+	}
 }
 
 // measureErofs measures containerd's erofs snapshotter where it works; it is no reason to fail.
