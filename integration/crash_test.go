@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,15 +13,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// crashes is how often the daemon is killed: DAXFS_TEST_CRASHES, or few enough for every run.
+// crashes is how often the daemon is killed: DAXFS_TEST_CRASHES, or as often as every run has time for.
 func crashes(t *testing.T) int {
 	v := os.Getenv("DAXFS_TEST_CRASHES")
 	if v == "" {
-		return 12
+		return 110
 	}
 	n, err := strconv.Atoi(v)
 	if err != nil {
@@ -29,12 +31,12 @@ func crashes(t *testing.T) int {
 	return n
 }
 
-// The daemon is killed at random moments while clients pull, run and remove. What clients ask for may fail while it is
-// away; what succeeds is right. In the end everything can be pulled and shows the right tree, and after everything was
-// removed nothing is left.
+// The daemon is killed at random moments while clients pull, run and remove, and a container that was there before runs on.
+// What clients ask for may fail when the daemon dies; what succeeds is right. In the end containerd, the daemon and the pool
+// agree, every committed snapshot and every image shows the right tree, and after everything was removed nothing is left.
 func TestCrashLoop(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
-		s := stack.New(t, stack.Options{Mode: m, ParallelUnpacks: 2})
+		s := stack.New(t, stack.Options{Mode: m, ParallelUnpacks: 2, Patient: true})
 		seed := uint64(time.Now().UnixNano())
 		t.Logf("seed %d", seed)
 		const count = 4
@@ -56,6 +58,10 @@ func TestCrashLoop(t *testing.T) {
 			wants[i] = fmt.Sprintf("%d\n%s  /node_modules/package-0001/lib/file-50.js\n", i,
 				sumOf(files, "node_modules/package-0001/lib/file-50.js"))
 		}
+		witness := push(t, s, "special")
+		s.Pull(witness, "daxfs")
+		s.Ctr("run", "--detach", "--snapshotter", "daxfs", witness, "witness", "sleep", "1000000")
+
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
 		var done, failed int
@@ -86,7 +92,7 @@ func TestCrashLoop(t *testing.T) {
 		}
 		random := rand.New(rand.NewPCG(seed, count))
 		for range crashes(t) {
-			time.Sleep(time.Duration(random.Int64N(int64(3 * time.Second))))
+			time.Sleep(lifetime(random))
 			s.Must(s.StopDaemon(syscall.SIGKILL))
 			s.Must(s.StartDaemon())
 		}
@@ -99,6 +105,11 @@ func TestCrashLoop(t *testing.T) {
 		wg.Wait()
 		t.Logf("%d rounds of clients, %d met a dead daemon", done, failed)
 
+		// Nothing of this was read before: it comes through the mount of the first daemon now.
+		if out, err := s.Exec("witness", "sha256sum", "/s/size-5242880"); err != nil ||
+			out != sumOf(testimage.SpecialLayers()[0], "s/size-5242880")+"  /s/size-5242880\n" {
+			t.Errorf("the container from before: %q, %v", out, err)
+		}
 		for i, ref := range refs {
 			s.Pull(ref, "overlayfs")
 			s.Pull(ref, "daxfs")
@@ -107,20 +118,63 @@ func TestCrashLoop(t *testing.T) {
 				t.Errorf("image %d in the end: %q", i, out)
 			}
 		}
+		s.Pull(witness, "overlayfs")
+		// A crash between containerd and daemon can leave snapshots that only the daemon knows; the next collection
+		// that has something to remove takes them along.
+		tiny := push(t, s, "tiny")
+		s.Pull(tiny, "daxfs")
+		s.Ctr("image", "rm", "--sync", tiny)
+		agree(t, s)
+
 		for _, id := range strings.Fields(s.Ctr("container", "ls", "-q")) {
 			s.Try("ctr", "task", "rm", "--force", id) // there may be none
 			s.Ctr("container", "rm", id)
 		}
-		for _, ref := range refs {
+		for _, ref := range append(refs, witness) {
 			s.Ctr("image", "rm", "--sync", ref)
 		}
-		// A crash between containerd and daemon can leave snapshots that only the daemon knows; the next collection
-		// that has something to remove takes them along.
-		ref := push(t, s, "tiny")
-		s.Pull(ref, "daxfs")
-		s.Ctr("image", "rm", "--sync", ref)
 		nothingLeft(t, s)
 	})
+}
+
+// lifetime is how long a daemon lives before it is killed. Half of them die while they still take up what the last one left,
+// most of the rest in the middle of a pull, a few at leisure.
+func lifetime(random *rand.Rand) time.Duration {
+	most := 150 * time.Millisecond
+	switch n := random.IntN(10); {
+	case n == 9:
+		most = 2500 * time.Millisecond
+	case n >= 5:
+		most = 800 * time.Millisecond
+	}
+	return time.Duration(random.Int64N(int64(most)))
+}
+
+// agree fails the test unless containerd and the daemon have the same snapshots, everything that the daemon has agrees with
+// everything that there is, and every committed snapshot shows the same tree with daxfs as with overlayfs, which must have
+// it too. It stops the daemon and starts it again.
+func agree(t *testing.T, s *stack.T) {
+	t.Helper()
+	s.Must(s.Collect())
+	want, err := s.Snapshots("daxfs")
+	s.Must(err)
+	s.Must(s.StopDaemon(syscall.SIGTERM))
+	left, err := s.CheckDaemon()
+	if err != nil {
+		t.Errorf("what the daemon has does not agree: %v", err)
+	}
+	s.Must(s.StartDaemon())
+	slices.Sort(want)
+	if slices.Sort(left.Keys); len(want) == 0 || !slices.Equal(want, left.Keys) {
+		t.Errorf("containerd has the snapshots %q, the daemon has %q", want, left.Keys)
+	}
+	for name, got := range left.Trees {
+		want, err := s.OverlayTree(name)
+		s.Must(err)
+		if err := listing.Diff(want, got); err != nil {
+			t.Errorf("snapshot %q: %v", name, err)
+		}
+	}
 }
 
 // errWrong marks contents that are not what they must be. No crash excuses them.

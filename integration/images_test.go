@@ -21,6 +21,8 @@ var images = []struct {
 }{
 	{"tiny", testimage.Tiny},
 	{"special", testimage.Special},
+	{"formats", testimage.Formats},
+	{"docker", testimage.Docker},
 	{"layers", func() (v1.Image, error) { return testimage.Layers(70) }},
 	{"small", func() (v1.Image, error) { return testimage.Small(8000, 1) }},
 	{"python", func() (v1.Image, error) { return testimage.Python("one") }},

@@ -34,7 +34,7 @@ disabled_plugins = [
 
 [proxy_plugins.daxfs]
   type = "snapshot"
-  address = "{{.Run}}/daxfs.sock"
+  address = "{{.Daemon}}"
   capabilities = ["remap-ids", "only-remap-ids", "rebase"]
   [proxy_plugins.daxfs.exports]
     root = "{{.Dir}}/daxfs"
@@ -42,7 +42,7 @@ disabled_plugins = [
 {{- if eq .Mode "streaming"}}
 [proxy_plugins.daxfs-diff]
   type = "diff"
-  address = "{{.Run}}/daxfs.sock"
+  address = "{{.Daemon}}"
 {{- end}}
 
 [plugins."io.containerd.transfer.v1.local"]
@@ -64,9 +64,13 @@ func (s *Stack) containerdConfig() string { return filepath.Join(s.Dir, "contain
 // StartContainerd starts the private containerd and waits until it answers.
 func (s *Stack) StartContainerd() error {
 	var text bytes.Buffer
+	daemon := s.daemonSocket()
+	if s.front != nil {
+		daemon = s.front.listener.Addr().String()
+	}
 	err := containerdTemplate.Execute(&text, map[string]any{
 		"Dir": s.Dir, "Run": s.Run, "Mode": s.options.Mode, "Unpacks": max(1, s.options.ParallelUnpacks),
-		"More": s.options.Containerd,
+		"More": s.options.Containerd, "Daemon": daemon,
 	})
 	if err != nil {
 		return err

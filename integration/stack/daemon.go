@@ -17,12 +17,12 @@ func (s *Stack) StartDaemon() error {
 	var err error
 	s.daemon, err = startProcess("daxfs-snapshotter", filepath.Join(s.Dir, "daxfs-snapshotter.log"), s.env(),
 		s.tools.path("daxfs-snapshotter"), "--config", config, "--log-level", "debug", "--root", s.DaemonRoot(),
-		"--address", s.Run+"/daxfs.sock", "--containerd-address", s.Run+"/containerd.sock")
+		"--address", s.daemonSocket(), "--containerd-address", s.Run+"/containerd.sock")
 	if err != nil {
 		return err
 	}
 	return s.daemon.await(func() error {
-		c, err := net.Dial("unix", s.Run+"/daxfs.sock")
+		c, err := net.Dial("unix", s.daemonSocket())
 		if err != nil {
 			return err
 		}
@@ -34,6 +34,8 @@ func (s *Stack) StartDaemon() error {
 		return err
 	})
 }
+
+func (s *Stack) daemonSocket() string { return s.Run + "/daxfs.sock" }
 
 // DaemonRoot is the state directory of the daemon.
 func (s *Stack) DaemonRoot() string { return filepath.Join(s.Dir, "daxfs") }

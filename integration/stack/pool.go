@@ -6,9 +6,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
+	"github.com/daxfs/daxfs-snapshotter/snapshotter/service"
 )
 
 // PoolReport is what a stopped daemon's pool holds.
@@ -55,4 +63,76 @@ func (s *Stack) SnapshotDirs() ([]string, error) {
 		names = append(names, e.Name())
 	}
 	return names, nil
+}
+
+// Left is what a stopped daemon left.
+type Left struct {
+	// Keys are the snapshots, as containerd's clients know them.
+	Keys []string
+	// Trees lists the committed ones among them, as a view shows them.
+	Trees map[string][]string
+}
+
+// CheckDaemon opens what the daemon, which must be stopped, left behind, does the work that it left, mounts every committed
+// snapshot, and compares all there is: snapshots, directories, layers, packs, images, mounts, loop devices. The error names
+// each contradiction and each thing that is left over.
+func (s *Stack) CheckDaemon() (left Left, err error) {
+	ctx := context.Background()
+	c, err := config.Load(filepath.Join(s.Dir, "daxfs.toml"))
+	if err != nil {
+		return left, err
+	}
+	c.Root, c.Address, c.Containerd.Address = s.DaemonRoot(), s.daemonSocket(), s.Run+"/containerd.sock"
+	d, err := service.Open(ctx, c)
+	if err != nil {
+		return left, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	sn := d.Snapshotter()
+	var committed []string
+	err = sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		left.Keys = append(left.Keys, clientKey(info.Name))
+		if info.Kind == snapshots.KindCommitted {
+			committed = append(committed, info.Name)
+		}
+		return nil
+	})
+	if err != nil {
+		return left, err
+	}
+	left.Trees = map[string][]string{}
+	for _, name := range committed {
+		if left.Trees[clientKey(name)], err = viewTree(ctx, sn, name); err != nil {
+			return left, fmt.Errorf("snapshot %q: %w", name, err)
+		}
+	}
+	if err := errors.Join(sn.Flush(ctx), sn.Cleanup(ctx)); err != nil {
+		return left, err
+	}
+	var findings []error
+	err = d.Check(ctx, func(msg string) { findings = append(findings, errors.New(msg)) })
+	return left, errors.Join(append(findings, err)...)
+}
+
+// clientKey is the key that a client of containerd gave, which calls the snapshot "<namespace>/<number>/<key>".
+func clientKey(name string) string {
+	if parts := strings.SplitN(name, "/", 3); len(parts) == 3 {
+		return parts[2]
+	}
+	return name
+}
+
+// viewTree lists a committed snapshot.
+func viewTree(ctx context.Context, sn *snapshotter.Snapshotter, name string) (lines []string, err error) {
+	const view = "check-view"
+	mounts, err := sn.View(ctx, view, name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, sn.Remove(ctx, view)) }()
+	err = mount.WithTempMount(ctx, mounts, func(dir string) error {
+		lines, err = listing.Tree(dir, Comparable)
+		return err
+	})
+	return lines, err
 }

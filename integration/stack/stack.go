@@ -42,6 +42,9 @@ type Options struct {
 	Peer []string
 	// Path is searched for programs before the machine's own directories; our programs come first anyway.
 	Path string
+	// Patient lets containerd's connections wait while the daemon is away. Without, calls fail at once, and for a second or
+	// more after the daemon came back.
+	Patient bool
 	// Registry is one that serves already, for stacks that follow one another. It is the caller's; nil makes a new one.
 	Registry *Registry
 }
@@ -60,6 +63,7 @@ type Stack struct {
 	containerd *process
 	daemon     *process
 	peer       *process
+	front      *front // nil unless Patient
 	before     footprint
 	execs      int
 }
@@ -127,6 +131,11 @@ func Start(o Options) (_ *Stack, err error) {
 			return nil, err
 		}
 	}
+	if o.Patient {
+		if s.front, err = newFront(s.Run+"/front.sock", s.daemonSocket()); err != nil {
+			return nil, err
+		}
+	}
 	if o.Mode != None {
 		if err := s.StartDaemon(); err != nil {
 			return nil, err
@@ -157,6 +166,9 @@ func (s *Stack) Close() error {
 	}
 	if s.peer != nil {
 		errs = append(errs, s.peer.stop(syscall.SIGTERM))
+	}
+	if s.front != nil {
+		errs = append(errs, s.front.Close())
 	}
 	errs = append(errs, s.unmountAll())
 	if s.Registry != nil && s.options.Registry == nil {

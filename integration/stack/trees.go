@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 )
@@ -33,6 +36,41 @@ func (s *Stack) ImageTree(ref, snapshotter string) (lines []string, err error) {
 		_, e := s.output("ctr", "image", "unmount", "--rm", "--snapshotter", snapshotter, dir)
 		err = errors.Join(err, e)
 	}()
+	return listing.Tree(dir, Comparable)
+}
+
+// Snapshots lists the keys of the snapshots that containerd has.
+func (s *Stack) Snapshots(snapshotter string) ([]string, error) {
+	out, err := s.output("ctr", "snapshot", "--snapshotter", snapshotter, "ls")
+	if err != nil {
+		return nil, err
+	}
+	header, table, _ := strings.Cut(out, "\n")
+	column := strings.Index(header, "PARENT") // keys may have spaces
+	var keys []string
+	for line := range strings.Lines(table) {
+		keys = append(keys, strings.TrimSpace(line[:column]))
+	}
+	return keys, nil
+}
+
+// OverlayTree lists a committed snapshot of containerd's overlayfs snapshotter.
+func (s *Stack) OverlayTree(name string) (lines []string, err error) {
+	dir, err := os.MkdirTemp(s.Run, "tree-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(dir)
+	// It prints the command that mounts the view. Nothing refers to the view, so containerd removes it; its mount is made of
+	// what the committed snapshots have.
+	command, err := s.output("ctr", "snapshot", "--snapshotter", "overlayfs", "view", "--target", dir, "view-"+filepath.Base(dir), name)
+	if err != nil {
+		return nil, err
+	}
+	if err := run(exec.Command("sh", "-c", command)); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(dir, 0)) }()
 	return listing.Tree(dir, Comparable)
 }
 

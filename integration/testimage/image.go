@@ -96,19 +96,24 @@ func Tar(w io.Writer, entries []Entry) error {
 
 // Image makes an image of layers, bottom first, gzip-compressed as registries have them.
 func Image(layers ...[]Entry) (v1.Image, error) {
-	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	return imageOf(types.OCIManifestSchema1, types.OCIConfigJSON, types.OCILayer, layers)
+}
+
+// imageOf makes an image with these media types.
+func imageOf(manifest, config, layer types.MediaType, layers [][]Entry) (v1.Image, error) {
+	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, manifest), config)
 	for _, entries := range layers {
 		var raw bytes.Buffer
 		if err := Tar(&raw, entries); err != nil {
 			return nil, err
 		}
-		layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
+		made, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
 			return io.NopCloser(bytes.NewReader(raw.Bytes())), nil
-		}, tarball.WithMediaType(types.OCILayer), tarball.WithCompressedCaching)
+		}, tarball.WithMediaType(layer), tarball.WithCompressedCaching)
 		if err != nil {
 			return nil, fmt.Errorf("make a layer: %w", err)
 		}
-		if img, err = mutate.AppendLayers(img, layer); err != nil {
+		if img, err = mutate.AppendLayers(img, made); err != nil {
 			return nil, fmt.Errorf("add a layer: %w", err)
 		}
 	}
