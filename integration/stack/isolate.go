@@ -117,7 +117,25 @@ func claimRunDir() (release func(), err error) {
 		f.Close()
 		return nil, err
 	}
-	return func() { f.Close() }, nil
+	return func() {
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			removeCgroups()
+		}
+		f.Close()
+	}, nil
+}
+
+// removeCgroups removes the control groups of the containers' namespace, which runc makes and nobody removes, and those of
+// containers that were interrupted while they were made. One that is in use stays.
+func removeCgroups() {
+	for _, pattern := range []string{"/sys/fs/cgroup/" + Namespace, "/sys/fs/cgroup/*/" + Namespace} {
+		for _, glob := range []string{pattern + "/*", pattern} {
+			dirs, _ := filepath.Glob(glob) // the pattern is right
+			for _, dir := range dirs {
+				unix.Rmdir(dir) // fails for files, and for what is in use
+			}
+		}
+	}
 }
 
 // shortRun finds -test.short before the flags are parsed.
