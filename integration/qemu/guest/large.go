@@ -5,8 +5,8 @@ package main
 import (
 	"fmt"
 	"os"
-	"runtime"
 	"path/filepath"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -73,6 +73,7 @@ func countFaults(path string) (int64, error) {
 	runtime.KeepAlive(sum) // else the compiler may leave out reads whose result nobody wants
 	return after - before, err
 }
+
 func minorFaults() (int64, error) {
 	var u unix.Rusage
 	err := unix.Getrusage(unix.RUSAGE_SELF, &u)
