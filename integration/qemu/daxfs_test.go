@@ -2,24 +2,25 @@ package qemu
 
 import (
 	"bytes"
+	"fmt"
 	"io"
+	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
-	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// The DAXFS half of an image, of a window of a pool and of a file of its own, mounts with all checks of the kernel
-// module, shows what tar unpacks as far as it can, and runs programs, static and dynamic.
-//
-// DAXFS_KO is the path of daxfs.ko, built for the guest's kernel. The module is no part of this project.
-func TestKernelModule(t *testing.T) {
-	k := need(t)
+// kernelModule is daxfs.ko, built for the guest's kernel: DAXFS_KO is its path. The module is no part of this project.
+func kernelModule(t *testing.T) map[string][]byte {
+	t.Helper()
 	path := os.Getenv("DAXFS_KO")
 	if path == "" {
 		t.Skip("DAXFS_KO is not set: no kernel module daxfs.ko to test with")
@@ -28,94 +29,310 @@ func TestKernelModule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return map[string][]byte{"daxfs.ko": module}
+}
+
+const (
+	ramMiB = 512          // of the guest
+	behind = ramMiB << 20 // where the shared memory begins
+)
+
+// The DAXFS half of images, of two windows of a pool that overlap and of a file of its own, mounts with all checks of
+// the kernel module, shows what tar unpacks as far as it can, and runs programs, static and dynamic. Where the memory is
+// a block device too, the same bytes mounted as EROFS meanwhile show all of it.
+func TestKernelModule(t *testing.T) {
+	k := need(t)
+	files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
 	if err != nil {
 		t.Fatal(err)
 	}
-	entries := special(t)
-	have := map[string]bool{}
-	for _, e := range entries {
-		have[e.Name] = true
-	}
-	for _, e := range programs {
-		if !have[e.Name] { // such as /bin
-			entries = append(entries, e)
+	images := map[string][]testimage.Entry{"special": special(t), "odd": odd(t)}
+	for key, entries := range images {
+		have := map[string]bool{}
+		for _, e := range entries {
+			have[e.Name] = true
 		}
-	}
-	want := withoutRoot(unpacked(t, listing.Options{NoTimes: true, NoXattrs: true, NoSpecial: true}, entries))
-
-	const ram = 512 << 20 // of the guest: the shared memory begins behind it
-	for _, c := range []struct {
-		name string
-		via  Via
-		make func(t *testing.T) (memory string, off, size int64)
-	}{
-		{"window of a pool in reserved memory", Reserved, func(t *testing.T) (string, int64, int64) {
-			return window(t, entries)
-		}},
-		{"window of a pool in persistent memory", Memmap, func(t *testing.T) (string, int64, int64) {
-			return window(t, entries)
-		}},
-		{"image file", Reserved, func(t *testing.T) (string, int64, int64) {
-			memory := imageFile(t, entries)
-			info, err := os.Stat(memory)
-			if err != nil {
-				t.Fatal(err)
+		for _, e := range programs {
+			if !have[e.Name] { // such as /bin
+				entries = append(entries, e)
 			}
-			return memory, 0, info.Size()
-		}},
+		}
+		images[key] = entries
+	}
+	layers := map[string][][]testimage.Entry{}
+	var want, wantAll [][]string
+	keys := []string{"special", "odd"}
+	for _, key := range keys {
+		layers[key] = [][]testimage.Entry{images[key]}
+		want = append(want, unpacked(t, listing.Options{NoTimes: true, NoXattrs: true, NoSpecial: true}, images[key]))
+		wantAll = append(wantAll, unpacked(t, listing.Options{}, images[key]))
+	}
+	for key, f := range dmsetup(t) {
+		files[key] = f
+	}
+
+	for _, c := range []struct {
+		name   string
+		via    Via
+		images []string
+		memory func(*testing.T) string
+		want   [][]string
+	}{
+		{"windows of a pool in reserved memory", Reserved, keys, func(t *testing.T) string { return poolOf(t, 128<<20, layers) }, want},
+		{
+			"windows of a pool in persistent memory", Memmap, keys, func(t *testing.T) string { return poolOf(t, 128<<20, layers) },
+			slices.Concat(want, wantAll),
+		},
+		{"image file", Reserved, nil, func(t *testing.T) string { return imageFile(t, images["special"]) }, want[:1]},
+		{"odd image file", Reserved, nil, func(t *testing.T) string { return imageFile(t, images["odd"]) }, want[1:]},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			memory, off, size := c.make(t)
-			answer, err := boot(t, Machine{
-				Kernel: k, Memory: memory, Via: c.via, Files: map[string][]byte{"daxfs.ko": module},
+			m := Machine{
+				Kernel: k, Memory: c.memory(t), Via: c.via, Files: files, RAM: ramMiB,
 				Task: task.Task{
-					Name: "daxfs", Module: "/daxfs.ko", Phys: uint64(ram + off), Size: size,
+					Name: "daxfs", Module: "/daxfs.ko", Images: c.images,
 					Program: []string{bash, "-c", "read line </etc/hostname; echo $line; /bin/busybox uname -s"},
 				},
-			}).Wait()
+			}
+			if c.via == Reserved {
+				info, err := os.Stat(m.Memory)
+				if err != nil {
+					t.Fatal(err)
+				}
+				m.Task.Phys, m.Task.Size = behind, info.Size()
+			}
+			answer, err := boot(t, m).Wait()
 			if err != nil {
 				t.Fatal(err)
 			}
-			t.Logf("kernel %s, mount %q", answer.Kernel, answer.Options)
-			if err := listing.Diff(want, withoutRoot(answer.Trees[0])); err != nil {
-				t.Error(err)
+			t.Logf("kernel %s, mounts %q", answer.Kernel, answer.Options)
+			if len(answer.Trees) != len(c.want) {
+				t.Fatalf("%d trees were listed, want %d", len(answer.Trees), len(c.want))
+			}
+			for i, want := range c.want {
+				if err := listing.Diff(withoutRoot(want), withoutRoot(answer.Trees[i])); err != nil {
+					t.Errorf("%s: %v", answer.Options[i], err)
+				}
 			}
 			for _, out := range answer.Output {
 				if out != "tiny\nLinux\n" {
 					t.Errorf("a program run from the mount printed %q", out)
 				}
 			}
-			if len(answer.Output) != 2 {
-				t.Errorf("programs ran %d times, want once from the mount and once from an overlay over it", len(answer.Output))
+			if n := 2 * max(len(c.images), 1); len(answer.Output) != n {
+				t.Errorf("programs ran %d times, want %d: once from each mount and once from an overlay over it", len(answer.Output), n)
 			}
 		})
 	}
 }
 
-// window makes a pool of two images and returns its file and the window of the second.
-func window(t *testing.T, entries []testimage.Entry) (memory string, off, size int64) {
-	t.Helper()
-	memory = poolOf(t, 64<<20, map[string][][]testimage.Entry{
-		"other": {{testimage.File("a", 0o644, testimage.Noise(1, 100))}},
-		"tree":  {entries},
+// An image in a dma-buf is mounted from its descriptor, and the mount keeps the buffer.
+func TestKernelModuleDMABuf(t *testing.T) {
+	k := need(t)
+	files := kernelModule(t)
+	entries := special(t)
+	image := imageFile(t, entries)
+	body, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files["image"] = body
+	answer, err := boot(t, Machine{
+		Kernel: k, Memory: image, Via: Reserved, Files: files, RAM: ramMiB, Modules: []string{"vgem"},
+		Task: task.Task{Name: "dmabuf", Module: "/daxfs.ko", Program: []string{"/bin/busybox", "cat", "/etc/hostname"}},
+	}).Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("kernel %s, mount %q", answer.Kernel, answer.Options)
+	want := unpacked(t, listing.Options{NoTimes: true, NoXattrs: true, NoSpecial: true}, entries)
+	if err := listing.Diff(withoutRoot(want), withoutRoot(answer.Trees[0])); err != nil {
+		t.Error(err)
+	}
+	if !slices.Equal(answer.Output, []string{"tiny\n"}) {
+		t.Errorf("the program printed %q", answer.Output)
+	}
+}
+
+// What the kernel module shares and what it does not: read(2) grows no page cache, and processes have copies of what
+// they map.
+func TestKernelModuleMemory(t *testing.T) {
+	k := need(t)
+	files := kernelModule(t)
+	programs, err := testimage.Programs(bash)
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := poolOf(t, 128<<20, map[string][][]testimage.Entry{
+		"one": {programs, {testimage.File("own", 0o644, testimage.Noise(1, 90<<20))}},
 	})
-	f, err := os.Open(memory)
+	info, err := os.Stat(memory)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	catalogue, err := pool.ReadCatalogue(f)
+	answer, err := boot(t, Machine{
+		Kernel: k, Memory: memory, Via: Reserved, Files: files, RAM: ramMiB,
+		Task: task.Task{
+			Name: "share", Module: "/daxfs.ko", Phys: behind, Size: info.Size(), Images: []string{"one"}, Program: waiting,
+		},
+	}).Wait()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range catalogue.Images {
-		if m.Key == "tree" {
-			return memory, m.Off, m.Size
+	t.Logf("kernel %s, mount %q, of the processes file pages %v KiB, private clean pages %v KiB, page cache +%d KiB for %d bytes read",
+		answer.Kernel, answer.Options, answer.PssFile, answer.Clean, answer.Cached, answer.Read)
+	if answer.Read < 90<<20 || answer.Cached >= 1024 {
+		t.Errorf("page cache grew by %d KiB while %d bytes were read, want less than 1024 KiB for 90 MiB or more", answer.Cached, answer.Read)
+	}
+	for i, kib := range answer.Clean {
+		if kib == 0 {
+			t.Errorf("process %d has no copies: docs/benchmarks.md and the driver say that it has", i)
 		}
 	}
-	t.Fatal("the image is not in the catalogue")
-	return "", 0, 0
+}
+
+// A user makes a pool in memory without a block device, adds directories, and mounts with the module, by the program
+// alone: in a physical range, and in a DAX character device.
+func TestKernelModuleByHand(t *testing.T) {
+	k := need(t)
+	files := kernelModule(t)
+	busybox, err := testimage.Busybox()
+	if err != nil {
+		t.Skip(err)
+	}
+	for _, e := range busybox {
+		if e.Name == "bin/busybox" {
+			files["bin/busybox"] = e.Body
+		}
+	}
+	program := filepath.Join(t.TempDir(), "daxfs")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "github.com/daxfs/daxfs-snapshotter/cmd/daxfs")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	if files["bin/daxfs"], err = os.ReadFile(program); err != nil {
+		t.Fatal(err)
+	}
+	const size = 64 << 20
+	for _, c := range []struct {
+		name, pool string
+		via        Via
+		modules    []string
+		before     string // what makes the memory
+	}{
+		{name: "physical range", pool: fmt.Sprintf("%#x+%d", behind, size), via: Reserved},
+		{
+			name: "DAX device", pool: "/dev/dax0.0", via: Memmap, modules: []string{"dax_pmem", "device_dax"},
+			// What ndctl create-namespace --force --mode devdax does.
+			before: `
+				echo namespace0.0 >/sys/bus/nd/drivers/nd_pmem/unbind
+				cd /sys/bus/nd/devices/dax0.0
+				echo 2097152 >align
+				echo mem >mode
+				echo 01234567-89ab-cdef-0123-456789abcdef >uuid
+				echo namespace0.0 >namespace
+				echo dax0.0 >/sys/bus/nd/drivers/dax_pmem/bind
+				cd /`,
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			memory := filepath.Join(t.TempDir(), "memory")
+			if err := os.WriteFile(memory, nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Truncate(memory, size); err != nil {
+				t.Fatal(err)
+			}
+			m := Machine{
+				Kernel: k, Memory: memory, Via: c.via, Files: files, RAM: ramMiB, Modules: c.modules,
+				Task: task.Task{Name: "script", Module: "/daxfs.ko", Program: []string{"/bin/busybox", "sh", "-euc", `
+					/bin/busybox --install -s /bin
+					` + c.before + `
+					mkdir -p /one/dir /two /mnt/one /mnt/two
+					echo hello >/one/dir/file; ln -s dir/file /one/link; cp /bin/busybox /one/busybox
+					echo two >/two/name; cp /bin/busybox /two/busybox
+					pool="` + c.pool + `"
+					daxfs pool init --index /tmp/index $pool
+					daxfs pool put --index /tmp/index --key one $pool rootfs:/one
+					daxfs pool put --index /tmp/index --key two $pool rootfs:/two
+					daxfs pool check --index /tmp/index $pool
+					for key in one two; do
+						daxfs mount --driver daxfs --pool $pool $key /mnt/$key
+						grep " /mnt/$key daxfs " /proc/mounts
+					done
+					cat /mnt/one/link /mnt/two/name
+					cmp /mnt/one/busybox /bin/busybox && cmp /mnt/two/busybox /bin/busybox
+					/mnt/one/busybox echo ran
+					! touch /mnt/one/new
+					daxfs umount /mnt/one /mnt/two
+					! grep /mnt/ /proc/mounts
+					echo the end`}},
+			}
+			if c.via == Reserved {
+				m.Task.Phys = behind
+			}
+			answer, err := boot(t, m).Wait()
+			if err != nil {
+				t.Fatal(err)
+			}
+			out := answer.Output[0]
+			t.Log(out)
+			for _, want := range []string{"hello\ntwo\nran\n", "/mnt/one daxfs ro,nosuid,nodev", "/mnt/two daxfs ro,nosuid,nodev", "the end\n"} {
+				if !strings.Contains(out, want) {
+					t.Errorf("the output lacks %q", want)
+				}
+			}
+		})
+	}
+}
+
+// odd is a layer with the smallest and largest of what both halves of an image can hold, and the sizes around borders:
+// of directories, which are arrays in the one and blocks in the other, of names, links, paths and numbers.
+func odd(t *testing.T) []testimage.Entry {
+	t.Helper()
+	list, err := testimage.Busybox()
+	if err != nil {
+		t.Skip(err)
+	}
+	list = append(list, testimage.Dir("dirs", 0o7777).Owned(math.MaxUint32-1, math.MaxUint32-1))
+	for _, n := range []int{0, 1, 14, 15, 16, 17, 271, 272, 273, 4096} {
+		dir := fmt.Sprintf("dirs/%d", n)
+		list = append(list, testimage.Dir(dir, 0o755))
+		for i := range n {
+			list = append(list, testimage.File(fmt.Sprintf("%s/%d", dir, i), 0o644, nil))
+		}
+	}
+	list = append(list, testimage.Dir("names", 0o755))
+	for i := range 300 {
+		name := fmt.Sprintf("%03d", i)
+		list = append(list, testimage.Symlink("names/"+name+strings.Repeat("n", 255-len(name)), name))
+	}
+	for c := 1; c < 256; c++ {
+		if c != '/' && c != '.' {
+			list = append(list, testimage.File("names/"+string([]byte{byte(c)}), 0o644, []byte{byte(c)}))
+		}
+	}
+	for _, name := range []string{"...", "..a", ".a", " ", ".wh", "x.wh.y"} {
+		list = append(list, testimage.File("names/"+name, 0o600, nil))
+	}
+	list = append(list, testimage.Dir("links", 0o755))
+	for _, n := range []int{1, 2, 4080, 4094, 4095} {
+		list = append(list, testimage.Symlink(fmt.Sprintf("links/%d", n), strings.Repeat("t", n)))
+	}
+	deep := "deep"
+	list = append(list, testimage.Dir(deep, 0o755))
+	for range 400 {
+		deep += "/d"
+		list = append(list, testimage.Dir(deep, 0o711))
+	}
+	list = append(list, testimage.File(deep+"/end", 0o444, []byte("end")))
+	many := testimage.File("many-attributes", 0o6755, []byte("x")).Owned(math.MaxUint32-1, 1)
+	for i := range 60 {
+		many = many.Xattr(fmt.Sprintf("user.attribute.%d", i), strings.Repeat("v", i))
+	}
+	return append(list, many)
 }
 
 // imageFile makes a self-contained image of one layer, filled up to a multiple of 2 MiB.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -49,6 +50,8 @@ type Machine struct {
 	// Task is what /init does; Files are further files for the initramfs, by path without leading slash.
 	Task  task.Task
 	Files map[string][]byte
+	// Modules are loaded besides those that every machine has.
+	Modules []string
 	// RAM of the guest in MiB, without Memory; 0 means 512.
 	RAM int
 }
@@ -152,7 +155,7 @@ func (m Machine) writeInitramfs(ctx context.Context, path string) error {
 	for _, d := range []string{"proc", "sys", "dev", "tmp", "run", "host"} {
 		a.add(d, typeDir|0o755, nil)
 	}
-	files, err := m.Kernel.order(modules...)
+	files, err := m.Kernel.order(slices.Concat(modules, m.Modules)...)
 	if err != nil {
 		return err
 	}

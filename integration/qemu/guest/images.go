@@ -24,16 +24,12 @@ const device = "/dev/pmem0"
 
 // list mounts the images with the driver for DAX and lists their trees.
 func list(t task.Task, answer *task.Answer) error {
-	dirs, err := mountImages(t, answer)
+	dirs, err := mountImages(t, erofs.DAX{}, answer)
 	if err != nil {
 		return err
 	}
-	for _, d := range dirs {
-		tree, err := listing.Tree(d, listing.Options{})
-		if err != nil {
-			return err
-		}
-		answer.Trees = append(answer.Trees, tree)
+	if err := listTrees(dirs, listing.Options{}, answer); err != nil {
+		return err
 	}
 	if t.Pause {
 		return pause()
@@ -41,26 +37,42 @@ func list(t task.Task, answer *task.Answer) error {
 	return nil
 }
 
+func listTrees(dirs []string, o listing.Options, answer *task.Answer) error {
+	for _, d := range dirs {
+		tree, err := listing.Tree(d, o)
+		if err != nil {
+			return err
+		}
+		answer.Trees = append(answer.Trees, tree)
+	}
+	return nil
+}
+
 // mountImages mounts the images that the task names, as a node does that shares the pool of another, and returns the
 // directories.
-func mountImages(t task.Task, answer *task.Answer) ([]string, error) {
+func mountImages(t task.Task, driver mount.Driver, answer *task.Answer) ([]string, error) {
 	ctx := context.Background()
 	sources, err := sources(t)
 	if err != nil {
 		return nil, err
 	}
-	var driver erofs.DAX
 	var dirs []string
 	for i, src := range sources {
-		dir := fmt.Sprintf("/run/image%d", i)
+		dir := fmt.Sprintf("/run/%s%d", driver.Name(), i)
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return nil, err
 		}
 		if err := driver.Probe(ctx, src.Region); err != nil {
 			return nil, fmt.Errorf("probe: %w", err)
 		}
+		if err := mount.CheckImage(ctx, src); err != nil {
+			return nil, err
+		}
 		if err := driver.Mount(ctx, src, dir); err != nil {
 			return nil, fmt.Errorf("mount %q: %w", src.Key, err)
+		}
+		if err := driver.Match(ctx, src, dir); err != nil {
+			return nil, fmt.Errorf("find the mount of %q again: %w", src.Key, err)
 		}
 		options, err := mountOptions(dir)
 		if err != nil {
@@ -85,10 +97,14 @@ func awaitDevice() error {
 
 // sources finds the windows of the images in the catalogue of the pool, or makes one of the whole memory.
 func sources(t task.Task) ([]mount.Source, error) {
-	if err := awaitDevice(); err != nil {
-		return nil, err
+	config := region.Config{Kind: region.KindPhys, Phys: t.Phys, Size: t.Size, ReadOnly: true}
+	if t.Phys == 0 {
+		if err := awaitDevice(); err != nil {
+			return nil, err
+		}
+		config = region.Config{Kind: region.KindPmem, Path: device, ReadOnly: true}
 	}
-	r, err := region.Open(region.Config{Kind: region.KindPmem, Path: device, ReadOnly: true})
+	r, err := region.Open(config)
 	if err != nil {
 		return nil, fmt.Errorf("open the shared memory: %w", err)
 	}

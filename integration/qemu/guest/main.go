@@ -111,10 +111,12 @@ func work(answer *task.Answer) error {
 
 // tasks by name.
 var tasks = map[string]func(task.Task, *task.Answer) error{
-	"list":  list,
-	"share": share,
-	"large": large,
-	"daxfs": module,
+	"list":   list,
+	"share":  share,
+	"large":  large,
+	"daxfs":  module,
+	"script": script,
+	"dmabuf": dmabuf,
 }
 
 // pause tells the host that all is in place, and waits for it.

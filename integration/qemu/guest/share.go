@@ -18,6 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
+	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 )
 
 // processes is how many are started of one image.
@@ -25,9 +28,16 @@ const processes = 10
 
 // share proves what the memory of containers is made of: it starts processes of one dynamic program in overlays over
 // each image and asks the kernel about their pages, then reads everything and asks for the page cache, then compares
-// the frames of one file in all images.
+// the frames of one file in all images. With a module, the images are mounted with that.
 func share(t task.Task, answer *task.Answer) error {
-	dirs, err := mountImages(t, answer)
+	var driver mount.Driver = erofs.DAX{}
+	if t.Module != "" {
+		if err := load(t.Module, ""); err != nil {
+			return err
+		}
+		driver = kernel.Driver{}
+	}
+	dirs, err := mountImages(t, driver, answer)
 	if err != nil {
 		return err
 	}

@@ -19,10 +19,10 @@ type Task struct {
 	Program []string
 	// File is a path inside the images.
 	File string
-	// Module is the path of daxfs.ko in the guest, Phys where the shared memory is.
+	// Module is the path of daxfs.ko in the guest.
 	Module string
-	Phys   uint64
-	// Size of the image, in bytes, where the memory is one image.
+	// Phys and Size are where the shared memory is, if it is not a block device.
+	Phys uint64
 	Size int64
 }
 

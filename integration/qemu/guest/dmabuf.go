@@ -1,0 +1,107 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/listing"
+	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// dmabuf puts the image /image into a dma-buf, mounts that with the kernel module and, when nothing but the mount has the
+// buffer any more, lists the tree and runs the program.
+func dmabuf(t task.Task, answer *task.Answer) error {
+	if err := load(t.Module, ""); err != nil {
+		return err
+	}
+	image, err := os.ReadFile("/image")
+	if err != nil {
+		return err
+	}
+	dir := "/run/dmabuf"
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	if err := mountBuffer(image, dir); err != nil {
+		return err
+	}
+	options, err := mountOptions(dir)
+	if err != nil {
+		return err
+	}
+	answer.Options = append(answer.Options, options)
+	if err := listTrees([]string{dir}, listing.Options{NoTimes: true, NoXattrs: true}, answer); err != nil {
+		return err
+	}
+	out, err := run(dir, t.Program)
+	answer.Output = append(answer.Output, out)
+	if err != nil {
+		return err
+	}
+	return kernel.Driver{}.Unmount(context.Background(), dir)
+}
+
+func mountBuffer(image []byte, dir string) error {
+	ctx := context.Background()
+	fd, err := newBuffer(len(image))
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	r, err := region.Open(region.Config{Kind: region.KindDMABuf, FD: fd})
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if _, err := r.WriteAt(image, 0); err != nil {
+		return err
+	}
+	src := mount.Source{Key: "image", Region: r.Info(), Size: r.Size()}
+	var driver kernel.Driver
+	if err := driver.Probe(ctx, src.Region); err != nil {
+		return err
+	}
+	if err := mount.CheckImage(ctx, src); err != nil {
+		return err
+	}
+	if err := driver.Mount(ctx, src, dir); err != nil {
+		return err
+	}
+	return driver.Match(ctx, src, dir)
+}
+
+// newBuffer takes a dma-buf from the virtual graphics driver: the kernels of distributions have no DMA heaps.
+func newBuffer(size int) (int, error) {
+	card, err := os.OpenFile("/dev/dri/card0", os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer card.Close()
+	// Requests and structures as in the kernel's drm/drm.h and drm/drm_mode.h: a picture of 4096 bytes a line, then a
+	// descriptor of its buffer.
+	const createDumb, handleToFD = 0xc02064b2, 0xc00c642d
+	picture := struct {
+		height, width, bpp, flags, handle, pitch uint32
+		size                                     uint64
+	}{height: uint32(size / 4096), width: 1024, bpp: 32}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, card.Fd(), createDumb, uintptr(unsafe.Pointer(&picture))); errno != 0 {
+		return 0, fmt.Errorf("make a picture of %d bytes: %w", size, errno)
+	}
+	export := struct {
+		handle, flags uint32
+		fd            int32
+	}{handle: picture.handle, flags: unix.O_RDWR | unix.O_CLOEXEC}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, card.Fd(), handleToFD, uintptr(unsafe.Pointer(&export))); errno != 0 {
+		return 0, fmt.Errorf("export the picture's buffer: %w", errno)
+	}
+	return int(export.fd), nil
+}
