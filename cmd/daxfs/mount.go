@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
 	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
@@ -136,9 +137,19 @@ func mountSource(c *cli.Context) (mount.Source, error) {
 		return src, fmt.Errorf("offset %d of %q, which has %d bytes", src.Off, path, end)
 	}
 	if src.Size == 0 {
-		src.Size = end - src.Off
+		src.Size = imageSize(f, src.Off, end-src.Off)
 	}
 	return src, nil
+}
+
+// imageSize is how much of the room for it an image takes: a device, or the file that is a virtual machine's memory, has the
+// size that it has. What is no image has all of it, and the check says why it is none.
+func imageSize(f io.ReaderAt, off, room int64) int64 {
+	img, err := daxfs.Open(io.NewSectionReader(f, off, room), room)
+	if err != nil {
+		return room
+	}
+	return int64(img.Super().Blocks) * daxfs.BlockSize
 }
 
 // findImage looks up a key, or the only one that begins with it.

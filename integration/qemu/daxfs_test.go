@@ -76,22 +76,23 @@ func TestKernelModule(t *testing.T) {
 		name   string
 		via    Via
 		images []string
-		memory func(*testing.T) string
+		memory func(*testing.T) (path string, image int64)
 		want   [][]string
 	}{
-		{"windows of a pool in reserved memory", Reserved, keys, func(t *testing.T) string { return poolOf(t, 128<<20, layers) }, want},
+		{"windows of a pool in reserved memory", Reserved, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers), 0 }, want},
 		{
-			"windows of a pool in persistent memory", Memmap, keys, func(t *testing.T) string { return poolOf(t, 128<<20, layers) },
+			"windows of a pool in persistent memory", Memmap, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers), 0 },
 			slices.Concat(want, wantAll),
 		},
-		{"image file", Reserved, nil, func(t *testing.T) string { return imageFile(t, images["special"]) }, want[:1]},
-		{"odd image file", Reserved, nil, func(t *testing.T) string { return imageFile(t, images["odd"]) }, want[1:]},
+		{"image file", Reserved, nil, func(t *testing.T) (string, int64) { return imageFile(t, images["special"]) }, want[:1]},
+		{"odd image file", Reserved, nil, func(t *testing.T) (string, int64) { return imageFile(t, images["odd"]) }, want[1:]},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			memory, image := c.memory(t)
 			m := Machine{
-				Kernel: k, Memory: c.memory(t), Via: c.via, Files: files, RAM: ramMiB,
+				Kernel: k, Memory: memory, Via: c.via, Files: files, RAM: ramMiB,
 				Task: task.Task{
-					Name: "daxfs", Module: "/daxfs.ko", Images: c.images,
+					Name: "daxfs", Module: "/daxfs.ko", Images: c.images, ImageSize: image,
 					Program: []string{bash, "-c", "read line </etc/hostname; echo $line; /bin/busybox uname -s"},
 				},
 			}
@@ -132,7 +133,7 @@ func TestKernelModuleDMABuf(t *testing.T) {
 	k := need(t)
 	files := kernelModule(t)
 	entries := special(t)
-	image := imageFile(t, entries)
+	image, size := imageFile(t, entries)
 	body, err := os.ReadFile(image)
 	if err != nil {
 		t.Fatal(err)
@@ -140,7 +141,7 @@ func TestKernelModuleDMABuf(t *testing.T) {
 	files["image"] = body
 	answer, err := boot(t, Machine{
 		Kernel: k, Memory: image, Via: Reserved, Files: files, RAM: ramMiB, Modules: []string{"vgem"},
-		Task: task.Task{Name: "dmabuf", Module: "/daxfs.ko", Program: []string{"/bin/busybox", "cat", "/etc/hostname"}},
+		Task: task.Task{Name: "dmabuf", Module: "/daxfs.ko", ImageSize: size, Program: []string{"/bin/busybox", "cat", "/etc/hostname"}},
 	}).Wait()
 	if err != nil {
 		t.Fatal(err)
@@ -230,7 +231,7 @@ func TestKernelModuleByHand(t *testing.T) {
 				echo namespace0.0 >/sys/bus/nd/drivers/nd_pmem/unbind
 				cd /sys/bus/nd/devices/dax0.0
 				echo 2097152 >align
-				echo mem >mode
+				echo ram >mode
 				echo 01234567-89ab-cdef-0123-456789abcdef >uuid
 				echo namespace0.0 >namespace
 				echo dax0.0 >/sys/bus/nd/drivers/dax_pmem/bind
@@ -335,10 +336,10 @@ func odd(t *testing.T) []testimage.Entry {
 	return append(list, many)
 }
 
-// imageFile makes a self-contained image of one layer, filled up to a multiple of 2 MiB.
-func imageFile(t *testing.T, entries []testimage.Entry) string {
+// imageFile makes a self-contained image of one layer, in a file that is filled up to a multiple of 2 MiB.
+func imageFile(t *testing.T, entries []testimage.Entry) (path string, size int64) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "image")
+	path = filepath.Join(t.TempDir(), "image")
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
@@ -383,5 +384,5 @@ func imageFile(t *testing.T, entries []testimage.Entry) string {
 	if err := f.Truncate((info.Size() + 2<<20 - 1) &^ (2<<20 - 1)); err != nil {
 		t.Fatal(err)
 	}
-	return path
+	return path, info.Size()
 }

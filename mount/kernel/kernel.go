@@ -9,6 +9,7 @@
 package kernel
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -64,7 +65,7 @@ func options(src mount.Source) (sys.Mount, error) {
 		if src.Region.FD < 0 {
 			return m, fmt.Errorf("%s: the dma-buf is not open in this process: %w", src, mount.ErrUnsupported)
 		}
-		m.Source = src.Region.Path
+		m.Source = cmp.Or(src.Region.Path, "dmabuf") // without one the kernel would invent one
 		m.FDs = map[string]int{"dmabuf": src.Region.FD}
 		m.Options = []string{"validate"}
 		return m, nil
@@ -108,7 +109,8 @@ func (Driver) Match(ctx context.Context, src mount.Source, dir string) error {
 	if m.Source != want.Source {
 		return fmt.Errorf("%q is mounted from %q, expected %q", dir, m.Source, want.Source)
 	}
-	if size, ok := sys.MountOption(m, "size"); ok {
+	// Of a dma-buf the module maps all there is.
+	if size, ok := sys.MountOption(m, "size"); ok && src.Region.Kind != region.KindDMABuf {
 		if n, err := strconv.ParseInt(size, 0, 64); err == nil && n != src.Size {
 			return fmt.Errorf("%q has a window of %q bytes, expected %d", dir, size, src.Size)
 		}

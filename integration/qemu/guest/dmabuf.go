@@ -31,7 +31,7 @@ func dmabuf(t task.Task, answer *task.Answer) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	if err := mountBuffer(image, dir); err != nil {
+	if err := mountBuffer(image, t.ImageSize, dir); err != nil {
 		return err
 	}
 	options, err := mountOptions(dir)
@@ -50,7 +50,7 @@ func dmabuf(t task.Task, answer *task.Answer) error {
 	return kernel.Driver{}.Unmount(context.Background(), dir)
 }
 
-func mountBuffer(image []byte, dir string) error {
+func mountBuffer(image []byte, size int64, dir string) error {
 	ctx := context.Background()
 	fd, err := newBuffer(len(image))
 	if err != nil {
@@ -65,7 +65,7 @@ func mountBuffer(image []byte, dir string) error {
 	if _, err := r.WriteAt(image, 0); err != nil {
 		return err
 	}
-	src := mount.Source{Key: "image", Region: r.Info(), Size: r.Size()}
+	src := mount.Source{Key: "image", Region: r.Info(), Size: size}
 	var driver kernel.Driver
 	if err := driver.Probe(ctx, src.Region); err != nil {
 		return err

@@ -95,7 +95,7 @@ func awaitDevice() error {
 	return fmt.Errorf("no %q after a minute", device)
 }
 
-// sources finds the windows of the images in the catalogue of the pool, or makes one of the whole memory.
+// sources finds the windows of the images in the catalogue of the pool, or makes one of the image that is all there is.
 func sources(t task.Task) ([]mount.Source, error) {
 	config := region.Config{Kind: region.KindPhys, Phys: t.Phys, Size: t.Size, ReadOnly: true}
 	if t.Phys == 0 {
@@ -110,7 +110,7 @@ func sources(t task.Task) ([]mount.Source, error) {
 	}
 	defer r.Close()
 	if len(t.Images) == 0 {
-		return []mount.Source{{Key: "image", Region: r.Info(), Size: r.Size()}}, nil
+		return []mount.Source{{Key: "image", Region: r.Info(), Size: t.ImageSize}}, nil
 	}
 	catalogue, err := pool.ReadCatalogue(r)
 	if err != nil {

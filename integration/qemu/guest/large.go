@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
+	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 )
 
 // hugePage is what one entry of the page table's middle level maps.
@@ -19,7 +20,7 @@ const hugePage = 2 << 20
 // large maps a file of each image as a program that loads a model does, reads a byte of each page, and counts how often
 // the kernel had to be asked, and for how much.
 func large(t task.Task, answer *task.Answer) error {
-	dirs, err := mountImages(t, answer)
+	dirs, err := mountImages(t, erofs.DAX{}, answer)
 	if err != nil {
 		return err
 	}

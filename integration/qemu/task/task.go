@@ -24,6 +24,8 @@ type Task struct {
 	// Phys and Size are where the shared memory is, if it is not a block device.
 	Phys uint64
 	Size int64
+	// ImageSize is the size of the image where the memory is one image; the memory may be larger.
+	ImageSize int64
 }
 
 // Answer is what the guest found. Which fields are set depends on the task.
