@@ -14,7 +14,6 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/opencontainers/go-digest"
@@ -113,7 +112,7 @@ func TestSuiteStreaming(t *testing.T) {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			f.need(t)
-			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+			suite(t, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				c := f.config(root)
 				store, err := local.NewStore(filepath.Join(root, "content"))
 				if err != nil {

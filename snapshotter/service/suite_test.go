@@ -3,7 +3,10 @@ package service
 import (
 	"context"
 	"errors"
+	"flag"
 	"os"
+	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -12,14 +15,30 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// TestSuite runs containerd's conformance tests through the socket, with a real pool and real mounts. The name
-// "overlayfs" tells the suite which limits of overlayfs we inherit; see package snapshotter.
+// suite runs containerd's conformance tests, each on a snapshotter that open makes, and wants all of them to have run. The
+// name "overlayfs" tells them which limits of overlayfs we inherit; see package snapshotter.
+func suite(t *testing.T, open testsuite.SnapshotterFunc) {
+	t.Helper()
+	var ran atomic.Int32
+	t.Cleanup(func() { // when all have ended: they run in parallel
+		const tests = 21 // of containerd 2.4
+		if n := ran.Load(); n != tests && !strings.Contains(flag.Lookup("test.run").Value.String(), "/") {
+			t.Errorf("%d conformance tests ran, want %d", n, tests)
+		}
+	})
+	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+		ran.Add(1)
+		return open(ctx, root)
+	})
+}
+
+// TestSuite runs containerd's conformance tests through the socket, with a real pool and real mounts.
 func TestSuite(t *testing.T) {
 	for _, f := range flavours {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			f.need(t)
-			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+			suite(t, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				c := f.config(root)
 				cl, err := start(ctx, c, nil)
 				if err != nil {
