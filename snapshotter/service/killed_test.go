@@ -27,7 +27,7 @@ func rounds(t *testing.T) int {
 	case v == "" && testing.Short():
 		return 4
 	case v == "":
-		return 150
+		return 100
 	}
 	n, err := strconv.Atoi(v)
 	if err != nil {
