@@ -44,7 +44,9 @@ func TestTwoMachines(t *testing.T) {
 	if err := unix.Stat(memory, &st); err != nil {
 		t.Fatal(err)
 	}
-	if used := st.Blocks / 2; pss > used {
+	// A hole that a guest looks at, such as the end of the device when it looks for partitions, becomes pages of zeros.
+	const holes = 1024
+	if used := st.Blocks / 2; pss > used+holes {
 		t.Errorf("the machines hold %d KiB of memory for a pool that has %d KiB", pss, used)
 	}
 	if 2*rss < 3*pss {
