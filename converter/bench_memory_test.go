@@ -24,7 +24,7 @@ func convertHelper(memory string) error {
 	if err != nil {
 		return err
 	}
-	src, err := source.Parse("oci:"+os.Args[1], source.Config{})
+	src, err := source.Parse(os.Args[1], source.Config{})
 	if err != nil {
 		return err
 	}
@@ -45,10 +45,10 @@ func convertHelper(memory string) error {
 	return err
 }
 
-// peakMemory converts a layout in a process of its own, and returns its peak resident memory in bytes.
-func peakMemory(tb testing.TB, dir string, memory int64) int64 {
+// peakMemory converts an image in a process of its own, and returns its peak resident memory in bytes.
+func peakMemory(tb testing.TB, src string, memory int64) int64 {
 	tb.Helper()
-	cmd := exec.Command(os.Args[0], dir, filepath.Join(tb.TempDir(), "image"))
+	cmd := exec.Command(os.Args[0], src, filepath.Join(tb.TempDir(), "image"))
 	cmd.Env = append(os.Environ(), fmt.Sprint(helperEnv, "=", memory))
 	out, err := cmd.Output()
 	if err != nil {
@@ -77,17 +77,18 @@ func TestMemoryIsBounded(t *testing.T) {
 		layers = append(layers, ocitest.Layer{Tar: treeTar(i, 96), Compression: ocitest.Gzip})
 	}
 	l := newLayout(t, layers...)
-	for _, memory := range []int64{16 << 20, 64 << 20} {
-		got, most := peakMemory(t, l.Dir, memory), memoryBound(memory, 2, 300)
-		t.Logf("limit %d MiB: peak %d MiB, bound %d MiB", memory>>20, got>>20, most>>20)
-		if got > most {
-			t.Errorf("with a limit of %d the peak is %d bytes, expected at most %d", memory, got, most)
+	for _, src := range []string{"oci:" + l.Dir, "docker://" + push(t, l)} {
+		for _, memory := range []int64{16 << 20, 64 << 20} {
+			got, most := peakMemory(t, src, memory), memoryBound(memory, 2, 300)
+			t.Logf("%s, limit %d MiB: peak %d MiB, bound %d MiB", src, memory>>20, got>>20, most>>20)
+			if got > most {
+				t.Errorf("%s: with a limit of %d the peak is %d bytes, expected at most %d", src, memory, got, most)
+			}
 		}
 	}
 }
 
-// BenchmarkMemory reports the peak for several limits and a realistic image. With the smallest one nearly all contents of
-// upper layers go through the spill file.
+// BenchmarkMemory reports the peak for several limits and a realistic image.
 func BenchmarkMemory(b *testing.B) {
 	dir, _, unpacked := benchLayout(b, ocitest.Gzip)
 	for _, mib := range []int64{16, 64, 256} {
@@ -95,7 +96,7 @@ func BenchmarkMemory(b *testing.B) {
 			b.SetBytes(unpacked)
 			var peak int64
 			for b.Loop() {
-				peak = max(peak, peakMemory(b, dir, mib<<20))
+				peak = max(peak, peakMemory(b, "oci:"+dir, mib<<20))
 			}
 			b.ReportMetric(float64(peak)/(1<<20), "peak-MiB")
 		})

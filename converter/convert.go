@@ -1,6 +1,7 @@
 package converter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,10 @@ const (
 	// DefaultMaxEntries is the default of Options.MaxEntries.
 	DefaultMaxEntries = 4 << 20
 
+	// localMemory is how far ahead files are read: enough to keep all cores busy. Memory that is used for the first time
+	// costs more than reading the layer a little later.
+	localMemory = 32 << 20
+
 	// maxNames bounds the bytes of names, link targets and xattrs of all layers, which stay in memory.
 	maxNames = 1 << 30
 )
@@ -41,10 +46,11 @@ type Options struct {
 	Platform source.Platform
 	// Image holds the choices of the image format.
 	Image daxfs.Options
-	// Concurrency is how many layers are read at the same time; 0 means one for each core, at least 2.
+	// Concurrency is how many layers are read at the same time, at least 4; 0 means one for each core.
 	Concurrency int
 	// Memory bounds the file contents that wait in memory for those of lower layers, in bytes; 0 means
-	// DefaultMemory. What does not fit waits on disk, beside the output.
+	// DefaultMemory. What does not fit waits on disk, beside the output, when layers come over a network. Where they
+	// are files already, they are not read that far ahead: 32 MiB of memory, or less, are used for them.
 	Memory int64
 	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
 	// DefaultMaxSize. It is what stops a decompression bomb.
@@ -108,8 +114,9 @@ func Convert(ctx context.Context, src source.Source, output string, o Options) (
 		o.MaxEntries = DefaultMaxEntries
 	}
 	if o.Concurrency <= 0 {
-		o.Concurrency = max(2, runtime.GOMAXPROCS(0))
+		o.Concurrency = runtime.GOMAXPROCS(0)
 	}
+	o.Concurrency = max(o.Concurrency, sink.Lanes)
 	img, err := src.Image(ctx, o.Platform)
 	if err != nil {
 		return nil, tooLarge(err)
@@ -148,14 +155,18 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	if img.Dir != "" {
 		n = 1
 	}
+	memory := o.Memory
+	if !img.Remote {
+		memory = min(memory, localMemory)
+	}
 	s, err := sink.New(f.File, n, sink.Options{
-		Memory: o.Memory, MaxBytes: o.MaxSize, NoAlign: o.NoAlign, Failed: cancel,
+		Memory: memory, Wait: !img.Remote, MaxBytes: o.MaxSize, NoAlign: o.NoAlign, Failed: cancel,
 	})
 	if err != nil {
 		return nil, err
 	}
 	defer s.Abort()
-	c := &conversion{o: o, sink: s, img: img, layers: make([]*layer.Layer, n)}
+	c := &conversion{o: o, sink: s, img: img, tree: tree.NewMerger()}
 	if img.Dir != "" {
 		err = c.directory(ctx)
 	} else {
@@ -168,10 +179,7 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 		}
 		return nil, err
 	}
-	root, err := tree.Merge(c.layers)
-	if err != nil {
-		return nil, err
-	}
+	root := c.tree.Root()
 	placed, err := s.Finish(root)
 	if err != nil {
 		return nil, err
@@ -202,40 +210,65 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 
 // conversion is the reading half of one Convert.
 type conversion struct {
-	o      Options
-	sink   *sink.Sink
-	img    *source.Image
-	layers []*layer.Layer
+	o    Options
+	sink *sink.Sink
+	img  *source.Image
+	tree *tree.Merger
 
 	in, unpacked, entries, names atomic.Int64
 }
 
-// read reads all layers, some of them at the same time.
+// read reads all layers, some of them at the same time, and merges them in their order.
 func (c *conversion) read(ctx context.Context) error {
 	if c.o.Progress != nil {
 		c.o.Progress.Start(c.img.Layers)
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	// Layers start in order: the lowest unfinished one is always among those that run, and nothing waits for ever.
+	parsed := make([]chan *layer.Layer, len(c.img.Layers)) // each gets its layer once that was verified, or is closed
+	for i := range parsed {
+		parsed[i] = make(chan *layer.Layer, 1)
+	}
+	merged := make(chan error, 1)
+	go func() { merged <- c.merge(parsed) }()
+	// Layers start in order: those whose contents are placed next are always among them, and nothing waits for ever.
 	g.SetLimit(c.o.Concurrency)
 	for i, l := range c.img.Layers {
 		g.Go(func() error {
+			defer close(parsed[i])
 			if err := ctx.Err(); err != nil {
 				return context.Cause(ctx)
 			}
-			if err := c.layer(ctx, i, l); err != nil {
+			y, err := c.layer(ctx, i, l)
+			if err != nil {
 				return fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
 			}
+			parsed[i] <- y
 			return nil
 		})
 	}
-	return g.Wait()
+	// A layer that is not what was promised explains more than what it could not be merged with.
+	err := g.Wait()
+	return cmp.Or(err, <-merged)
 }
 
-func (c *conversion) layer(ctx context.Context, i int, l source.Layer) error {
+// merge applies the layers as they come, up to the first that does not.
+func (c *conversion) merge(parsed []chan *layer.Layer) error {
+	for _, ch := range parsed {
+		l, ok := <-ch
+		if !ok {
+			return nil
+		}
+		if err := c.tree.Apply(l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *conversion) layer(ctx context.Context, i int, l source.Layer) (*layer.Layer, error) {
 	rc, err := l.Open(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	spec := blob.Spec{
 		MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID, MaxSize: c.o.MaxSize,
@@ -245,32 +278,31 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) error {
 	}
 	r, err := blob.NewReader(ctx, rc, spec)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer r.Close()
 	store := c.sink.Layer(i)
 	parsed, err := layer.FromTar(ctx, r, store, c.limits())
 	if err != nil && (ctx.Err() != nil || c.sink.Err() != nil) {
-		return err // it says nothing about the blob, of which the rest need not be read
+		return nil, err // it says nothing about the blob, of which the rest need not be read
 	}
 	if err := r.Finish(err); err != nil {
-		return err
+		return nil, err
 	}
 	if err := store.Close(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := c.count(parsed); err != nil {
-		return err
+		return nil, err
 	}
-	c.layers[i] = parsed
 	c.in.Add(r.BytesRead())
 	if c.unpacked.Add(r.Size()) > c.o.MaxSize {
-		return fmt.Errorf("%w of %d bytes", blob.ErrTooLarge, c.o.MaxSize)
+		return nil, fmt.Errorf("%w of %d bytes", blob.ErrTooLarge, c.o.MaxSize)
 	}
 	if c.o.Progress != nil {
 		c.o.Progress.Done(i)
 	}
-	return nil
+	return parsed, nil
 }
 
 // directory reads a plain directory as the only layer.
@@ -283,10 +315,12 @@ func (c *conversion) directory(ctx context.Context) error {
 	if err := c.count(l); err != nil {
 		return err
 	}
-	c.layers[0] = l
 	c.in.Store(l.Stats.Bytes)
 	c.unpacked.Store(l.Stats.Bytes)
-	return store.Close()
+	if err := store.Close(); err != nil {
+		return err
+	}
+	return c.tree.Apply(l)
 }
 
 // limits of one layer. The contents of all layers together are bounded by the sink.

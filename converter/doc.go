@@ -22,7 +22,7 @@
 // The output appears complete or not at all: it is written to a file without a name and linked to its name at the
 // end. A file that was there stays until it is replaced in one step.
 //
-// Memory is bounded by Options.Memory for contents, plus about 10 MiB for each layer that is read at the same time
+// Memory is bounded by Options.Memory for contents (by 32 MiB for layers that are files), plus about 10 MiB for each layer that is read at the same time
 // (more for zstd layers with a large window), plus about 1 KiB per entry of the layers, of which Options.MaxEntries is
 // the limit.
 package converter

@@ -306,6 +306,31 @@ func TestCancel(t *testing.T) {
 	checkUntouched(t, out)
 }
 
+// TestDamagedHead: layers that wait for a damaged one give up with it.
+func TestDamagedHead(t *testing.T) {
+	var layers [][]byte
+	for i := range uint64(4) {
+		layers = append(layers, treeTar(i, 48))
+	}
+	l := newLayout(t, packed(layers, ocitest.None)...)
+	_, m := manifestOf(t, l)
+	edit(t, l.BlobPath(m.Layers[0].Digest), func(b []byte) []byte { b[len(b)-1] ^= 1; return b })
+	out := filepath.Join(t.TempDir(), "image")
+	for _, n := range []int{1, 2, 4} {
+		src, err := source.Parse("oci:"+l.Dir, source.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = converter.Convert(t.Context(), src, out, converter.Options{Concurrency: n})
+		if !errors.Is(err, blob.ErrMismatch) || !strings.Contains(err.Error(), "layer 0 ") {
+			t.Errorf("concurrency %d: error %v, expected that of layer 0", n, err)
+		}
+	}
+	if left, err := os.ReadDir(filepath.Dir(out)); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 func TestOutputMustBeAFile(t *testing.T) {
 	src, err := source.Parse("oci:"+newLayout(t).Dir, source.Config{})
 	if err != nil {

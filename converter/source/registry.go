@@ -137,6 +137,7 @@ func (s *registry) Image(ctx context.Context, p Platform) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
+	img.Remote = true
 	return img, nil
 }
 

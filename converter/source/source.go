@@ -46,6 +46,8 @@ type Image struct {
 	Platform ocispec.Platform
 	// Layers, bottom first.
 	Layers []Layer
+	// Remote says that the layers come over a network: whoever stops to read one for long may lose it.
+	Remote bool
 	// Dir is the root directory of a rootfs source, which has no layers.
 	Dir string
 }

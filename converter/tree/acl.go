@@ -171,7 +171,7 @@ func setACL(n *daxfs.Node, x daxfs.Xattr) error {
 const maxInherited = 256 << 20
 
 // inheritACL gives a new inode the ACLs that come from its directory.
-func (m *merger) inheritACL(n, dir *daxfs.Node) error {
+func (m *Merger) inheritACL(n, dir *daxfs.Node) error {
 	if len(dir.Xattrs) == 0 || n.Mode&unix.S_IFMT == unix.S_IFLNK {
 		return nil
 	}

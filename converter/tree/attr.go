@@ -19,7 +19,7 @@ const (
 
 // setAttributes gives an inode of the tree the attributes of an entry, with the system calls of containerd's applier in
 // mind: chown, setxattr, chmod, utimes.
-func (m *merger) setAttributes(n, from *daxfs.Node) error {
+func (m *Merger) setAttributes(n, from *daxfs.Node) error {
 	n.Mtime = from.Mtime
 	if m.exact {
 		n.Mode = n.Mode&unix.S_IFMT | from.Mode&permissions

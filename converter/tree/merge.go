@@ -46,18 +46,17 @@ var (
 // share nothing with the layers, which can be merged again; Merge may run concurrently on the same layers. With no
 // layer the tree is an empty directory. The error is an *Error.
 func Merge(layers []*layer.Layer) (*daxfs.Node, error) {
-	m := newMerger()
-	for i, l := range layers {
-		m.layer = i
-		if err := m.apply(l); err != nil {
+	m := NewMerger()
+	for _, l := range layers {
+		if err := m.Apply(l); err != nil {
 			return nil, err
 		}
 	}
-	return m.root, nil
+	return m.Root(), nil
 }
 
-// merger holds the tree while layers are applied to it.
-type merger struct {
+// Merger is Merge for layers that come one after another. It is for one goroutine.
+type Merger struct {
 	root  *daxfs.Node
 	layer int
 	exact bool // attributes are complete, see layer.FromDirectory
@@ -86,11 +85,17 @@ type entry struct {
 	name string
 }
 
-func newMerger() *merger {
-	return &merger{root: &daxfs.Node{Mode: unix.S_IFDIR | 0o755}, steps: 1 << 24}
+// NewMerger returns a Merger whose tree is an empty directory.
+func NewMerger() *Merger {
+	return &Merger{root: &daxfs.Node{Mode: unix.S_IFDIR | 0o755}, steps: 1 << 24}
 }
 
-func (m *merger) apply(l *layer.Layer) error {
+// Root returns the root of the tree, which the next Apply may change.
+func (m *Merger) Root() *daxfs.Node { return m.root }
+
+// Apply applies the next layer. After an error, which is an *Error, the tree is of no use.
+func (m *Merger) Apply(l *layer.Layer) error {
+	defer func() { m.layer++ }()
 	m.exact = l.Source == layer.FromDirectory
 	m.steps += 200 * len(l.Changes)
 	m.fresh, m.opaque = nil, nil
@@ -122,12 +127,12 @@ func (m *merger) apply(l *layer.Layer) error {
 	return nil
 }
 
-func (m *merger) error(l *layer.Layer, i int, err error) error {
+func (m *Merger) error(l *layer.Layer, i int, err error) error {
 	c := &l.Changes[i]
 	return &Error{Layer: m.layer, Change: i, Op: c.Op, Path: c.Path, Err: err}
 }
 
-func (m *merger) change(c *layer.Change) error {
+func (m *Merger) change(c *layer.Change) error {
 	if err := checkChange(c); err != nil {
 		return err
 	}
@@ -179,7 +184,7 @@ func checkChange(c *layer.Change) error {
 }
 
 // addNode makes an inode at a name. A directory stays a directory; anything else makes room.
-func (m *merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
+func (m *Merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 	kind := from.Mode & unix.S_IFMT
 	n := dir.Entries[name]
 	if n == nil || kind != unix.S_IFDIR || n.Mode&unix.S_IFMT != unix.S_IFDIR {
@@ -197,7 +202,7 @@ func (m *merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 }
 
 // create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory, and ACLs.
-func (m *merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node, error) {
+func (m *Merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node, error) {
 	n := m.node()
 	n.Mode = kind
 	if kind == unix.S_IFLNK {
@@ -216,7 +221,7 @@ func (m *merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node,
 }
 
 // link gives a name to an inode that has one already.
-func (m *merger) link(dir *daxfs.Node, name string, c *layer.Change) error {
+func (m *Merger) link(dir *daxfs.Node, name string, c *layer.Change) error {
 	m.remove(dir, name) // first, as containerd does: a link to itself finds nothing
 	n, err := m.linkTarget(c.LinkTo)
 	if err != nil {
@@ -234,7 +239,7 @@ func (m *merger) link(dir *daxfs.Node, name string, c *layer.Change) error {
 }
 
 // enter puts an inode under a free name.
-func (m *merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
+func (m *Merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
 	if dir.Entries == nil {
 		dir.Entries = make(map[string]*daxfs.Node)
 	}
@@ -245,7 +250,7 @@ func (m *merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
 }
 
 // remove removes a name and all below it.
-func (m *merger) remove(dir *daxfs.Node, name string) {
+func (m *Merger) remove(dir *daxfs.Node, name string) {
 	if n := dir.Entries[name]; n != nil {
 		delete(dir.Entries, name)
 		if kind := n.Mode & unix.S_IFMT; kind == unix.S_IFDIR || kind == unix.S_IFLNK {
@@ -255,7 +260,7 @@ func (m *merger) remove(dir *daxfs.Node, name string) {
 }
 
 // touch records that the present layer has an entry for a name.
-func (m *merger) touch(dir *daxfs.Node, name string) {
+func (m *Merger) touch(dir *daxfs.Node, name string) {
 	if m.fresh != nil {
 		m.fresh[entry{dir, name}] = struct{}{}
 	}
@@ -263,7 +268,7 @@ func (m *merger) touch(dir *daxfs.Node, name string) {
 
 // hideLower removes from a directory what the present layer did not put there. Directories on the way to what it put
 // there stay, with their attributes.
-func (m *merger) hideLower(dir *daxfs.Node) {
+func (m *Merger) hideLower(dir *daxfs.Node) {
 	if _, done := m.opaque[dir]; done {
 		return // all that came since is of this layer
 	}
@@ -285,7 +290,7 @@ func (m *merger) hideLower(dir *daxfs.Node) {
 }
 
 // node returns a zero node.
-func (m *merger) node() *daxfs.Node {
+func (m *Merger) node() *daxfs.Node {
 	if len(m.slab) == 0 {
 		m.slab = make([]daxfs.Node, 64)
 	}

@@ -54,17 +54,16 @@ func applyAll(t testing.TB, layers [][]byte) (treetest.Tree, time.Time, error) {
 }
 
 // mergeAll does the same with this package.
-func mergeAll(t testing.TB, layers [][]byte) (treetest.Tree, *merger, error) {
+func mergeAll(t testing.TB, layers [][]byte) (treetest.Tree, *Merger, error) {
 	t.Helper()
 	var store treetest.Store
-	m := newMerger()
-	for i, b := range layers {
+	m := NewMerger()
+	for _, b := range layers {
 		l, err := layer.FromTar(context.Background(), bytes.NewReader(b), &store, layer.Limits{})
 		if err != nil {
 			return nil, m, err
 		}
-		m.layer = i
-		if err := m.apply(l); err != nil {
+		if err := m.Apply(l); err != nil {
 			return nil, m, err
 		}
 	}

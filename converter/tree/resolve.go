@@ -20,7 +20,7 @@ const (
 
 // mkdir returns the directory that a clean path names, following symbolic links in every element, and makes what is
 // missing of it.
-func (m *merger) mkdir(p string) (*daxfs.Node, error) {
+func (m *Merger) mkdir(p string) (*daxfs.Node, error) {
 	if p == "" {
 		return m.root, nil
 	}
@@ -46,7 +46,7 @@ func (m *merger) mkdir(p string) (*daxfs.Node, error) {
 
 // descend walks from the root to p and makes missing directories on the way. At a symbolic link it gives up: the
 // second result is false, and nothing was made.
-func (m *merger) descend(p string) (*daxfs.Node, bool, error) {
+func (m *Merger) descend(p string) (*daxfs.Node, bool, error) {
 	dir := m.root
 	for rest := p; rest != ""; {
 		var name string
@@ -76,7 +76,7 @@ func (m *merger) descend(p string) (*daxfs.Node, bool, error) {
 }
 
 // lookup returns what a path names, following symbolic links in every element, the last one included.
-func (m *merger) lookup(p string) (*daxfs.Node, error) {
+func (m *Merger) lookup(p string) (*daxfs.Node, error) {
 	if n := m.plain(p); n != nil && n.Mode&unix.S_IFMT != unix.S_IFLNK {
 		return n, nil
 	}
@@ -92,7 +92,7 @@ func (m *merger) lookup(p string) (*daxfs.Node, error) {
 }
 
 // plain returns what p names if there is nothing to follow, neither links nor "..", on the way; else nil.
-func (m *merger) plain(p string) *daxfs.Node {
+func (m *Merger) plain(p string) *daxfs.Node {
 	n := m.root
 	for p != "" && n != nil {
 		var name string
@@ -103,7 +103,7 @@ func (m *merger) plain(p string) *daxfs.Node {
 }
 
 // linkTarget returns the inode that the target of a hard link names: the last element is not followed.
-func (m *merger) linkTarget(target string) (*daxfs.Node, error) {
+func (m *Merger) linkTarget(target string) (*daxfs.Node, error) {
 	if len(target) > maxPath {
 		return nil, fmt.Errorf("%w: more than %d bytes of a link target", layer.ErrLimit, maxPath)
 	}
@@ -127,7 +127,7 @@ func (m *merger) linkTarget(target string) (*daxfs.Node, error) {
 //
 // It goes the way of continuity's fs.RootPath, and so comes to the same end where ".." meets links: each pass replaces
 // links by their targets, joining names without looking, until a pass finds none.
-func (m *merger) resolve(p string) (string, error) {
+func (m *Merger) resolve(p string) (string, error) {
 	walked := 0
 	for {
 		before := walked
@@ -143,7 +143,7 @@ func (m *merger) resolve(p string) (string, error) {
 }
 
 // pass walks p once. The result is absolute and clean if it met no link.
-func (m *merger) pass(p string, walked *int) (string, error) {
+func (m *Merger) pass(p string, walked *int) (string, error) {
 	at, first := "/", !strings.HasPrefix(p, "/")
 	dir := m.root // what at names, nil if not known
 	for rest := p; rest != ""; {
@@ -187,7 +187,7 @@ func (m *merger) pass(p string, walked *int) (string, error) {
 }
 
 // spend holds resolution against what it may cost: layers can be made to lead through very many links.
-func (m *merger) spend(steps int) error {
+func (m *Merger) spend(steps int) error {
 	if m.steps -= steps; m.steps < 0 {
 		return fmt.Errorf("%w: too many symbolic links in the parents of entries", layer.ErrLimit)
 	}
@@ -196,7 +196,7 @@ func (m *merger) spend(steps int) error {
 
 // lstat returns what a clean relative path names, as the kernel finds it: symbolic links before the last element are
 // followed. It returns nil if there is nothing, or if the way leads out of the root.
-func (m *merger) lstat(p string) (*daxfs.Node, error) {
+func (m *Merger) lstat(p string) (*daxfs.Node, error) {
 	var (
 		dirs     = []*daxfs.Node{m.root} // the way to where we are
 		followed = 0

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -90,26 +91,43 @@ func (s *Sink) place() {
 	}
 }
 
-// take waits for the next pack. It returns nil at the end.
+// take waits for the pack that is next in turn. It returns nil at the end.
 func (s *Sink) take() (*Layer, *pack) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.err == nil && s.head < len(s.layers) {
-		l := s.layers[s.head]
+	for s.err == nil && len(s.lanes) > 0 {
+		l := s.lanes[s.turn]
 		if len(l.queue) > 0 {
 			p := l.queue[0]
 			l.queue = l.queue[1:]
+			if p.items[len(p.items)-1].last { // a big content is placed in one go
+				s.turn = (s.turn + 1) % len(s.lanes)
+				s.wake.Broadcast()
+			}
 			return l, p
 		}
 		if l.closed {
 			l.queue = nil
-			s.head++
+			s.leave()
 			s.wake.Broadcast()
 			continue
 		}
 		s.wake.Wait()
 	}
 	return nil, nil
+}
+
+// leave lets the next layer into the lane whose turn it is, or closes the lane.
+func (s *Sink) leave() {
+	if s.next < len(s.layers) {
+		s.lanes[s.turn] = s.layers[s.next]
+		s.next++
+		return
+	}
+	s.lanes = slices.Delete(s.lanes, s.turn, s.turn+1)
+	if s.turn == len(s.lanes) {
+		s.turn = 0
+	}
 }
 
 // pack places the contents of one pack of layer l.

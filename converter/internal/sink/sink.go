@@ -1,14 +1,16 @@
 // Package sink lays the contents of files into an image file: every distinct content once, in an order that does not
 // depend on who delivers first.
 //
-// Layers are decompressed concurrently, but their contents are placed in the order of the layers, and within a layer
-// in the order of its entries, by one goroutine. Equal input therefore gives equal bytes whatever the concurrency. The
-// contents of the first unfinished layer (the head) are written as they come; those of later layers wait in memory,
-// and once the memory is used up, in a spill file without a name.
+// Layers are decompressed concurrently. Their contents travel in packs: 2 MiB buffers in which they lie page aligned
+// with zeroed tails, as they will in the image, so that a run of small files is one write. One goroutine places the
+// packs in an order that only the layers determine: a few lanes take turns, a pack from each; a lane stands for one
+// layer until that ends, and then for the lowest one that has not had its turn. Equal input therefore gives equal bytes
+// whatever the concurrency, several layers are decompressed at the same time, and hardly anything has to wait. What
+// waits does so in memory. Once the memory is used up it waits in a spill file without a name, or whoever reads the
+// layer waits.
 //
-// Contents travel in packs: 2 MiB buffers in which they lie page aligned with zeroed tails, as they will in the image,
-// so that a run of small files is one write. The address that Put returns is a placeholder. Finish knows which
-// contents the merged tree still refers to, closes the gaps of those it does not, and puts the addresses into the tree.
+// The address that Put returns is a placeholder. Finish knows which contents the merged tree still refers to, closes
+// the gaps of those it does not, and puts the addresses into the tree.
 package sink
 
 import (
@@ -17,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
@@ -28,8 +31,13 @@ const (
 	// huge is the alignment of big contents, the size of a huge page, and the size of a pack: a content that needs
 	// more than one pack is always a big one.
 	huge = 2 << 20
-	// reserve is how many packs only the head may take, so that it can always go on.
-	reserve = 4
+
+	// Lanes is how many layers take turns; at least as many have to be read at the same time, in order. The bytes of an
+	// image depend on it.
+	Lanes = 4
+	// share is how many packs each lane may have in any case, so that all can go on: one to fill, and one to place.
+	share   = 2
+	reserve = Lanes * share
 
 	// A placeholder address has its top bits set to layer and number of the content: both fit whatever an image holds.
 	virtual   = int64(1) << 62
@@ -48,8 +56,11 @@ var (
 
 // Options of a Sink.
 type Options struct {
-	// Memory bounds the bytes of contents that wait; at least 16 MiB are used.
+	// Memory bounds the bytes of contents that wait; at least 32 MiB are used.
 	Memory int64
+	// Wait makes Put wait for the turn of the layer when the memory is used up. Otherwise contents go to a spill file,
+	// and Put does not wait for other layers.
+	Wait bool
 	// MaxBytes bounds the contents of all layers, duplicates and holes included; 0 means no limit.
 	MaxBytes int64
 	// NoAlign places contents of 2 MiB and more at any page instead of at multiples of 2 MiB.
@@ -69,7 +80,9 @@ type Sink struct {
 	mu     sync.Mutex // guards what follows
 	wake   *sync.Cond // a pack was queued, placed, or something ended
 	layers []*Layer
-	head   int
+	lanes  []*Layer
+	turn   int // of the lanes
+	next   int // the lowest layer that was in no lane yet
 	inUse  int // packs that hold memory
 	arena  arena
 	free   []*pack
@@ -84,9 +97,9 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 	if layers >= 1<<layerBits {
 		return nil, fmt.Errorf("%d layers, expected fewer than %d", layers, 1<<layerBits)
 	}
-	s := &Sink{o: o, f: f, done: make(chan struct{}), limit: int(max(o.Memory, 16<<20) / huge)}
+	s := &Sink{o: o, f: f, done: make(chan struct{}), limit: int(max(o.Memory, 2*reserve*huge) / huge)}
 	var err error
-	if s.arena, err = newArena(s.limit + 1); err != nil { // one for packs that come back from the spill file
+	if s.arena, err = newArena(s.limit + reserve + 1); err != nil { // one for packs that come back from the spill file
 		return nil, err
 	}
 	s.wake = sync.NewCond(&s.mu)
@@ -94,6 +107,8 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 	for i := range layers {
 		s.layers = append(s.layers, &Layer{s: s, index: i})
 	}
+	s.next = min(Lanes, layers)
+	s.lanes = slices.Clone(s.layers[:s.next])
 	go s.place()
 	return s, nil
 }
@@ -151,20 +166,20 @@ func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, e
 	l.seq++
 	var err error
 	if size <= huge {
-		d.Sum, err = l.putSmall(size, r)
+		d.Sum, err = l.putSmall(ctx, size, r)
 	} else {
 		d.Sum, err = l.putBig(ctx, size, r)
 	}
 	return d, err
 }
 
-func (l *Layer) putSmall(size int64, r io.Reader) (sum [16]byte, err error) {
+func (l *Layer) putSmall(ctx context.Context, size int64, r io.Reader) (sum [16]byte, err error) {
 	if l.cur != nil && int64(l.cur.n)+size > huge {
 		if err := l.flush(); err != nil {
 			return sum, err
 		}
 	}
-	b, err := l.read(size, r)
+	b, err := l.read(ctx, size, r)
 	if err != nil {
 		return sum, err
 	}
@@ -190,7 +205,7 @@ func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [16]by
 			room -= int64(l.cur.n)
 		}
 		n := min(size-done, room)
-		b, err := l.read(n, r)
+		b, err := l.read(ctx, n, r)
 		if err != nil {
 			return sum, err
 		}
@@ -208,9 +223,9 @@ func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [16]by
 }
 
 // read fills the current pack with n bytes, which the caller makes an item of: its place in items is there already.
-func (l *Layer) read(n int64, r io.Reader) ([]byte, error) {
+func (l *Layer) read(ctx context.Context, n int64, r io.Reader) ([]byte, error) {
 	if l.cur == nil {
-		p, err := l.s.newPack(l.index)
+		p, err := l.s.newPack(ctx, l)
 		if err != nil {
 			return nil, err
 		}
@@ -237,7 +252,7 @@ func (l *Layer) flush() error {
 	s := l.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if l.index > s.head && s.inUse > s.limit-reserve && s.err == nil {
+	if !s.o.Wait && !s.due(l) && s.inUse > s.limit-reserve && (l.held > share || !s.inLane(l)) && s.err == nil {
 		// There is no memory for contents that wait. The pack's memory serves the next one.
 		if err := s.spillPack(l, p); err != nil {
 			return err
@@ -275,18 +290,26 @@ func (s *Sink) account(size int64) error {
 	return nil
 }
 
-// newPack returns an empty pack with memory. The head waits until packs of its own were placed; other layers never
-// wait, but flush gives their memory back when there is none left. Every layer that is being read may thus exceed the
-// limit by one pack.
-func (s *Sink) newPack(layer int) (*pack, error) {
+// newPack returns an empty pack with memory. A layer may have to wait until packs were placed; without Options.Wait it waits
+// for no other layer, but flush gives its memory back when there is none left. Every layer that is being read may thus
+// exceed the limit by a pack or two.
+func (s *Sink) newPack(ctx context.Context, l *Layer) (*pack, error) {
+	// Who waits for a layer that nobody will finish is woken by the end of ctx.
+	defer context.AfterFunc(ctx, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.wake.Broadcast()
+	})()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.layers[layer]
-	for layer <= s.head && s.inUse >= s.limit && l.held > 0 && s.err == nil {
+	for s.err == nil && ctx.Err() == nil && s.full(l) {
 		s.wake.Wait()
 	}
 	if s.err != nil {
 		return nil, s.err
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	s.inUse++
 	l.held++
@@ -297,6 +320,23 @@ func (s *Sink) newPack(layer int) (*pack, error) {
 	}
 	return &pack{buf: s.arena.pack()}, nil
 }
+
+// full tells whether a layer has to wait before it takes another pack.
+func (s *Sink) full(l *Layer) bool {
+	switch {
+	case !s.o.Wait:
+		return s.due(l) && s.inUse >= s.limit && l.held > 0
+	case s.inLane(l):
+		return s.inUse >= s.limit && l.held >= share
+	default:
+		return s.inUse >= s.limit-reserve
+	}
+}
+
+// due tells whether it is the layer's turn to have a pack placed.
+func (s *Sink) due(l *Layer) bool { return s.turn < len(s.lanes) && s.lanes[s.turn] == l }
+
+func (s *Sink) inLane(l *Layer) bool { return slices.Contains(s.lanes, l) }
 
 // recycle takes the memory of a pack of l back.
 func (s *Sink) recycle(l *Layer, buf []byte, items []item) {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -246,6 +247,58 @@ func TestSpill(t *testing.T) {
 	}
 	if left, err := filepath.Glob(filepath.Join(filepath.Dir(f.Name()), ".*")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %q, %v", left, err)
+	}
+}
+
+// TestWait: nothing goes to disk, whoever is early waits, and the image is the same.
+func TestWait(t *testing.T) {
+	layers := stack(99, 4, 120)
+	want, _ := place(t, layers, Options{Memory: 256 << 20})
+	got, _ := place(t, layers, Options{Wait: true})
+	if !bytes.Equal(got, want) {
+		t.Error("the image differs from the one of layers that did not wait")
+	}
+}
+
+// TestWaitEnds: when nobody reads the head any more, the others are told.
+func TestWaitEnds(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s, err := New(f, 2, Options{Wait: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Abort()
+	cause := errors.New("the head failed")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	done := make(chan error)
+	go func() {
+		_, err := s.Layer(1).Put(ctx, 64<<20, bytes.NewReader(fill(64<<20, 1)))
+		done <- err
+	}()
+	for {
+		s.mu.Lock()
+		full := s.inUse >= s.limit
+		s.mu.Unlock()
+		if full {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	select {
+	case err := <-done:
+		t.Fatalf("Put did not wait: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	if s.spill.f != nil {
+		t.Error("contents were spilled")
+	}
+	cancel(cause)
+	if err := <-done; !errors.Is(err, cause) {
+		t.Errorf("error %v, expected %v", err, cause)
 	}
 }
 
