@@ -77,7 +77,7 @@ func TestMemoryIsBounded(t *testing.T) {
 		layers = append(layers, ocitest.Layer{Tar: treeTar(i, 96), Compression: ocitest.Gzip})
 	}
 	l := newLayout(t, layers...)
-	for _, src := range []string{"oci:" + l.Dir, "docker://" + push(t, l)} {
+	for _, src := range []string{"oci:" + l.Dir, "docker://" + push(t, l.Dir)} {
 		for _, memory := range []int64{16 << 20, 64 << 20} {
 			got, most := peakMemory(t, src, memory), memoryBound(memory, 2, 300)
 			t.Logf("%s, limit %d MiB: peak %d MiB, bound %d MiB", src, memory>>20, got>>20, most>>20)
@@ -88,15 +88,16 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
-// BenchmarkMemory reports the peak for several limits and a realistic image.
+// BenchmarkMemory reports the peak for several limits and a realistic image, from a registry: no limit is needed for files.
 func BenchmarkMemory(b *testing.B) {
 	dir, _, unpacked := benchLayout(b, ocitest.Gzip)
+	src := "docker://" + push(b, dir)
 	for _, mib := range []int64{16, 64, 256} {
 		b.Run(fmt.Sprintf("%dMiB", mib), func(b *testing.B) {
 			b.SetBytes(unpacked)
 			var peak int64
 			for b.Loop() {
-				peak = max(peak, peakMemory(b, "oci:"+dir, mib<<20))
+				peak = max(peak, peakMemory(b, src, mib<<20))
 			}
 			b.ReportMetric(float64(peak)/(1<<20), "peak-MiB")
 		})

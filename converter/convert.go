@@ -29,10 +29,6 @@ const (
 	// DefaultMaxEntries is the default of Options.MaxEntries.
 	DefaultMaxEntries = 4 << 20
 
-	// localMemory is how far ahead files are read: enough to keep all cores busy. Memory that is used for the first time
-	// costs more than reading the layer a little later.
-	localMemory = 32 << 20
-
 	// maxNames bounds the bytes of names, link targets and xattrs of all layers, which stay in memory.
 	maxNames = 1 << 30
 )
@@ -50,7 +46,7 @@ type Options struct {
 	Concurrency int
 	// Memory bounds the file contents that wait in memory for those of lower layers, in bytes; 0 means
 	// DefaultMemory. What does not fit waits on disk, beside the output, when layers come over a network. Where they
-	// are files already, they are not read that far ahead: 32 MiB of memory, or less, are used for them.
+	// are files already, they are not read that far ahead: 32 MiB are used for them, whatever Memory says.
 	Memory int64
 	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
 	// DefaultMaxSize. It is what stops a decompression bomb.
@@ -155,12 +151,8 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	if img.Dir != "" {
 		n = 1
 	}
-	memory := o.Memory
-	if !img.Remote {
-		memory = min(memory, localMemory)
-	}
 	s, err := sink.New(f.File, n, sink.Options{
-		Memory: memory, Wait: !img.Remote, MaxBytes: o.MaxSize, NoAlign: o.NoAlign, Failed: cancel,
+		Memory: o.Memory, Wait: !img.Remote, MaxBytes: o.MaxSize, NoAlign: o.NoAlign, Failed: cancel,
 	})
 	if err != nil {
 		return nil, err

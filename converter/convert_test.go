@@ -63,15 +63,15 @@ func TestSameBytes(t *testing.T) {
 			same(string(c)+" "+name+" archive", name+"-archive:"+packed, converter.Options{})
 		}
 	}
-	same("registry", "docker://"+push(t, gz), converter.Options{})
+	same("registry", "docker://"+push(t, gz.Dir), converter.Options{})
 }
 
-// push serves a layout's image from a registry in this process, and returns its reference.
-func push(t *testing.T, l *ocitest.Layout) string {
+// push serves the image of a layout from a registry in this process, and returns its reference.
+func push(t testing.TB, dir string) string {
 	t.Helper()
 	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(srv.Close)
-	idx, err := layout.ImageIndexFromPath(l.Dir)
+	idx, err := layout.ImageIndexFromPath(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

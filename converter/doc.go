@@ -10,9 +10,9 @@
 // # Flow
 //
 // Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (packages blob and layer). The
-// contents of files go to one ordered placer (internal/sink), which writes every distinct content once. When all
-// layers are verified their changes are merged into one tree (package tree), contents that no file refers to any more
-// are dropped, and the metadata is planned and written behind the contents (package daxfs).
+// contents of files go to one ordered placer (internal/sink), which writes every distinct content once. The changes of
+// verified layers are merged into one tree (package tree) while others are read. Then contents that no file refers to any
+// more are dropped, and the metadata is planned and written behind the contents (package daxfs).
 //
 // # What is promised
 //
@@ -22,7 +22,7 @@
 // The output appears complete or not at all: it is written to a file without a name and linked to its name at the
 // end. A file that was there stays until it is replaced in one step.
 //
-// Memory is bounded by Options.Memory for contents (by 32 MiB for layers that are files), plus about 10 MiB for each layer that is read at the same time
-// (more for zstd layers with a large window), plus about 1 KiB per entry of the layers, of which Options.MaxEntries is
-// the limit.
+// Memory is bounded by Options.Memory for contents (by 32 MiB for layers that are files), plus about 10 MiB for each
+// layer that is read at the same time (more for zstd layers with a large window), plus about 1 KiB per entry of the
+// layers, of which Options.MaxEntries is the limit.
 package converter

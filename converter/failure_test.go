@@ -306,8 +306,8 @@ func TestCancel(t *testing.T) {
 	checkUntouched(t, out)
 }
 
-// TestDamagedHead: layers that wait for a damaged one give up with it.
-func TestDamagedHead(t *testing.T) {
+// TestDamagedLayer: layers that wait for a damaged one give up with it.
+func TestDamagedLayer(t *testing.T) {
 	var layers [][]byte
 	for i := range uint64(4) {
 		layers = append(layers, treeTar(i, 48))

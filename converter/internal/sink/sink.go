@@ -38,6 +38,8 @@ const (
 	// share is how many packs each lane may have in any case, so that all can go on: one to fill, and one to place.
 	share   = 2
 	reserve = Lanes * share
+	// least is how many packs are in memory in any case: enough to keep all cores busy.
+	least = 2 * reserve
 
 	// A placeholder address has its top bits set to layer and number of the content: both fit whatever an image holds.
 	virtual   = int64(1) << 62
@@ -58,8 +60,9 @@ var (
 type Options struct {
 	// Memory bounds the bytes of contents that wait; at least 32 MiB are used.
 	Memory int64
-	// Wait makes Put wait for the turn of the layer when the memory is used up. Otherwise contents go to a spill file,
-	// and Put does not wait for other layers.
+	// Wait makes Put wait for the turn of the layer when 32 MiB are used up, whatever Memory says: memory that is used for
+	// the first time costs more than reading the layer a little later. Otherwise contents go to a spill file when the
+	// memory is used up, and Put does not wait for other layers.
 	Wait bool
 	// MaxBytes bounds the contents of all layers, duplicates and holes included; 0 means no limit.
 	MaxBytes int64
@@ -97,7 +100,10 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 	if layers >= 1<<layerBits {
 		return nil, fmt.Errorf("%d layers, expected fewer than %d", layers, 1<<layerBits)
 	}
-	s := &Sink{o: o, f: f, done: make(chan struct{}), limit: int(max(o.Memory, 2*reserve*huge) / huge)}
+	s := &Sink{o: o, f: f, done: make(chan struct{}), limit: least}
+	if !o.Wait {
+		s.limit = int(max(o.Memory/huge, least))
+	}
 	var err error
 	if s.arena, err = newArena(s.limit + reserve + 1); err != nil { // one for packs that come back from the spill file
 		return nil, err

@@ -192,7 +192,8 @@ func TestPlaceRandomStacks(t *testing.T) {
 	}
 }
 
-// TestSpill makes the head wait until all other layers have put everything, so that they have to go through the spill file.
+// TestSpill lets the lowest layer, whose turn it is, be the last to put anything, so that the others have to go through the
+// spill file.
 func TestSpill(t *testing.T) {
 	layers := stack(99, 4, 120)
 	want, _ := place(t, layers, Options{Memory: 256 << 20})
@@ -250,9 +251,9 @@ func TestSpill(t *testing.T) {
 	}
 }
 
-// TestWait: nothing goes to disk, whoever is early waits, and the image is the same.
+// TestWait: nothing goes to disk, whoever is early waits, in a lane or for one, and the image is the same.
 func TestWait(t *testing.T) {
-	layers := stack(99, 4, 120)
+	layers := stack(99, 3*Lanes, 60)
 	want, _ := place(t, layers, Options{Memory: 256 << 20})
 	got, _ := place(t, layers, Options{Wait: true})
 	if !bytes.Equal(got, want) {
@@ -260,7 +261,7 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// TestWaitEnds: when nobody reads the head any more, the others are told.
+// TestWaitEnds: when nobody reads the layer whose turn it is any more, the others are told.
 func TestWaitEnds(t *testing.T) {
 	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
 	if err != nil {
@@ -272,7 +273,7 @@ func TestWaitEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Abort()
-	cause := errors.New("the head failed")
+	cause := errors.New("the lowest layer failed")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	done := make(chan error)
 	go func() {
