@@ -21,7 +21,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
-	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 // TestSameBytes: the image depends on nothing but the layers.
@@ -172,23 +171,5 @@ func checkOnly(t *testing.T, dir string, want ...string) {
 	}
 	if strings.Join(got, " ") != strings.Join(want, " ") {
 		t.Errorf("the directory holds %q, expected %q", got, want)
-	}
-}
-
-// TestSize holds the image of a tree of ordinary files against the goal for its size.
-func TestSize(t *testing.T) {
-	var files []File
-	var blocks int64
-	for i := range 3000 {
-		n := 100 + i*7
-		if i%500 == 0 {
-			n = 2<<20 + i
-		}
-		files = append(files, Reg(fmt.Sprintf("usr/share/dir%02d/a-file-name-%04d", i%40, i), noise(uint64(i), n)))
-		blocks += (int64(n) + 4095) / 4096 * 4096
-	}
-	b, res := mustConvert(t, "oci:"+newLayout(t, ocitest.Layer{Tar: Tar(files...)}).Dir, converter.Options{})
-	if most := blocks*102/100 + 400*int64(res.Stats.Names); int64(len(b)) > most {
-		t.Errorf("%d bytes, expected at most %d for %d bytes of blocks and %d names", len(b), most, blocks, res.Stats.Names)
 	}
 }
