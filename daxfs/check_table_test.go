@@ -203,6 +203,10 @@ var corruptions = []corruption{
 		x := s.xattrs("one")
 		copy(x[strings.Index(string(x), "\x02\x00\x05\x00")+4:], "\xff\xff\xff\xff")
 	}},
+	{"ACL whose mask names somebody", daxfs.RuleXattrACL, "", func(s *surgeon) {
+		x := s.xattrs("one")
+		x[strings.Index(string(x), "\x10\x00\x07\x00")+4] = 0
+	}},
 
 	// The superblock of the DAXFS half and the overlay pair.
 	{"no DAXFS magic", daxfs.RuleV8Magic, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.Magic++ }) }},

@@ -145,7 +145,8 @@ func CheckXattr(x Xattr) error {
 }
 
 // checkACL looks for what makes the kernel fail every access to a file with EINVAL or EOPNOTSUPP: it parses the ACL
-// of an inode before it checks a permission.
+// of an inode before it checks a permission. It also holds entries that name nobody to the id that the kernel shows for
+// them, whatever is stored: all readers show the same bytes.
 func checkACL(x Xattr) error {
 	const header, entry = 4, 8
 	v := x.Value
@@ -155,6 +156,9 @@ func checkACL(x Xattr) error {
 	for e := v[header:]; len(e) > 0; e = e[entry:] {
 		switch tag := binary.LittleEndian.Uint16(e); tag {
 		case 0x01, 0x04, 0x10, 0x20: // owner, owning group, mask, others
+			if id := binary.LittleEndian.Uint32(e[4:]); id != noID {
+				return invalid("xattr %q: an entry of tag %#x names id %d, expected %d", x.Name, tag, id, uint32(noID))
+			}
 		case 0x02, 0x08: // a user, a group
 			if binary.LittleEndian.Uint32(e[4:]) == noID {
 				return invalid("xattr %q: an entry names id %d", x.Name, uint32(noID))

@@ -79,6 +79,7 @@ func TestPlanRefuses(t *testing.T) {
 		"acl version":     {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{1}, acl(1)[1:]...))}), "/a", "POSIX ACL"},
 		"acl tag":         {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{2, 0, 0, 0, 3}, make([]byte, 7)...))}), "/a", "tag 0x3"},
 		"acl id":          {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", acl(math.MaxUint32))}), "/a", "4294967295"},
+		"acl owner id":    {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{2, 0, 0, 0, 1}, make([]byte, 7)...))}), "/a", "tag 0x1 names id 0"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := daxfs.NewPlan(c.root, daxfs.Options{})
