@@ -37,8 +37,8 @@ func newApp(e *env) *cli.App {
 		HelpName: "daxfs",
 		Usage:    "container images that machines, kernels and processes share in memory",
 		Version:  version(),
-		Description: "Exit status: 0 done, 1 an error (or verify found damage), 2 wrong use, 130 interrupted.\n" +
-			"Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
+		Description: "Exit status: 0 done; 1 an error, or verify, pool check or doctor found something wrong; 2 wrong use; 130\n" +
+			"interrupted. Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,
 		Reader:               e.stdin,
@@ -47,9 +47,11 @@ func newApp(e *env) *cli.App {
 		// run says what went wrong, and chooses the status.
 		ExitErrHandler: func(*cli.Context, error) {},
 		OnUsageError:   onUsageError,
+		// Only --help beside arguments comes here: the library takes those for the names of commands to explain.
+		CommandNotFound: func(c *cli.Context, _ string) { _ = cli.ShowSubcommandHelp(c) },
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return &usageError{msg: fmt.Sprintf("unknown command %q", c.Args().First())}
+				return wrongUse(c, "unknown command %q", c.Args().First())
 			}
 			return cli.ShowAppHelp(c)
 		},
@@ -69,17 +71,47 @@ func prepare(c *cli.Command) {
 	c.HideHelpCommand = true
 	// A description is written in a raw string and shown as it stands there.
 	c.Description = strings.TrimSpace(c.Description)
+	if len(c.Subcommands) > 0 {
+		c.Action = func(c *cli.Context) error {
+			if c.Args().Present() {
+				return wrongUse(c, "unknown command %q", c.Args().First())
+			}
+			return cli.ShowSubcommandHelp(c)
+		}
+	}
 	for _, s := range c.Subcommands {
 		prepare(s)
 	}
 }
 
-func onUsageError(c *cli.Context, err error, _ bool) error {
-	name := ""
-	if c.Command != nil && c.Command.Name != "daxfs" {
-		name = c.Command.Name
+// wrongUse is a usageError of the command that runs.
+func wrongUse(c *cli.Context, format string, args ...any) error {
+	return &usageError{command: commandName(c), msg: fmt.Sprintf(format, args...)}
+}
+
+// commandName is how a user calls the command that runs: "convert", "pool init", or nothing for the program itself.
+func commandName(c *cli.Context) string {
+	if c.Command == nil {
+		return ""
 	}
-	return &usageError{command: name, msg: err.Error()}
+	return strings.TrimSpace(strings.TrimPrefix(c.Command.HelpName, c.App.Name))
+}
+
+func onUsageError(c *cli.Context, err error, _ bool) error {
+	msg := err.Error()
+	// Package flag names what it does not know with one dash, whatever was written.
+	if flag, ok := strings.CutPrefix(msg, "flag provided but not defined: -"); ok {
+		msg = "unknown flag " + dashed(flag)
+	}
+	return wrongUse(c, "%s", msg)
+}
+
+// dashed is the name of a flag as help texts show it.
+func dashed(name string) string {
+	if len(name) == 1 {
+		return "-" + name
+	}
+	return "--" + name
 }
 
 // needArgs checks the number of arguments; names are those that are missing or too many, "[X]" may be left out.
@@ -91,10 +123,7 @@ func needArgs(c *cli.Context, names ...string) error {
 		}
 	}
 	if n := c.NArg(); n < least || n > len(names) {
-		return &usageError{
-			command: c.Command.Name,
-			msg:     fmt.Sprintf("%d arguments, expected %s", n, strings.Join(names, " ")),
-		}
+		return wrongUse(c, "%d arguments, expected %s", n, strings.Join(names, " "))
 	}
 	return nil
 }

@@ -43,7 +43,7 @@ Examples:
 				_, err = io.WriteString(e.stdout, script)
 				return err
 			default:
-				return &usageError{"completion", fmt.Sprintf("shell %q, expected bash, zsh or fish", shell)}
+				return wrongUse(c, "shell %q, expected bash, zsh or fish", shell)
 			}
 		},
 	}

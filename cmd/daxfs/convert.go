@@ -23,29 +23,22 @@ func convertCommand(e *env) *cli.Command {
 		Usage:     "make an image out of an OCI image",
 		ArgsUsage: "SOURCE",
 		Description: `
-SOURCE is one of
-   oci:DIR[:TAG]              an OCI image layout
-   oci-archive:FILE[:TAG]     an OCI image layout in a tar file
-   docker-archive:FILE[:REF]  what docker save writes
-   docker://REF               an image in a registry, with the credentials of docker login
-   containerd:REF             an image in containerd's image store
-   rootfs:DIR                 a directory
+` + sourceHelp + `
 
 Archives may be compressed with gzip or zstd. All digests are verified. The same layers give the same bytes, whatever
 the source. When the command fails or is interrupted, IMAGE is as it was before.
+
+A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.
 
 Examples:
    daxfs convert docker://debian:12 -o debian.daxfs
    daxfs convert --platform linux/arm64 oci:layout:v1 -o app.daxfs
    daxfs convert containerd:docker.io/library/redis:7 --namespace k8s.io -o redis.daxfs
    mount -t erofs -o ro debian.daxfs /mnt`,
-		Flags: []cli.Flag{
+		Flags: append(append([]cli.Flag{
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the image to `IMAGE`"},
-			&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+		}, sourceFlags()...),
 			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 16 bytes"},
-			&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
-			&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
-			&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 			&cli.IntFlag{Name: "concurrency", Usage: "read `N` layers at the same time, at least 4", DefaultText: "one for each core"},
 			&cli.StringFlag{Name: "memory", Usage: "let at most `SIZE` of contents of a remote image wait in memory; more waits on disk", Value: size(converter.DefaultMemory)},
 			&cli.StringFlag{Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers", Value: size(converter.DefaultMaxSize)},
@@ -53,10 +46,45 @@ Examples:
 			&cli.BoolFlag{Name: "no-align", Usage: "do not start files of 2 MiB and more at multiples of 2 MiB: for many big files and no DAX"},
 			&cli.BoolFlag{Name: "sync", Usage: "return only when the image is on disk"},
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "show no progress and no summary"},
-			&cli.BoolFlag{Name: "json", Usage: "write the summary as JSON"},
-		},
+			&cli.BoolFlag{Name: "json", Usage: "write the summary as JSON, also with --quiet"},
+		),
 		Action: e.convert,
 	}
+}
+
+// sourceHelp explains SOURCE to those who call a command that takes one.
+const sourceHelp = `SOURCE is one of
+   oci:DIR[:TAG]              an OCI image layout
+   oci-archive:FILE[:TAG]     an OCI image layout in a tar file
+   docker-archive:FILE[:REF]  what docker save writes
+   docker://REF               an image in a registry, with the credentials of docker login
+   containerd:REF             an image in containerd's image store
+   rootfs:DIR                 a directory
+@DIGEST may stand in the place of :TAG.`
+
+// sourceFlags say how SOURCE is to be reached, and what is wanted of it.
+func sourceFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+		&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
+		&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
+		&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},
+	}
+}
+
+// parseSource opens what SOURCE and the sourceFlags say. The caller closes the source.
+func parseSource(c *cli.Context, name string, maxSize int64) (source.Source, source.Platform, error) {
+	platform, err := source.ParsePlatform(c.String("platform"))
+	if err != nil {
+		return nil, platform, wrongUse(c, "%v", err)
+	}
+	src, err := source.Parse(name, source.Config{
+		PlainHTTP: c.Bool("plain-http"), Address: c.String("address"), Namespace: c.String("namespace"), MaxSize: maxSize,
+	})
+	if err != nil {
+		return nil, platform, wrongUse(c, "%v", err)
+	}
+	return src, platform, nil
 }
 
 func (e *env) convert(c *cli.Context) error {
@@ -64,7 +92,7 @@ func (e *env) convert(c *cli.Context) error {
 		return err
 	}
 	if c.String("output") == "" {
-		return &usageError{"convert", "no output, expected -o IMAGE"}
+		return wrongUse(c, "no output, expected -o IMAGE")
 	}
 	o := converter.Options{
 		Image:       daxfs.Options{Label: c.String("label")},
@@ -72,13 +100,13 @@ func (e *env) convert(c *cli.Context) error {
 		NoAlign:     c.Bool("no-align"),
 		Sync:        c.Bool("sync"),
 	}
-	var err error
-	if o.Platform, err = source.ParsePlatform(c.String("platform")); err != nil {
-		return &usageError{"convert", err.Error()}
+	if label := o.Image.Label; len(label) > maxLabel {
+		return wrongUse(c, "--label %q: %d bytes, expected at most %d", label, len(label), maxLabel)
 	}
 	if o.Concurrency < 0 {
-		return &usageError{"convert", fmt.Sprintf("--concurrency %d, expected 1 or more", o.Concurrency)}
+		return wrongUse(c, "--concurrency %d, expected 1 or more", o.Concurrency)
 	}
+	var err error
 	if o.Memory, err = sizeFlag(c, "memory"); err != nil {
 		return err
 	}
@@ -86,15 +114,14 @@ func (e *env) convert(c *cli.Context) error {
 		return err
 	}
 	if o.MaxEntries = c.Int64("max-entries"); o.MaxEntries <= 0 {
-		return &usageError{"convert", fmt.Sprintf("--max-entries %d, expected 1 or more", o.MaxEntries)}
+		return wrongUse(c, "--max-entries %d, expected 1 or more", o.MaxEntries)
 	}
-	src, err := source.Parse(c.Args().First(), source.Config{
-		PlainHTTP: c.Bool("plain-http"), Address: c.String("address"), Namespace: c.String("namespace"), MaxSize: o.MaxSize,
-	})
+	src, platform, err := parseSource(c, c.Args().First(), o.MaxSize)
 	if err != nil {
-		return &usageError{"convert", err.Error()}
+		return err
 	}
 	defer src.Close()
+	o.Platform = platform
 	progress := newProgress(e.stderr, c.Bool("quiet"))
 	o.Progress = progress
 	res, err := converter.Convert(c.Context, src, c.String("output"), o)
@@ -111,6 +138,9 @@ func (e *env) convert(c *cli.Context) error {
 	return nil
 }
 
+// maxLabel is what the format has room for. It would say so itself, but only after all layers were read.
+const maxLabel = 16
+
 // size writes bytes in the form in which flags take them.
 func size(n int64) string {
 	return units.CustomSize("%.4g%s", float64(n), 1024, []string{"", "k", "m", "g", "t"})
@@ -119,7 +149,7 @@ func size(n int64) string {
 func sizeFlag(c *cli.Context, name string) (int64, error) {
 	n, err := units.RAMInBytes(c.String(name))
 	if err != nil || n <= 0 || n == math.MaxInt64 {
-		return 0, &usageError{c.Command.Name, fmt.Sprintf("--%s %q, expected a size like 64m or 2g", name, c.String(name))}
+		return 0, wrongUse(c, "--%s %q, expected a size like 64m or 2g", name, c.String(name))
 	}
 	return n, nil
 }

@@ -40,7 +40,7 @@ func (e *env) export(c *cli.Context) error {
 		return err
 	}
 	if f, ok := e.stdout.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
-		return &usageError{"export", "standard output is a terminal, expected a file or a pipe"}
+		return wrongUse(c, "standard output is a terminal, expected a file or a pipe")
 	}
 	img, err := openImage(c.Args().First())
 	if err != nil {

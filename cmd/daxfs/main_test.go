@@ -17,6 +17,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
@@ -218,11 +219,41 @@ func TestReorder(t *testing.T) {
 	}
 }
 
-// TestEveryCommandIsDocumented: help has a text and an example for each.
+// TestEveryCommandIsDocumented: help has a text and examples for each, and the examples name commands and flags that exist.
 func TestEveryCommandIsDocumented(t *testing.T) {
-	for _, c := range newApp(&env{stdout: io.Discard, stderr: io.Discard}).Commands {
-		if c.Usage == "" || !strings.Contains(c.Description, "Example") {
-			t.Errorf("command %q lacks a usage or an example", c.Name)
+	examples := 0
+	var check func(name string, c *cli.Command)
+	check = func(name string, c *cli.Command) {
+		_, after, found := strings.Cut(c.Description, "Example")
+		if c.Usage == "" || !found || !strings.Contains(after, name) {
+			t.Errorf("%q lacks a usage or an example of itself", name)
 		}
+		for line := range strings.Lines(after) {
+			_, args, ok := strings.Cut(line, "daxfs ")
+			if !ok || strings.Contains(line, "mount -t ") {
+				continue
+			}
+			if i := strings.IndexAny(args, "|>&)"); i >= 0 {
+				args = args[:i]
+			}
+			examples++
+			// What does not exist is wrong use, before --help is looked at.
+			var stdout, stderr bytes.Buffer
+			words := append(append([]string{"daxfs"}, strings.Fields(args)...), "--help")
+			if status := run(t.Context(), words, nil, &stdout, &stderr); status != statusOK {
+				t.Errorf("%q: example %q: %s", name, strings.TrimSpace(line), stderr.String())
+			} else if want := "daxfs " + strings.Fields(args)[0]; !strings.Contains(stdout.String(), want) {
+				t.Errorf("%q: example %q shows no help of %q", name, strings.TrimSpace(line), want)
+			}
+		}
+		for _, s := range c.Subcommands {
+			check(name+" "+s.Name, s)
+		}
+	}
+	for _, c := range newApp(&env{stdout: io.Discard, stderr: io.Discard}).Commands {
+		check("daxfs "+c.Name, c)
+	}
+	if examples < 20 {
+		t.Errorf("found %d examples", examples)
 	}
 }

@@ -71,7 +71,7 @@ func (e *env) mount(c *cli.Context) error {
 	}
 	list, err := mount.Select(drivers.All(), c.String("driver"))
 	if err != nil {
-		return &usageError{"mount", err.Error()}
+		return wrongUse(c, "%v", err)
 	}
 	dir, err := drivers.Resolve(c.Args().Get(1))
 	if err != nil {
@@ -113,7 +113,7 @@ func mountSource(c *cli.Context) (mount.Source, error) {
 	path := name
 	if c.IsSet("pool") {
 		if c.IsSet("offset") || c.IsSet("size") {
-			return src, &usageError{"mount", "the pool knows where the image is: --offset and --size do not go with --pool"}
+			return src, wrongUse(c, "the pool knows where the image is: --offset and --size do not go with --pool")
 		}
 		path = c.String("pool")
 	}
@@ -179,7 +179,7 @@ func findImage(f io.ReaderAt, path, key string) (pool.Image, error) {
 // serve is mount --foreground.
 func (e *env) serve(c *cli.Context) error {
 	if c.String("driver") != "fuse" {
-		return &usageError{"mount", "--foreground goes with --driver fuse: the other drivers leave no process behind"}
+		return wrongUse(c, "--foreground goes with --driver fuse: the other drivers leave no process behind")
 	}
 	conf := fusefs.Config{
 		Path: c.Args().First(), Name: c.String("name"), Off: c.Int64("offset"), Size: c.Int64("size"),

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -28,7 +29,7 @@ func poolCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "pool",
 		Usage:     "look after a pool, which holds many images in shared memory",
-		ArgsUsage: "POOL",
+		ArgsUsage: "COMMAND POOL",
 		Description: `
 POOL is a file on a disk, on tmpfs or on hugetlbfs, a /dev/pmem or /dev/dax device, or a reserved range of physical memory
 as ADDRESS+SIZE. The kind follows from it, unless --kind says so.
@@ -43,19 +44,61 @@ Examples:
    daxfs pool ls /var/lib/pool
    daxfs pool init --index /var/lib/pmem0.index /dev/pmem0`,
 		Subcommands: []*cli.Command{
-			{Name: "init", Usage: "make an empty pool", ArgsUsage: "POOL", Action: e.poolInit, Flags: with(
+			{Name: "init", Usage: "make an empty pool", ArgsUsage: "POOL", Action: e.poolInit, Description: `
+A file is made if there is none, and then needs --size; it takes only the blocks that are used. What the region holds is
+not overwritten without --force. When the command fails, no file is left that was not there before.
+
+A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.
+
+Examples:
+   daxfs pool init --size 64g /var/lib/pool
+   daxfs pool init --index /var/lib/pmem0.index /dev/pmem0
+   daxfs pool init --index /var/lib/range.index 0x300000000+4294967296`, Flags: with(
 				&cli.StringFlag{Name: "size", Usage: "make it `SIZE` large, as 64g; a device may be used whole"},
 				&cli.BoolFlag{Name: "force", Usage: "destroy what the region holds, and an old index"})},
-			{Name: "ls", Usage: "list the images in a pool", ArgsUsage: "POOL", Action: e.poolList, Flags: with()},
-			{Name: "show", Usage: "show what a pool, or an image in it, takes and shares", ArgsUsage: "POOL [KEY]", Action: e.poolShow, Flags: with()},
-			{Name: "put", Usage: "add an image from an OCI image or a directory", ArgsUsage: "POOL SOURCE", Action: e.poolPut, Flags: with(
-				&cli.StringFlag{Name: "key", Usage: "call it `KEY` (default: its chain ID)"},
-				&cli.StringFlag{Name: "platform", Usage: "take the image for `OS/ARCH[/VARIANT]` (default: this machine's)"},
-				&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"})},
-			{Name: "rm", Usage: "remove images; they must not be mounted", ArgsUsage: "POOL KEY...", Action: e.poolRemove, Flags: with()},
-			{Name: "gc", Usage: "remove layers that no image uses", ArgsUsage: "POOL", Action: e.poolCollect, Flags: with(
+			{Name: "ls", Usage: "list the images in a pool", ArgsUsage: "POOL", Action: e.poolList, Description: `
+For each image: the key to mount it by, the offset and size of its window, its contents, those of them that other images
+have as well, its metadata, and when it was added.
+
+Examples:
+   daxfs pool ls /var/lib/pool
+   daxfs pool ls --json /var/lib/pool | jq -r '.images[].key'`, Flags: with()},
+			{Name: "show", Usage: "show what a pool, or an image in it, takes and shares", ArgsUsage: "POOL [KEY]", Action: e.poolShow, Description: `
+Examples:
+   daxfs pool show /var/lib/pool
+   daxfs pool show /var/lib/pool web
+   daxfs pool show --json /var/lib/pool | jq .saved`, Flags: with()},
+			{Name: "put", Usage: "add an image from an OCI image or a directory", ArgsUsage: "POOL SOURCE", Action: e.poolPut, Description: `
+` + sourceHelp + `
+
+Files and layers that the pool has are not stored again. An image with the same key has to have the same contents; remove
+it first to put others in its place. A directory needs --key. When the command fails, the pool holds the images that it
+held before; layers that were read whole stay, for the next attempt.
+
+Examples:
+   daxfs pool put /var/lib/pool docker://debian:12
+   daxfs pool put --key web /var/lib/pool oci-archive:web.tar
+   daxfs pool put --key llama /var/lib/pool rootfs:llama`, Flags: with(append([]cli.Flag{
+				&cli.StringFlag{Name: "key", Usage: "call it `KEY`", DefaultText: "its chain ID"},
+			}, sourceFlags()...)...)},
+			{Name: "rm", Usage: "remove images; they must not be mounted", ArgsUsage: "POOL KEY...", Action: e.poolRemove, Description: `
+If one of the images is not there or is mounted, none is removed. Layers stay until gc.
+
+Example:
+   daxfs pool rm /var/lib/pool web jobs`, Flags: with()},
+			{Name: "gc", Usage: "remove layers that no image uses", ArgsUsage: "POOL", Action: e.poolCollect, Description: `
+Layers are kept so that images on the same ones need not read them again.
+
+Example:
+   daxfs pool gc /var/lib/pool`, Flags: with(
 				&cli.BoolFlag{Name: "all", Usage: "remove all layers; images stay as they are"})},
-			{Name: "check", Usage: "prove that everything in a pool is consistent", ArgsUsage: "POOL", Action: e.poolCheck, Flags: with()},
+			{Name: "check", Usage: "prove that everything in a pool is consistent", ArgsUsage: "POOL", Action: e.poolCheck, Description: `
+Reads all contents and metadata. Writes every finding with its rule (docs/pool.md and docs/format.md explain the rules), and
+ends with status 1 if there are any.
+
+Examples:
+   daxfs pool check /var/lib/pool
+   daxfs pool check --json /var/lib/pool | jq '.findings[].rule'`, Flags: with()},
 		},
 	}
 }
@@ -80,6 +123,9 @@ func regionAt(kind, arg string) (region.Config, error) {
 		return region.Config{Kind: region.KindPhys, Phys: phys, Size: n, Force: true}, nil
 	}
 	if kind != "" {
+		if !slices.Contains(region.Kinds(), kind) {
+			return rc, &usageError{"pool", fmt.Sprintf("--kind %q, expected one of %s", kind, strings.Join(region.Kinds(), ", "))}
+		}
 		return rc, nil
 	}
 	info, err := describe("/", arg)
@@ -107,7 +153,7 @@ func indexOf(c *cli.Context, rc region.Config) (string, error) {
 		}
 		return rc.Path + ".index", nil
 	}
-	return "", &usageError{"pool", fmt.Sprintf("a pool of kind %q needs --index", rc.Kind)}
+	return "", wrongUse(c, "a pool of kind %q needs --index", rc.Kind)
 }
 
 func fileExists(path string) bool {
@@ -169,25 +215,33 @@ func (e *env) poolInit(c *cli.Context) error {
 	case region.KindPmem, region.KindDevDAX, region.KindPhys:
 		rc.Create = false
 	case region.KindDMABuf:
-		return &usageError{"init", "a DMA buffer ends with the process that has it open: only the daemon can make such a pool"}
+		return wrongUse(c, "a DMA buffer ends with the process that has it open: only the daemon can make such a pool")
+	}
+	if made && rc.Create && rc.Size == 0 {
+		return wrongUse(c, "no file %q, so one is made: --size is needed", rc.Path)
 	}
 	index, err := indexOf(c, rc)
 	if err != nil {
 		return err
 	}
+	unmake := func() error {
+		if !made || !rc.Create {
+			return nil
+		}
+		if err := os.Remove(rc.Path); !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
 	r, err := region.Open(rc)
 	if err != nil {
-		return err
+		return errors.Join(err, unmake())
 	}
 	o := e.poolOptions()
 	o.Force = c.Bool("force")
 	p, err := pool.Create(r, index, o)
 	if err != nil {
-		err = errors.Join(err, r.Close())
-		if made && rc.Create {
-			err = errors.Join(err, os.Remove(rc.Path))
-		}
-		return err
+		return errors.Join(err, r.Close(), unmake())
 	}
 	defer r.Close()
 	defer p.Close()
@@ -333,10 +387,11 @@ func (e *env) showImage(c *cli.Context, s *poolState, key string) error {
 
 func (e *env) poolRemove(c *cli.Context) error {
 	if c.NArg() < 2 {
-		return &usageError{"rm", fmt.Sprintf("%d arguments, expected POOL KEY...", c.NArg())}
+		return wrongUse(c, "%d arguments, expected POOL KEY...", c.NArg())
 	}
 	return e.withPool(c, func(p *pool.Pool) error {
 		before := p.Usage()
+		// All of them or none: a misspelt key removes nothing.
 		for _, key := range c.Args().Slice()[1:] {
 			m, err := p.Image(key)
 			if err != nil {
@@ -345,6 +400,8 @@ func (e *env) poolRemove(c *cli.Context) error {
 			if err := region.WindowInUse(p.Region(), m.Off); err != nil {
 				return fmt.Errorf("image %q: %w; unmount it first", key, err)
 			}
+		}
+		for _, key := range slices.Compact(slices.Sorted(slices.Values(c.Args().Slice()[1:]))) {
 			if err := p.RemoveImage(c.Context, key); err != nil {
 				return err
 			}

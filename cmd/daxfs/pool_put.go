@@ -20,16 +20,9 @@ func (e *env) poolPut(c *cli.Context) error {
 	if err := needArgs(c, "POOL", "SOURCE"); err != nil {
 		return err
 	}
-	platform := source.Host()
-	if s := c.String("platform"); s != "" {
-		var err error
-		if platform, err = source.ParsePlatform(s); err != nil {
-			return &usageError{"put", err.Error()}
-		}
-	}
-	src, err := source.Parse(c.Args().Get(1), source.Config{PlainHTTP: c.Bool("plain-http")})
+	src, platform, err := parseSource(c, c.Args().Get(1), 0)
 	if err != nil {
-		return &usageError{"put", err.Error()}
+		return err
 	}
 	defer src.Close()
 	return e.withPool(c, func(p *pool.Pool) error {
@@ -61,7 +54,7 @@ func putImage(ctx context.Context, p *pool.Pool, img *source.Image, key string) 
 	var ids []digest.Digest
 	if img.Dir != "" {
 		if key == "" {
-			return pool.Image{}, &usageError{"put", "a directory has no chain ID: --key is needed"}
+			return pool.Image{}, &usageError{"pool put", "a directory has no chain ID: --key is needed"}
 		}
 		l, done, err := readLayer(ctx, p, func(s layer.Store) (*layer.Layer, error) { return layer.FromDir(ctx, img.Dir, s, layer.Limits{}) })
 		if err != nil {
@@ -83,6 +76,17 @@ func putImage(ctx context.Context, p *pool.Pool, img *source.Image, key string) 
 	}
 	if key == "" {
 		key = identity.ChainID(ids).String()
+	}
+	if have, err := p.Image(key); err == nil {
+		// The pool takes an image with this key for the one that is wanted, as it is where keys are chain IDs.
+		plan, err := daxfs.NewPlan(root, daxfs.Options{})
+		if err != nil {
+			return pool.Image{}, err
+		}
+		if plan.UUID() != have.UUID {
+			return pool.Image{}, fmt.Errorf("image %q is in the pool already, with other contents (UUID %s, expected %s): "+
+				"remove it first, or choose another --key", key, uuid(have.UUID), uuid(plan.UUID()))
+		}
 	}
 	return p.AddImage(ctx, key, root, daxfs.Options{})
 }

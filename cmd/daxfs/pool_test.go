@@ -126,7 +126,7 @@ func TestPoolErrors(t *testing.T) {
 		{statusFailed, "a pool", []string{"init", "--index", filepath.Join(dir, "other"), p}},
 		{statusFailed, "smallest pool", []string{"init", "--size", "1m", filepath.Join(dir, "small")}},
 		{statusUsage, "--size", []string{"init", "--size", "much", filepath.Join(dir, "much")}},
-		{statusFailed, "size of a new region", []string{"init", filepath.Join(dir, "sizeless")}},
+		{statusUsage, "--size is needed", []string{"init", filepath.Join(dir, "sizeless")}},
 		{statusFailed, "belongs to something else", []string{"check", foreign}},
 		{statusFailed, "no such file", []string{"ls", filepath.Join(dir, "none")}},
 		{statusUsage, "--key is needed", []string{"put", p, tree}},
@@ -188,5 +188,43 @@ func TestPoolOwned(t *testing.T) {
 	status, _, stderr = runPool(t, "rm", path, "one")
 	if status != statusFailed || !strings.Contains(stderr, "in use by process") {
 		t.Errorf("rm: status %d, %s", status, stderr)
+	}
+}
+
+// TestPoolKeepsWhatItHas: a command that cannot do all of what it was asked for does none of it, and says so.
+func TestPoolKeepsWhatItHas(t *testing.T) {
+	dir := t.TempDir()
+	p := filepath.Join(dir, "pool")
+	mustPool(t, "init", "--size", "64m", p)
+	one := rootfs(t, map[string]string{"name": "one"})
+	mustPool(t, "put", "--key", "one", p, one)
+	mustPool(t, "put", "--key", "two", p, rootfs(t, map[string]string{"name": "two"}))
+	for _, c := range []struct {
+		args   []string
+		status int
+		want   string
+	}{
+		{[]string{"put", "--key", "one", p, rootfs(t, map[string]string{"name": "other"})}, statusFailed, `image "one" is in the pool already, with other contents`},
+		{[]string{"rm", p, "one", "three"}, statusFailed, `image "three": not found`},
+		{[]string{"init", "--size", "64m", p}, statusFailed, "holds a pool"},
+		{[]string{"init", filepath.Join(dir, "new")}, statusUsage, "--size is needed"},
+		{[]string{"init", "--kind", "hugetlbfs", "--size", "64m", "--index", filepath.Join(dir, "i"), filepath.Join(dir, "new")}, statusFailed, "is not on hugetlbfs"},
+		{[]string{"init", "--kind", "nonsense", "--size", "64m", filepath.Join(dir, "new")}, statusUsage, `--kind "nonsense", expected one of file, tmpfs`},
+	} {
+		if status, _, stderr := runPool(t, c.args...); status != c.status || !strings.Contains(stderr, c.want) {
+			t.Errorf("pool %q: status %d, %q, expected %d and %q", c.args, status, stderr, c.status, c.want)
+		}
+	}
+	mustPool(t, "put", "--key", "one", p, one) // the same again
+	out := mustPool(t, "ls", p)
+	if !strings.Contains(out, "\none ") || !strings.Contains(out, "\ntwo ") {
+		t.Errorf("images that are left:\n%s", out)
+	}
+	if out := mustPool(t, "rm", p, "two", "two"); !strings.Contains(out, "removed 1 images") {
+		t.Errorf("rm: %q", out)
+	}
+	names, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil || len(names) != 2 {
+		t.Errorf("files beside the pool and its index: %q, %v", names, err)
 	}
 }

@@ -30,7 +30,7 @@ Example:
 
 func (e *env) umount(c *cli.Context) error {
 	if !c.Args().Present() {
-		return &usageError{"umount", "no arguments, expected DIR..."}
+		return wrongUse(c, "no arguments, expected DIR...")
 	}
 	var errs []error
 	for _, arg := range c.Args().Slice() {
