@@ -1,7 +1,8 @@
 package main
 
 import (
-	"encoding/json"
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -129,11 +130,15 @@ func (e *env) convert(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	w := bufio.NewWriter(e.stdout)
 	switch {
 	case c.Bool("json"):
-		return writeJSON(e.stdout, summaryOf(c.String("output"), res))
+		err = writeJSON(w, summaryOf(c.String("output"), res))
 	case !c.Bool("quiet"):
-		printSummary(e.stdout, c.String("output"), res)
+		printSummary(w, c.String("output"), res)
+	}
+	if err = errors.Join(err, w.Flush()); err != nil {
+		return fmt.Errorf("%s is complete, but the summary is not: %w", c.String("output"), err)
 	}
 	return nil
 }
@@ -184,6 +189,7 @@ type counts struct {
 // leftOut is a name that only the EROFS half has.
 type leftOut struct {
 	Path   string `json:"path"`
+	Bytes  []byte `json:"pathBytes,omitempty"`
 	Reason string `json:"reason"`
 }
 
@@ -201,20 +207,13 @@ func summaryOf(image string, r *converter.Result) summary {
 		s.Platform = platforms.Format(r.Platform)
 	}
 	for _, l := range r.LeftOut {
-		s.LeftOut = append(s.LeftOut, leftOut{l.Path, l.Reason})
+		s.LeftOut = append(s.LeftOut, leftOut{l.Path, bytesOf(l.Path), l.Reason})
 	}
 	return s
 }
 
 func uuid(b [16]byte) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-}
-
-func writeJSON(w io.Writer, v any) error {
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	return enc.Encode(v)
 }
 
 func printSummary(w io.Writer, image string, r *converter.Result) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
@@ -70,7 +69,7 @@ type memoryReport struct {
 const defaultRoot = "/var/lib/daxfs-snapshotter"
 
 func (e *env) doctor(c *cli.Context) error {
-	rep := report{Kernel: kernelRelease(), Root: os.Geteuid() == 0, Support: supported()}
+	rep := report{Kernel: kernelRelease(), Root: os.Geteuid() == 0, Support: supported(), Memory: []memoryReport{}}
 	places, err := memoryOf(c.Args().Slice())
 	if err != nil {
 		return err
@@ -92,9 +91,7 @@ func (e *env) doctor(c *cli.Context) error {
 		usable = usable && !rep.Containerd.failed()
 	}
 	if c.Bool("json") {
-		enc := json.NewEncoder(e.stdout)
-		enc.SetEscapeHTML(false)
-		err = enc.Encode(rep)
+		err = writeJSON(e.stdout, rep)
 	} else {
 		err = e.show(rep)
 	}

@@ -5,13 +5,11 @@ import (
 	"bufio"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
@@ -39,7 +37,7 @@ func (e *env) export(c *cli.Context) error {
 	if err := needArgs(c, "IMAGE"); err != nil {
 		return err
 	}
-	if f, ok := e.stdout.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+	if isTerminal(e.stdout) {
 		return wrongUse(c, "standard output is a terminal, expected a file or a pipe")
 	}
 	img, err := openImage(c.Args().First())

@@ -46,8 +46,12 @@ func inside(path string) string {
 	return path
 }
 
-// printable is a name from an image as it can be shown: one that could do things to a terminal is quoted.
+// printable is a name from an image as it can be shown: one that could do things to a terminal is quoted, and one that
+// looks as if it were.
 func printable(s string) string {
+	if strings.HasPrefix(s, `"`) {
+		return strconv.Quote(s)
+	}
 	for _, r := range s {
 		if !strconv.IsPrint(r) || r == '\ufffd' {
 			return strconv.Quote(s)

@@ -122,7 +122,7 @@ func (r *inspection) walk(c *cli.Context, f *daxfs.FS) error {
 		if reason := leftOutReason(in.Mode); reason != "" {
 			r.LeftOutNames++
 			if r.listed <= maxLeftOut {
-				r.LeftOut = append(r.LeftOut, leftOut{"/" + path, reason})
+				r.LeftOut = append(r.LeftOut, leftOut{"/" + path, bytesOf("/" + path), reason})
 				r.listed += len(path)
 			}
 		}

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -45,6 +44,7 @@ Examples:
 // entry is a line of ls --json. Values of xattrs are base64.
 type entry struct {
 	Path   string            `json:"path"`
+	Bytes  []byte            `json:"pathBytes,omitempty"`
 	Type   string            `json:"type"`
 	Inode  uint64            `json:"inode"`
 	Mode   string            `json:"mode"`
@@ -55,6 +55,7 @@ type entry struct {
 	Mtime  string            `json:"mtime"`
 	Rdev   string            `json:"rdev,omitempty"`
 	Target string            `json:"target,omitempty"`
+	Raw    []byte            `json:"targetBytes,omitempty"`
 	Offset int64             `json:"offset"`
 	Xattrs map[string]string `json:"xattrs,omitempty"`
 }
@@ -169,7 +170,7 @@ func (l *lister) show(full, name string, in daxfs.Inode) error {
 
 func (l *lister) showJSON(full string, in daxfs.Inode) error {
 	v := entry{
-		Path: "/" + full, Type: typeName(in.Mode), Inode: in.Nid, Mode: fmt.Sprintf("%04o", in.Mode&0o7777), Nlink: in.Nlink,
+		Path: "/" + full, Bytes: bytesOf("/" + full), Type: typeName(in.Mode), Inode: in.Nid, Mode: fmt.Sprintf("%04o", in.Mode&0o7777), Nlink: in.Nlink,
 		UID: in.UID, GID: in.GID, Size: in.Size, Mtime: mtime(in).Format(time.RFC3339Nano), Offset: in.Off,
 	}
 	switch in.Mode & unix.S_IFMT {
@@ -180,7 +181,7 @@ func (l *lister) showJSON(full string, in daxfs.Inode) error {
 		if err != nil {
 			return err
 		}
-		v.Target = target
+		v.Target, v.Raw = target, bytesOf(target)
 	}
 	xs, err := in.Xattrs()
 	if err != nil {
@@ -192,9 +193,7 @@ func (l *lister) showJSON(full string, in daxfs.Inode) error {
 		}
 		v.Xattrs[x.Name] = base64.StdEncoding.EncodeToString(x.Value)
 	}
-	enc := json.NewEncoder(l.w)
-	enc.SetEscapeHTML(false)
-	return enc.Encode(v)
+	return writeJSONLine(l.w, v)
 }
 
 func mtime(in daxfs.Inode) time.Time { return time.Unix(in.Mtime.Sec, int64(in.Mtime.Nsec)).UTC() }

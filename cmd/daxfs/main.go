@@ -39,8 +39,12 @@ func main() {
 
 // run is the program. args[0] is its name.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	app := newApp(&env{stdin: stdin, stdout: stdout, stderr: stderr})
+	out := &output{Writer: stdout}
+	app := newApp(&env{stdin: stdin, stdout: out, stderr: stderr})
 	err := app.RunContext(ctx, reorder(args, app.Flags, app.Commands))
+	if err == nil {
+		err = out.err
+	}
 	var usage *usageError
 	switch {
 	case err == nil:

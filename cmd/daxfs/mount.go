@@ -86,7 +86,7 @@ func (e *env) mount(c *cli.Context) error {
 		}
 	}
 	d, err := mount.Auto(c.Context, list, src, dir, func(format string, args ...any) {
-		fmt.Fprintf(e.stderr, "daxfs: warning: "+format+"\n", args...)
+		fmt.Fprintf(e.stderr, "daxfs: warning: %s\n", message(fmt.Errorf(format, args...)))
 	})
 	if err != nil {
 		return err

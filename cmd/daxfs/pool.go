@@ -183,7 +183,7 @@ func (e *env) openPool(c *cli.Context) (p *pool.Pool, closePool func() error, er
 }
 
 func (e *env) poolOptions() pool.Options {
-	return pool.Options{Warn: func(err error) { fmt.Fprintln(e.stderr, "daxfs:", err) }}
+	return pool.Options{Warn: func(err error) { fmt.Fprintln(e.stderr, "daxfs:", message(err)) }}
 }
 
 // withPool opens a pool, calls f and closes the pool; f's error comes first.
@@ -248,10 +248,32 @@ func (e *env) poolInit(c *cli.Context) error {
 	u := p.Usage()
 	if c.Bool("json") {
 		id := p.ID()
-		return writeJSON(e.stdout, map[string]any{"id": hex.EncodeToString(id[:]), "index": index, "region": r.Info(), "usage": u})
+		return writeJSON(e.stdout, poolMade{hex.EncodeToString(id[:]), index, r.Info(), u})
 	}
 	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", c.Args().First(), human(u.Size), index)
 	return nil
+}
+
+// poolMade is what pool init --json writes.
+type poolMade struct {
+	ID     string      `json:"id"`
+	Index  string      `json:"index"`
+	Region region.Info `json:"region"`
+	Usage  pool.Usage  `json:"usage"`
+}
+
+// poolFreed is what pool rm --json and pool gc --json write.
+type poolFreed struct {
+	Images int        `json:"images"`
+	Layers int        `json:"layers"`
+	Freed  int64      `json:"freed"`
+	Usage  pool.Usage `json:"usage"`
+}
+
+// poolChecked is what pool check --json writes.
+type poolChecked struct {
+	OK       bool           `json:"ok"`
+	Findings []pool.Finding `json:"findings"`
 }
 
 // poolImage is an image in pool ls --json and pool show --json.
@@ -434,7 +456,7 @@ func (e *env) freed(c *cli.Context, before, after pool.Usage) error {
 	images, layers := before.Images-after.Images, before.Layers-after.Layers
 	bytes := before.Extents + before.Segments - after.Extents - after.Segments
 	if c.Bool("json") {
-		return writeJSON(e.stdout, map[string]any{"images": images, "layers": layers, "freed": bytes, "usage": after})
+		return writeJSON(e.stdout, poolFreed{images, layers, bytes, after})
 	}
 	fmt.Fprintf(e.stdout, "removed %d images and %d layers, %s are free again\n", images, layers, human(bytes))
 	return nil
@@ -455,7 +477,7 @@ func (e *env) poolCheck(c *cli.Context) error {
 		return err
 	}
 	if c.Bool("json") {
-		err = writeJSON(e.stdout, map[string]any{"ok": len(findings) == 0, "findings": findings})
+		err = writeJSON(e.stdout, poolChecked{len(findings) == 0, findings})
 	} else {
 		err = printFindings(e.stdout, findings)
 	}

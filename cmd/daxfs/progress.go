@@ -28,10 +28,17 @@ type progress struct {
 
 func newProgress(w io.Writer, quiet bool) *progress {
 	p := &progress{w: w, quiet: quiet}
-	if f, ok := w.(*os.File); ok && !quiet && term.IsTerminal(int(f.Fd())) {
+	if f, ok := w.(*os.File); ok && !quiet && hasSize(f) {
 		p.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(40))
 	}
 	return p
+}
+
+// hasSize tells whether f is a terminal with room for bars. One of no size, as a serial line or script(1) without a
+// terminal of its own may be, shows none of them.
+func hasSize(f *os.File) bool {
+	width, height, err := term.GetSize(int(f.Fd()))
+	return err == nil && width > 0 && height > 0
 }
 
 // short is a digest as it fits into a line.

@@ -80,3 +80,18 @@ func TestProgressOnTerminal(t *testing.T) {
 		}
 	}
 }
+
+// TestProgressOnTerminalWithoutSize: bars would not be seen there, so there are lines.
+func TestProgressOnTerminalWithoutSize(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	setup(t, dir)
+	tty, text := terminal(t)
+	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{}); err != nil {
+		t.Fatal(err)
+	}
+	got := run(context.Background(), []string{"daxfs", "convert", "-o", "image", "oci:layout:v1"}, strings.NewReader(""), io.Discard, tty)
+	if seen := text(); got != statusOK || !strings.Contains(seen, "(2 of 2 layers)") {
+		t.Errorf("status %d, %q on the terminal", got, seen)
+	}
+}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 
 	"github.com/urfave/cli/v2"
@@ -34,6 +33,7 @@ type finding struct {
 	Off  int64  `json:"offset"`
 	Ino  uint64 `json:"inode"`
 	Path string `json:"path"`
+	Name []byte `json:"pathBytes,omitempty"`
 	Msg  string `json:"message"`
 }
 
@@ -48,11 +48,10 @@ func (e *env) verify(c *cli.Context) error {
 	defer img.Close()
 	found := 0
 	var writeErr error
-	enc := json.NewEncoder(e.stdout)
 	err = daxfs.Check(img, img.size, func(f daxfs.Finding) bool {
 		found++
 		if c.Bool("json") {
-			writeErr = enc.Encode(finding{string(f.Rule), f.Off, f.Ino, f.Path, f.Msg})
+			writeErr = writeJSONLine(e.stdout, finding{string(f.Rule), f.Off, f.Ino, f.Path, bytesOf(f.Path), f.Msg})
 		} else {
 			_, writeErr = fmt.Fprintln(e.stdout, f)
 		}
