@@ -3,9 +3,13 @@ package main
 import (
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
@@ -17,6 +21,15 @@ type image struct {
 }
 
 func openImage(name string) (*image, error) {
+	// Before it is opened: that of a FIFO waits until somebody writes to it, deaf to ^C.
+	var st unix.Stat_t
+	if err := unix.Stat(name, &st); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	kind := st.Mode & unix.S_IFMT
+	if kind != unix.S_IFREG && kind != unix.S_IFBLK {
+		return nil, fmt.Errorf("%q is a %s, expected an image: a file or a block device", name, typeName(st.Mode))
+	}
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -25,6 +38,9 @@ func openImage(name string) (*image, error) {
 	if err != nil {
 		f.Close()
 		return nil, err
+	}
+	if kind == unix.S_IFBLK {
+		size = imageSize(f, 0, size) // a device has the size that it has
 	}
 	return &image{f, size}, nil
 }
@@ -38,12 +54,12 @@ func (i *image) fs() (*daxfs.FS, error) {
 	return f, nil
 }
 
-// inside is a path of the user as the reader of an image takes it.
-func inside(path string) string {
-	if path = strings.Trim(path, "/"); path == "" {
+// inside is a path of the user as the reader of an image takes it: from the root, wherever it is said to begin.
+func inside(name string) string {
+	if name = path.Clean("/" + name); name == "/" {
 		return "."
 	}
-	return path
+	return name[1:]
 }
 
 // printable is a name from an image as it can be shown: one that could do things to a terminal is quoted, and one that

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -24,8 +25,9 @@ func lsCommand(e *env) *cli.Command {
 		Usage:     "list files of an image",
 		ArgsUsage: "IMAGE [PATH]",
 		Description: `
-With -l: type and permissions, links, owner, size (device number of a device), time, name. Names that a terminal could not
-show are quoted.
+With -l: type and permissions, links, owner, size (device number of a device), time of modification (UTC), name. Names
+that a terminal could not show are quoted. A symbolic link at the end of PATH is followed if it leads to a directory; with -l
+and --json only if a / stands behind it.
 
 Examples:
    daxfs ls debian.daxfs /etc
@@ -75,7 +77,7 @@ func (e *env) ls(c *cli.Context) error {
 	}
 	w := bufio.NewWriter(e.stdout)
 	l := lister{ctx: c, fs: f, w: w}
-	if err := l.list(inside(c.Args().Get(1))); err != nil {
+	if err := l.list(c.Args().Get(1)); err != nil {
 		w.Flush() // what was read stays true
 		return fmt.Errorf("%s: %w", img.Name(), err)
 	}
@@ -88,10 +90,16 @@ type lister struct {
 	w   *bufio.Writer
 }
 
-func (l *lister) list(p string) error {
-	in, err := l.fs.Lookup(p, true)
+func (l *lister) list(name string) error {
+	p := inside(name)
+	in, err := l.fs.Lookup(p, strings.HasSuffix(name, "/"))
 	if err != nil {
 		return err
+	}
+	if in.IsSymlink() && !l.ctx.Bool("l") && !l.ctx.Bool("json") {
+		if to, err := l.fs.Lookup(p, true); err == nil && to.IsDir() {
+			in = to
+		}
 	}
 	if !in.IsDir() {
 		return l.show(p, path.Base(p), in)

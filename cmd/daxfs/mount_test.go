@@ -50,6 +50,7 @@ func TestMount(t *testing.T) {
 		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool,
 		"rm leaves what is mounted":     removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
+		"larger device":                 readsLargerDevice,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, bin) })
 	}
@@ -300,4 +301,21 @@ func TestFindMemory(t *testing.T) {
 			t.Errorf("%s: %q, expected %q", found[i].Info.Kind, got, want)
 		}
 	}
+}
+
+// readsLargerDevice: a block device is rarely as large as the image in it, a file that is larger is not that image.
+func readsLargerDevice(t *testing.T, bin string) {
+	if _, err := exec.LookPath("losetup"); err != nil {
+		t.Skip("losetup is not installed (mount)")
+	}
+	inNamespace(t, bin, `
+		mkdir root; echo hello >root/file
+		daxfs convert -q -o image rootfs:root
+		truncate -s 8M image
+		if daxfs verify image; then echo a file that is too large has no finding; exit 1; fi
+		device=$(losetup --find --show --read-only image)
+		trap 'losetup --detach $device' EXIT
+		daxfs verify $device
+		daxfs inspect $device
+		[ "$(daxfs cat $device file)" = hello ]`)
 }

@@ -16,8 +16,9 @@ func verifyCommand(e *env) *cli.Command {
 		Usage:     "prove that both halves of an image are sound and agree",
 		ArgsUsage: "IMAGE",
 		Description: `
-Writes every finding with the rule it breaks (docs/format.md explains the rules), and ends with status 1 if there are
-any. It says nothing about an image without findings.
+IMAGE is a file, which has to have the size of the image, or a block device, which may be larger. Writes every finding with
+the rule it breaks (docs/format.md explains the rules), and ends with status 1 if there are any. It says nothing about an
+image without findings.
 
 Examples:
    daxfs verify debian.daxfs && mount -t erofs -o ro debian.daxfs /mnt
