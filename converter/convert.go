@@ -113,15 +113,15 @@ func Convert(ctx context.Context, src source.Source, output string, o Options) (
 		o.Concurrency = runtime.GOMAXPROCS(0)
 	}
 	o.Concurrency = max(o.Concurrency, sink.Lanes)
-	img, err := src.Image(ctx, o.Platform)
-	if err != nil {
-		return nil, tooLarge(err)
-	}
-	f, err := newOutput(output)
+	f, err := newOutput(output) // first: looking for an image may take a while
 	if err != nil {
 		return nil, err
 	}
 	defer f.discard()
+	img, err := src.Image(ctx, o.Platform)
+	if err != nil {
+		return nil, tooLarge(err)
+	}
 	res, err := write(ctx, img, f, o)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -336,11 +337,56 @@ func TestOutputMustBeAFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, out := range []string{t.TempDir(), "/dev/null", filepath.Join(t.TempDir(), "no", "image")} {
-		if _, err := converter.Convert(context.Background(), src, out, converter.Options{}); err == nil {
-			t.Errorf("converted to %q", out)
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for out, want := range map[string]string{
+		dir:                               "is a directory, expected a regular file or nothing",
+		"/dev/null":                       "is a device",
+		fifo:                              "is a pipe",
+		filepath.Join(dir, "no", "image"): fmt.Sprintf("directory %q: no such file or directory", filepath.Join(dir, "no")),
+		filepath.Join(dir, "no") + "/":    "no such file or directory",
+		fifo + "/image":                   "not a directory",
+		filepath.Join(dir, strings.Repeat("n", 256)): "file name too long",
+	} {
+		// It is said before layers are read: there is a long way to them.
+		unread := unread{t, src}
+		if _, err := converter.Convert(context.Background(), unread, out, converter.Options{}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("output %q: error %v, expected it to say %q", out, err, want)
 		}
 	}
+	checkOnly(t, dir)
+}
+
+// unread is a source that nobody should ask for its image.
+type unread struct {
+	t *testing.T
+	source.Source
+}
+
+func (u unread) Image(ctx context.Context, p source.Platform) (*source.Image, error) {
+	u.t.Error("the image was looked for before the output was found to be impossible")
+	return u.Source.Image(ctx, p)
+}
+
+// TestFIFOForALayer: a blob that is a FIFO is an error, not something to wait for.
+func TestFIFOForALayer(t *testing.T) {
+	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
+	_, m := manifestOf(t, l)
+	blob := l.BlobPath(m.Layers[1].Digest)
+	if err := os.Remove(blob); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(blob, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, _, err := convert(t, "oci:"+l.Dir, converter.Options{})
+	if err == nil || !strings.Contains(err.Error(), "size mismatch") {
+		t.Errorf("error %v, expected one about the size", err)
+	}
+	checkUntouched(t, out)
 }
 
 // TestOutputIsALink: what the link leads to is replaced, the link stays. A link to what is no file is refused, before

@@ -19,21 +19,29 @@ type output struct {
 // newOutput creates a file in the directory of path. Where the file system can, the file has no name, so that not even
 // SIGKILL leaves it behind.
 func newOutput(path string) (*output, error) {
+	// A name that cannot be had would show only when it is given, after all layers were read.
+	fi, err := os.Stat(path)
+	switch {
+	case err == nil && !fi.Mode().IsRegular():
+		return nil, fmt.Errorf("output %q is a %s, expected a regular file or nothing", path, kind(fi.Mode()))
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("output: %w", err)
+	}
 	// A symbolic link stays; what it leads to is replaced. (/dev/stdout is one.)
 	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == os.ModeSymlink {
 		if path, err = filepath.EvalSymlinks(path); err != nil {
 			return nil, fmt.Errorf("output is a symbolic link to nothing that can be replaced: %w", err)
 		}
 	}
-	if fi, err := os.Stat(path); err == nil && !fi.Mode().IsRegular() {
-		return nil, fmt.Errorf("output %q is not a regular file", path)
-	}
 	dir := filepath.Dir(path)
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o666)
 	if err == nil {
 		return &output{File: os.NewFile(uintptr(fd), path), path: path}, nil
 	}
-	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.ENOENT) {
+	if errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("output %q: directory %q: %w", path, dir, err)
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
 		return nil, &os.PathError{Op: "create", Path: path, Err: err}
 	}
 	f, err := os.CreateTemp(dir, ".daxfs-*") // without the name of the output, which may be as long as names can be
@@ -49,6 +57,19 @@ func newOutput(path string) (*output, error) {
 		return nil, err
 	}
 	return o, nil
+}
+
+// kind is what a file is that is no regular one.
+func kind(m os.FileMode) string {
+	switch {
+	case m.IsDir():
+		return "directory"
+	case m&os.ModeNamedPipe != 0:
+		return "pipe"
+	case m&os.ModeSocket != 0:
+		return "socket"
+	}
+	return "device"
 }
 
 // commit gives the file its name, in place of a file that has it.

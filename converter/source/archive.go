@@ -35,9 +35,20 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 	if limit <= 0 {
 		limit = DefaultMaxSize
 	}
-	f, err := os.Open(file)
+	f, err := openFile(file)
 	if err != nil {
 		return nil, err
+	}
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		f.Close()
+		switch {
+		case err != nil:
+			return nil, err
+		case fi.IsDir():
+			return nil, fmt.Errorf("%q is a directory, expected a tar file (for a layout in a directory: oci:DIR)", file)
+		}
+		return nil, fmt.Errorf("%q is not a regular file: members of an archive are not read in the order in which they lie, "+
+			"so it has to be saved to a file first", file)
 	}
 	a := &archive{f: f}
 	if err := a.inflate(ctx, limit); err != nil {
@@ -46,7 +57,7 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 	}
 	if err := a.index(ctx); err != nil {
 		a.f.Close()
-		return nil, fmt.Errorf("%q is not a tar archive that can be read: %w", file, err)
+		return nil, fmt.Errorf("%q is not a tar archive that can be read, plain or compressed with gzip or zstd: %w", file, err)
 	}
 	return a, nil
 }
@@ -189,6 +200,9 @@ func (s *ociArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 	}
 	doc, err := s.document(ocispec.ImageIndexFile)
 	if err != nil {
+		if _, inner := s.reader(dockerManifestFile); inner == nil {
+			err = fmt.Errorf("%w (it has a %s: docker-archive:FILE reads it)", err, dockerManifestFile)
+		}
 		return nil, fmt.Errorf("%s: not an OCI archive: %w", s.name, err)
 	}
 	img, err := fromIndexFile(ctx, bytes.NewReader(doc), s, s.tag, p)
@@ -208,6 +222,9 @@ type dockerArchive struct {
 func (s *dockerArchive) String() string { return s.name }
 
 func (s *dockerArchive) Close() error { return s.archive.close() }
+
+// dockerManifestFile is the member of a docker archive that lists its images.
+const dockerManifestFile = "manifest.json"
 
 type dockerEntry struct {
 	Config   string
@@ -230,13 +247,16 @@ func (s *dockerArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 }
 
 func (s *dockerArchive) find(p Platform) (*Image, error) {
-	doc, err := s.document("manifest.json")
+	doc, err := s.document(dockerManifestFile)
 	if err != nil {
+		if _, inner := s.reader(ocispec.ImageIndexFile); inner == nil {
+			err = fmt.Errorf("%w (it has an %s: oci-archive:FILE reads it)", err, ocispec.ImageIndexFile)
+		}
 		return nil, fmt.Errorf("not a docker archive: %w", err)
 	}
 	var list []dockerEntry
 	if err := json.Unmarshal(doc, &list); err != nil {
-		return nil, fmt.Errorf("manifest.json: %w", err)
+		return nil, fmt.Errorf("%s: %w", dockerManifestFile, err)
 	}
 	e, err := pickDocker(list, s.ref)
 	if err != nil {

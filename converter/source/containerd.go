@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
+	"strings"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -26,7 +28,8 @@ type store struct {
 }
 
 func newContainerd(full, ref string, c Config) (Source, error) {
-	s := &store{name: full, ref: ref, address: c.Address, namespace: c.Namespace}
+	// nerdctl writes the address with its scheme.
+	s := &store{name: full, ref: ref, address: strings.TrimPrefix(c.Address, "unix://"), namespace: c.Namespace}
 	if s.address == "" {
 		s.address = DefaultAddress
 	}
@@ -47,6 +50,12 @@ func (s *store) Close() error {
 
 func (s *store) Image(ctx context.Context, p Platform) (*Image, error) {
 	if s.client == nil {
+		// The client would wait ten seconds for a socket that is not there, and then not say so.
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", s.address)
+		if err != nil {
+			return nil, fmt.Errorf("%s: containerd does not answer: %w (does it run? --address and CONTAINERD_ADDRESS name its socket)", s.name, err)
+		}
+		conn.Close()
 		c, err := containerd.New(s.address, containerd.WithDefaultNamespace(s.namespace))
 		if err != nil {
 			return nil, fmt.Errorf("%s: containerd at %q: %w", s.name, s.address, err)

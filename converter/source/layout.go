@@ -3,10 +3,13 @@ package source
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -20,7 +23,10 @@ func (s *layout) String() string { return s.name }
 func (s *layout) Close() error   { return nil }
 
 func (s *layout) Image(ctx context.Context, p Platform) (*Image, error) {
-	f, err := os.Open(filepath.Join(s.dir, ocispec.ImageIndexFile))
+	f, err := openFile(filepath.Join(s.dir, ocispec.ImageIndexFile))
+	if errors.Is(err, unix.ENOTDIR) {
+		return nil, fmt.Errorf("%s: not an OCI layout: %w (for a layout in a tar file: oci-archive:FILE)", s.name, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: not an OCI layout: %w", s.name, err)
 	}
@@ -38,11 +44,17 @@ func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, e
 	if err := d.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
 	}
-	f, err := os.Open(filepath.Join(s.dir, ocispec.ImageBlobsDir, d.Digest.Algorithm().String(), d.Digest.Encoded()))
+	f, err := openFile(filepath.Join(s.dir, ocispec.ImageBlobsDir, d.Digest.Algorithm().String(), d.Digest.Encoded()))
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", d.Digest, err)
 	}
 	return f, nil
+}
+
+// openFile opens a file for reading. If it is a FIFO, nobody has to write to it: a caller who waits for that could not be
+// interrupted.
+func openFile(name string) (*os.File, error) {
+	return os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 }
 
 // fromIndexFile finds an image from the index.json of a layout.

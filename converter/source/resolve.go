@@ -289,6 +289,13 @@ func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
 			}
 		}
 	}
+	if strings.HasPrefix(tag, "sha256:") {
+		var digests []string
+		for _, d := range list {
+			digests = append(digests, d.Digest.String())
+		}
+		return nil, fmt.Errorf("%w: the index has no digest %q, it has: %s", ErrNotFound, tag, strings.Join(digests, ", "))
+	}
 	return nil, fmt.Errorf("%w: no tag %q, there is: %s", ErrNotFound, tag, names())
 }
 

@@ -96,15 +96,21 @@ func Parse(name string, c Config) (Source, error) {
 		return nil, fmt.Errorf("source %q: expected %s", name, Kinds)
 	}
 	switch kind {
-	case "oci":
-		dir, tag := splitTag(rest)
-		return &layout{name: name, dir: dir, tag: tag}, nil
-	case "oci-archive":
-		file, tag := splitTag(rest)
-		return &ociArchive{name: name, file: file, tag: tag, limit: c.MaxSize}, nil
-	case "docker-archive":
-		file, ref, _ := strings.Cut(rest, ":")
-		return &dockerArchive{name: name, file: file, ref: ref, limit: c.MaxSize}, nil
+	case "oci", "oci-archive", "docker-archive":
+		path, tag := splitTag(rest)
+		if kind == "docker-archive" {
+			path, tag, _ = strings.Cut(rest, ":")
+		}
+		if path == "" { // of a variable that is not set, for instance; it is not the working directory that is meant
+			return nil, fmt.Errorf("source %q: no path, expected %s", name, Kinds)
+		}
+		switch kind {
+		case "oci":
+			return &layout{name: name, dir: path, tag: tag}, nil
+		case "oci-archive":
+			return &ociArchive{name: name, file: path, tag: tag, limit: c.MaxSize}, nil
+		}
+		return &dockerArchive{name: name, file: path, ref: tag, limit: c.MaxSize}, nil
 	case "docker":
 		ref, ok := strings.CutPrefix(rest, "//")
 		if !ok {

@@ -25,6 +25,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
@@ -82,7 +83,9 @@ func mustParse(t *testing.T, s string, c Config) Source {
 }
 
 func TestParseErrors(t *testing.T) {
-	for _, s := range []string{"", "oci", "oci:", "nothing:x", "docker:alpine", "docker://UPPER CASE", "/some/path"} {
+	for _, s := range []string{
+		"", "oci", "oci:", "nothing:x", "docker:alpine", "docker://UPPER CASE", "/some/path", "oci::v1", "oci:@sha256:00", "oci-archive::v1", "docker-archive::v1",
+	} {
 		if src, err := Parse(s, Config{}); err == nil {
 			t.Errorf("%q was taken for %T", s, src)
 		}
@@ -196,6 +199,36 @@ func TestNotAnImage(t *testing.T) {
 		_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), "")
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: error %v, expected it to say %q", tag, err, want)
+		}
+	}
+}
+
+// TestMistakenPlace: what is there, and what reads it, when it is not what was named.
+func TestMistakenPlace(t *testing.T) {
+	dir := t.TempDir()
+	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	l.Tag("v1", l.Manifest(platform("amd64", ""), layer("a")))
+	l.Archive(filepath.Join(dir, "oci.tar"))
+	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:v1", layer("a"))
+	if err := unix.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	for source, want := range map[string]string{
+		"oci:oci.tar":                 "for a layout in a tar file: oci-archive:FILE",
+		"oci-archive:layout":          `"layout" is a directory, expected a tar file (for a layout in a directory: oci:DIR)`,
+		"oci-archive:docker.tar":      "docker-archive:FILE reads it",
+		"docker-archive:oci.tar":      "oci-archive:FILE reads it",
+		"docker-archive:pipe":         `"pipe" is not a regular file`,
+		"docker-archive:/dev/null":    `"/dev/null" is not a regular file`,
+		"oci:layout@sha256:00":        `the index has no digest "sha256:00", it has: sha256:`,
+		"oci:layout:v2":               `no tag "v2", there is: "v1"`,
+		"containerd:example":          "no-socket: connect: no such file or directory (does it run?",
+		"docker-archive:layout/blobs": `"layout/blobs" is a directory`,
+	} {
+		_, err := find(t, mustParse(t, source, Config{Address: "unix://no-socket"}), "")
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: error %v, expected it to say %q", source, err, want)
 		}
 	}
 }
