@@ -61,7 +61,7 @@ const sourceHelp = `SOURCE is one of
    docker://REF               an image in a registry, with the credentials of docker login
    containerd:REF             an image in containerd's image store
    rootfs:DIR                 a directory
-@DIGEST may stand in the place of :TAG.`
+oci and oci-archive take @DIGEST in the place of :TAG, too.`
 
 // sourceFlags say how SOURCE is to be reached, and what is wanted of it.
 func sourceFlags() []cli.Flag {

@@ -6,7 +6,7 @@
 //	0    done
 //	1    an error, or verify found that the image is damaged
 //	2    wrong use
-//	130  interrupted
+//	130  interrupted by SIGINT, SIGTERM or SIGHUP
 //
 // A command that fails leaves no output file behind, and one that was there as it was.
 package main
@@ -31,7 +31,11 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	interrupts := []os.Signal{os.Interrupt, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) { // nohup(1) ignores it
+		interrupts = append(interrupts, unix.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), interrupts...)
 	// A second ^C ends the process at once.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -198,6 +199,96 @@ func interrupt(ts *testscript.TestScript, neg bool, args []string) {
 	if got != statusInterrupted || !strings.Contains(stderr.String(), "interrupted") {
 		ts.Fatalf("status %d (%s), expected %d", got, stderr.String(), statusInterrupted)
 	}
+}
+
+// TestSignals: a signal in the middle of a layer leaves what was there, and nothing else.
+func TestSignals(t *testing.T) {
+	dir := t.TempDir()
+	setup(t, dir)
+	layer := largestBlob(t, filepath.Join(dir, "endless"))
+	if err := os.Remove(layer); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(layer, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	writer, err := os.OpenFile(layer, os.O_RDWR, 0) // so that the layer does not end
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer writer.Close()
+	out := filepath.Join(dir, "out")
+	if err := os.Mkdir(out, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(out, "old"), []byte("what was there before"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
+		for _, name := range []string{"old", "new"} {
+			cmd := exec.Command("daxfs", "convert", "-q", "-o", filepath.Join(out, name), "oci:"+filepath.Join(dir, "endless"))
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			waitUntilOpen(t, cmd.Process.Pid, layer)
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait() // says the status, as the next line does
+			if got := cmd.ProcessState.ExitCode(); got != statusInterrupted || stderr.String() != "daxfs: interrupted\n" {
+				t.Errorf("%v: status %d, %q, expected %d", sig, got, stderr.String(), statusInterrupted)
+			}
+			list, err := os.ReadDir(out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(list) != 1 || list[0].Name() != "old" {
+				t.Errorf("%v: left behind: %v", sig, list)
+			}
+			if b, err := os.ReadFile(filepath.Join(out, "old")); err != nil || string(b) != "what was there before" {
+				t.Errorf("%v: the output is %q (%v)", sig, b, err)
+			}
+		}
+	}
+}
+
+// largestBlob is the largest blob of a layout.
+func largestBlob(t *testing.T, layout string) (largest string) {
+	t.Helper()
+	blobs, err := filepath.Glob(filepath.Join(layout, "blobs/sha256/*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var most int64
+	for _, b := range blobs {
+		fi, err := os.Stat(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fi.Size() > most {
+			most, largest = fi.Size(), b
+		}
+	}
+	return largest
+}
+
+// waitUntilOpen waits until a process has a file open.
+func waitUntilOpen(t *testing.T, pid int, file string) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range fds {
+			if to, err := os.Readlink(fd); err == nil && to == file {
+				return
+			}
+		}
+	}
+	t.Fatalf("process %d does not open %q", pid, file)
 }
 
 // TestReorder: options may stand before and after arguments.

@@ -22,7 +22,7 @@ standard error. A command that fails leaves no output file behind, and one that 
 
 2	wrong use
 
-130	interrupted`},
+130	interrupted by SIGINT, SIGTERM or SIGHUP`},
 		{Title: "JSON", Text: `What --json writes goes to standard output; docs/json.md describes every field. Errors are text on standard error, also then.`},
 		{Title: "SEE ALSO", Text: "daxfs-snapshotter(8), mount(8), mkfs.erofs(1), ctr(8)\n\nhttps://github.com/daxfs/daxfs-snapshotter"},
 	},
