@@ -41,6 +41,7 @@ func newApp(e *env) *cli.App {
 			"interrupted. Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,
+		BashComplete:         suggest,
 		Reader:               e.stdin,
 		Writer:               e.stdout,
 		ErrWriter:            e.stderr,
@@ -69,6 +70,9 @@ func newApp(e *env) *cli.App {
 func prepare(c *cli.Command) {
 	c.OnUsageError = onUsageError
 	c.HideHelpCommand = true
+	if c.BashComplete == nil {
+		c.BashComplete = suggest
+	}
 	// A description is written in a raw string and shown as it stands there.
 	c.Description = strings.TrimSpace(c.Description)
 	if len(c.Subcommands) > 0 {
@@ -155,7 +159,7 @@ func version() string {
 // reorder moves flags before arguments, so that "convert SOURCE -o IMAGE" works: the flag parser of Go stops at the first
 // argument. What follows "--" stays where it is.
 func reorder(args []string, flags []cli.Flag, commands []*cli.Command) []string {
-	if len(args) == 0 || args[len(args)-1] == "--generate-bash-completion" {
+	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
 	}
 	out := []string{args[0]}

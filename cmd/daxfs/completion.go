@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 )
@@ -22,7 +24,9 @@ Examples:
 		BashComplete: func(c *cli.Context) {
 			if c.NArg() == 0 {
 				fmt.Fprintln(c.App.Writer, "bash\nzsh\nfish")
+				return
 			}
+			suggest(c)
 		},
 		Action: func(c *cli.Context) error {
 			if err := needArgs(c, "bash|zsh|fish"); err != nil {
@@ -36,11 +40,7 @@ Examples:
 				_, err := io.WriteString(e.stdout, zshCompletion)
 				return err
 			case "fish":
-				script, err := c.App.ToFishCompletion()
-				if err != nil {
-					return err
-				}
-				_, err = io.WriteString(e.stdout, script)
+				_, err := io.WriteString(e.stdout, fishCompletion)
 				return err
 			default:
 				return wrongUse(c, "shell %q, expected bash, zsh or fish", shell)
@@ -49,30 +49,96 @@ Examples:
 	}
 }
 
-// The program itself answers what can follow; where it has no answer the shell completes file names.
+// completionFlag asks for what can follow the arguments before it. Scripts end those with "-" where a flag is meant.
+const completionFlag = "--generate-bash-completion"
+
+// asksAfterDashes tells whether it is asked what can follow "--". The library takes such a question for arguments, and
+// would run the command: a TAB would unmount, or remove an image.
+func asksAfterDashes(args []string) bool {
+	return len(args) > 0 && args[len(args)-1] == completionFlag && slices.Contains(args, "--")
+}
+
+// suggest writes what can follow: commands or flags, each with its usage behind a tab. Where it writes nothing, the shell
+// completes file names.
+func suggest(c *cli.Context) {
+	if n := c.NArg(); n > 0 {
+		if c.Args().Get(n-1) == "-" {
+			for _, f := range c.Command.VisibleFlags() {
+				usage := ""
+				if d, ok := f.(cli.DocGenerationFlag); ok {
+					usage = strings.ReplaceAll(d.GetUsage(), "`", "")
+				}
+				for _, name := range f.Names() {
+					fmt.Fprintf(c.App.Writer, "%s\t%s\n", dashed(name), usage)
+				}
+			}
+		}
+		return
+	}
+	for _, s := range c.Command.Subcommands {
+		for _, name := range s.Names() {
+			fmt.Fprintf(c.App.Writer, "%s\t%s\n", name, s.Usage)
+		}
+	}
+}
+
+// The scripts ask the program, except where a flag stands before the word: its value is a file, if anything that a shell
+// can complete, and so is what follows a flag without one.
 const bashCompletion = `_daxfs() {
-  local cur=${COMP_WORDS[COMP_CWORD]}
-  local words=("${COMP_WORDS[@]:0:COMP_CWORD}")
-  [[ $cur == -* ]] && words+=("$cur")
-  mapfile -t COMPREPLY < <(compgen -W "$("${words[@]}" --generate-bash-completion 2>/dev/null)" -- "$cur")
+  local cur=${COMP_WORDS[COMP_CWORD]} line
+  local words=("${COMP_WORDS[@]:0:COMP_CWORD}") names=()
+  COMPREPLY=()
+  if [[ $cur == -* ]]; then
+    words+=(-)
+  elif [[ ${words[COMP_CWORD-1]} == -* ]]; then
+    return
+  fi
+  while IFS= read -r line; do
+    names+=("${line%%$'\t'*}")
+  done < <("${words[@]}" --generate-bash-completion 2>/dev/null)
+  mapfile -t COMPREPLY < <(compgen -W "${names[*]}" -- "$cur")
 }
 complete -o bashdefault -o default -F _daxfs daxfs
 `
 
 const zshCompletion = `#compdef daxfs
 _daxfs() {
-  local -a opts
-  local cur=${words[CURRENT]}
-  if [[ $cur == -* ]]; then
-    opts=("${(@f)$(${words[@]:0:$((CURRENT-1))} $cur --generate-bash-completion 2>/dev/null)}")
-  else
-    opts=("${(@f)$(${words[@]:0:$((CURRENT-1))} --generate-bash-completion 2>/dev/null)}")
+  local -a asked names
+  asked=("${(@Q)words[1,CURRENT-1]}")
+  if [[ $words[CURRENT] == -* ]]; then
+    asked+=(-)
   fi
-  if [[ -n ${opts[1]} ]]; then
-    _describe values opts
+  if [[ $words[CURRENT] == -*=* ]]; then
+    compset -P '*='
+  elif [[ $words[CURRENT] == -* || $words[CURRENT-1] != -* ]]; then
+    names=("${(@f)$("${asked[@]}" --generate-bash-completion 2>/dev/null)}")
+  fi
+  if [[ -n $names[1] ]]; then
+    names=("${(@)names/$'\t'/:}")
+    _describe daxfs names
   else
+    compset -P '(oci|oci-archive|docker-archive|rootfs):'
     _files
   fi
 }
-compdef _daxfs daxfs
+# In a file below $fpath this runs for the first completion, else when the script is sourced.
+if [[ $funcstack[1] == _daxfs ]]; then
+  _daxfs "$@"
+else
+  compdef _daxfs daxfs
+fi
+`
+
+const fishCompletion = `function __daxfs_names
+  set -l asked (commandline -opc)
+  if string match -q -- '-*=*' (commandline -ct)
+    return
+  else if string match -q -- '-*' (commandline -ct)
+    set -a asked -
+  else if string match -q -- '-*' $asked[-1]
+    return
+  end
+  $asked --generate-bash-completion 2>/dev/null
+end
+complete -c daxfs -f -n 'count (__daxfs_names) >/dev/null' -a '(__daxfs_names)'
 `

@@ -43,6 +43,9 @@ func main() {
 
 // run is the program. args[0] is its name.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	if asksAfterDashes(args) {
+		return statusOK
+	}
 	out := &output{Writer: stdout}
 	app := newApp(&env{stdin: stdin, stdout: out, stderr: stderr})
 	err := app.RunContext(ctx, reorder(args, app.Flags, app.Commands))

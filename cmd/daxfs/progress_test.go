@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// terminal returns a terminal and what was written to it, once the terminal was closed.
-func terminal(t *testing.T) (*os.File, func() string) {
+// pseudoTerminal returns both ends of a terminal with 25 lines of 120 characters.
+func pseudoTerminal(t *testing.T) (master, tty *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -27,13 +27,20 @@ func terminal(t *testing.T) (*os.File, func() string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tty, err := os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	tty, err = os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Skipf("needs pseudo terminals: %v", err)
 	}
 	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 25, Col: 120}); err != nil {
 		t.Fatal(err)
 	}
+	return master, tty
+}
+
+// terminal returns a terminal and what was written to it, once the terminal was closed.
+func terminal(t *testing.T) (*os.File, func() string) {
+	t.Helper()
+	master, tty := pseudoTerminal(t)
 	var seen bytes.Buffer
 	done := make(chan struct{})
 	go func() {
