@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -139,20 +141,28 @@ func memoryOf(paths []string) ([]memory, error) {
 
 // explain asks the drivers. A directory stands for a pool file in it, so one is made for the question.
 func explain(ctx context.Context, info region.Info) []mount.Explanation {
-	if st, err := os.Stat(info.Path); err == nil && st.IsDir() {
-		if f, err := os.CreateTemp(info.Path, ".daxfs-doctor-*"); err == nil {
-			defer os.Remove(f.Name())
-			f.Close()
-			dir := info.Path
-			info.Path = f.Name()
-			out := mount.Explain(ctx, drivers.All(), info)
-			for i := range out {
-				out[i].Why = strings.ReplaceAll(out[i].Why, f.Name(), dir)
-			}
-			return out
+	st, err := os.Stat(info.Path)
+	if err != nil || !st.IsDir() {
+		return mount.Explain(ctx, drivers.All(), info)
+	}
+	dir := info.Path
+	f, err := os.CreateTemp(dir, ".daxfs-doctor-*")
+	if err == nil {
+		defer os.Remove(f.Name())
+		f.Close()
+		info.Path = f.Name()
+	}
+	out := mount.Explain(ctx, drivers.All(), info)
+	for i := range out {
+		out[i].Why = strings.ReplaceAll(out[i].Why, info.Path, dir)
+		// Who may not write there is asking for somebody who may.
+		var pe *fs.PathError
+		if errors.As(err, &pe) && !errors.Is(err, fs.ErrPermission) {
+			out[i].Usable, out[i].Picked = false, false
+			out[i].Why = fmt.Sprintf("no pool can be made in %q: %v", dir, pe.Err)
 		}
 	}
-	return mount.Explain(ctx, drivers.All(), info)
+	return out
 }
 
 func kernelRelease() string {

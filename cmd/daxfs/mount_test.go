@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
@@ -235,6 +236,13 @@ func TestDoctor(t *testing.T) {
 	for _, want := range []string{"kernel ", "erofs-dax", "virtio-pmem", "fuse"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("output lacks %q:\n%s", want, &out)
+		}
+	}
+	if os.Geteuid() == 0 { // others may not write there, which is another matter
+		out.Reset()
+		status := run(t.Context(), []string{"daxfs", "doctor", "--containerd=", "/proc"}, nil, &out, &errs)
+		if status != statusFailed || strings.Count(out.String(), `no pool can be made in "/proc"`) != len(drivers.All()) {
+			t.Errorf("where there can be no file: status %d\n%s", status, &out)
 		}
 	}
 	if status := run(t.Context(), []string{"daxfs", "doctor", "/nowhere"}, nil, &out, &errs); status != statusFailed {
