@@ -189,8 +189,11 @@ func reorder(args []string, flags []cli.Flag, commands []*cli.Command) []string 
 			continue
 		}
 		options = append(options, a)
-		if takesValue(a, flags) && i+1 < len(args) {
-			i++
+		if takesValue(a, flags) {
+			if i++; i == len(args) {
+				// The parser shall miss the value, and not take an argument for it.
+				return append(out, options...)
+			}
 			options = append(options, args[i])
 		}
 	}

@@ -301,6 +301,8 @@ func TestReorder(t *testing.T) {
 		{"daxfs ls IMG PATH -lR", "daxfs ls -lR IMG PATH"},
 		{"daxfs cat IMG -- -file", "daxfs cat -- IMG -file"},
 		{"daxfs --version", "daxfs --version"},
+		{"daxfs convert SRC -q -o", "daxfs convert -q -o"},
+		{"daxfs pool rm POOL KEY --index", "daxfs pool rm --index"},
 		{"daxfs unknown -o x", "daxfs -o unknown x"},
 		{"daxfs", "daxfs"},
 	} {
