@@ -26,8 +26,8 @@ func convertCommand(e *env) *cli.Command {
 		Description: `
 ` + sourceHelp + `
 
-Archives may be compressed with gzip or zstd. All digests are verified. The same layers give the same bytes, whatever
-the source. When the command fails or is interrupted, IMAGE is as it was before.
+Archives may be compressed with gzip or zstd; such a one is unpacked to a file in $TMPDIR first. All digests are verified.
+The same layers give the same bytes, whatever the source. When the command fails or is interrupted, IMAGE is as it was before.
 
 A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.
 
@@ -218,7 +218,7 @@ func uuid(b [16]byte) string {
 
 func printSummary(w io.Writer, image string, r *converter.Result) {
 	fmt.Fprintf(w, "%s: %d files, %d directories, %d symbolic links, %d other nodes\n",
-		image, r.Stats.Files, r.Stats.Directories, r.Stats.Symlinks, r.Stats.Others)
+		printable(image), r.Stats.Files, r.Stats.Directories, r.Stats.Symlinks, r.Stats.Others)
 	in := fmt.Sprintf("%s in %d layers", human(r.BytesIn), r.Layers)
 	if r.Layers == 0 {
 		in = human(r.BytesIn)

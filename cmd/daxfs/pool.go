@@ -250,7 +250,7 @@ func (e *env) poolInit(c *cli.Context) error {
 		id := p.ID()
 		return writeJSON(e.stdout, poolMade{hex.EncodeToString(id[:]), index, r.Info(), u})
 	}
-	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", c.Args().First(), human(u.Size), index)
+	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", printable(c.Args().First()), human(u.Size), printable(index))
 	return nil
 }
 

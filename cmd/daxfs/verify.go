@@ -66,7 +66,7 @@ func (e *env) verify(c *cli.Context) error {
 	case found == 0 && err != nil:
 		return fmt.Errorf("%s: %w", img.Name(), err)
 	case found > 0:
-		fmt.Fprintf(e.stderr, "daxfs: %s: %d findings\n", img.Name(), found)
+		fmt.Fprintf(e.stderr, "daxfs: %s: %d findings\n", printable(img.Name()), found)
 		return errSilent
 	}
 	return nil
