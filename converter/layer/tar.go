@@ -214,12 +214,13 @@ func cleanName(name string) string {
 	return short
 }
 
-// lastTime is the last one that containerd accepts: int64 nanoseconds.
-var lastTime = time.Unix(0, math.MaxInt64)
+// firstTime and lastTime are the first and the last one that containerd accepts: the last is int64 nanoseconds.
+var firstTime, lastTime = time.Unix(0, 0), time.Unix(0, math.MaxInt64)
 
-// boundTime replaces times before 1970 and behind 2262 by 1970, as containerd does.
+// boundTime replaces times before 1970 and behind 2262 by 1970, as containerd does. Seconds near 2^63, which time.Time counts
+// from year 1, have become times before it.
 func boundTime(t time.Time) daxfs.Time {
-	if t.Unix() < 0 || t.After(lastTime) {
+	if t.Before(firstTime) || t.After(lastTime) {
 		return daxfs.Time{}
 	}
 	return daxfs.Time{Sec: t.Unix(), Nsec: uint32(t.Nanosecond())}

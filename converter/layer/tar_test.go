@@ -223,6 +223,7 @@ func TestBoundedTimes(t *testing.T) {
 	zero, max := time.Unix(0, 0), time.Unix(0, 1<<63-1)
 	for at, want := range map[time.Time]time.Time{
 		zero: zero, zero.Add(-1): zero, time.Unix(-1<<40, 0): zero, zero.Add(1): zero.Add(1), max: max, max.Add(1): zero, time.Unix(1<<60, 0): zero,
+		time.Unix(1<<63-1, 0): zero,
 	} {
 		l, err := fromTar(t, layer.Limits{}, treetest.Dir("a").At(at))
 		if err != nil {

@@ -76,16 +76,18 @@ func checkXattr(name, value string) error {
 	return nil
 }
 
-// validCapability checks the header of struct vfs_ns_cap_data.
+// validCapability checks the header of struct vfs_ns_cap_data: a revision, beside which the kernel knows one flag, and in
+// version 3, behind the sets, the user who is root.
 func validCapability(v string) bool {
 	if len(v) < 4 {
 		return false
 	}
-	switch revision := binary.LittleEndian.Uint32([]byte(v[:4])) >> 24; revision {
-	case 2:
+	const effective = 1
+	switch revision := binary.LittleEndian.Uint32([]byte(v[:4])) &^ effective; revision {
+	case 2 << 24:
 		return len(v) == 20
-	case 3:
-		return len(v) == 24
+	case 3 << 24:
+		return len(v) == 24 && v[20:] != "\xff\xff\xff\xff"
 	}
 	return false
 }

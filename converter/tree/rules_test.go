@@ -33,7 +33,10 @@ func (s stack) tars() [][]byte {
 	return out
 }
 
-const fileCap = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+const (
+	fileCap = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	capOf3  = "\x01\x00\x00\x03" + "\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" // without the user who is root
+)
 
 var (
 	aclWithUser = string(acl{{aclUserObj, 7, aclNoID}, {aclUser, 5, 1000}, {aclGroupObj, 5, aclNoID}, {aclMask, 7, aclNoID}, {aclOther, 0, aclNoID}}.value())
@@ -61,7 +64,7 @@ var rules = []struct {
 	}},
 	{"times", nil, stack{{
 		tt.Reg("ns", "").At(at(1, 999_999_999)), tt.Reg("old", "").At(at(-5, 0)), tt.Reg("older", "").At(at(-1, 999_999_999)),
-		tt.Reg("late", "").At(at(1<<33, 7)), tt.Reg("later", "").At(at(1<<34, 0)), tt.Sym("s", "x").At(at(9, 9)), tt.Dir("d").At(at(8, 8)), tt.Reg("d/f", ""),
+		tt.Reg("late", "").At(at(1<<33, 7)), tt.Reg("later", "").At(at(1<<34, 0)), gnuFormat(tt.Reg("last", "")).At(at(1<<63-1, 0)), tt.Sym("s", "x").At(at(9, 9)), tt.Dir("d").At(at(8, 8)), tt.Reg("d/f", ""),
 	}}},
 	{"time of a directory that is changed later", nil, stack{{tt.Dir("d").At(at(8, 8))}, {tt.Reg("d/f", "")}, {tt.Dir("d").At(at(9, 9)), tt.Reg(".wh.d/f", "")}}},
 	{"time of a directory whose name stands for another", nil, stack{
@@ -153,6 +156,10 @@ var rules = []struct {
 		tt.Sym("s", "x").X("user.a", "1").X("security.x", "1"), tt.Special(tar.TypeFifo, "p", 0, 0).X("user.a", "1").X("security.x", "2"), tt.Hard("s2", "s").X("user.a", "1"),
 	}}},
 	{"capability that is none", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "x")}}},
+	{"capability with an unknown flag", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "\x03"+fileCap[1:])}}},
+	{"capability of version 3", nil, stack{{tt.Reg("a", "").X("security.capability", capOf3+"\xe8\x03\x00\x00")}}},
+	{"capability of nobody", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", capOf3+"\xff\xff\xff\xff")}}},
+	{"capability of version 3 with an unknown flag", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "\x04"+capOf3[1:]+"\xe8\x03\x00\x00")}}},
 	{"xattr name without an end", layer.ErrInvalid, stack{{tt.Reg("a", "").X("user.", "x")}}},
 	{"xattr without a name", layer.ErrInvalid, stack{{tt.Reg("a", "").X("", "x")}}},
 	{"ACL", nil, stack{{tt.Reg("a", "").X(aclAccess, aclWithUser).Perm(0o640), tt.Dir("d").X(aclAccess, aclWithUser).X(aclDefault, aclWithUser).Perm(0o700)}}},
