@@ -29,9 +29,9 @@ type onlyReader struct{ io.Reader }
 // returns the changes. Entries mean what containerd's archive.Apply takes them for; where that depends on what lies
 // below, tree.Merge decides.
 //
-// It takes one thing more than containerd: sparse files in the old GNU format. It refuses two that containerd takes: owners
-// of more than 32 bits, which containerd cuts off, and an xattr of 65,536 bytes, for which an image has no room. The limits of
-// Limits come on top.
+// It takes one thing more than containerd: sparse files in the old GNU format. It refuses three that containerd takes: owners
+// of more than 32 bits, which containerd cuts off, an xattr of 65,536 bytes, for which an image has no room, and capabilities
+// without a value, with which the kernel executes nothing. The limits of Limits come on top.
 //
 // Headers are read 512 bytes at a time: r should have a buffer. The caller reads what follows the end marker, for example
 // to verify a digest. On
@@ -75,6 +75,11 @@ type tarReader struct {
 
 // header turns one tar entry into a change.
 func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
+	if hdr.Typeflag == tar.TypeXGlobalHeader && hdr.PAXRecords == nil {
+		// A record is malformed. The tar reader does not say so, takes records in random order, and stopped at that one: it is
+		// chance whether the name is the one that a record gives.
+		return nil
+	}
 	name := cleanName(hdr.Name)
 	if name == "" {
 		// containerd leaves the root directory alone whatever a "./" entry says.
@@ -169,18 +174,21 @@ func (t *tarReader) contents(ctx context.Context, hdr *tar.Header, c *Change) er
 			return limitError("bytes of a link target", maxPath)
 		}
 		c.LinkTo = strings.Clone(hdr.Linkname)
-	case tar.TypeChar, tar.TypeBlock:
-		n.Mode |= unix.S_IFCHR
-		if hdr.Typeflag == tar.TypeBlock {
-			n.Mode ^= unix.S_IFCHR ^ unix.S_IFBLK
-		}
+	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
 		if hdr.Devmajor < 0 || hdr.Devmajor > math.MaxUint32 || hdr.Devminor < 0 || hdr.Devminor > math.MaxUint32 {
 			return invalidf("device number %d:%d is out of range", hdr.Devmajor, hdr.Devminor)
 		}
+		switch hdr.Typeflag {
+		case tar.TypeChar:
+			n.Mode |= unix.S_IFCHR
+		case tar.TypeBlock:
+			n.Mode |= unix.S_IFBLK
+		default:
+			n.Mode |= unix.S_IFIFO
+			return nil
+		}
 		// mknod(2) keeps the 12 bits of the major and the 20 bits of the minor number that fit 32 bits.
 		n.Rdev = unix.Mkdev(uint32(hdr.Devmajor), uint32(hdr.Devminor)) & math.MaxUint32
-	case tar.TypeFifo:
-		n.Mode |= unix.S_IFIFO
 	default:
 		return unsupportedf("tar entry of type %q", hdr.Typeflag)
 	}

@@ -235,6 +235,27 @@ func TestBoundedTimes(t *testing.T) {
 	}
 }
 
+// TestGlobalHeader: one that is malformed is ignored, because it is chance what name the tar reader gives it.
+func TestGlobalHeader(t *testing.T) {
+	raw := treetest.Tar(treetest.Reg("global", "11 path=qd\n10 size=x\n").At(time.Unix(1, 0)))
+	raw[156] = tar.TypeXGlobalHeader
+	copy(raw[148:156], "        ")
+	sum := 0
+	for _, c := range raw[:512] {
+		sum += int(c)
+	}
+	copy(raw[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	for range 50 {
+		l, err := layer.FromTar(t.Context(), bytes.NewReader(raw), new(treetest.Store), layer.Limits{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(l.Changes) > 0 {
+			t.Fatalf("%+v, want nothing", l.Changes)
+		}
+	}
+}
+
 // TestStats counts.
 func TestStats(t *testing.T) {
 	l, err := fromTar(t, layer.Limits{}, treetest.Dir("./"), treetest.Dir("d").X("trusted.a", ""), treetest.Reg("d/a", "123").X("other.a", ""),

@@ -44,11 +44,11 @@ func parseACL(value []byte) (a acl, ok bool, err error) {
 	if len(value) == 0 {
 		return nil, true, nil
 	}
+	if len(value) >= aclHeader && binary.LittleEndian.Uint32(value) != aclVersion {
+		return nil, false, nil
+	}
 	if len(value) < aclHeader || (len(value)-aclHeader)%aclEntry != 0 {
 		return nil, false, fmt.Errorf("%w: ACL of %d bytes", layer.ErrInvalid, len(value))
-	}
-	if binary.LittleEndian.Uint32(value) != aclVersion {
-		return nil, false, nil
 	}
 	for b := value[aclHeader:]; len(b) > 0; b = b[aclEntry:] {
 		e := ace{binary.LittleEndian.Uint16(b), binary.LittleEndian.Uint16(b[2:]), binary.LittleEndian.Uint32(b[4:])}

@@ -13,6 +13,7 @@ import (
 
 const (
 	maxPath = 4095 // bytes of a path, as the kernel has it
+	maxName = 255  // bytes of a name
 	// maxWalked and maxFollowed are the numbers of symbolic links that containerd and the kernel follow in one path.
 	maxWalked   = 255
 	maxFollowed = 40
@@ -55,6 +56,9 @@ func (m *Merger) descend(p string) (*daxfs.Node, bool, error) {
 		if n == nil {
 			if name == "" || name == "." || name == ".." {
 				return nil, false, fmt.Errorf("%w: path %q is not clean", layer.ErrInvalid, p)
+			}
+			if err := checkName(name); err != nil {
+				return nil, false, err
 			}
 			// Nothing below can be a link, so nothing is made in vain.
 			var err error
@@ -164,6 +168,9 @@ func (m *Merger) pass(p string, walked *int) (string, error) {
 		}
 		var n *daxfs.Node
 		if dir != nil && dir.Mode&unix.S_IFMT == unix.S_IFDIR && name != "." && name != ".." {
+			if err := checkName(name); err != nil {
+				return "", err
+			}
 			n = dir.Entries[name]
 		} else {
 			var err error
@@ -184,6 +191,15 @@ func (m *Merger) pass(p string, walked *int) (string, error) {
 		first = false
 	}
 	return at, nil
+}
+
+// checkName refuses a name that the kernel does not look up. Package layer checked those of entries, but not those in the
+// targets of links.
+func checkName(name string) error {
+	if len(name) > maxName {
+		return fmt.Errorf("%w: more than %d bytes of a name", layer.ErrLimit, maxName)
+	}
+	return nil
 }
 
 // spend holds resolution against what it may cost: layers can be made to lead through very many links.
@@ -216,6 +232,9 @@ func (m *Merger) lstat(p string) (*daxfs.Node, error) {
 			}
 			dirs = dirs[:len(dirs)-1]
 			continue
+		}
+		if err := checkName(name); err != nil {
+			return nil, err
 		}
 		n := dirs[len(dirs)-1].Entries[name]
 		if n == nil || p == "" {
