@@ -35,20 +35,15 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 	if limit <= 0 {
 		limit = DefaultMaxSize
 	}
+	if fi, err := os.Stat(file); err == nil && fi.IsDir() {
+		return nil, fmt.Errorf("%q is a directory, expected a tar file (for a layout in a directory: oci:DIR)", file)
+	} else if err == nil && !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%q is not a regular file: members of an archive are not read in the order in which they lie, "+
+			"so it has to be saved to a file first", file)
+	}
 	f, err := openFile(file)
 	if err != nil {
 		return nil, err
-	}
-	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-		f.Close()
-		switch {
-		case err != nil:
-			return nil, err
-		case fi.IsDir():
-			return nil, fmt.Errorf("%q is a directory, expected a tar file (for a layout in a directory: oci:DIR)", file)
-		}
-		return nil, fmt.Errorf("%q is not a regular file: members of an archive are not read in the order in which they lie, "+
-			"so it has to be saved to a file first", file)
 	}
 	a := &archive{f: f}
 	if err := a.inflate(ctx, limit); err != nil {

@@ -12,8 +12,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
@@ -70,6 +75,107 @@ func TestLargeDocuments(t *testing.T) {
 	_, err := find(t, mustParse(t, "oci:"+l.Dir+":x", Config{}), "")
 	if err == nil || !strings.Contains(err.Error(), "bytes of indexes") {
 		t.Errorf("error %v, expected one about the size of all documents", err)
+	}
+}
+
+// TestAmbiguousDocuments: a document that is a manifest to some and an index to others is refused, as by containerd.
+func TestAmbiguousDocuments(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	good := l.Manifest(platform("amd64", ""), layer("a"))
+	manifest, err := os.ReadFile(l.BlobPath(good.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	index, err := os.ReadFile(l.BlobPath(l.Index(good).Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := func(doc []byte, field string) string { return strings.TrimSuffix(string(doc), "}") + "," + field + "}" }
+	list := `"manifests":[` + fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, good.MediaType, good.Digest, good.Size) + `]`
+	cs, err := local.NewStore(l.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range []struct{ mediaType, doc string }{
+		{ocispec.MediaTypeImageManifest, string(manifest)},
+		{ocispec.MediaTypeImageManifest, with(manifest, list)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"manifests":[]`)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"manifests":null`)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"fsLayers":[]`)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"mediaType":"`+ocispec.MediaTypeImageIndex+`"`)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"mediaType":"`+dockerIndex+`"`)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"mediaType":"`+dockerManifest+`"`)},
+		{ocispec.MediaTypeImageManifest, with(manifest, `"mediaType":"other"`)},
+		{ocispec.MediaTypeImageManifest, string(index)},
+		{dockerManifest, string(index)},
+		{dockerManifest, string(manifest)},
+		{ocispec.MediaTypeImageIndex, string(index)},
+		{dockerIndex, string(index)},
+		{ocispec.MediaTypeImageIndex, string(manifest)},
+		{ocispec.MediaTypeImageIndex, with(index, `"config":{}`)},
+		{ocispec.MediaTypeImageIndex, with(index, `"layers":[]`)},
+		{ocispec.MediaTypeImageIndex, with(index, `"fsLayers":[]`)},
+		{ocispec.MediaTypeImageIndex, with(index, `"mediaType":"`+ocispec.MediaTypeImageManifest+`"`)},
+		{ocispec.MediaTypeImageIndex, with(index, `"subject":{}`)},
+	} {
+		d := l.Blob(c.mediaType, []byte(c.doc))
+		tag := fmt.Sprint(i)
+		l.Tag(tag, d)
+		_, want := images.Manifest(t.Context(), cs, d, platforms.OnlyStrict(platform("amd64", "")))
+		_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), "linux/amd64")
+		if (err == nil) != (want == nil) || err != nil && !errors.Is(err, ErrMediaType) {
+			t.Errorf("%s: %s\ncontainerd: %v\nfound:      %v", c.mediaType, c.doc, want, err)
+		}
+	}
+}
+
+// TestNoFile: what is no file is not opened where a file belongs. A FIFO would never let go.
+func TestNoFile(t *testing.T) {
+	for kind, mk := range map[string]func(string) error{
+		"fifo":      func(name string) error { return unix.Mkfifo(name, 0o600) },
+		"directory": func(name string) error { return os.Mkdir(name, 0o700) },
+		"device":    func(name string) error { return os.Symlink("/dev/zero", name) },
+	} {
+		for _, what := range []string{"index", "manifest", "layer", "archive"} {
+			l := ocitest.NewLayout(t, t.TempDir())
+			m := l.Manifest(platform("amd64", ""), layer("a"))
+			l.Tag("", m)
+			src := mustParse(t, "oci:"+l.Dir, Config{})
+			img, err := src.Image(t.Context(), Host())
+			if err != nil {
+				t.Fatal(err)
+			}
+			name := filepath.Join(l.Dir, "index.json")
+			switch what {
+			case "manifest":
+				name = l.BlobPath(m.Digest)
+			case "layer":
+				name = l.BlobPath(img.Layers[0].Desc.Digest)
+			case "archive":
+				src = mustParse(t, "oci-archive:"+name, Config{})
+			}
+			if err := errors.Join(os.Remove(name), mk(name)); err != nil {
+				t.Fatal(err)
+			}
+			done := make(chan error, 1)
+			go func() {
+				var err error
+				if what == "layer" {
+					_, err = img.Layers[0].Open(t.Context())
+				} else {
+					_, err = src.Image(t.Context(), Host())
+				}
+				done <- err
+			}()
+			select {
+			case err := <-done:
+				if err == nil || !strings.Contains(err.Error(), "is not a regular file") || !strings.Contains(err.Error(), name) {
+					t.Errorf("%s as %s: error %v, expected one that names the file", kind, what, err)
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatalf("%s as %s: still waiting", kind, what)
+			}
+		}
 	}
 }
 

@@ -51,10 +51,16 @@ func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, e
 	return f, nil
 }
 
-// openFile opens a file for reading. If it is a FIFO, nobody has to write to it: a caller who waits for that could not be
-// interrupted.
+// openFile opens a regular file. To open a FIFO would wait for a writer, and to open a device can do anything.
 func openFile(name string) (*os.File, error) {
-	return os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	fi, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%q is not a regular file", name)
+	}
+	return os.Open(name)
 }
 
 // fromIndexFile finds an image from the index.json of a layout.

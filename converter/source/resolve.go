@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
@@ -123,7 +124,7 @@ func manifests(ctx context.Context, b *finder, d ocispec.Descriptor, depth int) 
 		return nil, fmt.Errorf("index: %w", err)
 	}
 	var index ocispec.Index
-	if err := json.Unmarshal(p, &index); err != nil {
+	if err := unmarshal(p, d.MediaType, &index); err != nil {
 		return nil, fmt.Errorf("index %s: %w", d.Digest, err)
 	}
 	return expand(ctx, b, index.Manifests, depth)
@@ -158,6 +159,30 @@ func expand(ctx context.Context, b *finder, list []ocispec.Descriptor, depth int
 	return all, nil
 }
 
+// unmarshal reads an index or a manifest. It refuses one that is something else than mediaType says, or could be read as
+// both: the same digest would then be different images for different tools (CVE-2021-41190). Containerd does so too.
+func unmarshal(p []byte, mediaType string, v any) error {
+	var doc struct {
+		MediaType string          `json:"mediaType"`
+		Config    json.RawMessage `json:"config"`
+		Layers    json.RawMessage `json:"layers"`
+		Manifests json.RawMessage `json:"manifests"`
+		FSLayers  json.RawMessage `json:"fsLayers"`
+	}
+	if err := json.Unmarshal(p, &doc); err != nil {
+		return err
+	}
+	switch {
+	case doc.FSLayers != nil:
+		return fmt.Errorf("%w: it has fsLayers, as Docker schema 1", ErrMediaType)
+	case isManifest(mediaType) && (doc.Manifests != nil || isIndex(doc.MediaType)):
+		return fmt.Errorf("%w: expected a manifest (%s), found an index", ErrMediaType, mediaType)
+	case isIndex(mediaType) && (doc.Config != nil || doc.Layers != nil || isManifest(doc.MediaType)):
+		return fmt.Errorf("%w: expected an index (%s), found a manifest", ErrMediaType, mediaType)
+	}
+	return json.Unmarshal(p, v)
+}
+
 // errArtifact marks manifests of something else than container images.
 var errArtifact = fmt.Errorf("%w of its config", ErrMediaType)
 
@@ -172,7 +197,7 @@ func fromManifest(ctx context.Context, b *finder, d ocispec.Descriptor) (*Image,
 		return nil, fmt.Errorf("manifest: %w", err)
 	}
 	var m ocispec.Manifest
-	if err := json.Unmarshal(p, &m); err != nil {
+	if err := unmarshal(p, d.MediaType, &m); err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
 	}
 	if t := m.Config.MediaType; t != ocispec.MediaTypeImageConfig && t != dockerConfig {
@@ -265,16 +290,19 @@ func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
 		return strings.Join(s, ", ")
 	}
 	if tag == "" {
-		tagged := 0
+		all, tagged := map[digest.Digest]bool{}, map[digest.Digest]bool{} // an image may have several tags
 		for _, d := range list {
-			if d.Annotations[ocispec.AnnotationRefName] != "" {
-				tagged++
+			all[d.Digest] = true
+			if slices.ContainsFunc(tagAnnotations, func(a string) bool { return d.Annotations[a] != "" }) {
+				tagged[d.Digest] = true
 			}
 		}
 		switch {
 		case len(list) == 0:
 			return nil, fmt.Errorf("%w: the index is empty", ErrNotFound)
-		case len(list) > 1 && tagged > 1:
+		case len(all) == 1:
+			return list[:1], nil
+		case len(tagged) > 1:
 			return nil, fmt.Errorf("%w: no tag given and several images: %s", ErrNotFound, names())
 		}
 		return list, nil

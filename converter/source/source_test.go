@@ -159,6 +159,53 @@ func TestUntaggedIndexFile(t *testing.T) {
 	}
 }
 
+// TestTags: an image with several tags is one image, and a name that containerd gave counts like a tag.
+func TestTags(t *testing.T) {
+	const named = "io.containerd.image.name"
+	for _, c := range []struct {
+		tags []string // annotations of the entries of index.json: KEY=VALUE
+		same bool     // they are one image
+		err  string
+	}{
+		{[]string{ocispec.AnnotationRefName + "=a", ocispec.AnnotationRefName + "=b"}, true, ""},
+		{[]string{ocispec.AnnotationRefName + "=a", ocispec.AnnotationRefName + "=b"}, false, `several images: "a", "b"`},
+		{[]string{named + "=a", named + "=b"}, false, `several images: "a", "b"`},
+		{[]string{named + "=a", "x=y"}, false, ""},
+	} {
+		l := ocitest.NewLayout(t, t.TempDir())
+		index := ocispec.Index{}
+		for i, tag := range c.tags {
+			d := l.Manifest(platform("s390x", ""), layer("a"))
+			if i > 0 && !c.same {
+				d = l.Manifest(platform("riscv64", ""), layer("b"))
+			}
+			d.Platform = nil
+			key, value, _ := strings.Cut(tag, "=")
+			d.Annotations = map[string]string{key: value}
+			index.Manifests = append(index.Manifests, d)
+		}
+		b, err := json.Marshal(index)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(l.Dir, "index.json"), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		p := ""
+		if !c.same {
+			p = "linux/s390x"
+		}
+		img, err := find(t, mustParse(t, "oci:"+l.Dir, Config{}), p)
+		if c.err == "" {
+			if err != nil || img.Digest != index.Manifests[0].Digest {
+				t.Errorf("%q: found %+v (%v), expected the first", c.tags, img, err)
+			}
+		} else if !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%q: error %v, expected it to say %q", c.tags, err, c.err)
+		}
+	}
+}
+
 // TestArtifactsBesideAnImage: a layout may hold what belongs to an image, as manifests without a platform.
 func TestArtifactsBesideAnImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
