@@ -68,8 +68,9 @@ type Merger struct {
 	fresh map[entry]struct{}
 	// opaque has the directories that were made opaque by the present layer.
 	opaque map[*daxfs.Node]struct{}
-	// spared counts entries that an opaque directory kept and containerd's walk would remove; for tests.
-	spared int
+	// spared counts entries that an opaque directory kept and containerd's walk would remove, implied the directories that
+	// the present layer made and has no entry for; for tests.
+	spared, implied int
 
 	// lastDir is what lastPath led to: entries of a directory come together. It is forgotten when a symbolic link appears
 	// or anything is removed that a path may lead through.
@@ -98,7 +99,7 @@ func (m *Merger) Apply(l *layer.Layer) error {
 	defer func() { m.layer++ }()
 	m.exact = l.Source == layer.FromDirectory
 	m.steps += 200 * len(l.Changes)
-	m.fresh, m.opaque = nil, nil
+	m.fresh, m.opaque, m.implied = nil, nil, 0
 	for i := range l.Changes {
 		if l.Changes[i].Op == layer.OpOpaque {
 			m.fresh = make(map[entry]struct{})
@@ -270,7 +271,8 @@ func (m *Merger) touch(dir *daxfs.Node, name string) {
 // there stay, with their attributes.
 func (m *Merger) hideLower(dir *daxfs.Node) {
 	if _, done := m.opaque[dir]; done {
-		return // all that came since is of this layer
+		m.spared += m.implied // containerd walks through it again, and what is implied may be there
+		return                // all that came since is of this layer
 	}
 	m.opaque[dir] = struct{}{}
 	m.lastDir = nil

@@ -66,6 +66,7 @@ func (m *Merger) descend(p string) (*daxfs.Node, bool, error) {
 				return nil, false, err
 			}
 			chmod(n, 0o755)
+			m.implied++
 		}
 		switch n.Mode & unix.S_IFMT {
 		case unix.S_IFDIR:

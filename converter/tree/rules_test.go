@@ -176,6 +176,11 @@ var rules = []struct {
 	{"ACL and chmod", nil, stack{{tt.Dir("d").X(aclAccess, aclWithUser)}, {tt.Dir("d").Perm(0o712)}, {tt.Dir("d").X(aclAccess, "")}}},
 	{"ACL through a hard link", nil, stack{{tt.Reg("a", "").X(aclAccess, aclWithUser), tt.Hard("b", "a").Perm(0o421)}}},
 	{"ACL of a symbolic link", nil, stack{{tt.Sym("a", "b").X(aclAccess, aclWithUser)}}},
+	{"ACL of a symbolic link, incomplete", nil, stack{{tt.Sym("a", "b").X(aclAccess, aclWithUser[:12])}}},
+	{"ACL of a symbolic link, cut short", layer.ErrInvalid, stack{{tt.Sym("a", "b").X(aclAccess, aclWithUser[:7])}}},
+	{"ACL of a symbolic link, with an unknown entry", layer.ErrInvalid, stack{{tt.Sym("a", "b").X(aclAccess, aclWithUser[:4]+"\x03"+aclWithUser[5:])}}},
+	{"ACL of a symbolic link, for nobody", layer.ErrInvalid, stack{{tt.Sym("a", "b").X(aclAccess, strings.Replace(aclWithUser, "\xe8\x03\x00\x00", "\xff\xff\xff\xff", 1))}}},
+	{"ACL for nobody", layer.ErrInvalid, stack{{tt.Reg("a", "").X(aclAccess, strings.Replace(aclWithUser, "\xe8\x03\x00\x00", "\xff\xff\xff\xff", 1))}}},
 	{"ACL of another version", nil, stack{{tt.Reg("a", "").X(aclAccess, "\x01"+aclWithUser[1:])}}},
 	{"ACL of another version cut short", nil, stack{{tt.Reg("a", "").X(aclAccess, "\x01"+aclWithUser[1:7])}}},
 	{"default ACL of a file", layer.ErrInvalid, stack{{tt.Reg("a", "").X(aclDefault, aclWithUser)}}},
@@ -265,6 +270,19 @@ func TestOpaqueHidesOnlyLower(t *testing.T) {
 	})
 	if d != "" {
 		t.Errorf("trees differ (- overlayfs, + merge):\n%s", d)
+	}
+}
+
+// TestOpaqueAgainSpares: directories in one that is opaque already are spared once more when one above it becomes opaque.
+func TestOpaqueAgainSpares(t *testing.T) {
+	requireRoot(t)
+	s := stack{{tt.Dir("d"), tt.Reg("d/.wh..wh..opq", ""), tt.Dir("d/a/b"), tt.Reg(".wh..wh..opq", "")}}
+	got, m, err := mergeAll(t, s.tars())
+	if err != nil || m.spared == 0 || got[len(got)-1].Path != "d/a/b" {
+		t.Errorf("merge spared %d and ends with %q (%v), want it to spare d/a/b", m.spared, got[len(got)-1].Path, err)
+	}
+	if _, _, err := applyAll(t, s.tars()); err == nil {
+		t.Error("containerd keeps d/a/b by now: there is no difference any more")
 	}
 }
 
