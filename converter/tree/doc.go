@@ -21,6 +21,9 @@
 //     set-group-ID bit) as with containerd, and the time 1970-01-01: nobody recorded one, and a conversion must give
 //     the same bytes every day. The same holds for the root directory, whose "./" entry containerd ignores: 0755, 0:0, 1970.
 //   - A symbolic link that leads to an absolute path is never looked up on the host.
+//   - Names that begin with "/" or "..", below a symbolic link whose target has ".." behind another link. Containerd follows
+//     "c" -> "b/../z" of "c/f" as the kernel does, and in "/c/f" takes ".." for the directory of the name "b". Here both
+//     are what the kernel finds.
 //
 // Layers made from a directory (layer.FromDirectory) are simpler: they carry finished attributes, which replace those
 // below, the root directory's included.

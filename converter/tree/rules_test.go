@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -283,6 +284,26 @@ func TestOpaqueAgainSpares(t *testing.T) {
 	}
 	if _, _, err := applyAll(t, s.tars()); err == nil {
 		t.Error("containerd keeps d/a/b by now: there is no difference any more")
+	}
+}
+
+// TestAbsoluteNames: an absolute name is the one without the slash. To containerd it is another one, where links lead
+// through links and "..".
+func TestAbsoluteNames(t *testing.T) {
+	requireRoot(t)
+	for name, other := range map[string]bool{"c/f": false, "./c/f": false, "/c/f": true, "../c/f": true} {
+		tars := stack{{tt.Dir("x/y"), tt.Sym("b", "x/y"), tt.Sym("c", "b/../z"), tt.Reg(name, "1")}}.tars()
+		got, _, err := mergeAll(t, tars)
+		if err != nil || !slices.ContainsFunc(got, func(e tt.Entry) bool { return e.Path == "x/z/f" }) {
+			t.Errorf("%q: %v (%v), want x/z/f", name, got, err)
+		}
+		want, _, err := applyAll(t, tars)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if is := !slices.ContainsFunc(want, func(e tt.Entry) bool { return e.Path == "x/z/f" }); is != other {
+			t.Errorf("%q: containerd makes another file: %v, want %v", name, is, other)
+		}
 	}
 }
 
