@@ -71,6 +71,20 @@ func packingOf(mediaType string) (packing, error) {
 	return 0, fmt.Errorf("%w: %q (expected an OCI or Docker layer: tar, tar+gzip or tar+zstd)", ErrMediaType, mediaType)
 }
 
+// compression names what the bytes of a blob that was taken for a tar look like; empty if they may be one.
+func compression(head []byte) string {
+	p := sniff(head)
+	switch {
+	case p != plain:
+		return p.String()
+	case bytes.HasPrefix(head, []byte("BZh")):
+		return "bzip2"
+	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
+		return "xz"
+	}
+	return ""
+}
+
 // IsCompressed says whether the first bytes of a file, at least 4 of them, are those of gzip or zstd.
 func IsCompressed(head []byte) bool { return sniff(head) != plain }
 

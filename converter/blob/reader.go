@@ -68,9 +68,10 @@ type Reader struct {
 	raw *hasher // of the blob; nil when Digest is not known
 	tar *hasher // of the uncompressed tar; nil until it is known that it differs from the blob
 
-	read   int64 // bytes of the blob that were read
-	size   int64 // bytes of the tar
-	srcErr error // why reading the blob ended; nil at its end
+	read   int64  // bytes of the blob that were read
+	size   int64  // bytes of the tar
+	looks  string // the compression that the tar looks like, which only matters if it cannot be parsed
+	srcErr error  // why reading the blob ended; nil at its end
 	digest digest.Digest
 	diffID digest.Digest
 }
@@ -156,9 +157,14 @@ func (r *Reader) fetch(in *stream) error {
 func (r *Reader) unpack(pack packing, in, out *stream) error {
 	src := &reader{s: in}
 	defer src.drop()
-	if pack == sniffed {
+	if pack == sniffed || pack == plain {
 		if err := src.fill(); err == nil {
-			pack = sniff(src.cur.bytes())
+			if pack == sniffed {
+				pack = sniff(src.cur.bytes())
+			}
+			if pack == plain {
+				r.looks = compression(src.cur.bytes())
+			}
 		} else if !errors.Is(err, io.EOF) {
 			return err
 		} else {
@@ -290,6 +296,10 @@ func (r *Reader) Finish(cause error) error {
 		return err
 	}
 	if err := cmp.Or(cause, readErr); err != nil {
+		if r.looks != "" {
+			return fmt.Errorf("%w (it looks like %s, expected gzip, zstd or an uncompressed tar, as media type %q says)",
+				err, r.looks, r.spec.MediaType)
+		}
 		return err
 	}
 	r.diffID = r.digest

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"strings"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -197,6 +198,34 @@ func TestMediaTypes(t *testing.T) {
 		}
 		if err := CheckMediaType(c.mediaType); !errors.Is(err, c.err) {
 			t.Errorf("CheckMediaType(%q): %v, expected %v", c.mediaType, err, c.err)
+		}
+	}
+}
+
+// TestOtherCompression: when a tar cannot be parsed, the error says what it looks like.
+func TestOtherCompression(t *testing.T) {
+	const plainType = "application/vnd.oci.image.layer.v1.tar"
+	broken := errors.New("no tar")
+	for _, c := range []struct {
+		mediaType string
+		blob      []byte
+		holds     string
+	}{
+		{"", []byte("BZh91AY&SY..."), "looks like bzip2"},
+		{plainType + "+gzip", []byte("\xfd7zXZ\x00..."), "looks like xz"},
+		{plainType, pack(t, text(100), gzipped), "looks like gzip"},
+		{plainType, pack(t, text(100), zstandard), "looks like zstd"},
+		{plainType, text(100), "no tar"},
+		{"", nil, "no tar"},
+	} {
+		for _, cause := range []error{nil, broken} {
+			r, err := NewReader(t.Context(), io.NopCloser(bytes.NewReader(c.blob)), Spec{MediaType: c.mediaType})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Finish(cause); !errors.Is(err, cause) || err != nil && !strings.Contains(err.Error(), c.holds) {
+				t.Errorf("%.6q as %q: error %v, expected %v that says %q", c.blob, c.mediaType, err, cause, c.holds)
+			}
 		}
 	}
 }
