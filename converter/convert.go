@@ -51,7 +51,8 @@ type Options struct {
 	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
 	// DefaultMaxSize. It is what stops a decompression bomb.
 	MaxSize int64
-	// MaxEntries bounds the entries of all layers, each of which takes about 1 KiB of memory; 0 means DefaultMaxEntries.
+	// MaxEntries bounds the entries of all layers, each of which takes about 1 KiB of memory; 0 means DefaultMaxEntries. Behind
+	// the second xattr of an entry, every two count as one more.
 	MaxEntries int64
 	// NoAlign places files of 2 MiB and more at any block instead of at multiples of 2 MiB. Images get a little
 	// smaller, and cannot be mapped with huge pages.
@@ -322,7 +323,7 @@ func (c *conversion) limits() layer.Limits {
 
 // count holds what all layers keep in memory against the limits of the image.
 func (c *conversion) count(l *layer.Layer) error {
-	if n := c.entries.Add(l.Stats.Entries); n > c.o.MaxEntries {
+	if n := c.entries.Add(l.Cost()); n > c.o.MaxEntries {
 		return fmt.Errorf("%w: more than %d entries in all layers", ErrTooLarge, c.o.MaxEntries)
 	}
 	var names int64

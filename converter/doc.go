@@ -24,5 +24,6 @@
 //
 // Memory is bounded by Options.Memory for contents (by 32 MiB for layers that are files), plus about 10 MiB for each
 // layer that is read at the same time (more for zstd layers with a large window), plus about 1 KiB per entry of the
-// layers, of which Options.MaxEntries is the limit.
+// layers, of which Options.MaxEntries is the limit, plus a few times the bytes of long names, link targets and xattrs,
+// which may be 1 GiB in all layers.
 package converter

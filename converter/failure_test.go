@@ -185,6 +185,18 @@ func TestBadInput(t *testing.T) {
 			opts: converter.Options{MaxEntries: 14}, is: converter.ErrTooLarge, holds: []string{"LAYER", "14 entries"},
 		},
 		{
+			name: "too many xattrs in all layers",
+			make: func(t *testing.T) *ocitest.Layout {
+				f := Reg("a", "")
+				for i := range 9 {
+					f = f.X(fmt.Sprint("user.", i), "")
+				}
+				y := ocitest.Layer{Tar: Tar(f), Compression: ocitest.Gzip}
+				return newLayout(t, y, y, y)
+			},
+			opts: converter.Options{MaxEntries: 14}, is: converter.ErrTooLarge, holds: []string{"LAYER", "14 entries"},
+		},
+		{
 			name: "a sparse file beyond 32-bit block numbers",
 			make: func(t *testing.T) *ocitest.Layout {
 				return newLayout(t, ocitest.Layer{Tar: Tar(Reg("a", "a")), Compression: ocitest.Gzip},

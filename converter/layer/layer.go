@@ -89,6 +89,20 @@ type Stats struct {
 	IgnoredXattrs int64
 }
 
+// Cost is what the layer counts as against Limits.MaxEntries.
+func (l *Layer) Cost() int64 {
+	cost := l.Stats.Entries
+	for i := range l.Changes {
+		if n := l.Changes[i].Node; n != nil {
+			cost += xattrCost(len(n.Xattrs))
+		}
+	}
+	return cost
+}
+
+// xattrCost is what n xattrs of an entry count as, beside the entry.
+func xattrCost(n int) int64 { return int64(max(n-1, 0) / 2) }
+
 // Store takes the contents of files.
 type Store interface {
 	// Put reads exactly size bytes from r, size > 0, and returns where they are kept. Fewer bytes than size are an
@@ -101,6 +115,7 @@ type builder struct {
 	layer *Layer
 	lim   Limits
 	meta  int64 // bytes of paths, link targets and xattrs so far
+	cost  int64 // see Limits.MaxEntries
 	slab  []daxfs.Node
 }
 
@@ -121,8 +136,12 @@ func (b *builder) node() *daxfs.Node {
 // entry counts one entry that was read.
 func (b *builder) entry() error {
 	b.layer.Stats.Entries++
-	if b.layer.Stats.Entries > b.lim.MaxEntries {
-		return limitError("entries", b.lim.MaxEntries)
+	return b.spend(1)
+}
+
+func (b *builder) spend(cost int64) error {
+	if b.cost += cost; b.cost > b.lim.MaxEntries {
+		return limitError("entries (many xattrs count as entries)", b.lim.MaxEntries)
 	}
 	return nil
 }

@@ -4,7 +4,8 @@ import "strings"
 
 // Limits bound what one layer may cost. A field of 0 stands for its default; a negative one refuses everything.
 type Limits struct {
-	// MaxEntries bounds the entries of a layer. Default 4,194,304.
+	// MaxEntries bounds the entries of a layer. Xattrs take as much memory: behind the second one of an entry, every two of
+	// them count as one more. Default 4,194,304.
 	MaxEntries int64
 	// MaxBytes bounds the sum of all file sizes, holes included: the size that a decompression bomb or a sparse file
 	// unfolds to. Default 1 TiB.

@@ -151,6 +151,21 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// TestXattrsCount: very many xattrs in few entries take memory like entries.
+func TestXattrsCount(t *testing.T) {
+	f := treetest.Reg("a", "")
+	for i := range 10 {
+		f = f.X(fmt.Sprintf("user.%d", i), "")
+	}
+	l, err := fromTar(t, layer.Limits{MaxEntries: 1 + 4 + 1}, f, treetest.Reg("b", "").X("user.a", "").X("user.b", ""))
+	if err != nil || l.Cost() != 6 || l.Stats.Entries != 2 {
+		t.Errorf("%v, want a layer of 2 entries that cost 6, not %+v", err, l)
+	}
+	if _, err := fromTar(t, layer.Limits{MaxEntries: 4}, f); !errors.Is(err, layer.ErrLimit) {
+		t.Errorf("%v, want ErrLimit", err)
+	}
+}
+
 // TestBomb has a sparse file of 8 EiB in two kilobytes of tar: it must be refused before a byte of it is read.
 func TestBomb(t *testing.T) {
 	f := treetest.Reg("bomb", "1\n0\n0\n"+strings.Repeat("\x00", 506))

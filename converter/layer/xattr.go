@@ -48,6 +48,9 @@ func (b *builder) sealXattrs(n *daxfs.Node, total int64) error {
 	if total > b.lim.MaxXattrBytes {
 		return limitError("bytes of xattrs of one entry", b.lim.MaxXattrBytes)
 	}
+	if err := b.spend(xattrCost(len(n.Xattrs))); err != nil {
+		return err
+	}
 	slices.SortFunc(n.Xattrs, func(a, b daxfs.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return b.keep(int(total))
 }
