@@ -21,6 +21,7 @@ import (
 type member struct {
 	off, size int64
 	link      string // the member that it is a link to
+	sparse    bool   // its contents are not in one piece
 }
 
 // archive is a tar file with an index, so that its members can be read in any order and concurrently.
@@ -113,9 +114,12 @@ func (a *archive) index(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		m := member{size: h.Size}
+		m := member{size: h.Size, sparse: h.Typeflag == tar.TypeGNUSparse}
+		for record := range h.PAXRecords {
+			m.sparse = m.sparse || strings.HasPrefix(record, "GNU.sparse.")
+		}
 		switch h.Typeflag {
-		case tar.TypeReg:
+		case tar.TypeReg, tar.TypeGNUSparse:
 			if m.off, err = a.f.Seek(0, io.SeekCurrent); err != nil {
 				return err
 			}
@@ -137,6 +141,9 @@ func (a *archive) reader(name string) (*io.SectionReader, error) {
 		m, ok := a.members[key]
 		if !ok {
 			break
+		}
+		if m.sparse {
+			return nil, fmt.Errorf("%q has holes, expected an archive that was written without tar --sparse", name)
 		}
 		if m.link == "" {
 			return io.NewSectionReader(a.f, m.off, m.size), nil
@@ -261,8 +268,9 @@ func (s *dockerArchive) find(p Platform) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
-	// The name of the configuration is its digest, in the old form (<hex>.json) and in the new one (blobs/sha256/<hex>).
-	want := digest.NewDigestFromEncoded(digest.SHA256, strings.TrimSuffix(path.Base(e.Config), ".json"))
+	// The name of the configuration is its digest: <hex>.json of old, blobs/sha256/<hex> now, and sha256:<hex> of crane and ko.
+	hex := strings.TrimPrefix(strings.TrimSuffix(path.Base(e.Config), ".json"), "sha256:")
+	want := digest.NewDigestFromEncoded(digest.SHA256, hex)
 	if want.Validate() == nil {
 		if err := verify(doc, ocispec.Descriptor{Digest: want}); err != nil {
 			return nil, fmt.Errorf("config: %w", err)

@@ -1,6 +1,7 @@
 package source
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -22,7 +24,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	regserver "github.com/google/go-containerregistry/pkg/registry"
 	ggcrlayout "github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -459,5 +463,70 @@ func TestDockerArchive(t *testing.T) {
 	}
 	if _, err := find(t, mustParse(t, "docker-archive:"+file, Config{}), ""); !errors.Is(err, blob.ErrMismatch) {
 		t.Errorf("error %v, expected %v", err, blob.ErrMismatch)
+	}
+}
+
+// TestDockerArchiveOfOthers: that of crane and ko, whose configuration has its whole digest for a name.
+func TestDockerArchiveOfOthers(t *testing.T) {
+	img, err := random.Image(1000, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := img.RawConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tag, err := name.NewTag("example.com/some/image:v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "docker.tar")
+	if err := tarball.WriteToFile(file, tag, img); err != nil {
+		t.Fatal(err)
+	}
+	got, err := find(t, mustParse(t, "docker-archive:"+file+":example.com/some/image:v1", Config{}), "")
+	if err != nil || len(got.Layers) != 3 || got.Digest != digest.FromBytes(config) {
+		t.Errorf("found %+v (%v), expected 3 layers of %s", got, err, digest.FromBytes(config))
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b = bytes.Replace(b, []byte(`"created_by":"random`), []byte(`"created_by":"nobody`), 1)
+	if err := os.WriteFile(file, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := find(t, mustParse(t, "docker-archive:"+file, Config{}), ""); !errors.Is(err, blob.ErrMismatch) {
+		t.Errorf("error %v, expected %v", err, blob.ErrMismatch)
+	}
+}
+
+// TestSparseArchive: the bytes of a layer with holes are not in one piece of the archive.
+func TestSparseArchive(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	big := ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 4<<20)))}
+	m := l.Manifest(platform("amd64", ""), big)
+	l.Tag("", m)
+	layer := l.BlobPath(digest.FromBytes(big.Tar))
+	f, err := os.OpenFile(layer, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 1<<20, 2<<20); err != nil {
+		t.Skipf("needs a file system with holes: %v", err)
+	}
+	f.Close()
+	for _, format := range []string{"--format=gnu", "--format=pax"} {
+		file := filepath.Join(t.TempDir(), "oci.tar")
+		if msg, err := exec.Command("tar", format, "--sparse", "-cf", file, "-C", l.Dir, ".").CombinedOutput(); err != nil {
+			t.Skipf("needs GNU tar: %v: %s", err, msg)
+		}
+		img, err := mustParse(t, "oci-archive:"+file, Config{}).Image(t.Context(), Host())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := img.Layers[0].Open(t.Context()); err == nil || !strings.Contains(err.Error(), "has holes") {
+			t.Errorf("%s: error %v, expected one about holes", format, err)
+		}
 	}
 }
