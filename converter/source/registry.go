@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync"
+	"time"
 
 	"github.com/distribution/reference"
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -104,6 +106,11 @@ func explain(err error, registry string) error {
 }
 
 func (s *registry) get(ctx context.Context, kind, id string, accept ...string) (*http.Response, error) {
+	return s.getFrom(ctx, 0, kind, id, accept...)
+}
+
+// getFrom asks for what begins at an offset. The response begins there.
+func (s *registry) getFrom(ctx context.Context, offset int64, kind, id string, accept ...string) (*http.Response, error) {
 	client, err := s.login(ctx)
 	if err != nil {
 		return nil, err
@@ -117,11 +124,25 @@ func (s *registry) get(ctx context.Context, kind, id string, accept ...string) (
 	for _, a := range accept {
 		req.Header.Add("Accept", a)
 	}
+	if offset > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
+	}
 	resp, err := client.Do(req)
 	if err != nil {
 		return nil, withoutQuery(err)
 	}
-	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+	if offset > 0 && resp.StatusCode == http.StatusPartialContent {
+		if at := resp.Header.Get("Content-Range"); !strings.HasPrefix(at, fmt.Sprintf("bytes %d-", offset)) {
+			resp.Body.Close()
+			return nil, fmt.Errorf("asked for what begins at byte %d, got %q", offset, at)
+		}
+		return resp, nil
+	}
+	err = transport.CheckError(resp, http.StatusOK)
+	if err == nil && offset > 0 { // all of it
+		_, err = io.CopyN(io.Discard, resp.Body, offset)
+	}
+	if err != nil {
 		resp.Body.Close()
 		return nil, explain(err, repo.RegistryStr())
 	}
@@ -171,9 +192,87 @@ func (s *registry) open(ctx context.Context, d ocispec.Descriptor) (io.ReadClose
 	if isIndex(d.MediaType) || isManifest(d.MediaType) {
 		kind, accept = "manifests", manifestTypes
 	}
-	resp, err := s.get(ctx, kind, d.Digest.String(), accept...)
+	ctx, cancel := context.WithCancel(ctx)
+	from := func(offset int64) (io.ReadCloser, error) {
+		resp, err := s.getFrom(ctx, offset, kind, d.Digest.String(), accept...)
+		if err != nil {
+			return nil, err
+		}
+		return resp.Body, nil
+	}
+	body, err := from(0)
 	if err != nil {
+		cancel()
 		return nil, err
 	}
-	return resp.Body, nil
+	return &resuming{from: from, ctx: ctx, cancel: cancel, body: body}, nil
+}
+
+// maxLost is how often the connection may be lost in a row without a byte that was read.
+const maxLost = 5
+
+// resuming reads a blob, and asks for the rest when the connection is lost: layers are large, and registries give up on
+// whoever reads slowly. Containerd's fetcher does so too. Read is for one goroutine, Close for any.
+type resuming struct {
+	from   func(offset int64) (io.ReadCloser, error)
+	ctx    context.Context // until Close
+	cancel context.CancelFunc
+	at     int64
+	lost   int // times since the last byte
+
+	mu   sync.Mutex // guards changes of body, which only Read makes
+	body io.ReadCloser
+}
+
+func (r *resuming) Read(p []byte) (int, error) {
+	for {
+		n, err := r.body.Read(p)
+		r.at += int64(n)
+		if n > 0 {
+			r.lost = 0
+			if err != io.EOF {
+				err = nil // it comes again
+			}
+		}
+		if err == nil || err == io.EOF {
+			return n, err
+		}
+		if err := r.resume(err); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// resume replaces the body, which gave err.
+func (r *resuming) resume(err error) error {
+	for {
+		if r.lost++; r.lost > maxLost {
+			return fmt.Errorf("connection lost: %w", err)
+		}
+		select {
+		case <-r.ctx.Done():
+			return context.Cause(r.ctx)
+		case <-time.After(time.Duration(r.lost-1) * 100 * time.Millisecond):
+		}
+		var body io.ReadCloser
+		if body, err = r.from(r.at); err != nil {
+			continue
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.body.Close()
+		r.body = body
+		if r.ctx.Err() != nil {
+			body.Close()
+			return context.Cause(r.ctx)
+		}
+		return nil
+	}
+}
+
+func (r *resuming) Close() error {
+	r.cancel()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.body.Close()
 }
