@@ -3,18 +3,15 @@ package main
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/rogpeppe/go-internal/testscript"
@@ -34,7 +31,6 @@ func TestMain(m *testing.M) {
 //	layout          OCI layout with one image of two layers, tags v1 and v2 (v2 has a wrong diff ID)
 //	docker.tar      docker archive of the same layers
 //	multi           OCI layout with an index for linux/amd64 and linux/arm64
-//	endless         OCI layout with one big layer, which interrupt replaces by a fifo
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -76,8 +72,6 @@ func setup(t *testing.T, dir string) {
 	arm.Architecture = "arm64"
 	amd := m.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: Tar(Reg("amd64", "1"))})
 	m.Tag("", m.Index(m.Index(amd), m.Manifest(arm, ocitest.Layer{Tar: Tar(Reg("arm64", "1"))})))
-	e := ocitest.NewLayout(t, filepath.Join(dir, "endless"))
-	e.Tag("", e.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 2<<20)))}))
 }
 
 // wantStatus runs daxfs and wants this exit status: status N ARGS...
@@ -161,134 +155,6 @@ func flipBit(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	b[off] ^= 1
 	ts.Check(os.WriteFile(name, b, 0o644))
-}
-
-// interrupt runs daxfs in this process with a context that ends, as by ^C, while a layer is read, and wants status 130:
-// interrupt ARGS... Of the arguments the source and the output are paths below the work directory.
-func interrupt(ts *testscript.TestScript, neg bool, args []string) {
-	if neg {
-		ts.Fatalf("usage: interrupt ARGS...")
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	for i, a := range args {
-		if fifo, ok := strings.CutPrefix(a, "FIFO="); ok {
-			// A layer that is a fifo: the conversion waits for it for ever.
-			fifo = ts.MkAbs(fifo)
-			args[i] = "oci:" + fifo
-			blobs, err := filepath.Glob(filepath.Join(fifo, "blobs/sha256/*"))
-			ts.Check(err)
-			for _, b := range blobs {
-				if fi, err := os.Stat(b); err == nil && fi.Size() > 1<<20 {
-					ts.Check(os.Remove(b))
-					ts.Check(unix.Mkfifo(b, 0o600))
-					w, err := os.OpenFile(b, os.O_RDWR, 0)
-					ts.Check(err)
-					defer w.Close()
-					_, err = w.Write(make([]byte, 512))
-					ts.Check(err)
-				}
-			}
-		} else if i > 0 && args[i-1] == "-o" {
-			args[i] = ts.MkAbs(a)
-		}
-	}
-	time.AfterFunc(200*time.Millisecond, cancel)
-	var stderr bytes.Buffer
-	got := run(ctx, append([]string{"daxfs"}, args...), nil, io.Discard, &stderr)
-	if got != statusInterrupted || !strings.Contains(stderr.String(), "interrupted") {
-		ts.Fatalf("status %d (%s), expected %d", got, stderr.String(), statusInterrupted)
-	}
-}
-
-// TestSignals: a signal in the middle of a layer leaves what was there, and nothing else.
-func TestSignals(t *testing.T) {
-	dir := t.TempDir()
-	setup(t, dir)
-	layer := largestBlob(t, filepath.Join(dir, "endless"))
-	if err := os.Remove(layer); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mkfifo(layer, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	writer, err := os.OpenFile(layer, os.O_RDWR, 0) // so that the layer does not end
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer writer.Close()
-	out := filepath.Join(dir, "out")
-	if err := os.Mkdir(out, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(out, "old"), []byte("what was there before"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
-		for _, name := range []string{"old", "new"} {
-			cmd := exec.Command("daxfs", "convert", "-q", "-o", filepath.Join(out, name), "oci:"+filepath.Join(dir, "endless"))
-			var stderr bytes.Buffer
-			cmd.Stderr = &stderr
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			waitUntilOpen(t, cmd.Process.Pid, layer)
-			if err := cmd.Process.Signal(sig); err != nil {
-				t.Fatal(err)
-			}
-			_ = cmd.Wait() // says the status, as the next line does
-			if got := cmd.ProcessState.ExitCode(); got != statusInterrupted || stderr.String() != "daxfs: interrupted\n" {
-				t.Errorf("%v: status %d, %q, expected %d", sig, got, stderr.String(), statusInterrupted)
-			}
-			list, err := os.ReadDir(out)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(list) != 1 || list[0].Name() != "old" {
-				t.Errorf("%v: left behind: %v", sig, list)
-			}
-			if b, err := os.ReadFile(filepath.Join(out, "old")); err != nil || string(b) != "what was there before" {
-				t.Errorf("%v: the output is %q (%v)", sig, b, err)
-			}
-		}
-	}
-}
-
-// largestBlob is the largest blob of a layout.
-func largestBlob(t *testing.T, layout string) (largest string) {
-	t.Helper()
-	blobs, err := filepath.Glob(filepath.Join(layout, "blobs/sha256/*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var most int64
-	for _, b := range blobs {
-		fi, err := os.Stat(b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if fi.Size() > most {
-			most, largest = fi.Size(), b
-		}
-	}
-	return largest
-}
-
-// waitUntilOpen waits until a process has a file open.
-func waitUntilOpen(t *testing.T, pid int, file string) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, fd := range fds {
-			if to, err := os.Readlink(fd); err == nil && to == file {
-				return
-			}
-		}
-	}
-	t.Fatalf("process %d does not open %q", pid, file)
 }
 
 // TestReorder: options may stand before and after arguments.

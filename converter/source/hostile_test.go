@@ -169,7 +169,11 @@ func TestNoFile(t *testing.T) {
 			}()
 			select {
 			case err := <-done:
-				if err == nil || !strings.Contains(err.Error(), "is not a regular file") || !strings.Contains(err.Error(), name) {
+				want := "is not a regular file"
+				if kind == "directory" && what == "archive" {
+					want = "is a directory"
+				}
+				if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), name) {
 					t.Errorf("%s as %s: error %v, expected one that names the file", kind, what, err)
 				}
 			case <-time.After(10 * time.Second):
