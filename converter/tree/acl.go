@@ -39,7 +39,8 @@ type ace struct {
 	id        uint32
 }
 
-// parseACL returns the entries of a value. ok is false if the kernel does not know the version, which containerd ignores.
+// parseACL returns the entries of a value, which need not be complete and in order: see valid. ok is false if the kernel
+// does not know the version, which containerd ignores.
 func parseACL(value []byte) (a acl, ok bool, err error) {
 	if len(value) == 0 {
 		return nil, true, nil
@@ -52,16 +53,22 @@ func parseACL(value []byte) (a acl, ok bool, err error) {
 	}
 	for b := value[aclHeader:]; len(b) > 0; b = b[aclEntry:] {
 		e := ace{binary.LittleEndian.Uint16(b), binary.LittleEndian.Uint16(b[2:]), binary.LittleEndian.Uint32(b[4:])}
-		if e.tag != aclUser && e.tag != aclGroup {
+		switch e.tag {
+		case aclUser, aclGroup:
+			if e.id == aclNoID {
+				return nil, false, errACL
+			}
+		case aclUserObj, aclGroupObj, aclMask, aclOther:
 			e.id = aclNoID
+		default:
+			return nil, false, errACL
 		}
 		a = append(a, e)
 	}
-	if len(a) > 0 && !a.valid() {
-		return nil, false, fmt.Errorf("%w: ACL with missing, misplaced or malformed entries", layer.ErrInvalid)
-	}
 	return a, true, nil
 }
+
+var errACL = fmt.Errorf("%w: ACL with missing, misplaced or malformed entries", layer.ErrInvalid)
 
 // valid says whether the entries are complete and in order: owner, users, group, groups, mask (needed with users or
 // groups), others.
@@ -78,7 +85,7 @@ func (a acl) valid() bool {
 			}
 		case aclUser, aclGroup:
 			extended = true
-			if e.id == aclNoID || (e.tag == aclUser && at != aclUserObj) || (e.tag == aclGroup && at != aclGroupObj) {
+			if e.tag == aclUser && at != aclUserObj || e.tag == aclGroup && at != aclGroupObj {
 				return false
 			}
 			continue
@@ -144,13 +151,16 @@ func (a acl) value() []byte {
 
 // setACL does what setxattr(2) with an ACL does. The mode bits that it also changes are set by the caller afterwards.
 func setACL(n *daxfs.Node, x daxfs.Xattr) error {
+	a, ok, err := parseACL(x.Value)
+	if err != nil || !ok {
+		return err
+	}
 	kind := n.Mode & unix.S_IFMT
 	if kind == unix.S_IFLNK {
 		return nil // not supported by any file system, and ignored
 	}
-	a, ok, err := parseACL(x.Value)
-	if err != nil || !ok {
-		return err
+	if len(a) > 0 && !a.valid() {
+		return errACL
 	}
 	if x.Name == aclDefault && kind != unix.S_IFDIR {
 		if len(a) == 0 {
