@@ -2,6 +2,7 @@ package source
 
 import (
 	"archive/tar"
+	"bytes"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -125,6 +126,39 @@ func TestAmbiguousDocuments(t *testing.T) {
 		_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), "linux/amd64")
 		if (err == nil) != (want == nil) || err != nil && !errors.Is(err, ErrMediaType) {
 			t.Errorf("%s: %s\ncontainerd: %v\nfound:      %v", c.mediaType, c.doc, want, err)
+		}
+	}
+}
+
+// TestInlineDocuments: a descriptor may carry its document. Only one with the right digest counts, as with containerd.
+func TestInlineDocuments(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	good := l.Manifest(platform("amd64", ""), layer("a"))
+	doc, err := os.ReadFile(l.BlobPath(good.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cs, err := local.NewStore(l.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := bytes.Replace(doc, []byte("layer"), []byte("Layer"), 1) // as long
+	for _, stored := range []bool{true, false} {
+		if !stored {
+			if err := os.Remove(l.BlobPath(good.Digest)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for name, data := range map[string][]byte{"right": doc, "other": other, "short": doc[1:], "none": nil} {
+			d := good
+			d.Data = data
+			tag := fmt.Sprint(name, stored)
+			l.Tag(tag, d)
+			_, want := images.Manifest(t.Context(), cs, d, platforms.OnlyStrict(platform("amd64", "")))
+			_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), "linux/amd64")
+			if (err == nil) != (want == nil) {
+				t.Errorf("%s, stored %v\ncontainerd: %v\nfound:      %v", name, stored, want, err)
+			}
 		}
 	}
 }
