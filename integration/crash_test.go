@@ -189,7 +189,10 @@ func useImage(s *stack.Stack, ref, want, id string, random *rand.Rand) error {
 		return err
 	}
 	out, err := s.Try("ctr", "run", "--rm", "--snapshotter", "daxfs", ref, id, "sh", "-c", script)
-	if err == nil && out != want {
+	switch {
+	case err == nil && out == "": // see wants
+		err = errors.New("ctr lost what the container printed")
+	case err == nil && out != want:
 		return fmt.Errorf("%w: %q, want %q", errWrong, out, want)
 	}
 	if random.IntN(2) == 0 {
