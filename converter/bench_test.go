@@ -233,31 +233,42 @@ func copyAndHash(b *testing.B, blobs []string, dir string) {
 }
 
 // BenchmarkConvertPlain converts from uncompressed layers, beside cp of the same blobs, in turns: the goal is x-cp ≤ 2.
-// What of it is not ours to save tells x-verified-copy: the same bytes copied and hashed on all cores.
+// What of it is not ours to save tells x-verified-copy: the same bytes copied and hashed on all cores. The blobs are in the
+// page cache, or on disk only.
 func BenchmarkConvertPlain(b *testing.B) {
+	for _, cached := range []bool{true, false} {
+		b.Run(map[bool]string{true: "cached", false: "disk"}[cached], func(b *testing.B) { convertPlain(b, cached) })
+	}
+}
+
+func convertPlain(b *testing.B, cached bool) {
 	dir, blobs, unpacked := benchLayout(b, ocitest.None)
 	out := filepath.Join(b.TempDir(), "image")
 	copies := b.TempDir()
 	var cp, verified, conv cost
 	b.SetBytes(unpacked)
 	b.ReportAllocs()
+	remove := func() { // so that every copy writes new files, as every conversion does
+		os.Remove(out)
+		for _, f := range blobs {
+			os.Remove(filepath.Join(copies, filepath.Base(f)))
+			if !cached {
+				uncache(b, f)
+			}
+		}
+	}
 	for b.Loop() {
+		remove()
 		cp = cp.plus(timed(func() {
 			args := append([]string{"--reflink=never"}, blobs...)
 			if msg, err := exec.Command("cp", append(args, copies)...).CombinedOutput(); err != nil {
 				b.Fatalf("cp: %v: %s", err, msg)
 			}
 		}))
-		remove := func() { // so that every copy writes new files, as every conversion does
-			for _, f := range blobs {
-				os.Remove(filepath.Join(copies, filepath.Base(f)))
-			}
-		}
 		remove()
 		verified = verified.plus(timed(func() { copyAndHash(b, blobs, copies) }))
 		remove()
 		conv = conv.plus(timed(func() { benchConvert(b, dir, out, converter.Options{}) }))
-		os.Remove(out)
 	}
 	cp.report(b, "cp")
 	conv.report(b, "convert")
@@ -265,4 +276,20 @@ func BenchmarkConvertPlain(b *testing.B) {
 	b.ReportMetric(conv.wall.Seconds()/cp.wall.Seconds(), "x-cp")
 	b.ReportMetric(conv.wall.Seconds()/verified.wall.Seconds(), "x-verified-copy")
 	b.ReportMetric(conv.cpu.Seconds()/cp.cpu.Seconds(), "x-cp-cpu")
+}
+
+// uncache leaves the contents of a file on disk only.
+func uncache(b *testing.B, name string) {
+	b.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		b.Fatal(err)
+	}
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		b.Fatal(err)
+	}
 }
