@@ -11,6 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 // sparseTar is a layer with one file of size bytes, all of them zero but the last ones, as GNU tar writes it in PAX format.
@@ -22,23 +23,14 @@ func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	body = append(body, end...)
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	records := map[string]string{
-		"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": fmt.Sprint(size),
-	}
-	var pax []byte
-	for _, k := range []string{"GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize"} {
-		n := len(k) + len(records[k]) + 3
-		for n != len(fmt.Sprint(n))+len(k)+len(records[k])+3 {
-			n = len(fmt.Sprint(n)) + len(k) + len(records[k]) + 3
-		}
-		pax = fmt.Appendf(pax, "%d %s=%s\n", n, k, records[k])
-	}
+	pax := PAXRecord("GNU.sparse.major", "1") + PAXRecord("GNU.sparse.minor", "0") + PAXRecord("GNU.sparse.name", name) +
+		PAXRecord("GNU.sparse.realsize", fmt.Sprint(size))
 	// Go's writer refuses these records, so the extended header is written as the file that it is.
 	for _, e := range []struct {
 		typ  byte
 		name string
 		body []byte
-	}{{tar.TypeReg, "PaxHeaders", pax}, {tar.TypeReg, "GNUSparseFile/" + name, body}} {
+	}{{tar.TypeReg, "PaxHeaders", []byte(pax)}, {tar.TypeReg, "GNUSparseFile/" + name, body}} {
 		if err := w.WriteHeader(&tar.Header{Typeflag: e.typ, Name: e.name, Size: int64(len(e.body)), Mode: 0o644}); err != nil {
 			t.Fatal(err)
 		}
@@ -51,18 +43,8 @@ func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	}
 	raw := b.Bytes()
 	raw[156] = tar.TypeXHeader
-	setChecksum(raw[:512])
+	SetChecksum(raw)
 	return raw
-}
-
-// setChecksum makes the checksum of a header right.
-func setChecksum(h []byte) {
-	copy(h[148:156], "        ")
-	sum := 0
-	for _, c := range h {
-		sum += int(c)
-	}
-	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
 }
 
 // TestLargeFile: sizes that need more than 31 and 32 bits, and files that share all contents but the last bytes.

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	tt "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 // TestRandomHeaders compares tars whose headers nobody would write with containerd: fields and records that are at the end of
@@ -65,7 +67,7 @@ func (g mangler) tar() []byte {
 		for g.r.IntN(5) == 0 {
 			g.change(h)
 		}
-		setSum(h)
+		tt.SetChecksum(h)
 		out = append(append(out, h...), block(strings.Repeat("b", size))...)
 	}
 	switch g.r.IntN(20) {
@@ -133,11 +135,7 @@ func (g mangler) records() string {
 			all += g.pick("0 \n", "5 a\n", "10 path=x", "6 a=b\nxx", "\x00\x00", "99999999999 a=b\n", "")
 			continue
 		}
-		n := len(key) + len(value) + 3
-		for n != len(fmt.Sprint(n))+len(key)+len(value)+3 {
-			n = len(fmt.Sprint(n)) + len(key) + len(value) + 3
-		}
-		all += fmt.Sprintf("%d %s=%s\n", n, key, value)
+		all += tt.PAXRecord(key, value)
 	}
 	return all
 }
@@ -149,18 +147,8 @@ func rawHeader(typ byte, name string, size int) []byte {
 	copy(h[124:], fmt.Sprintf("%011o\x0012345670123\x00", size))
 	h[156] = typ
 	copy(h[257:], "ustar\x0000")
-	setSum(h)
+	tt.SetChecksum(h)
 	return h
-}
-
-// setSum makes the checksum of a header right.
-func setSum(h []byte) {
-	copy(h[148:156], "        ")
-	sum := 0
-	for _, c := range h {
-		sum += int(c)
-	}
-	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
 }
 
 // block pads contents to whole blocks.

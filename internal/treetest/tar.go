@@ -70,6 +70,25 @@ func (f File) X(name, value string) File {
 	return f
 }
 
+// PAXRecord returns one record of an extended header, also of those that archive/tar refuses to write.
+func PAXRecord(key, value string) string {
+	n := len(key) + len(value) + 3
+	for n != len(fmt.Sprint(n))+len(key)+len(value)+3 {
+		n = len(fmt.Sprint(n)) + len(key) + len(value) + 3
+	}
+	return fmt.Sprintf("%d %s=%s\n", n, key, value)
+}
+
+// SetChecksum makes the checksum of a header right: the first 512 bytes of h.
+func SetChecksum(h []byte) {
+	copy(h[148:156], "        ")
+	sum := 0
+	for _, c := range h[:512] {
+		sum += int(c)
+	}
+	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
+}
+
 // Tar returns a tar stream with the files in the given order. It panics if archive/tar can not write one.
 func Tar(files ...File) []byte {
 	var b bytes.Buffer
