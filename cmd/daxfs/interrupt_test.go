@@ -8,13 +8,13 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
@@ -30,26 +30,12 @@ func endless(tb testing.TB, dir string) (ref string, waiting <-chan struct{}, st
 	layer := ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 2<<20))), Compression: ocitest.None}
 	manifest := l.Manifest(ocitest.LinuxAMD64, layer)
 	reached := make(chan struct{}, 16)
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		kind, name := path.Split(r.URL.Path)
-		if kind == "/v2/image/manifests/" {
-			w.Header().Set("Content-Type", manifest.MediaType)
-			name = manifest.Digest.String()
-		}
-		b, err := os.ReadFile(filepath.Join(l.Dir, "blobs", strings.Replace(name, ":", "/", 1)))
-		switch {
-		case kind == "/v2/":
-		case err != nil:
-			http.NotFound(w, r)
-		case bytes.Equal(b, layer.Tar):
-			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-			_, _ = w.Write(b[:len(b)/2])
-			w.(http.Flusher).Flush()
-			reached <- struct{}{}
-			<-r.Context().Done()
-		default:
-			_, _ = w.Write(b)
-		}
+	srv := httptest.NewServer(l.Registry(manifest, digest.FromBytes(layer.Tar), func(w http.ResponseWriter, r *http.Request, b []byte) {
+		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+		_, _ = w.Write(b[:len(b)/2])
+		w.(http.Flusher).Flush()
+		reached <- struct{}{}
+		<-r.Context().Done()
 	}))
 	return strings.TrimPrefix(srv.URL, "http://") + "/image", reached, srv.Close
 }

@@ -83,14 +83,7 @@ func TestLargeDocuments(t *testing.T) {
 func TestAmbiguousDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	good := l.Manifest(platform("amd64", ""), layer("a"))
-	manifest, err := os.ReadFile(l.BlobPath(good.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
-	index, err := os.ReadFile(l.BlobPath(l.Index(good).Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
+	manifest, index := l.Read(good.Digest), l.Read(l.Index(good).Digest)
 	with := func(doc []byte, field string) string { return strings.TrimSuffix(string(doc), "}") + "," + field + "}" }
 	list := `"manifests":[` + fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, good.MediaType, good.Digest, good.Size) + `]`
 	cs, err := local.NewStore(l.Dir)
@@ -134,10 +127,7 @@ func TestAmbiguousDocuments(t *testing.T) {
 func TestInlineDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	good := l.Manifest(platform("amd64", ""), layer("a"))
-	doc, err := os.ReadFile(l.BlobPath(good.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
+	doc := l.Read(good.Digest)
 	cs, err := local.NewStore(l.Dir)
 	if err != nil {
 		t.Fatal(err)

@@ -12,7 +12,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -354,23 +353,7 @@ func TestRegistryLosesConnections(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var asked atomic.Int32
-			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				id := path.Base(r.URL.Path)
-				switch {
-				case r.URL.Path == "/v2/":
-					return
-				case strings.Contains(r.URL.Path, "/manifests/"):
-					id = m.Digest.String()
-					w.Header().Set("Content-Type", m.MediaType)
-				}
-				b, err := os.ReadFile(l.BlobPath(digest.Digest(id)))
-				if err != nil {
-					t.Error(err)
-				}
-				if id != digest.FromBytes(big.Tar).String() {
-					w.Write(b)
-					return
-				}
+			srv := httptest.NewServer(l.Registry(m, digest.FromBytes(big.Tar), func(w http.ResponseWriter, r *http.Request, b []byte) {
 				from := 0
 				if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err == nil && c.ranges {
 					w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from+c.off, len(b)-1, len(b)))
@@ -503,11 +486,7 @@ func TestContainerd(t *testing.T) {
 	}
 	// An image whose layers were not fetched says which one, and what to do.
 	var manifest ocispec.Manifest
-	b, err := os.ReadFile(l.BlobPath(m.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := json.Unmarshal(b, &manifest); err != nil {
+	if err := json.Unmarshal(l.Read(m.Digest), &manifest); err != nil {
 		t.Fatal(err)
 	}
 	if err := cs.Delete(ctx, manifest.Layers[0].Digest); err != nil {

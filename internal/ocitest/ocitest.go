@@ -7,8 +7,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
+	"path"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/klauspost/compress/gzip"
@@ -104,6 +107,40 @@ func (l *Layout) save() {
 // BlobPath is where a blob lies.
 func (l *Layout) BlobPath(d digest.Digest) string {
 	return filepath.Join(l.Dir, "blobs", string(d.Algorithm()), d.Encoded())
+}
+
+// Read returns a blob.
+func (l *Layout) Read(d digest.Digest) []byte {
+	l.tb.Helper()
+	b, err := os.ReadFile(l.BlobPath(d))
+	if err != nil {
+		l.tb.Fatal(err)
+	}
+	return b
+}
+
+// Registry serves the image of a manifest, by whatever name, from a registry that sends one of its layers as send likes.
+func (l *Layout) Registry(manifest ocispec.Descriptor, layer digest.Digest, send func(http.ResponseWriter, *http.Request, []byte)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		kind, id := path.Split(r.URL.Path)
+		switch {
+		case kind == "/v2/":
+			return
+		case strings.HasSuffix(kind, "/manifests/"):
+			id = manifest.Digest.String()
+			w.Header().Set("Content-Type", manifest.MediaType)
+		}
+		b, err := os.ReadFile(l.BlobPath(digest.Digest(id)))
+		switch {
+		case err != nil:
+			l.tb.Error(err)
+			http.NotFound(w, r)
+		case id == layer.String():
+			send(w, r, b)
+		default:
+			_, _ = w.Write(b)
+		}
+	})
 }
 
 // Blob adds a blob.
