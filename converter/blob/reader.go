@@ -158,17 +158,18 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 	src := &reader{s: in}
 	defer src.drop()
 	if pack == sniffed || pack == plain {
-		if err := src.fill(); err == nil {
-			if pack == sniffed {
-				pack = sniff(src.cur.bytes())
-			}
-			if pack == plain {
-				r.looks = compression(src.cur.bytes())
-			}
-		} else if !errors.Is(err, io.EOF) {
+		if err := src.fill(); err != nil && !errors.Is(err, io.EOF) {
 			return err
-		} else {
-			pack = plain
+		}
+		var head []byte // of a blob that is not empty
+		if src.cur != nil {
+			head = src.cur.bytes()
+		}
+		if pack == sniffed {
+			pack = sniff(head)
+		}
+		if pack == plain {
+			r.looks = compression(head)
 		}
 	}
 	algo := r.diffAlgorithm()

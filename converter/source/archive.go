@@ -42,7 +42,7 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 		return nil, fmt.Errorf("%q is not a regular file: members of an archive are not read in the order in which they lie, "+
 			"so it has to be saved to a file first", file)
 	}
-	f, err := openFile(file)
+	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}

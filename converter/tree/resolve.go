@@ -13,7 +13,6 @@ import (
 
 const (
 	maxPath = 4095 // bytes of a path, as the kernel has it
-	maxName = 255  // bytes of a name
 	// maxWalked and maxFollowed are the numbers of symbolic links that containerd and the kernel follow in one path.
 	maxWalked   = 255
 	maxFollowed = 40
@@ -197,8 +196,8 @@ func (m *Merger) pass(p string, walked *int) (string, error) {
 // checkName refuses a name that the kernel does not look up. Package layer checked those of entries, but not those in the
 // targets of links.
 func checkName(name string) error {
-	if len(name) > maxName {
-		return fmt.Errorf("%w: more than %d bytes of a name", layer.ErrLimit, maxName)
+	if len(name) > daxfs.MaxName {
+		return fmt.Errorf("%w: more than %d bytes of a name", layer.ErrLimit, daxfs.MaxName)
 	}
 	return nil
 }
