@@ -15,9 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// MaxLabel bounds Options.Label, in bytes.
+const MaxLabel = disk.ErofsLabelSize
+
 // Options are the choices of an image that its tree does not make. The zero value is a good default.
 type Options struct {
-	// Label is the volume name of the EROFS half, up to 16 bytes without NUL.
+	// Label is the volume name of the EROFS half, up to MaxLabel bytes without NUL.
 	Label string
 }
 
@@ -136,8 +139,8 @@ func invalid(format string, args ...any) error {
 // NewPlan lays out the tree below root, which is a directory. It refuses what an image cannot hold with a *TreeError,
 // and bad options with an error that wraps ErrInvalid. The tree is not changed and may be changed afterwards.
 func NewPlan(root *Node, o Options) (*Plan, error) {
-	if len(o.Label) > disk.ErofsLabelSize || strings.IndexByte(o.Label, 0) >= 0 {
-		return nil, invalid("label %q: expected at most %d bytes without NUL", o.Label, disk.ErofsLabelSize)
+	if len(o.Label) > MaxLabel || strings.IndexByte(o.Label, 0) >= 0 {
+		return nil, invalid("label %q: expected at most %d bytes without NUL", o.Label, MaxLabel)
 	}
 	w := walker{plan: &Plan{label: o.Label}, seen: map[*Node]int32{}, entries: map[string]int32{}}
 	if root == nil || root.Mode&unix.S_IFMT != unix.S_IFDIR {

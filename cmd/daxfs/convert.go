@@ -29,7 +29,7 @@ func convertCommand(e *env) *cli.Command {
 Archives may be compressed with gzip or zstd; such a one is unpacked to a file in $TMPDIR first. All digests are verified.
 The same layers give the same bytes, whatever the source. When the command fails or is interrupted, IMAGE is as it was before.
 
-A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.
+` + sizeHelp + `
 
 Examples:
    daxfs convert docker://debian:12 -o debian.daxfs
@@ -62,6 +62,9 @@ const sourceHelp = `SOURCE is one of
    containerd:REF             an image in containerd's image store
    rootfs:DIR                 a directory
 oci and oci-archive take @DIGEST in the place of :TAG, too.`
+
+// sizeHelp explains SIZE to those who call a command that takes one: see sizeFlag.
+const sizeHelp = `A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.`
 
 // sourceFlags say how SOURCE is to be reached, and what is wanted of it.
 func sourceFlags() []cli.Flag {
@@ -101,8 +104,8 @@ func (e *env) convert(c *cli.Context) error {
 		NoAlign:     c.Bool("no-align"),
 		Sync:        c.Bool("sync"),
 	}
-	if label := o.Image.Label; len(label) > maxLabel {
-		return wrongUse(c, "--label %q: %d bytes, expected at most %d", label, len(label), maxLabel)
+	if label := o.Image.Label; len(label) > daxfs.MaxLabel { // said before layers are read
+		return wrongUse(c, "--label %q: %d bytes, expected at most %d", label, len(label), daxfs.MaxLabel)
 	}
 	if o.Concurrency < 0 {
 		return wrongUse(c, "--concurrency %d, expected 1 or more", o.Concurrency)
@@ -142,9 +145,6 @@ func (e *env) convert(c *cli.Context) error {
 	}
 	return nil
 }
-
-// maxLabel is what the format has room for. It would say so itself, but only after all layers were read.
-const maxLabel = 16
 
 // size writes bytes in the form in which flags take them.
 func size(n int64) string {

@@ -48,7 +48,7 @@ Examples:
 A file is made if there is none, and then needs --size; it takes only the blocks that are used. What the region holds is
 not overwritten without --force. When the command fails, no file is left that was not there before.
 
-A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.
+` + sizeHelp + `
 
 Examples:
    daxfs pool init --size 64g /var/lib/pool
