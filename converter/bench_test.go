@@ -86,55 +86,54 @@ func benchConvert(b *testing.B, dir, out string, o converter.Options) *converter
 	return res
 }
 
-// decompressAndHash is the least that a verified conversion has to do, as a plain loop: all layers at the same time,
-// each read, hashed, decompressed with the same library, and hashed.
-func decompressAndHash(b *testing.B, blobs []string) {
+// atOnce calls f for all items, as many at the same time as there are cores.
+func atOnce[T any](b *testing.B, items []T, f func(T) error) {
 	b.Helper()
 	var g errgroup.Group
 	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
-	for _, name := range blobs {
-		g.Go(func() error {
-			f, err := os.Open(name)
-			if err != nil {
-				return err
-			}
-			defer f.Close()
-			z, err := gzip.NewReader(io.TeeReader(f, sha256.New()))
-			if err != nil {
-				return err
-			}
-			_, err = io.Copy(sha256.New(), z)
-			return err
-		})
+	for _, item := range items {
+		g.Go(func() error { return f(item) })
 	}
 	if err := g.Wait(); err != nil {
 		b.Fatal(err)
 	}
 }
 
+// decompressAndHash is the least that a verified conversion has to do, as a plain loop: all layers at the same time,
+// each read, hashed, decompressed with the same library, and hashed.
+func decompressAndHash(b *testing.B, blobs []string) {
+	b.Helper()
+	atOnce(b, blobs, func(name string) error {
+		f, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		z, err := gzip.NewReader(io.TeeReader(f, sha256.New()))
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(sha256.New(), z)
+		return err
+	})
+}
+
 // pipelined does the same with the reader that Convert uses.
 func pipelined(b *testing.B, img *source.Image) {
 	b.Helper()
-	var g errgroup.Group
-	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
-	for _, l := range img.Layers {
-		g.Go(func() error {
-			rc, err := l.Open(context.Background())
-			if err != nil {
-				return err
-			}
-			r, err := blob.NewReader(context.Background(), rc, blob.Spec{
-				MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID,
-			})
-			if err != nil {
-				return err
-			}
-			return r.Finish(nil)
+	atOnce(b, img.Layers, func(l source.Layer) error {
+		rc, err := l.Open(context.Background())
+		if err != nil {
+			return err
+		}
+		r, err := blob.NewReader(context.Background(), rc, blob.Spec{
+			MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID,
 		})
-	}
-	if err := g.Wait(); err != nil {
-		b.Fatal(err)
-	}
+		if err != nil {
+			return err
+		}
+		return r.Finish(nil)
+	})
 }
 
 // cost is what something took: wall time, and the processor time of this process and its children. On a machine that
@@ -196,40 +195,33 @@ func BenchmarkConvertGzip(b *testing.B) {
 // the same time, each read, hashed, and written.
 func copyAndHash(b *testing.B, blobs []string, dir string) {
 	b.Helper()
-	var g errgroup.Group
-	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
-	for _, name := range blobs {
-		g.Go(func() error {
-			in, err := os.Open(name)
+	atOnce(b, blobs, func(name string) error {
+		in, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		defer in.Close()
+		out, err := os.Create(filepath.Join(dir, filepath.Base(name)))
+		if err != nil {
+			return err
+		}
+		defer out.Close()
+		h := sha256.New()
+		buf := make([]byte, 128<<10) // as cp
+		for {
+			n, err := in.Read(buf)
+			if err == io.EOF {
+				return nil
+			}
 			if err != nil {
 				return err
 			}
-			defer in.Close()
-			out, err := os.Create(filepath.Join(dir, filepath.Base(name)))
-			if err != nil {
+			h.Write(buf[:n])
+			if _, err := out.Write(buf[:n]); err != nil {
 				return err
 			}
-			defer out.Close()
-			h := sha256.New()
-			buf := make([]byte, 128<<10) // as cp
-			for {
-				n, err := in.Read(buf)
-				if err == io.EOF {
-					return nil
-				}
-				if err != nil {
-					return err
-				}
-				h.Write(buf[:n])
-				if _, err := out.Write(buf[:n]); err != nil {
-					return err
-				}
-			}
-		})
-	}
-	if err := g.Wait(); err != nil {
-		b.Fatal(err)
-	}
+		}
+	})
 }
 
 // BenchmarkConvertPlain converts from uncompressed layers, beside cp of the same blobs, in turns: the goal is x-cp ≤ 2.
