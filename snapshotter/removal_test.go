@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
@@ -34,7 +33,7 @@ func TestRemovedWhileRead(t *testing.T) {
 	ctx := t.Context()
 	root := t.TempDir()
 	slow := &slowLowers{newFakeLowers(filepath.Join(root, "fake")), make(chan struct{}), make(chan struct{})}
-	s, err := snapshotter.New(ctx, root, slow, snapshotter.Options{Settle: time.Millisecond})
+	s, err := snapshotter.New(ctx, root, slow, snapshotter.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
