@@ -98,7 +98,9 @@ func (d *Differ) stream(ctx context.Context, id string, info snapshots.Info,
 	if v, err := digest.Parse(info.Labels[labelDiffID]); err == nil {
 		expected = v
 	}
+	ns, _ := splitName(info.Name)
 	blob := Blob{
+		Namespace: ns,
 		Digest:    desc.Digest,
 		MediaType: desc.MediaType,
 		DiffID:    expected,

@@ -59,7 +59,8 @@ func (s *Snapshotter) dropDirs(ctx context.Context) error {
 func (s *Snapshotter) dropDir(ctx context.Context, l link) error {
 	key := s.dirKey(l.id)
 	unpin := s.pins.pin(key)
-	err := s.lowers.AddDir(ctx, key, s.upper(l.id)) // it may have been evicted since it was stored
+	ns, _ := splitName(l.info.Name)
+	err := s.lowers.AddDir(ctx, ns, key, s.upper(l.id)) // it may have been evicted since it was stored
 	if err == nil {
 		err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 			if id, _, _, err := storage.GetInfo(ctx, l.info.Name); err != nil || id != l.id {

@@ -62,7 +62,7 @@ func (f *fakeLowers) room() error {
 	return f.fail
 }
 
-func (f *fakeLowers) AddDir(ctx context.Context, key, dir string) error {
+func (f *fakeLowers) AddDir(ctx context.Context, _, key, dir string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.addDir(key, dir)

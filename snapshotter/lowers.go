@@ -18,9 +18,9 @@ type Lowers interface {
 	// ImageKey returns the key of the image that layers make. It takes their keys, bottom first.
 	ImageKey(layers []string) string
 
-	// AddDir stores the changes in dir, the upper directory of an overlay, as layer key. It does nothing if the
-	// layer is stored already.
-	AddDir(ctx context.Context, key, dir string) error
+	// AddDir stores the changes in dir, the upper directory of an overlay, as layer key of a namespace. It does nothing
+	// if the layer is stored already.
+	AddDir(ctx context.Context, namespace, key, dir string) error
 
 	// AddBlob stores an OCI layer. The layer survives a reboot when AddBlob returns.
 	AddBlob(ctx context.Context, blob Blob) (Streamed, error)
@@ -66,6 +66,8 @@ type Layer struct {
 
 // Blob is an OCI layer to be streamed.
 type Blob struct {
+	// Namespace is the namespace that the layer is streamed for.
+	Namespace string
 	// Digest and MediaType are those of the layer's descriptor.
 	Digest    digest.Digest
 	MediaType string

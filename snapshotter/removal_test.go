@@ -20,10 +20,10 @@ type slowLowers struct {
 	entered, goOn chan struct{}
 }
 
-func (l *slowLowers) AddDir(ctx context.Context, key, dir string) error {
+func (l *slowLowers) AddDir(ctx context.Context, ns, key, dir string) error {
 	close(l.entered)
 	<-l.goOn
-	return l.fakeLowers.AddDir(ctx, key, dir)
+	return l.fakeLowers.AddDir(ctx, ns, key, dir)
 }
 
 // A directory that is being read for an image is not taken away below the reader: what was removed already would be

@@ -172,7 +172,8 @@ func (s *Snapshotter) ingest(ctx context.Context, l link) (err error) {
 	if l.rec.Claim != nil {
 		return s.prove(ctx, l)
 	}
-	err = s.withEviction(ctx, func() error { return s.lowers.AddDir(ctx, s.dirKey(l.id), s.upper(l.id)) })
+	ns, _ := splitName(l.info.Name)
+	err = s.withEviction(ctx, func() error { return s.lowers.AddDir(ctx, ns, s.dirKey(l.id), s.upper(l.id)) })
 	if err != nil {
 		return err
 	}
