@@ -11,6 +11,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/transfer/image"
 	"github.com/containerd/containerd/v2/core/transfer/registry"
 	"github.com/containerd/platforms"
@@ -184,7 +185,9 @@ func (t *imageTurn) pull(img servedImage, key string) ([]mount.Mount, error) {
 	if err := t.client.Transfer(t.ctx, from, to); err != nil {
 		return nil, fmt.Errorf("pull %q: %w", img.ref, err)
 	}
-	mounts, err := t.client.SnapshotService(t.snapshotter).Prepare(t.ctx, key, img.chain)
+	// Without this label containerd's garbage collection removes what no container has.
+	keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().Format(time.RFC3339)})
+	mounts, err := t.client.SnapshotService(t.snapshotter).Prepare(t.ctx, key, img.chain, keep)
 	if err != nil {
 		return nil, fmt.Errorf("prepare a container of %q: %w", img.ref, err)
 	}

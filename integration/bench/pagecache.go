@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -127,8 +129,9 @@ func readTree(group, dir string, stdin io.Reader) error {
 		delete(want, name)
 		return nil
 	})
-	for name := range want {
-		err = errors.Join(err, fmt.Errorf("file %q is missing", name))
+	if len(want) > 0 {
+		name := slices.Min(slices.Collect(maps.Keys(want)))
+		err = errors.Join(err, fmt.Errorf("%d files are missing, file %q first", len(want), name))
 	}
 	return err
 }

@@ -119,7 +119,7 @@ func TestReadTree(t *testing.T) {
 		{contents{"a": one, "b": two}, ""},
 		{contents{"a": two, "b": two}, `file "a" has digest`},
 		{contents{"a": one}, `file "b" has digest`},
-		{contents{"a": one, "b": two, "c": two}, `file "c" is missing`},
+		{contents{"a": one, "b": two, "c": two}, `1 files are missing, file "c" first`},
 	} {
 		err := group.read(t.Context(), dir, c.want)
 		if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
