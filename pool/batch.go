@@ -2,12 +2,11 @@ package pool
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"sync"
-
-	"github.com/zeebo/xxh3"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -102,7 +101,7 @@ func (p *Pool) putLarge(ctx context.Context, size int64, r io.Reader) (*extent, 
 	defer func() { p.unref(like...) }()
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	h := xxh3.New128()
+	h := sha256.New()
 	var own *extent
 	abort := func(err error) (*extent, error) {
 		if own != nil {
@@ -147,11 +146,11 @@ func (p *Pool) putLarge(ctx context.Context, size int64, r io.Reader) (*extent, 
 		like = like[1:]
 		return e, nil
 	}
-	return p.settle(ctx, own, h.Sum128().Bytes())
+	return p.settle(ctx, own, [32]byte(h.Sum(nil)))
 }
 
 // settle lists a large extent that was written, unless the same contents were put meanwhile.
-func (p *Pool) settle(ctx context.Context, own *extent, sum [16]byte) (*extent, error) {
+func (p *Pool) settle(ctx context.Context, own *extent, sum [32]byte) (*extent, error) {
 	equal := func(e *extent) (bool, error) { return p.equalExtents(e.off, own.off, own.size) }
 	e, shared, err := p.share(ctx, sumKey{sum, own.size}, equal, func() (*extent, error) { return own, nil })
 	if err != nil || shared {

@@ -3,13 +3,12 @@ package pool
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"slices"
-
-	"github.com/zeebo/xxh3"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -210,7 +209,7 @@ func (c *checker) checkExtents(ctx context.Context) error {
 func (c *checker) checkExtent(e *extent) error {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	h := xxh3.New128()
+	h := sha256.New()
 	for at := int64(0); at < e.span().Len; at += chunk {
 		part := (*buf)[:min(chunk, e.span().Len-at)]
 		if n, err := c.p.region.ReadAt(part, e.off+at); n < len(part) {
@@ -222,7 +221,7 @@ func (c *checker) checkExtent(e *extent) error {
 			c.found("pool.tail", "", e.off+e.size, "the rest of the last page is not zero")
 		}
 	}
-	if sum := h.Sum128().Bytes(); sum != e.sum {
+	if sum := [32]byte(h.Sum(nil)); sum != e.sum {
 		c.found("pool.sum", "", e.off, "%d bytes have sum %x, expected %x", e.size, sum, e.sum)
 	}
 	return nil

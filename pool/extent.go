@@ -4,13 +4,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"syscall"
-
-	"github.com/zeebo/xxh3"
 
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
@@ -31,7 +30,7 @@ func (e *extent) span() alloc.Span { return alloc.Span{Off: e.off, Len: alloc.Ro
 
 // sumKey finds extents that are probably equal. Bytes are compared before one is shared.
 type sumKey struct {
-	sum  [16]byte
+	sum  [32]byte
 	size int64
 }
 
@@ -46,7 +45,7 @@ const (
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
-func sumOf(b []byte) [16]byte { return xxh3.Hash128(b).Bytes() }
+func sumOf(b []byte) [32]byte { return sha256.Sum256(b) }
 
 // list makes an extent known to those that look for its contents. Preconditions: mu is held, the sum is set.
 func (p *Pool) list(e *extent) {

@@ -267,15 +267,15 @@ func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error
 // extentID is what a holder knows of an extent: its place, its size in bytes and the sum of its contents.
 type extentID struct {
 	off, size int64
-	sum       [16]byte
+	sum       [32]byte
 }
 
-const extentsVersion = 1
+const extentsVersion = 2
 
 // encodeExtents packs a list, which is sorted by offset: a version byte, the count, then for each the distance from
 // the one before in pages, the size and the sum.
 func encodeExtents(ids []extentID) []byte {
-	b := make([]byte, 0, 16+len(ids)*24)
+	b := make([]byte, 0, 16+len(ids)*40)
 	b = append(b, extentsVersion)
 	b = binary.AppendUvarint(b, uint64(len(ids)))
 	var at int64
@@ -294,7 +294,7 @@ func decodeExtents(b []byte) ([]extentID, error) {
 	}
 	b = b[1:]
 	count, n := binary.Uvarint(b)
-	if n <= 0 || count > uint64(len(b))/18 {
+	if n <= 0 || count > uint64(len(b))/34 {
 		return nil, fmt.Errorf("%d extents in %d bytes", count, len(b))
 	}
 	b = b[n:]
@@ -306,7 +306,7 @@ func decodeExtents(b []byte) ([]extentID, error) {
 			return nil, errors.New("bad offset")
 		}
 		size, k := binary.Uvarint(b[n:])
-		if k <= 0 || size == 0 || size >= 1<<62 || len(b) < n+k+16 {
+		if k <= 0 || size == 0 || size >= 1<<62 || len(b) < n+k+32 {
 			return nil, errors.New("bad size")
 		}
 		at += pages * alloc.Unit
@@ -316,7 +316,7 @@ func decodeExtents(b []byte) ([]extentID, error) {
 		e := extentID{off: int64(at), size: int64(size)}
 		copy(e.sum[:], b[n+k:])
 		ids = append(ids, e)
-		b = b[n+k+16:]
+		b = b[n+k+32:]
 	}
 	if len(b) != 0 {
 		return nil, fmt.Errorf("%d bytes after the last extent", len(b))
