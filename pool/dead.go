@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -256,6 +257,11 @@ func (p *Pool) turn(dead []*extent) error {
 	p.release(dead)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for p.freeing > 0 { // by batches that are discarded at this moment: their spans belong to the old division of space
+		p.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		p.mu.Lock()
+	}
 	if err := p.startEpoch(gen, uuid); err != nil {
 		return fmt.Errorf("pool: begin an epoch: %w", err)
 	}

@@ -171,7 +171,7 @@ func (a *addition) place() error {
 	}
 	m.Segment = need
 	m.WindowSize = windowSize(m.Image, a.used)
-	return p.writeSegment(&a.plan.Plan, m.Image)
+	return p.writeSegment(a.plan.Plan, m.Image)
 }
 
 // resolve finds the inode of a regular file, or contents for a new one.
