@@ -246,7 +246,7 @@ func FuzzCatalogue(f *testing.F) {
 // FuzzExtents decodes lists of extents: no panic, bounded memory, and what is accepted encodes to the same list.
 func FuzzExtents(f *testing.F) {
 	f.Add(encodeExtents(nil))
-	f.Add(encodeExtents([]extentID{{off: 4096, size: 5}, {off: 1 << 40, size: 1 << 30, sum: [16]byte{9}}}))
+	f.Add(encodeExtents([]extentID{{off: 4096, size: 5}, {off: 1 << 40, size: 1 << 30, sum: [32]byte{9}}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ids, err := decodeExtents(b)
 		if err != nil {
