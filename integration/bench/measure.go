@@ -97,10 +97,7 @@ func (b *bench) turn(round int, w *workload, v *variant) (err error) {
 		return err
 	}
 	t := &turn{bench: b, Stack: s, w: w, v: v, img: v.image(w), round: round}
-	defer func() {
-		err = errors.Join(err, s.Close())
-		os.Remove(tmpfsPool) // of a stack that is closed; most have none
-	}()
+	defer func() { err = errors.Join(err, s.Close()) }()
 	steps := []func() error{t.pull, t.first, t.further, t.disk, t.memory}
 	if v.pullOnly {
 		steps = steps[:2]

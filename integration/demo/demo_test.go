@@ -28,7 +28,6 @@ func TestDemo(t *testing.T) {
 			var out bytes.Buffer
 			o := options{pool: kind, containers: 2, out: &out}
 			s := stack.New(t, stack.Options{Mode: stack.Streaming, Config: o.config()})
-			t.Cleanup(func() { os.Remove(tmpfsPool) })
 			d := &demo{Stack: s.Stack, options: o, ctx: t.Context()}
 			f, err := d.run()
 			t.Logf("%s", out.String())
@@ -190,7 +189,7 @@ func TestControlC(t *testing.T) {
 	}
 }
 
-// kernelState lists mounts of this namespace, and loop and device-mapper devices of daxfs.
+// kernelState lists mounts of this namespace, and loop devices of daxfs.
 func kernelState(t *testing.T) (list []string) {
 	t.Helper()
 	mounts, err := mountinfo.GetMounts(nil)

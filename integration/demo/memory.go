@@ -59,7 +59,7 @@ func (f *figures) add(d *demo, ps []*process) error {
 // poolPath is the file under the pool.
 func (d *demo) poolPath() string {
 	if d.pool == "tmpfs" {
-		return tmpfsPool
+		return filepath.Join(d.Run, "pool")
 	}
 	return filepath.Join(d.DaemonRoot(), "pool", "region")
 }
@@ -86,7 +86,7 @@ func (d *demo) eachFile(snapshotter string, f func(file *os.File, st fs.FileInfo
 	}
 	shown := func(file *os.File, st fs.FileInfo) error { return once(file, st, false) }
 	if snapshotter == "daxfs" && d.pool == "tmpfs" {
-		if err := walk(tmpfsPool, shown); err != nil {
+		if err := walk(d.poolPath(), shown); err != nil {
 			return err
 		}
 	}
