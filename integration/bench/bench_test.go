@@ -62,7 +62,7 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"| ready: daxfs / overlayfs | 0.50 | 0.20 |", "| nth: daxfs / overlayfs | 1.05 | **2.00** |",
+		"| ready: daxfs / overlayfs | 0.20 | 0.20 |", "| nth: daxfs / overlayfs | 1.05 | **2.00** |",
 		"| daxfs | 0.20 | 2.00 |", "5.00 [4.00..6.00]", "| tar <x> | 10.00 |  | 5.00 [4.00..6.00] |  |",
 		"| tmpfs | 1.00 |", "| ext4 | 0.50 |", "| tmpfs | 2.00 |", "| ext4 | 5.0 [4.0..6.0] |",
 		"| images A, page cache MiB: daxfs / overlayfs | 1.10 | **1.20** |",

@@ -68,14 +68,15 @@ type goal struct {
 }
 
 var goals = []goal{
-	{mReady, file, overlay, 0.5},
-	{mReady, file, erofs, 0.85},
-	{mReady, tmpfs, overlay, 0.5},
-	{mReady, tmpfs, erofs, 0.85},
+	{mReady, file, overlay, 0.2},
+	{mReady, file, erofs, 0.8},
+	{mReady, tmpfs, overlay, 0.2},
+	{mReady, tmpfs, erofs, 0.8},
 	{mNth, file, overlay, 1.05},
 	{mNth, tmpfs, overlay, 1.05},
 	{mCache, file, overlay, 1.1},
-	{mReady, walking, overlay, 1.2},
+	{mReady, walking, overlay, 1.05},
+	{mDisk, walking, overlay, 1.05},
 	{mFirst, file, overlay, 1.2},
 	{mFirst, tmpfs, overlay, 1.2},
 	{mFirst, walking, overlay, 1.2},
