@@ -196,8 +196,11 @@ func (t *turn) further() error {
 	return nil
 }
 
-// disk adds up the blocks that the snapshotter's files take.
+// disk adds up the blocks that the snapshotter's files take when containerd's garbage collection has told it to clean up.
 func (t *turn) disk() error {
+	if err := t.Collect(); err != nil {
+		return err
+	}
 	var bytes int64
 	for _, root := range t.v.roots(t.Stack) {
 		var top unix.Stat_t
