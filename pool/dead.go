@@ -40,7 +40,7 @@ func (p *Pool) Dead() []Dead {
 	return out
 }
 
-// Erase makes the inodes of dead extents ones that a kernel refuses to read, and returns those of the extents that were
+// Erase makes the inodes of dead extents ones that a kernel refuses to open (ENXIO), and returns those of the extents that were
 // still dead: they stay so. Who has an inode in memory keeps it.
 func (p *Pool) Erase(ctx context.Context, dead []Dead) ([]Dead, error) {
 	p.commit.Lock()
