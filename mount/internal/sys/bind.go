@@ -15,8 +15,10 @@ type Clone struct {
 }
 
 // OpenClone clones the mount that path lies on, with path as its root.
-func OpenClone(path string) (*Clone, error) {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+func OpenClone(path string) (*Clone, error) { return openClone(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW) }
+
+func openClone(dirfd int, path string, flags uint) (*Clone, error) {
+	fd, err := unix.OpenTree(dirfd, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|flags)
 	if err != nil {
 		return nil, explain(fmt.Errorf("open_tree %q: %w", path, err))
 	}

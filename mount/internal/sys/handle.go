@@ -62,13 +62,13 @@ func (h *Handles) learn(dir string) error {
 	return unix.Close(fd)
 }
 
-// Open opens the inode. The error is ESTALE if it is not in memory and cannot be read from the disk.
-func (h *Handles) Open(nid uint64, flags int) (*os.File, error) {
+// Open opens an inode and returns its descriptor. The error is ESTALE if it is not in memory and cannot be read from the disk.
+func (h *Handles) Open(nid uint64, flags int) (fd int, err error) {
 	nid += h.bias
 	b := make([]byte, 0, 12)
 	if h.kind == handle32 {
 		if nid > math.MaxUint32 {
-			return nil, fmt.Errorf("inode %d does not fit into a file handle of this kernel: %w", nid, ErrUnsupported)
+			return -1, fmt.Errorf("inode %d does not fit into a file handle of this kernel: %w", nid, ErrUnsupported)
 		}
 		b = binary.NativeEndian.AppendUint32(b, uint32(nid))
 	} else {
@@ -76,41 +76,61 @@ func (h *Handles) Open(nid uint64, flags int) (*os.File, error) {
 		b = binary.NativeEndian.AppendUint32(b, uint32(nid))
 	}
 	fh := unix.NewFileHandle(h.kind, append(b, h.gen...))
-	fd, err := unix.OpenByHandleAt(int(h.root.Fd()), fh, flags|unix.O_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("open inode %d by handle: %w", nid, err)
+	if fd, err = unix.OpenByHandleAt(int(h.root.Fd()), fh, flags|unix.O_CLOEXEC); err != nil {
+		return -1, fmt.Errorf("open inode %d by handle: %w", nid, err)
 	}
-	return os.NewFile(uintptr(fd), fmt.Sprintf("inode %d", nid)), nil
+	return fd, nil
 }
 
 // Close ends the use of the file system.
 func (h *Handles) Close() error { return h.root.Close() }
 
-// OnlyUser tells whether f is the only open file of its inode: no other descriptor, mapping or running program in any mount
+// Handle returns the file handle of a directory, for CloneHandle.
+func Handle(dir string) ([]byte, error) {
+	fh, _, err := unix.NameToHandleAt(unix.AT_FDCWD, dir, 0)
+	if err != nil {
+		return nil, fmt.Errorf("file handle of %q: %w", dir, err)
+	}
+	return append(binary.LittleEndian.AppendUint32(nil, uint32(fh.Type())), fh.Bytes()...), nil
+}
+
+// CloneHandle is OpenClone of the directory that Handle was asked about, in the file system that is mounted on dir. It reaches
+// directories above dir too.
+func CloneHandle(dir string, handle []byte) (*Clone, error) {
+	if len(handle) < 4 {
+		return nil, fmt.Errorf("file handle of %d bytes, expected at least 4", len(handle))
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fh := unix.NewFileHandle(int32(binary.LittleEndian.Uint32(handle)), handle[4:])
+	fd, err := unix.OpenByHandleAt(int(f.Fd()), fh, unix.O_DIRECTORY|unix.O_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("open the root of the file system of %q by handle: %w", dir, err)
+	}
+	defer unix.Close(fd)
+	return openClone(fd, "", unix.AT_EMPTY_PATH)
+}
+
+// OnlyUser tells whether fd is the only open file of its inode: no other descriptor, mapping or running program in any mount
 // namespace, and no loop device or file-backed mount. It asks for a write lease and gives it back. A process that opens
 // the file meanwhile waits for that.
 //
 // The lease does not see descriptors of O_PATH and working directories.
-func OnlyUser(f *os.File) (bool, error) {
-	conn, err := f.SyscallConn()
+func OnlyUser(fd int) (bool, error) {
+	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)
+	if errors.Is(err, unix.EAGAIN) {
+		return false, nil
+	}
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
+	}
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("write lease: %w", err)
 	}
-	only := false
-	ctlErr := conn.Control(func(fd uintptr) {
-		_, err = unix.FcntlInt(fd, unix.F_SETLEASE, unix.F_WRLCK)
-		switch {
-		case err == nil:
-			only = true
-			_, err = unix.FcntlInt(fd, unix.F_SETLEASE, unix.F_UNLCK)
-		case errors.Is(err, unix.EAGAIN):
-			err = nil
-		}
-	})
-	if err = errors.Join(ctlErr, err); err != nil {
-		return false, fmt.Errorf("lease on %s: %w", f.Name(), err)
-	}
-	return only, nil
+	return true, nil
 }
 
 // ShrinkDentries drops the names of a mounted file system that nothing uses. Every reconfiguration of a superblock does that

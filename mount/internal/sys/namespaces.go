@@ -50,7 +50,12 @@ const maxTasks = 8
 // AllMounts returns the mounts of all mount namespaces that this process can find: those of all threads of all processes
 // below /proc, and those that a bind mount of their nsfs file keeps. Each is read as seen from its own root, because
 // /proc/PID/mountinfo leaves out what lies outside of the root directory of the process.
-func AllMounts(ctx context.Context) ([]NamespaceMount, error) {
+func AllMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, true) }
+
+// OtherMounts is AllMounts without those of our own namespace.
+func OtherMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, false) }
+
+func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
 	found, err := namespaces(ctx)
 	if err != nil {
 		return nil, err
@@ -62,6 +67,9 @@ func AllMounts(ctx context.Context) ([]NamespaceMount, error) {
 				return err
 			}
 			n := found.list[i]
+			if n.own && !own {
+				continue
+			}
 			mounts, err := n.mounts(proc)
 			if err != nil {
 				return err
