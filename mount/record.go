@@ -100,6 +100,10 @@ func fileID(r region.Info) string {
 	if st.Mode&unix.S_IFMT == unix.S_IFBLK || st.Mode&unix.S_IFMT == unix.S_IFCHR {
 		return fmt.Sprintf("device %d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
 	}
+	return inodeID(st)
+}
+
+func inodeID(st unix.Stat_t) string {
 	return fmt.Sprintf("inode %d on %d:%d", st.Ino, unix.Major(st.Dev), unix.Minor(st.Dev))
 }
 
@@ -134,8 +138,12 @@ func removeDir(dir string) {
 		}
 	}
 	// Only names that this package and its drivers make.
-	for _, name := range []string{recordName, poolRecordName, "fuse.log", "fuse.lock"} {
+	for _, name := range []string{recordName, poolRecordName, "fuse.log"} {
 		os.Remove(filepath.Join(dir, name))
+	}
+	// A server that still runs after a lazy unmount keeps the lock file, and with it the directory.
+	if busy, err := locked(filepath.Join(dir, ServerLock)); err == nil && !busy {
+		os.Remove(filepath.Join(dir, ServerLock))
 	}
 	removeTemps(dir)
 	os.Remove(dir)

@@ -4,14 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // Extent is a range of contents in the pool that no image refers to any more.
@@ -143,7 +146,7 @@ func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
 		return err
 	}
 	defer f.Close()
-	tree, err := daxfs.Open(f, t.pool.Size)
+	tree, err := daxfs.OpenLive(f, t.pool.Size)
 	if err != nil {
 		return fmt.Errorf("pool on %q: %w", l.block, err)
 	}
@@ -151,7 +154,7 @@ func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
 		if err := sys.FlushDevice(l.block); err != nil {
 			return err
 		}
-		left, err := anyInode(f, tree, extents)
+		left, err := anyInode(f, tree.Geometry(), extents)
 		if err != nil || !left {
 			return err
 		}
@@ -162,6 +165,22 @@ func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
 		}
 	}
 	return fmt.Errorf("erased inodes are still in the cache of %q after %d flushes: %w", l.block, flushes, ErrBusy)
+}
+
+// anyInode tells whether one of the inodes has a mode, so that the kernel would take it.
+func anyInode(r io.ReaderAt, g daxfs.Geometry, extents []Extent) (bool, error) {
+	var mode [2]byte
+	for _, e := range extents {
+		for _, nid := range e.Nids {
+			if _, err := r.ReadAt(mode[:], g.NidOff(nid)+4); err != nil {
+				return false, fmt.Errorf("inode %d: %w", nid, err)
+			}
+			if mode != [2]byte{} {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 // mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the device or file.
@@ -183,4 +202,28 @@ func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {
 	return nil
 }
 
-var _ = filepath.Join
+// sourceID is fileID of what a mount shows as its source.
+func sourceID(fstype, source string) string {
+	switch fstype {
+	case "erofs":
+	case "fuse.daxfs": // path@offset+size
+		at := strings.LastIndexByte(source, '@')
+		if at < 0 {
+			return ""
+		}
+		source = source[:at]
+	default:
+		return ""
+	}
+	if !filepath.IsAbs(source) {
+		return ""
+	}
+	if strings.HasPrefix(source, "/dev/loop") {
+		st, err := sys.LoopBacking(source)
+		if err != nil {
+			return "" // it has gone meanwhile
+		}
+		return inodeID(st)
+	}
+	return fileID(region.Info{Path: source})
+}

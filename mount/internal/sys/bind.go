@@ -15,7 +15,9 @@ type Clone struct {
 }
 
 // OpenClone clones the mount that path lies on, with path as its root.
-func OpenClone(path string) (*Clone, error) { return openClone(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW) }
+func OpenClone(path string) (*Clone, error) {
+	return openClone(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW)
+}
 
 func openClone(dirfd int, path string, flags uint) (*Clone, error) {
 	fd, err := unix.OpenTree(dirfd, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|flags)

@@ -80,3 +80,17 @@ func scratch() (fd int, minor uint32, err error) {
 	}
 	return fd, unix.Minor(st.Dev), nil
 }
+
+// LoopBacking returns the device and inode number of the file below a loop device.
+func LoopBacking(path string) (unix.Stat_t, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return unix.Stat_t{}, err
+	}
+	defer f.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	if err != nil {
+		return unix.Stat_t{}, fmt.Errorf("status of %q: %w", path, err)
+	}
+	return unix.Stat_t{Ino: info.Inode, Dev: info.Device}, nil
+}

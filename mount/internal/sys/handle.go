@@ -12,8 +12,8 @@ import (
 
 // Types of file handles, of include/linux/exportfs.h.
 const (
-	handle32   = 0x01 // FILEID_INO32_GEN: number and generation, in the byte order of the machine
-	handle64   = 0x81 // FILEID_INO64_GEN, and FUSE: upper half, lower half, generation
+	handle32 = 0x01 // FILEID_INO32_GEN: number and generation, in the byte order of the machine
+	handle64 = 0x81 // FILEID_INO64_GEN, and FUSE: upper half, lower half, generation
 )
 
 // Handles opens files of one mounted file system by their inode numbers, without a name.
