@@ -38,6 +38,7 @@ func (t *Table) Alive(ctx context.Context) (bool, error) {
 	if alive, err := locked(filepath.Join(t.liveDir(), ServerLock)); err != nil || alive {
 		return alive, err
 	}
+	removeDir(t.liveDir()) // which the lock kept
 	r := t.pool.Region
 	if r.HasPhys || r.Kind == region.KindDMABuf {
 		if alive, err := moduleUsed("daxfs"); err != nil || alive {

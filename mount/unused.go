@@ -58,6 +58,9 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 		return nil, err
 	}
 	defer h.Close()
+	if err := t.handlesWork(h); err != nil {
+		return nil, err
+	}
 	if erase != nil {
 		if err := erase(); err != nil {
 			return nil, err
@@ -82,6 +85,21 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 		}
 	}
 	return out, nil
+}
+
+// handlesWork opens a slot that is bound, which is in memory for certain. If handles did not work, all would look unused.
+func (t *Table) handlesWork(h *sys.Handles) error {
+	for _, m := range t.List() {
+		if d := t.byName(m.Driver); d == nil || d.Windows() {
+			continue
+		}
+		fd, err := h.Open(m.Nid, unix.O_PATH)
+		if err != nil {
+			return fmt.Errorf("slot %q, which is mounted: %w", m.Name, err)
+		}
+		return unix.Close(fd)
+	}
+	return nil
 }
 
 // NodeBias is the difference between the node number of the FUSE server and the inode number. It is here because the file handle

@@ -125,7 +125,8 @@ func fill(a *fuse.Attr, in *daxfs.Inode) {
 }
 
 func (s *server) entry(out *fuse.EntryOut, in *daxfs.Inode) {
-	out.NodeId, out.Generation, out.EntryValid, out.AttrValid = s.node(in.Nid), 1, forever, forever
+	// Generation 0 for all, as the root has it: a file handle holds it.
+	out.NodeId, out.Generation, out.EntryValid, out.AttrValid = s.node(in.Nid), 0, forever, forever
 	fill(&out.Attr, in)
 }
 

@@ -25,6 +25,9 @@ type Namespace struct {
 	// pin is a mount point in the namespace via that keeps this one alive without a process.
 	pin string
 	via *Namespace
+	// table is the mount table of a process that may not be asked for its namespace, below /proc. It may be another view of
+	// a namespace that is known.
+	table string
 }
 
 // String describes the namespace for messages.
@@ -49,7 +52,8 @@ const maxTasks = 8
 
 // AllMounts returns the mounts of all mount namespaces that this process can find: those of all threads of all processes
 // below /proc, and those that a bind mount of their nsfs file keeps. Each is read as seen from its own root, because
-// /proc/PID/mountinfo leaves out what lies outside of the root directory of the process.
+// /proc/PID/mountinfo leaves out what lies outside of the root directory of the process; only of a process that a security
+// module protects that is all there is.
 func AllMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, true) }
 
 // OtherMounts is AllMounts without those of our own namespace.
@@ -61,13 +65,14 @@ func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
 		return nil, err
 	}
 	var out []NamespaceMount
+	seen := map[int]bool{} // by identifier: no two mounts of the machine have the same
 	err = elsewhere(func(proc *os.File) error {
 		for i := 0; i < len(found.list); i++ { // grows while it is read
 			if err := ctx.Err(); err != nil {
 				return err
 			}
 			n := found.list[i]
-			if n.own && !own {
+			if n.own && !own && !found.tables {
 				continue
 			}
 			mounts, err := n.mounts(proc)
@@ -75,7 +80,10 @@ func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
 				return err
 			}
 			for _, m := range mounts {
-				out = append(out, NamespaceMount{m, n})
+				if !seen[m.ID] && (own || !n.own) {
+					out = append(out, NamespaceMount{m, n})
+				}
+				seen[m.ID] = true
 				if m.FSType == "nsfs" && strings.HasPrefix(m.Root, "mnt:[") {
 					found.pinned(m.Root, m.Mountpoint, n)
 				}
@@ -110,28 +118,42 @@ func UnmountIn(n *Namespace, dir string) error {
 // elsewhere runs f on a thread that may change its mount namespace and ends afterwards. proc is our own /proc.
 func elsewhere(f func(proc *os.File) error) error {
 	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		done <- func() error {
-			proc, err := os.Open("/proc")
-			if err != nil {
-				return err
-			}
-			defer proc.Close()
-			// A thread that shares its working directory with others cannot change its mount namespace.
-			if err := unix.Unshare(unix.CLONE_FS); err != nil {
-				return fmt.Errorf("unshare: %w", err)
-			}
-			return f(proc)
-		}()
-	}()
+	go onThread(done, f)
 	return <-done
+}
+
+func onThread(done chan<- error, f func(proc *os.File) error) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The first thread never ends, and its namespace is what others take for that of the process. While this goroutine
+		// keeps it, another one runs on another thread.
+		defer runtime.UnlockOSThread()
+		next := make(chan error)
+		go onThread(next, f)
+		done <- <-next
+		return
+	}
+	// Not unlocked: the thread ends with the goroutine.
+	done <- func() error {
+		proc, err := os.Open("/proc")
+		if err != nil {
+			return err
+		}
+		defer proc.Close()
+		// A thread that shares its working directory with others cannot change its mount namespace.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		return f(proc)
+	}()
 }
 
 // set is the namespaces that are known.
 type set struct {
 	list []*Namespace
 	byID map[string]*Namespace
+	// tables is true if there are namespaces of which only a mount table can be read.
+	tables bool
 }
 
 func (s *set) add(n *Namespace) *Namespace {
@@ -173,8 +195,12 @@ func namespaces(ctx context.Context) (*set, error) {
 				n.tasks = append(n.tasks, strings.TrimPrefix(path, "/proc/"))
 			}
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended
+		case errors.Is(err, fs.ErrPermission): // a security module protects it
+			pid := strings.Split(dir, "/")[2]
+			s.add(&Namespace{id: pid, who: "process " + pid, table: pid + "/mountinfo"})
+			s.tables = true
 		default:
-			return nil, fmt.Errorf("%w: the processes of all namespaces must be visible (CAP_SYS_PTRACE)", err)
+			return nil, err
 		}
 	}
 	return s, nil
@@ -183,6 +209,9 @@ func namespaces(ctx context.Context) (*set, error) {
 // enter changes the namespace of this thread. It is false if the namespace has ended. proc is needed because "/proc" is another
 // directory after the change.
 func (n *Namespace) enter(proc *os.File) (bool, error) {
+	if n.table != "" {
+		return false, fmt.Errorf("%v may not be entered: %w", n, ErrBusy)
+	}
 	if n.pin != "" {
 		if ok, err := n.via.enter(proc); err != nil || !ok {
 			return ok, err
@@ -215,10 +244,17 @@ func (n *Namespace) set(fd int, err error) (bool, error) {
 
 // mounts reads the mount table of n. Nothing is left of a namespace whose processes have all ended.
 func (n *Namespace) mounts(proc *os.File) ([]*mountinfo.Info, error) {
-	if ok, err := n.enter(proc); err != nil || !ok {
-		return nil, err
+	table := n.table
+	if table == "" {
+		table = "thread-self/mountinfo"
+		if ok, err := n.enter(proc); err != nil || !ok {
+			return nil, err
+		}
 	}
-	fd, err := unix.Openat(int(proc.Fd()), "thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(int(proc.Fd()), table, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if n.table != "" && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)) {
+		return nil, nil // the process has ended
+	}
 	if err != nil {
 		return nil, fmt.Errorf("mountinfo of %v: %w", n, err)
 	}
