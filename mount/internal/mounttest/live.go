@@ -41,7 +41,7 @@ type Slot struct {
 }
 
 const (
-	livePoolSize = 256 << 20
+	livePoolSize = 512 << 20
 	liveData     = 64 << 20 // where contents begin
 )
 

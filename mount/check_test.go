@@ -1,0 +1,86 @@
+package mount_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// daxfsImage makes an image with this project's writer.
+func daxfsImage(t *testing.T) mount.Source {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := daxfs.NewBuilder(f, daxfs.BuilderOptions{})
+	if err := b.Add("file", daxfs.Node{Mode: 0o100644}, strings.NewReader("ours")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Finish(); err != nil {
+		t.Fatal(err)
+	}
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mount.Source{Key: "k", Size: st.Size(), Region: region.Info{Kind: region.KindFile, Path: path, FD: -1}}
+}
+
+func TestCheckImage(t *testing.T) {
+	src := daxfsImage(t)
+	if err := mount.CheckImage(t.Context(), src); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(src.Region.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Every byte of both superblocks and of the metadata behind the data, one at a time, must not be able to crash the check.
+	bad := 0
+	for off := 0; off < len(b); off += 7 {
+		c := append([]byte(nil), b...)
+		c[off] ^= 0xff
+		if err := os.WriteFile(src.Region.Path, c, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := mount.CheckImage(t.Context(), src); err != nil {
+			if !errors.Is(err, mount.ErrCheck) {
+				t.Fatalf("offset %d: %v, expected ErrCheck", off, err)
+			}
+			bad++
+		}
+	}
+	if bad == 0 {
+		t.Error("no damage was found")
+	}
+	for name, change := range map[string]func(s *mount.Source){
+		"longer than the file": func(s *mount.Source) { s.Size += 4096 },
+		"no path":              func(s *mount.Source) { s.Region.Path = "" },
+		"no file":              func(s *mount.Source) { s.Region.Path += ".missing" },
+		"not an image":         func(s *mount.Source) { s.Region.Path = "/proc/self/exe" },
+	} {
+		s := src
+		change(&s)
+		if err := mount.CheckImage(t.Context(), s); !errors.Is(err, mount.ErrCheck) {
+			t.Errorf("%s: %v, expected ErrCheck", name, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := os.WriteFile(src.Region.Path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := mount.CheckImage(ctx, src); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
