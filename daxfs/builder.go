@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"slices"
 	"strings"
@@ -48,7 +47,7 @@ type Builder struct {
 }
 
 type contentKey struct {
-	sum  [16]byte
+	sum  [32]byte
 	size int64
 }
 
@@ -230,8 +229,7 @@ func (b *Builder) store(r io.Reader) (Data, error) {
 	case n == 0:
 		return Data{}, nil
 	}
-	sum := sha256.Sum256(b.buf[:n])
-	d := Data{Size: int64(n), Sum: [16]byte(sum[:16])}
+	d := Data{Size: int64(n), Sum: sha256.Sum256(b.buf[:n])}
 	old, ok := b.have[contentKey{d.Sum, d.Size}]
 	if ok {
 		same, err := b.same(old.Off, b.buf[:n])
@@ -275,7 +273,7 @@ func (b *Builder) storeLarge(r io.Reader) (Data, error) {
 			return Data{}, err
 		}
 	}
-	d := Data{Off: off, Size: size, Sum: sum16(h)}
+	d := Data{Off: off, Size: size, Sum: [32]byte(h.Sum(nil))}
 	if old, ok := b.have[contentKey{d.Sum, d.Size}]; ok {
 		same, err := b.sameStored(old.Off, off, size)
 		if err != nil || same {
@@ -288,11 +286,6 @@ func (b *Builder) storeLarge(r io.Reader) (Data, error) {
 	b.end = off + roundUp(size, BlockSize)
 	b.remember(d)
 	return d, nil
-}
-
-func sum16(h hash.Hash) (s [16]byte) {
-	copy(s[:], h.Sum(nil))
-	return s
 }
 
 // remember keeps the first of several contents with one sum; another one is stored, but never found again.

@@ -1,6 +1,7 @@
 package daxfs_test
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"log"
@@ -75,12 +76,13 @@ func ExamplePlan() {
 	defer os.Remove(pool.Name())
 	defer pool.Close()
 	const segment, extent = 2 << 20, 8 << 20
-	if _, err := pool.WriteAt([]byte("shared by all images"), extent); err != nil {
+	motd := []byte("shared by all images")
+	if _, err := pool.WriteAt(motd, extent); err != nil {
 		log.Fatal(err)
 	}
 
 	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
-		"motd": {Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: extent, Size: 20}},
+		"motd": {Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: extent, Size: 20, Sum: sha256.Sum256(motd)}},
 	}}
 	plan, err := daxfs.NewPlan(root, daxfs.Options{Label: "window"})
 	if err != nil {
@@ -99,12 +101,12 @@ func ExamplePlan() {
 	}
 	// Output:
 	// metadata: 12288 bytes in a window of 6295552
-	// image uuid=2f6ed3d57f18826ea76264704704014c label="window" epoch=0.000000000
+	// image uuid=d25b256622138053abc0a75b2982c5f4 label="window" epoch=0.000000000
 	// erofs inodes=2 names=1 root=1 end=192
 	// daxfs inodes=2 names=1 table=192 entries=320
 	// core size=4096 overlay=8192
 	// place image=2097152 meta=2101248 end=8392704 core=+12288 overlay=+4096 base=+12288..+6295552
 	// inode 1 "/" mode=040755 owner=0:0 nlink=2 size=43 mtime=0.000000000 compact inline nid=1 daxfs=320
 	//	entry "motd" 2
-	// inode 2 "/motd" mode=100644 owner=0:0 nlink=1 size=20 mtime=0.000000000 compact plain nid=4 data=8388608 sum=00000000000000000000000000000000
+	// inode 2 "/motd" mode=100644 owner=0:0 nlink=1 size=20 mtime=0.000000000 compact plain nid=4 data=8388608 sum=22aad251ac6306b17480f4dc453d11402bdd8604850c3a23a0b5d96a73850111
 }

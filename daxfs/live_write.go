@@ -193,3 +193,6 @@ func EraseInode(w io.WriterAt, g Geometry, nid uint64) error {
 	_, err := w.WriteAt(make([]byte, disk.ErofsExtendedSize), g.NidOff(nid))
 	return err
 }
+
+// InodeSize is the number of bytes of an inode in a live tree, without its xattrs.
+const InodeSize = disk.ErofsExtendedSize

@@ -374,7 +374,7 @@ func (p *Plan) hash() {
 		b = le.AppendUint32(b, uint32(len(s)))
 		b = append(b, s...)
 	}
-	str("daxfs dual image 1")
+	str("daxfs dual image 2")
 	str(p.label)
 	for idx := range p.inodes {
 		i := &p.inodes[idx]
@@ -409,7 +409,7 @@ func (p *Plan) hash() {
 // counted. It includes the DAXFS overlay pair.
 func (p *Plan) MetaSize() int64 { return p.coreSize + disk.V8OverlaySize }
 
-// UUID identifies the contents of the image: equal trees have equal UUIDs as far as Data.Sum tells contents apart.
+// UUID identifies the tree and its contents: it is derived from all that a reader of the image sees.
 func (p *Plan) UUID() [16]byte { return p.uuid }
 
 // Stats are the counts of the plan.

@@ -11,7 +11,7 @@ import (
 
 // key is what equal contents have in common; contents with one key are compared before they are shared.
 type key struct {
-	sum  [16]byte
+	sum  [32]byte
 	size int64
 }
 

@@ -15,6 +15,7 @@ package sink
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -23,7 +24,6 @@ import (
 	"sync"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
-	"github.com/zeebo/xxh3"
 )
 
 const (
@@ -153,7 +153,7 @@ type item struct {
 	off, n      int32
 	first, last bool
 	size        int64    // of the content
-	sum         [16]byte // of the content; with the last piece
+	sum         [32]byte // of the content; with the last piece
 }
 
 func up(n, to int64) int64 { return (n + to - 1) / to * to }
@@ -179,7 +179,7 @@ func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, e
 	return d, err
 }
 
-func (l *Layer) putSmall(ctx context.Context, size int64, r io.Reader) (sum [16]byte, err error) {
+func (l *Layer) putSmall(ctx context.Context, size int64, r io.Reader) (sum [32]byte, err error) {
 	if l.cur != nil && int64(l.cur.n)+size > huge {
 		if err := l.flush(); err != nil {
 			return sum, err
@@ -189,14 +189,14 @@ func (l *Layer) putSmall(ctx context.Context, size int64, r io.Reader) (sum [16]
 	if err != nil {
 		return sum, err
 	}
-	sum = xxh3.Hash128(b).Bytes()
+	sum = sha256.Sum256(b)
 	l.cur.items[len(l.cur.items)-1] = item{off: int32(l.cur.n), n: int32(size), first: true, last: true, size: size, sum: sum}
 	l.cur.n += int(up(size, page))
 	return sum, nil
 }
 
-func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [16]byte, err error) {
-	h := xxh3.New()
+func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [32]byte, err error) {
+	h := sha256.New()
 	for done := int64(0); done < size; {
 		if err := ctx.Err(); err != nil {
 			return sum, err
@@ -219,7 +219,7 @@ func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [16]by
 		it := item{off: int32(l.cur.n), n: int32(n), first: done == 0, size: size}
 		if done += n; done == size {
 			it.last = true
-			it.sum = h.Sum128().Bytes()
+			it.sum = [32]byte(h.Sum(nil))
 			sum = it.sum
 		}
 		l.cur.items[len(l.cur.items)-1] = it
