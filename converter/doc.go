@@ -10,7 +10,8 @@
 // # Flow
 //
 // Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (layer.FromBlob, which the image store
-// of a host uses as well). The contents of files go to one ordered placer (internal/sink), which writes every distinct content once. The changes of
+// of a host uses as well). The contents of files go to one ordered placer (internal/sink), which writes every distinct
+// content once. The changes of
 // verified layers are merged into one tree (package tree) while others are read. Then contents that no file refers to any
 // more are dropped, and the metadata is planned and written behind the contents (package daxfs).
 //
