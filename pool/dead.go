@@ -262,8 +262,19 @@ func (p *Pool) turn(dead []*extent) error {
 		time.Sleep(time.Millisecond)
 		p.mu.Lock()
 	}
-	if err := p.startEpoch(gen, uuid); err != nil {
+	p.begun = &uuid
+	return p.finishEpoch(gen)
+}
+
+// finishEpoch writes the live tree of an epoch that the index has and the region has not. Preconditions: commit and mu
+// are held; nothing is mounted.
+func (p *Pool) finishEpoch(gen uint64) error {
+	if p.begun == nil {
+		return nil
+	}
+	if err := p.startEpoch(gen, *p.begun); err != nil {
 		return fmt.Errorf("pool: begin an epoch: %w", err)
 	}
+	p.begun = nil
 	return nil
 }
