@@ -11,7 +11,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 	"github.com/daxfs/daxfs-snapshotter/mount"
-	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -81,31 +80,5 @@ func TestCheckImage(t *testing.T) {
 	}
 	if err := mount.CheckImage(ctx, src); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
-	}
-}
-
-// A table checks what it mounts unless it is told why not, with nothing configured.
-func TestTableChecksByDefault(t *testing.T) {
-	mounttest.Root(t)
-	for _, d := range testDrivers() {
-		t.Run(d.Name(), func(t *testing.T) {
-			src := daxfsImage(t)
-			if err := d.Probe(t.Context(), src.Region); err != nil {
-				t.Skip(err)
-			}
-			tab := open(t, t.TempDir(), mount.Options{}, d)
-			m, err := tab.Mount(t.Context(), src, "h")
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got := read(t, m.Dir); got != "ours" {
-				t.Errorf("read %q", got)
-			}
-			broken := src
-			broken.Key, broken.Off, broken.Size = "broken", 4096, src.Size-4096
-			if _, err := tab.Mount(t.Context(), broken, "h"); !errors.Is(err, mount.ErrCheck) {
-				t.Errorf("mount of what is no image: %v, expected ErrCheck", err)
-			}
-		})
 	}
 }
