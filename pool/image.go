@@ -95,12 +95,22 @@ func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt d
 	if err := ctx.Err(); err != nil {
 		return Image{}, err
 	}
+	p.mu.Lock()
+	err = p.finishEpoch(p.header.generation + 1)
+	p.mu.Unlock()
+	if err != nil {
+		return Image{}, err
+	}
 	a := &addition{p: p, plan: plan, taken: map[*extent]bool{}, before: p.tree}
 	a.m = &storedImage{Image: Image{Key: key, Slot: p.header.used, UUID: plan.UUID(), Created: time.Now().UTC()}}
 	if err := a.run(); err != nil {
 		return Image{}, errors.Join(err, a.undo())
 	}
-	return a.m.Image, p.publish(a.m)
+	if err := p.publish(a.m); err != nil {
+		// What can not be taken back stays an image: the index has it, and publishStale comes back to it.
+		return Image{}, errors.Join(err, p.removeImage(key))
+	}
+	return a.m.Image, nil
 }
 
 // addition is one image that is being added. Preconditions of all methods: commit is held.
@@ -516,16 +526,24 @@ func (p *Pool) RemoveImage(ctx context.Context, key string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := p.removeImage(key); err != nil {
+		return fmt.Errorf("pool: image %q: %w", key, err)
+	}
+	return nil
+}
+
+// removeImage is RemoveImage. Preconditions: commit is held.
+func (p *Pool) removeImage(key string) error {
 	m, err := p.takeImage(key)
 	if err != nil {
-		return fmt.Errorf("pool: image %q: %w", key, err)
+		return err
 	}
 	err = p.index.removeImage(m.storedImage, p.header.generation+1)
 	p.mu.Lock()
 	if err != nil {
 		m.leaving = false
 		p.mu.Unlock()
-		return fmt.Errorf("pool: image %q: %w", key, err)
+		return err
 	}
 	delete(p.images, key)
 	for _, e := range m.used {

@@ -64,6 +64,7 @@ type Pool struct {
 	stale  map[int][]byte // slots that the index holds and that could not be published yet
 	tree   treeArea
 	erase  map[int]alloc.Span // slots of removed images, and what else has to be erased
+	begun  *[16]byte          // UUID of an epoch whose live tree could not be written yet
 
 	mu      sync.Mutex
 	closed  bool
@@ -288,6 +289,12 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 		if _, err := r.WriteAt(make([]byte, min(chunk, h.geo.Head-at)), at); err != nil {
 			return nil, fmt.Errorf("pool: clear: %w", err)
 		}
+	}
+	// What is half made is known as such: it has the magic number, and no header.
+	half := h.encode()
+	half[headerSize-1] ^= 0xff
+	if _, err := r.WriteAt(half, headerOff(0)); err != nil {
+		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
 	if err := r.Sync(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
