@@ -256,7 +256,7 @@ var liveCorruptions = map[string]struct {
 	"tree of another": {rule: daxfs.RuleDots, spoil: func(t *testing.T, p *livePool) {
 		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
 	}},
-	"erased file": {rule: daxfs.RuleMode, spoil: func(t *testing.T, p *livePool) {
+	"erased file": {rule: daxfs.RuleDirType, spoil: func(t *testing.T, p *livePool) {
 		for _, nids := range p.have {
 			_ = daxfs.EraseInode(&p.s.f, p.g, nids[0])
 		}
