@@ -12,11 +12,11 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/daemon"
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
-	"github.com/daxfs/daxfs-snapshotter/snapshotter/service"
 )
 
 // PoolReport is what a stopped daemon's pool holds.
@@ -83,7 +83,7 @@ func (s *Stack) CheckDaemon() (left Left, err error) {
 		return left, err
 	}
 	c.Root, c.Address, c.Containerd.Address = s.DaemonRoot(), s.daemonSocket(), s.Run+"/containerd.sock"
-	d, err := service.Open(ctx, c)
+	d, err := daemon.Open(ctx, c)
 	if err != nil {
 		return left, err
 	}
