@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -148,54 +147,4 @@ func BenchmarkCommonBeginning(b *testing.B) {
 			}
 		})
 	}
-}
-
-// BenchmarkAddImage adds images whose files are all in the pool already, each in a tree of its own: what a further image
-// on known layers costs. The pool is a file on disk.
-func BenchmarkAddImage(b *testing.B) {
-	for _, files := range []int{500, 5000} {
-		b.Run(fmt.Sprintf("files=%d", files), func(b *testing.B) {
-			dir := b.TempDir()
-			p, err := Create(openRegion(b, dir, 4<<30), filepath.Join(dir, "index"), Options{})
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer p.Close()
-			batch := p.Begin()
-			var nodes []*daxfs.Node
-			for k := range files {
-				data := put(b, batch, random(uint64(k), 1+k%8192))
-				nodes = append(nodes, &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: data})
-			}
-			if err := batch.CommitLayer(ctx, "layer", nil); err != nil {
-				b.Fatal(err)
-			}
-			if _, err := p.AddImage(ctx, "first", treeOf("first", nodes), daxfs.Options{}); err != nil {
-				b.Fatal(err)
-			}
-			b.ReportAllocs()
-			b.ResetTimer()
-			for i := range b.N {
-				name := fmt.Sprintf("image-%d", i)
-				if _, err := p.AddImage(ctx, name, treeOf(name, nodes), daxfs.Options{}); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
-}
-
-// treeOf puts files into directories of 10, below one with a name.
-func treeOf(name string, nodes []*daxfs.Node) *daxfs.Node {
-	dir := func() *daxfs.Node { return &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{}} }
-	root, top := dir(), dir()
-	root.Entries[name] = top
-	for i, n := range nodes {
-		sub := fmt.Sprintf("dir-%d", i/10)
-		if top.Entries[sub] == nil {
-			top.Entries[sub] = dir()
-		}
-		top.Entries[sub].Entries[fmt.Sprintf("file-with-a-usual-name-%d", i)] = &daxfs.Node{Mode: n.Mode, Data: n.Data}
-	}
-	return root
 }
