@@ -28,7 +28,7 @@ func distroTree(n int, s *store) *daxfs.Node {
 			c.Mode, c.Target = unix.S_IFLNK|0o777, fmt.Sprintf("../lib/libsomething-%d.so.1", i)
 		default:
 			size := int64(i*7919%28_000) + 1
-			c.Data = daxfs.Data{Off: s.next, Size: size, Sum: [16]byte{byte(i), byte(i >> 8), byte(i >> 16)}}
+			c.Data = daxfs.Data{Off: s.next, Size: size, Sum: [32]byte{byte(i), byte(i >> 8), byte(i >> 16)}}
 			s.next += (size + daxfs.BlockSize - 1) / daxfs.BlockSize * daxfs.BlockSize
 		}
 		parent.Entries[fmt.Sprintf("some-file-name-%d", i)] = c

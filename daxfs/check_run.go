@@ -96,6 +96,8 @@ type checker struct {
 	ero  *FS    // nil if that half can not be read
 	v8   *DAXFS // nil if that half can not be read
 
+	live liveState
+
 	erofsState
 	v8State
 	extents []extent

@@ -56,6 +56,8 @@ func (c *checker) checkSpace() {
 				c.overlap(&e, &high)
 			}
 			c.checkTail(&e)
+		} else if c.live.one && kind == useData && e.ino != last.ino {
+			c.finding(RuleLiveDAX, e.off, e.ino, "", "contents of %d bytes belong to inodes %d and %d", e.size, last.ino, e.ino)
 		}
 		last = e
 		if e.end() > high.end() {

@@ -1,19 +1,19 @@
 package daxfs_test
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"log"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"golang.org/x/sys/unix"
 )
 
-// A self-contained image of three files, two of which have the same contents.
-func ExampleBuilder() {
+// A self-contained image of three files. Two are one inode, and all have the same contents, which are stored once.
+func ExampleNewPlan() {
 	dir, err := os.MkdirTemp("", "daxfs-example")
 	if err != nil {
 		log.Fatal(err)
@@ -25,20 +25,33 @@ func ExampleBuilder() {
 	}
 	defer f.Close()
 
-	b := daxfs.NewBuilder(f, daxfs.BuilderOptions{})
-	file := daxfs.Node{Mode: unix.S_IFREG | 0o644, Mtime: daxfs.Time{Sec: 1_700_000_000}}
-	for _, err := range []error{
-		b.Add("etc/greeting", file, strings.NewReader("hello\n")),
-		b.Add("etc/copy", file, strings.NewReader("hello\n")),
-		b.Link("greeting", "etc/greeting"),
-		b.Add("dev/null", daxfs.Node{Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)}, nil),
-	} {
-		if err != nil {
-			log.Fatal(err)
-		}
+	text := []byte("hello\n")
+	data := daxfs.Data{Off: daxfs.BlockSize, Size: int64(len(text)), Sum: sha256.Sum256(text)}
+	if _, err := f.WriteAt(text, data.Off); err != nil {
+		log.Fatal(err)
 	}
-	plan, err := b.Finish()
+	const end = 2 * daxfs.BlockSize // of the contents, in whole blocks
+
+	mtime := daxfs.Time{Sec: 1_700_000_000}
+	greeting := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Mtime: mtime, Data: data}
+	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
+		"greeting": greeting,
+		"etc": {Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
+			"greeting": greeting,
+			"copy":     {Mode: unix.S_IFREG | 0o644, Mtime: mtime, Data: data},
+		}},
+		"dev": {Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
+			"null": {Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)},
+		}},
+	}}
+	plan, err := daxfs.NewPlan(root, daxfs.Options{})
 	if err != nil {
+		log.Fatal(err)
+	}
+	if err := plan.Place(daxfs.Placement{Meta: end, End: end + plan.MetaSize()}); err != nil {
+		log.Fatal(err)
+	}
+	if err := plan.WriteTo(f); err != nil {
 		log.Fatal(err)
 	}
 
@@ -56,8 +69,8 @@ func ExampleBuilder() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	text, err := fsys.ReadFile("greeting")
-	fmt.Printf("greeting: %q %v\n", text, err)
+	got, err := fsys.ReadFile("greeting")
+	fmt.Printf("greeting: %q %v\n", got, err)
 	// Output:
 	// bytes: 20480 of which metadata: 12288
 	// not in the DAXFS half: /dev/null character device
@@ -75,12 +88,13 @@ func ExamplePlan() {
 	defer os.Remove(pool.Name())
 	defer pool.Close()
 	const segment, extent = 2 << 20, 8 << 20
-	if _, err := pool.WriteAt([]byte("shared by all images"), extent); err != nil {
+	motd := []byte("shared by all images")
+	if _, err := pool.WriteAt(motd, extent); err != nil {
 		log.Fatal(err)
 	}
 
 	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
-		"motd": {Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: extent, Size: 20}},
+		"motd": {Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: extent, Size: 20, Sum: sha256.Sum256(motd)}},
 	}}
 	plan, err := daxfs.NewPlan(root, daxfs.Options{Label: "window"})
 	if err != nil {
@@ -99,12 +113,12 @@ func ExamplePlan() {
 	}
 	// Output:
 	// metadata: 12288 bytes in a window of 6295552
-	// image uuid=2f6ed3d57f18826ea76264704704014c label="window" epoch=0.000000000
+	// image uuid=d25b256622138053abc0a75b2982c5f4 label="window" epoch=0.000000000
 	// erofs inodes=2 names=1 root=1 end=192
 	// daxfs inodes=2 names=1 table=192 entries=320
 	// core size=4096 overlay=8192
 	// place image=2097152 meta=2101248 end=8392704 core=+12288 overlay=+4096 base=+12288..+6295552
 	// inode 1 "/" mode=040755 owner=0:0 nlink=2 size=43 mtime=0.000000000 compact inline nid=1 daxfs=320
 	//	entry "motd" 2
-	// inode 2 "/motd" mode=100644 owner=0:0 nlink=1 size=20 mtime=0.000000000 compact plain nid=4 data=8388608 sum=00000000000000000000000000000000
+	// inode 2 "/motd" mode=100644 owner=0:0 nlink=1 size=20 mtime=0.000000000 compact plain nid=4 data=8388608 sum=22aad251ac6306b17480f4dc453d11402bdd8604850c3a23a0b5d96a73850111
 }

@@ -53,11 +53,11 @@ func (m *memFile) grow(size int64) {
 type store struct {
 	f    memFile
 	next int64
-	have map[[16]byte]daxfs.Data
+	have map[[32]byte]daxfs.Data
 }
 
 func newStore(start int64) *store {
-	s := &store{next: start, have: map[[16]byte]daxfs.Data{}}
+	s := &store{next: start, have: map[[32]byte]daxfs.Data{}}
 	s.f.Truncate(start)
 	return s
 }
@@ -66,8 +66,7 @@ func (s *store) put(p []byte) daxfs.Data {
 	if len(p) == 0 {
 		return daxfs.Data{}
 	}
-	sum := sha256.Sum256(p)
-	d := daxfs.Data{Off: s.next, Size: int64(len(p)), Sum: [16]byte(sum[:16])}
+	d := daxfs.Data{Off: s.next, Size: int64(len(p)), Sum: sha256.Sum256(p)}
 	if old, ok := s.have[d.Sum]; ok {
 		return old
 	}

@@ -46,16 +46,20 @@ func dirSize(names []dirent) int64 {
 	}
 }
 
-// encodeDir writes one directory block of names to b, which is zeroed and as long as dirFill says, or longer.
-func (p *Plan) encodeDir(b []byte, names []dirent) {
+// encodeDir writes one directory block of names to b, which is zeroed and as long as dirFill says, or longer. nid tells
+// which inode an entry leads to.
+func (p *Plan) encodeDir(b []byte, names []dirent, nid func(dirent) uint64) {
 	at := len(names) * disk.ErofsDirentSize
 	for i, d := range names {
 		c := &p.inodes[d.child]
-		e := disk.ErofsDirent{Nid: c.nid(), NameOff: uint16(at), Type: erofsType(c.mode)}
+		e := disk.ErofsDirent{Nid: nid(d), NameOff: uint16(at), Type: erofsType(c.mode)}
 		e.Marshal(b[i*disk.ErofsDirentSize:])
 		at += copy(b[at:], d.name)
 	}
 }
+
+// dualNid is the nid of an entry in a dual image.
+func (p *Plan) dualNid(d dirent) uint64 { return p.inodes[d.child].nid() }
 
 // nid is the number of an inode in the EROFS half, which tells where it is.
 func (i *inode) nid() uint64 { return uint64(i.off) / disk.ErofsSlot }

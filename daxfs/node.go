@@ -42,9 +42,9 @@ type Xattr struct {
 type Data struct {
 	Off  int64
 	Size int64
-	// Sum identifies the bytes among contents of one store: equal Sum and Size at equal Off. It goes into the UUID of
-	// the image and is not proof of equality against an adversary; stores compare bytes before they share.
-	Sum [16]byte
+	// Sum is the SHA-256 of the contents. Stores share contents of equal Sum and Size, and the UUID of an image covers
+	// it: equal trees have equal UUIDs, whatever stores their contents. The sum of a file of size 0 is ignored.
+	Sum [32]byte
 }
 
 // BlockSize is the size in bytes of a block of either half of an image, and of a page of the memory it is mapped from.

@@ -139,6 +139,18 @@ func invalid(format string, args ...any) error {
 // NewPlan lays out the tree below root, which is a directory. It refuses what an image cannot hold with a *TreeError,
 // and bad options with an error that wraps ErrInvalid. The tree is not changed and may be changed afterwards.
 func NewPlan(root *Node, o Options) (*Plan, error) {
+	p, err := newTree(root, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.finish(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// newTree checks a tree and plans its inodes, but not where they go.
+func newTree(root *Node, o Options) (*Plan, error) {
 	if len(o.Label) > MaxLabel || strings.IndexByte(o.Label, 0) >= 0 {
 		return nil, invalid("label %q: expected at most %d bytes without NUL", o.Label, MaxLabel)
 	}
@@ -155,13 +167,19 @@ func NewPlan(root *Node, o Options) (*Plan, error) {
 	if err := p.checkContents(); err != nil {
 		return nil, err
 	}
+	p.stats.Inodes = len(p.inodes)
+	p.hash()
+	return p, nil
+}
+
+// finish numbers and lays out the inodes of a dual image.
+func (p *Plan) finish() error {
 	p.number()
 	if err := p.layout(); err != nil {
-		return nil, err
+		return err
 	}
-	p.hash()
 	p.stats.MetaBytes = p.MetaSize()
-	return p, nil
+	return nil
 }
 
 // countNames returns n and the names below a directory, but stops at a million, and at the depth that paths have at most: the
@@ -284,7 +302,6 @@ func (p *Plan) path(idx int32) string {
 // needs, then the others. So the number is the same in both halves. It also lists what the DAXFS half leaves out.
 func (p *Plan) number() {
 	listed := 0
-	p.stats.Inodes = len(p.inodes)
 	next := uint32(0)
 	for i := range p.inodes {
 		if p.inodes[i].inV8() {
@@ -357,7 +374,7 @@ func (p *Plan) hash() {
 		b = le.AppendUint32(b, uint32(len(s)))
 		b = append(b, s...)
 	}
-	str("daxfs dual image 1")
+	str("daxfs dual image 2")
 	str(p.label)
 	for idx := range p.inodes {
 		i := &p.inodes[idx]
@@ -392,7 +409,7 @@ func (p *Plan) hash() {
 // counted. It includes the DAXFS overlay pair.
 func (p *Plan) MetaSize() int64 { return p.coreSize + disk.V8OverlaySize }
 
-// UUID identifies the contents of the image: equal trees have equal UUIDs as far as Data.Sum tells contents apart.
+// UUID identifies the tree and its contents: it is derived from all that a reader of the image sees.
 func (p *Plan) UUID() [16]byte { return p.uuid }
 
 // Stats are the counts of the plan.

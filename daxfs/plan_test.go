@@ -199,7 +199,7 @@ func TestUUID(t *testing.T) {
 	tree := func() *daxfs.Node {
 		return dir(map[string]*daxfs.Node{
 			"f": {
-				Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: 4096, Size: 5, Sum: [16]byte{1}},
+				Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: 4096, Size: 5, Sum: [32]byte{1}},
 				Xattrs: []daxfs.Xattr{{Name: "user.a", Value: []byte("1")}, {Name: "user.b"}},
 			},
 			"l": symlink("f"),
@@ -230,7 +230,7 @@ func TestUUID(t *testing.T) {
 		"seconds":     func(r *daxfs.Node) { r.Mtime.Sec++ },
 		"nanoseconds": func(r *daxfs.Node) { r.Mtime.Nsec++ },
 		"size":        func(r *daxfs.Node) { r.Entries["f"].Data.Size++ },
-		"sum":         func(r *daxfs.Node) { r.Entries["f"].Data.Sum[15]++ },
+		"sum":         func(r *daxfs.Node) { r.Entries["f"].Data.Sum[31]++ },
 		"target":      func(r *daxfs.Node) { r.Entries["l"].Target = "g" },
 		"xattr name":  func(r *daxfs.Node) { r.Entries["f"].Xattrs[0].Name = "user.c" },
 		"xattr value": func(r *daxfs.Node) { r.Entries["f"].Xattrs[0].Value = []byte("2") },

@@ -65,6 +65,14 @@ func newSource(r io.ReaderAt, size int64) (source, error) {
 	return s, nil
 }
 
+// reader returns the source as a reader that Open takes without copying.
+func (s *source) reader() io.ReaderAt {
+	if s.b != nil {
+		return Mem(s.b)
+	}
+	return s.r
+}
+
 // holds reports whether [off, off+n) lies in the image. It is safe for any values.
 func (s *source) holds(off, n int64) bool {
 	return off >= 0 && n >= 0 && off <= s.size && n <= s.size-off

@@ -86,6 +86,14 @@ const (
 	RuleHalvesIno    Rule = "halves-ino"
 )
 
+// Rules of the live tree of a pool, besides those of the EROFS half.
+const (
+	RuleLiveSuper  Rule = "live-super"
+	RuleLiveSlots  Rule = "live-slots"
+	RuleLiveShared Rule = "live-shared"
+	RuleLiveDAX    Rule = "live-dax"
+)
+
 // Rules returns all rules in the order of docs/format.md.
 func Rules() []Rule {
 	list := make([]Rule, len(meanings))
@@ -177,4 +185,8 @@ var meanings = []meaning{
 	{RuleHalvesData, "both halves have the same contents"},
 	{RuleHalvesNlink, "both halves have the same link counts"},
 	{RuleHalvesIno, "both halves have the same hard links"},
+	{RuleLiveSuper, "the superblock of a live tree is the one that its geometry gives"},
+	{RuleLiveSlots, "the root of a live tree leads to its slots, and a slot holds an image or nothing"},
+	{RuleLiveShared, "images of a live tree share regular files only"},
+	{RuleLiveDAX, "with DAX, contents belong to one inode"},
 }

@@ -27,7 +27,7 @@ func (p *Plan) writeErofs(r *runWriter) {
 		}
 		for rest := names; in.wholeBlocks() > (at-p.place.core-pc.off)/BlockSize; at += BlockSize {
 			n, _ := dirFill(rest)
-			p.encodeDir(r.at(at, BlockSize), rest[:n])
+			p.encodeDir(r.at(at, BlockSize), rest[:n], p.dualNid)
 			rest = rest[n:]
 		}
 	}
@@ -74,7 +74,7 @@ func (p *Plan) encodeInode(r *runWriter, at int64, idx int32, names []dirent) {
 		n, _ := dirFill(names)
 		names = names[n:]
 	}
-	p.encodeDir(b[head+in.xbytes:], names)
+	p.encodeDir(b[head+in.xbytes:], names, p.dualNid)
 }
 
 // encodeXattrs writes the header, the references and the inline entries of in to b, which is zeroed.

@@ -2,7 +2,6 @@ package mount
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,98 +9,15 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/google/renameio/v2"
-	"golang.org/x/sys/unix"
-
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
-	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
-
-const (
-	recordName    = "image.json"
-	recordVersion = 1
-)
-
-// record is <root>/images/<id>/image.json: what is mounted beside it, or was about to be (Driver empty). It has its own
-// fields, and not those of other packages, because another version of the program reads it.
-type record struct {
-	Format      int    `json:"version"`
-	Driver      string `json:"driver"`
-	Key         string `json:"key"`
-	Kind        string `json:"kind"`
-	Path        string `json:"path,omitempty"`
-	BlockDevice string `json:"blockDevice,omitempty"`
-	DAX         bool   `json:"dax,omitempty"`
-	Phys        uint64 `json:"phys,omitempty"`
-	HasPhys     bool   `json:"hasPhys,omitempty"`
-	Off         int64  `json:"off"`
-	Size        int64  `json:"size"`
-	Version     string `json:"imageVersion,omitempty"`
-	Restrict    bool   `json:"restrict,omitempty"`
-	// File identifies the file or device behind Path: a path that was given to another file is another region.
-	File string `json:"file,omitempty"`
-}
-
-func newRecord(driver string, s Source) record {
-	return record{
-		Format: recordVersion, Driver: driver, Key: s.Key, Kind: s.Region.Kind, Path: s.Region.Path,
-		BlockDevice: s.Region.BlockDevice, DAX: s.Region.DAX, Phys: s.Region.Phys, HasPhys: s.Region.HasPhys,
-		Off: s.Off, Size: s.Size, Version: s.Version, Restrict: s.Restrict, File: fileID(s),
-	}
-}
-
-func (r record) source() Source {
-	return Source{
-		Key: r.Key, Off: r.Off, Size: r.Size, Version: r.Version, Restrict: r.Restrict,
-		Region: region.Info{
-			Kind: r.Kind, Path: r.Path, BlockDevice: r.BlockDevice, DAX: r.DAX, Phys: r.Phys, HasPhys: r.HasPhys, FD: -1,
-		},
-	}
-}
-
-// fileID names the file or device of a source: device and inode number; "" if it has none.
-func fileID(s Source) string {
-	path := s.Region.BlockDevice
-	if path == "" {
-		path = s.Region.Path
-	}
-	var st unix.Stat_t
-	if path == "" || unix.Stat(path, &st) != nil {
-		return ""
-	}
-	if st.Mode&unix.S_IFMT == unix.S_IFBLK || st.Mode&unix.S_IFMT == unix.S_IFCHR {
-		return fmt.Sprintf("device %d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	}
-	return fmt.Sprintf("inode %d on %d:%d", st.Ino, unix.Major(st.Dev), unix.Minor(st.Dev))
-}
-
-// write replaces the record in one step. It is not synced to disk: mounts do not survive a power failure either.
-func (r record) write(dir string) error {
-	b, err := json.Marshal(r)
-	if err != nil {
-		return err
-	}
-	return renameio.WriteFile(filepath.Join(dir, recordName), append(b, '\n'), 0o600, renameio.WithTempDir(dir))
-}
-
-func readRecord(dir string) (record, error) {
-	name := filepath.Join(dir, recordName)
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return record{}, err
-	}
-	var r record
-	if err := json.Unmarshal(b, &r); err != nil {
-		return record{}, fmt.Errorf("%q: %w", name, err)
-	}
-	if r.Format != recordVersion {
-		return record{}, fmt.Errorf("%q: version %d, expected %d", name, r.Format, recordVersion)
-	}
-	return r, nil
-}
 
 // adopt fills an empty table from what is mounted below root.
 func (t *Table) adopt(ctx context.Context) error {
+	if err := t.adoptPool(ctx); err != nil {
+		// What is there is not used further. It is detached before the pool is mounted anew.
+		t.opts.Warn("pool directory %q: %v", t.liveDir(), err)
+	}
 	dirs, err := os.ReadDir(filepath.Join(t.root, "images"))
 	if err != nil {
 		return err
@@ -111,7 +27,7 @@ func (t *Table) adopt(ctx context.Context) error {
 			return err
 		}
 		dir := filepath.Join(t.root, "images", de.Name())
-		if err := t.adoptOne(ctx, dir); err != nil {
+		if err := t.adoptImage(ctx, dir); err != nil {
 			// One bad image must not keep the others, and the daemon, from working.
 			t.opts.Warn("image directory %q: %v", dir, err)
 		}
@@ -119,60 +35,90 @@ func (t *Table) adopt(ctx context.Context) error {
 	return nil
 }
 
-func (t *Table) adoptOne(ctx context.Context, dir string) error {
-	rec, err := readRecord(dir)
-	switch {
+func (t *Table) adoptPool(ctx context.Context) error {
+	dir := t.liveDir()
+	var rec poolRecord
+	switch err := readRecord(dir, poolRecordName, &rec); {
 	case errors.Is(err, fs.ErrNotExist):
-		// No record, nothing of ours is mounted: a crash between making the directory and writing the record.
-		return removeEmpty(dir)
+		return nil
 	case err != nil:
-		// Another version of the program wrote it, or a power failure cut it. If it stayed, its image could not be mounted.
-		t.opts.Warn("image directory %q: what is mounted there is not used further: %v", dir, err)
-		return t.removeMounted(ctx, dir)
-	case t.imageDir(rec.Key) != dir:
-		return fmt.Errorf("the record is that of image %q, whose directory is %q", rec.Key, t.imageDir(rec.Key))
+		return err
+	case rec.Format != recordVersion || rec.UUID != t.pool.uuid():
+		return fmt.Errorf("the record is of version %d and pool %s, expected %d and %s", rec.Format, rec.UUID, recordVersion, t.pool.uuid())
 	}
 	mnt := mountDir(dir)
-	driver := t.byName(rec.Driver)
-	_, layers, err := sys.Top(mnt)
-	if err != nil {
+	if _, mounted, err := sys.MountRoot(mnt); err != nil {
 		return err
-	}
-	if driver != nil && layers == 1 {
-		e := &entry{
-			work: make(chan struct{}, 1), dir: dir, driver: driver, src: rec.source(), file: rec.File, holders: map[string]struct{}{},
+	} else if !mounted {
+		if l := t.recoverPool(ctx); l != nil {
+			t.live = l
 		}
-		err := e.match(ctx)
-		if err == nil {
-			t.entries[rec.Key] = e
-			return nil
-		}
-		t.opts.Warn("image %q: what is mounted on %q is not used further: %v", rec.Key, mnt, err)
+		return nil
 	}
-	return t.removeMounted(ctx, dir)
-}
-
-// removeMounted removes what may be mounted in an image directory, whoever uses it, and the directory.
-func (t *Table) removeMounted(ctx context.Context, dir string) error {
-	mnt := mountDir(dir)
-	if err := sys.Detach(mnt); err != nil {
-		return err
+	d := t.byName(rec.Driver)
+	if d == nil {
+		return fmt.Errorf("mounted with driver %q, which this program does not have", rec.Driver)
 	}
-	for _, d := range t.known() { // a crash before the record knew its driver can have left devices of any of them
-		if err := d.Unmount(ctx, mnt); err != nil {
+	if now := fileID(t.pool.Region); now != rec.File {
+		return fmt.Errorf("%s was %q when it was mounted and is %q now", t.pool.source(), rec.File, now)
+	}
+	if err := d.Match(ctx, rec.source(), mnt); err != nil {
+		// The pool may have been renamed meanwhile.
+		if d.Match(ctx, t.pool.source(), mnt) != nil {
 			return err
 		}
 	}
-	removeImageDir(dir)
+	l, err := newLive(d, mnt)
+	if err != nil {
+		return err
+	}
+	t.live = l
 	return nil
 }
 
-// match asks the driver whether the mount is what it should be. The caller holds the work token or is the only user.
-func (e *entry) match(ctx context.Context) error {
-	if now := fileID(e.src); now != e.file {
-		return fmt.Errorf("%s was %q when it was mounted and is %q now", e.src.Where(), e.file, now)
+// adoptImage takes over what is mounted in an image directory, if it belongs to this pool.
+func (t *Table) adoptImage(ctx context.Context, dir string) error {
+	var rec imageRecord
+	err := readRecord(dir, recordName, &rec)
+	if errors.Is(err, fs.ErrNotExist) {
+		// No record, nothing of ours is mounted: a crash between making the directory and writing the record.
+		return removeEmpty(dir)
 	}
-	return e.driver.Match(ctx, e.src, mountDir(e.dir))
+	if err != nil || rec.Format != recordVersion || rec.Pool != t.pool.uuid() {
+		return nil // not of this pool: see Stale
+	}
+	if t.imageDir(rec.Key) != dir {
+		return fmt.Errorf("the record is that of image %q, whose directory is %q", rec.Key, t.imageDir(rec.Key))
+	}
+	img, err := rec.image()
+	if err != nil {
+		return err
+	}
+	mnt := mountDir(dir)
+	if _, mounted, err := sys.MountRoot(mnt); err == nil && !mounted {
+		removeDir(dir)
+		return nil
+	}
+	e := &entry{work: make(chan struct{}, 1), dir: dir, driver: t.byName(rec.Driver), windowed: rec.Windowed, img: img}
+	if !rec.Windowed && t.live != nil {
+		e.driver = t.live.driver
+	}
+	if e.driver == nil {
+		err = fmt.Errorf("mounted with driver %q, which this program does not have", rec.Driver)
+	} else {
+		err = t.match(ctx, e, rec.Windowed, img)
+	}
+	if err != nil {
+		// Containers that run keep what they have. The directory is free for a new mount.
+		t.opts.Warn("image %q: what is mounted on %q is not used further: %v", rec.Key, mnt, err)
+		if err := sys.Detach(mnt); err != nil {
+			return err
+		}
+		removeDir(dir)
+		return nil
+	}
+	t.entries[rec.Key] = e
+	return nil
 }
 
 // known are all drivers whose mounts may be found. The first of one name counts.
@@ -185,37 +131,4 @@ func (t *Table) byName(name string) Driver {
 		}
 	}
 	return nil
-}
-
-// removeImageDir removes the directory of an image after its unmount. rmdir(2) on the mount point fails if something
-// is mounted there after all, and then everything stays.
-func removeImageDir(dir string) {
-	if os.Remove(mountDir(dir)) != nil {
-		if _, err := os.Lstat(mountDir(dir)); !errors.Is(err, fs.ErrNotExist) {
-			return
-		}
-	}
-	// Only names that this package and its drivers make.
-	for _, name := range []string{recordName, "fuse.log"} {
-		os.Remove(filepath.Join(dir, name))
-	}
-	removeTemps(dir)
-	os.Remove(dir)
-}
-
-// removeTemps removes records that a killed process did not finish to write.
-func removeTemps(dir string) {
-	temps, _ := filepath.Glob(filepath.Join(dir, "."+recordName+"*")) // the pattern is good unless dir has wildcards: not ours
-	for _, t := range temps {
-		os.Remove(t)
-	}
-}
-
-// removeEmpty removes an image directory that holds at most an empty mount point.
-func removeEmpty(dir string) error {
-	if err := os.Remove(mountDir(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	removeTemps(dir)
-	return os.Remove(dir)
 }

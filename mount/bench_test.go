@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
@@ -136,7 +137,7 @@ func targets(b *testing.B, files int) []target {
 		b.Fatalf("%v\n%s", err, out)
 	}
 	all := []target{{"tmpfs", func() (string, func()) { return tree, func() {} }}}
-	for _, d := range testDrivers() {
+	for _, d := range []mount.Driver{&erofs.File{}, erofs.Loop{}, fuseDriver()} {
 		path := onTmpfs
 		if d.Name() == "erofs-file" {
 			path = onDisk

@@ -11,9 +11,9 @@ import (
 )
 
 var (
-	// ErrBusy says that something still uses the mount: a holder, or a process with a file or working directory in it.
+	// ErrBusy says that something still uses the mount: a process with a file or working directory in it, or another mount.
 	ErrBusy = sys.ErrBusy
-	// ErrNotFound says that no image of that key is mounted.
+	// ErrNotFound says that the image, or the pool, is not mounted.
 	ErrNotFound = errors.New("not mounted")
 	// ErrUnsupported says that this kernel, this region or these privileges do not allow what was asked for. The
 	// message says what is missing. Another driver may succeed.
@@ -22,28 +22,25 @@ var (
 	ErrCheck = errors.New("image check failed")
 )
 
-// Source is one image to mount: the window [Off, Off+Size) of a region.
+// Source is what a driver mounts: a whole pool, an image file, or a window of a pool.
 type Source struct {
-	// Key names the image; two sources of one key are the same image. Any non-empty string.
+	// Key names the image in messages; it is empty for a pool.
 	Key string
 	// Region is the memory, file or device that holds the bytes. An image file is a region of kind "file".
 	Region region.Info
-	// Off and Size are the window, in bytes. Off is a multiple of 4096 (of 2 MiB for the daxfs driver).
+	// Off and Size are the range in bytes. Off is 0, except for an image inside of a larger file (a multiple of 4096) and for
+	// the windows of the daxfs driver (a multiple of 2 MiB).
 	Off, Size int64
-	// Version tells apart images that one key and one window had one after another: if it is another than when the window
-	// was mounted, that mount shows what is no longer there. Any string; empty if the bytes of a window never change.
-	Version string
 	// Restrict mounts with nosuid and nodev, for directories that other users can reach.
 	Restrict bool
-	// Checked, when not empty, is the reason why daxfs.Check need not run before this mount, for the log: for
-	// example that this process built the image and nobody else can write the region. An image that came from elsewhere,
-	// or that others can write, must leave it empty: the kernel would parse what a stranger wrote.
-	Checked string
 }
 
-// String returns the key and the window, for messages.
+// String returns the key and the range, for messages.
 func (s Source) String() string {
-	return fmt.Sprintf("%q (window %d+%d of %s)", s.Key, s.Off, s.Size, s.Where())
+	if s.Key == "" {
+		return "pool " + s.Where()
+	}
+	return fmt.Sprintf("%q (range %d+%d of %s)", s.Key, s.Off, s.Size, s.Where())
 }
 
 // Where names what holds the bytes: the path of a file or device, or the physical address.
@@ -59,22 +56,18 @@ func (s Source) Where() string {
 	return s.Region.Kind
 }
 
-// same tells whether both sources are the same bytes mounted in the same way.
-func (s Source) same(o Source) bool {
-	return s.Key == o.Key && s.Off == o.Off && s.Size == o.Size && s.Restrict == o.Restrict && s.Version == o.Version &&
-		s.Region.Kind == o.Region.Kind && s.Region.Path == o.Region.Path &&
-		s.Region.BlockDevice == o.Region.BlockDevice && s.Region.Phys == o.Region.Phys
-}
-
-// Driver is one way to make a window a directory. A Driver has no state of its own: what it made is found again
-// from the directory alone, by another process too. All methods are safe for concurrent use with different directories.
+// Driver is one way to make a file system of a pool or an image a directory. A Driver has no state of its own: what it made is
+// found again from the directory alone, by another process too. All methods are safe for concurrent use with different
+// directories.
 type Driver interface {
 	// Name is what the configuration and the command line call it: "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse".
 	Name() string
 	// Sharing says in one sentence which memory the containers share, for people.
 	Sharing() string
-	// Probe tells whether windows of the region can be mounted here. An error wraps ErrUnsupported and says why not and
-	// what would change that.
+	// Windows is true if the driver mounts one window for each image. The other drivers mount a pool once, with all images.
+	Windows() bool
+	// Probe tells whether the region can be mounted here. It tries on a scratch file what can be tried. An error wraps
+	// ErrUnsupported and says why not and what would change that.
 	Probe(ctx context.Context, r region.Info) error
 	// Mount mounts src on the existing directory dir (absolute, no symbolic links). If it fails, nothing is left behind.
 	// An error that wraps ErrUnsupported means that another driver may be tried.
@@ -139,10 +132,10 @@ type Warning func(format string, args ...any)
 // Auto mounts src on dir with the first of the drivers that can, and returns it. Each driver that looked usable and
 // then was not (a kernel that silently dropped DAX, say) is reported to warn, which may be nil.
 func Auto(ctx context.Context, drivers []Driver, src Source, dir string, warn Warning) (Driver, error) {
-	var reasons []string
+	var why reasons
 	for _, d := range drivers {
 		if err := d.Probe(ctx, src.Region); err != nil {
-			reasons = append(reasons, d.Name()+": "+strings.TrimSuffix(err.Error(), ": "+ErrUnsupported.Error()))
+			why.add(d, err)
 			continue
 		}
 		err := d.Mount(ctx, src, dir)
@@ -155,7 +148,16 @@ func Auto(ctx context.Context, drivers []Driver, src Source, dir string, warn Wa
 		if warn != nil {
 			warn("mount %s with %s: %v; trying the next driver", src, d.Name(), err)
 		}
-		reasons = append(reasons, d.Name()+": "+strings.TrimSuffix(err.Error(), ": "+ErrUnsupported.Error()))
+		why.add(d, err)
 	}
-	return nil, fmt.Errorf("no mount driver can show %s: %s: %w", src, strings.Join(reasons, "; "), ErrUnsupported)
+	return nil, fmt.Errorf("no mount driver can show %s: %w", src, why.err())
 }
+
+// reasons collects why no driver works.
+type reasons []string
+
+func (r *reasons) add(d Driver, err error) {
+	*r = append(*r, d.Name()+": "+strings.TrimSuffix(err.Error(), ": "+ErrUnsupported.Error()))
+}
+
+func (r *reasons) err() error { return fmt.Errorf("%s: %w", strings.Join(*r, "; "), ErrUnsupported) }

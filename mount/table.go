@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -9,87 +10,144 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sort"
 	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Table mounts images, each once, and remembers who uses them. It is safe for concurrent use. One process owns a root at
-// a time; the pool's own lock sees to that.
-//
-// Holders live in memory only: the caller stores which snapshot uses which image, and calls Mount again for each after
-// a restart, before Prune.
+// Pool is what a table mounts: one epoch of a pool.
+type Pool struct {
+	// Region is the memory. Where it is a file, Region.FD is the only descriptor that this process has open on it: Alive asks
+	// the kernel whether there are others.
+	Region region.Info
+	// Size is that of the region, in bytes.
+	Size int64
+	// UUID is that of the superblock, so of the epoch.
+	UUID [16]byte
+}
+
+func (p Pool) uuid() string   { return hex.EncodeToString(p.UUID[:]) }
+func (p Pool) source() Source { return Source{Region: p.Region, Size: p.Size} }
+
+// Image is an image that was published in the pool.
+type Image struct {
+	// Key names the image. Any non-empty string.
+	Key string
+	// Name and Nid are the slot: a name in the root directory of the pool, and its inode number.
+	Name string
+	Nid  uint64
+	// Window and WindowSize are the range that the daxfs driver mounts; 0 and 0 if the image has none.
+	Window, WindowSize int64
+	// UUID and Created tell apart images that one key had one after another.
+	UUID    [16]byte
+	Created time.Time
+}
+
+func (img Image) same(o Image) bool {
+	return img.Key == o.Key && img.Name == o.Name && img.Nid == o.Nid && img.Window == o.Window &&
+		img.WindowSize == o.WindowSize && img.UUID == o.UUID && img.Created.Equal(o.Created)
+}
+
+func (img Image) validate() error {
+	switch {
+	case img.Key == "":
+		return errors.New("mount: image without a key")
+	case img.Name == "" || img.Name == "." || img.Name == ".." || filepath.Base(img.Name) != img.Name:
+		return fmt.Errorf("mount image %q: slot %q, expected one name in the root directory of the pool", img.Key, img.Name)
+	case img.Nid == 0:
+		return fmt.Errorf("mount image %q: slot %q without an inode number", img.Key, img.Name)
+	}
+	return nil
+}
+
+// Mounted is one mounted image.
+type Mounted struct {
+	Image
+	// Dir is the directory, absolute. It stays the same for a key and a pool as long as the root does.
+	Dir     string
+	Driver  string
+	Sharing string
+}
+
+// Table mounts a pool once, and binds its images to directories. It is safe for concurrent use. One process owns a root at a
+// time; the lock of the pool sees to that.
 type Table struct {
 	root    string
 	drivers []Driver
+	pool    Pool
 	opts    Options
 
-	// mu guards entries and the fields of an entry that are marked. It is never held during a system call on a mount.
-	// Lock order: entry.work, then mu.
+	// poolWork is held (one token) while the pool is mounted or unmounted: a channel, so that waiting can be cancelled.
+	poolWork chan struct{}
+
+	// mu guards the fields below and those of an entry that are marked. It is never held during a system call on a mount.
+	// Lock order: entry.work, poolWork, mu.
 	mu      sync.Mutex
 	entries map[string]*entry
+	live    *live // nil if the pool is not mounted
 }
 
 // Options of a Table. The zero value is ready to use.
 type Options struct {
-	// Check proves an image before it is mounted; Source.Checked skips it. Nil means CheckImage.
+	// Check proves what others may have written, before the kernel sees it: a pool before it is mounted, a window of an
+	// image before that is. Nil checks nothing.
 	Check func(ctx context.Context, src Source) error
-	// Adopt are drivers besides those given to Open. Images that they mounted, under an earlier configuration, are adopted
-	// and unmounted when no longer used; no new mount is made with them.
+	// Adopt are drivers besides those given to Open. What they mounted, under an earlier configuration, is adopted; no new
+	// mount is made with them.
 	Adopt []Driver
 	// Warn receives what an operator should know but no caller can act upon. Nil drops it.
 	Warn Warning
 }
 
 type entry struct {
-	// work is held (one token) while the image is mounted or unmounted: a channel, so that waiting can be cancelled.
+	// work is held (one token) while the image is mounted or unmounted.
 	work chan struct{}
 	dir  string // <root>/images/<id>
 
 	// Guarded by Table.mu:
-	users   int // goroutines that hold or wait for work; an entry with users is never forgotten
-	driver  Driver
-	src     Source
-	file    string // fileID(src) when it was mounted
-	holders map[string]struct{}
+	users  int    // goroutines that hold or wait for work; an entry with users is never forgotten
+	driver Driver // nil if it is not mounted
+	// windowed is true if driver mounted the window of the image here; else this is a bind of the slot.
+	windowed bool
+	img      Image
+
+	// left is the file system of a window that was unmounted and still lives. It needs work.
+	left sys.Root
 }
 
-// Mounted is one mounted image.
-type Mounted struct {
-	Key string
-	// Dir is the directory, absolute. It stays the same for a key as long as the root does.
-	Dir     string
-	Driver  string
-	Sharing string
-	Source  Source
-	// Holders are the names given to Mount and not yet to Release, sorted.
-	Holders []string
-}
-
-// Open returns the table of a root directory, which is made if it does not exist. The mounts of an earlier process are
-// adopted if they are what their record says and they answer; all others that have a record are removed. Adopted images have
-// no holders yet.
-func Open(ctx context.Context, root string, drivers []Driver, opts Options) (*Table, error) {
+// Open returns the table of a root directory, which is made if it does not exist. What an earlier process mounted of the same
+// pool is adopted if it is what its record says and it answers. Mounts of other pools, and of another version of the
+// program, stay as they are: see Stale.
+func Open(ctx context.Context, root string, drivers []Driver, p Pool, opts Options) (*Table, error) {
 	if len(drivers) == 0 {
 		return nil, errors.New("mount table: no drivers given")
 	}
+	if p.UUID == [16]byte{} {
+		return nil, errors.New("mount table: the pool has no UUID")
+	}
 	if opts.Check == nil {
-		opts.Check = CheckImage
+		opts.Check = func(context.Context, Source) error { return nil }
 	}
 	if opts.Warn == nil {
 		opts.Warn = func(string, ...any) {}
 	}
-	if err := os.MkdirAll(filepath.Join(root, "images"), 0o700); err != nil {
-		return nil, fmt.Errorf("mount table: %w", err)
+	for _, dir := range []string{"images", "live"} {
+		dir = filepath.Join(root, dir)
+		if err := errors.Join(os.MkdirAll(dir, 0o700), os.Chmod(dir, 0o700)); err != nil {
+			return nil, fmt.Errorf("mount table: %w", err)
+		}
 	}
 	root, err := sys.Real(root)
 	if err != nil {
 		return nil, fmt.Errorf("mount table: %w", err)
 	}
-	t := &Table{root: root, drivers: drivers, opts: opts, entries: map[string]*entry{}}
-	if err := os.Chmod(filepath.Join(root, "images"), 0o700); err != nil {
-		return nil, fmt.Errorf("mount table: %w", err)
+	t := &Table{
+		root: root, drivers: drivers, pool: p, opts: opts,
+		poolWork: make(chan struct{}, 1), entries: map[string]*entry{},
 	}
 	if err := t.adopt(ctx); err != nil {
 		return nil, fmt.Errorf("mount table: %w", err)
@@ -97,15 +155,22 @@ func Open(ctx context.Context, root string, drivers []Driver, opts Options) (*Ta
 	return t, nil
 }
 
-// id is the directory name of a key. Keys hold slashes and colons and have any length, and some file systems fold case.
-func id(key string) string {
-	sum := sha256.Sum256([]byte(key))
-	return hex.EncodeToString(sum[:12])
+// id is the directory name of a key or a UUID. Keys hold slashes and colons and have any length, and some file systems fold
+// case. It depends on the pool: directories of another pool or epoch are never met.
+func (p Pool) id(key string) string {
+	h := sha256.New()
+	h.Write(p.UUID[:])
+	h.Write([]byte(key))
+	return hex.EncodeToString(h.Sum(nil))[:idLen]
 }
 
-func (t *Table) imageDir(key string) string { return filepath.Join(t.root, "images", id(key)) }
+const idLen = 24
 
-func mountDir(imageDir string) string { return filepath.Join(imageDir, "mnt") }
+func (t *Table) imageDir(key string) string { return filepath.Join(t.root, "images", t.pool.id(key)) }
+func (t *Table) liveDir() string            { return filepath.Join(t.root, "live", t.pool.id("")) }
+
+// mountDir is the mount point in a directory of the table.
+func mountDir(dir string) string { return filepath.Join(dir, "mnt") }
 
 // Dir returns where the image of that key is or would be mounted.
 func (t *Table) Dir(key string) string { return mountDir(t.imageDir(key)) }
@@ -115,7 +180,7 @@ func (t *Table) acquire(ctx context.Context, key string) (*entry, error) {
 	t.mu.Lock()
 	e := t.entries[key]
 	if e == nil {
-		e = &entry{work: make(chan struct{}, 1), dir: t.imageDir(key), holders: map[string]struct{}{}}
+		e = &entry{work: make(chan struct{}, 1), dir: t.imageDir(key)}
 		t.entries[key] = e
 	}
 	e.users++
@@ -135,177 +200,233 @@ func (t *Table) release(key string, e *entry) {
 	t.leave(key, e)
 }
 
+// leave forgets an entry that stands for nothing any more.
 func (t *Table) leave(key string, e *entry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e.users--
-	t.forget(key, e)
-}
-
-// forget drops an entry that stands for nothing any more. It needs Table.mu. An image that was lost and could not be mounted
-// again keeps its entry as long as it has holders: they are still its users when it comes back.
-func (t *Table) forget(key string, e *entry) {
-	if e.users == 0 && e.driver == nil && len(e.holders) == 0 && t.entries[key] == e {
+	if e.users == 0 && e.driver == nil && t.entries[key] == e {
 		delete(t.entries, key)
 	}
 }
 
-// Mount mounts the image unless it is mounted already, and adds holder to its users; the same holder counts once. Of
-// concurrent calls for one key one does the work. A mount that no longer answers (its FUSE server died) is replaced: what was
-// opened through the old one keeps failing, new containers work.
+// Mount mounts the image unless it is mounted already. Of concurrent calls for one key one does the work. A mount that no longer
+// answers (its FUSE server died) is replaced: what was opened through the old one keeps failing, new containers work.
 //
-// An image that is mounted from another window or region is unmounted and mounted anew if it has no holder, else Mount fails
-// with ErrBusy.
-func (t *Table) Mount(ctx context.Context, src Source, holder string) (Mounted, error) {
-	if err := src.validate(); err != nil {
+// An image that has the key of another one is mounted only after that was unmounted; Mount does it, or fails with ErrBusy.
+func (t *Table) Mount(ctx context.Context, img Image) (Mounted, error) {
+	if err := img.validate(); err != nil {
 		return Mounted{}, err
 	}
-	if holder == "" {
-		return Mounted{}, fmt.Errorf("mount %s: empty holder name", src)
-	}
-	e, err := t.acquire(ctx, src.Key)
+	e, err := t.acquire(ctx, img.Key)
 	if err != nil {
 		return Mounted{}, err
 	}
-	defer t.release(src.Key, e)
-	if err := t.ensure(ctx, e, src); err != nil {
+	defer t.release(img.Key, e)
+	if err := t.ensure(ctx, e, img); err != nil {
 		return Mounted{}, err
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	e.holders[holder] = struct{}{}
 	return e.mounted(), nil
 }
 
-// ensure makes e mounted from src. The caller holds the work token.
-func (t *Table) ensure(ctx context.Context, e *entry, src Source) error {
+// state returns what e stands for. The caller holds the work token.
+func (t *Table) state(e *entry) (d Driver, windowed bool, img Image) {
 	t.mu.Lock()
-	driver, old, holders := e.driver, e.src, len(e.holders)
-	t.mu.Unlock()
-	if driver != nil {
-		same := old.same(src)
-		if same {
-			err := e.match(ctx)
-			if err == nil {
-				return nil
-			}
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			t.opts.Warn("image %q has to be mounted again: %v", src.Key, err)
-		} else if holders > 0 {
-			return fmt.Errorf("image %q is mounted from %s+%d and has %d holders, cannot mount %s: %w",
-				src.Key, old.Where(), old.Off, holders, src, ErrBusy)
-		}
-		if err := t.discard(ctx, e, driver); err != nil {
-			return err
-		}
-	}
-	if src.Checked == "" {
-		if err := t.opts.Check(ctx, src); err != nil {
-			return err
-		}
-	}
-	dir := mountDir(e.dir)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("mount %s: %w", src, err)
-	}
-	// The record comes first: whatever happens after it, the next process knows what may be there.
-	rec := newRecord("", src)
-	if err := rec.write(e.dir); err != nil {
-		return fmt.Errorf("mount %s: %w", src, err)
-	}
-	d, err := Auto(ctx, t.drivers, src, dir, t.opts.Warn)
-	if err != nil {
-		removeImageDir(e.dir)
-		return err
-	}
-	rec.Driver = d.Name()
-	if err := rec.write(e.dir); err != nil {
-		err = fmt.Errorf("mount %s: %w", src, err)
-		if uerr := d.Unmount(context.WithoutCancel(ctx), dir); uerr != nil {
-			return errors.Join(err, uerr)
-		}
-		removeImageDir(e.dir)
-		return err
-	}
-	t.mu.Lock()
-	e.driver, e.src, e.file = d, src, rec.File
-	t.mu.Unlock()
-	return nil
+	defer t.mu.Unlock()
+	return e.driver, e.windowed, e.img
 }
 
-// discard takes a mount away that is dead or of another window, and whoever still has files open in it keeps them.
-func (t *Table) discard(ctx context.Context, e *entry, d Driver) error {
+// set changes what e stands for; a nil driver means nothing. The caller holds the work token.
+func (t *Table) set(e *entry, d Driver, windowed bool, img Image) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e.driver, e.windowed, e.img = d, windowed, img
+}
+
+// ensure makes e mounted from img. The caller holds the work token.
+func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
+	driver, windowed, old := t.state(e)
+	switch {
+	case driver != nil && !old.same(img):
+		if err := t.unmount(ctx, e); err != nil {
+			return fmt.Errorf("image %q is another one than the one that is mounted: %w", img.Key, err)
+		}
+	case driver != nil:
+		err := t.match(ctx, e, windowed, img)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		t.opts.Warn("image %q has to be mounted again: %v", img.Key, err)
+	}
+	// Whatever lies on the mount point now is dead, or was not to be adopted.
 	if err := sys.Detach(mountDir(e.dir)); err != nil {
 		return err
 	}
-	if err := d.Unmount(ctx, mountDir(e.dir)); err != nil {
+	t.set(e, nil, false, Image{})
+	d, windowed, err := t.mountImage(ctx, e.dir, img)
+	if err != nil {
+		removeDir(e.dir)
 		return err
 	}
-	t.mu.Lock()
-	e.driver = nil
-	t.mu.Unlock()
+	t.set(e, d, windowed, img)
 	return nil
 }
 
-// Release takes holder off the users of an image. It never unmounts: that may take long, and the next container of the
-// image finds its pages in memory. It returns how many holders remain. Releasing what is not held is no error.
-func (t *Table) Release(key, holder string) int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	e := t.entries[key]
-	if e == nil {
-		return 0
+// match tells whether what is mounted is img, and answers.
+func (t *Table) match(ctx context.Context, e *entry, windowed bool, img Image) error {
+	dir := mountDir(e.dir)
+	if windowed {
+		t.mu.Lock()
+		d := e.driver
+		t.mu.Unlock()
+		return d.Match(ctx, t.window(img), dir)
 	}
-	delete(e.holders, holder)
-	t.forget(key, e)
-	return len(e.holders)
+	t.mu.Lock()
+	l := t.live
+	t.mu.Unlock()
+	if l == nil {
+		return errors.New("the pool is not mounted")
+	}
+	if err := t.answers(ctx, l); err != nil {
+		return err
+	}
+	return l.matchBind(dir, img)
 }
 
-// Unmount unmounts an image that has no holder. It fails with ErrBusy if it has, or if the kernel says so, and with
-// ErrNotFound if it is not mounted.
+// window is the source of an image for a driver that mounts windows.
+func (t *Table) window(img Image) Source {
+	return Source{Key: img.Key, Region: t.pool.Region, Off: img.Window, Size: img.WindowSize}
+}
+
+// mountImage mounts img below dir with the first driver that can.
+func (t *Table) mountImage(ctx context.Context, dir string, img Image) (d Driver, windowed bool, err error) {
+	if err := os.MkdirAll(mountDir(dir), 0o755); err != nil {
+		return nil, false, fmt.Errorf("mount image %q: %w", img.Key, err)
+	}
+	var why reasons
+	for _, d := range t.drivers {
+		if d.Windows() {
+			err = t.mountWindow(ctx, d, dir, img)
+			windowed = true
+		} else {
+			d, err = t.bind(ctx, d, dir, img)
+			windowed = false
+		}
+		if err == nil {
+			return d, windowed, nil
+		}
+		if !errors.Is(err, ErrUnsupported) {
+			return nil, false, fmt.Errorf("mount image %q: %w", img.Key, err)
+		}
+		why.add(d, err)
+	}
+	return nil, false, fmt.Errorf("no mount driver can show image %q of %s: %w", img.Key, t.pool.source(), why.err())
+}
+
+// mountWindow mounts the window of img with d.
+func (t *Table) mountWindow(ctx context.Context, d Driver, dir string, img Image) error {
+	if img.WindowSize == 0 {
+		return fmt.Errorf("the pool has no window for the image (see pool.windows): %w", ErrUnsupported)
+	}
+	if err := d.Probe(ctx, t.pool.Region); err != nil {
+		return err
+	}
+	src := t.window(img)
+	if err := t.opts.Check(ctx, src); err != nil {
+		return err
+	}
+	// The record comes first: whatever happens after it, the next process knows what may be there.
+	if err := writeRecord(dir, recordName, img.record(t.pool, d.Name(), true)); err != nil {
+		return err
+	}
+	return d.Mount(ctx, src, mountDir(dir))
+}
+
+// bind mounts the pool with d, unless it is mounted, and binds the slot of img. It returns the driver that mounted the pool.
+func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driver, error) {
+	l, err := t.ensurePool(ctx, d)
+	if err != nil {
+		return d, err
+	}
+	if err := writeRecord(dir, recordName, img.record(t.pool, l.driver.Name(), false)); err != nil {
+		return l.driver, err
+	}
+	return l.driver, l.bind(ctx, img, mountDir(dir))
+}
+
+// Bind shows a mounted image on another directory as well, for a user who asked for that: with nosuid and nodev if restrict is
+// set. It is an ordinary mount, which umount(8) removes; UsedBy tells of it.
+func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error {
+	e, err := t.acquire(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer t.release(key, e)
+	if d, _, _ := t.state(e); d == nil {
+		return fmt.Errorf("image %q: %w", key, ErrNotFound)
+	}
+	c, err := sys.OpenClone(mountDir(e.dir))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return c.Attach(dir, restrict)
+}
+
+// Unmount unmounts an image. It fails with ErrBusy while anything in any mount namespace uses the mount, and with ErrNotFound if
+// it is not mounted.
+//
+// Copies of the mount that a mount namespace got when it was made are unmounted there too. If one of them is in use, the image is
+// unmounted here all the same, and another Unmount tries again.
 func (t *Table) Unmount(ctx context.Context, key string) error {
 	e, err := t.acquire(ctx, key)
 	if err != nil {
 		return err
 	}
 	defer t.release(key, e)
-	t.mu.Lock()
-	d, holders := e.driver, e.holderNames()
-	t.mu.Unlock()
-	if d == nil {
+	if d, _, _ := t.state(e); d == nil {
 		return fmt.Errorf("image %q: %w", key, ErrNotFound)
 	}
-	if len(holders) > 0 {
-		return fmt.Errorf("image %q: %w by %d holders: %q", key, ErrBusy, len(holders), holders)
-	}
-	if err := d.Unmount(ctx, mountDir(e.dir)); err != nil {
-		return fmt.Errorf("image %q: %w", key, err)
-	}
-	t.mu.Lock()
-	e.driver = nil
-	t.mu.Unlock()
-	removeImageDir(e.dir)
-	return nil
+	return t.unmount(ctx, e)
 }
 
-// Prune unmounts every image without holders. What is busy stays and is part of the error; the others are unmounted all
-// the same.
-func (t *Table) Prune(ctx context.Context) error {
-	var errs []error
-	for _, m := range t.List() {
-		if len(m.Holders) > 0 {
-			continue
-		}
-		if err := t.Unmount(ctx, m.Key); err != nil && !errors.Is(err, ErrNotFound) {
-			errs = append(errs, err)
-		}
-		if ctx.Err() != nil {
-			break
-		}
+// unmount is Unmount of an entry. The caller holds the work token.
+func (t *Table) unmount(ctx context.Context, e *entry) error {
+	driver, windowed, img := t.state(e)
+	dir := mountDir(e.dir)
+	root, mounted, err := sys.MountRoot(dir)
+	if err != nil && !errors.Is(err, unix.ENOTCONN) {
+		return fmt.Errorf("image %q: %w", img.Key, err)
 	}
-	return errors.Join(errs...)
+	if windowed {
+		err = driver.Unmount(ctx, dir)
+	} else {
+		err = sys.Unmount(ctx, dir)
+	}
+	if err != nil {
+		return fmt.Errorf("image %q: %w", img.Key, err)
+	}
+	if err := t.removeCopies(ctx, "images/"+filepath.Base(e.dir)+"/mnt"); err != nil {
+		return fmt.Errorf("image %q: %w", img.Key, err)
+	}
+	if windowed && mounted {
+		e.left = root
+	}
+	if e.left != (sys.Root{}) {
+		// No mount table shows it any more; a lazily unmounted overlay would keep the superblock all the same.
+		if free, err := sys.DeviceNumberFree(e.left.Major, e.left.Minor); err != nil || !free {
+			return fmt.Errorf("image %q: the file system %d:%d is still in use: %w", img.Key, e.left.Major, e.left.Minor, cmp.Or(err, ErrBusy))
+		}
+		e.left = sys.Root{}
+	}
+	t.set(e, nil, false, Image{})
+	removeDir(e.dir)
+	return nil
 }
 
 // Get returns the image of that key if it is mounted. It asks nothing of the file system.
@@ -329,44 +450,11 @@ func (t *Table) List() []Mounted {
 			out = append(out, e.mounted())
 		}
 	}
-	slices.SortFunc(out, func(a, b Mounted) int {
-		if a.Key < b.Key {
-			return -1
-		}
-		return 1
-	})
+	slices.SortFunc(out, func(a, b Mounted) int { return cmp.Compare(a.Key, b.Key) })
 	return out
 }
 
-// Close releases nothing and unmounts nothing: see Lifetimes in the package documentation. It exists so that owners can
-// treat a Table like their other parts.
-func (t *Table) Close() error { return nil }
-
 // mounted needs Table.mu.
 func (e *entry) mounted() Mounted {
-	return Mounted{
-		Key: e.src.Key, Dir: mountDir(e.dir), Driver: e.driver.Name(), Sharing: e.driver.Sharing(),
-		Source: e.src, Holders: e.holderNames(),
-	}
-}
-
-func (e *entry) holderNames() []string {
-	names := make([]string, 0, len(e.holders))
-	for h := range e.holders {
-		names = append(names, h)
-	}
-	sort.Strings(names)
-	return names
-}
-
-func (s Source) validate() error {
-	switch {
-	case s.Key == "":
-		return errors.New("mount: source without a key")
-	case s.Off < 0 || s.Off%4096 != 0:
-		return fmt.Errorf("mount %s: the window starts at %d, expected a multiple of 4096", s, s.Off)
-	case s.Size < 4096 || s.Size > 1<<62-s.Off:
-		return fmt.Errorf("mount %s: the window has %d bytes, expected at least 4096", s, s.Size)
-	}
-	return nil
+	return Mounted{Image: e.img, Dir: mountDir(e.dir), Driver: e.driver.Name(), Sharing: e.driver.Sharing()}
 }

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,8 +22,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	mounttest.Main(m, map[string]func([]string) error{"serve": fusefs.ServeArgs})
+	mounttest.Main(m, helpers)
 }
+
+var helpers = map[string]func([]string) error{"serve": fusefs.ServeArgs}
 
 // counting is a driver that counts its mounts.
 type counting struct {
@@ -37,24 +41,6 @@ func (c *counting) Mount(ctx context.Context, src mount.Source, dir string) erro
 	return c.Driver.Mount(ctx, src, dir)
 }
 
-// image makes an image file of one small file and returns it as a source.
-func image(t *testing.T, key, contents string) mount.Source {
-	t.Helper()
-	tree, path := t.TempDir(), filepath.Join(t.TempDir(), "image")
-	if err := os.WriteFile(filepath.Join(tree, "file"), []byte(contents), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	mounttest.Mkfs(t, tree, path)
-	st, err := os.Stat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return mount.Source{
-		Key: key, Size: st.Size(), Region: region.Info{Kind: region.KindFile, Path: path, FD: -1},
-		Checked: "made by mkfs.erofs just now",
-	}
-}
-
 // warnings collects warnings.
 type warnings struct {
 	mu   sync.Mutex
@@ -67,21 +53,109 @@ func (w *warnings) add(format string, args ...any) {
 	w.text = append(w.text, fmt.Sprintf(format, args...))
 }
 
-func open(t *testing.T, root string, opts mount.Options, drivers ...mount.Driver) *mount.Table {
+// bed is a pool and the root of a table for it.
+type bed struct {
+	*mounttest.LivePool
+	root string
+	kind string
+	made map[string]mount.Image
+}
+
+// eachDriver runs f on all ways of mounting a pool, with a pool for each.
+func eachDriver(t *testing.T, f func(t *testing.T, b *bed, d mount.Driver)) {
+	mounttest.Root(t)
+	for _, tc := range []struct {
+		name   string
+		driver mount.Driver
+		tmpfs  bool
+	}{
+		{"file", &erofs.File{}, false},
+		{"loop", erofs.Loop{}, false},
+		{"loop over tmpfs", erofs.Loop{}, true},
+		{"fuse", fuseDriver(), false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newBed(t, tc.tmpfs, tc.driver.Name() == "erofs-loop")
+			if err := tc.driver.Probe(t.Context(), b.pool().Region); errors.Is(err, mount.ErrUnsupported) {
+				t.Skip(err)
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			f(t, b, tc.driver)
+		})
+	}
+}
+
+func fuseDriver() mount.Driver {
+	cmd := mounttest.Command("serve")
+	return fusefs.Driver{Command: []string{cmd.Path}, Env: cmd.Env}
+}
+
+func newBed(t *testing.T, tmpfs, device bool) *bed {
+	t.Helper()
+	dir, kind := t.TempDir(), region.KindFile
+	if tmpfs {
+		kind = region.KindTmpfs
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { sys.Detach(dir) })
+	}
+	b := &bed{root: t.TempDir(), kind: kind, made: map[string]mount.Image{}}
+	b.LivePool = mounttest.NewLivePool(t, filepath.Join(dir, "pool"), device)
+	return b
+}
+
+// fileBed is a pool on a disk, for tests that are the same for all drivers.
+func fileBed(t *testing.T) *bed {
+	mounttest.Root(t)
+	return newBed(t, false, true)
+}
+
+func (b *bed) pool() mount.Pool {
+	return mount.Pool{
+		Region: region.Info{Kind: b.kind, Path: b.Path, FD: int(b.File.Fd())}, Size: b.Size, UUID: b.G.UUID,
+	}
+}
+
+// add publishes an image of the file "file".
+func (b *bed) add(t *testing.T, key, contents string) mount.Image {
+	t.Helper()
+	return image(key, b.Publish(t, map[string]string{"file": contents}))
+}
+
+func image(key string, s mounttest.Slot) mount.Image {
+	return mount.Image{Key: key, Name: s.Name, Nid: s.Nid, UUID: [16]byte{byte(s.N)}, Created: time.Unix(int64(s.N), 0)}
+}
+
+func (b *bed) open(t *testing.T, opts mount.Options, drivers ...mount.Driver) *mount.Table {
 	t.Helper()
 	if len(drivers) == 0 {
 		drivers = []mount.Driver{erofs.Loop{}}
 	}
-	tab, err := mount.Open(t.Context(), root, drivers, opts)
+	tab, err := mount.Open(t.Context(), b.root, drivers, b.pool(), opts)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		for _, m := range tab.List() {
-			sys.Detach(m.Dir)
-		}
-	})
+	t.Cleanup(func() { detachAll(b.root) })
 	return tab
+}
+
+// detachAll removes what lies below the root of a table.
+func detachAll(root string) {
+	dirs, _ := filepath.Glob(filepath.Join(root, "*", "*", "mnt"))
+	for _, dir := range dirs {
+		sys.Detach(dir)
+	}
+}
+
+func mustMount(t *testing.T, tab *mount.Table, img mount.Image) mount.Mounted {
+	t.Helper()
+	m, err := tab.Mount(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
 }
 
 func read(t *testing.T, dir string) string {
@@ -93,383 +167,257 @@ func read(t *testing.T, dir string) string {
 	return string(b)
 }
 
-func TestTableMountsOnce(t *testing.T) {
-	mounttest.Root(t)
-	drv := &counting{Driver: erofs.Loop{}}
-	tab := open(t, t.TempDir(), mount.Options{}, drv)
-	src := image(t, "sha256:aa/bb", "one")
-	var wg sync.WaitGroup
-	for i := range 16 {
-		wg.Go(func() {
-			if _, err := tab.Mount(t.Context(), src, fmt.Sprint("holder-", i%8)); err != nil {
-				t.Error(err)
+func devOf(t *testing.T, path string) uint64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Dev
+}
+
+// One superblock serves all images, those too that are published after it was mounted; and equal files are one inode.
+func TestOnePoolManyImages(t *testing.T) {
+	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
+		drv := &counting{Driver: d}
+		tab := b.open(t, mount.Options{}, drv)
+		var dirs []string
+		for i := range 20 {
+			s := b.Publish(t, map[string]string{"file": fmt.Sprint("own ", i), "sub/common": "common"})
+			m := mustMount(t, tab, image(fmt.Sprint("image/", i), s))
+			if got := read(t, m.Dir); got != fmt.Sprint("own ", i) || m.Driver != d.Name() || m.Dir != tab.Dir(m.Key) {
+				t.Fatalf("image %d: read %q from %+v", i, got, m)
 			}
-		})
-	}
-	wg.Wait()
-	if drv.mounts != 1 {
-		t.Errorf("mounted %d times, expected once", drv.mounts)
-	}
-	m, ok := tab.Get(src.Key)
-	if !ok || len(m.Holders) != 8 || m.Driver != "erofs-loop" || m.Dir != tab.Dir(src.Key) {
-		t.Fatalf("got %+v", m)
-	}
-	if got := read(t, m.Dir); got != "one" {
-		t.Errorf("read %q", got)
-	}
-	if err := tab.Unmount(t.Context(), src.Key); !errors.Is(err, mount.ErrBusy) {
-		t.Errorf("unmount of a held image: %v, expected ErrBusy", err)
-	}
-	for i := range 8 {
-		if left := tab.Release(src.Key, fmt.Sprint("holder-", i)); left != 7-i {
-			t.Errorf("%d holders left, expected %d", left, 7-i)
+			dirs = append(dirs, m.Dir)
 		}
-	}
-	if got := read(t, m.Dir); got != "one" { // Release unmounts nothing
-		t.Errorf("read %q", got)
-	}
-	if err := tab.Prune(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(filepath.Dir(m.Dir)); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the image directory is still there: %v", err)
-	}
-	if err := tab.Unmount(t.Context(), src.Key); !errors.Is(err, mount.ErrNotFound) {
-		t.Errorf("second unmount: %v, expected ErrNotFound", err)
-	}
-	st, err := os.Stat(filepath.Dir(filepath.Dir(m.Dir)))
-	if err != nil || st.Mode().Perm() != 0o700 {
-		t.Errorf("images directory: %v, %v; expected mode 0700", st.Mode(), err)
-	}
-}
-
-func TestTableAdoptsAfterRestart(t *testing.T) {
-	mounttest.Root(t)
-	root := t.TempDir()
-	drv := &counting{Driver: erofs.Loop{}}
-	first := open(t, root, mount.Options{}, drv)
-	src, other := image(t, "a", "one"), image(t, "b", "two")
-	m, err := first.Mount(t.Context(), src, "h")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := first.Mount(t.Context(), other, "h"); err != nil {
-		t.Fatal(err)
-	}
-	if err := first.Close(); err != nil {
-		t.Fatal(err)
-	}
-	var w warnings
-	second := open(t, root, mount.Options{Warn: w.add}, drv)
-	if got := second.List(); len(got) != 2 || got[0].Key != "a" || got[0].Dir != m.Dir || len(got[0].Holders) != 0 {
-		t.Fatalf("adopted %+v", got)
-	}
-	if _, err := second.Mount(t.Context(), src, "h"); err != nil {
-		t.Fatal(err)
-	}
-	if drv.mounts != 2 || len(w.text) != 0 {
-		t.Errorf("%d mounts, expected 2; warnings %q", drv.mounts, w.text)
-	}
-	if err := second.Prune(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if got := second.List(); len(got) != 1 || got[0].Key != "a" {
-		t.Errorf("after prune: %+v", got)
-	}
-}
-
-// What lies on the mount points after a restart is not what the records say: nothing of it is used.
-func TestTableAdoptsNothingElse(t *testing.T) {
-	mounttest.Root(t)
-	for name, spoil := range map[string]func(t *testing.T, m mount.Mounted){
-		"unmounted": func(t *testing.T, m mount.Mounted) { sys.Detach(m.Dir) },
-		"tmpfs on top": func(t *testing.T, m mount.Mounted) {
-			if err := unix.Mount("tmpfs", m.Dir, "tmpfs", 0, ""); err != nil {
-				t.Fatal(err)
-			}
-		},
-		"another image": func(t *testing.T, m mount.Mounted) {
-			sys.Detach(m.Dir)
-			if err := (erofs.Loop{}).Mount(t.Context(), image(t, "x", "evil"), m.Dir); err != nil {
-				t.Fatal(err)
-			}
-		},
-		"another file at the path": func(t *testing.T, m mount.Mounted) {
-			b, err := os.ReadFile(m.Source.Region.Path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(m.Source.Region.Path+".new", b, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Rename(m.Source.Region.Path+".new", m.Source.Region.Path); err != nil {
-				t.Fatal(err)
-			}
-		},
-		"record of a crash": func(t *testing.T, m mount.Mounted) {
-			rec := filepath.Join(filepath.Dir(m.Dir), "image.json")
-			b, err := os.ReadFile(rec)
-			if err != nil {
-				t.Fatal(err)
-			}
-			b = []byte(string(b[:len(`{"version":1,"driver":"`)]) + string(b[len(`{"version":1,"driver":"erofs-loop`):]))
-			if err := os.WriteFile(rec, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			root := t.TempDir()
-			first := open(t, root, mount.Options{})
-			src := image(t, "a", "one")
-			m, err := first.Mount(t.Context(), src, "h")
-			if err != nil {
-				t.Fatal(err)
-			}
-			spoil(t, m)
-			second := open(t, root, mount.Options{})
-			if got := second.List(); len(got) != 0 {
-				t.Errorf("adopted %+v", got)
-			}
-			if m, _, err := sys.Top(m.Dir); m != nil || err != nil {
-				t.Errorf("still mounted: %+v, %v", m, err)
-			}
-			m, err = second.Mount(t.Context(), src, "h")
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got := read(t, m.Dir); got != "one" {
-				t.Errorf("read %q", got)
-			}
-		})
-	}
-}
-
-// Directories below images/ that the table did not make stay as they are.
-func TestTableLeavesForeignDirectories(t *testing.T) {
-	mounttest.Root(t)
-	root := t.TempDir()
-	foreign := filepath.Join(root, "images", "foreign", "mnt")
-	if err := os.MkdirAll(foreign, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", foreign, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	defer sys.Detach(foreign)
-	var w warnings
-	open(t, root, mount.Options{Warn: w.add})
-	if m, _, err := sys.Top(foreign); m == nil || err != nil {
-		t.Errorf("the foreign mount is gone: %v", err)
-	}
-	if len(w.text) != 1 {
-		t.Errorf("warnings %q, expected one", w.text)
-	}
-}
-
-func TestTableOtherWindow(t *testing.T) {
-	mounttest.Root(t)
-	tab := open(t, t.TempDir(), mount.Options{})
-	src, moved := image(t, "a", "one"), image(t, "a", "moved")
-	if _, err := tab.Mount(t.Context(), src, "h"); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tab.Mount(t.Context(), moved, "h2"); !errors.Is(err, mount.ErrBusy) {
-		t.Fatalf("mount from elsewhere of a held image: %v, expected ErrBusy", err)
-	}
-	tab.Release("a", "h")
-	m, err := tab.Mount(t.Context(), moved, "h2")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := read(t, m.Dir); got != "moved" {
-		t.Errorf("read %q", got)
-	}
-}
-
-// The same key in the same window, but not the same image: after a restart the old mount must not pass for the new one.
-func TestTableOtherVersion(t *testing.T) {
-	mounttest.Root(t)
-	root := t.TempDir()
-	drv := &counting{Driver: erofs.Loop{}}
-	tab := open(t, root, mount.Options{}, drv)
-	src := image(t, "a", "one")
-	src.Version = "1"
-	if _, err := tab.Mount(t.Context(), src, "h"); err != nil {
-		t.Fatal(err)
-	}
-	for i, version := range []string{"1", "2"} {
-		src.Version = version
-		tab = open(t, root, mount.Options{}, drv)
-		if _, err := tab.Mount(t.Context(), src, "h"); err != nil {
+		var first, st unix.Stat_t
+		if err := unix.Stat(filepath.Join(dirs[0], "sub/common"), &first); err != nil {
 			t.Fatal(err)
 		}
-		if drv.mounts != i+1 {
-			t.Errorf("version %s: mounted %d times, expected %d", version, drv.mounts, i+1)
+		for _, dir := range dirs {
+			if err := unix.Stat(filepath.Join(dir, "sub/common"), &st); err != nil || st.Ino != first.Ino || st.Dev != first.Dev {
+				t.Errorf("%s: inode %d of device %#x, expected %d of %#x; %v", dir, st.Ino, st.Dev, first.Ino, first.Dev, err)
+			}
+		}
+		if drv.mounts != 1 {
+			t.Errorf("mounted %d times, expected once", drv.mounts)
+		}
+		if err := tab.UnmountPool(t.Context()); !errors.Is(err, mount.ErrBusy) {
+			t.Errorf("unmount of a pool with images: %v, expected ErrBusy", err)
+		}
+		if alive, err := tab.Alive(t.Context()); err != nil || !alive {
+			t.Errorf("alive: %t, %v", alive, err)
+		}
+		if err := tab.Healthy(t.Context()); err != nil {
+			t.Error(err)
+		}
+		for i := range 20 {
+			if err := tab.Unmount(t.Context(), fmt.Sprint("image/", i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := tab.UnmountPool(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		gone(t, tab)
+		for _, dir := range []string{"images", "live"} {
+			if left, err := os.ReadDir(filepath.Join(b.root, dir)); err != nil || len(left) > 0 {
+				t.Errorf("left in %s: %v, %v", dir, left, err)
+			}
+		}
+	})
+}
+
+// gone waits until nothing of the pool lives: a server needs a moment to end.
+func gone(t *testing.T, tab *mount.Table) {
+	t.Helper()
+	for range 500 {
+		alive, err := tab.Alive(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !alive {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Error("the pool is still alive")
+}
+
+func TestConcurrentMounts(t *testing.T) {
+	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
+		drv := &counting{Driver: d}
+		tab := b.open(t, mount.Options{}, drv)
+		var images []mount.Image
+		for i := range 8 {
+			images = append(images, b.add(t, fmt.Sprint(i), fmt.Sprint(i)))
+		}
+		var wg sync.WaitGroup
+		for i := range 32 {
+			wg.Go(func() {
+				m, err := tab.Mount(t.Context(), images[i%8])
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if b, err := os.ReadFile(filepath.Join(m.Dir, "file")); err != nil || string(b) != fmt.Sprint(i%8) {
+					t.Errorf("image %d: %q, %v", i%8, b, err)
+				}
+			})
+		}
+		wg.Wait()
+		if drv.mounts != 1 || len(tab.List()) != 8 {
+			t.Errorf("%d mounts, %d images", drv.mounts, len(tab.List()))
+		}
+	})
+}
+
+// A bind has a directory of its own around it, and shares no peer group with others.
+func TestBindsAreApart(t *testing.T) {
+	b := fileBed(t)
+	if err := unix.Mount(b.root, b.root, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Detach(b.root)
+	if err := unix.Mount("", b.root, "", unix.MS_SHARED, ""); err != nil { // as systemd does
+		t.Fatal(err)
+	}
+	tab := b.open(t, mount.Options{})
+	groups := map[string]bool{}
+	for i := range 3 {
+		m := mustMount(t, tab, b.add(t, fmt.Sprint(i), "x"))
+		info, n, err := sys.Top(m.Dir)
+		if err != nil || n != 1 {
+			t.Fatalf("%d mounts, %v", n, err)
+		}
+		if !strings.Contains(info.Optional, "shared:") || groups[info.Optional] {
+			t.Errorf("%s: %q, expected a peer group of its own", m.Dir, info.Optional)
+		}
+		groups[info.Optional] = true
+		if des, err := os.ReadDir(filepath.Dir(m.Dir)); err != nil || len(des) != 2 { // mnt and its record
+			t.Errorf("beside the bind: %v, %v", des, err)
+		}
+	}
+	for _, dir := range []string{"images", "live"} {
+		if st, err := os.Stat(filepath.Join(b.root, dir)); err != nil || st.Mode().Perm() != 0o700 {
+			t.Errorf("%s: %v, %v; expected mode 0700", dir, st.Mode(), err)
 		}
 	}
 }
 
-func TestTableRepairsLostMount(t *testing.T) {
-	mounttest.Root(t)
-	var w warnings
-	tab := open(t, t.TempDir(), mount.Options{Warn: w.add})
-	src := image(t, "a", "one")
-	m, err := tab.Mount(t.Context(), src, "h")
-	if err != nil {
+func TestBindForUser(t *testing.T) {
+	b := fileBed(t)
+	tab := b.open(t, mount.Options{})
+	img := b.add(t, "a", "one")
+	if err := tab.Bind(t.Context(), "a", t.TempDir(), true); !errors.Is(err, mount.ErrNotFound) {
+		t.Errorf("bind of what is not mounted: %v", err)
+	}
+	mustMount(t, tab, img)
+	dir := t.TempDir()
+	if err := tab.Bind(t.Context(), "a", dir, true); err != nil {
 		t.Fatal(err)
 	}
-	if err := sys.Detach(m.Dir); err != nil {
-		t.Fatal(err)
+	defer sys.Detach(dir)
+	if got := read(t, dir); got != "one" {
+		t.Errorf("read %q", got)
 	}
-	if m, err = tab.Mount(t.Context(), src, "h2"); err != nil {
-		t.Fatal(err)
+	if _, err := sys.MatchTop(dir, "erofs", true); err != nil {
+		t.Error(err)
 	}
-	if got := read(t, m.Dir); got != "one" || len(m.Holders) != 2 || len(w.text) != 1 {
-		t.Errorf("read %q, holders %q, warnings %q", got, m.Holders, w.text)
-	}
-}
-
-// Holders of an image that is lost and cannot be mounted at the moment are its holders again when it can.
-func TestTableKeepsHoldersOfLostImage(t *testing.T) {
-	mounttest.Root(t)
-	tab := open(t, t.TempDir(), mount.Options{})
-	src := image(t, "a", "one")
-	m, err := tab.Mount(t.Context(), src, "h")
-	if err != nil {
-		t.Fatal(err)
-	}
-	away := src.Region.Path + ".away"
-	if err := errors.Join(sys.Detach(m.Dir), os.Rename(src.Region.Path, away)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tab.Mount(t.Context(), src, "h2"); err == nil {
-		t.Fatal("mounted a file that is not there")
-	}
-	if _, ok := tab.Get("a"); ok {
-		t.Error("the image counts as mounted")
-	}
-	if err := os.Rename(away, src.Region.Path); err != nil {
-		t.Fatal(err)
-	}
-	if m, err = tab.Mount(t.Context(), src, "h2"); err != nil || fmt.Sprint(m.Holders) != "[h h2]" {
-		t.Errorf("holders %q, %v; expected h and h2", m.Holders, err)
-	}
-}
-
-// A mount of a driver that the configuration no longer names is kept as long as it is used.
-func TestTableAdoptsFromOtherDrivers(t *testing.T) {
-	mounttest.Root(t)
-	root := t.TempDir()
-	src := image(t, "a", "one")
-	if _, err := open(t, root, mount.Options{}).Mount(t.Context(), src, "h"); err != nil {
-		t.Fatal(err)
-	}
-	var none []string
-	other := fake{"other", nil, errors.New("must not be asked to mount"), &none}
-	tab := open(t, root, mount.Options{Adopt: []mount.Driver{erofs.Loop{}}}, other)
-	if m, err := tab.Mount(t.Context(), src, "h"); err != nil || m.Driver != "erofs-loop" {
-		t.Fatalf("got %+v, %v", m, err)
-	}
-	tab.Release("a", "h")
-	if err := tab.Prune(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tab.Mount(t.Context(), src, "h"); err == nil || len(none) != 1 {
-		t.Errorf("a new mount was made with a driver for adoption only: %v, %q", err, none)
+	if used, err := tab.UsedBy(t.Context(), "a"); err != nil || !strings.Contains(used, dir) {
+		t.Errorf("used by %q, %v; expected the bind on %q", used, err, dir)
 	}
 }
 
 func TestTableRefuses(t *testing.T) {
-	mounttest.Root(t)
+	b := fileBed(t)
 	refuse := errors.New("rule 7 is broken")
-	tab := open(t, t.TempDir(), mount.Options{Check: func(context.Context, mount.Source) error { return refuse }})
-	src := image(t, "a", "one")
-	src.Checked = ""
-	if _, err := tab.Mount(t.Context(), src, "h"); !errors.Is(err, refuse) {
-		t.Errorf("image whose check fails: %v", err)
+	tab := b.open(t, mount.Options{Check: func(_ context.Context, src mount.Source) error {
+		if src.Off != 0 || src.Size != b.Size || src.Key != "" {
+			t.Errorf("checked %+v, expected the pool", src)
+		}
+		return refuse
+	}})
+	img := b.add(t, "a", "one")
+	if _, err := tab.Mount(t.Context(), img); !errors.Is(err, refuse) {
+		t.Errorf("pool whose check fails: %v", err)
 	}
-	src.Checked = "test"
-	for name, change := range map[string]func(s *mount.Source){
-		"no key":       func(s *mount.Source) { s.Key = "" },
-		"odd offset":   func(s *mount.Source) { s.Off = 100 },
-		"no size":      func(s *mount.Source) { s.Size = 0 },
-		"overflow":     func(s *mount.Source) { s.Off, s.Size = 1<<62, 1<<62 },
-		"missing file": func(s *mount.Source) { s.Region.Path += ".missing" },
-		"no image":     func(s *mount.Source) { s.Region.Path = "/proc/self/exe" },
+	tab = b.open(t, mount.Options{})
+	for name, change := range map[string]func(img *mount.Image){
+		"no key":          func(img *mount.Image) { img.Key = "" },
+		"no slot":         func(img *mount.Image) { img.Name = "" },
+		"path for a slot": func(img *mount.Image) { img.Name = "../x" },
+		"unknown slot":    func(img *mount.Image) { img.Name = "99999" },
+		"wrong inode":     func(img *mount.Image) { img.Nid++ },
+		"no inode":        func(img *mount.Image) { img.Nid = 0 },
 	} {
-		bad := src
+		bad := img
 		change(&bad)
-		if _, err := tab.Mount(t.Context(), bad, "h"); err == nil {
+		if _, err := tab.Mount(t.Context(), bad); err == nil {
 			t.Errorf("%s: mounted", name)
 		}
 	}
-	if _, err := tab.Mount(t.Context(), src, ""); err == nil {
-		t.Error("mounted without a holder")
-	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := tab.Mount(ctx, src, "h"); !errors.Is(err, context.Canceled) {
+	if _, err := tab.Mount(ctx, img); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 	if got := tab.List(); len(got) != 0 {
 		t.Errorf("mounted: %+v", got)
 	}
-	left, err := os.ReadDir(filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(tab.Dir("a")))), "images"))
-	if err != nil || len(left) != 0 {
+	if left, err := os.ReadDir(filepath.Join(b.root, "images")); err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
+	if err := tab.Unmount(t.Context(), "a"); !errors.Is(err, mount.ErrNotFound) {
+		t.Errorf("unmount: %v, expected ErrNotFound", err)
+	}
+	if _, err := tab.Unused(t.Context(), nil, nil); err != nil {
+		t.Errorf("the pool is mounted, for the images that were refused: %v", err)
+	}
+	if err := tab.UnmountPool(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tab.Unused(t.Context(), nil, nil); !errors.Is(err, mount.ErrNotFound) {
+		t.Errorf("unused without a mounted pool: %v, expected ErrNotFound", err)
+	}
 }
 
-// fake is a driver for what needs no kernel.
-type fake struct {
-	name         string
-	probe, mount error
-	mounted      *[]string
+// An image that took the key of another one is mounted when that can be unmounted.
+func TestOtherImageOfOneKey(t *testing.T) {
+	b := fileBed(t)
+	tab := b.open(t, mount.Options{})
+	m := mustMount(t, tab, b.add(t, "a", "one"))
+	second := b.add(t, "a", "two")
+	f, err := os.Open(filepath.Join(m.Dir, "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tab.Mount(t.Context(), second); !errors.Is(err, mount.ErrBusy) {
+		t.Errorf("mount over an image in use: %v, expected ErrBusy", err)
+	}
+	f.Close()
+	if got := read(t, mustMount(t, tab, second).Dir); got != "two" {
+		t.Errorf("read %q", got)
+	}
 }
 
-func (f fake) Name() string                                      { return f.name }
-func (f fake) Sharing() string                                   { return "shares " + f.name }
-func (f fake) Probe(context.Context, region.Info) error          { return f.probe }
-func (f fake) Match(context.Context, mount.Source, string) error { return nil }
-func (f fake) Unmount(context.Context, string) error             { return nil }
-func (f fake) Mount(_ context.Context, _ mount.Source, _ string) error {
-	*f.mounted = append(*f.mounted, f.name)
-	return f.mount
-}
-
-func TestAutoPicks(t *testing.T) {
-	var tried []string
-	no := fmt.Errorf("no such thing here: %w", mount.ErrUnsupported)
-	drivers := []mount.Driver{
-		fake{"erofs-dax", no, nil, &tried},
-		fake{"erofs-file", nil, no, &tried},
-		fake{"erofs-loop", nil, nil, &tried},
-		fake{"fuse", nil, nil, &tried},
-	}
-	src := mount.Source{Key: "k", Size: 4096}
-	var w warnings
-	d, err := mount.Auto(t.Context(), drivers, src, "/nowhere", w.add)
-	if err != nil || d.Name() != "erofs-loop" || fmt.Sprint(tried) != "[erofs-file erofs-loop]" || len(w.text) != 1 {
-		t.Errorf("picked %v, %v; tried %v; warnings %q", d, err, tried, w.text)
-	}
-	if _, err := mount.Auto(t.Context(), drivers[:2], src, "/nowhere", nil); !errors.Is(err, mount.ErrUnsupported) {
-		t.Errorf("nothing works: %v, expected ErrUnsupported", err)
-	}
-	// A failure that is not about support is not papered over by another driver.
-	broken := errors.New("the image is broken")
-	drivers[1] = fake{"erofs-file", nil, broken, &tried}
-	if _, err := mount.Auto(t.Context(), drivers, src, "/nowhere", nil); !errors.Is(err, broken) {
-		t.Errorf("broken image: %v", err)
-	}
-	for name, want := range map[string]int{"": 4, "auto": 4, "erofs": 3, "erofs-loop": 1, "fuse": 1, "fu": 0, "ext4": 0} {
-		got, err := mount.Select(drivers, name)
-		if len(got) != want || (err == nil) != (want > 0) {
-			t.Errorf("select %q: %d drivers, %v; expected %d", name, len(got), err, want)
+func TestUnmountBusy(t *testing.T) {
+	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
+		tab := b.open(t, mount.Options{}, d)
+		m := mustMount(t, tab, b.add(t, "a", "one"))
+		fd, err := unix.Open(filepath.Join(m.Dir, "file"), unix.O_PATH, 0)
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	ex := mount.Explain(t.Context(), drivers, region.Info{})
-	if len(ex) != 4 || ex[0].Usable || ex[0].Why != "no such thing here" || !ex[1].Picked || ex[2].Picked || !ex[2].Usable {
-		t.Errorf("explanations %+v", ex)
-	}
+		if err := tab.Unmount(t.Context(), "a"); !errors.Is(err, mount.ErrBusy) {
+			t.Errorf("unmount with a descriptor: %v, expected ErrBusy", err)
+		}
+		unix.Close(fd)
+		if err := tab.Unmount(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(filepath.Dir(m.Dir)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the image directory is still there: %v", err)
+		}
+	})
 }

@@ -2,12 +2,13 @@ package pool
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
+	"slices"
 	"sync"
-
-	"github.com/zeebo/xxh3"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -73,9 +74,8 @@ func (p *Pool) putSmall(ctx context.Context, size int, r io.Reader) (*extent, er
 	if err := readFull(r, body); err != nil {
 		return nil, err
 	}
-	key := sumKey{sumOf(body), int64(size)}
-	equal := func(e *extent) (bool, error) { return p.equalBytes(e.off, body) }
-	e, shared, err := p.share(ctx, key, equal, func() (*extent, error) {
+	key := sumKey{sha256.Sum256(body), int64(size)}
+	e, shared, err := p.share(ctx, key, func() (*extent, error) {
 		e, err := p.newExtent(int64(size))
 		if err == nil {
 			e.ready = make(chan struct{})
@@ -94,99 +94,127 @@ func (p *Pool) putSmall(ctx context.Context, size int, r io.Reader) (*extent, er
 	return e, nil
 }
 
+// maxAlike bounds with how many extents contents are compared while they are read. One that is not among them is found
+// by its digest, after the contents were written.
+const maxAlike = 4
+
 // putLarge compares while it reads: as long as an extent of that size has had the same bytes, nothing is written. From
 // the first difference on the contents are streamed into an extent of their own. So putting what is there already
 // needs no space, in a full pool too.
 func (p *Pool) putLarge(ctx context.Context, size int64, r io.Reader) (*extent, error) {
-	like := p.ofSize(size)
-	defer func() { p.unref(like...) }()
-	buf := buffers.Get().(*[]byte)
-	defer buffers.Put(buf)
-	h := xxh3.New128()
-	var own *extent
-	abort := func(err error) (*extent, error) {
-		if own != nil {
-			p.unref(own)
-		}
-		return nil, err
-	}
-	for at := int64(0); at < size; {
-		if err := ctx.Err(); err != nil {
-			return abort(err)
-		}
-		n := int(min(size-at, chunk))
-		part := (*buf)[:n]
-		if err := readFull(r, part); err != nil {
-			return abort(err)
-		}
-		_, _ = h.Write(part) // never fails
-		if own == nil {
-			same, err := p.stillEqual(like, at, part)
-			if err != nil {
-				return abort(err)
-			}
-			if len(same) == 0 {
-				own, err = p.startLarge(size, like, at)
-				if err != nil {
-					return abort(err)
-				}
-				// The bytes in buf were not written yet; startLarge has buffers of its own.
-			}
-			p.unref(without(like, same)...)
-			like = same
-		}
-		if own != nil {
-			if err := p.write(padded(*buf, n), own.off+at); err != nil {
-				return abort(err)
-			}
-		}
-		at += int64(n)
-	}
-	if own == nil {
-		e := like[0]
-		like = like[1:]
-		return e, nil
-	}
-	return p.settle(ctx, own, h.Sum128().Bytes())
-}
-
-// settle lists a large extent that was written, unless the same contents were put meanwhile.
-func (p *Pool) settle(ctx context.Context, own *extent, sum [16]byte) (*extent, error) {
-	equal := func(e *extent) (bool, error) { return p.equalExtents(e.off, own.off, own.size) }
-	e, shared, err := p.share(ctx, sumKey{sum, own.size}, equal, func() (*extent, error) { return own, nil })
-	if err != nil || shared {
-		p.unref(own)
+	w := &largeWrite{p: p, size: size, hash: sha256.New()}
+	e, err := w.run(ctx, r)
+	p.unref(w.like...)
+	if err != nil && w.own != nil {
+		p.unref(w.own)
 	}
 	return e, err
 }
 
-// ofSize returns the ready extents of a size, referenced.
-func (p *Pool) ofSize(size int64) []*extent {
+// largeWrite is one putLarge.
+type largeWrite struct {
+	p    *Pool
+	size int64
+	hash hash.Hash
+	head [8]byte
+	like []*extent // those that have had the same bytes so far, referenced
+	own  *extent   // what is being written, if nothing has
+}
+
+func (w *largeWrite) run(ctx context.Context, r io.Reader) (*extent, error) {
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	for at := int64(0); at < w.size; {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		n := int(min(w.size-at, chunk))
+		part := (*buf)[:n]
+		if err := readFull(r, part); err != nil {
+			return nil, err
+		}
+		w.hash.Write(part)
+		if at == 0 {
+			copy(w.head[:], w.hash.Sum(nil))
+			w.like = w.p.alike(headKey{w.head, w.size})
+		}
+		if w.own == nil {
+			if err := w.compare(at, part); err != nil {
+				return nil, err
+			}
+		}
+		if w.own != nil {
+			if err := w.p.write(padded(*buf, n), w.own.off+at); err != nil {
+				return nil, err
+			}
+		}
+		at += int64(n)
+	}
+	if w.own == nil {
+		e := w.like[0]
+		w.like = w.like[1:]
+		return e, nil
+	}
+	return w.settle(ctx)
+}
+
+// compare drops the extents that have other bytes than part at a place. If none is left it starts one of our own, whose
+// beginning is copied.
+func (w *largeWrite) compare(at int64, part []byte) (err error) {
+	var same, other []*extent
+	for _, e := range w.like {
+		ok, err := w.p.equalBytes(e.off+at, part)
+		if err != nil {
+			return err
+		}
+		if ok {
+			same = append(same, e)
+		} else {
+			other = append(other, e)
+		}
+	}
+	if len(same) == 0 {
+		if w.own, err = w.p.startLarge(w.size, w.like, at); err != nil {
+			return err
+		}
+	}
+	w.like = same
+	w.p.unref(other...)
+	return nil
+}
+
+// settle lists an extent that was written, unless the same contents are there already.
+func (w *largeWrite) settle(ctx context.Context) (*extent, error) {
+	own := w.own
+	own.head = w.head
+	key := sumKey{size: own.size}
+	w.hash.Sum(key.sum[:0])
+	e, shared, err := w.p.share(ctx, key, func() (*extent, error) { return own, nil })
+	if err != nil {
+		return nil, err
+	}
+	if shared {
+		w.p.unref(own)
+	}
+	w.own = nil
+	return e, nil
+}
+
+// alike returns extents whose contents begin in the same way, referenced: at most maxAlike, those that came last first.
+func (p *Pool) alike(key headKey) []*extent {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var out []*extent
-	for _, e := range p.bySize[size] {
+	for _, e := range slices.Backward(p.heads[key]) {
+		if len(out) == maxAlike {
+			break
+		}
 		if e.ready == nil {
-			e.refs++
+			e.ref()
 			out = append(out, e)
 		}
 	}
 	return out
-}
-
-// stillEqual returns those of es whose bytes at a place are part.
-func (p *Pool) stillEqual(es []*extent, at int64, part []byte) ([]*extent, error) {
-	var same []*extent
-	for _, e := range es {
-		ok, err := p.equalBytes(e.off+at, part)
-		if err != nil {
-			return nil, err
-		}
-		if ok {
-			same = append(same, e)
-		}
-	}
-	return same, nil
 }
 
 // startLarge makes an extent whose first at bytes are those of any of like.
@@ -224,20 +252,6 @@ func padded(buf []byte, n int) []byte {
 	full := int(alloc.RoundUnit(int64(n)))
 	clear(buf[n:full])
 	return buf[:full]
-}
-
-func without(es, gone []*extent) []*extent {
-	keep := map[*extent]bool{}
-	for _, e := range gone {
-		keep[e] = true
-	}
-	var out []*extent
-	for _, e := range es {
-		if !keep[e] {
-			out = append(out, e)
-		}
-	}
-	return out
 }
 
 func readFull(r io.Reader, b []byte) error {

@@ -2,73 +2,102 @@ package pool
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
-	"slices"
 	"time"
 	"unicode/utf8"
 
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Image is one image in a pool: the window [Off, Off+Size) that is mounted for it.
+// Image is one image in a pool: the tree at a slot of the mounted pool.
 type Image struct {
-	Key     string    `json:"key"`     // chain ID or another name, 1 to MaxKey bytes of UTF-8
-	Off     int64     `json:"offset"`  // start of the window and of the segment, a multiple of 2 MiB
-	Size    int64     `json:"size"`    // bytes of the window, a multiple of 2 MiB
-	Seg     int64     `json:"segment"` // bytes of the segment at the start of the window, a multiple of 2 MiB
-	UUID    [16]byte  `json:"-"`       // of the image
+	Key     string    `json:"key"`     // 1 to MaxKey bytes of UTF-8 without NUL
+	Slot    int       `json:"slot"`    // in the root directory of the live tree
+	UUID    [16]byte  `json:"-"`       // of the tree
 	Created time.Time `json:"created"` // when it was added
+	// Window and WindowSize are the range of bytes that daxfs.ko mounts, and Segment the bytes at its start that hold
+	// metadata: multiples of 2 MiB, or all 0 in a pool without windows.
+	Window     int64 `json:"window,omitempty"`
+	WindowSize int64 `json:"windowSize,omitempty"`
+	Segment    int64 `json:"segment,omitempty"`
 }
+
+// Name returns the name of the image in the root directory of the mounted pool.
+func (m Image) Name() string { return daxfs.Geometry{}.SlotName(m.Slot) }
 
 // Catalogue is what a pool says about itself to whoever maps it.
 type Catalogue struct {
 	PoolID     [16]byte
-	Generation uint64 // rises with every change
-	Size       int64  // bytes of the pool
-	Images     []Image
+	Generation uint64         // rises with every change
+	Size       int64          // bytes of the pool
+	Geometry   daxfs.Geometry // of the live tree; its UUID is that of the epoch
+	SlotsUsed  int            // slots that were used in this epoch, those of removed images included
+	Windows    bool           // images have windows for daxfs.ko
+	DAX        bool           // contents belong to one inode
+	Images     []Image        // by slot
 }
 
-// encodeImage writes one entry of entrySize bytes.
+const entryPublished = 1
+
+// encodeImage writes the entry of an image, of entrySize bytes.
 func encodeImage(b []byte, m *Image) {
+	b = b[:entrySize]
+	clear(b)
 	le := binary.LittleEndian
-	le.PutUint64(b[0:], uint64(m.Off))
-	le.PutUint64(b[8:], uint64(m.Size))
-	le.PutUint64(b[16:], uint64(m.Seg))
-	copy(b[24:40], m.UUID[:])
-	le.PutUint64(b[40:], uint64(m.Created.UnixNano()))
-	le.PutUint16(b[48:], uint16(len(m.Key)))
-	clear(b[50:entrySize])
+	le.PutUint32(b[0:], entryPublished)
+	le.PutUint64(b[8:], uint64(m.Window))
+	le.PutUint64(b[16:], uint64(m.WindowSize))
+	le.PutUint64(b[24:], uint64(m.Segment))
+	copy(b[32:48], m.UUID[:])
+	le.PutUint64(b[48:], uint64(m.Created.UnixNano()))
+	le.PutUint16(b[56:], uint16(len(m.Key)))
 	copy(b[64:], m.Key)
+	le.PutUint32(b[4:], entrySum(b))
 }
 
-// decodeImage reads one entry of a pool of size bytes.
-func decodeImage(b []byte, size int64) (Image, error) {
+// entrySum is the checksum of an entry, its own field taken as zero.
+func entrySum(b []byte) uint32 {
+	sum := crc32.Update(0, castagnoli, b[:4])
+	sum = crc32.Update(sum, castagnoli, []byte{0, 0, 0, 0})
+	return crc32.Update(sum, castagnoli, b[8:entrySize])
+}
+
+// decodeImage reads the entry of a slot in a pool of size bytes.
+func decodeImage(b []byte, slot int, size int64) (Image, error) {
 	le := binary.LittleEndian
-	m := Image{Off: int64(le.Uint64(b[0:])), Size: int64(le.Uint64(b[8:])), Seg: int64(le.Uint64(b[16:]))}
-	copy(m.UUID[:], b[24:40])
-	m.Created = time.Unix(0, int64(le.Uint64(b[40:])))
-	n := int(le.Uint16(b[48:]))
+	m := Image{
+		Slot: slot, Window: int64(le.Uint64(b[8:])), WindowSize: int64(le.Uint64(b[16:])), Segment: int64(le.Uint64(b[24:])),
+		Created: time.Unix(0, int64(le.Uint64(b[48:]))),
+	}
+	if state := le.Uint32(b); state != entryPublished {
+		return m, fmt.Errorf("slot %d: state %d, expected 0 or %d", slot, state, entryPublished)
+	}
+	if got, want := entrySum(b), le.Uint32(b[4:]); got != want {
+		return m, fmt.Errorf("slot %d: checksum %#x, stored is %#x", slot, got, want)
+	}
+	copy(m.UUID[:], b[32:48])
+	n := int(le.Uint16(b[56:]))
 	if n == 0 || n > MaxKey {
-		return m, fmt.Errorf("key of %d bytes, expected 1 to %d", n, MaxKey)
+		return m, fmt.Errorf("slot %d: key of %d bytes, expected 1 to %d", slot, n, MaxKey)
 	}
 	m.Key = string(b[64 : 64+n])
 	if err := checkKey(m.Key); err != nil {
-		return m, err
+		return m, fmt.Errorf("slot %d: %w", slot, err)
 	}
+	aligned := m.Window%alloc.Align == 0 && m.WindowSize%alloc.Align == 0 && m.Segment%alloc.Align == 0
+	none := m.Window == 0 && m.WindowSize == 0 && m.Segment == 0
 	switch {
-	case !isZero(b[50:64]) || !isZero(b[64+n:entrySize]):
+	case !isZero(b[58:64]) || !isZero(b[64+n:entrySize]):
 		return m, fmt.Errorf("image %q: reserved bytes are not zero", m.Key)
-	case m.Off < headArea || m.Off%alloc.Align != 0 || m.Off >= size:
-		return m, fmt.Errorf("image %q: starts at %d of %d", m.Key, m.Off, size)
-	case m.Size <= 0 || m.Size%alloc.Align != 0 || m.Size > size-m.Off:
-		return m, fmt.Errorf("image %q: window of %d bytes at %d of %d", m.Key, m.Size, m.Off, size)
-	case m.Seg <= 0 || m.Seg%alloc.Align != 0 || m.Seg > m.Size:
-		return m, fmt.Errorf("image %q: segment of %d bytes in a window of %d", m.Key, m.Seg, m.Size)
+	case none:
+	case !aligned || m.Window <= 0 || m.WindowSize <= 0 || m.Window > size || m.WindowSize > size-m.Window:
+		return m, fmt.Errorf("image %q: window of %d bytes at %d of %d", m.Key, m.WindowSize, m.Window, size)
+	case m.Segment <= 0 || m.Segment > m.WindowSize:
+		return m, fmt.Errorf("image %q: segment of %d bytes in a window of %d", m.Key, m.Segment, m.WindowSize)
 	}
 	return m, nil
 }
@@ -80,79 +109,63 @@ func checkKey(key string) error {
 	return nil
 }
 
-// encodeCatalogue returns the bytes of a catalogue, its images by offset.
-func encodeCatalogue(images []Image) []byte {
-	images = slices.Clone(images)
-	slices.SortFunc(images, func(a, b Image) int { return cmp.Compare(a.Off, b.Off) })
-	b := make([]byte, len(images)*entrySize)
-	for i := range images {
-		encodeImage(b[i*entrySize:], &images[i])
-	}
-	return b
-}
-
-// decodeCatalogue checks the checksum before it looks at an entry.
-func decodeCatalogue(h *header, b []byte) (*Catalogue, error) {
-	if sum := crc32.Checksum(b, castagnoli); sum != h.sum {
-		return nil, fmt.Errorf("catalogue of generation %d: checksum %#x, stored is %#x", h.generation, sum, h.sum)
-	}
-	c := &Catalogue{PoolID: h.id, Generation: h.generation, Size: h.size}
-	keys := make(map[string]bool, h.count)
-	end := int64(headArea)
-	for ; len(b) > 0; b = b[entrySize:] {
-		m, err := decodeImage(b[:entrySize], h.size)
-		if err != nil {
-			return nil, fmt.Errorf("catalogue of generation %d: %w", h.generation, err)
-		}
-		if keys[m.Key] {
-			return nil, fmt.Errorf("catalogue of generation %d: image %q twice", h.generation, m.Key)
-		}
-		if m.Off < end {
-			return nil, fmt.Errorf("catalogue of generation %d: segment of image %q at %d, expected %d or higher", h.generation, m.Key, m.Off, end)
-		}
-		keys[m.Key] = true
-		end = m.Off + m.Seg
-		c.Images = append(c.Images, m)
-	}
-	return c, nil
-}
-
 // ReadCatalogue reads the catalogue of a pool without being its owner and without locks: from another process or from
-// another kernel that maps the same memory. It trusts no byte, and returns one whole generation even while the owner
-// writes the next: the owner never writes over the newest one.
+// another kernel that maps the same memory. It trusts no byte. An image that it returns was published when it was read;
+// while the owner works it is read again until nothing changes, a bounded number of times.
 //
-// Errors: ErrWiped where there is no pool, ErrCorrupt where there is one that can not be true.
+// Errors: ErrWiped where there is no pool, ErrVersion where there is one of another version, ErrCorrupt where there is one
+// that can not be true.
 func ReadCatalogue(r io.ReaderAt) (*Catalogue, error) {
+	var c *Catalogue
 	var last error
-	// Two changes may overtake one reader; many times in a row only if they never stop.
+	// A change may overtake the reader; many times in a row only if changes never stop.
 	for range 100 {
 		hs, err := readHeaders(r)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrWiped, err)
+			return nil, missing(err)
 		}
-		for _, h := range hs {
-			c, err := readCatalogueOf(r, h)
-			if err == nil {
-				return c, nil
-			}
-			last = err
-		}
+		c, last = readSlots(r, hs[0])
 		if again, err := readHeaders(r); err == nil && again[0].generation == hs[0].generation {
 			break
 		}
 	}
-	return nil, fmt.Errorf("%w: %w", ErrCorrupt, last)
-}
-
-func readCatalogueOf(r io.ReaderAt, h *header) (*Catalogue, error) {
-	b := make([]byte, int(h.count)*entrySize)
-	if n, err := r.ReadAt(b, catalogueOff(h.generation)); n < len(b) && err != nil {
-		return nil, errors.Join(fmt.Errorf("catalogue of generation %d", h.generation), err)
+	if last != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, last)
 	}
-	return decodeCatalogue(h, b)
+	return c, nil
 }
 
-func crcOf(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+// readSlots reads the entries of all slots that a header says were used.
+func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
+	c := &Catalogue{
+		PoolID: h.id, Generation: h.generation, Size: h.size, Geometry: h.geo, SlotsUsed: h.used, Windows: h.windows, DAX: h.dax,
+	}
+	const part = 256 // entries at a time
+	b := make([]byte, part*entrySize)
+	keys := map[string]bool{}
+	for first := 0; first < h.used; first += part {
+		n := min(part, h.used-first)
+		if k, err := r.ReadAt(b[:n*entrySize], tableOff+int64(first)*entrySize); k < n*entrySize {
+			return nil, fmt.Errorf("slot table at entry %d: %w", first, err)
+		}
+		for i := range n {
+			e := b[i*entrySize:][:entrySize]
+			if isZero(e[:4]) {
+				continue
+			}
+			m, err := decodeImage(e, first+i, h.size)
+			if err != nil {
+				return nil, err
+			}
+			if keys[m.Key] {
+				return nil, fmt.Errorf("image %q twice", m.Key)
+			}
+			keys[m.Key] = true
+			c.Images = append(c.Images, m)
+		}
+	}
+	return c, nil
+}
 
 func isZero(b []byte) bool {
 	for _, c := range b {

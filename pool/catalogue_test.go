@@ -10,26 +10,27 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// catalogueBytes is the bottom of a pool with images.
-func catalogueBytes(t testing.TB, gens ...[]Image) []byte {
+// catalogueBytes is the bottom of a pool with images in its slot table.
+func catalogueBytes(t testing.TB, images []Image) []byte {
 	t.Helper()
-	f := &faults{}
-	p := &Pool{region: newSimRegion(64<<20, f), header: header{size: 64 << 20, id: [16]byte{1, 2, 3}}}
-	for i, images := range gens {
-		if err := p.writeCatalogue(uint64(i+1), images); err != nil {
-			t.Fatal(err)
-		}
+	h := header{id: [16]byte{1, 2, 3}, generation: 1, size: 64 << 20, used: 20, geo: geometry(64<<20, 64, daxfs.SlotsPerBlock)}
+	b := make([]byte, h.geo.Head)
+	copy(b[headerOff(1):], h.encode())
+	for _, m := range images {
+		encodeImage(b[entryOff(m.Slot):], &m)
 	}
-	return p.region.Bytes()[:headArea]
+	return b
 }
 
 func someImages(n int) []Image {
 	var out []Image
 	for i := range n {
 		out = append(out, Image{
-			Key: fmt.Sprintf("sha256:%064x", i), Off: headArea + int64(i)*(2<<20), Size: 8 << 20, Seg: 2 << 20,
+			Key: fmt.Sprintf("sha256:%064x", i), Slot: 2 * i, Window: int64(i+1) * (2 << 20), WindowSize: 8 << 20, Segment: 2 << 20,
 			UUID: [16]byte{byte(i)}, Created: time.Unix(1700000000, int64(i)).UTC(),
 		})
 	}
@@ -42,7 +43,7 @@ func TestCatalogueRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.Generation != 1 || c.Size != 64<<20 || c.PoolID != [16]byte{1, 2, 3} || len(c.Images) != n {
+		if c.Generation != 1 || c.Size != 64<<20 || c.PoolID != [16]byte{1, 2, 3} || len(c.Images) != n || c.SlotsUsed != 20 {
 			t.Errorf("%d images: %+v", n, c)
 		}
 		for i, m := range c.Images {
@@ -56,33 +57,37 @@ func TestCatalogueRoundTrip(t *testing.T) {
 
 // TestFormatIsPinned holds the numbers of docs/pool-format.md.
 func TestFormatIsPinned(t *testing.T) {
-	if headerSize != 4096 || entrySize != 256 || headArea != 2<<20 || catArea != 1044480 || maxImages != 4080 || MaxKey != 192 {
+	if headerSize != 4096 || entrySize != 256 || tableOff != 16384 || MaxKey != 192 || daxfs.SlotSize != 128 || daxfs.MaxSlots != 65472 {
 		t.Error("a size of the format has changed: that is a new version")
 	}
-	for gen, want := range map[uint64][2]int64{1: {4096, 8192 + 1044480}, 2: {0, 8192}} {
-		if headerOff(gen) != want[0] || catalogueOff(gen) != want[1] {
-			t.Errorf("generation %d is at %d and %d, expected %v", gen, headerOff(gen), catalogueOff(gen), want)
-		}
+	if headerOff(1) != 8192 || headerOff(2) != 4096 || entryOff(3) != 16384+768 {
+		t.Error("a place of the format has changed: that is a new version")
 	}
-	b := catalogueBytes(t, someImages(1))
+	b := catalogueBytes(t, someImages(2))
 	le := binary.LittleEndian
-	h := b[4096:8192]
-	entry := b[8192+1044480:]
+	h, entry := b[8192:12288], b[16384+512:]
+	sum := bytes.Clone(entry[:256])
+	clear(sum[4:8])
+	castagnoli := crc32.MakeTable(crc32.Castagnoli)
 	for name, got := range map[string][2]uint64{
-		"version":     {uint64(le.Uint32(h[8:])), 1},
+		"version":     {uint64(le.Uint32(h[8:])), 2},
 		"entry size":  {uint64(le.Uint32(h[12:])), 256},
 		"generation":  {le.Uint64(h[32:]), 1},
 		"size":        {le.Uint64(h[40:]), 64 << 20},
-		"segments":    {le.Uint64(h[48:]), 2 << 20},
-		"catalogue":   {le.Uint64(h[56:]), 8192 + 1044480},
-		"count":       {uint64(le.Uint32(h[64:])), 1},
-		"checksum":    {uint64(le.Uint32(h[68:])), uint64(crc32.Checksum(entry[:256], crc32.MakeTable(crc32.Castagnoli)))},
-		"header sum":  {uint64(le.Uint32(h[4092:])), uint64(crc32.Checksum(h[:4092], crc32.MakeTable(crc32.Castagnoli)))},
-		"offset":      {le.Uint64(entry[0:]), 2 << 20},
-		"window":      {le.Uint64(entry[8:]), 8 << 20},
-		"segment":     {le.Uint64(entry[16:]), 2 << 20},
-		"created":     {le.Uint64(entry[40:]), 1700000000e9},
-		"key length":  {uint64(le.Uint16(entry[48:])), 71},
+		"slots":       {uint64(le.Uint32(h[64:])), 64},
+		"per block":   {uint64(le.Uint32(h[68:])), 32},
+		"head":        {le.Uint64(h[72:]), 32768},
+		"used":        {uint64(le.Uint32(h[80:])), 20},
+		"flags":       {uint64(le.Uint32(h[84:])), 0},
+		"header sum":  {uint64(le.Uint32(h[4092:])), uint64(crc32.Checksum(h[:4092], castagnoli))},
+		"state":       {uint64(le.Uint32(entry)), 1},
+		"entry sum":   {uint64(le.Uint32(entry[4:])), uint64(crc32.Checksum(sum, castagnoli))},
+		"window":      {le.Uint64(entry[8:]), 4 << 20},
+		"window size": {le.Uint64(entry[16:]), 8 << 20},
+		"segment":     {le.Uint64(entry[24:]), 2 << 20},
+		"UUID":        {uint64(entry[32]), 1},
+		"created":     {le.Uint64(entry[48:]), 1700000000e9 + 1},
+		"key length":  {uint64(le.Uint16(entry[56:])), 71},
 		"first of id": {uint64(h[16]), 1},
 	} {
 		if got[0] != got[1] {
@@ -94,17 +99,15 @@ func TestFormatIsPinned(t *testing.T) {
 	}
 }
 
-// TestCatalogueEveryByte changes each byte of the newest header and catalogue: the reader returns the generation before
-// it, whole.
+// TestCatalogueEveryByte changes each byte of the header and of the entries: the reader says that it is damaged, and
+// never returns something else.
 func TestCatalogueEveryByte(t *testing.T) {
-	b := catalogueBytes(t, someImages(2), someImages(3))
-	ranges := [][2]int64{{headerOff(2), headerSize}, {catalogueOff(2), 3 * entrySize}}
-	for _, r := range ranges {
+	b := catalogueBytes(t, someImages(2))
+	for _, r := range [][2]int64{{headerOff(1), headerSize}, {entryOff(0), entrySize}, {entryOff(2), entrySize}} {
 		for at := r[0]; at < r[0]+r[1]; at++ {
 			b[at] ^= 0x40
-			c, err := ReadCatalogue(bytes.NewReader(b))
-			if err != nil || c.Generation != 1 || len(c.Images) != 2 {
-				t.Fatalf("byte %d changed: %+v, %v; expected generation 1", at, c, err)
+			if c, err := ReadCatalogue(bytes.NewReader(b)); err == nil {
+				t.Fatalf("byte %d changed: %+v", at, c)
 			}
 			b[at] ^= 0x40
 		}
@@ -112,7 +115,7 @@ func TestCatalogueEveryByte(t *testing.T) {
 }
 
 func TestCatalogueRefuses(t *testing.T) {
-	if _, err := ReadCatalogue(bytes.NewReader(make([]byte, headArea))); !errors.Is(err, ErrWiped) {
+	if _, err := ReadCatalogue(bytes.NewReader(make([]byte, 1<<20))); !errors.Is(err, ErrWiped) {
 		t.Errorf("zeros: %v, expected ErrWiped", err)
 	}
 	if _, err := ReadCatalogue(bytes.NewReader(nil)); !errors.Is(err, ErrWiped) {
@@ -120,20 +123,19 @@ func TestCatalogueRefuses(t *testing.T) {
 	}
 	good := someImages(3)
 	for name, change := range map[string]func(m []Image){
-		"key twice":             func(m []Image) { m[1].Key = m[0].Key },
-		"no key":                func(m []Image) { m[1].Key = "" },
-		"key is not UTF-8":      func(m []Image) { m[1].Key = "\xff" },
-		"key with NUL":          func(m []Image) { m[1].Key = "a\x00b" },
-		"segments overlap":      func(m []Image) { m[0].Seg = 4 << 20 },
-		"misaligned":            func(m []Image) { m[1].Off += 4096 },
-		"in the head":           func(m []Image) { m[0].Off = 0 },
-		"window over the end":   func(m []Image) { m[2].Size = 1 << 30 },
-		"huge window":           func(m []Image) { m[2].Size = -2 << 20 },
-		"empty window":          func(m []Image) { m[2].Size = 0 },
-		"segment over window":   func(m []Image) { m[2].Seg = 10 << 20 },
-		"no segment":            func(m []Image) { m[2].Seg = 0 },
-		"offset over the end":   func(m []Image) { m[2].Off = 64 << 20 },
-		"offset wraps negative": func(m []Image) { m[2].Off = -2 << 20 },
+		"key twice":            func(m []Image) { m[1].Key = m[0].Key },
+		"no key":               func(m []Image) { m[1].Key = "" },
+		"key is not UTF-8":     func(m []Image) { m[1].Key = "\xff" },
+		"key with NUL":         func(m []Image) { m[1].Key = "a\x00b" },
+		"misaligned":           func(m []Image) { m[1].Window += 4096 },
+		"window over the end":  func(m []Image) { m[2].WindowSize = 1 << 30 },
+		"huge window":          func(m []Image) { m[2].WindowSize = -2 << 20 },
+		"empty window":         func(m []Image) { m[2].WindowSize = 0 },
+		"segment over window":  func(m []Image) { m[2].Segment = 10 << 20 },
+		"no segment":           func(m []Image) { m[2].Segment = 0 },
+		"window at the end":    func(m []Image) { m[2].Window = 64 << 20 },
+		"window wraps":         func(m []Image) { m[2].Window = -2 << 20 },
+		"segment without more": func(m []Image) { m[2].Window, m[2].WindowSize = 0, 0 },
 	} {
 		images := slices.Clone(good)
 		change(images)
@@ -143,14 +145,11 @@ func TestCatalogueRefuses(t *testing.T) {
 	}
 }
 
-// TestCatalogueReaders reads while the owner writes: every catalogue that is read must be one that was written.
+// TestCatalogueReaders reads while the owner adds and removes: every image that is read can be read at its slot, or was
+// removed meanwhile.
 func TestCatalogueReaders(t *testing.T) {
-	f := &faults{}
-	r := newSimRegion(64<<20, f)
-	p := &Pool{region: r, header: header{size: 64 << 20}}
-	if err := p.writeCatalogue(1, someImages(1)); err != nil {
-		t.Fatal(err)
-	}
+	p := newTestPool(t, 64<<20)
+	addImage(t, p, "stays", random(1, 5000))
 	var wg sync.WaitGroup
 	done := make(chan struct{})
 	for range 2 {
@@ -162,17 +161,21 @@ func TestCatalogueReaders(t *testing.T) {
 					return
 				default:
 				}
-				c, err := ReadCatalogue(r)
-				if err != nil || len(c.Images) != int(c.Generation%20) || c.Generation < last {
+				c, err := ReadCatalogue(p.Region())
+				if err != nil || len(c.Images) < 1 || len(c.Images) > 2 || c.Images[0].Key != "stays" || c.Generation < last {
 					t.Errorf("read %+v after generation %d: %v", c, last, err)
 					return
 				}
 				last = c.Generation
+				if _, err := imageFiles(p.Region(), c.Images[0]); err != nil {
+					t.Error(err)
+				}
 			}
 		})
 	}
-	for gen := uint64(2); gen < 400; gen++ {
-		if err := p.writeCatalogue(gen, someImages(int(gen%20))); err != nil {
+	for i := range 100 {
+		addImage(t, p, fmt.Sprint(i), random(uint64(i), 3000))
+		if err := p.RemoveImage(ctx, fmt.Sprint(i)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -180,81 +183,64 @@ func TestCatalogueReaders(t *testing.T) {
 	wg.Wait()
 }
 
-// bottom is the bottom of a pool with the same catalogue for both generations, and zeros in between.
-type bottom struct {
-	heads [2][]byte
-	cat   []byte
-}
-
-func (b *bottom) ReadAt(p []byte, off int64) (int, error) {
-	clear(p)
-	for slot := range int64(2) {
-		for at, part := range map[int64][]byte{slot * headerSize: b.heads[slot], catalogueOff(uint64(slot)): b.cat} {
-			if end := off + int64(len(p)); at < end && at+int64(len(part)) > off {
-				copy(p[max(0, at-off):], part[max(0, off-at):])
-			}
-		}
-	}
-	return len(p), nil
-}
-
 // FuzzCatalogue gives the reader anything, also with right checksums: it must not panic, and what it returns must hold
 // what ReadCatalogue promises.
 func FuzzCatalogue(f *testing.F) {
 	b := catalogueBytes(f, someImages(2))
-	f.Add(b[headerOff(1):headerOff(1)+128], b[catalogueOff(1):catalogueOff(1)+2*entrySize], true)
+	f.Add(b[headerOff(1):headerOff(1)+128], b[entryOff(0):entryOff(3)], true)
 	f.Add(b[headerOff(1):headerOff(1)+128], []byte{}, false)
-	f.Fuzz(func(t *testing.T, head, cat []byte, fix bool) {
-		if len(cat) > 16*entrySize {
+	f.Fuzz(func(t *testing.T, head, table []byte, fix bool) {
+		if len(table) > 16*entrySize || len(head) > headerSize-4 {
 			return
 		}
-		var image bottom
-		for slot := range image.heads {
-			h := make([]byte, headerSize)
-			copy(h[:headerSize-4], head)
-			le := binary.LittleEndian
-			if count := int(le.Uint32(h[64:])); fix && count <= 16 {
-				entries := make([]byte, count*entrySize)
-				copy(entries, cat)
-				le.PutUint32(h[68:], crcOf(entries))
+		b := make([]byte, tableOff+daxfs.MaxSlots*entrySize)
+		h := b[headerOff(1):][:headerSize]
+		copy(h, head)
+		copy(b[tableOff:], table)
+		if fix {
+			binary.LittleEndian.PutUint32(h[headerSize-4:], crc32.Checksum(h[:headerSize-4], castagnoli))
+			for i := 0; (i+1)*entrySize <= len(table); i++ {
+				e := b[entryOff(i):][:entrySize]
+				binary.LittleEndian.PutUint32(e[4:], entrySum(e))
 			}
-			if fix {
-				le.PutUint32(h[headerSize-4:], crcOf(h[:headerSize-4]))
-			}
-			image.heads[slot], image.cat = h, cat
 		}
-		c, err := ReadCatalogue(&image)
+		c, err := ReadCatalogue(bytes.NewReader(b))
 		if err != nil {
-			if !errors.Is(err, ErrWiped) && !errors.Is(err, ErrCorrupt) {
+			if !errors.Is(err, ErrWiped) && !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrVersion) {
 				t.Fatalf("untyped error %v", err)
 			}
 			return
 		}
 		for _, m := range c.Images {
-			if m.Off < headArea || m.Size <= 0 || m.Off+m.Size > c.Size || m.Off+m.Size < 0 || m.Seg > m.Size || m.Off%(2<<20) != 0 || checkKey(m.Key) != nil {
+			if m.Slot >= c.SlotsUsed || m.Window < 0 || m.Window+m.WindowSize > c.Size || m.Segment > m.WindowSize || checkKey(m.Key) != nil {
 				t.Fatalf("accepted %+v of a pool of %d bytes", m, c.Size)
 			}
-		}
-		stored := make([]byte, len(c.Images)*entrySize)
-		copy(stored, cat)
-		if again := encodeCatalogue(c.Images); !bytes.Equal(again, stored) {
-			t.Fatal("what was read is not what is there")
+			again := make([]byte, entrySize)
+			encodeImage(again, &m)
+			if !bytes.Equal(again, b[entryOff(m.Slot):][:entrySize]) {
+				t.Fatal("what was read is not what is there")
+			}
 		}
 	})
 }
 
-// FuzzExtents decodes lists of extents: no panic, bounded memory, and what is accepted encodes to the same list.
+// FuzzExtents decodes lists of extents and inodes: no panic, bounded memory, and what is accepted encodes to the same list.
 func FuzzExtents(f *testing.F) {
 	f.Add(encodeExtents(nil))
-	f.Add(encodeExtents([]extentID{{off: 4096, size: 5}, {off: 1 << 40, size: 1 << 30, sum: [16]byte{9}}}))
+	f.Add(encodeExtents([]extentID{{off: 4096, size: 5}, {off: 1 << 40, size: 1 << 30, sum: [32]byte{9}, head: [8]byte{1}}}))
+	f.Add(encodeRun([]runInode{{nid: 7}, {off: 4096, size: 5, nid: 1 << 40, key: daxfs.InodeKey{1}}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		ids, err := decodeExtents(b)
-		if err != nil {
-			return
+		if ids, err := decodeExtents(b); err == nil {
+			again, err := decodeExtents(encodeExtents(ids))
+			if err != nil || !slices.Equal(ids, again) {
+				t.Fatalf("%v, %v after a round trip, %v", again, err, ids)
+			}
 		}
-		again, err := decodeExtents(encodeExtents(ids))
-		if err != nil || !slices.Equal(ids, again) {
-			t.Fatalf("%v, %v after a round trip, %v", again, err, ids)
+		if inodes, err := decodeRun(b); err == nil {
+			again, err := decodeRun(encodeRun(inodes))
+			if err != nil || !slices.Equal(inodes, again) {
+				t.Fatalf("%v, %v after a round trip, %v", again, err, inodes)
+			}
 		}
 	})
 }

@@ -2,20 +2,21 @@ package pool
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
-
-	"github.com/zeebo/xxh3"
+	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Finding is one thing that Check found wrong. Rules of images are those of daxfs.Check with "image." before them.
+// Finding is one thing that Check found wrong. Rules of the live tree are those of daxfs.CheckLive with "live." before
+// them, rules of windows those of daxfs.Check with "window.".
 type Finding struct {
 	Rule string `json:"rule"`          // such as "pool.overlap"
 	Key  string `json:"key,omitempty"` // image or layer
@@ -44,13 +45,14 @@ func (c *checker) found(rule, key string, off int64, format string, args ...any)
 	}
 }
 
-// Check compares everything that is known in more than one place: the header copies and the catalogue with the index,
-// the index with what is in memory, extents and segments with the allocator, the bytes of every extent with its sum, the
-// rest of its last page with zero, and every image by daxfs.Check. It reads the whole pool. Nothing is changed; adding
-// and removing waits until it has finished. report returns false to stop.
+// Check compares everything that is known in more than one place: the header copies, the slot table and the slots with the
+// index, the index with what is in memory, extents, runs and segments with the allocator, the bytes of every extent with
+// its digest, the rest of its last page with zero, the live tree by daxfs.CheckLive, and every window by daxfs.Check. It
+// reads the whole pool. Nothing is changed; adding and removing waits until it has finished. report returns false to stop.
 //
-// Rules: pool.header, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak, pool.sum, pool.tail, image.*.
-// The error is that of a check that could not be made, not of one that found something.
+// Rules: pool.header, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak, pool.sum, pool.tail, pool.inode (an
+// inode that is not what the index says), live.* and window.*. The error is that of a check that could not be made, not
+// of one that found something.
 func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -58,7 +60,9 @@ func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 		return fmt.Errorf("pool: check: index %q: %w", p.index.path, err)
 	}
 	c := &checker{p: p, report: report}
-	steps := []func(context.Context) error{c.checkCatalogue, c.checkIndex, c.checkSpace, c.checkExtents, c.checkImages}
+	steps := []func(context.Context) error{
+		c.checkCatalogue, c.checkIndex, c.checkSpace, c.checkExtents, c.checkLive, c.checkInodes, c.checkWindows,
+	}
 	for _, step := range steps {
 		if c.stop {
 			return nil
@@ -77,20 +81,25 @@ func (c *checker) checkCatalogue(context.Context) error {
 		c.found("pool.header", "", 0, "no valid copy: %v", err)
 		return nil
 	}
-	if p.stale {
-		return nil // writing it failed, and the next change publishes: what is there may be of either generation
+	if got, want := hs[0].encode(), p.header.encode(); !bytes.Equal(got, want) {
+		c.found("pool.header", "", headerOff(hs[0].generation), "%+v, expected %+v", *hs[0], p.header)
 	}
-	if hs[0].id != p.header.id || hs[0].generation != p.header.generation || hs[0].size != p.region.Size() {
-		c.found("pool.header", "", headerOff(hs[0].generation), "pool %x generation %d of %d bytes, expected %x, %d, %d",
-			hs[0].id, hs[0].generation, hs[0].size, p.header.id, p.header.generation, p.region.Size())
+	want := make([]byte, int64(p.header.geo.Slots)*entrySize)
+	for _, m := range p.images {
+		if p.stale[m.Slot] == nil { // else writing it failed, and the next change publishes it
+			encodeImage(want[m.Slot*entrySize:], &m.Image)
+		}
 	}
-	cat, err := ReadCatalogue(p.region)
-	if err != nil {
-		c.found("pool.catalogue", "", catalogueOff(hs[0].generation), "%v", err)
-		return nil
+	got := make([]byte, len(want))
+	if n, err := p.region.ReadAt(got, tableOff); n < len(got) {
+		return fmt.Errorf("read the slot table: %w", err)
 	}
-	if a, b := encodeCatalogue(cat.Images), encodeCatalogue(p.imageList()); !bytes.Equal(a, b) {
-		c.found("pool.catalogue", "", catalogueOff(cat.Generation), "lists %d images that are not the %d of the owner", len(cat.Images), len(p.images))
+	for i := range p.header.geo.Slots {
+		a, b := got[i*entrySize:][:entrySize], want[i*entrySize:][:entrySize]
+		_, waits := p.erase[i]
+		if !bytes.Equal(a, b) && p.stale[i] == nil && !waits {
+			c.found("pool.catalogue", "", entryOff(i), "entry of slot %d is %x, expected %x", i, a[:64], b[:64])
+		}
 	}
 	return nil
 }
@@ -103,16 +112,17 @@ func (c *checker) checkIndex(context.Context) error {
 		c.found("pool.index", "", 0, "%v", err)
 		return nil
 	}
-	if have.id != p.header.id || have.gen < p.header.generation || have.gen > p.header.generation+1 {
-		c.found("pool.index", "", 0, "pool %x generation %d, the header says %x, %d", have.id, have.gen, p.header.id, p.header.generation)
+	if have.id != p.header.id || have.gen+1 < p.header.generation || have.gen > p.header.generation+1 || have.uuid != p.header.geo.UUID {
+		c.found("pool.index", "", 0, "pool %x generation %d epoch %x, the header says %x, %d, %x", have.id, have.gen, have.uuid,
+			p.header.id, p.header.generation, p.header.geo.UUID)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	refs := map[*extent]int{}
 	images := map[*extent]int{}
 	for key, m := range p.images {
-		if encA, encB := encodeCatalogue([]Image{m.Image}), encodeCatalogue([]Image{have.images[key]}); !bytes.Equal(encA, encB) {
-			c.found("pool.index", key, m.Off, "image is stored as %+v", have.images[key])
+		if stored := have.images[key]; stored == nil || !bytes.Equal(stored.encode(), m.encode()) {
+			c.found("pool.index", key, 0, "image is stored as %+v", stored)
 		}
 		c.sameList(key, m.used, have.used[key])
 		for _, e := range m.used {
@@ -129,11 +139,21 @@ func (c *checker) checkIndex(context.Context) error {
 	if len(have.images) != len(p.images) || len(have.layers) != len(p.layers) {
 		c.found("pool.index", "", 0, "%d images and %d layers are stored, %d and %d are known", len(have.images), len(have.layers), len(p.images), len(p.layers))
 	}
+	inodes := 0
+	for _, list := range have.runs {
+		inodes += len(list)
+	}
+	known := len(p.empty.inodes)
 	for _, e := range p.extents {
+		known += len(e.inodes)
 		// Batches and puts in progress hold extents too.
-		if e.refs < refs[e] || e.refs == 0 || e.images != images[e] {
-			c.found("pool.refs", "", e.off, "extent has %d references, %d of images; its holders are %d and %d", e.refs, e.images, refs[e], images[e])
+		if e.refs < refs[e] || (e.refs == 0) != (e.died != 0) || e.images != images[e] || e.died != 0 && len(e.inodes) == 0 {
+			c.found("pool.refs", "", e.off, "extent has %d references, %d of images, %d inodes and died at %d; its holders are %d and %d",
+				e.refs, e.images, len(e.inodes), e.died, refs[e], images[e])
 		}
+	}
+	if inodes != known {
+		c.found("pool.index", "", 0, "%d inodes are stored, %d are known", inodes, known)
 	}
 	return nil
 }
@@ -150,29 +170,33 @@ func (c *checker) sameList(key string, es []*extent, stored []extentID) {
 	}
 }
 
-// checkSpace proves that segments, extents and gaps cover the pool, each byte once.
+// checkSpace proves that chunks of the tree area, segments, extents and gaps cover the pool, each byte once.
 func (c *checker) checkSpace(context.Context) error {
 	p := c.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	low := p.header.lowStart()
 	spans := p.space.Gaps()
 	for _, e := range p.extents {
 		spans = append(spans, e.span())
 	}
-	for _, s := range p.space.Segments() {
-		spans = append(spans, s)
-		known := slices.ContainsFunc(slices.Collect(maps.Values(p.images)), func(m *image) bool { return m.Off == s.Off && m.Seg == s.Len })
-		if !known && len(p.adding) == 0 {
-			c.found("pool.leak", "", s.Off, "segment of %d bytes of no image", s.Len)
+	for _, t := range p.tree.chunks {
+		if at := max(t.Off, low); at < t.End() {
+			spans = append(spans, alloc.Span{Off: at, Len: t.End() - at})
 		}
 	}
-	slices.SortFunc(spans, func(a, b alloc.Span) int { return int(min(1, max(-1, a.Off-b.Off))) })
-	at := int64(headArea)
+	for _, m := range p.images {
+		if m.Segment > 0 {
+			spans = append(spans, alloc.Span{Off: m.Window, Len: m.Segment})
+		}
+	}
+	slices.SortFunc(spans, func(a, b alloc.Span) int { return cmp.Compare(a.Off, b.Off) })
+	at := low
 	for _, s := range spans {
 		switch {
 		case s.Off < at:
 			c.found("pool.overlap", "", s.Off, "%d bytes overlap what ends at %d", s.Len, at)
-		case s.Off > at && p.freeing == 0:
+		case s.Off > at && p.freeing == 0 && len(p.erase) == 0:
 			c.found("pool.leak", "", at, "%d bytes are neither used nor free", s.Off-at)
 		}
 		at = max(at, s.End())
@@ -189,7 +213,7 @@ func (c *checker) checkExtents(ctx context.Context) error {
 	var all []*extent
 	p.mu.Lock()
 	for _, e := range p.extents {
-		if e.listed && e.ready == nil {
+		if e.listed && e.ready == nil && e.refs > 0 {
 			e.refs++
 			all = append(all, e)
 		}
@@ -210,7 +234,7 @@ func (c *checker) checkExtents(ctx context.Context) error {
 func (c *checker) checkExtent(e *extent) error {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	h := xxh3.New128()
+	h := sha256.New()
 	for at := int64(0); at < e.span().Len; at += chunk {
 		part := (*buf)[:min(chunk, e.span().Len-at)]
 		if n, err := c.p.region.ReadAt(part, e.off+at); n < len(part) {
@@ -222,24 +246,82 @@ func (c *checker) checkExtent(e *extent) error {
 			c.found("pool.tail", "", e.off+e.size, "the rest of the last page is not zero")
 		}
 	}
-	if sum := h.Sum128().Bytes(); sum != e.sum {
+	if sum := [32]byte(h.Sum(nil)); sum != e.sum {
 		c.found("pool.sum", "", e.off, "%d bytes have sum %x, expected %x", e.size, sum, e.sum)
 	}
 	return nil
 }
 
-func (c *checker) checkImages(ctx context.Context) error {
-	for _, m := range c.p.imageList() {
+// checkLive checks the live tree. Slots that wait to be published or erased are left out.
+func (c *checker) checkLive(ctx context.Context) error {
+	p := c.p
+	names := map[string]string{}
+	for _, m := range p.images {
+		names["/"+m.Name()] = m.Key
+	}
+	opts := daxfs.LiveCheckOptions{OneInode: p.header.dax, Slots: func(i int) bool {
+		_, waits := p.erase[i]
+		return ctx.Err() == nil && p.stale[i] == nil && !waits
+	}}
+	opts.SkipTails = true // checkExtents has looked at all of them
+	err := daxfs.CheckLive(p.region, p.header.size, opts, func(f daxfs.Finding) bool {
+		slot, _, _ := strings.Cut(strings.TrimPrefix(f.Path, "/"), "/")
+		c.found("live."+string(f.Rule), names["/"+slot], max(0, f.Off), "%v", f)
+		return !c.stop
+	})
+	if err != nil && !errors.Is(err, daxfs.ErrCorrupt) {
+		return fmt.Errorf("live tree: %w", err)
+	}
+	return ctx.Err()
+}
+
+// checkInodes compares the inodes that the index knows with what the live tree holds there: two files at one address, or a
+// file whose contents are another's, would be found here.
+func (c *checker) checkInodes(ctx context.Context) error {
+	p := c.p
+	live, err := daxfs.OpenLive(p.region, p.header.size)
+	if err != nil {
+		c.found("pool.inode", "", 0, "%v", err)
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	seen := map[uint64]int64{}
+	for _, e := range p.extents {
+		for _, in := range e.inodes {
+			if other, ok := seen[in.nid]; ok {
+				c.found("pool.inode", "", e.off, "inode %d is that of contents at %d, too", in.nid, other)
+			}
+			seen[in.nid] = e.off
+			if e.erased {
+				continue
+			}
+			have, err := live.FS().Inode(in.nid)
+			if err != nil {
+				c.found("pool.inode", "", p.header.geo.NidOff(in.nid), "%v", err)
+			} else if off, n, ok := have.Data(); !ok || off != e.off || n != e.size {
+				c.found("pool.inode", "", p.header.geo.NidOff(in.nid), "inode %d has %d bytes at %d, expected %d at %d", in.nid, n, off, e.size, e.off)
+			}
+		}
+	}
+	return ctx.Err()
+}
+
+func (c *checker) checkWindows(ctx context.Context) error {
+	for _, m := range c.p.Images() {
 		if err := ctx.Err(); err != nil || c.stop {
 			return err
 		}
-		window := io.NewSectionReader(c.p.region, m.Off, m.Size)
-		err := daxfs.Check(window, m.Size, func(f daxfs.Finding) bool {
-			c.found("image."+string(f.Rule), m.Key, m.Off+max(0, f.Off), "%v", f)
+		if m.Segment == 0 {
+			continue
+		}
+		section := io.NewSectionReader(c.p.region, m.Window, m.WindowSize)
+		err := daxfs.Check(section, m.WindowSize, func(f daxfs.Finding) bool {
+			c.found("window."+string(f.Rule), m.Key, m.Window+max(0, f.Off), "%v", f)
 			return !c.stop
 		})
 		if err != nil && !errors.Is(err, daxfs.ErrCorrupt) {
-			return fmt.Errorf("image %q: %w", m.Key, err)
+			return fmt.Errorf("window of image %q: %w", m.Key, err)
 		}
 	}
 	return nil

@@ -124,6 +124,9 @@ func fillDisk(t *testing.T, p *Pool, dir string) {
 	if err := p.RemoveLayer(ctx, "goes"); err != nil {
 		t.Errorf("remove a layer from a full disk: %v", err)
 	}
+	if err := reap(p); err != nil {
+		t.Errorf("free dead contents on a full disk: %v", err)
+	}
 	if n := bytesFree(t, dir); n < 8<<20 {
 		t.Errorf("removing 8 MiB left %d bytes free on the disk", n)
 	}

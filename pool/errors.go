@@ -11,12 +11,14 @@ import (
 var (
 	// ErrFull reports that something does not fit; see FullError.
 	ErrFull = errors.New("pool is full")
-	// ErrBusy reports a pool that another process owns (see region.BusyError), or an image that is pinned.
+	// ErrBusy reports a pool that another process owns; see region.BusyError.
 	ErrBusy = region.ErrBusy
 	// ErrNotFound reports an unknown key.
 	ErrNotFound = errors.New("not found")
 	// ErrForeign reports a region that belongs to something else, or an index that belongs to another pool.
 	ErrForeign = region.ErrForeign
+	// ErrVersion reports a pool that another version of this program made. It is an ErrForeign, too.
+	ErrVersion = fmt.Errorf("made by another version: %w", region.ErrForeign)
 	// ErrWiped reports a region without a pool header, as after a reboot of memory. What the index knew is lost; Reset
 	// makes an empty pool of it.
 	ErrWiped = errors.New("pool was wiped")
@@ -28,19 +30,39 @@ var (
 	ErrInvalid = errors.New("invalid argument")
 )
 
+// missing is the error of a region that readHeaders found no pool in.
+func missing(err error) error {
+	if errors.Is(err, ErrVersion) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrWiped, err)
+}
+
+// What can be full, for FullError.What.
+const (
+	fullExtent  = "extent"
+	fullTree    = "tree area"
+	fullSegment = "window segment"
+	fullSlot    = "slot"
+)
+
 // FullError is the ErrFull that says how much is missing.
 type FullError struct {
-	What string // what did not fit, such as "extent"
-	Need int64  // bytes that are needed in one piece
-	Have int64  // longest piece that is free; of the filesystem below the region, its free bytes
+	What string // what did not fit: "extent", "tree area", "window segment" or "slot"
+	Need int64  // bytes that are needed in one piece; of slots, their number
+	Have int64  // longest piece that is free; of the filesystem below the region, its free bytes; of slots, their number
 	Free int64  // free bytes in all pieces together
 	Err  error  // the system's error, if the filesystem below the region is full; else nil
 }
 
 // Error says what is needed and what there is.
 func (e *FullError) Error() string {
-	if e.Err != nil {
+	switch {
+	case e.Err != nil:
 		return fmt.Sprintf("the filesystem below the pool is full: %s of %d bytes: %v", e.What, e.Need, e.Err)
+	case e.What == fullSlot:
+		return fmt.Sprintf("pool is full: all %d slots were used; they are free again when nothing of the pool is mounted, "+
+			"at the latest after a reboot", e.Free)
 	}
 	return fmt.Sprintf("pool is full: %s needs %d bytes in one piece, the longest is %d of %d free", e.What, e.Need, e.Have, e.Free)
 }

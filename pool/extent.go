@@ -10,8 +10,7 @@ import (
 	"sync"
 	"syscall"
 
-	"github.com/zeebo/xxh3"
-
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
@@ -24,18 +23,39 @@ type extent struct {
 	// ready is closed when the bytes are in place or failed is set; nil if they always were.
 	ready  chan struct{}
 	failed bool
-	listed bool // in Pool.sums and Pool.bySize
+	listed bool // in Pool.sums and Pool.heads
+
+	// inodes are those of regular files that have these contents. They stay as long as the extent: while one may be in a
+	// kernel's memory, the bytes that it points to must not become another file's.
+	inodes []sharedInode
+	died   int64 // when the last reference went; 0 while there is one
+	erased bool  // inodes may be zero already, so the extent never comes to life again
+}
+
+// sharedInode is the inode of a regular file in the live tree.
+type sharedInode struct {
+	key daxfs.InodeKey
+	nid uint64
+	run int64
 }
 
 func (e *extent) span() alloc.Span { return alloc.Span{Off: e.off, Len: alloc.RoundUnit(e.size)} }
 
-// sumKey finds extents that are probably equal. Bytes are compared before one is shared.
+// sumKey identifies contents: equal digests are equal bytes.
 type sumKey struct {
-	sum  [16]byte
+	sum  [32]byte
 	size int64
 }
 
 func (e *extent) key() sumKey { return sumKey{e.sum, e.size} }
+
+// headKey finds large contents that begin alike.
+type headKey struct {
+	head [8]byte
+	size int64
+}
+
+func (e *extent) headKey() headKey { return headKey{e.head, e.size} }
 
 const (
 	// chunk is how much of a large file is in flight: it is read, hashed and written while in the cache of the core.
@@ -46,13 +66,11 @@ const (
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
-func sumOf(b []byte) [16]byte { return xxh3.Hash128(b).Bytes() }
-
 // list makes an extent known to those that look for its contents. Preconditions: mu is held, the sum is set.
 func (p *Pool) list(e *extent) {
 	p.sums[e.key()] = append(p.sums[e.key()], e)
 	if e.size > smallMax {
-		p.bySize[e.size] = append(p.bySize[e.size], e)
+		p.heads[e.headKey()] = append(p.heads[e.headKey()], e)
 	}
 	e.listed = true
 }
@@ -64,7 +82,7 @@ func (p *Pool) unlist(e *extent) {
 	e.listed = false
 	drop(p.sums, e.key(), e)
 	if e.size > smallMax {
-		drop(p.bySize, e.size, e)
+		drop(p.heads, e.headKey(), e)
 	}
 }
 
@@ -94,32 +112,53 @@ func (p *Pool) newExtent(size int64) (*extent, error) {
 	return e, nil
 }
 
-// unref gives up one reference to each extent and frees those that have none left: first the bytes, then the space, so
-// that nobody writes where zeros are still being written. If nobody knows what the index holds they stay: it may list them.
+// unref gives up one reference to each extent. What has none left is freed, or is dead if inodes point to it: see Dead.
+// If nobody knows what the index holds everything stays: it may list them.
 func (p *Pool) unref(es ...*extent) {
 	if p.index.unknown() != nil {
 		return
 	}
-	var dead []*extent
+	var free []*extent
 	p.mu.Lock()
 	for _, e := range es {
 		e.refs--
 		if e.refs > 0 {
 			continue
 		}
-		p.unlist(e)
-		delete(p.extents, e.off)
-		dead = append(dead, e)
+		if len(e.inodes) > 0 {
+			p.dead++
+			e.died = p.dead
+			continue
+		}
+		p.forgetExtent(e)
+		free = append(free, e)
 	}
-	if len(dead) > 0 {
+	if len(free) > 0 {
 		p.freeing++
 	}
 	p.mu.Unlock()
-	if len(dead) == 0 {
-		return
+	if len(free) > 0 {
+		p.release(free)
 	}
-	spans := make([]alloc.Span, len(dead))
-	for i, e := range dead {
+}
+
+// ref adds a reference, which brings a dead extent back to life. Preconditions: mu is held; the extent is listed.
+func (e *extent) ref() {
+	e.refs++
+	e.died = 0
+}
+
+// forgetExtent takes an extent out of all maps. Preconditions: mu is held.
+func (p *Pool) forgetExtent(e *extent) {
+	p.unlist(e)
+	delete(p.extents, e.off)
+}
+
+// release frees the space of extents that were forgotten: first the bytes, then the space, so that nobody writes where
+// zeros are still being written. Preconditions: freeing was counted.
+func (p *Pool) release(es []*extent) {
+	spans := make([]alloc.Span, len(es))
+	for i, e := range es {
 		spans[i] = e.span()
 	}
 	for _, s := range joined(spans) {
@@ -170,19 +209,12 @@ func (p *Pool) write(b []byte, off int64) error {
 
 // share returns a ready extent with these contents, referenced for the caller. If there is none, it lists the one that
 // insert returns, which is called with mu held: lookup and insertion are one step, so that of two that put the same
-// contents at the same time one finds the other's. compare tells whether an extent's bytes are the wanted ones.
-func (p *Pool) share(ctx context.Context, key sumKey, compare func(*extent) (bool, error), insert func() (*extent, error)) (e *extent, shared bool, err error) {
-	var tried []*extent
+// contents at the same time one finds the other's.
+func (p *Pool) share(ctx context.Context, key sumKey, insert func() (*extent, error)) (e *extent, shared bool, err error) {
 	for {
 		p.mu.Lock()
-		var next *extent
-		for _, e := range p.sums[key] {
-			if !slices.Contains(tried, e) {
-				next = e
-				break
-			}
-		}
-		if next == nil {
+		e := p.find(key)
+		if e == nil {
 			defer p.mu.Unlock()
 			if e, err = insert(); err != nil {
 				return nil, false, err
@@ -191,36 +223,43 @@ func (p *Pool) share(ctx context.Context, key sumKey, compare func(*extent) (boo
 			p.list(e)
 			return e, false, nil
 		}
-		next.refs++
-		ready := next.ready
+		e.ref()
+		ready := e.ready
 		p.mu.Unlock()
-		ok, err := p.matches(ctx, next, ready, compare)
+		ok, err := p.await(ctx, e, ready)
 		if ok {
-			return next, true, nil
+			return e, true, nil
 		}
-		p.unref(next)
+		p.unref(e)
 		if err != nil {
 			return nil, false, err
 		}
-		tried = append(tried, next)
 	}
 }
 
-func (p *Pool) matches(ctx context.Context, e *extent, ready chan struct{}, compare func(*extent) (bool, error)) (bool, error) {
-	if ready != nil {
-		select {
-		case <-ready:
-		case <-ctx.Done():
-			return false, ctx.Err()
-		}
-		p.mu.Lock()
-		failed := e.failed
-		p.mu.Unlock()
-		if failed {
-			return false, nil
+// find returns an extent with these contents, or nil. Preconditions: mu is held.
+func (p *Pool) find(key sumKey) *extent {
+	for _, e := range p.sums[key] {
+		if !e.failed {
+			return e
 		}
 	}
-	return compare(e)
+	return nil
+}
+
+// await waits until the bytes of an extent are in place, and reports whether they are.
+func (p *Pool) await(ctx context.Context, e *extent, ready chan struct{}) (bool, error) {
+	if ready == nil {
+		return true, nil
+	}
+	select {
+	case <-ready:
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !e.failed, nil
 }
 
 // finish tells those that wait for an extent how its writing went.
@@ -251,22 +290,6 @@ func (p *Pool) equalBytes(off int64, b []byte) (equal bool, err error) {
 			return false, nil
 		}
 		b, off = b[n:], off+int64(n)
-	}
-	return true, nil
-}
-
-// equalExtents compares two ranges of the region.
-func (p *Pool) equalExtents(a, b, n int64) (equal bool, err error) {
-	buf := buffers.Get().(*[]byte)
-	defer buffers.Put(buf)
-	for at := int64(0); at < n; at += chunk {
-		part := (*buf)[:min(chunk, n-at)]
-		if _, err := p.region.ReadAt(part, a+at); err != nil {
-			return false, fmt.Errorf("pool: read %d bytes at %d: %w", len(part), a+at, err)
-		}
-		if ok, err := p.equalBytes(b+at, part); !ok || err != nil {
-			return false, err
-		}
 	}
 	return true, nil
 }

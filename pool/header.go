@@ -7,38 +7,46 @@ import (
 	"hash/crc32"
 	"io"
 
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// The layout of the bottom of a pool; docs/pool-format.md is normative for it.
+// The layout of the bottom of a pool; docs/pool-format.md is normative for it. Block 0 is that of the live tree.
 const (
 	magic         = "DAXFSPL\x01"
-	formatVersion = 1
+	formatVersion = 2
 	headerSize    = 4096
-	headArea      = 2 << 20           // header copies and catalogue areas; segments start here
-	entrySize     = 256               // one image in the catalogue
-	catArea       = headArea/2 - 4096 // bytes of each of two catalogue areas
-	maxImages     = catArea / entrySize
+	tableOff      = 4 * headerSize // of the slot table
+	entrySize     = 256            // of one slot in it
 	// MaxKey is the length of the longest key of an image or layer, in bytes.
 	MaxKey = entrySize - 64
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// errVersion reports a header of another version of the format. What it is the header of may be in use.
-var errVersion = errors.New("made by another version")
-
-// header is one of the two copies at 0 and 4096.
+// header is one of the two copies at 4096 and 8192.
 type header struct {
 	id         [16]byte
 	generation uint64 // even generations are in copy 0, odd ones in copy 1
 	size       int64  // of the pool
-	count      uint32 // images in the catalogue of this generation
-	sum        uint32 // CRC-32C of the catalogue
+	geo        daxfs.Geometry
+	used       int // slots below it were used in this epoch, or are about to be
+	windows    bool
+	dax        bool // contents belong to one inode
 }
 
-func headerOff(gen uint64) int64    { return int64(gen%2) * headerSize }
-func catalogueOff(gen uint64) int64 { return 2*headerSize + int64(gen%2)*catArea }
+const (
+	flagWindows = 1
+	flagDAX     = 2
+)
+
+func headerOff(gen uint64) int64 { return headerSize * int64(1+gen%2) }
+
+// headOf is where the live tree begins behind a slot table.
+func headOf(slots int) int64 {
+	const block = daxfs.BlockSize
+	return (tableOff + int64(slots)*entrySize + block - 1) / block * block
+}
 
 func (h *header) encode() []byte {
 	b := make([]byte, headerSize)
@@ -49,55 +57,82 @@ func (h *header) encode() []byte {
 	copy(b[16:], h.id[:])
 	le.PutUint64(b[32:], h.generation)
 	le.PutUint64(b[40:], uint64(h.size))
-	le.PutUint64(b[48:], uint64(headArea))
-	le.PutUint64(b[56:], uint64(catalogueOff(h.generation)))
-	le.PutUint32(b[64:], h.count)
-	le.PutUint32(b[68:], h.sum)
+	copy(b[48:], h.geo.UUID[:])
+	le.PutUint32(b[64:], uint32(h.geo.Slots))
+	le.PutUint32(b[68:], uint32(h.geo.PerBlock))
+	le.PutUint64(b[72:], uint64(h.geo.Head))
+	le.PutUint32(b[80:], uint32(h.used))
+	flags := uint32(0)
+	if h.windows {
+		flags |= flagWindows
+	}
+	if h.dax {
+		flags |= flagDAX
+	}
+	le.PutUint32(b[84:], flags)
 	le.PutUint32(b[headerSize-4:], crc32.Checksum(b[:headerSize-4], castagnoli))
 	return b
 }
 
 // decodeHeader checks one copy in a fixed order: magic, version, checksum, then each field.
-func decodeHeader(b []byte, slot int64) (*header, error) {
+func decodeHeader(b []byte, at int64) (*header, error) {
 	le := binary.LittleEndian
 	if string(b[:8]) != magic {
-		return nil, fmt.Errorf("no pool header: magic %q, expected %q", b[:8], magic)
+		return nil, fmt.Errorf("no pool header at %d: magic %q, expected %q", at, b[:8], magic)
 	}
 	if v := le.Uint32(b[8:]); v != formatVersion {
-		return nil, fmt.Errorf("pool format version %d, this program knows %d: %w", v, formatVersion, errVersion)
+		return nil, fmt.Errorf("pool format version %d, this program knows %d: %w", v, formatVersion, ErrVersion)
 	}
 	if got, want := crc32.Checksum(b[:headerSize-4], castagnoli), le.Uint32(b[headerSize-4:]); got != want {
 		return nil, fmt.Errorf("header checksum %#x, stored is %#x", got, want)
 	}
-	h := &header{generation: le.Uint64(b[32:]), size: int64(le.Uint64(b[40:])), count: le.Uint32(b[64:]), sum: le.Uint32(b[68:])}
+	h := &header{generation: le.Uint64(b[32:]), size: int64(le.Uint64(b[40:])), used: int(le.Uint32(b[80:]))}
 	copy(h.id[:], b[16:])
+	if h.size <= 0 || h.size%alloc.Align != 0 || h.size > maxSize {
+		return nil, fmt.Errorf("pool size %d", h.size)
+	}
+	h.geo = geometry(h.size, int(le.Uint32(b[64:])), int(le.Uint32(b[68:])))
+	copy(h.geo.UUID[:], b[48:])
+	flags := le.Uint32(b[84:])
+	h.windows, h.dax = flags&flagWindows != 0, flags&flagDAX != 0
 	switch {
 	case le.Uint32(b[12:]) != entrySize:
-		return nil, fmt.Errorf("catalogue entries of %d bytes, expected %d", le.Uint32(b[12:]), entrySize)
-	case h.size < 2*headArea || h.size%alloc.Align != 0:
-		return nil, fmt.Errorf("pool size %d", h.size)
-	case le.Uint64(b[48:]) != headArea:
-		return nil, fmt.Errorf("segments start at %d, expected %d", le.Uint64(b[48:]), headArea)
-	case le.Uint64(b[56:]) != uint64(catalogueOff(h.generation)) || headerOff(h.generation) != slot:
-		return nil, fmt.Errorf("generation %d with its catalogue at %d in the copy at %d", h.generation, le.Uint64(b[56:]), slot)
-	case h.count > maxImages:
-		return nil, fmt.Errorf("%d images, at most %d fit", h.count, maxImages)
+		return nil, fmt.Errorf("slot table entries of %d bytes, expected %d", le.Uint32(b[12:]), entrySize)
+	case h.geo.Validate() != nil:
+		return nil, fmt.Errorf("live tree: %w", h.geo.Validate())
+	case le.Uint64(b[72:]) != uint64(h.geo.Head):
+		return nil, fmt.Errorf("live tree begins at %d, expected %d", le.Uint64(b[72:]), h.geo.Head)
+	case headerOff(h.generation) != at:
+		return nil, fmt.Errorf("generation %d in the copy at %d", h.generation, at)
+	case h.used > h.geo.Slots:
+		return nil, fmt.Errorf("%d slots in use of %d", h.used, h.geo.Slots)
+	case flags&^(flagWindows|flagDAX) != 0:
+		return nil, fmt.Errorf("flags %#x, expected at most %#x", flags, flagWindows|flagDAX)
 	}
 	return h, nil
+}
+
+// maxSize is what block addresses of 32 bits reach.
+const maxSize = (1<<32 - 512) * daxfs.BlockSize
+
+// geometry is that of a pool of size bytes; the UUID is the caller's to fill in.
+func geometry(size int64, slots, perBlock int) daxfs.Geometry {
+	slots = min(slots, daxfs.MaxSlots+1) // what is too much stays too much
+	return daxfs.Geometry{Slots: slots, PerBlock: perBlock, Head: headOf(slots), Blocks: uint32(size / daxfs.BlockSize)}
 }
 
 // readHeaders returns the valid copies, the newest first, or why there is none.
 func readHeaders(r io.ReaderAt) ([]*header, error) {
 	var out []*header
 	var firstErr error
-	for _, off := range [2]int64{0, headerSize} {
+	for _, off := range [2]int64{headerOff(0), headerOff(1)} {
 		b := make([]byte, headerSize)
 		if _, err := r.ReadAt(b, off); err != nil && err != io.EOF {
 			return nil, fmt.Errorf("read the pool header: %w", err)
 		}
 		h, err := decodeHeader(b, off)
 		if err != nil {
-			if firstErr == nil || errors.Is(err, errVersion) {
+			if firstErr == nil || errors.Is(err, ErrVersion) {
 				firstErr = err
 			}
 			continue
@@ -108,8 +143,14 @@ func readHeaders(r io.ReaderAt) ([]*header, error) {
 			out = append(out, h)
 		}
 	}
-	if len(out) == 0 {
-		return nil, firstErr
+	if len(out) > 0 {
+		return out, nil
 	}
-	return out, nil
+	// Version 1 has its first copy at 0.
+	b := make([]byte, 16)
+	if _, err := r.ReadAt(b, 0); err == nil && string(b[:8]) == magic {
+		v := binary.LittleEndian.Uint32(b[8:])
+		return nil, fmt.Errorf("pool format version %d, this program knows %d: %w", v, formatVersion, ErrVersion)
+	}
+	return nil, firstErr
 }

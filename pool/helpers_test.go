@@ -102,3 +102,12 @@ func addImage(t testing.TB, p *Pool, key string, bodies ...[]byte) Image {
 	}
 	return m
 }
+
+// reap frees what is dead, as if nobody had ever mounted the pool.
+func reap(p *Pool) error {
+	dead, err := p.Erase(context.Background(), p.Dead())
+	if err != nil {
+		return err
+	}
+	return p.Free(context.Background(), dead)
+}

@@ -15,17 +15,19 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// image is an image and what it holds. pins is guarded by Pool.mu.
+// image is an image and what it holds.
 type image struct {
-	Image
+	*storedImage
 	used    []*extent
-	pins    int
 	leaving bool // being removed
 }
 
 // AddImage makes the image key of a tree whose files' contents are in this pool: every Data is one that Put returned and
-// that a layer, an image or an open batch holds. When it returns, the image is durable and in the catalogue, and holds
-// the contents by itself. If there is such an image already it is returned as it is, whatever the tree.
+// that a layer, an image or an open batch holds. When it returns, the image is durable, published at its slot and in the
+// catalogue, and holds the contents by itself. If there is such an image already it is returned as it is, whatever the tree.
+//
+// On memory that kernels read through a block device, whoever has it mounted makes the kernel forget what it cached there
+// before it looks at the slot.
 //
 // Errors: ErrFull, with nothing added; ErrNotFound if contents are not in the pool; ErrInvalid; those of daxfs.NewPlan.
 func (p *Pool) AddImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
@@ -79,7 +81,7 @@ func (p *Pool) startAdding(ctx context.Context, key string) (m Image, done func(
 }
 
 func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
-	plan, err := daxfs.NewPlan(root, opt)
+	plan, err := daxfs.NewLivePlan(root, opt, p.header.windows)
 	if err != nil {
 		return Image{}, err
 	}
@@ -87,31 +89,256 @@ func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt d
 	if err != nil {
 		return Image{}, err
 	}
-	m := Image{Key: key, Seg: roundUp(daxfs.BlockSize + plan.MetaSize()), UUID: plan.UUID(), Created: time.Now().UTC()}
-	if m.Off, err = p.newSegment(m.Seg); err != nil {
-		p.unref(used...)
+	defer p.unref(used...)
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	if err := ctx.Err(); err != nil {
 		return Image{}, err
 	}
-	m.Size = windowSize(m, used)
-	added := false
-	if err = p.writeSegment(ctx, plan, m); err == nil {
-		added, err = p.commitImage(ctx, m, used)
+	p.mu.Lock()
+	err = p.finishEpoch(p.header.generation + 1)
+	p.mu.Unlock()
+	if err != nil {
+		return Image{}, err
 	}
-	if !added {
-		p.freeSegment(m)
-		p.unref(used...)
+	a := &addition{p: p, plan: plan, taken: map[*extent]bool{}, before: p.tree}
+	a.m = &storedImage{Image: Image{Key: key, Slot: p.header.used, UUID: plan.UUID(), Created: time.Now().UTC()}}
+	if err := a.run(); err != nil {
+		return Image{}, errors.Join(err, a.undo())
 	}
-	return m, err
+	if err := p.publish(a.m); err != nil {
+		// What can not be taken back stays an image: the index has it, and publishStale comes back to it.
+		return Image{}, errors.Join(err, p.removeImage(key))
+	}
+	return a.m.Image, nil
+}
+
+// addition is one image that is being added. Preconditions of all methods: commit is held.
+type addition struct {
+	p      *Pool
+	plan   *daxfs.LivePlan
+	m      *storedImage
+	used   []*extent        // what the image will hold, referenced
+	taken  map[*extent]bool // the same
+	run0   int64            // where the run is
+	before treeArea         // before this image
+	after  treeArea         // after it; unset until it took something
+	done   bool             // the index has the image
+}
+
+// run does everything up to the index: what comes after it only makes visible what is there.
+func (a *addition) run() error {
+	p, m := a.p, a.m
+	if m.Slot >= p.header.geo.Slots {
+		return &FullError{What: fullSlot, Need: 1, Free: int64(p.header.geo.Slots)}
+	}
+	if err := a.plan.Resolve(a.resolve); err != nil {
+		return err
+	}
+	if err := a.place(); err != nil {
+		return err
+	}
+	if err := a.plan.WriteRun(window{p, 0, p.header.size}); err != nil {
+		return err
+	}
+	run := alloc.Span{Off: a.run0, Len: a.plan.Size()}
+	if err := p.sync(a.used, run, alloc.Span{Off: m.Window, Len: m.Segment}); err != nil {
+		return err
+	}
+	m.slot = a.plan.Slot()
+	m.own = alloc.Span{Off: a.run0 + a.plan.FileSize(), Len: a.plan.Size() - a.plan.FileSize()}
+	brought := a.brought()
+	if err := p.index.putImage(m, ids(byOffset(a.used)), a.run0, brought, a.after, p.header.generation+1); err != nil {
+		return err
+	}
+	a.done = true
+	a.keep(brought)
+	return nil
+}
+
+// place finds room for the run and, if there are windows, for the segment, and writes the latter.
+func (a *addition) place() error {
+	p, m := a.p, a.m
+	p.mu.Lock()
+	off, after, ok := a.before.take(p.space, a.plan.Size())
+	if !ok {
+		defer p.mu.Unlock()
+		free, _ := p.space.Free()
+		return &FullError{What: fullTree, Need: a.plan.Size(), Have: p.space.SegmentRoom(), Free: free + p.space.SegmentFree()}
+	}
+	a.run0, a.after = off, after
+	p.mu.Unlock()
+	if err := a.plan.PlaceLive(p.header.geo, off, m.Slot); err != nil {
+		return err
+	}
+	if !p.header.windows {
+		return nil
+	}
+	var err error
+	need := roundUp(daxfs.BlockSize + a.plan.MetaSize())
+	if m.Window, err = p.newSegment(need); err != nil {
+		return err
+	}
+	m.Segment = need
+	m.WindowSize = windowSize(m.Image, a.used)
+	return p.writeSegment(a.plan.Plan, m.Image)
+}
+
+// resolve finds the inode of a regular file, or contents for a new one.
+func (a *addition) resolve(f daxfs.LiveFile) (nid uint64, d daxfs.Data, err error) {
+	p := a.p
+	if f.Data.Size == 0 {
+		return p.empty.nth(f.Key, f.Seq), f.Data, nil
+	}
+	p.mu.Lock()
+	e := p.extents[f.Data.Off] // held since addImage looked at the tree
+	if !p.header.dax {
+		a.use(e)
+		nid = e.nth(f.Key, f.Seq)
+		p.mu.Unlock()
+		return nid, f.Data, nil
+	}
+	seq := f.Seq
+	var free *extent
+	for _, c := range p.sums[e.key()] {
+		switch {
+		case c.failed || c.ready != nil || a.taken[c] && len(c.inodes) == 0:
+		case len(c.inodes) == 0:
+			if free == nil {
+				free = c
+			}
+		case c.inodes[0].key == f.Key:
+			if seq == 0 {
+				a.use(c)
+				p.mu.Unlock()
+				f.Data.Off = c.off
+				return c.inodes[0].nid, f.Data, nil
+			}
+			seq--
+		}
+	}
+	if free != nil {
+		a.use(free)
+	}
+	p.mu.Unlock()
+	if free == nil {
+		if free, err = a.variant(e); err != nil {
+			return 0, f.Data, err
+		}
+	}
+	f.Data.Off = free.off
+	return 0, f.Data, nil
+}
+
+// use makes the image hold an extent. Preconditions: mu is held.
+func (a *addition) use(e *extent) {
+	if !a.taken[e] {
+		a.taken[e] = true
+		e.ref()
+		a.used = append(a.used, e)
+	}
+}
+
+// variant copies contents: with DAX, they belong to one inode.
+func (a *addition) variant(from *extent) (*extent, error) {
+	p := a.p
+	p.mu.Lock()
+	e, err := p.newExtent(from.size)
+	p.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	e.sum, e.head = from.sum, from.head
+	if err := p.copyRange(e.off, from.off, e.span().Len); err != nil {
+		p.unref(e)
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.list(e)
+	a.taken[e] = true
+	a.used = append(a.used, e)
+	return e, nil
+}
+
+// nth returns the inode of the seq-th file with a key, or 0.
+func (e *extent) nth(key daxfs.InodeKey, seq int) uint64 {
+	for _, in := range e.inodes {
+		if in.key != key {
+			continue
+		}
+		if seq == 0 {
+			return in.nid
+		}
+		seq--
+	}
+	return 0
+}
+
+// brought lists the inodes that the run brings, by the offset of what they point to.
+func (a *addition) brought() []runInode {
+	var out []runInode
+	a.plan.Files(func(f daxfs.LiveFile) {
+		if !f.New {
+			return
+		}
+		in := runInode{off: f.Data.Off, size: f.Data.Size, nid: f.Nid, key: f.Key}
+		if in.size == 0 {
+			in.off = 0
+		}
+		out = append(out, in)
+	})
+	slices.SortStableFunc(out, func(a, b runInode) int { return cmp.Compare(a.off, b.off) })
+	return out
+}
+
+// keep notes in memory what the index has.
+func (a *addition) keep(brought []runInode) {
+	p, m := a.p, a.m
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, in := range brought {
+		e := p.empty
+		if in.size > 0 {
+			e = p.extents[in.off]
+		}
+		e.inodes = append(e.inodes, sharedInode{key: in.key, nid: in.nid, run: a.run0})
+	}
+	p.images[m.Key] = &image{storedImage: m, used: a.used}
+	for _, e := range a.used {
+		e.images++
+	}
+	p.tree = a.after
+	p.header.used = m.Slot + 1
+	p.stale[m.Slot] = m.slot
+}
+
+// undo gives back what an image that could not be added has taken, unless the index may list it.
+func (a *addition) undo() error {
+	p := a.p
+	if a.done || p.index.unknown() != nil {
+		return nil
+	}
+	if a.m.Segment > 0 {
+		p.freeSegment(a.m.Image)
+	}
+	p.mu.Lock()
+	if a.after.chunks != nil {
+		a.after.drop(p.space, a.before)
+	}
+	p.mu.Unlock()
+	p.unref(a.used...)
+	return nil
 }
 
 // windowSize ends a window at the first multiple of 2 MiB after its metadata and its highest extent. The pool's size is
 // such a multiple, so there always is one.
 func windowSize(m Image, used []*extent) int64 {
-	end := m.Off + m.Seg
+	end := m.Window + m.Segment
 	for _, e := range used {
 		end = max(end, e.span().End())
 	}
-	return roundUp(end) - m.Off
+	return roundUp(end) - m.Window
 }
 
 func roundUp(n int64) int64 { return (n + alloc.Align - 1) &^ (alloc.Align - 1) }
@@ -130,10 +357,10 @@ func (p *Pool) hold(root *daxfs.Node) ([]*extent, error) {
 		p.unref(used...)
 		return nil, err
 	}
-	return byOffset(used), nil
+	return used, nil
 }
 
-// holdTree adds the extents below n to seen. Preconditions: mu is held; n has no loops, as daxfs.NewPlan has checked.
+// holdTree adds the extents below n to seen. Preconditions: mu is held; n has no loops, as daxfs.NewLivePlan has checked.
 func (p *Pool) holdTree(n *daxfs.Node, seen map[*extent]bool) error {
 	if n.Mode&unix.S_IFMT == unix.S_IFREG && n.Data.Size > 0 {
 		d := n.Data
@@ -143,7 +370,7 @@ func (p *Pool) holdTree(n *daxfs.Node, seen map[*extent]bool) error {
 		}
 		if !seen[e] {
 			seen[e] = true
-			e.refs++
+			e.ref()
 		}
 	}
 	for name, kid := range n.Entries {
@@ -157,13 +384,10 @@ func (p *Pool) holdTree(n *daxfs.Node, seen map[*extent]bool) error {
 func (p *Pool) newSegment(n int64) (int64, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return 0, fmt.Errorf("pool: %w", ErrClosed)
-	}
 	off, ok := p.space.Segment(n)
 	if !ok {
 		free, _ := p.space.Free()
-		return 0, &FullError{What: "metadata segment", Need: n, Have: p.space.SegmentRoom(), Free: free + p.space.SegmentFree()}
+		return 0, &FullError{What: fullSegment, Need: n, Have: p.space.SegmentRoom(), Free: free + p.space.SegmentFree()}
 	}
 	return off, nil
 }
@@ -173,111 +397,98 @@ func (p *Pool) freeSegment(m Image) {
 	if p.index.unknown() != nil {
 		return
 	}
-	p.punch(alloc.Span{Off: m.Off, Len: m.Seg})
+	p.punch(alloc.Span{Off: m.Window, Len: m.Segment})
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.space.FreeSegment(m.Off, m.Seg)
+	p.space.FreeSegment(m.Window, m.Segment)
 }
 
-// writeSegment writes the metadata of an image into its segment, durably. What the plan does not write is zero.
-func (p *Pool) writeSegment(ctx context.Context, plan *daxfs.Plan, m Image) error {
-	if err := ctx.Err(); err != nil {
+// writeSegment writes the metadata of an image into its window's segment. What the plan does not write is zero.
+func (p *Pool) writeSegment(plan *daxfs.Plan, m Image) error {
+	at := daxfs.Placement{Image: m.Window, Meta: m.Window + daxfs.BlockSize, End: m.Window + m.WindowSize}
+	if err := plan.Place(at); err != nil {
 		return err
 	}
-	if err := plan.Place(daxfs.Placement{Image: m.Off, Meta: m.Off + daxfs.BlockSize, End: m.Off + m.Size}); err != nil {
-		return err
-	}
-	if err := p.region.Punch(m.Off, m.Seg); err != nil {
+	if err := p.region.Punch(m.Window, m.Segment); err != nil {
 		return fmt.Errorf("clear the segment: %w", err)
 	}
-	if err := plan.WriteTo(segment{p, m}); err != nil {
-		return err
-	}
-	if err := p.region.Sync(m.Off, m.Seg); err != nil {
-		return fmt.Errorf("sync the segment: %w", err)
-	}
-	return nil
+	return plan.WriteTo(window{p, m.Window, m.Segment})
 }
 
-// segment writes into one segment, at offsets relative to it, and nowhere else.
-type segment struct {
-	p *Pool
-	m Image
+// window writes into a range of the pool, at offsets relative to it, and nowhere else.
+type window struct {
+	p        *Pool
+	off, len int64
 }
 
-func (s segment) WriteAt(b []byte, off int64) (int, error) {
-	if off < 0 || int64(len(b)) > s.m.Seg || off > s.m.Seg-int64(len(b)) {
-		return 0, fmt.Errorf("write of %d bytes at %d of a segment of %d: %w", len(b), off, s.m.Seg, io.ErrShortWrite)
+func (w window) WriteAt(b []byte, off int64) (int, error) {
+	if off < 0 || int64(len(b)) > w.len || off > w.len-int64(len(b)) {
+		return 0, fmt.Errorf("write of %d bytes at %d of a range of %d: %w", len(b), off, w.len, io.ErrShortWrite)
 	}
-	if err := s.p.write(b, s.m.Off+off); err != nil {
+	if err := w.p.write(b, w.off+off); err != nil {
 		return 0, err
 	}
 	return len(b), nil
 }
 
-// commitImage records an image whose bytes are durable, then publishes it: a reader never sees one that the index does
-// not hold. added tells whether it is an image now, which it may be in spite of an error.
-func (p *Pool) commitImage(ctx context.Context, m Image, used []*extent) (added bool, err error) {
-	p.commit.Lock()
-	defer p.commit.Unlock()
-	if err := ctx.Err(); err != nil {
-		return false, err
+func entryOff(slot int) int64 { return tableOff + int64(slot)*entrySize }
+
+// publish makes an image that the index has visible: its slot, then its entry of the slot table, then a header. If that
+// fails the image is there all the same, and publishStale comes back to it. Preconditions: commit is held.
+func (p *Pool) publish(m *storedImage) error {
+	if err := p.publishSlot(m); err != nil {
+		return fmt.Errorf("publish at slot %d: %w", m.Slot, err)
 	}
-	images := p.imageList()
-	if len(images) >= maxImages {
-		return false, &FullError{What: "catalogue entry", Need: entrySize}
-	}
-	if err := p.sync(used); err != nil {
-		return false, err
-	}
-	gen := p.header.generation + 1
-	if err := p.index.putImage(&m, ids(used), gen); err != nil {
-		return false, err
-	}
-	if err = p.publish(gen, append(images, m)); err != nil {
-		rerr := p.retract(gen, images, m.Key)
-		if rerr == nil {
-			return false, err
-		}
-		// It may be visible to readers and can not be hidden again: then it is an image, and its bytes must stay.
-		err = errors.Join(err, rerr)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.images[m.Key] = &image{Image: m, used: used}
-	for _, e := range used {
-		e.images++
-	}
-	return true, err
+	return p.writeHeader(p.header.generation + 1)
 }
 
-// retract undoes a publication that failed halfway: readers may see it or not. Preconditions: commit is held.
-func (p *Pool) retract(gen uint64, images []Image, key string) error {
-	if err := p.publish(gen, images); err != nil {
+func (p *Pool) publishSlot(m *storedImage) error {
+	g := p.header.geo
+	w := window{p, 0, p.header.size}
+	sync := func() error { return p.region.Sync(g.SlotOff(m.Slot), daxfs.SlotSize) }
+	if err := daxfs.PublishSlot(w, g, m.Slot, m.slot, sync); err != nil {
 		return err
 	}
-	return p.index.removeImage(key)
+	b := make([]byte, entrySize)
+	encodeImage(b, &m.Image)
+	if _, err := w.WriteAt(b, entryOff(m.Slot)); err != nil {
+		return err
+	}
+	if err := p.region.Sync(entryOff(m.Slot), entrySize); err != nil {
+		return err
+	}
+	delete(p.stale, m.Slot)
+	return nil
 }
 
-// republish writes the catalogue again if it is behind the index.
+// publishStale publishes what could not be published before. Preconditions: commit is held, or p is not shared yet.
+func (p *Pool) publishStale() error {
+	for _, m := range p.images {
+		if p.stale[m.Slot] == nil {
+			continue
+		}
+		if err := p.publishSlot(m.storedImage); err != nil {
+			return fmt.Errorf("publish image %q at slot %d: %w", m.Key, m.Slot, err)
+		}
+	}
+	return nil
+}
+
+// republish writes what the index has and readers do not see yet.
 func (p *Pool) republish() error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
-	if !p.stale {
+	if len(p.stale) == 0 {
 		return nil
 	}
 	gen := p.header.generation + 1
 	if err := p.index.setGeneration(gen); err != nil {
 		return err
 	}
-	return p.publish(gen, p.imageList())
-}
-
-// publish is writeCatalogue that remembers whether it failed. Preconditions: commit is held.
-func (p *Pool) publish(gen uint64, images []Image) error {
-	err := p.writeCatalogue(gen, images)
-	p.stale = err != nil
-	return err
+	if err := p.publishStale(); err != nil {
+		return err
+	}
+	return p.writeHeader(gen)
 }
 
 // Image returns an image. Errors: ErrNotFound.
@@ -290,104 +501,122 @@ func (p *Pool) Image(key string) (Image, error) {
 	return Image{}, fmt.Errorf("pool: image %q: %w", key, ErrNotFound)
 }
 
-// Images returns all images, by offset.
-func (p *Pool) Images() []Image { return p.imageList() }
-
-func (p *Pool) imageList() []Image {
+// Images returns all images, by slot.
+func (p *Pool) Images() []Image {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	out := make([]Image, 0, len(p.images))
 	for _, m := range p.images {
 		out = append(out, m.Image)
 	}
-	slices.SortFunc(out, func(a, b Image) int { return cmp.Compare(a.Off, b.Off) })
+	slices.SortFunc(out, func(a, b Image) int { return cmp.Compare(a.Slot, b.Slot) })
 	return out
 }
 
-// Pin keeps an image from being removed until unpin is called, by this process: RemoveImage returns ErrBusy. What is
-// mounted should be pinned, also when a mount of an earlier process is adopted. Errors: ErrNotFound.
-func (p *Pool) Pin(key string) (m Image, unpin func(), err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	i := p.images[key]
-	if i == nil || i.leaving {
-		return Image{}, nil, fmt.Errorf("pool: image %q: %w", key, ErrNotFound)
-	}
-	i.pins++
-	once := false
-	return i.Image, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if !once {
-			once = true
-			i.pins--
-		}
-	}, nil
-}
-
-// RemoveImage removes an image and frees its segment and the extents that nothing else holds. Preconditions: it is not
-// mounted, here or elsewhere; its bytes are gone when RemoveImage returns. Errors: ErrNotFound, ErrBusy if it is pinned;
-// after any other error the image is as it was.
+// RemoveImage removes an image: from the catalogue, its slot, its directories, and its window if it has one. Contents that
+// nothing else holds are dead then: see Dead. After an error the image is as it was, or it is gone.
+//
+// Preconditions: nothing stands on the image, in any kernel: what has a directory of it in memory could see it empty or
+// damaged, though never another image's bytes.
+//
+// Errors: ErrNotFound.
 func (p *Pool) RemoveImage(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	m, err := p.takeImage(key)
-	if err == nil {
-		err = p.forgetImage(key)
-	}
-	p.mu.Lock()
-	switch {
-	case err == nil:
-		delete(p.images, key)
-		for _, e := range m.used {
-			e.images--
-		}
-	case m != nil:
-		m.leaving = false
-	}
-	p.mu.Unlock()
-	if err != nil {
+	if err := p.removeImage(key); err != nil {
 		return fmt.Errorf("pool: image %q: %w", key, err)
 	}
-	p.freeSegment(m.Image)
+	return nil
+}
+
+// removeImage is RemoveImage. Preconditions: commit is held.
+func (p *Pool) removeImage(key string) error {
+	m, err := p.takeImage(key)
+	if err != nil {
+		return err
+	}
+	err = p.index.removeImage(m.storedImage, p.header.generation+1)
+	p.mu.Lock()
+	if err != nil {
+		m.leaving = false
+		p.mu.Unlock()
+		return err
+	}
+	delete(p.images, key)
+	for _, e := range m.used {
+		e.images--
+	}
+	p.mu.Unlock()
+	delete(p.stale, m.Slot)
+	p.erase[m.Slot] = m.own
+	if err := p.eraseRemoved(); err != nil {
+		p.warn(fmt.Errorf("pool: image %q is removed but not erased yet: %w", key, err))
+	} else if m.Segment > 0 {
+		p.freeSegment(m.Image)
+	}
 	p.unref(m.used...)
 	return nil
 }
 
-// takeImage marks an image as leaving: it can not be pinned any more.
+// takeImage marks an image as leaving.
 func (p *Pool) takeImage(key string) (*image, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	m := p.images[key]
 	switch {
 	case p.closed:
-		return nil, fmt.Errorf("pool: %w", ErrClosed)
+		return nil, ErrClosed
 	case m == nil:
 		return nil, ErrNotFound
-	case m.pins > 0:
-		return nil, fmt.Errorf("pinned %d times: %w", m.pins, ErrBusy)
 	}
 	m.leaving = true
 	return m, nil
 }
 
-// forgetImage takes an image out of the catalogue and then out of the index: a reader never sees one that the index
-// does not hold. Preconditions: commit is held.
-func (p *Pool) forgetImage(key string) error {
-	gen := p.header.generation + 1
-	if err := p.index.setGeneration(gen); err != nil {
+// eraseRemoved takes removed images out of the slot table and the live tree: first the entry, which readers on other
+// kernels go by. Preconditions: commit is held, or p is not shared yet.
+func (p *Pool) eraseRemoved() error {
+	if len(p.erase) == 0 {
+		return nil
+	}
+	g := p.header.geo
+	w := window{p, 0, p.header.size}
+	var slots []int
+	for slot := range p.erase {
+		slots = append(slots, slot)
+		if _, err := w.WriteAt(make([]byte, entrySize), entryOff(slot)); err != nil {
+			return err
+		}
+	}
+	if err := p.region.Sync(tableOff, g.Head-tableOff); err != nil {
 		return err
 	}
-	rest := slices.DeleteFunc(p.imageList(), func(m Image) bool { return m.Key == key })
-	if err := p.publish(gen, rest); err != nil {
+	if err := p.writeHeader(p.header.generation + 1); err != nil {
 		return err
 	}
-	if err := p.index.removeImage(key); err != nil {
-		p.stale = true // the catalogue lacks an image that there is
+	lo, hi := p.header.size, int64(0)
+	note := func(off, n int64) { lo, hi = min(lo, off), max(hi, off+n) }
+	for _, slot := range slots {
+		if err := daxfs.RetractSlot(w, g, slot); err != nil {
+			return err
+		}
+		note(g.SlotOff(slot), daxfs.SlotSize)
+		if own := p.erase[slot]; own.Len > 0 {
+			if err := p.region.Punch(own.Off, own.Len); err != nil {
+				return err
+			}
+			note(own.Off, own.Len)
+		}
+	}
+	if err := p.region.Sync(lo, hi-lo); err != nil {
 		return err
 	}
+	if err := p.index.erased(slots); err != nil {
+		return err
+	}
+	clear(p.erase)
 	return nil
 }

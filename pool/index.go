@@ -1,6 +1,7 @@
 package pool
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -11,19 +12,24 @@ import (
 	"go.etcd.io/bbolt"
 	bberrors "go.etcd.io/bbolt/errors"
 
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // index is the owner's database. There is no table of extents: each holder, a layer or an image, lists the extents that
-// it holds in full, and an extent exists while a holder lists it. So no crash can leave an extent without a holder, and
-// removing a holder is one record's removal.
+// it holds in full, and an extent is held while a holder lists it. So no crash can leave an extent without a holder, and
+// removing a holder is one record's removal. An extent that nobody holds but that has inodes in a run is dead: its space
+// is not free yet.
 //
-//	meta    id, generation
-//	layers  key -> payload
-//	held    key -> extents of the layer
-//	images  key -> catalogue entry
-//	used    key -> extents of the image
+//	meta     id, generation, epoch, tree
+//	layers   key -> payload
+//	held     key -> extents of the layer
+//	images   key -> slot, entry of the slot table, bytes of the slot, span of the run
+//	used     key -> extents of the image
+//	runs     offset of a run -> inodes of regular files in it
+//	erase    slot -> span of what was the removed image's alone
+//	records  kind -> key -> value of the store above
 type index struct {
 	db   *bbolt.DB
 	path string
@@ -39,13 +45,22 @@ type index struct {
 var errUnknown = errors.New("whether the disk has it is unknown")
 
 var (
-	bucketMeta   = []byte("meta")
-	bucketLayers = []byte("layers")
-	bucketHeld   = []byte("held")
-	bucketImages = []byte("images")
-	bucketUsed   = []byte("used")
-	keyID        = []byte("id")
-	keyGen       = []byte("generation")
+	bucketMeta    = []byte("meta")
+	bucketLayers  = []byte("layers")
+	bucketHeld    = []byte("held")
+	bucketImages  = []byte("images")
+	bucketUsed    = []byte("used")
+	bucketRuns    = []byte("runs")
+	bucketErase   = []byte("erase")
+	bucketRecords = []byte("records")
+	keyID         = []byte("id")
+	keyGen        = []byte("generation")
+	keyEpoch      = []byte("epoch")
+	keyTree       = []byte("tree")
+
+	buckets = [][]byte{bucketMeta, bucketLayers, bucketHeld, bucketImages, bucketUsed, bucketRuns, bucketErase, bucketRecords}
+	// perEpoch are the buckets that a new epoch empties.
+	perEpoch = [][]byte{bucketImages, bucketUsed, bucketRuns, bucketErase}
 )
 
 // openIndex opens the database of a pool, or makes an empty one. durable is false for regions that end with the kernel:
@@ -67,9 +82,9 @@ func openIndex(path string, durable bool) (*index, error) {
 func (x *index) close() error { return x.db.Close() }
 
 // format writes the identity of a new pool into an empty index.
-func (x *index) format(id [16]byte, gen uint64) error {
+func (x *index) format(id [16]byte, gen uint64, uuid [16]byte, t treeArea) error {
 	return x.update("format", func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{bucketMeta, bucketLayers, bucketHeld, bucketImages, bucketUsed} {
+		for _, name := range buckets {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
@@ -77,7 +92,29 @@ func (x *index) format(id [16]byte, gen uint64) error {
 		if err := tx.Bucket(bucketMeta).Put(keyID, id[:]); err != nil {
 			return err
 		}
-		return putGeneration(tx, gen)
+		return putEpoch(tx, gen, uuid, t)
+	})
+}
+
+func putEpoch(tx *bbolt.Tx, gen uint64, uuid [16]byte, t treeArea) error {
+	if err := tx.Bucket(bucketMeta).Put(keyEpoch, uuid[:]); err != nil {
+		return err
+	}
+	return errors.Join(putGeneration(tx, gen), t.put(tx))
+}
+
+// newEpoch forgets all images and the tree area.
+func (x *index) newEpoch(gen uint64, uuid [16]byte, t treeArea) error {
+	return x.update("epoch", func(tx *bbolt.Tx) error {
+		for _, name := range perEpoch {
+			if err := tx.DeleteBucket(name); err != nil {
+				return err
+			}
+			if _, err := tx.CreateBucket(name); err != nil {
+				return err
+			}
+		}
+		return putEpoch(tx, gen, uuid, t)
 	})
 }
 
@@ -166,55 +203,180 @@ func (x *index) payload(key string) ([]byte, error) {
 	return out, err
 }
 
-func (x *index) putImage(m *Image, used []extentID, gen uint64) error {
+// storedImage is what the index knows of an image.
+type storedImage struct {
+	Image
+	slot []byte     // as it is published
+	own  alloc.Span // of the run: what is the image's alone
+}
+
+const storedSize = 4 + entrySize + daxfs.SlotSize + 16
+
+func (m *storedImage) encode() []byte {
+	b := make([]byte, storedSize)
+	le := binary.LittleEndian
+	le.PutUint32(b, uint32(m.Slot))
+	encodeImage(b[4:], &m.Image)
+	copy(b[4+entrySize:], m.slot)
+	putSpan(b[4+entrySize+daxfs.SlotSize:], m.own)
+	return b
+}
+
+func putSpan(b []byte, s alloc.Span) {
+	binary.LittleEndian.PutUint64(b, uint64(s.Off))
+	binary.LittleEndian.PutUint64(b[8:], uint64(s.Len))
+}
+
+func getSpan(b []byte, size int64) (alloc.Span, error) {
+	s := alloc.Span{Off: int64(binary.LittleEndian.Uint64(b)), Len: int64(binary.LittleEndian.Uint64(b[8:]))}
+	if s.Off < 0 || s.Len < 0 || s.Off > size || s.Len > size-s.Off || s.Off%alloc.Unit != 0 || s.Len%alloc.Unit != 0 {
+		return s, fmt.Errorf("span of %d bytes at %d", s.Len, s.Off)
+	}
+	return s, nil
+}
+
+func decodeStored(b []byte, size int64) (*storedImage, error) {
+	if len(b) != storedSize {
+		return nil, fmt.Errorf("entry of %d bytes, expected %d", len(b), storedSize)
+	}
+	img, err := decodeImage(b[4:4+entrySize], int(binary.LittleEndian.Uint32(b)), size)
+	if err != nil {
+		return nil, err
+	}
+	m := &storedImage{Image: img, slot: bytes.Clone(b[4+entrySize:][:daxfs.SlotSize])}
+	m.own, err = getSpan(b[4+entrySize+daxfs.SlotSize:], size)
+	return m, err
+}
+
+// putImage records an image, the inodes that its run brought, and how far the tree area is used.
+func (x *index) putImage(m *storedImage, used []extentID, run int64, brought []runInode, t treeArea, gen uint64) error {
 	return x.update("put image", func(tx *bbolt.Tx) error {
-		entry := make([]byte, entrySize)
-		encodeImage(entry, m)
-		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), entry); err != nil {
+		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
 			return err
 		}
 		if err := tx.Bucket(bucketUsed).Put([]byte(m.Key), encodeExtents(used)); err != nil {
+			return err
+		}
+		if len(brought) > 0 {
+			if err := tx.Bucket(bucketRuns).Put(runKey(run), encodeRun(brought)); err != nil {
+				return err
+			}
+		}
+		return errors.Join(t.put(tx), putGeneration(tx, gen))
+	})
+}
+
+// removeImage forgets an image, and remembers what has to be erased.
+func (x *index) removeImage(m *storedImage, gen uint64) error {
+	return x.update("remove image", func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(bucketImages).Delete([]byte(m.Key)); err != nil {
+			return err
+		}
+		if err := tx.Bucket(bucketUsed).Delete([]byte(m.Key)); err != nil {
+			return err
+		}
+		b := make([]byte, 16)
+		putSpan(b, m.own)
+		if err := tx.Bucket(bucketErase).Put(slotKey(m.Slot), b); err != nil {
 			return err
 		}
 		return putGeneration(tx, gen)
 	})
 }
 
-func (x *index) removeImage(key string) error {
-	return x.update("remove image", func(tx *bbolt.Tx) error {
-		if err := tx.Bucket(bucketImages).Delete([]byte(key)); err != nil {
-			return err
+// erased forgets what had to be erased.
+func (x *index) erased(slots []int) error {
+	return x.update("erase", func(tx *bbolt.Tx) error {
+		for _, i := range slots {
+			if err := tx.Bucket(bucketErase).Delete(slotKey(i)); err != nil {
+				return err
+			}
 		}
-		return tx.Bucket(bucketUsed).Delete([]byte(key))
+		return nil
 	})
 }
 
-// contents is all of an index but the payloads.
+// putRuns replaces lists of inodes; an empty one is forgotten.
+func (x *index) putRuns(runs map[int64][]runInode) error {
+	return x.update("put runs", func(tx *bbolt.Tx) error {
+		for run, inodes := range runs {
+			var err error
+			if len(inodes) == 0 {
+				err = tx.Bucket(bucketRuns).Delete(runKey(run))
+			} else {
+				err = tx.Bucket(bucketRuns).Put(runKey(run), encodeRun(inodes))
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func runKey(off int64) []byte { return binary.BigEndian.AppendUint64(nil, uint64(off)) }
+func slotKey(i int) []byte    { return binary.BigEndian.AppendUint32(nil, uint32(i)) }
+
+// setRecord stores a record of the layer above; a nil value removes it.
+func (x *index) setRecord(kind, key string, value []byte) error {
+	return x.update("record "+kind, func(tx *bbolt.Tx) error {
+		b, err := tx.Bucket(bucketRecords).CreateBucketIfNotExists([]byte(kind))
+		if err != nil {
+			return err
+		}
+		if value == nil {
+			return b.Delete([]byte(key))
+		}
+		return b.Put([]byte(key), value)
+	})
+}
+
+// records returns all records of a kind, copied.
+func (x *index) records(kind string) (map[string][]byte, error) {
+	out := map[string][]byte{}
+	err := x.db.View(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucketRecords).Bucket([]byte(kind))
+		if b == nil {
+			return nil
+		}
+		return b.ForEach(func(k, v []byte) error {
+			out[string(k)] = append([]byte{}, v...)
+			return nil
+		})
+	})
+	return out, err
+}
+
+// contents is all of an index but the payloads and records.
 type contents struct {
 	id     [16]byte
 	gen    uint64
+	uuid   [16]byte // of the epoch
+	tree   treeArea
 	empty  bool // never formatted
 	layers map[string][]extentID
-	images map[string]Image
+	images map[string]*storedImage
 	used   map[string][]extentID
+	runs   map[int64][]runInode
+	erase  map[int]alloc.Span // slots of removed images
 }
 
 // load reads everything and checks what can be checked without the region. size is the pool's.
 func (x *index) load(size int64) (*contents, error) {
-	c := &contents{layers: map[string][]extentID{}, images: map[string]Image{}, used: map[string][]extentID{}}
+	c := &contents{
+		layers: map[string][]extentID{}, images: map[string]*storedImage{}, used: map[string][]extentID{},
+		runs: map[int64][]runInode{}, erase: map[int]alloc.Span{},
+	}
 	err := x.db.View(func(tx *bbolt.Tx) error {
 		meta := tx.Bucket(bucketMeta)
 		if meta == nil {
 			c.empty = true
 			return nil
 		}
-		id, gen := meta.Get(keyID), meta.Get(keyGen)
-		if len(id) != len(c.id) || len(gen) != 8 {
-			return fmt.Errorf("pool id of %d bytes and generation of %d", len(id), len(gen))
+		if err := c.loadMeta(meta, size); err != nil {
+			return err
 		}
-		copy(c.id[:], id)
-		c.gen = binary.LittleEndian.Uint64(gen)
-		for _, name := range [][]byte{bucketLayers, bucketHeld, bucketImages, bucketUsed} {
+		for _, name := range buckets {
 			if tx.Bucket(name) == nil {
 				return fmt.Errorf("bucket %q is missing", name)
 			}
@@ -225,13 +387,13 @@ func (x *index) load(size int64) (*contents, error) {
 		if err := loadExtents(tx.Bucket(bucketUsed), tx.Bucket(bucketImages), c.used); err != nil {
 			return err
 		}
+		if err := c.loadTree(tx, size); err != nil {
+			return err
+		}
 		return tx.Bucket(bucketImages).ForEach(func(k, v []byte) error {
-			if len(v) != entrySize {
-				return fmt.Errorf("image %q: entry of %d bytes", k, len(v))
-			}
-			m, err := decodeImage(v, size)
+			m, err := decodeStored(v, size)
 			if err != nil {
-				return err
+				return fmt.Errorf("image %q: %w", k, err)
 			}
 			if m.Key != string(k) {
 				return fmt.Errorf("image %q is stored as %q", m.Key, k)
@@ -244,6 +406,41 @@ func (x *index) load(size int64) (*contents, error) {
 		return nil, fmt.Errorf("index %q: %w: %w", x.path, ErrCorrupt, err)
 	}
 	return c, nil
+}
+
+func (c *contents) loadMeta(meta *bbolt.Bucket, size int64) (err error) {
+	id, gen, uuid := meta.Get(keyID), meta.Get(keyGen), meta.Get(keyEpoch)
+	if len(id) != len(c.id) || len(gen) != 8 || len(uuid) != len(c.uuid) {
+		return fmt.Errorf("pool id of %d bytes, generation of %d, epoch of %d", len(id), len(gen), len(uuid))
+	}
+	copy(c.id[:], id)
+	copy(c.uuid[:], uuid)
+	c.gen = binary.LittleEndian.Uint64(gen)
+	c.tree, err = decodeTree(meta.Get(keyTree), size)
+	return err
+}
+
+// loadTree reads what the tree area holds and what is to be erased there.
+func (c *contents) loadTree(tx *bbolt.Tx, size int64) error {
+	err := tx.Bucket(bucketRuns).ForEach(func(k, v []byte) error {
+		inodes, err := decodeRun(v)
+		if err != nil || len(k) != 8 {
+			return fmt.Errorf("run %x: %w", k, err)
+		}
+		c.runs[int64(binary.BigEndian.Uint64(k))] = inodes
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return tx.Bucket(bucketErase).ForEach(func(k, v []byte) error {
+		if len(k) != 4 || len(v) != 16 {
+			return fmt.Errorf("removed image %x: %d bytes", k, len(v))
+		}
+		s, err := getSpan(v, size)
+		c.erase[int(binary.BigEndian.Uint32(k))] = s
+		return err
+	})
 }
 
 // loadExtents reads the lists of one kind of holder; each list must have its holder in the other bucket.
@@ -262,66 +459,6 @@ func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error
 		into[string(k)] = ids
 		return nil
 	})
-}
-
-// extentID is what a holder knows of an extent: its place, its size in bytes and the sum of its contents.
-type extentID struct {
-	off, size int64
-	sum       [16]byte
-}
-
-const extentsVersion = 1
-
-// encodeExtents packs a list, which is sorted by offset: a version byte, the count, then for each the distance from
-// the one before in pages, the size and the sum.
-func encodeExtents(ids []extentID) []byte {
-	b := make([]byte, 0, 16+len(ids)*24)
-	b = append(b, extentsVersion)
-	b = binary.AppendUvarint(b, uint64(len(ids)))
-	var at int64
-	for _, e := range ids {
-		b = binary.AppendUvarint(b, uint64(e.off-at)/alloc.Unit)
-		b = binary.AppendUvarint(b, uint64(e.size))
-		b = append(b, e.sum[:]...)
-		at = e.off
-	}
-	return b
-}
-
-func decodeExtents(b []byte) ([]extentID, error) {
-	if len(b) == 0 || b[0] != extentsVersion {
-		return nil, errors.New("unknown version")
-	}
-	b = b[1:]
-	count, n := binary.Uvarint(b)
-	if n <= 0 || count > uint64(len(b))/18 {
-		return nil, fmt.Errorf("%d extents in %d bytes", count, len(b))
-	}
-	b = b[n:]
-	ids := make([]extentID, 0, count)
-	var at uint64
-	for range count {
-		pages, n := binary.Uvarint(b)
-		if n <= 0 || pages >= 1<<50 {
-			return nil, errors.New("bad offset")
-		}
-		size, k := binary.Uvarint(b[n:])
-		if k <= 0 || size == 0 || size >= 1<<62 || len(b) < n+k+16 {
-			return nil, errors.New("bad size")
-		}
-		at += pages * alloc.Unit
-		if at >= 1<<62 {
-			return nil, errors.New("bad offset")
-		}
-		e := extentID{off: int64(at), size: int64(size)}
-		copy(e.sum[:], b[n+k:])
-		ids = append(ids, e)
-		b = b[n+k+16:]
-	}
-	if len(b) != 0 {
-		return nil, fmt.Errorf("%d bytes after the last extent", len(b))
-	}
-	return ids, nil
 }
 
 // removeIndex removes an index file that no process has open.

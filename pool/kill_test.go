@@ -68,6 +68,9 @@ func killChild(dir string, seed uint64) error {
 			err = p.RemoveLayer(ctx, key)
 			fmt.Println("did layer-", key)
 		}
+		if err == nil && rng.IntN(3) == 0 {
+			err = reap(p)
+		}
 		if err != nil {
 			return err
 		}

@@ -1,6 +1,7 @@
 package pool
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/rand"
 	"errors"
@@ -10,14 +11,39 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Options are the rarely changed settings of a pool. The zero value is right for production.
+// Choice is the answer to a question that is asked when a pool is made.
+type Choice int
+
+// The choices. Auto decides by the kind of the region.
+const (
+	Auto Choice = iota
+	Yes
+	No
+)
+
+func (c Choice) or(auto bool) bool { return c == Yes || c == Auto && auto }
+
+// Options are the rarely changed settings of a pool. The zero value is right for production. Device, DAX, Windows and Slots
+// matter when a pool is made; an existing pool has its own.
 type Options struct {
 	// Force makes Create and Reset take a region with foreign contents, and an index of another pool.
 	Force bool
+	// Device says that kernels read the pool through a block device: a loop device, or that of a virtual machine. Auto
+	// means no for files on a disk filesystem and hugetlbfs.
+	Device Choice
+	// DAX says that a kernel, this one or another, mounts the pool with DAX: contents then belong to one inode. Auto means
+	// what the region says.
+	DAX Choice
+	// Windows says that every image has a window for daxfs.ko besides its slot. Auto means yes for memory that other
+	// kernels may reach by address: pmem, devdax, dmabuf and phys.
+	Windows Choice
+	// Slots bounds how many images can be added in one epoch; 0 lets the size of the region decide.
+	Slots int
 	// Warn is told of what went wrong without making an operation fail, such as space that could not be returned to the
 	// system. It may be called by several goroutines. Nil drops the warnings.
 	Warn func(error)
@@ -26,26 +52,31 @@ type Options struct {
 // Pool is an open pool. All methods are safe for concurrent use; Close must be called last.
 //
 // Lock order: Pool.commit, then Batch.mu, then Pool.mu. Contents are read, written, compared and synced without mu;
-// the index and the catalogue change only under commit.
+// the index, the tree area and the slots change only under commit.
 type Pool struct {
 	region region.Region
 	index  *index
 	warn   func(error)
 
-	// commit serialises what changes the index and the header.
+	// commit serialises what changes the index, the tree and the header.
 	commit sync.Mutex
-	header header // the newest that was written
-	stale  bool   // the catalogue is behind the index, because writing it failed
+	header header         // the newest that was written
+	stale  map[int][]byte // slots that the index holds and that could not be published yet
+	tree   treeArea
+	erase  map[int]alloc.Span // slots of removed images, and what else has to be erased
+	begun  *[16]byte          // UUID of an epoch whose live tree could not be written yet
 
 	mu      sync.Mutex
 	closed  bool
 	space   *alloc.Space
+	empty   *extent // stands for the contents of empty files
 	extents map[int64]*extent
 	sums    map[sumKey][]*extent
-	bySize  map[int64][]*extent // large ones
+	heads   map[headKey][]*extent // large ones
 	layers  map[string][]*extent
 	images  map[string]*image
 	adding  map[string]chan struct{} // images that are being added; closed when done
+	dead    int64                    // counts extents that died, to tell which is the oldest
 	freeing int                      // calls that have dropped extents but not yet freed their space
 }
 
@@ -80,8 +111,8 @@ func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 		if err == nil {
 			return nil, fmt.Errorf("pool: reset: the region holds pool %x: %w", hs[0].id, ErrForeign)
 		}
-		if errors.Is(err, errVersion) {
-			return nil, fmt.Errorf("pool: reset: region %q: %w: %w", r.Info().Path, ErrForeign, err)
+		if errors.Is(err, ErrVersion) {
+			return nil, fmt.Errorf("pool: reset: region %q: %w", r.Info().Path, err)
 		}
 		if err := checkEmpty(r); err != nil && !hasMagic(r) {
 			return nil, err
@@ -99,14 +130,14 @@ func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 		return nil, err
 	}
 	hs, err := readHeaders(r)
-	if errors.Is(err, errVersion) {
-		return nil, fmt.Errorf("pool: region %q: %w: %w; use the version that made it, or destroy it with force", r.Info().Path, ErrForeign, err)
+	if errors.Is(err, ErrVersion) {
+		return nil, fmt.Errorf("pool: region %q: %w; use the version that made it, or destroy it with force", r.Info().Path, err)
 	}
 	if err != nil {
 		if ferr := checkEmpty(r); ferr != nil && !hasMagic(r) {
 			return nil, ferr
 		}
-		return nil, fmt.Errorf("pool: %w: %w", ErrWiped, err)
+		return nil, fmt.Errorf("pool: %w", missing(err))
 	}
 	h := hs[0]
 	if h.size != r.Size() {
@@ -128,14 +159,20 @@ func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 
 func newPool(r region.Region, x *index, o Options) *Pool {
 	p := &Pool{
-		region: r, index: x, warn: o.Warn,
-		extents: map[int64]*extent{}, sums: map[sumKey][]*extent{}, bySize: map[int64][]*extent{},
+		region: r, index: x, warn: o.Warn, stale: map[int][]byte{}, erase: map[int]alloc.Span{},
 		layers: map[string][]*extent{}, images: map[string]*image{}, adding: map[string]chan struct{}{},
 	}
 	if p.warn == nil {
 		p.warn = func(error) {}
 	}
+	p.forgetExtents()
 	return p
+}
+
+// forgetExtents empties what is known of contents.
+func (p *Pool) forgetExtents() {
+	p.empty = &extent{refs: 1, synced: true}
+	p.extents, p.sums, p.heads = map[int64]*extent{}, map[sumKey][]*extent{}, map[headKey][]*extent{}
 }
 
 // durable tells whether the index must be synced to disk: not if the region ends with the kernel whose page cache holds
@@ -160,10 +197,14 @@ func lock(r region.Region) error {
 	return nil
 }
 
-// checkEmpty looks at the first and the last 2 MiB: partition tables, filesystems and namespace labels are there.
+// probeArea is how much of the beginning and the end of a region must be zero for it to be empty: partition tables,
+// filesystems and namespace labels are there.
+const probeArea = 2 << 20
+
+// checkEmpty looks at the first and the last 2 MiB.
 func checkEmpty(r region.Region) error {
-	buf := make([]byte, headArea)
-	for _, off := range [2]int64{0, r.Size() - headArea} {
+	buf := make([]byte, probeArea)
+	for _, off := range [2]int64{0, r.Size() - probeArea} {
 		if n, err := r.ReadAt(buf, off); n < len(buf) {
 			return fmt.Errorf("pool: read %d bytes at %d: %w", len(buf), off, err)
 		}
@@ -179,25 +220,80 @@ func checkEmpty(r region.Region) error {
 }
 
 func hasMagic(r region.Region) bool {
-	b := make([]byte, headerSize+8)
+	b := make([]byte, 3*headerSize)
 	_, _ = r.ReadAt(b, 0) // what can not be read is not the magic
-	return string(b[:8]) == magic || string(b[headerSize:]) == magic
+	for at := 0; at < len(b); at += headerSize {
+		if string(b[at:at+8]) == magic {
+			return true
+		}
+	}
+	return false
 }
+
+// newHeader decides about everything that a pool keeps for ever.
+func newHeader(r region.Region, o Options) (header, error) {
+	info, size := r.Info(), r.Size()
+	if size > maxSize {
+		return header{}, fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(maxSize), region.ErrSize)
+	}
+	byAddress := false
+	switch info.Kind {
+	case region.KindPmem, region.KindDevDAX, region.KindDMABuf, region.KindPhys:
+		byAddress = true
+	}
+	h := header{size: size, dax: o.DAX.or(info.DAX), windows: o.Windows.or(byAddress)}
+	device := h.dax || o.Device.or(info.Kind != region.KindFile && info.Kind != region.KindHugetlbfs)
+	perBlock, slots := daxfs.SlotsPerBlock, o.Slots
+	per := int64(slotShare)
+	if device {
+		perBlock, per = 1, deviceSlotShare
+	}
+	if slots == 0 {
+		slots = int(min(max(size/per, minSlots), daxfs.MaxSlots))
+	}
+	h.geo = geometry(size, slots, perBlock)
+	if err := h.geo.Validate(); err != nil {
+		return header{}, fmt.Errorf("pool: %w: %w", err, ErrInvalid)
+	}
+	rand.Read(h.id[:]) //nolint:errcheck // never fails
+	return h, nil
+}
+
+const (
+	// slotShare is how much of a pool there is for each slot, which takes about 400 bytes; a removed image's slot is not
+	// used again in the epoch.
+	slotShare = 32 << 10
+	// deviceSlotShare is that of pools in which a slot has a block of its own.
+	deviceSlotShare = 512 << 10
+	minSlots        = 64
+)
 
 // format makes an empty pool. A crash inside of it leaves a wiped region.
 func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := region.InUse(r); err != nil {
 		return nil, fmt.Errorf("pool: make it anew: %w", err)
 	}
-	clearTo := int64(headArea)
+	h, err := newHeader(r, o)
+	if err != nil {
+		return nil, err
+	}
+	clearTo := max(h.lowStart(), probeArea)
 	if r.Info().Sparse {
 		clearTo = r.Size()
 	}
 	if err := r.Punch(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
-	// The catalogue gets its blocks now: on a disk that is full later, removing an image must not need any.
-	if _, err := r.WriteAt(make([]byte, headArea), 0); err != nil {
+	// The slot table gets its blocks now: on a disk that is full later, removing an image must not need any.
+	for at := int64(0); at < h.geo.Head; at += chunk {
+		if _, err := r.WriteAt(make([]byte, min(chunk, h.geo.Head-at)), at); err != nil {
+			return nil, fmt.Errorf("pool: clear: %w", err)
+		}
+	}
+	// What is half made is known as such: it has the magic number, and no header.
+	half := h.encode()
+	half[headerSize-1] ^= 0xff
+	if _, err := r.WriteAt(half, headerOff(0)); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
 	if err := r.Sync(0, clearTo); err != nil {
@@ -214,19 +310,14 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 		return nil, err
 	}
 	p := newPool(r, x, o)
+	p.header = h
 	err = func() error {
-		var id [16]byte
-		rand.Read(id[:]) //nolint:errcheck // never fails
-		if err := x.format(id, 1); err != nil {
+		uuid := newUUID()
+		if err := x.format(h.id, 1, uuid, h.firstChunk()); err != nil {
 			return err
 		}
 		// The header comes last: with it the pool exists.
-		p.header = header{id: id, generation: 0, size: r.Size()}
-		if err := p.writeCatalogue(1, nil); err != nil {
-			return err
-		}
-		p.space, err = alloc.New(headArea, r.Size(), segmentReserve(r.Size()), nil, nil)
-		return err
+		return p.startEpoch(1, uuid)
 	}()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("pool: format: %w", err), x.close())
@@ -234,10 +325,55 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return p, nil
 }
 
-// segmentReserve is what extents leave to segments: metadata is about 3 % of the images that were measured.
-func segmentReserve(size int64) int64 { return max(alloc.Align, size/32) }
+func newUUID() (id [16]byte) {
+	rand.Read(id[:]) //nolint:errcheck // never fails
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80
+	return id
+}
 
-// load rebuilds everything in memory from the index: extents are what holders list, and the rest is free.
+// lowStart is where chunks of the tree area, window segments and extents begin.
+func (h *header) lowStart() int64 { return (h.geo.TreeStart() + alloc.Align - 1) &^ (alloc.Align - 1) }
+
+// firstChunk is the tree area of a new epoch: the rest of the last 2 MiB that the slots take.
+func (h *header) firstChunk() treeArea {
+	at := h.geo.TreeStart()
+	if h.lowStart() == at {
+		return treeArea{}
+	}
+	return treeArea{chunks: []alloc.Span{{Off: at, Len: h.lowStart() - at}}, next: at}
+}
+
+// startEpoch writes an empty live tree and a header of generation gen that tells of it. The index does already.
+// Preconditions: nothing of the pool is mounted; commit is held, or p is not shared yet.
+func (p *Pool) startEpoch(gen uint64, uuid [16]byte) error {
+	p.header.geo.UUID = uuid
+	p.header.used = 0
+	if err := p.region.Punch(tableOff, p.header.geo.Head-tableOff); err != nil {
+		return fmt.Errorf("clear the slot table: %w", err)
+	}
+	if err := daxfs.FormatLive(p.region, p.header.geo); err != nil {
+		return err
+	}
+	if err := p.region.Sync(0, p.header.lowStart()); err != nil {
+		return fmt.Errorf("sync the live tree: %w", err)
+	}
+	p.tree = p.header.firstChunk()
+	var extents []alloc.Span
+	for _, e := range p.extents {
+		extents = append(extents, e.span())
+	}
+	var err error
+	if p.space, err = alloc.New(p.header.lowStart(), p.header.size, p.reserve(), nil, extents); err != nil {
+		return err
+	}
+	return p.writeHeader(gen)
+}
+
+// reserve is what extents leave to metadata, which is about 3 % of the images that were measured.
+func (p *Pool) reserve() int64 { return p.header.size / 32 &^ (alloc.Align - 1) }
+
+// load rebuilds everything in memory from the index: extents are what holders list, and what inodes of runs point to;
+// the rest is free.
 func (p *Pool) load(h *header) error {
 	c, err := p.index.load(h.size)
 	if err != nil {
@@ -253,17 +389,22 @@ func (p *Pool) load(h *header) error {
 	case h.generation+1 < c.gen:
 		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, the region is an older copy: %w", h.generation, p.index.path, c.gen, ErrWiped)
 	}
+	p.header = *h
 	if err := p.adopt(c); err != nil {
 		return fmt.Errorf("pool: index %q: %w: %w", p.index.path, ErrCorrupt, err)
 	}
-	p.header = *h
 	// Each opening is a generation of its own: that tells copies of the index or the region that were taken in between.
 	gen := h.generation + 1
 	if err := p.index.setGeneration(gen); err != nil {
 		return err
 	}
-	if err := p.writeCatalogue(gen, p.imageList()); err != nil {
-		return err
+	if c.uuid != h.geo.UUID {
+		// The index began an epoch, so nothing was mounted then. The region may have got there or not.
+		if err := p.startEpoch(gen, c.uuid); err != nil {
+			return fmt.Errorf("pool: begin an epoch: %w", err)
+		}
+	} else if err := p.repair(gen); err != nil {
+		return fmt.Errorf("pool: make the live tree what the index says: %w", err)
 	}
 	if p.region.Info().Sparse {
 		for _, s := range p.space.Gaps() { // what a crash left below free space
@@ -298,57 +439,137 @@ func (p *Pool) adopt(c *contents) error {
 			return fmt.Errorf("layer %q: %w", key, err)
 		}
 	}
-	var segs, extents []alloc.Span
+	var segs []alloc.Span
+	slots := map[int]bool{}
 	for key, m := range c.images {
 		used, err := hold(c.used[key])
 		if err != nil {
 			return fmt.Errorf("image %q: %w", key, err)
 		}
+		if slots[m.Slot] || m.Slot < 0 || m.Slot >= p.header.geo.Slots {
+			return fmt.Errorf("image %q is at slot %d of %d, or is not alone there", key, m.Slot, p.header.geo.Slots)
+		}
+		slots[m.Slot] = true
+		p.header.used = max(p.header.used, m.Slot+1)
 		for _, e := range used {
 			e.images++
-			if e.off < m.Off+m.Seg || e.span().End() > m.Off+m.Size {
+			if m.Segment > 0 && (e.off < m.Window+m.Segment || e.span().End() > m.Window+m.WindowSize) {
 				return fmt.Errorf("image %q: extent %d+%d is outside of its window", key, e.off, e.size)
 			}
 		}
-		p.images[key] = &image{Image: m, used: used}
-		segs = append(segs, alloc.Span{Off: m.Off, Len: m.Seg})
+		p.images[key] = &image{storedImage: m, used: used}
+		if m.Segment > 0 {
+			segs = append(segs, alloc.Span{Off: m.Window, Len: m.Segment})
+		}
 	}
+	for slot := range c.erase {
+		if slots[slot] || slot >= p.header.geo.Slots {
+			return fmt.Errorf("slot %d is to be erased and holds an image, or is none", slot)
+		}
+		p.header.used = max(p.header.used, slot+1)
+	}
+	p.erase, p.tree = c.erase, c.tree
+	if err := p.adoptRuns(c.runs); err != nil {
+		return err
+	}
+	var extents []alloc.Span
 	for _, e := range p.extents {
 		extents = append(extents, e.span())
 	}
-	size := p.region.Size()
-	p.space, err = alloc.New(headArea, size, segmentReserve(size), segs, extents)
+	low := p.header.lowStart()
+	for _, s := range p.tree.chunks {
+		if at := max(s.Off, low); at < s.End() {
+			segs = append(segs, alloc.Span{Off: at, Len: s.End() - at})
+		}
+	}
+	p.space, err = alloc.New(low, p.header.size, p.reserve(), segs, extents)
 	return err
 }
 
-// writeCatalogue makes a generation visible to readers: its catalogue first, then the header that points to it. It goes
-// over the generation before the newest one, which stays whole. Preconditions: commit is held, or p is not shared yet.
-func (p *Pool) writeCatalogue(gen uint64, images []Image) error {
-	h := header{id: p.header.id, generation: gen, size: p.header.size}
-	b := encodeCatalogue(images)
-	h.count, h.sum = uint32(len(images)), crcOf(b)
-	for _, w := range []struct {
-		off int64
-		b   []byte
-	}{{catalogueOff(gen), b}, {headerOff(gen), h.encode()}} {
-		if len(w.b) == 0 {
-			continue
-		}
-		if _, err := p.region.WriteAt(w.b, w.off); err != nil {
-			return fmt.Errorf("pool: write generation %d: %w", gen, err)
-		}
-		if err := p.region.Sync(w.off, int64(len(w.b))); err != nil {
-			return fmt.Errorf("pool: sync generation %d: %w", gen, err)
+// adoptRuns gives extents their inodes. An extent that only inodes know is dead.
+func (p *Pool) adoptRuns(runs map[int64][]runInode) error {
+	for run, inodes := range runs {
+		for _, in := range inodes {
+			e := p.empty
+			if in.size > 0 {
+				e = p.extents[in.off]
+			}
+			if e == nil {
+				e = &extent{extentID: extentID{off: in.off, size: in.size}, synced: true, erased: true}
+				p.dead++
+				e.died = p.dead
+				p.extents[in.off] = e
+			}
+			if e.size != in.size {
+				return fmt.Errorf("run at %d: inode %d of %d bytes at %d, which has %d", run, in.nid, in.size, in.off, e.size)
+			}
+			e.inodes = append(e.inodes, sharedInode{key: in.key, nid: in.nid, run: run})
 		}
 	}
-	// The id never changes: ID reads it without commit.
-	p.header.generation, p.header.count, p.header.sum = h.generation, h.count, h.sum
+	for _, e := range p.extents {
+		slices.SortFunc(e.inodes, func(a, b sharedInode) int { return cmp.Compare(a.nid, b.nid) })
+	}
+	slices.SortFunc(p.empty.inodes, func(a, b sharedInode) int { return cmp.Compare(a.nid, b.nid) })
 	return nil
 }
 
-// sync makes the bytes of extents durable. One call covers all: a file is synced as a whole anyway.
-func (p *Pool) sync(es []*extent) error {
+// repair makes slots and slot table what the index says: a crash can have left an image that is not published yet, or a
+// removed one that is not erased.
+func (p *Pool) repair(gen uint64) error {
+	l, err := daxfs.OpenLive(p.region, p.header.size)
+	if err != nil {
+		return err
+	}
+	if l.Geometry() != p.header.geo {
+		return fmt.Errorf("live tree %+v, the header says %+v: %w", l.Geometry(), p.header.geo, ErrCorrupt)
+	}
+	for _, m := range p.images {
+		have := make([]byte, daxfs.SlotSize)
+		if _, err := p.region.ReadAt(have, p.header.geo.SlotOff(m.Slot)); err != nil {
+			return err
+		}
+		entry, want := make([]byte, entrySize), make([]byte, entrySize)
+		if _, err := p.region.ReadAt(entry, entryOff(m.Slot)); err != nil {
+			return err
+		}
+		encodeImage(want, &m.Image)
+		if !bytes.Equal(have, m.slot) || !bytes.Equal(entry, want) {
+			p.stale[m.Slot] = m.slot
+		}
+	}
+	if err := p.publishStale(); err != nil {
+		return err
+	}
+	if err := p.eraseRemoved(); err != nil {
+		p.warn(fmt.Errorf("pool: erase removed images: %w", err)) // a full disk must not keep the pool closed
+	}
+	return p.writeHeader(gen)
+}
+
+// writeHeader makes a generation known to readers. It goes over the generation before the newest one, which stays whole.
+// Preconditions: commit is held, or p is not shared yet.
+func (p *Pool) writeHeader(gen uint64) error {
+	h := p.header
+	h.generation = gen
+	off := headerOff(gen)
+	if _, err := p.region.WriteAt(h.encode(), off); err != nil {
+		return fmt.Errorf("pool: write generation %d: %w", gen, err)
+	}
+	if err := p.region.Sync(off, headerSize); err != nil {
+		return fmt.Errorf("pool: sync generation %d: %w", gen, err)
+	}
+	p.header.generation = gen
+	return nil
+}
+
+// sync makes the bytes of extents and of spans durable. One call covers all: a file is synced as a whole anyway.
+func (p *Pool) sync(es []*extent, spans ...alloc.Span) error {
 	lo, hi := p.region.Size(), int64(0)
+	for _, s := range spans {
+		if s.Len > 0 {
+			lo, hi = min(lo, s.Off), max(hi, s.End())
+		}
+	}
 	p.mu.Lock()
 	for _, e := range es {
 		if !e.synced {
@@ -375,6 +596,40 @@ func (p *Pool) Region() region.Region { return p.region }
 
 // ID is the random name that the pool got when it was made.
 func (p *Pool) ID() [16]byte { return p.header.id }
+
+// UUID is that of the live tree: of the superblock that is mounted. A new epoch has a new one.
+func (p *Pool) UUID() [16]byte {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	return p.header.geo.UUID
+}
+
+// Geometry is that of the live tree.
+func (p *Pool) Geometry() daxfs.Geometry {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	return p.header.geo
+}
+
+// Windows tells whether images have windows for daxfs.ko, DAX whether contents belong to one inode.
+func (p *Pool) Windows() bool { return p.header.windows }
+
+// DAX tells whether contents belong to one inode: see Options.
+func (p *Pool) DAX() bool { return p.header.dax }
+
+// SetRecord stores a small record of the caller's beside the pool, durably; a nil value removes it. The pool looks into
+// none of them. Errors: ErrInvalid for an empty kind or key.
+func (p *Pool) SetRecord(kind, key string, value []byte) error {
+	if kind == "" || key == "" {
+		return fmt.Errorf("pool: record %q of kind %q: %w", key, kind, ErrInvalid)
+	}
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	return p.index.setRecord(kind, key, value)
+}
+
+// Records returns all records of a kind.
+func (p *Pool) Records(kind string) (map[string][]byte, error) { return p.index.records(kind) }
 
 // Close ends the ownership of the index. The region is the caller's to close. Batches and images that are not finished
 // are lost.

@@ -4,18 +4,18 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"io/fs"
 	"path/filepath"
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 var ctx = context.Background()
 
-// readImage reads all files of an image through its window, as a mount would.
-func readImage(t testing.TB, r io.ReaderAt, m Image) map[string][]byte {
+// readImage reads all files of an image at its slot, as a mount would.
+func readImage(t testing.TB, r region.Region, m Image) map[string][]byte {
 	t.Helper()
 	files, err := imageFiles(r, m)
 	if err != nil {
@@ -24,8 +24,12 @@ func readImage(t testing.TB, r io.ReaderAt, m Image) map[string][]byte {
 	return files
 }
 
-func imageFiles(r io.ReaderAt, m Image) (map[string][]byte, error) {
-	fsys, err := daxfs.Open(io.NewSectionReader(r, m.Off, m.Size), m.Size)
+func imageFiles(r region.Region, m Image) (map[string][]byte, error) {
+	live, err := daxfs.OpenLive(r, r.Size())
+	if err != nil {
+		return nil, err
+	}
+	fsys, err := live.Image(m.Slot)
 	if err != nil {
 		return nil, err
 	}
@@ -113,7 +117,7 @@ func TestReopen(t *testing.T) {
 	}
 	defer p.Close()
 	again, err := p.Image("a")
-	if err != nil || again.Off != m.Off || again.Size != m.Size || again.UUID != m.UUID {
+	if err != nil || again.Slot != m.Slot || again.UUID != m.UUID {
 		t.Errorf("image after reopen: %+v, %v; expected %+v", again, err, m)
 	}
 	after := p.Usage()
@@ -140,22 +144,19 @@ func TestHolders(t *testing.T) {
 	if _, err := p.Layer("a"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("removed layer: %v", err)
 	}
-	_, unpin, err := p.Pin("a")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.RemoveImage(ctx, "a"); !errors.Is(err, ErrBusy) {
-		t.Errorf("removing a pinned image: %v, expected ErrBusy", err)
-	}
-	unpin()
-	unpin()
 	if err := p.RemoveImage(ctx, "a"); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.RemoveImage(ctx, "a"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("removing twice: %v, expected ErrNotFound", err)
 	}
-	if u := p.Usage(); u.ExtentCount != 0 || u.Segments != 0 || u.Gaps != 1 {
+	if u := p.Usage(); u.ExtentCount != 0 || u.DeadCount != 1 {
+		t.Errorf("contents that a kernel may have in memory are not dead but gone: %+v", u)
+	}
+	if err := reap(p); err != nil {
+		t.Fatal(err)
+	}
+	if u := p.Usage(); u.ExtentCount != 0 || u.Dead != 0 || u.Gaps != 1 {
 		t.Errorf("not all is free: %+v", u)
 	}
 }

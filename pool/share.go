@@ -19,11 +19,15 @@ type Shared struct {
 // ReadShared reads the metadata of all images of a catalogue. Like ReadCatalogue it needs neither the index nor a lock,
 // and trusts no byte. An image that was removed meanwhile is damaged for the reader: it is left out, and part of the error.
 func ReadShared(r io.ReaderAt, c *Catalogue) (*Shared, error) {
+	live, err := daxfs.OpenLive(r, c.Size)
+	if err != nil {
+		return nil, err
+	}
 	users := map[alloc.Span]int{}
 	images := make([]map[alloc.Span]bool, len(c.Images))
 	var errs []error
 	for i, m := range c.Images {
-		spans, err := imageSpans(r, m)
+		spans, err := imageSpans(live, m)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("image %q: %w", m.Key, err))
 			continue
@@ -38,7 +42,7 @@ func ReadShared(r io.ReaderAt, c *Catalogue) (*Shared, error) {
 		if spans == nil {
 			continue
 		}
-		u := ImageUsage{Segment: c.Images[i].Seg, Files: len(spans)}
+		u := ImageUsage{Segment: c.Images[i].Segment, Files: len(spans)}
 		for s := range spans {
 			u.Extents += s.Len
 			if users[s] > 1 {
@@ -55,15 +59,15 @@ func ReadShared(r io.ReaderAt, c *Catalogue) (*Shared, error) {
 }
 
 // imageSpans finds where the contents of an image lie in the pool.
-func imageSpans(r io.ReaderAt, m Image) (map[alloc.Span]bool, error) {
-	img, err := daxfs.Open(io.NewSectionReader(r, m.Off, m.Size), m.Size)
+func imageSpans(live *daxfs.Live, m Image) (map[alloc.Span]bool, error) {
+	img, err := live.Image(m.Slot)
 	if err != nil {
 		return nil, err
 	}
 	spans := map[alloc.Span]bool{}
 	err = img.Walk(func(_ string, in daxfs.Inode) error {
 		if off, n, ok := in.Data(); ok && n > 0 {
-			spans[alloc.Span{Off: m.Off + off, Len: alloc.RoundUnit(n)}] = true
+			spans[alloc.Span{Off: off, Len: alloc.RoundUnit(n)}] = true
 		}
 		return nil
 	})

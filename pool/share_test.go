@@ -55,15 +55,8 @@ func TestTenImagesShareBase(t *testing.T) {
 	if u.Extents != distinct {
 		t.Errorf("extents take %d bytes, distinct contents %d", u.Extents, distinct)
 	}
-	// Metadata is the head, and what is not zero up to the end of the last segment: the rest of a segment takes no memory.
-	meta := int64(headArea)
-	images := p.Images()
-	last := images[len(images)-1]
-	for off := int64(headArea); off < last.Off+last.Seg; off += 4096 {
-		if !isZero(r.Bytes()[off : off+4096]) {
-			meta += 4096
-		}
-	}
+	// Metadata is the head and the runs: the rest of the tree area takes no memory.
+	meta := u.Head + u.Tree
 	taken, limit := st.Blocks*512, distinct*103/100+meta
 	t.Logf("taken %d KiB for %d KiB of distinct contents (ratio %.4f) and %d KiB of metadata, unshared %d KiB", taken>>10, distinct>>10,
 		float64(taken-meta)/float64(distinct), meta>>10, u.Unshared>>10)
@@ -78,36 +71,6 @@ func TestTenImagesShareBase(t *testing.T) {
 		if err != nil || iu.Shared < iu.Extents*9/10 {
 			t.Errorf("image %d: %+v, %v", i, iu, err)
 		}
-	}
-}
-
-// TestCollision forges sums: contents that only have the sum and the size of others in common share nothing with them.
-func TestCollision(t *testing.T) {
-	p := newTestPool(t, 64<<20)
-	for _, n := range []int{1, 5000, smallMax + 5000} {
-		b := p.Begin()
-		first, second := random(uint64(n), n), random(uint64(n+1), n)
-		a := put(t, b, first)
-		e := p.extents[a.Off]
-		p.mu.Lock()
-		p.unlist(e)
-		e.sum = sumOf(second)
-		p.list(e)
-		p.mu.Unlock()
-		c := put(t, b, second)
-		if c.Off == a.Off || c.Sum != e.sum {
-			t.Errorf("%d bytes: contents at %d with sum %x, others with the same sum at %d", n, c.Off, c.Sum, a.Off)
-		}
-		for off, want := range map[int64][]byte{a.Off: first, c.Off: second} {
-			got := make([]byte, n)
-			if _, err := p.region.ReadAt(got, off); err != nil || !bytes.Equal(got, want) {
-				t.Errorf("%d bytes at %d are not those that were put: %v", n, off, err)
-			}
-		}
-		if d := put(t, b, second); d.Off != c.Off {
-			t.Errorf("%d bytes: the second of equal sums is not found", n)
-		}
-		b.Discard()
 	}
 }
 
@@ -143,7 +106,10 @@ func TestConcurrent(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if u := p.Usage(); u.ExtentCount != 0 || u.Gaps != 1 || u.Segments != 0 {
+	if err := reap(p); err != nil {
+		t.Error(err)
+	}
+	if u := p.Usage(); u.ExtentCount != 0 || u.Dead != 0 || u.Gaps != 1 {
 		t.Errorf("after removing all: %+v", u)
 	}
 }
@@ -282,9 +248,8 @@ func TestPutErrors(t *testing.T) {
 
 // TestLargeDivergesLate puts large contents that begin alike: the common part is compared, then copied.
 func TestLargeDivergesLate(t *testing.T) {
-	for _, mapped := range []bool{true, false} {
+	for range 1 {
 		r := newSimRegion(64<<20, &faults{})
-		r.mapped = mapped
 		p, err := Create(r, filepath.Join(t.TempDir(), "index"), Options{})
 		if err != nil {
 			t.Fatal(err)
@@ -302,32 +267,69 @@ func TestLargeDivergesLate(t *testing.T) {
 		files := readImage(t, r, m)
 		for i, want := range bodies {
 			if !bytes.Equal(files[fmt.Sprintf("file%05d", i)], want) {
-				t.Errorf("mapped %v: file %d differs", mapped, i)
+				t.Errorf("file %d differs", i)
 			}
 		}
 		if n := p.Usage().ExtentCount; n != len(bodies)-1 {
-			t.Errorf("mapped %v: %d extents, expected %d", mapped, n, len(bodies)-1)
+			t.Errorf("%d extents, expected %d", n, len(bodies)-1)
 		}
 		mustCheck(t, p)
 	}
 }
 
-// TestSegmentFull fills the place for metadata: nothing of the image may stay.
-func TestSegmentFull(t *testing.T) {
-	p := newTestPool(t, 12<<20)
-	addImage(t, p, "a", random(1, 2<<20), random(2, 2<<20))
-	b := p.Begin()
-	defer b.Discard()
-	put(t, b, random(3, 2<<20))
-	d := put(t, b, random(4, 100))
-	before := p.Usage()
-	_, err := p.AddImage(ctx, "b", tree(d), daxfs.Options{})
-	var full *FullError
-	if !errors.As(err, &full) || full.What != "metadata segment" || full.Need != 2<<20 {
-		t.Fatalf("%v, expected a full pool", err)
-	}
-	if after := p.Usage(); after != before {
-		t.Errorf("usage %+v, before %+v", after, before)
+// TestMetaFull fills the place for metadata, and the slots: nothing of the image may stay.
+func TestMetaFull(t *testing.T) {
+	for what, c := range map[string]struct {
+		o    Options
+		size int64
+		fill int // bytes of contents
+	}{
+		"window segment": {Options{Windows: Yes}, 12 << 20, 8 << 20},
+		"tree area":      {Options{}, 8 << 20, 6 << 20},
+		"slot":           {Options{Slots: 2}, 64 << 20, 0},
+	} {
+		t.Run(what, func(t *testing.T) {
+			dir := t.TempDir()
+			p, err := Create(openRegion(t, dir, c.size), filepath.Join(dir, "index"), c.o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Close()
+			b := p.Begin()
+			defer b.Discard()
+			d := put(t, b, random(4, 100))
+			for i := 0; i < c.fill; i += 2 << 20 {
+				if _, err := b.Put(ctx, 2<<20, bytes.NewReader(random(uint64(100+i), 2<<20))); err != nil && !errors.Is(err, ErrFull) {
+					t.Fatal(err)
+				}
+			}
+			many := make([]daxfs.Data, 30_000)
+			var before Usage
+			for i := 0; ; i++ {
+				before = p.Usage()
+				for k := range many { // inodes that no other image has: each takes room
+					many[k] = daxfs.Data{}
+				}
+				root := tree(append(many, d)...)
+				for _, n := range root.Entries {
+					n.Mtime.Sec = int64(i)
+				}
+				if what != "tree area" {
+					root = tree(d)
+				}
+				if _, err = p.AddImage(ctx, fmt.Sprint(i), root, daxfs.Options{}); err != nil {
+					break
+				}
+			}
+			var full *FullError
+			if !errors.As(err, &full) || full.What != what {
+				t.Fatalf("%v, expected a full pool: %s", err, what)
+			}
+			if after := p.Usage(); after != before {
+				t.Errorf("usage %+v, before %+v", after, before)
+			}
+			mustCheck(t, p)
+		})
 	}
 }
 
@@ -423,17 +425,19 @@ func TestCheckFinds(t *testing.T) {
 	for rule, damage := range map[string]func(p *Pool, m Image){
 		"pool.sum":       func(p *Pool, m Image) { flip(p, p.images["a"].used[0].off+5) },
 		"pool.tail":      func(p *Pool, m Image) { flip(p, p.images["a"].used[0].off+101) },
-		"pool.catalogue": func(p *Pool, m Image) { flip(p, catalogueOff(p.header.generation)+30) },
+		"pool.catalogue": func(p *Pool, m Image) { flip(p, entryOff(m.Slot)+30) },
 		"pool.header":    func(p *Pool, m Image) { flip(p, headerOff(p.header.generation)+40) },
 		"pool.index":     func(p *Pool, m Image) { _ = p.index.removeLayer("a") },
 		"pool.refs":      func(p *Pool, m Image) { p.images["a"].used[0].refs = 1 },
 		"pool.leak":      func(p *Pool, m Image) { _, _ = p.space.Extent(4096) },
 		"pool.overlap":   func(p *Pool, m Image) { p.space.FreeExtent(p.images["a"].used[0].off, 4096) },
-		"image.":         func(p *Pool, m Image) { flip(p, m.Off+1024) },
+		"live.":          func(p *Pool, m Image) { flip(p, 1024) },
+		"window.":        func(p *Pool, m Image) { flip(p, m.Window+1024) },
+		"pool.inode":     func(p *Pool, m Image) { flip(p, p.header.geo.NidOff(p.images["a"].used[0].inodes[0].nid)+16) },
 	} {
 		t.Run(rule, func(t *testing.T) {
 			dir := t.TempDir()
-			p, err := Create(openRegion(t, dir, 64<<20), filepath.Join(dir, "index"), Options{})
+			p, err := Create(openRegion(t, dir, 64<<20), filepath.Join(dir, "index"), Options{Windows: Yes})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -19,7 +19,6 @@ type simRegion struct {
 	mem     []byte // what readers see
 	durable []byte // what is certain to survive
 	pending []simWrite
-	mapped  bool // Bytes is not nil
 	faults  *faults
 }
 
@@ -58,7 +57,7 @@ func (f *faults) hit(op string) error {
 }
 
 func newSimRegion(size int64, f *faults) *simRegion {
-	return &simRegion{mem: make([]byte, size), durable: make([]byte, size), mapped: true, faults: f}
+	return &simRegion{mem: make([]byte, size), durable: make([]byte, size), faults: f}
 }
 
 func (r *simRegion) ReadAt(p []byte, off int64) (int, error) {
@@ -149,16 +148,9 @@ func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
 		}
 	}
 	copy(c.mem, c.durable)
-	c.mapped = r.mapped
 	return c
 }
 
-func (r *simRegion) Bytes() []byte {
-	if !r.mapped {
-		return nil
-	}
-	return r.mem
-}
 func (r *simRegion) Size() int64  { return int64(len(r.mem)) }
 func (r *simRegion) Close() error { return nil }
 

@@ -4,52 +4,68 @@ import "fmt"
 
 // Usage says what is in a pool, in bytes. Extents count in whole pages, as they lie in memory.
 type Usage struct {
-	Size         int64 `json:"size"`         // of the region
-	Head         int64 `json:"head"`         // header and catalogue
-	Segments     int64 `json:"segments"`     // metadata of images
-	SegmentFree  int64 `json:"segmentFree"`  // kept for segments, unused
-	Extents      int64 `json:"extents"`      // file contents, each distinct file once
-	Free         int64 `json:"free"`         // for extents
-	LongestFree  int64 `json:"longestFree"`  // in one piece
-	Gaps         int   `json:"gaps"`         // pieces of Free
-	Layers       int   `json:"layers"`       //
-	Images       int   `json:"images"`       //
-	ExtentCount  int   `json:"extentCount"`  //
-	ImageExtents int64 `json:"imageExtents"` // extents that images hold, each once
+	Size        int64 `json:"size"`        // of the region
+	Head        int64 `json:"head"`        // header, slot table and slots
+	Tree        int64 `json:"tree"`        // of the tree area: what runs have taken in this epoch
+	Segments    int64 `json:"segments"`    // metadata of windows
+	MetaFree    int64 `json:"metaFree"`    // kept for the tree area and segments, unused
+	Extents     int64 `json:"extents"`     // file contents, each distinct file once
+	Dead        int64 `json:"dead"`        // contents that nothing holds, waiting until nobody can read them
+	DeadCount   int   `json:"deadCount"`   // number of such extents
+	Free        int64 `json:"free"`        // for extents
+	LongestFree int64 `json:"longestFree"` // in one piece
+	Gaps        int   `json:"gaps"`        // pieces of Free
+	Layers      int   `json:"layers"`
+	Images      int   `json:"images"`
+	Slots       int   `json:"slots"`     // how many images can be added in one epoch
+	SlotsUsed   int   `json:"slotsUsed"` // of them, those of removed images included
+	ExtentCount int   `json:"extentCount"`
+	// ImageExtents are the extents that images hold, each once.
+	ImageExtents int64 `json:"imageExtents"`
 	// Unshared is what the images' contents would take if each image had its own. Unshared - ImageExtents is saved.
 	Unshared int64 `json:"unshared"`
-	// Reclaimable are the extents that no image holds: removing layers would free them.
+	// Reclaimable are the extents that only layers hold: removing layers would free them.
 	Reclaimable int64 `json:"reclaimable"`
 }
 
 // Usage returns what is in the pool now.
 func (p *Pool) Usage() Usage {
+	p.commit.Lock()
+	defer p.commit.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	u := Usage{
-		Size: p.region.Size(), Head: headArea, SegmentFree: p.space.SegmentFree(), Gaps: p.space.GapCount(),
-		Layers: len(p.layers), Images: len(p.images), ExtentCount: len(p.extents),
+		Size: p.header.size, Head: p.header.geo.TreeStart(), Tree: p.tree.used(), Gaps: p.space.GapCount(),
+		Layers: len(p.layers), Images: len(p.images), Slots: p.header.geo.Slots, SlotsUsed: p.header.used,
+		MetaFree: p.space.SegmentFree() + p.tree.room(),
 	}
 	u.Free, u.LongestFree = p.space.Free()
 	for _, e := range p.extents {
 		n := e.span().Len
-		u.Extents += n
-		if e.images > 0 {
+		switch {
+		case e.died != 0:
+			u.Dead += n
+			u.DeadCount++
+			continue
+		case e.images > 0:
 			u.ImageExtents += n
 			u.Unshared += n * int64(e.images)
-		} else {
+		default:
 			u.Reclaimable += n
 		}
+		u.Extents += n
+		u.ExtentCount++
 	}
 	for _, m := range p.images {
-		u.Segments += m.Seg
+		u.Segments += m.Segment
 	}
 	return u
 }
 
 // ImageUsage says what one image takes, in bytes.
 type ImageUsage struct {
-	Segment int64 `json:"segment"` // its metadata
+	Tree    int64 `json:"tree"`    // what is the image's alone in the tree area
+	Segment int64 `json:"segment"` // metadata of its window
 	Extents int64 `json:"extents"` // its file contents in whole pages
 	Shared  int64 `json:"shared"`  // those of Extents that other images hold as well
 	Files   int   `json:"files"`   // number of its extents
@@ -63,7 +79,7 @@ func (p *Pool) ImageUsage(key string) (ImageUsage, error) {
 	if m == nil {
 		return ImageUsage{}, fmt.Errorf("pool: image %q: %w", key, ErrNotFound)
 	}
-	u := ImageUsage{Segment: m.Seg, Files: len(m.used)}
+	u := ImageUsage{Tree: m.own.Len, Segment: m.Segment, Files: len(m.used)}
 	for _, e := range m.used {
 		u.Extents += e.span().Len
 		if e.images > 1 {

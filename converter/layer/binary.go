@@ -23,12 +23,12 @@ import (
 // A change is a byte op|hasNode, the path as (uvarint length of what it shares with the path before, string), for a link the
 // string LinkTo, and the node: uvarint mode, uid, gid, varint seconds, uvarint nanoseconds, uvarint number of xattrs, each as
 // two strings; then by type the string target, uvarint rdev, or uvarint size and, if that is not 0, uvarint block number and
-// 16 bytes sum. A string is its uvarint length and its bytes.
+// 32 bytes sum. A string is its uvarint length and its bytes.
 //
 // It holds no contents, only where the store has them.
 const (
 	binaryMagic   = "DXLY"
-	binaryVersion = 1
+	binaryVersion = 2
 
 	opMask  = 0x07
 	hasNode = 0x08

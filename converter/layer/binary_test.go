@@ -83,7 +83,7 @@ func sealed(body []byte) []byte {
 func TestBinaryBomb(t *testing.T) {
 	const changes = 300_000
 	long := strings.Repeat(strings.Repeat("x", 250)+"/", 16) + "y"
-	b := append([]byte("DXLY\x01\x00"), 0, 0, 0, 0)
+	b := append([]byte("DXLY\x02\x00"), 0, 0, 0, 0)
 	b = binary.AppendUvarint(b, changes)
 	for i := range changes {
 		if i == 0 {

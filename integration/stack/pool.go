@@ -12,11 +12,11 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/daemon"
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
-	"github.com/daxfs/daxfs-snapshotter/snapshotter/service"
 )
 
 // PoolReport is what a stopped daemon's pool holds.
@@ -28,12 +28,16 @@ type PoolReport struct {
 // CheckPool opens the file pool of the daemon, which must be stopped, proves it and tells what is in it.
 func (s *Stack) CheckPool() (report PoolReport, err error) {
 	dir := filepath.Join(s.DaemonRoot(), "pool")
-	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "region")})
+	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "live")})
 	if err != nil {
 		return report, fmt.Errorf("the daemon's region: %w", err)
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	p, err := pool.Open(r, filepath.Join(dir, "index.db"), pool.Options{})
+	indexes, err := filepath.Glob(filepath.Join(dir, "*.db"))
+	if err != nil || len(indexes) != 1 {
+		return report, fmt.Errorf("indexes in %q: %q, %w; expected one", dir, indexes, err)
+	}
+	p, err := pool.Open(r, indexes[0], pool.Options{})
 	if err != nil {
 		return report, fmt.Errorf("the daemon's pool: %w", err)
 	}
@@ -83,7 +87,7 @@ func (s *Stack) CheckDaemon() (left Left, err error) {
 		return left, err
 	}
 	c.Root, c.Address, c.Containerd.Address = s.DaemonRoot(), s.daemonSocket(), s.Run+"/containerd.sock"
-	d, err := service.Open(ctx, c)
+	d, err := daemon.Open(ctx, c)
 	if err != nil {
 		return left, err
 	}

@@ -1,4 +1,4 @@
-// Package drivers lists every way of mounting an image that there is.
+// Package drivers lists every way of mounting that there is.
 package drivers
 
 import (
@@ -18,7 +18,7 @@ import (
 
 // All returns the drivers in the order in which "auto" tries them. Sharing decides first, then fidelity: DAX shares the
 // pool's own pages; the three that cache pages once per host show everything, and among them those without a second copy
-// of the image or without a server come first. The kernel module comes before FUSE because the memory that only those two
+// of the pool or without a server come first. The kernel module comes before FUSE because the memory that only those two
 // can mount (a physical range, a dma-buf) is what it was made for.
 func All() []mount.Driver {
 	return []mount.Driver{erofs.DAX{}, &erofs.File{}, erofs.Loop{}, kernel.Driver{}, fusefs.Driver{}}
@@ -50,10 +50,13 @@ func Of(dir string) (driver mount.Driver, table string, err error) {
 	default:
 		driver = &erofs.File{}
 	}
-	if _, err := os.Stat(filepath.Join(filepath.Dir(dir), "image.json")); err == nil {
-		table = filepath.Dir(filepath.Dir(filepath.Dir(dir)))
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return nil, "", err
+	for _, record := range []string{"image.json", "pool.json"} {
+		switch _, err := os.Stat(filepath.Join(filepath.Dir(dir), record)); {
+		case err == nil:
+			return driver, filepath.Dir(filepath.Dir(filepath.Dir(dir))), nil
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil, "", err
+		}
 	}
-	return driver, table, nil
+	return driver, "", nil
 }

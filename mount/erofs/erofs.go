@@ -1,15 +1,12 @@
-// Package erofs mounts the EROFS half of an image, in three ways that differ in what stands between the memory and the
-// file system:
+// Package erofs mounts EROFS, in three ways that differ in what stands between the memory and the file system:
 //
-//   - DAX: a block device with DAX (pmem, virtio-pmem). A dm-linear device makes the window a block device of its own; mapped
-//     files are then the pool's own pages.
-//   - File: the kernel reads the window of an ordinary file itself (fsoffset=), with direct I/O so that only the
-//     files' pages are cached and not those of the image a second time.
-//   - Loop: a read-only loop device over the window, for tmpfs and for kernels without the way above.
+//   - DAX: a block device with DAX (pmem, virtio-pmem). Mapped files are the pool's own pages.
+//   - File: the kernel reads an ordinary file itself, with direct I/O so that only the files' pages are cached and not those
+//     of the pool a second time.
+//   - Loop: a block device, or a read-only loop device over a file, for tmpfs and for kernels without the way above.
 //
 // Each way is a mount.Driver of its own, so that the first that works can be chosen, and each can be asked for by name. None
-// leaves devices behind: a loop device clears itself with its last user, a device-mapper device is marked for deferred
-// removal as soon as it is mounted.
+// leaves devices behind: a loop device clears itself with its last user.
 package erofs
 
 import (

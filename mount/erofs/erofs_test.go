@@ -29,8 +29,8 @@ func tmpfs(t *testing.T) string {
 	return dir
 }
 
-// twoWindows makes a file with two images, at 2 MiB and further up, and returns a source for each.
-func twoWindows(t *testing.T, dir, treeA, treeB string) (a, b mount.Source) {
+// twoImages makes a file with two images, at 2 MiB and further up, and returns a source for each.
+func twoImages(t *testing.T, dir, treeA, treeB string) (a, b mount.Source) {
 	t.Helper()
 	pool := filepath.Join(dir, "pool")
 	f, err := os.Create(pool)
@@ -76,7 +76,7 @@ func mountOn(t *testing.T, d mount.Driver, src mount.Source) string {
 	return dir
 }
 
-func TestTwoWindowsOfOneFile(t *testing.T) {
+func TestTwoImagesOfOneFile(t *testing.T) {
 	mounttest.Root(t)
 	treeA := mounttest.Tree(t)
 	treeB := t.TempDir()
@@ -93,7 +93,7 @@ func TestTwoWindowsOfOneFile(t *testing.T) {
 		{"loop over tmpfs", Loop{}, tmpfs},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			a, b := twoWindows(t, tc.dir(t), treeA, treeB)
+			a, b := twoImages(t, tc.dir(t), treeA, treeB)
 			if err := tc.driver.Probe(t.Context(), a.Region); errors.Is(err, mount.ErrUnsupported) {
 				t.Skip(err)
 			} else if err != nil {
@@ -103,7 +103,7 @@ func TestTwoWindowsOfOneFile(t *testing.T) {
 			mounttest.Same(t, treeA, dirA)
 			mounttest.Same(t, treeB, dirB)
 			if err := tc.driver.Match(t.Context(), a, dirB); err == nil {
-				t.Error("the mount of one window was taken for that of another")
+				t.Error("the mount of one image was taken for that of another")
 			}
 			restricted := a
 			restricted.Restrict = true
@@ -144,7 +144,7 @@ func loopsOf(t *testing.T, path string) string {
 func TestLoopIsFreed(t *testing.T) {
 	mounttest.Root(t)
 	tree := mounttest.Tree(t)
-	a, _ := twoWindows(t, t.TempDir(), tree, tree)
+	a, _ := twoImages(t, t.TempDir(), tree, tree)
 	dir := t.TempDir()
 	if err := (Loop{}).Mount(t.Context(), a, dir); err != nil {
 		t.Fatal(err)
@@ -166,38 +166,14 @@ func TestLoopIsFreed(t *testing.T) {
 	if err := (Loop{}).Unmount(t.Context(), dir); err != nil {
 		t.Errorf("second unmount: %v", err)
 	}
-	// A window that is no image: the mount fails and the device is freed all the same.
+	// What is no image: the mount fails and the device is freed all the same.
 	bad := a
 	bad.Off, bad.Size = 0, 1<<20
 	if err := (Loop{}).Mount(t.Context(), bad, dir); err == nil {
-		t.Error("mounted a window without an image")
+		t.Error("mounted what is no image")
 	}
 	if left := loopsOf(t, a.Region.Path); left != "" {
 		t.Errorf("loop devices left behind: %s", left)
-	}
-}
-
-func TestTables(t *testing.T) {
-	src := mount.Source{Off: 4 << 20, Size: 1 << 20, Region: region.Info{BlockDevice: "/dev/pmem0"}}
-	if got, want := table(src), "0 2048 linear /dev/pmem0 8192"; got != want {
-		t.Errorf("table %q, expected %q", got, want)
-	}
-	loop := "/dev/loop0" // any block device serves
-	if _, err := os.Stat(loop); err != nil {
-		t.Skip("no block device to name: ", err)
-	}
-	src.Region.BlockDevice = loop
-	for got, ok := range map[string]bool{
-		"0 2048 linear 7:0 8192":  true,
-		"0 2048 linear 7:1 8192":  false,
-		"0 2048 linear 7:0 8193":  false,
-		"0 2049 linear 7:0 8192":  false,
-		"0 2048 striped 7:0 8192": false,
-		"":                        false,
-	} {
-		if err := sameTable(got, src); (err == nil) != ok {
-			t.Errorf("table %q: %v", got, err)
-		}
 	}
 }
 
@@ -220,7 +196,7 @@ func TestDAXProbeSaysWhatToDo(t *testing.T) {
 func TestDAXDroppedSilently(t *testing.T) {
 	mounttest.Root(t)
 	tree := mounttest.Tree(t)
-	a, _ := twoWindows(t, t.TempDir(), tree, tree)
+	a, _ := twoImages(t, t.TempDir(), tree, tree)
 	dev, err := attach(t.Context(), a.Region.Path, a.Off, a.Size)
 	if err != nil {
 		t.Fatal(err)
@@ -237,88 +213,71 @@ func TestDAXDroppedSilently(t *testing.T) {
 	}
 }
 
-// fakeDmsetup stands for dmsetup on a kernel without device-mapper: its devices are links to a block device, and it keeps a log.
-func fakeDmsetup(t *testing.T, dev string) (d DAX, logName string) {
-	t.Helper()
-	if err := os.MkdirAll("/dev/mapper", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", "/dev/mapper", "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { sys.Detach("/dev/mapper") })
-	program, sysfs := filepath.Join(t.TempDir(), "dmsetup"), t.TempDir()
-	logName = filepath.Join(t.TempDir(), "log")
-	script := `#!/bin/sh
-cd ` + sysfs + `
-echo "$@" >>` + logName + `
-case $1 in
-create) mkdir -p dm-0/dm; echo 253:0 >dm-0/dev; echo $2 >dm-0/dm/name ;; # without a node, as it happens without udev
-mknodes) ln -s ` + dev + ` /dev/mapper/$2 ;;
-remove) rm -rf dm-0; rm /dev/mapper/$3 ;;
-*) echo "unknown command $1" >&2; exit 1 ;;
-esac
-`
-	if err := os.WriteFile(program, []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return DAX{Dmsetup: program, sysfs: sysfs}, logName
-}
-
-// The device of a window is marked for removal whatever becomes of the mount, and one of an earlier process is taken away first.
-func TestDAXWindowLeavesNoDevice(t *testing.T) {
+// A block device is mounted without a loop device over it.
+func TestBlockDeviceItself(t *testing.T) {
 	mounttest.Root(t)
 	tree := mounttest.Tree(t)
-	a, _ := twoWindows(t, t.TempDir(), tree, tree)
+	a, _ := twoImages(t, t.TempDir(), tree, tree)
 	dev, err := attach(t.Context(), a.Region.Path, a.Off, a.Size)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	dir := t.TempDir()
-	name := device(dir)
-	d, logName := fakeDmsetup(t, dev.Name())
-	src := mount.Source{Key: "k", Off: 2 << 20, Size: a.Size, Region: region.Info{Kind: "pmem", BlockDevice: dev.Name(), DAX: true}}
-	if err := d.Probe(t.Context(), src.Region); err != nil {
+	src := mount.Source{Key: "k", Size: a.Size, Region: region.Info{Kind: "pmem", Path: dev.Name(), BlockDevice: dev.Name()}}
+	if err := (Loop{}).Probe(t.Context(), src.Region); err != nil {
 		t.Fatal(err)
 	}
-	for _, args := range [][]string{{"create", name}, {"mknodes", name}} { // left by a crash
-		if _, err := d.dmsetup(t.Context(), args...); err != nil {
-			t.Fatal(err)
+	dir := mountOn(t, Loop{}, src)
+	mounttest.Same(t, tree, dir)
+	if m, _, err := sys.Top(dir); err != nil || m.Source != dev.Name() {
+		t.Errorf("mounted from %+v, %v; expected %s", m, err, dev.Name())
+	}
+	if err := (&File{}).Probe(t.Context(), src.Region); !errors.Is(err, mount.ErrUnsupported) {
+		t.Errorf("file-backed mount of a device: %v, expected ErrUnsupported", err)
+	}
+	src.Off = 4096
+	if err := (DAX{}).Mount(t.Context(), src, t.TempDir()); !errors.Is(err, mount.ErrUnsupported) {
+		t.Errorf("part of a device with DAX: %v, expected ErrUnsupported", err)
+	}
+}
+
+// A kernel with the bug gets no file-backed mount, although one would work.
+func TestFileProbeNamesBug(t *testing.T) {
+	mounttest.Root(t)
+	path := filepath.Join(t.TempDir(), "pool")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := &File{bug: func() string { return "Linux 6.18.10 has " + CVE }}
+	err := d.Probe(t.Context(), region.Info{Kind: region.KindFile, Path: path})
+	if !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), CVE) {
+		t.Errorf("probe: %v, expected ErrUnsupported that names %s", err, CVE)
+	}
+}
+
+func TestBug(t *testing.T) {
+	for _, tc := range []struct {
+		release, version, signature string
+		bad                         bool
+	}{
+		{"6.1.0-40-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.153-1 (2025-09-20)", "", false},
+		{"6.11.11", "#1 SMP", "", false},
+		{"6.12.71", "#1 SMP", "", true},
+		{"6.12.72", "#1 SMP", "", false},
+		{"6.12.48+deb13-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.12.48-1 (2025-09-20)", "", true},
+		{"6.12.0-55.el10.x86_64", "#1 SMP", "", true},
+		{"6.14.0-33-generic", "#33-Ubuntu SMP", "Ubuntu 6.14.0-33.33-generic 6.14.11\n", true},
+		{"6.18.0-9-generic", "#9-Ubuntu SMP", "Ubuntu 6.18.0-9.9-generic 6.18.12\n", false},
+		{"6.18.10", "#1 SMP", "", true},
+		{"6.18.44-fc-v595", "#1 SMP PREEMPT_DYNAMIC @0", "", false},
+		{"6.19.0", "#1 SMP", "", true},
+		{"6.19.0-rc8", "#1 SMP", "", true},
+		{"6.19.1-arch1-1", "#1 SMP", "", false},
+		{"7.2.13+deb14-amd64", "#1 SMP Debian 7.2.13-1", "", false},
+		{"unknown", "", "", false},
+	} {
+		if got := bug(tc.release, tc.version, tc.signature); (got != "") != tc.bad {
+			t.Errorf("%s: %q, expected the bug: %t", tc.release, got, tc.bad)
 		}
-	}
-	if err := os.Remove(logName); err != nil {
-		t.Fatal(err)
-	}
-	// No kernel here has DAX on a loop device: the mount works and then is found to have none.
-	if err := d.Mount(t.Context(), src, dir); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "without DAX") {
-		t.Errorf("mount: %v, expected ErrUnsupported", err)
-	}
-	log, err := os.ReadFile(logName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := "remove --deferred " + name + "\n" +
-		"create " + name + " --readonly --table " + table(src) + "\n" +
-		"mknodes " + name + "\n" +
-		"remove --deferred " + name + "\n"
-	if string(log) != want {
-		t.Errorf("dmsetup was asked for:\n%sexpected:\n%s", log, want)
-	}
-	if m, _, _ := sys.Top(dir); m != nil {
-		t.Errorf("still mounted: %+v", m)
-	}
-	if err := d.Unmount(t.Context(), dir); err != nil {
-		t.Errorf("unmount of nothing: %v", err)
-	}
-	if n := d.number(name); n != "" {
-		t.Errorf("device %s is left", n)
-	}
-	failing := DAX{Dmsetup: "/bin/false"}
-	if err := failing.Mount(t.Context(), src, dir); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "dm_mod") {
-		t.Errorf("no device-mapper: %v, expected ErrUnsupported that mentions dm_mod", err)
-	}
-	if err := (DAX{Dmsetup: "/nowhere/dmsetup"}).Probe(t.Context(), src.Region); !errors.Is(err, mount.ErrUnsupported) {
-		t.Errorf("no dmsetup: %v, expected ErrUnsupported", err)
 	}
 }

@@ -16,10 +16,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// File mounts the window of a file without any device. The zero value is ready to use.
+// File mounts a file without any device. The zero value is ready to use.
 type File struct {
-	// trial is what a mount of a tiny image needs besides the kernel: replaced in tests.
-	trial func(path string) error
+	bug func() string // Bug, if nil: replaced in tests
 }
 
 // Name returns "erofs-file".
@@ -27,11 +26,15 @@ func (*File) Name() string { return "erofs-file" }
 
 // Sharing implements mount.Driver.
 func (*File) Sharing() string {
-	return "one page-cache copy per image on this host, shared by all containers, reclaimable, and no other copy in memory; full fidelity"
+	return "one page-cache copy of each distinct file on this host, shared by all containers, reclaimable, and no other copy in memory; " +
+		"full fidelity"
 }
 
-// Probe implements mount.Driver. It mounts a tiny image that lies in the middle of a file on the same file system as the
-// region: versions tell little, because distributions carry fsoffset= back and leave CONFIG_EROFS_FS_BACKED_BY_FILE out.
+// Windows implements mount.Driver.
+func (*File) Windows() bool { return false }
+
+// Probe implements mount.Driver. It mounts a tiny image in a file on the same file system as the region: versions tell little,
+// because distributions carry options back and leave CONFIG_EROFS_FS_BACKED_BY_FILE out. Only what Bug knows cannot be tried.
 func (d *File) Probe(_ context.Context, r region.Info) error {
 	if err := sys.HasFilesystem("erofs", remedy); err != nil {
 		return err
@@ -47,11 +50,14 @@ func (d *File) Probe(_ context.Context, r region.Info) error {
 	if !st.Mode().IsRegular() {
 		return fmt.Errorf("%q is not an ordinary file: %w", path, mount.ErrUnsupported)
 	}
-	trial := d.trial
-	if trial == nil {
-		trial = tryFile
+	known := d.bug
+	if known == nil {
+		known = Bug
 	}
-	return trial(path)
+	if text := known(); text != "" {
+		return fmt.Errorf("%s: %w", text, mount.ErrUnsupported)
+	}
+	return tryFile(path)
 }
 
 // tryFile mounts, detached from any directory, a tiny image beside path.
@@ -61,11 +67,10 @@ func tryFile(path string) error {
 		return nil // a read-only or full file system: only the real mount can tell
 	}
 	defer f.Close()
-	const off = 2 * 4096
-	if _, err := f.WriteAt(tinyImage(), off); err != nil {
+	if _, err := f.WriteAt(tinyImage(), 0); err != nil {
 		return nil
 	}
-	err = sys.Do(fileMount(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), off, false), "")
+	err = sys.Do(fileMount(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), 0, false), "")
 	return notFileBacked(err, path)
 }
 
@@ -100,8 +105,8 @@ func notFileBacked(err error, path string) error {
 		return fmt.Errorf("the kernel cannot mount EROFS from a file on the file system of %q (tmpfs, overlay and FUSE cannot; "+
 			"ext4, xfs and btrfs can, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w", path, mount.ErrUnsupported)
 	case errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("this kernel's EROFS has no fsoffset= or directio option (Linux 6.17 and later have both): %w: %w",
-			err, mount.ErrUnsupported)
+		return fmt.Errorf("this kernel's EROFS has no directio option, or no fsoffset= for an image inside of a file "+
+			"(Linux 6.17 and later have both): %w: %w", err, mount.ErrUnsupported)
 	}
 	return err
 }

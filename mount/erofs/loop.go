@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Loop mounts through a loop device. The zero value is ready to use.
+// Loop mounts a block device, or a file through a loop device. The zero value is ready to use.
 type Loop struct{}
 
 // Name returns "erofs-loop".
@@ -23,8 +22,12 @@ func (Loop) Name() string { return "erofs-loop" }
 
 // Sharing implements mount.Driver.
 func (Loop) Sharing() string {
-	return "one page-cache copy per image on this host, shared by all containers, beside the pool's own pages; full fidelity"
+	return "one page-cache copy of each distinct file on this host, shared by all containers; on tmpfs beside the pool's own pages; " +
+		"full fidelity"
 }
+
+// Windows implements mount.Driver.
+func (Loop) Windows() bool { return false }
 
 // Probe implements mount.Driver: any region with a path that can be read as a file, and a kernel with loop devices.
 func (Loop) Probe(_ context.Context, r region.Info) error {
@@ -79,6 +82,9 @@ func (Loop) Mount(ctx context.Context, src mount.Source, dir string) error {
 	if err != nil {
 		return err
 	}
+	if direct(src) {
+		return sys.Do(sys.Mount{Type: "erofs", Source: path, Restrict: src.Restrict}, dir)
+	}
 	dev, err := attach(ctx, path, src.Off, src.Size)
 	if err != nil {
 		return err
@@ -87,6 +93,9 @@ func (Loop) Mount(ctx context.Context, src mount.Source, dir string) error {
 	defer dev.Close()
 	return sys.Do(sys.Mount{Type: "erofs", Source: dev.Name(), Restrict: src.Restrict}, dir)
 }
+
+// direct tells whether src is a block device that needs no loop device.
+func direct(src mount.Source) bool { return src.Region.BlockDevice != "" && src.Off == 0 }
 
 // attach returns an open loop device over the window of a file. Closing it removes the device, unless it is mounted then.
 func attach(ctx context.Context, path string, off, size int64) (*os.File, error) {
@@ -136,6 +145,12 @@ func attach(ctx context.Context, path string, off, size int64) (*os.File, error)
 
 // Match implements mount.Driver.
 func (Loop) Match(ctx context.Context, src mount.Source, dir string) error {
+	if direct(src) {
+		if err := matchDevice(src, dir); err != nil {
+			return err
+		}
+		return sys.Alive(ctx, dir)
+	}
 	m, err := sys.MatchTop(dir, "erofs", src.Restrict)
 	if err != nil {
 		return err
@@ -143,7 +158,7 @@ func (Loop) Match(ctx context.Context, src mount.Source, dir string) error {
 	if m.Major != 7 {
 		return fmt.Errorf("%q is mounted from %q, expected a loop device", dir, m.Source)
 	}
-	dev, err := os.OpenFile("/dev/loop"+strconv.Itoa(loopNumber(m.Source)), os.O_RDONLY|unix.O_CLOEXEC, 0)
+	dev, err := os.OpenFile(m.Source, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
@@ -165,14 +180,6 @@ func (Loop) Match(ctx context.Context, src mount.Source, dir string) error {
 			info.Inode, info.Device, info.Offset, info.Sizelimit, st.Ino, st.Dev, src.Off, src.Size)
 	}
 	return sys.Alive(ctx, dir)
-}
-
-func loopNumber(dev string) int {
-	n, err := strconv.Atoi(filepath.Base(dev)[len("loop"):])
-	if err != nil {
-		return -1
-	}
-	return n
 }
 
 // Unmount implements mount.Driver.

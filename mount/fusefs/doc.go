@@ -1,8 +1,10 @@
-// Package fusefs serves the EROFS half of an image through FUSE: the way that works with any memory that can be mapped, on
-// kernels without EROFS or loop devices.
+// Package fusefs serves a pool, or the EROFS half of an image file, through FUSE: the way that works with any memory that can
+// be mapped, on kernels without EROFS or loop devices.
 //
-// The image never changes, so the kernel is told to keep everything: names (those that do not exist too), attributes, link
-// targets, listings and contents, without end. Open and opendir are answered with ENOSYS, after which the kernel stops
+// An image never changes, so the kernel is told to keep everything: names (those that do not exist too), attributes, link
+// targets, listings and contents, without end. Only the root directory of a pool is different: images appear in it while it
+// is served, so nothing is remembered of a name where there is none yet. And whether a pool has extended attributes is never
+// known for good: the kernel asks for those of a pool each time. Open and opendir are answered with ENOSYS, after which the kernel stops
 // asking. A second walk over a tree then never leaves the kernel, and N containers share one page-cache copy.
 //
 // The server holds no state per file. A FUSE node number is the nid of the inode in the image plus a constant, so there is
@@ -30,7 +32,7 @@
 // must not stop it: containers would lose their root. Under systemd that takes KillMode=process in the unit of the
 // daemon, else systemd kills the whole control group; in a Kubernetes pod the server ends with its container, whatever
 // that says, so a DaemonSet should use EROFS. A server that dies all the same leaves a mount on which everything
-// fails with ENOTCONN ("transport endpoint is not connected"); mount.Table notices and mounts the image anew for later
+// fails with ENOTCONN ("transport endpoint is not connected"); mount.Table notices and mounts the pool anew for later
 // containers, those that ran keep the dead mount and must be restarted.
 //
 // Never read from a mount in the process that serves it: a page fault there waits for the very threads that it stops.

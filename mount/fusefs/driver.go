@@ -47,9 +47,12 @@ func (Driver) Name() string { return "fuse" }
 
 // Sharing implements mount.Driver.
 func (Driver) Sharing() string {
-	return "one page-cache copy per image on this host, shared by all containers, beside the pool's own pages; " +
-		"one server process per image; full fidelity"
+	return "one page-cache copy of each distinct file on this host, shared by all containers, beside the pool's own pages; " +
+		"one server process; full fidelity"
 }
+
+// Windows implements mount.Driver.
+func (Driver) Windows() bool { return false }
 
 func (d Driver) command() ([]string, error) {
 	if len(d.Command) > 0 {
@@ -165,6 +168,14 @@ func (d Driver) Mount(ctx context.Context, src mount.Source, dir string) error {
 		defer buf.Close()
 		cmd.ExtraFiles = append(cmd.ExtraFiles, buf)
 	}
+	lock, err := lockFile(dir)
+	if err != nil {
+		return err
+	}
+	if lock != nil {
+		defer lock.Close()
+		cmd.ExtraFiles = append(cmd.ExtraFiles, lock) // the last: the server does not know of it
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the FUSE server: %w", err)
@@ -212,14 +223,44 @@ func (d Driver) await(ctx context.Context, r *os.File, dir string) error {
 	return fmt.Errorf("unexpected words %q: %w", line, err)
 }
 
-// logName is the file for the output of the server: beside the mount point of a table, else none. The directory around
-// a mount point that a user chose is not ours to write to.
-func logName(dir string) string {
+// beside returns the directory around the mount point of a table, "" if dir is none. The directory around a mount point that a
+// user chose is not ours to write to.
+func beside(dir string) string {
 	parent := filepath.Dir(dir)
-	if _, err := os.Stat(filepath.Join(parent, "image.json")); err != nil || filepath.Base(dir) != "mnt" {
-		return os.DevNull
+	if filepath.Base(dir) != "mnt" {
+		return ""
 	}
-	return filepath.Join(parent, "fuse.log")
+	for _, record := range []string{"pool.json", "image.json"} {
+		if _, err := os.Stat(filepath.Join(parent, record)); err == nil {
+			return parent
+		}
+	}
+	return ""
+}
+
+// lockFile takes the lock that the server keeps as long as it lives, through a descriptor that it inherits: mount.ServerLock. It is
+// nil where there is no place for one.
+func lockFile(dir string) (*os.File, error) {
+	parent := beside(dir)
+	if parent == "" {
+		return nil, nil
+	}
+	f, err := os.OpenFile(filepath.Join(parent, mount.ServerLock), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %q: %w", f.Name(), err), f.Close())
+	}
+	return f, nil
+}
+
+// logName is the file for the output of the server.
+func logName(dir string) string {
+	if parent := beside(dir); parent != "" {
+		return filepath.Join(parent, "fuse.log")
+	}
+	return os.DevNull
 }
 
 func logFile(dir string) (*os.File, error) {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
 // forever is the timeout of what the kernel may keep, in seconds: the longest that the kernel does not cut off.
@@ -23,7 +24,9 @@ type server struct {
 	fuse.RawFileSystem // everything that is not here is ENOSYS, and the kernel does not ask twice
 
 	img *daxfs.FS
-	log *log.Logger
+	// live is true if img is a live tree: images appear at the names in its root directory while it is served.
+	live bool
+	log  *log.Logger
 	// Counters of this server.
 	count Counters
 	// noOpen and noOpendir: the kernel takes ENOSYS for "never ask again, and keep the cache".
@@ -52,7 +55,7 @@ func (s *server) Init(srv *fuse.Server) {
 }
 
 // A node number is nid + 2: 0 means "no such name" and 1 is the root.
-const nodeBias = 2
+const nodeBias = mount.NodeBias
 
 func (s *server) node(nid uint64) uint64 {
 	if nid == s.img.Root() {
@@ -122,7 +125,8 @@ func fill(a *fuse.Attr, in *daxfs.Inode) {
 }
 
 func (s *server) entry(out *fuse.EntryOut, in *daxfs.Inode) {
-	out.NodeId, out.Generation, out.EntryValid, out.AttrValid = s.node(in.Nid), 1, forever, forever
+	// Generation 0 for all, as the root has it: a file handle holds it.
+	out.NodeId, out.Generation, out.EntryValid, out.AttrValid = s.node(in.Nid), 0, forever, forever
 	fill(&out.Attr, in)
 }
 
@@ -132,6 +136,13 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	dir, st := s.inode(h.NodeId)
 	if !st.Ok() {
 		return st
+	}
+	switch {
+	case name == ".": // the kernel looks for an inode that was opened by its handle
+		s.entry(out, &dir)
+		return fuse.OK
+	case s.live && h.NodeId == fuse.FUSE_ROOT_ID:
+		return s.slot(&dir, name, out)
 	}
 	nid, err := dir.Lookup(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -144,6 +155,20 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	in, st := s.inode(nid + nodeBias)
 	if !st.Ok() {
 		return st
+	}
+	s.entry(out, &in)
+	return fuse.OK
+}
+
+// slot looks up an image of a live tree. That there is none is nothing that the kernel may remember.
+func (s *server) slot(root *daxfs.Inode, name string, out *fuse.EntryOut) fuse.Status {
+	nid, err := root.Lookup(name)
+	if err != nil {
+		return s.errno(root.Nid, err)
+	}
+	in, err := s.img.Inode(nid)
+	if err != nil {
+		return fuse.ENOENT
 	}
 	s.entry(out, &in)
 	return fuse.OK
@@ -248,8 +273,9 @@ func (s *server) ReadDirPlus(_ <-chan struct{}, r *fuse.ReadIn, out *fuse.DirEnt
 		if o == nil {
 			return false
 		}
-		if e.Name == "." || e.Name == ".." {
-			return true // no node: the kernel makes no entry for them
+		if e.Name == "." || e.Name == ".." || s.live && r.NodeId == fuse.FUSE_ROOT_ID {
+			// No node: the kernel makes no entry for them, and looks at no slot before it is asked to.
+			return true
 		}
 		in, st := s.inode(e.Ino + nodeBias)
 		if st.Ok() {

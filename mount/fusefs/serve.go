@@ -21,7 +21,7 @@ import (
 
 // Config says what a server serves and where.
 type Config struct {
-	// Path is the file or device that holds the image, Off and Size the window in it. Name is what the mount table shows
+	// Path is the file or device that holds the pool or image, Off and Size the range in it. Name is what the mount table shows
 	// instead of Path, if it is not empty.
 	Path      string
 	Name      string
@@ -55,8 +55,8 @@ type Server struct {
 	done  chan struct{}
 }
 
-// Start maps the image, mounts it and serves it until it is unmounted, whoever does that. It does not check the image; the
-// reader trusts nothing all the same.
+// Start maps the pool or image, mounts it and serves it until it is unmounted, whoever does that. It does not check it; the
+// reader trusts nothing all the same. A pool is told by its superblock.
 func Start(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = os.Stderr
@@ -74,11 +74,16 @@ func Start(c Config) (*Server, error) {
 		return nil, errors.Join(fmt.Errorf("image in %q at %d: %w", c.Path, c.Off, err), m.Close())
 	}
 	s := &Server{fs: newServer(img, l), image: m, dir: c.Dir, done: make(chan struct{})}
+	if _, err := daxfs.OpenLive(daxfs.Mem(m.Window), int64(len(m.Window))); err == nil {
+		s.fs.live = true
+	}
 	s.fuse, err = fuse.NewServer(s.fs, c.Dir, s.fs.options(c))
 	if err != nil {
 		return nil, errors.Join(explain(err), m.Close())
 	}
-	go s.fs.lookForXattrs()
+	if !s.fs.live { // images with attributes may come later
+		go s.fs.lookForXattrs()
+	}
 	go func() {
 		defer close(s.done)
 		s.fuse.Serve()
@@ -97,7 +102,7 @@ func (s *server) options(c Config) *fuse.MountOptions {
 		// Replies come from the mapping. Splicing them from the file through a pipe was measured: 128 MiB from a cold cache
 		// took 1.2 to 1.9 times as long, 4 KiB reads 1.3 to 2.8 times.
 		DisableSplice:     true,
-		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT,
+		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT | fuse.CAP_EXPORT_SUPPORT,
 		Options:           []string{"default_permissions"},
 		PanicHandler:      s.panicked,
 	}

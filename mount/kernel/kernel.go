@@ -5,7 +5,7 @@
 // program text is, are copied page by page (docs/format.md tells why); read(2) and shared mappings are not.
 //
 // The module checks little without its option validate, and a damaged image can then crash the kernel. The option is always
-// set, and mount.Table runs daxfs.Check first, which also finds what validate misses.
+// set, and the owner of a pool checks images first, which also finds what validate misses.
 package kernel
 
 import (
@@ -36,6 +36,9 @@ func (Driver) Sharing() string {
 	return "read(2) and shared mappings use the pool's own pages, program text is copied into every process; " +
 		"no times, extended attributes or device nodes"
 }
+
+// Windows implements mount.Driver: the module mounts one image.
+func (Driver) Windows() bool { return true }
 
 // Probe implements mount.Driver.
 func (Driver) Probe(_ context.Context, r region.Info) error {

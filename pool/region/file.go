@@ -6,16 +6,16 @@ import (
 	"io"
 	"os"
 	"sync"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
 // file is a region in a sparse file, on disk or on tmpfs. It is written with pwrite: that fills fresh pages without
 // zeroing them first, takes no page fault, and reports a full filesystem as ENOSPC where a store to a mapping would be
-// a SIGBUS. The mapping sees the same page cache, hence the same bytes.
+// a SIGBUS.
 type file struct {
 	f    *os.File
-	m    []byte
 	size int64
 	info Info
 	// behind is nil where bytes never go to a disk.
@@ -34,7 +34,11 @@ func openFile(c Config) (Region, error) {
 	} else if c.Create {
 		flags |= os.O_CREATE
 	}
-	f, err := os.OpenFile(c.Path, flags, 0o600)
+	// O_NOFOLLOW: in a directory that others can write to, a link leads wherever they want.
+	f, err := os.OpenFile(c.Path, flags|unix.O_NOFOLLOW, 0o600)
+	if errors.Is(err, unix.ELOOP) {
+		return nil, fmt.Errorf("%q is a symbolic link: name the file that it leads to: %w", c.Path, ErrForeign)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -58,6 +62,9 @@ func (r *file) init(c Config) error {
 	if err := r.checkFilesystem(); err != nil {
 		return err
 	}
+	if err := checkOwner(st, c); err != nil {
+		return err
+	}
 	size := st.Size()
 	switch {
 	case size == 0 && c.Create && !c.ReadOnly:
@@ -79,9 +86,23 @@ func (r *file) init(c Config) error {
 	if r.info.Persistent == PersistsReboot {
 		r.behind = &behind{f: r.f}
 	}
-	r.m, err = unix.Mmap(int(r.f.Fd()), 0, int(r.size), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		return fmt.Errorf("map %d bytes: %w", r.size, err)
+	return nil
+}
+
+// checkOwner refuses a file that somebody else can write to, or has another name for: what is written there reaches the
+// kernel, and containers. Who only reads looks at the bytes themselves.
+func checkOwner(st os.FileInfo, c Config) error {
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || c.ReadOnly {
+		return nil
+	}
+	switch {
+	case int(sys.Uid) != os.Geteuid():
+		return fmt.Errorf("belongs to user %d, expected %d: %w; remove it, or choose another path", sys.Uid, os.Geteuid(), ErrForeign)
+	case st.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("has mode %#o, which lets others write to it: %w; take that away (chmod go-w) if nobody has", st.Mode().Perm(), ErrForeign)
+	case sys.Nlink != 1:
+		return fmt.Errorf("has %d names, expected one: %w; remove the others", sys.Nlink, ErrForeign)
 	}
 	return nil
 }
@@ -132,10 +153,9 @@ func (r *file) WriteAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-func (r *file) Bytes() []byte { return r.m }
-func (r *file) Size() int64   { return r.size }
-func (r *file) Info() Info    { return r.info }
-func (r *file) Lock() error   { return Flock(r.f) }
+func (r *file) Size() int64 { return r.size }
+func (r *file) Info() Info  { return r.info }
+func (r *file) Lock() error { return Flock(r.f) }
 
 // Sync syncs the whole file, as there is no call that makes a range of a sparse file durable: its blocks may be
 // allocated by the write.
@@ -181,15 +201,10 @@ func (r *file) Punch(off, n int64) error {
 }
 
 func (r *file) Close() error {
-	var err error
 	if r.behind != nil {
 		r.behind.wait()
 	}
-	if r.m != nil {
-		err = unix.Munmap(r.m)
-		r.m = nil
-	}
-	return errors.Join(err, r.f.Close())
+	return r.f.Close()
 }
 
 var zeros = make([]byte, 1<<20)

@@ -91,9 +91,8 @@ func (r *mapped) Sync(off, n int64) error {
 	return r.sync(r.m[off : off+n])
 }
 
-func (r *mapped) Bytes() []byte { return r.m }
-func (r *mapped) Size() int64   { return int64(len(r.m)) }
-func (r *mapped) Info() Info    { return r.info }
+func (r *mapped) Size() int64 { return int64(len(r.m)) }
+func (r *mapped) Info() Info  { return r.info }
 
 // Lock locks the file of the region. A buffer that nobody else can open needs none.
 func (r *mapped) Lock() error {

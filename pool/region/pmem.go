@@ -164,9 +164,7 @@ func (r *pmem) Punch(off, n int64) error {
 	return writeZeros(r, off, n)
 }
 
-// Bytes is nil: a mapping of the device node is the page cache, a copy.
-func (r *pmem) Bytes() []byte { return nil }
-func (r *pmem) Size() int64   { return r.size }
-func (r *pmem) Info() Info    { return r.info }
-func (r *pmem) Lock() error   { return Flock(r.f) }
-func (r *pmem) Close() error  { return r.f.Close() }
+func (r *pmem) Size() int64  { return r.size }
+func (r *pmem) Info() Info   { return r.info }
+func (r *pmem) Lock() error  { return Flock(r.f) }
+func (r *pmem) Close() error { return r.f.Close() }

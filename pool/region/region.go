@@ -12,10 +12,6 @@
 // What the kinds can do differs, and Info says so: whether a block device with DAX leads to the bytes, whether their
 // physical address is known, whether they survive the process or a reboot, whether a punched range gives space back.
 //
-// Bytes returns the region as mapped memory. It is valid until Close; reading it after Close is a fault that ends the
-// process. It must not be written through: WriteAt knows how the kind has to be written so that readers which map the
-// same memory, in other processes and other kernels, see the bytes when it returns.
-//
 // A region is safe for concurrent use, except that Close must be called after all else. Writes of overlapping ranges
 // at the same time leave either's bytes. Nothing here keeps two owners apart but Lock, which is advisory.
 package region
@@ -100,8 +96,6 @@ type Region interface {
 	// ReadAt and WriteAt follow io.ReaderAt and io.WriterAt. A write past the end writes nothing and is ErrRange.
 	io.ReaderAt
 	io.WriterAt
-	// Bytes is the whole region mapped shared, to be read only, or nil where the kind can not be mapped.
-	Bytes() []byte
 	// Size is the number of bytes, a multiple of 2 MiB.
 	Size() int64
 	// Sync returns when the bytes written to a range before the call survive what Info().Persistent promises.

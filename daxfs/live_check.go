@@ -1,0 +1,174 @@
+package daxfs
+
+import (
+	"errors"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// LiveCheckOptions are the choices of CheckLive. The zero value checks what every live tree must hold.
+type LiveCheckOptions struct {
+	CheckOptions
+	// OneInode refuses contents that several inodes share: with DAX the kernel must not map a page for two inodes.
+	OneInode bool
+	// Slots, if it is not nil, limits the check to images at slots for which it returns true.
+	Slots func(slot int) bool
+}
+
+// liveState is what a check of a live tree remembers from image to image.
+type liveState struct {
+	on   bool
+	slot int
+	seen map[uint64]liveSeen
+	one  bool // see LiveCheckOptions.OneInode
+}
+
+// liveSeen is an inode that an image was found to have.
+type liveSeen struct {
+	nlink uint32
+	slot  int32
+	mode  uint16
+	ok    bool
+}
+
+// CheckLive proves a live tree of size bytes: its superblock, its slots, and every image that is published. What passes is
+// safe to mount. Findings have paths that begin with the name of the slot.
+//
+// An image may be published or removed meanwhile by the owner in this process; the caller sees to it that none is. Time and
+// memory are those of Check, with every inode counted once however many images share it. Errors are those of Check.
+func CheckLive(r io.ReaderAt, size int64, o LiveCheckOptions, report func(Finding) bool) error {
+	c := checker{tails: !o.SkipTails, max: o.MaxInodes}
+	if c.max == 0 {
+		c.max = defaultMaxInodes
+	}
+	c.live = liveState{on: true, seen: map[uint64]liveSeen{}, one: o.OneInode}
+	if report != nil {
+		c.report = func(f Finding) bool { return report(c.live.prefix(f)) }
+	}
+	c.runLive(r, size, o)
+	if c.err != nil && !errors.Is(c.err, errStop) {
+		return c.err
+	}
+	return c.first
+}
+
+// prefix puts the name of the slot in front of a path.
+func (s *liveState) prefix(f Finding) Finding {
+	if f.Path != "" && s.slot >= 0 {
+		f.Path = "/" + Geometry{}.SlotName(s.slot) + f.Path
+	}
+	return f
+}
+
+func (c *checker) runLive(r io.ReaderAt, size int64, o LiveCheckOptions) {
+	var err error
+	c.live.slot = -1
+	if c.data, err = newSource(r, size); err != nil {
+		c.broken(err, "")
+		return
+	}
+	c.s = c.data
+	if c.s.b == nil {
+		c.s.r = newReadCache(r, size)
+	}
+	l, err := OpenLive(c.s.reader(), size)
+	if err != nil {
+		c.broken(err, "")
+		return
+	}
+	c.checkLiveSuper(l)
+	c.use(0, l.g.TreeStart(), useMeta, 0)
+	for i := range l.g.Slots {
+		if c.err != nil {
+			return
+		}
+		if o.Slots == nil || o.Slots(i) {
+			c.checkSlot(l, i)
+		}
+	}
+	c.live.slot = -1
+	c.byNid = nil // paths belong to one image
+	c.checkSpace()
+}
+
+// checkLiveSuper checks the superblock and the root directory, which must lead to every slot and to nothing else.
+func (c *checker) checkLiveSuper(l *Live) {
+	got, err := c.s.view(disk.ErofsSuperOff, disk.ErofsSuperSize)
+	if err != nil {
+		c.fail(err)
+		return
+	}
+	want := l.g.block0()[disk.ErofsSuperOff:][:disk.ErofsSuperSize]
+	if string(got) != string(want) {
+		c.finding(RuleLiveSuper, disk.ErofsSuperOff, 0, "", "superblock is %x, expected %x", got, want)
+	}
+	root, err := l.fs.inode(liveRoot)
+	if err != nil {
+		c.broken(err, "")
+		return
+	}
+	n := 0
+	err = root.Entries(0, func(e Dirent) bool {
+		if n >= l.g.Slots || e.Name != l.g.SlotName(n) || e.Nid != l.g.SlotNid(n) || e.Type != unix.S_IFDIR {
+			c.finding(RuleLiveSlots, l.g.NidOff(liveRoot), liveRoot, "/", "entry %d is %q, inode %d, type %#o, expected a slot",
+				n, e.Name, e.Nid, e.Type)
+			return false
+		}
+		n++
+		return true
+	})
+	if err != nil {
+		c.broken(err, "/")
+		return
+	}
+	if n != l.g.Slots {
+		c.finding(RuleLiveSlots, l.g.NidOff(liveRoot), liveRoot, "/", "%d slots, expected %d", n, l.g.Slots)
+	}
+}
+
+// checkSlot checks the image at a slot, if there is one.
+func (c *checker) checkSlot(l *Live, i int) {
+	c.live.slot = i
+	slot, err := c.s.view(l.g.SlotOff(i), slotSize)
+	if err != nil {
+		c.fail(err)
+		return
+	}
+	if slot[modeOff] == 0 && slot[modeOff+1] == 0 {
+		if string(slot) != string(emptySlot()) {
+			c.finding(RuleLiveSlots, l.g.SlotOff(i), l.g.SlotNid(i), "/", "slot holds %x, expected a published image or %x",
+				slot, emptySlot())
+		}
+		return
+	}
+	if c.ero, err = l.fs.at(l.g.SlotNid(i)); err != nil {
+		c.ero = nil
+		c.broken(err, "/")
+		return
+	}
+	c.erofsState = erofsState{}
+	c.budget = c.s.size
+	c.checkErofs()
+}
+
+// liveInode looks up an inode that another image has, too, and reports whether everything about it was checked there.
+func (c *checker) liveInode(n *node, path func() string) (seen bool) {
+	s, ok := c.live.seen[n.nid]
+	if !ok {
+		return false
+	}
+	n.ok, n.mode, n.nlink = s.ok, s.mode, s.nlink
+	if s.ok && s.mode&unix.S_IFMT != unix.S_IFREG {
+		c.finding(RuleLiveShared, c.ero.inodeOff(n.nid), n.nid, path(), "inode of mode %#o belongs to the image at slot %d, too", s.mode, s.slot)
+		n.ok = false // what is in it was checked
+	}
+	return true
+}
+
+// liveSaw notes that an image has the inode.
+func (c *checker) liveSaw(n *node) {
+	c.live.seen[n.nid] = liveSeen{n.nlink, int32(c.live.slot), n.mode, n.ok}
+}

@@ -1,0 +1,263 @@
+package daxfs
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"io/fs"
+	"math"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// errNoImage is the error of a slot where nothing is published.
+var errNoImage = fmt.Errorf("no image is published there: %w", fs.ErrNotExist)
+
+// InodeKey identifies a regular file among those that images of a live tree may share: SHA-256 over its contents'
+// digest and size, mode, owner, modification time, link count and extended attributes.
+type InodeKey [32]byte
+
+// LiveFile is a regular file, or a whole group of hard links, as a live tree shares it.
+type LiveFile struct {
+	Key InodeKey
+	// Seq counts the files of one image that have the key, from 0. Each takes an inode of its own: overlayfs takes two
+	// names of one lower inode for hard links, whatever its link count.
+	Seq int
+	// Data are the contents.
+	Data Data
+	// Nid is the inode, once the plan is placed.
+	Nid uint64
+	// New tells that the image brings the inode.
+	New bool
+}
+
+// LivePlan is the layout of one image in a live tree. It is made from a tree with NewLivePlan; Resolve says which
+// regular files have an inode already; Place says where the rest goes; WriteTo writes it; Slot is what publishes it.
+// A LivePlan belongs to one goroutine at a time.
+type LivePlan struct {
+	*Plan
+	live  []liveInode
+	files []LiveFile // in the order of the tree
+	ofs   []int32    // index in inodes of each of files
+
+	fileBlocks int64 // blocks of the run that hold inodes of regular files
+	dirBlocks  int64 // blocks behind them: everything that is the image's alone
+	xattrOff   int64 // of the root's xattrs in the run, if it has any
+
+	g    Geometry
+	off  int64 // of the run
+	slot int
+}
+
+// liveInode is what the live tree adds to a planned inode. Offsets count from the start of the run.
+type liveInode struct {
+	nid    uint64
+	off    int64
+	blocks int64 // of the whole blocks of a directory or symlink; -1 = none
+	size   int64 // of a directory in bytes
+	xbytes int   // of the xattrs behind the inode
+	inline bool
+	shared bool // the inode is in the tree already
+}
+
+// NewLivePlan lays out the tree below root for a live tree. With window set it can be placed as a dual image as well,
+// over the same contents: Plan.Place and Plan.WriteTo do that after Resolve. Errors are those of NewPlan.
+func NewLivePlan(root *Node, o Options, window bool) (*LivePlan, error) {
+	p, err := newTree(root, o)
+	if err != nil {
+		return nil, err
+	}
+	if window {
+		if err := p.finish(); err != nil {
+			return nil, err
+		}
+	}
+	l := &LivePlan{Plan: p, live: make([]liveInode, len(p.inodes))}
+	if err := l.sizes(); err != nil {
+		return nil, err
+	}
+	l.keys()
+	return l, nil
+}
+
+// sizes computes what does not depend on the place.
+func (l *LivePlan) sizes() error {
+	var names []dirent
+	for i := range l.inodes {
+		in, li := &l.inodes[i], &l.live[i]
+		if len(in.xattrs) > 0 {
+			li.xbytes = disk.ErofsXattrHdrSize
+			for _, x := range in.xattrs {
+				li.xbytes += len(l.xattrs[x].enc)
+			}
+			if limit := disk.ErofsXattrBytes(disk.ErofsXattrCountMax); li.xbytes > limit {
+				return &TreeError{l.path(int32(i)), invalid("xattrs take %d bytes, expected at most %d", li.xbytes, limit)}
+			}
+		}
+		if in.isDir() {
+			names = l.dirents(names[:0], int32(i))
+			li.size = dirSize(names)
+		}
+	}
+	if n := len(l.inodes[0].xattrs); n > slotXattrs {
+		return &TreeError{"/", invalid("the root has %d xattrs, expected at most %d", n, slotXattrs)}
+	}
+	return nil
+}
+
+// keys finds the regular files and gives each its key and number.
+func (l *LivePlan) keys() {
+	seq := map[InodeKey]int{}
+	b := make([]byte, 0, 512)
+	le := binary.LittleEndian
+	for i := range l.inodes {
+		in := &l.inodes[i]
+		if !in.isRegular() {
+			continue
+		}
+		b = append(b[:0], in.data.Sum[:]...)
+		b = le.AppendUint64(b, uint64(in.data.Size))
+		for _, v := range [...]uint32{in.mode, in.uid, in.gid, in.nlink, in.mtime.Nsec} {
+			b = le.AppendUint32(b, v)
+		}
+		b = le.AppendUint64(b, uint64(in.mtime.Sec))
+		for _, x := range in.xattrs {
+			b = le.AppendUint32(b, uint32(len(l.xattrs[x].enc)))
+			b = append(b, l.xattrs[x].enc...)
+		}
+		key := InodeKey(sha256.Sum256(b))
+		l.files = append(l.files, LiveFile{Key: key, Seq: seq[key], Data: in.data, New: true})
+		l.ofs = append(l.ofs, int32(i))
+		seq[key]++
+	}
+}
+
+// Resolve asks find for every regular file, in the order of the tree: for the nid of the inode that it shares and where
+// its contents lie, or for a nid of 0 and where the contents of a new inode lie.
+func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)) error {
+	for k := range l.files {
+		f, idx := &l.files[k], l.ofs[k]
+		nid, d, err := find(*f)
+		if err != nil {
+			return &TreeError{l.path(idx), err}
+		}
+		f.Nid, f.New, f.Data.Off = nid, nid == 0, d.Off
+		l.inodes[idx].data.Off = d.Off
+		l.live[idx].nid, l.live[idx].shared = nid, nid != 0
+	}
+	return l.pack()
+}
+
+// pack lays out the run: inodes of new regular files, then what is the image's alone. Both parts take whole blocks, so
+// that the second can be given up as a whole when the image is removed.
+func (l *LivePlan) pack() error {
+	var files, dirs packer
+	for i := range l.inodes {
+		in, li := &l.inodes[i], &l.live[i]
+		head := int64(disk.ErofsExtendedSize + li.xbytes)
+		li.blocks, li.inline = -1, false
+		switch {
+		case in.isRegular():
+			if !li.shared {
+				li.off = files.take(head)
+			}
+			continue
+		case in.isSymlink():
+			li.inline = head+in.size <= BlockSize
+			if li.inline {
+				head += in.size
+			}
+		case in.isDir():
+			tail := li.size % BlockSize
+			li.inline = i != 0 && tail > 0 && head+tail <= BlockSize
+			if li.inline {
+				head += tail
+			}
+		}
+		if i != 0 { // the root's inode is the slot
+			li.off = dirs.take(head)
+		}
+		if n := li.wholeBlocks(in); n > 0 {
+			li.blocks = dirs.takeBlocks(n)
+		}
+	}
+	if n := l.live[0].xbytes; n > 0 {
+		l.xattrOff = dirs.take(int64(n))
+	}
+	l.fileBlocks, l.dirBlocks = files.blocks, dirs.blocks
+	// What is the image's alone lies behind the inodes of files.
+	shift := l.fileBlocks * BlockSize
+	for i := range l.inodes {
+		if in, li := &l.inodes[i], &l.live[i]; !in.isRegular() {
+			li.off += shift
+			if li.blocks >= 0 {
+				li.blocks += shift
+			}
+		}
+	}
+	l.xattrOff += shift
+	if l.Size()/BlockSize > math.MaxUint32 {
+		return invalid("metadata of %d bytes: block numbers have 32 bits", l.Size())
+	}
+	return nil
+}
+
+// wholeBlocks is the number of blocks that hold the contents of a directory or symlink outside its inode.
+func (li *liveInode) wholeBlocks(in *inode) int64 {
+	switch {
+	case in.isDir() && li.inline:
+		return li.size / BlockSize
+	case in.isDir():
+		return roundUp(li.size, BlockSize) / BlockSize
+	case in.isSymlink() && !li.inline:
+		return 1
+	}
+	return 0
+}
+
+// Size is the number of bytes of the run that Place wants, a multiple of BlockSize. It is known after Resolve.
+func (l *LivePlan) Size() int64 { return (l.fileBlocks + l.dirBlocks) * BlockSize }
+
+// FileSize is how much of the run, at its start, holds inodes of regular files, which other images may come to share.
+// What lies behind it belongs to this image alone.
+func (l *LivePlan) FileSize() int64 { return l.fileBlocks * BlockSize }
+
+// Files calls f for every regular file in the order of the tree. Nids of new inodes are known after Place.
+func (l *LivePlan) Files(f func(LiveFile)) {
+	for _, file := range l.files {
+		f(file)
+	}
+}
+
+// PlaceLive puts the run at off and the root at a slot. It refuses a place outside of the tree, or one whose nids or
+// blocks cannot be stored, with an error that wraps ErrInvalid.
+func (l *LivePlan) PlaceLive(g Geometry, off int64, slot int) error {
+	if err := g.Validate(); err != nil {
+		return err
+	}
+	end := int64(g.Blocks) * BlockSize
+	switch {
+	case slot < 0 || slot >= g.Slots:
+		return invalid("slot %d of %d", slot, g.Slots)
+	case off%BlockSize != 0 || off < g.TreeStart() || off > end-l.Size():
+		return invalid("a run of %d bytes at %d, expected a multiple of %d between %d and %d", l.Size(), off, BlockSize,
+			g.TreeStart(), end)
+	case l.live[0].xbytes > 0 && (off+l.Size()-g.Head)/disk.ErofsXattrIDSize > math.MaxUint32:
+		return &TreeError{"/", invalid("xattrs of the root at %d: the slot cannot refer to them", off)}
+	}
+	for i := range l.inodes {
+		in, li := &l.inodes[i], &l.live[i]
+		if d := in.data; d.Size > 0 && (d.Off < 0 || d.Off > end-roundUp(d.Size, BlockSize)) {
+			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", d.Size, d.Off, end)}
+		}
+		if !li.shared {
+			li.nid = g.nid(off + li.off)
+		}
+	}
+	l.live[0].nid = g.SlotNid(slot)
+	for k := range l.files {
+		l.files[k].Nid = l.live[l.ofs[k]].nid
+	}
+	l.g, l.off, l.slot = g, off, slot
+	return nil
+}

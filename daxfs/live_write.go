@@ -1,0 +1,204 @@
+package daxfs
+
+import (
+	"cmp"
+	"io"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
+)
+
+// WriteRun writes the run of the image, and nothing else. Offsets in w count from block 0 of the live tree. Nothing of
+// it can be seen before the slot is published.
+func (l *LivePlan) WriteRun(w io.WriterAt) error {
+	if l.g.Slots == 0 {
+		return ErrNotPlaced
+	}
+	r := runWriter{w: w, pos: l.off, buf: make([]byte, 0, min(writeBuffer, max(BlockSize, l.Size())))}
+	var names []dirent
+	for _, pc := range l.order() {
+		in, li := &l.inodes[pc.ino], &l.live[pc.ino]
+		if in.isDir() {
+			names = l.dirents(names[:0], pc.ino)
+		}
+		at := l.off + pc.off
+		switch {
+		case pc.kind == pieceShared:
+			b := r.at(at, li.xbytes)
+			for _, x := range in.xattrs {
+				b = b[copy(b, l.xattrs[x].enc):]
+			}
+		case pc.kind == pieceInode:
+			l.writeInode(&r, at, pc.ino, names)
+		case in.isSymlink():
+			copy(r.at(at, BlockSize), in.target)
+		default:
+			rest := names
+			for range li.wholeBlocks(in) {
+				n, _ := dirFill(rest)
+				l.encodeDir(r.at(at, BlockSize), rest[:n], l.liveNid(pc.ino))
+				rest, at = rest[n:], at+BlockSize
+			}
+		}
+	}
+	r.at(l.off+l.Size(), 0)
+	r.flush()
+	return r.err
+}
+
+// order returns what is to be written, in ascending order.
+func (l *LivePlan) order() []piece {
+	var out []piece
+	for i := range l.inodes {
+		in, li := &l.inodes[i], &l.live[i]
+		if i != 0 && !li.shared {
+			out = append(out, piece{li.off, int32(i), pieceInode})
+		}
+		if !in.isRegular() && li.blocks >= 0 {
+			out = append(out, piece{li.blocks, int32(i), pieceBlocks})
+		}
+	}
+	if l.live[0].xbytes > 0 {
+		out = append(out, piece{l.xattrOff, 0, pieceShared})
+	}
+	slices.SortFunc(out, func(a, b piece) int { return cmp.Compare(a.off, b.off) })
+	return out
+}
+
+// liveNid returns the nids of the entries of a directory. ".." of an image leads to the directory of slots.
+func (l *LivePlan) liveNid(dir int32) func(d dirent) uint64 {
+	return func(d dirent) uint64 {
+		if dir == 0 && d.name == ".." {
+			return liveRoot
+		}
+		return l.live[d.child].nid
+	}
+}
+
+// inode returns the inode as it is stored, without xattrs.
+func (l *LivePlan) inode(idx int32) disk.ErofsInode {
+	in, li := &l.inodes[idx], &l.live[idx]
+	e := disk.ErofsInode{
+		Extended: true, Layout: disk.ErofsLayoutPlain, Mode: uint16(in.mode), Nlink: in.nlink, Size: uint64(in.size),
+		Union: in.rdev, Ino: uint32(li.nid), UID: in.uid, GID: in.gid, MtimeSec: in.mtime.Sec, MtimeNsec: in.mtime.Nsec,
+	}
+	if in.isDir() {
+		e.Size = uint64(li.size)
+	}
+	if li.inline {
+		e.Layout = disk.ErofsLayoutInline
+	}
+	switch {
+	case in.data.Size > 0:
+		e.Union = uint32(in.data.Off / BlockSize)
+	case !in.isRegular() && li.blocks >= 0:
+		e.Union = uint32((l.off + li.blocks) / BlockSize)
+	}
+	return e
+}
+
+// writeInode writes one inode with its xattrs and its inline tail. names are the entries if it is a directory.
+func (l *LivePlan) writeInode(r *runWriter, at int64, idx int32, names []dirent) {
+	in, li := &l.inodes[idx], &l.live[idx]
+	head := disk.ErofsExtendedSize
+	tail := 0
+	if li.inline {
+		tail = int(in.size)
+		if in.isDir() {
+			tail = int(li.size % BlockSize)
+		}
+	}
+	b := r.at(at, head+li.xbytes+tail)
+	e := l.inode(idx)
+	if li.xbytes > 0 {
+		e.XattrCount = uint16(1 + (li.xbytes-disk.ErofsXattrHdrSize)/disk.ErofsXattrIDSize)
+		x := b[head+disk.ErofsXattrHdrSize:]
+		for _, id := range in.xattrs {
+			x = x[copy(x, l.xattrs[id].enc):]
+		}
+	}
+	e.Marshal(b)
+	b = b[head+li.xbytes:]
+	switch {
+	case tail == 0:
+	case in.isSymlink():
+		copy(b, in.target)
+	default:
+		for range li.wholeBlocks(in) {
+			n, _ := dirFill(names)
+			names = names[n:]
+		}
+		l.encodeDir(b, names, l.liveNid(idx))
+	}
+}
+
+// Slot returns the slot as it is to be when the image is published: the bytes of its inode, and of the references to its
+// xattrs. They go to Geometry.SlotOff. PublishSlot and RetractSlot write them in the order that a reader needs.
+func (l *LivePlan) Slot() []byte {
+	b := make([]byte, slotSize)
+	in := &l.inodes[0]
+	e := l.inode(0)
+	if n := len(in.xattrs); n > 0 {
+		e.XattrCount = uint16(1 + n)
+		x := b[disk.ErofsExtendedSize:]
+		h := disk.ErofsXattrHeader{Shared: uint8(n)}
+		h.Marshal(x)
+		x = x[disk.ErofsXattrHdrSize:]
+		at := l.off + l.xattrOff - l.g.Head
+		for _, id := range in.xattrs {
+			disk.PutErofsXattrID(x, uint32(at/disk.ErofsXattrIDSize))
+			x = x[disk.ErofsXattrIDSize:]
+			at += int64(len(l.xattrs[id].enc))
+		}
+	}
+	e.Marshal(b)
+	return b
+}
+
+// SlotSize is the number of bytes of a slot.
+const SlotSize = slotSize
+
+// modeOff is the offset of i_mode in an inode: as long as it is zero the kernel refuses the inode.
+const modeOff = 4
+
+// PublishSlot writes what Slot returned to slot i, its mode last: a lookup at that moment sees no inode, or all of it.
+// sync makes what was written so far durable, and visible to those that map the memory.
+func PublishSlot(w io.WriterAt, g Geometry, i int, slot []byte, sync func() error) error {
+	first := slices.Clone(slot[:slotSize])
+	clear(first[modeOff : modeOff+2])
+	if _, err := w.WriteAt(first, g.SlotOff(i)); err != nil {
+		return err
+	}
+	if err := sync(); err != nil {
+		return err
+	}
+	if _, err := w.WriteAt(slot[modeOff:modeOff+2], g.SlotOff(i)+modeOff); err != nil {
+		return err
+	}
+	return sync()
+}
+
+// RetractSlot makes slot i one where nothing is published, its mode first. What has the inode in memory keeps it. The
+// slot must not be used again while the superblock lives.
+func RetractSlot(w io.WriterAt, g Geometry, i int) error {
+	if _, err := w.WriteAt(make([]byte, 2), g.SlotOff(i)+modeOff); err != nil {
+		return err
+	}
+	_, err := w.WriteAt(emptySlot(), g.SlotOff(i))
+	return err
+}
+
+// EraseInode replaces the inode of a regular file by one of a socket, which open(2) refuses with ENXIO. What has the old
+// one in memory keeps it. Zeros would do, but the kernel logs every one that it meets.
+func EraseInode(w io.WriterAt, g Geometry, nid uint64) error {
+	e := disk.ErofsInode{Extended: true, Layout: disk.ErofsLayoutPlain, Mode: unix.S_IFSOCK, Nlink: 1, Ino: uint32(nid)}
+	b := make([]byte, disk.ErofsExtendedSize)
+	e.Marshal(b)
+	_, err := w.WriteAt(b, g.NidOff(nid))
+	return err
+}
+
+// InodeSize is the number of bytes of an inode in a live tree, without its xattrs.
+const InodeSize = disk.ErofsExtendedSize

@@ -1,0 +1,110 @@
+package mount
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// ServerLock is the name of a file beside the mount point of a table. A server process that outlives us keeps a shared lock on
+// it (flock) as long as it runs.
+const ServerLock = "fuse.lock"
+
+// Alive tells whether any file system of the pool lives: mounted here, in another namespace, by hand, or nowhere any more but in
+// use by an overlay or a working directory. False is proof, on this kernel. True may be wrong for a while: a process that
+// reads the pool file counts, too.
+//
+//   - A file is asked for a write lease: it is refused while a loop device, a file-backed mount or a server has the file open.
+//   - A block device is opened with O_EXCL: a file system holds it for itself.
+//   - A FUSE server keeps a lock.
+//   - The daxfs module counts its users.
+func (t *Table) Alive(ctx context.Context) (bool, error) {
+	if t.getLive() != nil || len(t.List()) > 0 {
+		return true, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	if alive, err := locked(filepath.Join(t.liveDir(), ServerLock)); err != nil || alive {
+		return alive, err
+	}
+	removeDir(t.liveDir()) // which the lock kept
+	r := t.pool.Region
+	if r.HasPhys || r.Kind == region.KindDMABuf {
+		if alive, err := moduleUsed("daxfs"); err != nil || alive {
+			return alive, err
+		}
+	}
+	switch r.Kind {
+	case region.KindDevDAX, region.KindDMABuf, region.KindPhys:
+		return false, nil // only the module and a server mount those
+	}
+	if r.BlockDevice != "" {
+		free, err := sys.DeviceFree(r.BlockDevice)
+		return !free, err
+	}
+	if r.FD >= 0 {
+		only, err := sys.OnlyUser(r.FD)
+		if err != nil {
+			return false, fmt.Errorf("who uses %s: %w", t.pool.source(), err)
+		}
+		return !only, nil
+	}
+	f, err := os.Open(r.Path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	only, err := sys.OnlyUser(int(f.Fd()))
+	if err != nil {
+		return false, fmt.Errorf("who uses %s: %w", t.pool.source(), err)
+	}
+	return !only, nil
+}
+
+// locked tells whether another process holds a lock on a file. A file that is not there is not locked.
+func locked(path string) (bool, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	case err == nil:
+		return false, nil
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return true, nil
+	default:
+		return false, fmt.Errorf("lock %q: %w", path, err)
+	}
+}
+
+// moduleUsed tells whether a kernel module has users. Each of its file systems is one.
+func moduleUsed(name string) (bool, error) {
+	path := filepath.Join("/sys/module", name, "refcnt") // not there if it is built in
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	n, err := strconv.Atoi(string(bytes.TrimSpace(b)))
+	if err != nil {
+		return false, fmt.Errorf("%q: %w", path, err)
+	}
+	return n > 0, nil
+}

@@ -1,0 +1,147 @@
+package mount_test
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+)
+
+func fuseBed(t *testing.T) *bed {
+	mounttest.Root(t)
+	b := newBed(t, false, false)
+	if err := fuseDriver().Probe(t.Context(), b.pool().Region); err != nil {
+		t.Skip(err)
+	}
+	return b
+}
+
+// serverOf returns the process that serves dir.
+func serverOf(t *testing.T, dir string) int {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range all {
+		b, err := os.ReadFile(name)
+		if err == nil && bytes.HasSuffix(b, []byte("\x00"+dir+"\x00")) && bytes.Contains(b, []byte("--ready-fd")) {
+			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatalf("no process serves %q", dir)
+	return 0
+}
+
+// A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a restart.
+func TestServerDies(t *testing.T) {
+	b := fuseBed(t)
+	var w warnings
+	tab := b.open(t, mount.Options{Warn: w.add}, fuseDriver())
+	one, two := b.add(t, "a", "one"), b.add(t, "b", "two")
+	mustMount(t, tab, one)
+	mustMount(t, tab, two)
+	if err := tab.Healthy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	live := liveDir(t, b)
+	for _, restart := range []bool{false, true} {
+		if err := unix.Kill(serverOf(t, live), unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		for range 500 {
+			if errors.Is(sys.Alive(t.Context(), live), unix.ENOTCONN) {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err := tab.Healthy(t.Context()); !errors.Is(err, unix.ENOTCONN) {
+			t.Errorf("healthy with a dead server: %v", err)
+		}
+		if restart {
+			tab = b.open(t, mount.Options{Warn: w.add}, fuseDriver())
+			if got := tab.List(); len(got) != 0 {
+				t.Errorf("adopted a dead mount: %+v", got)
+			}
+		}
+		for img, want := range map[string]string{"a": "one", "b": "two"} {
+			m := mustMount(t, tab, map[string]mount.Image{"a": one, "b": two}[img])
+			if got := read(t, m.Dir); got != want {
+				t.Errorf("read %q", got)
+			}
+		}
+		if err := tab.Healthy(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(w.text) == 0 {
+		t.Error("nothing was said")
+	}
+	for _, key := range []string{"a", "b"} {
+		if err := tab.Unmount(t.Context(), key); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := tab.UnmountPool(t.Context()); err != nil {
+		t.Error(err)
+	}
+	gone(t, tab)
+}
+
+// A server that hangs is as bad as one that is dead.
+func TestServerHangs(t *testing.T) {
+	b := fuseBed(t)
+	tab := b.open(t, mount.Options{}, fuseDriver())
+	mustMount(t, tab, b.add(t, "a", "one"))
+	pid := serverOf(t, liveDir(t, b))
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	err := tab.Healthy(t.Context())
+	if kerr := unix.Kill(pid, unix.SIGCONT); kerr != nil {
+		t.Fatal(kerr)
+	}
+	if err == nil {
+		t.Error("healthy with a server that hangs")
+	}
+	if err := tab.Healthy(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// The root of a pool remembers nothing of a slot before it is published; listing it looks at no slot.
+func TestServerForgetsNothing(t *testing.T) {
+	b := fuseBed(t)
+	tab := b.open(t, mount.Options{}, fuseDriver())
+	mustMount(t, tab, b.add(t, "a", "one"))
+	live := liveDir(t, b)
+	next := b.Prepare(t, map[string]string{"file": "next"})
+	if _, err := os.Stat(filepath.Join(live, next.Name)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("stat of a slot without an image: %v, expected that it does not exist", err)
+	}
+	if des, err := os.ReadDir(live); err != nil || len(des) != b.G.Slots {
+		t.Errorf("%d names in the root, %v; expected %d", len(des), err, b.G.Slots)
+	}
+	b.Show(t, next)
+	if m := mustMount(t, tab, image("b", next.Slot)); read(t, m.Dir) != "next" {
+		t.Errorf("read %q", read(t, m.Dir))
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(tab.Dir("b"), "file"), &st); err != nil || st.Ino != next.Nids["file"] {
+		t.Errorf("inode number %d, %v; expected %d", st.Ino, err, next.Nids["file"])
+	}
+}

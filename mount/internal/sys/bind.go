@@ -1,0 +1,78 @@
+package sys
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Clone is a mount that is not attached to a directory yet. It goes away when it is closed unattached.
+type Clone struct {
+	fd int
+	// Stat describes the root of the clone. It is the file that will be seen, whatever the path leads to by now.
+	Stat unix.Stat_t
+}
+
+// OpenClone clones the mount that path lies on, with path as its root.
+func OpenClone(path string) (*Clone, error) {
+	return openClone(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW)
+}
+
+func openClone(dirfd int, path string, flags uint) (*Clone, error) {
+	fd, err := unix.OpenTree(dirfd, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|flags)
+	if err != nil {
+		return nil, explain(fmt.Errorf("open_tree %q: %w", path, err))
+	}
+	c := &Clone{fd: fd}
+	if err := unix.Fstat(fd, &c.Stat); err != nil {
+		return nil, errors.Join(fmt.Errorf("stat the clone of %q: %w", path, err), c.Close())
+	}
+	return c, nil
+}
+
+// Attach makes the clone visible on dir; restrict adds nosuid and nodev.
+func (c *Clone) Attach(dir string, restrict bool) error {
+	if restrict {
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV}
+		if err := unix.MountSetattr(c.fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+			return explain(fmt.Errorf("mount_setattr nosuid,nodev for %q: %w", dir, err))
+		}
+	}
+	if err := unix.MoveMount(c.fd, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return explain(fmt.Errorf("bind to %q: %w", dir, err))
+	}
+	return nil
+}
+
+// Close ends the clone if it was not attached.
+func (c *Clone) Close() error { return unix.Close(c.fd) }
+
+// SetPrivate takes the mount on dir out of its peer group, so that clones of it do not share one.
+func SetPrivate(dir string) error {
+	if err := unix.Mount("", dir, "", unix.MS_PRIVATE, ""); err != nil {
+		return explain(fmt.Errorf("make %q private: %w", dir, err))
+	}
+	return nil
+}
+
+// Root is what statx(2) says about the root of a mount.
+type Root struct {
+	Major, Minor uint32
+	Ino          uint64
+}
+
+// MountRoot describes the file at dir if dir is a mount point, from the caches of the kernel and in constant time, however
+// many mounts there are. ok is false if dir is no mount point or does not exist.
+func MountRoot(dir string) (r Root, ok bool, err error) {
+	var st unix.Statx_t
+	err = unix.Statx(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st)
+	if errors.Is(err, unix.ENOENT) {
+		return Root{}, false, nil
+	}
+	if err != nil {
+		return Root{}, false, fmt.Errorf("statx %q: %w", dir, err)
+	}
+	r = Root{Major: st.Dev_major, Minor: st.Dev_minor, Ino: st.Ino}
+	return r, st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
+}

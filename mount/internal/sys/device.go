@@ -1,0 +1,96 @@
+package sys
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// FlushDevice drops what the page cache of a block device holds, so that the file system on it reads its metadata anew. Pages
+// that somebody reads at this moment stay.
+func FlushDevice(path string) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0); err != nil {
+		return fmt.Errorf("flush the cache of %q: %w", path, err)
+	}
+	return nil
+}
+
+// DeviceFree tells whether nobody holds a block device for himself, as mounted file systems do, lazily unmounted ones too.
+func DeviceFree(path string) (bool, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("open %q alone: %w", path, err)
+	}
+	return true, unix.Close(fd)
+}
+
+// DeviceNumberFree tells whether no superblock has a device number of major 0, which file systems without a device get. The
+// kernel hands out the lowest number that is free: it is taken if new superblocks get all numbers around it. Another file
+// system may have taken it meanwhile; a number that is free proves that the superblock which had it is gone.
+func DeviceNumberFree(major, minor uint32) (bool, error) {
+	if major != 0 {
+		return false, fmt.Errorf("device %d:%d belongs to a block device", major, minor)
+	}
+	const most = 4096 // superblocks made for one answer
+	var fds []int
+	defer func() {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+	}()
+	for range most {
+		fd, n, err := scratch()
+		if err != nil {
+			return false, err
+		}
+		fds = append(fds, fd)
+		if n >= minor {
+			return n == minor, nil
+		}
+	}
+	return false, nil
+}
+
+// scratch makes an empty file system that is attached nowhere, and returns its minor number.
+func scratch() (fd int, minor uint32, err error) {
+	fc, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, 0, explain(fmt.Errorf("fsopen tmpfs: %w", err))
+	}
+	defer unix.Close(fc)
+	if err := unix.FsconfigCreate(fc); err != nil {
+		return -1, 0, explain(fmt.Errorf("make a tmpfs: %w", err))
+	}
+	if fd, err = unix.Fsmount(fc, unix.FSMOUNT_CLOEXEC, 0); err != nil {
+		return -1, 0, explain(fmt.Errorf("fsmount tmpfs: %w", err))
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return -1, 0, errors.Join(err, unix.Close(fd))
+	}
+	return fd, unix.Minor(st.Dev), nil
+}
+
+// LoopBacking returns the device and inode number of the file below a loop device.
+func LoopBacking(path string) (unix.Stat_t, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return unix.Stat_t{}, err
+	}
+	defer f.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	if err != nil {
+		return unix.Stat_t{}, fmt.Errorf("status of %q: %w", path, err)
+	}
+	return unix.Stat_t{Ino: info.Inode, Dev: info.Device}, nil
+}

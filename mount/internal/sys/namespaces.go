@@ -1,0 +1,264 @@
+package sys
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Namespace is a mount namespace.
+type Namespace struct {
+	id string // "mnt:[4026531841]"
+	// who names a process in it, or the mount that keeps it.
+	who string
+	own bool
+	// tasks are files below /proc that stand for it; processes end, so there are several.
+	tasks []string
+	// pin is a mount point in the namespace via that keeps this one alive without a process.
+	pin string
+	via *Namespace
+	// table is the mount table of a process that may not be asked for its namespace, below /proc. It may be another view of
+	// a namespace that is known.
+	table string
+}
+
+// String describes the namespace for messages.
+func (n *Namespace) String() string {
+	if n.own {
+		return "this mount namespace"
+	}
+	return "the mount namespace of " + n.who
+}
+
+// Own tells whether this is the namespace of this process.
+func (n *Namespace) Own() bool { return n.own }
+
+// NamespaceMount is a mount in some namespace.
+type NamespaceMount struct {
+	*mountinfo.Info
+	Namespace *Namespace
+}
+
+// maxTasks is how many threads of one namespace are remembered.
+const maxTasks = 8
+
+// AllMounts returns the mounts of all mount namespaces that this process can find: those of all threads of all processes
+// below /proc, and those that a bind mount of their nsfs file keeps. Each is read as seen from its own root, because
+// /proc/PID/mountinfo leaves out what lies outside of the root directory of the process; only of a process that a security
+// module protects that is all there is.
+func AllMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, true) }
+
+// OtherMounts is AllMounts without those of our own namespace.
+func OtherMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, false) }
+
+func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
+	found, err := namespaces(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []NamespaceMount
+	seen := map[int]bool{} // by identifier: no two mounts of the machine have the same
+	err = elsewhere(func(proc *os.File) error {
+		for i := 0; i < len(found.list); i++ { // grows while it is read
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n := found.list[i]
+			if n.own && !own && !found.tables {
+				continue
+			}
+			mounts, err := n.mounts(proc)
+			if err != nil {
+				return err
+			}
+			for _, m := range mounts {
+				if !seen[m.ID] && (own || !n.own) {
+					out = append(out, NamespaceMount{m, n})
+				}
+				seen[m.ID] = true
+				if m.FSType == "nsfs" && strings.HasPrefix(m.Root, "mnt:[") {
+					found.pinned(m.Root, m.Mountpoint, n)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of all namespaces: %w", err)
+	}
+	return out, nil
+}
+
+// UnmountIn removes the top mount on dir in another namespace. It fails with ErrBusy if that mount is used there, or if it may
+// not be unmounted there.
+func UnmountIn(n *Namespace, dir string) error {
+	return elsewhere(func(proc *os.File) error {
+		if ok, err := n.enter(proc); err != nil || !ok {
+			return err
+		}
+		err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
+		switch {
+		case err == nil, errors.Is(err, fs.ErrNotExist):
+			return nil
+		case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EINVAL): // EINVAL: locked by a user namespace, or gone by now
+			return fmt.Errorf("%q in %v: %w", dir, n, ErrBusy)
+		}
+		return fmt.Errorf("unmount %q in %v: %w", dir, n, err)
+	})
+}
+
+// elsewhere runs f on a thread that may change its mount namespace and ends afterwards. proc is our own /proc.
+func elsewhere(f func(proc *os.File) error) error {
+	done := make(chan error)
+	go onThread(done, f)
+	return <-done
+}
+
+func onThread(done chan<- error, f func(proc *os.File) error) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The first thread never ends, and its namespace is what others take for that of the process. While this goroutine
+		// keeps it, another one runs on another thread.
+		defer runtime.UnlockOSThread()
+		next := make(chan error)
+		go onThread(next, f)
+		done <- <-next
+		return
+	}
+	// Not unlocked: the thread ends with the goroutine.
+	done <- func() error {
+		proc, err := os.Open("/proc")
+		if err != nil {
+			return err
+		}
+		defer proc.Close()
+		// A thread that shares its working directory with others cannot change its mount namespace.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		return f(proc)
+	}()
+}
+
+// set is the namespaces that are known.
+type set struct {
+	list []*Namespace
+	byID map[string]*Namespace
+	// tables is true if there are namespaces of which only a mount table can be read.
+	tables bool
+}
+
+func (s *set) add(n *Namespace) *Namespace {
+	if old := s.byID[n.id]; old != nil {
+		return old
+	}
+	s.byID[n.id] = n
+	s.list = append(s.list, n)
+	return n
+}
+
+// pinned adds a namespace that a bind mount keeps. Those that have processes are known already.
+func (s *set) pinned(id, dir string, via *Namespace) {
+	s.add(&Namespace{id: id, who: fmt.Sprintf("the bind mount %q", dir), pin: dir, via: via})
+}
+
+// namespaces finds those of all threads; our own comes first.
+func namespaces(ctx context.Context) (*set, error) {
+	s := &set{byID: map[string]*Namespace{}}
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil, err
+	}
+	self := s.add(&Namespace{id: own, own: true, tasks: []string{"self/ns/mnt"}})
+	threads, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range threads {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		path := dir + "/ns/mnt"
+		id, err := os.Readlink(path)
+		switch {
+		case err == nil:
+			n := s.add(&Namespace{id: id, who: "process " + strings.Split(dir, "/")[2]})
+			if n != self && len(n.tasks) < maxTasks {
+				n.tasks = append(n.tasks, strings.TrimPrefix(path, "/proc/"))
+			}
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended
+		case errors.Is(err, fs.ErrPermission): // a security module protects it
+			pid := strings.Split(dir, "/")[2]
+			s.add(&Namespace{id: pid, who: "process " + pid, table: pid + "/mountinfo"})
+			s.tables = true
+		default:
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// enter changes the namespace of this thread. It is false if the namespace has ended. proc is needed because "/proc" is another
+// directory after the change.
+func (n *Namespace) enter(proc *os.File) (bool, error) {
+	if n.table != "" {
+		return false, fmt.Errorf("%v may not be entered: %w", n, ErrBusy)
+	}
+	if n.pin != "" {
+		if ok, err := n.via.enter(proc); err != nil || !ok {
+			return ok, err
+		}
+		return n.set(unix.Open(n.pin, unix.O_RDONLY|unix.O_CLOEXEC, 0))
+	}
+	for _, path := range n.tasks {
+		fd, err := unix.Openat(int(proc.Fd()), path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if ok, err := n.set(fd, err); err != nil || ok {
+			return ok, err
+		}
+	}
+	return false, nil
+}
+
+// set enters the namespace that was opened as fd.
+func (n *Namespace) set(fd int, err error) (bool, error) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("open %v: %w", n, err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
+		return false, fmt.Errorf("enter %v: %w", n, err)
+	}
+	return true, nil
+}
+
+// mounts reads the mount table of n. Nothing is left of a namespace whose processes have all ended.
+func (n *Namespace) mounts(proc *os.File) ([]*mountinfo.Info, error) {
+	table := n.table
+	if table == "" {
+		table = "thread-self/mountinfo"
+		if ok, err := n.enter(proc); err != nil || !ok {
+			return nil, err
+		}
+	}
+	fd, err := unix.Openat(int(proc.Fd()), table, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if n.table != "" && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)) {
+		return nil, nil // the process has ended
+	}
+	if err != nil {
+		return nil, fmt.Errorf("mountinfo of %v: %w", n, err)
+	}
+	f := os.NewFile(uintptr(fd), "mountinfo")
+	defer f.Close()
+	return mountinfo.GetMountsFromReader(f, nil)
+}

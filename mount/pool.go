@@ -1,0 +1,348 @@
+package mount
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
+)
+
+// live is the mounted pool.
+type live struct {
+	driver Driver
+	dir    string // the mount point
+	root   sys.Root
+	// block is the block device below the file system, "" if there is none. Then metadata goes through a cache of the
+	// device, which does not see what is written to the pool.
+	block string
+	// dax is true if files are mapped from the device itself.
+	dax bool
+}
+
+// newLive describes what is mounted on dir.
+func newLive(d Driver, dir string) (*live, error) {
+	m, _, err := sys.Top(dir)
+	if err != nil {
+		return nil, err
+	}
+	if m == nil {
+		return nil, fmt.Errorf("%q vanished from the mount table", dir)
+	}
+	root, ok, err := sys.MountRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return nil, fmt.Errorf("%q is no mount point", dir)
+	}
+	l := &live{driver: d, dir: dir, root: root}
+	if m.Major != 0 { // file systems without a device have numbers of major 0
+		l.block = m.Source
+	}
+	if v, _ := sys.MountOption(m, "dax"); v == "always" {
+		l.dax = true
+	}
+	return l, nil
+}
+
+// answers tells whether the pool is still mounted, and its file system is able to answer.
+func (t *Table) answers(ctx context.Context, l *live) error {
+	if err := sys.Alive(ctx, l.dir); err != nil {
+		return err
+	}
+	root, ok, err := sys.MountRoot(l.dir)
+	if err != nil {
+		return err
+	}
+	if !ok || root != l.root {
+		return fmt.Errorf("the pool is not mounted on %q any more", l.dir)
+	}
+	return nil
+}
+
+// lockPool takes the token for work on the mount of the pool.
+func (t *Table) lockPool(ctx context.Context) (unlock func(), err error) {
+	select {
+	case t.poolWork <- struct{}{}:
+		return func() { <-t.poolWork }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (t *Table) setLive(l *live) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.live = l
+}
+
+func (t *Table) getLive() *live {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.live
+}
+
+// ensurePool mounts the pool with d unless it is mounted, with whatever driver.
+func (t *Table) ensurePool(ctx context.Context, d Driver) (*live, error) {
+	unlock, err := t.lockPool(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if l := t.getLive(); l != nil {
+		err := t.answers(ctx, l)
+		if err == nil {
+			return l, nil
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		t.opts.Warn("the pool has to be mounted again: %v", err)
+		t.setLive(nil)
+	}
+	if l := t.recoverPool(ctx); l != nil {
+		t.setLive(l)
+		return l, nil
+	}
+	l, err := t.mountPool(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	t.setLive(l)
+	return l, nil
+}
+
+// mountPool mounts the pool anew. The caller has locked the pool.
+func (t *Table) mountPool(ctx context.Context, d Driver) (*live, error) {
+	src := t.pool.source()
+	if err := d.Probe(ctx, src.Region); err != nil {
+		return nil, err
+	}
+	if err := t.opts.Check(ctx, src); err != nil {
+		return nil, err
+	}
+	dir := t.liveDir()
+	mnt := mountDir(dir)
+	if err := os.MkdirAll(mnt, 0o700); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", src, err)
+	}
+	if err := sys.Detach(mnt); err != nil { // of a server that died
+		return nil, err
+	}
+	// The record comes first: whatever happens after it, the next process knows what may be there.
+	rec := t.pool.record(d.Name())
+	if err := writeRecord(dir, poolRecordName, rec); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", src, err)
+	}
+	if err := d.Mount(ctx, src, mnt); err != nil {
+		removeDir(dir)
+		return nil, err
+	}
+	l, err := t.mountedPool(d, dir, rec)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", src, err), d.Unmount(context.WithoutCancel(ctx), mnt))
+	}
+	return l, nil
+}
+
+// mountedPool completes the mount of the pool and its record.
+func (t *Table) mountedPool(d Driver, dir string, rec poolRecord) (*live, error) {
+	mnt := mountDir(dir)
+	if err := sys.SetPrivate(mnt); err != nil {
+		return nil, err
+	}
+	l, err := newLive(d, mnt)
+	if err != nil {
+		return nil, err
+	}
+	handle, err := sys.Handle(mnt)
+	if err != nil {
+		t.opts.Warn("the pool cannot be found again from its images if %q is unmounted: %v", mnt, err)
+	}
+	rec.RootHandle = hex.EncodeToString(handle)
+	return l, writeRecord(dir, poolRecordName, rec)
+}
+
+// recoverPool attaches the pool again that somebody unmounted while images of it are bound. A bind keeps the superblock, and a
+// handle leads from there to the root. A second superblock would cache everything again. It returns nil if there is no
+// such bind. The caller has locked the pool.
+func (t *Table) recoverPool(ctx context.Context) *live {
+	dir := t.liveDir()
+	var rec poolRecord
+	if readRecord(dir, poolRecordName, &rec) != nil || rec.File != fileID(t.pool.Region) {
+		return nil
+	}
+	d := t.byName(rec.Driver)
+	handle, err := hex.DecodeString(rec.RootHandle)
+	if d == nil || err != nil || len(handle) == 0 {
+		return nil
+	}
+	for _, bound := range t.bound() {
+		if sys.Alive(ctx, bound) != nil {
+			continue
+		}
+		if l, err := t.attachRoot(ctx, d, dir, rec, bound, handle); err == nil {
+			t.opts.Warn("the pool was unmounted from %q and is mounted again from %q", l.dir, bound)
+			return l
+		}
+	}
+	return nil
+}
+
+func (t *Table) attachRoot(ctx context.Context, d Driver, dir string, rec poolRecord, bound string, handle []byte) (*live, error) {
+	mnt := mountDir(dir)
+	if err := errors.Join(os.MkdirAll(mnt, 0o700), sys.Detach(mnt)); err != nil {
+		return nil, err
+	}
+	c, err := sys.CloneHandle(bound, handle)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	if err := c.Attach(mnt, false); err != nil {
+		return nil, err
+	}
+	if err := d.Match(ctx, rec.source(), mnt); err != nil {
+		return nil, errors.Join(err, sys.Detach(mnt))
+	}
+	return t.mountedPool(d, dir, rec)
+}
+
+// bound are the mount points that may be binds of this pool: those of its records.
+func (t *Table) bound() []string {
+	dirs, err := os.ReadDir(filepath.Join(t.root, "images"))
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for _, de := range dirs {
+		dir := filepath.Join(t.root, "images", de.Name())
+		var rec imageRecord
+		if readRecord(dir, recordName, &rec) != nil || rec.Pool != t.pool.uuid() || rec.Windowed {
+			continue
+		}
+		if _, ok, err := sys.MountRoot(mountDir(dir)); ok && err == nil {
+			out = append(out, mountDir(dir))
+		}
+	}
+	return out
+}
+
+// bind binds the slot of img to dir.
+func (l *live) bind(ctx context.Context, img Image, dir string) error {
+	slot := filepath.Join(l.dir, img.Name)
+	if err := l.visible(ctx, slot); err != nil {
+		return err
+	}
+	c, err := sys.OpenClone(slot)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if st := c.Stat; st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Ino != img.Nid {
+		return fmt.Errorf("slot %q is inode %d of mode %#o, expected directory %d", slot, st.Ino, st.Mode, img.Nid)
+	}
+	if err := c.Attach(dir, false); err != nil {
+		return err
+	}
+	if err := l.matchBind(dir, img); err != nil {
+		return errors.Join(err, sys.Detach(dir))
+	}
+	return nil
+}
+
+// matchBind tells whether dir is a bind of the slot of img.
+func (l *live) matchBind(dir string, img Image) error {
+	root, ok, err := sys.MountRoot(dir)
+	if err != nil {
+		return err
+	}
+	want := sys.Root{Major: l.root.Major, Minor: l.root.Minor, Ino: img.Nid}
+	if !ok || root != want {
+		return fmt.Errorf("%q is inode %d of %d:%d, expected inode %d of the pool, %d:%d", dir,
+			root.Ino, root.Major, root.Minor, want.Ino, want.Major, want.Minor)
+	}
+	return nil
+}
+
+// flushes bounds how often the cache of a block device is flushed for one image. One flush is not enough while somebody reads
+// the device.
+const flushes = 200
+
+// visible returns when the slot, which was published, is a directory for this kernel.
+func (l *live) visible(ctx context.Context, slot string) error {
+	if l.block == "" {
+		return nil // what is written to a file is seen at once
+	}
+	var st unix.Stat_t
+	for i := range flushes {
+		if err := sys.FlushDevice(l.block); err != nil {
+			return err
+		}
+		err := unix.Lstat(slot, &st)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EUCLEAN) && !errors.Is(err, unix.EIO) {
+			return fmt.Errorf("slot %q: %w", slot, err)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(min(time.Duration(i)*time.Millisecond, 20*time.Millisecond)):
+		}
+	}
+	return fmt.Errorf("slot %q is not visible after the cache of %q was flushed %d times: was the image published?", slot, l.block, flushes)
+}
+
+// UnmountPool unmounts the pool after all of its images. It fails with ErrBusy while one is mounted. nil if it is not mounted.
+func (t *Table) UnmountPool(ctx context.Context) error {
+	unlock, err := t.lockPool(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	l := t.getLive()
+	if l == nil {
+		return nil
+	}
+	for _, m := range t.List() {
+		if d := t.byName(m.Driver); d == nil || !d.Windows() {
+			return fmt.Errorf("unmount the pool: image %q is mounted: %w", m.Key, ErrBusy)
+		}
+	}
+	if err := l.driver.Unmount(ctx, l.dir); err != nil {
+		return fmt.Errorf("unmount the pool: %w", err)
+	}
+	t.setLive(nil)
+	if err := t.removeCopies(ctx, "live/"+filepath.Base(t.liveDir())+"/mnt"); err != nil {
+		return fmt.Errorf("unmount the pool: %w", err)
+	}
+	removeDir(t.liveDir())
+	return nil
+}
+
+// Healthy tells whether what is mounted answers. It asks what the kernel cannot answer from a cache; EROFS has no server
+// that could die, and answers always.
+func (t *Table) Healthy(ctx context.Context) error {
+	if l := t.getLive(); l != nil {
+		if err := t.answers(ctx, l); err != nil {
+			return fmt.Errorf("pool mounted with %s: %w", l.driver.Name(), err)
+		}
+	}
+	for _, m := range t.List() {
+		if d := t.byName(m.Driver); d != nil && d.Windows() {
+			if err := sys.Alive(ctx, m.Dir); err != nil {
+				return fmt.Errorf("image %q mounted with %s: %w", m.Key, m.Driver, err)
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,152 @@
+package pool
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
+)
+
+// extentID is what a holder knows of an extent.
+type extentID struct {
+	off, size int64
+	sum       [32]byte // SHA-256 of the contents
+	// head is the beginning of the SHA-256 of the first chunk of large contents. It finds candidates to compare with,
+	// and decides nothing.
+	head [8]byte
+}
+
+const extentsVersion = 2
+
+// encodeExtents packs a list, which is sorted by offset: a version byte, the count, then for each the distance from
+// the one before in pages, the size, the digest, and the head if it is large.
+func encodeExtents(ids []extentID) []byte {
+	b := make([]byte, 0, 16+len(ids)*40)
+	b = append(b, extentsVersion)
+	b = binary.AppendUvarint(b, uint64(len(ids)))
+	var at int64
+	for _, e := range ids {
+		b = binary.AppendUvarint(b, uint64(e.off-at)/alloc.Unit)
+		b = binary.AppendUvarint(b, uint64(e.size))
+		b = append(b, e.sum[:]...)
+		if e.size > smallMax {
+			b = append(b, e.head[:]...)
+		}
+		at = e.off
+	}
+	return b
+}
+
+func decodeExtents(b []byte) ([]extentID, error) {
+	count, b, err := countOf(b, extentsVersion, 34)
+	if err != nil {
+		return nil, err
+	}
+	ids := make([]extentID, 0, count)
+	var at uint64
+	for range count {
+		var e extentID
+		if at, e.size, b, err = placeOf(b, at); err != nil {
+			return nil, err
+		}
+		need := len(e.sum)
+		if e.size > smallMax {
+			need += len(e.head)
+		}
+		if e.size == 0 || len(b) < need {
+			return nil, errors.New("bad size")
+		}
+		e.off = int64(at)
+		copy(e.sum[:], b)
+		copy(e.head[:], b[len(e.sum):need])
+		ids = append(ids, e)
+		b = b[need:]
+	}
+	if len(b) != 0 {
+		return nil, fmt.Errorf("%d bytes after the last extent", len(b))
+	}
+	return ids, nil
+}
+
+// countOf reads the version and the number of items, each of which takes at least least bytes.
+func countOf(b []byte, version byte, least int) (uint64, []byte, error) {
+	if len(b) == 0 || b[0] != version {
+		return 0, nil, errors.New("unknown version")
+	}
+	b = b[1:]
+	count, n := binary.Uvarint(b)
+	if n <= 0 || count > uint64(len(b)/least) {
+		return 0, nil, fmt.Errorf("%d items in %d bytes", count, len(b))
+	}
+	return count, b[n:], nil
+}
+
+// placeOf reads the distance from at in pages, and a size.
+func placeOf(b []byte, at uint64) (off uint64, size int64, rest []byte, err error) {
+	pages, n := binary.Uvarint(b)
+	if n <= 0 || pages >= 1<<50 {
+		return 0, 0, nil, errors.New("bad offset")
+	}
+	v, k := binary.Uvarint(b[n:])
+	if k <= 0 || v >= 1<<62 {
+		return 0, 0, nil, errors.New("bad size")
+	}
+	if at += pages * alloc.Unit; at >= 1<<62 {
+		return 0, 0, nil, errors.New("bad offset")
+	}
+	return at, int64(v), b[n+k:], nil
+}
+
+// runInode is an inode of a regular file in a run: what it points to, where it is, and what it is for.
+type runInode struct {
+	off, size int64 // of the extent; both 0 for empty files
+	nid       uint64
+	key       daxfs.InodeKey
+}
+
+const runVersion = 1
+
+// encodeRun packs the inodes of a run, which are sorted by the offset of their extent.
+func encodeRun(inodes []runInode) []byte {
+	b := make([]byte, 0, 16+len(inodes)*44)
+	b = append(b, runVersion)
+	b = binary.AppendUvarint(b, uint64(len(inodes)))
+	var at int64
+	for _, in := range inodes {
+		b = binary.AppendUvarint(b, uint64(in.off-at)/alloc.Unit)
+		b = binary.AppendUvarint(b, uint64(in.size))
+		b = binary.AppendUvarint(b, in.nid)
+		b = append(b, in.key[:]...)
+		at = in.off
+	}
+	return b
+}
+
+func decodeRun(b []byte) ([]runInode, error) {
+	count, b, err := countOf(b, runVersion, 35)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]runInode, 0, count)
+	var at uint64
+	for range count {
+		var in runInode
+		if at, in.size, b, err = placeOf(b, at); err != nil {
+			return nil, err
+		}
+		nid, n := binary.Uvarint(b)
+		if n <= 0 || len(b) < n+len(in.key) {
+			return nil, errors.New("bad inode")
+		}
+		in.off, in.nid = int64(at), nid
+		copy(in.key[:], b[n:])
+		out = append(out, in)
+		b = b[n+len(in.key):]
+	}
+	if len(b) != 0 {
+		return nil, fmt.Errorf("%d bytes after the last inode", len(b))
+	}
+	return out, nil
+}

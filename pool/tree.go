@@ -1,0 +1,98 @@
+package pool
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
+)
+
+// treeArea is the part of the pool that runs of the live tree come from. It consists of chunks of the lower part of the
+// pool, which it never gives back while the epoch lasts: an address in it is used once, because kernels keep what they
+// have seen there.
+type treeArea struct {
+	chunks []alloc.Span // in the order in which they were taken
+	next   int64        // of the free rest of the last one
+}
+
+// room is how much of the last chunk is free.
+func (t *treeArea) room() int64 {
+	if len(t.chunks) == 0 {
+		return 0
+	}
+	return t.chunks[len(t.chunks)-1].End() - t.next
+}
+
+// used is the number of bytes that runs have taken, and with them what was too short at the end of chunks.
+func (t *treeArea) used() (n int64) {
+	for _, c := range t.chunks {
+		n += c.Len
+	}
+	return n - t.room()
+}
+
+// take returns where a run of n bytes goes, and the tree area behind it. The space is asked for a chunk if the last one
+// has no room; a failed publication gives it back with drop.
+func (t treeArea) take(space *alloc.Space, n int64) (off int64, after treeArea, ok bool) {
+	after = treeArea{chunks: slices.Clone(t.chunks), next: t.next}
+	if t.room() < n {
+		last := len(t.chunks) - 1
+		more := (n + alloc.Align - 1) &^ (alloc.Align - 1)
+		at, ok := space.Segment(more)
+		if !ok {
+			return 0, t, false
+		}
+		if last >= 0 && t.chunks[last].End() == at {
+			after.chunks[last].Len += more
+		} else {
+			after.chunks = append(after.chunks, alloc.Span{Off: at, Len: more})
+			after.next = at
+		}
+	}
+	off = after.next
+	after.next += n
+	return off, after, true
+}
+
+// drop undoes a take whose result was never made durable.
+func (t treeArea) drop(space *alloc.Space, before treeArea) {
+	have := map[int64]int64{}
+	for _, c := range before.chunks {
+		have[c.Off] = c.Len
+	}
+	for _, c := range t.chunks {
+		if n := have[c.Off]; n < c.Len {
+			space.FreeSegment(c.Off+n, c.Len-n)
+		}
+	}
+}
+
+func (t treeArea) put(tx *bbolt.Tx) error {
+	b := binary.LittleEndian.AppendUint64(nil, uint64(t.next))
+	for _, c := range t.chunks {
+		b = binary.LittleEndian.AppendUint64(b, uint64(c.Off))
+		b = binary.LittleEndian.AppendUint64(b, uint64(c.Len))
+	}
+	return tx.Bucket(bucketMeta).Put(keyTree, b)
+}
+
+func decodeTree(b []byte, size int64) (t treeArea, err error) {
+	if len(b) < 8 || len(b)%16 != 8 {
+		return t, fmt.Errorf("tree area of %d bytes", len(b))
+	}
+	t.next = int64(binary.LittleEndian.Uint64(b))
+	for b = b[8:]; len(b) > 0; b = b[16:] {
+		c, err := getSpan(b, size)
+		if err != nil {
+			return t, fmt.Errorf("chunk of the tree area: %w", err)
+		}
+		t.chunks = append(t.chunks, c)
+	}
+	if r := t.room(); len(t.chunks) > 0 && (r < 0 || r > t.chunks[len(t.chunks)-1].Len) || t.next%alloc.Unit != 0 {
+		return t, fmt.Errorf("tree area is used up to %d", t.next)
+	}
+	return t, nil
+}
