@@ -123,10 +123,10 @@ func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
 	return true, nil
 }
 
-// unusedInode opens an inode that was zeroed on disk: that works as long as it is in memory.
+// unusedInode opens an inode that was erased on disk: that works as long as it is in memory.
 func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	fd, err := h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if errors.Is(err, unix.ESTALE) {
+	if gone(err) {
 		return true, nil
 	}
 	if err != nil {
@@ -144,8 +144,8 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	if !only || !evicted {
 		return only, nil
 	}
-	fd, err = h.Open(nid, unix.O_PATH)
-	if errors.Is(err, unix.ESTALE) {
+	fd, err = h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
+	if gone(err) {
 		return true, nil
 	}
 	if err == nil {
@@ -153,6 +153,10 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	}
 	return false, err
 }
+
+// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took its place, or
+// nothing.
+func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
 // erased returns when this kernel sees the zeroed inodes, where it reads metadata through the cache of a block device.
 func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
