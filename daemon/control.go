@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,10 +22,11 @@ import (
 // The control API is for people, and for the command line that acts for them: HTTP with JSON on a unix socket that only
 // root can use. One process owns a pool, so whoever wants an image of a pool that a daemon owns asks the daemon.
 //
-//	GET    /v1/pool     {"path": …, "kind": …, "usage": {…}}
+//	GET    /v1/pool     {"id": …, "path": …, "kind": …, "usage": {…}}
 //	GET    /v1/images   [{"key": …, "names": […], "holders": […], …}, …]
 //	GET    /v1/mounts   [{"image": …, "dir": …}, …]
-//	POST   /v1/mounts   {"image": NAME, "dir": DIR}       mounts an image; the answer is the image
+//	POST   /v1/mounts   {"image": NAME, "dir": DIR}       mounts an image, with "suid": true without nosuid and nodev; the
+//	                                                     answer is the image
 //	DELETE /v1/mounts   {"dir": DIR}
 //	POST   /v1/pins     {"source": SOURCE, "name": NAME}  puts an image into the pool and keeps it there
 //	DELETE /v1/pins     {"name": NAME}
@@ -41,6 +43,8 @@ func ControlSocket(address string) string {
 type MountRequest struct {
 	Image string `json:"image,omitempty"`
 	Dir   string `json:"dir"`
+	// Suid lets setuid programs and device nodes of the image work.
+	Suid bool `json:"suid,omitempty"`
 }
 
 // PinRequest is the body of requests to /v1/pins.
@@ -49,10 +53,15 @@ type PinRequest struct {
 	Source string `json:"source,omitempty"`
 	// PlainHTTP lets docker:// sources talk to a registry without TLS.
 	PlainHTTP bool `json:"plainHTTP,omitempty"`
+	// Namespace is that of containerd: sources; empty means the default.
+	Namespace string `json:"namespace,omitempty"`
+	// Platform chooses from a multi-platform image; empty means this machine's.
+	Platform string `json:"platform,omitempty"`
 }
 
 // PoolAnswer is the answer of /v1/pool.
 type PoolAnswer struct {
+	ID    string     `json:"id"`
 	Path  string     `json:"path"`
 	Kind  string     `json:"kind"`
 	Usage pool.Usage `json:"usage"`
@@ -102,8 +111,8 @@ func (d *Daemon) control() http.Handler {
 		})
 	}
 	handle("GET /v1/pool", func(context.Context, *json.Decoder) (any, error) {
-		info := d.store.Region()
-		return PoolAnswer{Path: info.Path, Kind: info.Kind, Usage: d.store.Pool().Usage()}, nil
+		info, id := d.store.Region(), d.store.Pool().ID()
+		return PoolAnswer{ID: hex.EncodeToString(id[:]), Path: info.Path, Kind: info.Kind, Usage: d.store.Pool().Usage()}, nil
 	})
 	handle("GET /v1/images", func(context.Context, *json.Decoder) (any, error) { return d.store.Images(), nil })
 	handle("GET /v1/mounts", func(context.Context, *json.Decoder) (any, error) {
@@ -118,7 +127,7 @@ func (d *Daemon) control() http.Handler {
 		if err := decode(body, &req); err != nil {
 			return nil, err
 		}
-		return d.store.MountAt(ctx, req.Image, req.Dir)
+		return d.store.MountAt(ctx, req.Image, req.Dir, !req.Suid)
 	})
 	handle("DELETE /v1/mounts", func(ctx context.Context, body *json.Decoder) (any, error) {
 		var req MountRequest
@@ -149,14 +158,18 @@ func (d *Daemon) control() http.Handler {
 
 // put puts an image into the pool for a user.
 func (d *Daemon) put(ctx context.Context, req PinRequest) (any, error) {
+	platform, err := source.ParsePlatform(req.Platform)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, pool.ErrInvalid)
+	}
 	src, err := source.Parse(req.Source, source.Config{
-		PlainHTTP: req.PlainHTTP, Address: d.cfg.Containerd.Address, MaxSize: int64(d.cfg.Layers.MaxSize),
+		PlainHTTP: req.PlainHTTP, Address: d.cfg.Containerd.Address, Namespace: req.Namespace, MaxSize: int64(d.cfg.Layers.MaxSize),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, pool.ErrInvalid)
 	}
 	defer src.Close()
-	img, err := src.Image(ctx, source.Host())
+	img, err := src.Image(ctx, platform)
 	if err != nil {
 		return nil, err
 	}

@@ -184,12 +184,8 @@ func (x indexes) warnWiped() {
 
 // make makes a pool with an index of its own.
 func (x indexes) make(opts pool.Options) (*pool.Pool, error) {
-	opts.Windows = choices[x.config.Pool.Windows]
-	for _, e := range mount.Explain(x.ctx, x.config.Drivers, x.region.Info()) {
-		if e.Picked && (e.Driver == "erofs-loop" || e.Driver == "erofs-dax") {
-			opts.Device = pool.Yes
-		}
-	}
+	made := PoolOptions(x.ctx, x.config.Drivers, x.region.Info(), x.config.Pool.Windows)
+	opts.Windows, opts.Device = made.Windows, made.Device
 	var random [4]byte
 	rand.Read(random[:])
 	path := filepath.Join(x.dir, x.name+"-"+hex.EncodeToString(random[:])+newSuffix)
@@ -209,6 +205,17 @@ func (x indexes) complete(p *pool.Pool, path string) (*pool.Pool, error) {
 		return nil, errors.Join(err, p.Close())
 	}
 	return p, nil
+}
+
+// PoolOptions returns how a pool in a region is to be made: for the driver that will mount it, with windows as in Pool.Windows.
+func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, windows string) pool.Options {
+	o := pool.Options{Windows: choices[windows]}
+	for _, e := range mount.Explain(ctx, drivers, info) {
+		if e.Picked && (e.Driver == "erofs-loop" || e.Driver == "erofs-dax") {
+			o.Device = pool.Yes
+		}
+	}
+	return o
 }
 
 var choices = map[string]pool.Choice{"": pool.Auto, "auto": pool.Auto, "yes": pool.Yes, "no": pool.No}

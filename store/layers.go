@@ -84,7 +84,7 @@ func (s *Store) AddDir(ctx context.Context, holder, key, dir string) error {
 	if err := s.addDir(ctx, key, dir); err != nil {
 		return err
 	}
-	return s.amendLayer(key, func(r *layerRecord) { r.Holders = add(r.Holders, holder) })
+	return s.holdTree(key, holder)
 }
 
 // addDir is AddDir without a holder. Preconditions: the layer is locked.
@@ -92,9 +92,36 @@ func (s *Store) addDir(ctx context.Context, key, dir string) error {
 	if _, _, err := s.load(key); err == nil {
 		return nil
 	}
+	return s.readTree(ctx, key, func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
+		return layer.FromDir(ctx, dir, to, lim)
+	})
+}
+
+// treeReader reads a tree as one layer.
+type treeReader func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error)
+
+// addTree stores what read reads as layer key, which is new and which holder holds.
+func (s *Store) addTree(ctx context.Context, holder, key string, read treeReader) error {
+	unlock, err := s.layers.lock(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.readTree(ctx, key, read); err != nil {
+		return err
+	}
+	return s.holdTree(key, holder)
+}
+
+func (s *Store) holdTree(key, holder string) error {
+	return s.amendLayer(key, func(r *layerRecord) { r.Holders = add(r.Holders, holder) })
+}
+
+// readTree stores what read reads. Preconditions: the layer is locked.
+func (s *Store) readTree(ctx context.Context, key string, read treeReader) error {
 	b := s.pool.Begin()
 	defer b.Discard()
-	made, err := layer.FromDir(ctx, dir, b, s.cfg.Limits)
+	made, err := read(ctx, b, s.cfg.Limits)
 	if err != nil {
 		return err
 	}
@@ -204,11 +231,11 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 	}
 	batch := s.pool.Begin()
 	defer batch.Discard()
-	made, diffID, size, err := s.read(ctx, rc, b, batch)
+	made, err := s.read(ctx, rc, b, batch)
 	if err != nil {
 		return st, err
 	}
-	st = stored(diffID, made, size)
+	st = stored(made.DiffID, made.Layer, made.Size)
 	b.Pin(st.Key)
 	// The pack first: a layer in the pool is taken to have one.
 	if copied != nil {
@@ -216,27 +243,16 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 			return st, err
 		}
 	}
-	return st, s.commit(ctx, batch, st.Key, made, st.Size)
+	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size)
 }
 
-// read reads a blob, puts the contents of its files into to, and returns its changes, diff ID and the size of its tar.
-func (s *Store) read(ctx context.Context, rc io.ReadCloser, b Blob,
-	to layer.Store,
-) (made *layer.Layer, diffID digest.Digest, size int64, err error) {
+// read reads and verifies a blob, and puts the contents of its files into to.
+func (s *Store) read(ctx context.Context, rc io.ReadCloser, b Blob, to layer.Store) (*layer.Blob, error) {
 	spec := blob.Spec{MediaType: b.MediaType, Size: b.Size, DiffID: b.DiffID, MaxSize: s.maxTar()}
 	if b.Verify {
 		spec.Digest = b.Digest
 	}
-	r, err := blob.NewReader(ctx, rc, spec)
-	if err != nil {
-		return nil, "", 0, err
-	}
-	defer r.Close()
-	made, err = layer.FromTar(ctx, r, to, s.cfg.Limits)
-	if err := r.Finish(err); err != nil {
-		return nil, "", 0, err
-	}
-	return made, r.DiffID(), r.Size(), nil
+	return layer.FromBlob(ctx, rc, spec, to, s.cfg.Limits)
 }
 
 // maxTar bounds a tar by what its contents may be, with room for headers.

@@ -14,8 +14,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// MountAt mounts an image, named as for Find, on a directory for a user who asked for that. The mount holds the image.
-func (s *Store) MountAt(ctx context.Context, name, dir string) (Info, error) {
+// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if restrict
+// is set. The mount holds the image.
+func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (Info, error) {
 	dir, err := cleanDir(dir)
 	if err != nil {
 		return Info{}, err
@@ -44,7 +45,7 @@ func (s *Store) MountAt(ctx context.Context, name, dir string) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	if err := s.table.Bind(ctx, m.Key, dir, true); err != nil {
+	if err := s.table.Bind(ctx, m.Key, dir, restrict); err != nil {
 		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
 	}
 	return s.info(m), nil

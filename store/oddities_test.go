@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,12 +16,17 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
 func digestOf(files ...file) digest.Digest { return digest.FromBytes(makeTar(files...)) }
 
-func dirSource(dir string) *source.Image { return &source.Image{Dir: dir} }
+func dirSource(dir string) *source.Image {
+	return &source.Image{Tree: func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
+		return layer.FromDir(ctx, dir, to, lim)
+	}}
+}
 
 func detach(dir string) error { return unix.Unmount(dir, unix.MNT_DETACH) }
 

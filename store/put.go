@@ -40,9 +40,12 @@ func (s *Store) info(m pool.Image) Info {
 
 // Find returns the image that a user means: by its key or the beginning of that, a name of the OCI image, or the name of
 // a pin.
-func (s *Store) Find(name string) (Info, error) {
+func (s *Store) Find(name string) (Info, error) { return Match(s.Images(), name) }
+
+// Match is Find among images that a store listed.
+func Match(images []Info, name string) (Info, error) {
 	var found []Info
-	for _, info := range s.Images() {
+	for _, info := range images {
 		hash := strings.TrimPrefix(info.Key, imagePrefix)
 		switch {
 		case name == info.Key || slices.Contains(info.Names, name) || slices.Contains(info.Holders, holderPin+name):
@@ -60,20 +63,20 @@ func (s *Store) Find(name string) (Info, error) {
 	return Info{}, fmt.Errorf("image %q: %d images begin with that: %w", name, len(found), pool.ErrInvalid)
 }
 
-// Put puts an OCI image, or a directory, into the pool, where pin/<name> holds it until Unpin. A pin of that name moves
-// from the image that it held before.
+// Put puts an OCI image, or the tree of a source without layers, into the pool, where pin/<name> holds it until Unpin. A pin
+// of that name moves from the image that it held before.
 func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, error) {
 	if name == "" {
 		return Info{}, fmt.Errorf("an image is put under a name, found none: %w", pool.ErrInvalid)
 	}
 	holder := holderPin + name
 	img := Image{Holder: holder, Name: name}
-	if src.Dir != "" {
+	if src.Tree != nil {
 		// The tree that was put under this name before may differ, so each has a key of its own.
 		var random [8]byte
 		rand.Read(random[:])
 		key := "dir/put/" + digest.FromString(name).Encoded()[:16] + "/" + hex.EncodeToString(random[:])
-		if err := s.AddDir(ctx, holder, key, src.Dir); err != nil {
+		if err := s.addTree(ctx, holder, key, src.Tree); err != nil {
 			return Info{}, err
 		}
 		img.Layers, img.Name = []Layer{{Key: key}}, ""

@@ -113,6 +113,14 @@ func (s *Store) turn(ctx context.Context) error {
 	return s.turned(ctx, turned)
 }
 
+// UnmountIdle unmounts the pool itself if no image is mounted: somebody who ends leaves no device and no server behind.
+func (s *Store) UnmountIdle(ctx context.Context) error {
+	s.epoch.Lock()
+	defer s.epoch.Unlock()
+	_, err := s.unmountAll(ctx)
+	return err
+}
+
 // newEpoch begins a new epoch if nothing is mounted.
 func (s *Store) newEpoch(ctx context.Context) error {
 	s.epoch.Lock()

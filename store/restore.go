@@ -73,16 +73,16 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 	}
 	batch := s.pool.Begin()
 	defer batch.Discard()
-	made, diffID, size, err := s.read(ctx, rc, spec, batch)
+	made, err := s.read(ctx, rc, spec, batch)
 	if err != nil {
 		return err
 	}
 	if copied != nil {
-		if err := copied.keep(diffID); err != nil {
+		if err := copied.keep(made.DiffID); err != nil {
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made, size)
+	return s.commit(ctx, batch, key, made.Layer, made.Size)
 }
 
 // eachSource calls use with one blob after another that may be a layer, until one succeeds: its pack, then what

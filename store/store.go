@@ -88,28 +88,46 @@ func Open(ctx context.Context, c Config) (_ *Store, err error) {
 	if s.region, s.pool, err = openPool(ctx, c); err != nil {
 		return nil, err
 	}
-	s.private = private(s.region.Info())
-	if err := s.loadRecords(); err != nil {
+	if err := s.open(ctx); err != nil {
 		return nil, err
 	}
-	if c.Packs && !s.Durable() {
-		if s.packs, err = openPacks(filepath.Join(c.Root, "packs")); err != nil {
-			return nil, err
+	return s, nil
+}
+
+// New opens the store of a pool that the caller opened. The store closes it and its region, also when New fails. Config.Pool
+// is ignored, and what an earlier version left below the root is left alone.
+func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, error) {
+	s := &Store{cfg: c, region: r, pool: p}
+	if err := s.open(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// open opens what belongs to the pool.
+func (s *Store) open(ctx context.Context) (err error) {
+	s.private = private(s.region.Info())
+	if err := s.loadRecords(); err != nil {
+		return err
+	}
+	if s.cfg.Packs && !s.Durable() {
+		if s.packs, err = openPacks(filepath.Join(s.cfg.Root, "packs")); err != nil {
+			return err
 		}
 	}
 	if err := s.openPlain(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.openTable(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.turn(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.retire(ctx); err != nil {
 		log.G(ctx).WithError(err).Warn("what an earlier pool left mounted can not be looked at")
 	}
-	return s, nil
+	return nil
 }
 
 // openTable opens the table of the pool's epoch. Preconditions: epoch is held, or s is not shared yet.

@@ -91,7 +91,7 @@ func TestMountAt(t *testing.T) {
 	_, err := k.Lower(ctx, img)
 	k.must(err)
 	dir := t.TempDir()
-	info, err := k.MountAt(ctx, "example/a:1", dir)
+	info, err := k.MountAt(ctx, "example/a:1", dir, true)
 	k.must(err)
 	if info.Key != img.Key || k.Mounts()[dir] != img.Key {
 		t.Errorf("mounted %+v, mounts %v", info, k.Mounts())
@@ -166,7 +166,7 @@ func TestPutDirectory(t *testing.T) {
 		k.must(err)
 		k.sweep()
 		at := t.TempDir()
-		_, err = k.MountAt(ctx, "mine", at)
+		_, err = k.MountAt(ctx, "mine", at, true)
 		k.must(err)
 		k.expect(at, file{"f", []byte(text)})
 		k.must(k.UnmountAt(ctx, at))
