@@ -61,7 +61,7 @@ func (d *demo) poolPath() string {
 	if d.pool == "tmpfs" {
 		return filepath.Join(d.Run, "pool")
 	}
-	return filepath.Join(d.DaemonRoot(), "pool", "region")
+	return d.PoolFile()
 }
 
 // eachFile calls f once with each regular file that a snapshotter keeps: what is below its root, and what its mounted
