@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -58,6 +57,8 @@ type Pool struct {
 	Path string `toml:"path"`
 	Size Size   `toml:"size"`
 	Phys uint64 `toml:"phys"`
+	// Windows says whether images have windows for the kernel module daxfs.
+	Windows string `toml:"windows"`
 }
 
 // Mount says how images and containers are mounted.
@@ -70,11 +71,10 @@ type Mount struct {
 
 // Layers says how layers are handled.
 type Layers struct {
-	Durability string   `toml:"durability"`
-	Workers    int      `toml:"workers"`
-	Settle     Duration `toml:"settle"`
-	MaxSize    Size     `toml:"max_size"`
-	MaxEntries int64    `toml:"max_entries"`
+	Durability string `toml:"durability"`
+	Workers    int    `toml:"workers"`
+	MaxSize    Size   `toml:"max_size"`
+	MaxEntries int64  `toml:"max_entries"`
 }
 
 // Metrics says where the daemon can be watched.
@@ -96,6 +96,7 @@ const (
 var (
 	kinds        = []string{"file", "tmpfs", "hugetlbfs", "pmem", "devdax", "dmabuf", "phys"}
 	drivers      = []string{"auto", "erofs", "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse"}
+	windows      = []string{"auto", "yes", "no"}
 	durabilities = []string{DurabilityPack, DurabilityContent}
 	levels       = []string{"trace", "debug", "info", "warn", "error", "fatal"}
 	formats      = []string{"text", "json"}
@@ -108,11 +109,10 @@ func Default() *Config {
 		Address:    "/run/daxfs-snapshotter/daxfs.sock",
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
-		Pool:       Pool{Kind: "file"},
+		Pool:       Pool{Kind: "file", Windows: "auto"},
 		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
 		Layers: Layers{
-			Durability: DurabilityPack, Workers: 2, Settle: Duration(3 * time.Second),
-			MaxSize: 1 << 40, MaxEntries: 4 << 20,
+			Durability: DurabilityPack, Workers: 2, MaxSize: 1 << 40, MaxEntries: 4 << 20,
 		},
 	}
 }
@@ -144,13 +144,23 @@ func Parse(raw []byte) (*Config, error) {
 	return c, c.Validate()
 }
 
+// removed are keys of earlier versions, with the reason why they are gone.
+var removed = map[string]string{
+	"layers.settle": "an image is built when its last layer or its first container is known",
+}
+
 // explain makes one line of what the decoder found wrong.
 func explain(err error) error {
 	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var errs []error
 		for _, e := range strict.Errors {
 			line, _ := e.Position()
-			errs = append(errs, fmt.Errorf("line %d: unknown key %q", line, strings.Join(e.Key(), ".")))
+			key := strings.Join(e.Key(), ".")
+			if why := removed[key]; why != "" {
+				errs = append(errs, fmt.Errorf("line %d: key %q was removed: %s; delete the line", line, key, why))
+				continue
+			}
+			errs = append(errs, fmt.Errorf("line %d: unknown key %q", line, key))
 		}
 		return errors.Join(errs...)
 	}
@@ -192,6 +202,7 @@ func (c *Config) Validate() error {
 	oneOf("log.level", c.Log.Level, levels)
 	oneOf("log.format", c.Log.Format, formats)
 	oneOf("pool.kind", c.Pool.Kind, kinds)
+	oneOf("pool.windows", c.Pool.Windows, windows)
 	oneOf("mount.driver", c.Mount.Driver, drivers)
 	oneOf("layers.durability", c.Layers.Durability, durabilities)
 	errs = append(errs, c.Pool.validate()...)
@@ -200,9 +211,6 @@ func (c *Config) Validate() error {
 	}
 	if c.Layers.Workers < 1 || c.Layers.Workers > 64 {
 		bad("layers.workers", "%d is not in 1 to 64", c.Layers.Workers)
-	}
-	if c.Layers.Settle <= 0 {
-		bad("layers.settle", "%s is not positive", time.Duration(c.Layers.Settle))
 	}
 	if c.Layers.MaxSize < 1 {
 		bad("layers.max_size", "%d is not positive", int64(c.Layers.MaxSize))

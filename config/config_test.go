@@ -7,7 +7,6 @@ import (
 	"reflect"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
@@ -54,7 +53,6 @@ root = "/data/daxfs"
 kind = "tmpfs"
 size = "3GiB"
 [layers]
-settle = "250ms"
 max_size = 1000000
 [mount]
 overlay_options = ["volatile"]
@@ -65,7 +63,7 @@ overlay_options = ["volatile"]
 	want := config.Default()
 	want.Root = "/data/daxfs"
 	want.Pool.Kind, want.Pool.Size = "tmpfs", 3<<30
-	want.Layers.Settle, want.Layers.MaxSize = config.Duration(250*time.Millisecond), 1000000
+	want.Layers.MaxSize = 1000000
 	want.Mount.OverlayOptions = []string{"volatile"}
 	if !reflect.DeepEqual(c, want) {
 		t.Fatalf("got\n%+v\nexpected\n%+v", c, want)
@@ -95,8 +93,8 @@ func TestRefused(t *testing.T) {
 		{"[mount]\nfuse_helper = \"daxfs\"", `key "mount.fuse_helper"`},
 		{"[layers]\ndurability = \"hope\"", `key "layers.durability"`},
 		{"[layers]\nworkers = 0", `key "layers.workers"`},
-		{"[layers]\nsettle = \"soon\"", `duration "soon"`},
-		{"[layers]\nsettle = \"0s\"", `key "layers.settle"`},
+		{"[layers]\nsettle = \"3s\"", `line 2: key "layers.settle" was removed`},
+		{"[pool]\nwindows = \"maybe\"", `key "pool.windows": "maybe" is not one of`},
 		{"[layers]\nmax_size = 0", `key "layers.max_size"`},
 		{"[layers]\nmax_entries = 0", `key "layers.max_entries"`},
 		{"[metrics]\npprof = true", `key "metrics.pprof"`},

@@ -3,7 +3,6 @@ package config
 import (
 	"fmt"
 	"strconv"
-	"time"
 
 	"github.com/docker/go-units"
 )
@@ -23,19 +22,3 @@ func (s *Size) UnmarshalText(text []byte) error {
 
 // MarshalText writes a size as a number of bytes.
 func (s Size) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(s), 10), nil }
-
-// Duration is a time span, written as in Go: "3s", "1m30s".
-type Duration time.Duration
-
-// UnmarshalText reads a duration.
-func (d *Duration) UnmarshalText(text []byte) error {
-	v, err := time.ParseDuration(string(text))
-	if err != nil {
-		return fmt.Errorf("duration %q: expected a number with a unit, such as \"3s\"", text)
-	}
-	*d = Duration(v)
-	return nil
-}
-
-// MarshalText writes a duration as Go does.
-func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }

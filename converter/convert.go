@@ -75,7 +75,7 @@ type Progress interface {
 
 // Result says what was converted.
 type Result struct {
-	// Digest of the manifest (of the configuration where there is no manifest; empty for a directory), and what
+	// Digest of the manifest (of the configuration where there is no manifest; empty for a tree), and what
 	// Platform it is for.
 	Digest   digest.Digest
 	Platform ocispec.Platform
@@ -149,7 +149,7 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	n := len(img.Layers)
-	if img.Dir != "" {
+	if img.Tree != nil {
 		n = 1
 	}
 	s, err := sink.New(f.File, n, sink.Options{
@@ -160,8 +160,8 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	}
 	defer s.Abort()
 	c := &conversion{o: o, sink: s, img: img, tree: tree.NewMerger()}
-	if img.Dir != "" {
-		err = c.directory(ctx)
+	if img.Tree != nil {
+		err = c.wholeTree(ctx)
 	} else {
 		err = c.read(ctx)
 	}
@@ -263,45 +263,36 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) (*layer.L
 	if err != nil {
 		return nil, err
 	}
-	spec := blob.Spec{
-		MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID, MaxSize: c.o.MaxSize,
-	}
+	spec := l.Blob()
+	spec.MaxSize = c.o.MaxSize
 	if c.o.Progress != nil {
 		spec.Progress = func(n int) { c.o.Progress.Read(i, n) }
 	}
-	r, err := blob.NewReader(ctx, rc, spec)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
 	store := c.sink.Layer(i)
-	parsed, err := layer.FromTar(ctx, r, store, c.limits())
-	if err != nil && (ctx.Err() != nil || c.sink.Err() != nil) {
-		return nil, err // it says nothing about the blob, of which the rest need not be read
-	}
-	if err := r.Finish(err); err != nil {
+	b, err := layer.FromBlob(ctx, rc, spec, store, c.limits())
+	if err != nil {
 		return nil, err
 	}
 	if err := store.Close(); err != nil {
 		return nil, err
 	}
-	if err := c.count(parsed); err != nil {
+	if err := c.count(b.Layer); err != nil {
 		return nil, err
 	}
-	c.in.Add(r.BytesRead())
-	if c.unpacked.Add(r.Size()) > c.o.MaxSize {
+	c.in.Add(b.BytesRead)
+	if c.unpacked.Add(b.Size) > c.o.MaxSize {
 		return nil, fmt.Errorf("%w of %d bytes", blob.ErrTooLarge, c.o.MaxSize)
 	}
 	if c.o.Progress != nil {
 		c.o.Progress.Done(i)
 	}
-	return parsed, nil
+	return b.Layer, nil
 }
 
-// directory reads a plain directory as the only layer.
-func (c *conversion) directory(ctx context.Context) error {
+// wholeTree reads a source that has no layers.
+func (c *conversion) wholeTree(ctx context.Context) error {
 	store := c.sink.Layer(0)
-	l, err := layer.FromDir(ctx, c.img.Dir, store, c.limits())
+	l, err := c.img.Tree(ctx, store, c.limits())
 	if err != nil {
 		return err
 	}

@@ -65,6 +65,56 @@ func TestSameBytes(t *testing.T) {
 	same("registry", "docker://"+push(t, gz.Dir), converter.Options{})
 }
 
+// TestFromImageFile: what Convert wrote is a source, of the same tree.
+func TestFromImageFile(t *testing.T) {
+	first, res := mustConvert(t, "oci:"+newLayout(t, packed(exampleLayers(), ocitest.Gzip)...).Dir, converter.Options{})
+	file := filepath.Join(t.TempDir(), "image.daxfs")
+	write := func(b []byte) {
+		t.Helper()
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(first)
+	second, again := mustConvert(t, "daxfs:"+file, converter.Options{})
+	if again.UUID != res.UUID || again.Stats != res.Stats || again.Layers != 0 || again.Digest != "" {
+		t.Errorf("converted again: %+v, expected the tree of %+v", again, res)
+	}
+	write(second)
+	if third, _ := mustConvert(t, "daxfs:"+file, converter.Options{}); !bytes.Equal(third, second) {
+		t.Error("an image of the same tree, whose contents lie in the same order, is another one")
+	}
+
+	for name, c := range map[string]struct {
+		change func(b []byte) []byte
+		holds  []string
+	}{
+		"damaged": {func(b []byte) []byte {
+			b[bytes.Index(b, []byte("welcome\n"))+100] ^= 1
+			return b
+		}, []string{"is damaged", "daxfs verify " + file}},
+		"cut off":  {func(b []byte) []byte { return b[:len(b)-4096] }, []string{"daxfs:" + file}},
+		"empty":    {func(b []byte) []byte { return nil }, []string{"not an image of daxfs convert"}},
+		"no image": {func([]byte) []byte { return make([]byte, 1<<20) }, []string{"not an image of daxfs convert"}},
+	} {
+		write(c.change(bytes.Clone(first)))
+		out, _, err := convert(t, "daxfs:"+file, converter.Options{})
+		for _, part := range c.holds {
+			if err == nil || !strings.Contains(err.Error(), part) {
+				t.Errorf("%s: error %v, expected %q in it", name, err, part)
+			}
+		}
+		if got, _ := os.ReadFile(out); string(got) != before {
+			t.Errorf("%s: the output was changed", name)
+		}
+	}
+	for name, want := range map[string]string{"daxfs:" + t.TempDir(): "not a regular file", "daxfs:/nowhere": "no such file"} {
+		if _, _, err := convert(t, name, converter.Options{}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: error %v, expected %q in it", name, err, want)
+		}
+	}
+}
+
 // push serves the image of a layout from a registry in this process, and returns its reference.
 func push(t testing.TB, dir string) string {
 	t.Helper()

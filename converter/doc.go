@@ -1,4 +1,4 @@
-// Package converter makes a dual image file out of an OCI image.
+// Package converter makes a dual image file out of an OCI image, a directory, or another image file.
 //
 //	src, err := source.Parse("docker://debian:12", source.Config{})
 //	if err != nil {
@@ -9,8 +9,9 @@
 //
 // # Flow
 //
-// Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (packages blob and layer). The
-// contents of files go to one ordered placer (internal/sink), which writes every distinct content once. The changes of
+// Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (layer.FromBlob, which the image store
+// of a host uses as well). The contents of files go to one ordered placer (internal/sink), which writes every distinct
+// content once. The changes of
 // verified layers are merged into one tree (package tree) while others are read. Then contents that no file refers to any
 // more are dropped, and the metadata is planned and written behind the contents (package daxfs).
 //

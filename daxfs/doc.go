@@ -20,8 +20,7 @@
 //	err = plan.WriteTo(file)
 //
 // The same calls serve a pool of shared memory, where many images refer to one set of contents: there the metadata lies
-// in front, Image is the start of the segment, and the image is the window from there to the highest contents. A
-// [Builder] takes contents as they come and makes a self-contained file.
+// in front, Image is the start of the segment, and the image is the window from there to the highest contents.
 //
 // Equal trees make equal images, byte for byte, whatever the machine, the day, or the order in which maps were filled.
 //
@@ -33,8 +32,7 @@
 // # Caveats
 //
 // An image must not change while it is mounted or open. Slices of a mapped image are those of the mapping: they end with
-// it and must not be written to. A Plan and a Builder belong to one goroutine at a time; what Open returns is safe for
-// concurrent use.
+// it and must not be written to. A Plan belongs to one goroutine at a time; what Open returns is safe for concurrent use.
 //
 // Format promise: an image with version 8 in its DAXFS superblock and no EROFS feature but the checksum and modification
 // times stays readable by every later version of this package.

@@ -7,14 +7,13 @@ import (
 	"log"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"golang.org/x/sys/unix"
 )
 
-// A self-contained image of three files, two of which have the same contents.
-func ExampleBuilder() {
+// A self-contained image of three files. Two are one inode, and all have the same contents, which are stored once.
+func ExampleNewPlan() {
 	dir, err := os.MkdirTemp("", "daxfs-example")
 	if err != nil {
 		log.Fatal(err)
@@ -26,20 +25,33 @@ func ExampleBuilder() {
 	}
 	defer f.Close()
 
-	b := daxfs.NewBuilder(f, daxfs.BuilderOptions{})
-	file := daxfs.Node{Mode: unix.S_IFREG | 0o644, Mtime: daxfs.Time{Sec: 1_700_000_000}}
-	for _, err := range []error{
-		b.Add("etc/greeting", file, strings.NewReader("hello\n")),
-		b.Add("etc/copy", file, strings.NewReader("hello\n")),
-		b.Link("greeting", "etc/greeting"),
-		b.Add("dev/null", daxfs.Node{Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)}, nil),
-	} {
-		if err != nil {
-			log.Fatal(err)
-		}
+	text := []byte("hello\n")
+	data := daxfs.Data{Off: daxfs.BlockSize, Size: int64(len(text)), Sum: sha256.Sum256(text)}
+	if _, err := f.WriteAt(text, data.Off); err != nil {
+		log.Fatal(err)
 	}
-	plan, err := b.Finish()
+	const end = 2 * daxfs.BlockSize // of the contents, in whole blocks
+
+	mtime := daxfs.Time{Sec: 1_700_000_000}
+	greeting := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Mtime: mtime, Data: data}
+	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
+		"greeting": greeting,
+		"etc": {Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
+			"greeting": greeting,
+			"copy":     {Mode: unix.S_IFREG | 0o644, Mtime: mtime, Data: data},
+		}},
+		"dev": {Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{
+			"null": {Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)},
+		}},
+	}}
+	plan, err := daxfs.NewPlan(root, daxfs.Options{})
 	if err != nil {
+		log.Fatal(err)
+	}
+	if err := plan.Place(daxfs.Placement{Meta: end, End: end + plan.MetaSize()}); err != nil {
+		log.Fatal(err)
+	}
+	if err := plan.WriteTo(f); err != nil {
 		log.Fatal(err)
 	}
 
@@ -57,8 +69,8 @@ func ExampleBuilder() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	text, err := fsys.ReadFile("greeting")
-	fmt.Printf("greeting: %q %v\n", text, err)
+	got, err := fsys.ReadFile("greeting")
+	fmt.Printf("greeting: %q %v\n", got, err)
 	// Output:
 	// bytes: 20480 of which metadata: 12288
 	// not in the DAXFS half: /dev/null character device

@@ -1,8 +1,10 @@
 package daxfs_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"maps"
 	"os"
@@ -230,6 +232,45 @@ func TestLiveShares(t *testing.T) {
 	}
 }
 
+// liveCorruptions break one rule of a live tree each.
+var liveCorruptions = map[string]struct {
+	rule  daxfs.Rule
+	spoil func(t *testing.T, p *livePool)
+	opts  daxfs.LiveCheckOptions
+}{
+	"inode count": {rule: daxfs.RuleLiveSuper, spoil: func(_ *testing.T, p *livePool) {
+		p.s.f.b[1024+16]++
+		setChecksum(p.s.f.b)
+	}},
+	"root of another": {rule: daxfs.RuleLiveShared, spoil: func(_ *testing.T, p *livePool) {
+		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
+	}},
+	"label":          {rule: daxfs.RuleChecksum, spoil: func(t *testing.T, p *livePool) { p.s.f.b[1024+64]++ }},
+	"retracted half": {rule: daxfs.RuleLiveSlots, spoil: func(t *testing.T, p *livePool) { p.s.f.b[p.g.SlotOff(9)+20] = 1 }},
+	"before its tree": {rule: daxfs.RuleDirBlock, spoil: func(t *testing.T, p *livePool) {
+		from := p.next
+		slot, b, _ := p.write(t, dir(map[string]*daxfs.Node{"d": dir(nil)}))
+		clear(p.s.f.b[from : from+64])
+		_ = daxfs.PublishSlot(&p.s.f, p.g, slot, b, func() error { return nil })
+	}},
+	"tree of another": {rule: daxfs.RuleDots, spoil: func(t *testing.T, p *livePool) {
+		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
+	}},
+	"erased file": {rule: daxfs.RuleDirType, spoil: func(t *testing.T, p *livePool) {
+		for _, nids := range p.have {
+			_ = daxfs.EraseInode(&p.s.f, p.g, nids[0])
+		}
+	}},
+	"two inodes on one extent": {rule: daxfs.RuleLiveDAX, opts: daxfs.LiveCheckOptions{OneInode: true}, spoil: func(t *testing.T, p *livePool) {
+		f := &daxfs.Node{Mode: unix.S_IFREG | 0o600, Data: p.s.put([]byte("f"))}
+		p.publish(t, dir(map[string]*daxfs.Node{"f": f}))
+	}},
+	"slot names": {rule: daxfs.RuleLiveSlots, spoil: func(t *testing.T, p *livePool) {
+		at := strings.Index(string(p.s.f.b[p.g.Head:p.g.TreeStart()]), "00299")
+		p.s.f.b[p.g.Head+int64(at)+4] = 'a'
+	}},
+}
+
 // TestLiveCheck breaks one rule of a live tree at a time.
 func TestLiveCheck(t *testing.T) {
 	base := func() *livePool {
@@ -239,40 +280,11 @@ func TestLiveCheck(t *testing.T) {
 		p.s.f.Truncate(int64(p.g.Blocks) * daxfs.BlockSize)
 		return p
 	}
-	for name, c := range map[string]struct {
-		rule  daxfs.Rule
-		spoil func(p *livePool)
-		opts  daxfs.LiveCheckOptions
-	}{
-		"label":          {rule: daxfs.RuleChecksum, spoil: func(p *livePool) { p.s.f.b[1024+64]++ }},
-		"retracted half": {rule: daxfs.RuleLiveSlots, spoil: func(p *livePool) { p.s.f.b[p.g.SlotOff(9)+20] = 1 }},
-		"before its tree": {rule: daxfs.RuleDirBlock, spoil: func(p *livePool) {
-			from := p.next
-			slot, b, _ := p.write(t, dir(map[string]*daxfs.Node{"d": dir(nil)}))
-			clear(p.s.f.b[from : from+64])
-			_ = daxfs.PublishSlot(&p.s.f, p.g, slot, b, func() error { return nil })
-		}},
-		"tree of another": {rule: daxfs.RuleDots, spoil: func(p *livePool) {
-			copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
-		}},
-		"erased file": {rule: daxfs.RuleMode, spoil: func(p *livePool) {
-			for _, nids := range p.have {
-				_ = daxfs.EraseInode(&p.s.f, p.g, nids[0])
-			}
-		}},
-		"two inodes on one extent": {rule: daxfs.RuleLiveDAX, opts: daxfs.LiveCheckOptions{OneInode: true}, spoil: func(p *livePool) {
-			f := &daxfs.Node{Mode: unix.S_IFREG | 0o600, Data: p.s.put([]byte("f"))}
-			p.publish(t, dir(map[string]*daxfs.Node{"f": f}))
-		}},
-		"slot names": {rule: daxfs.RuleLiveSlots, spoil: func(p *livePool) {
-			at := strings.Index(string(p.s.f.b[p.g.Head:p.g.TreeStart()]), "00299")
-			p.s.f.b[p.g.Head+int64(at)+4] = 'a'
-		}},
-	} {
+	for name, c := range liveCorruptions {
 		t.Run(name, func(t *testing.T) {
 			p := base()
 			p.check(t)
-			c.spoil(p)
+			c.spoil(t, p)
 			var got []daxfs.Rule
 			err := daxfs.CheckLive(daxfs.Mem(p.s.f.b), int64(len(p.s.f.b)), c.opts, func(f daxfs.Finding) bool {
 				got = append(got, f.Rule)
@@ -324,4 +336,11 @@ func TestGeometry(t *testing.T) {
 			}
 		}
 	}
+}
+
+// setChecksum makes the checksum of the superblock of an image right.
+func setChecksum(b []byte) {
+	table := crc32.MakeTable(crc32.Castagnoli)
+	clear(b[1024+4 : 1024+8])
+	binary.LittleEndian.PutUint32(b[1024+4:], ^crc32.Update(0, table, b[1024:4096]))
 }

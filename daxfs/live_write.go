@@ -5,6 +5,8 @@ import (
 	"io"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
@@ -188,9 +190,13 @@ func RetractSlot(w io.WriterAt, g Geometry, i int) error {
 	return err
 }
 
-// EraseInode makes the inode of a regular file one that the kernel refuses. What has it in memory keeps it.
+// EraseInode replaces the inode of a regular file by one of a socket, which open(2) refuses with ENXIO. What has the old
+// one in memory keeps it. Zeros would do, but the kernel logs every one that it meets.
 func EraseInode(w io.WriterAt, g Geometry, nid uint64) error {
-	_, err := w.WriteAt(make([]byte, disk.ErofsExtendedSize), g.NidOff(nid))
+	e := disk.ErofsInode{Extended: true, Layout: disk.ErofsLayoutPlain, Mode: unix.S_IFSOCK, Nlink: 1, Ino: uint32(nid)}
+	b := make([]byte, disk.ErofsExtendedSize)
+	e.Marshal(b)
+	_, err := w.WriteAt(b, g.NidOff(nid))
 	return err
 }
 

@@ -30,6 +30,9 @@ func TestRules(t *testing.T) {
 	for _, c := range corruptions {
 		tested[c.rule] = true
 	}
+	for _, c := range liveCorruptions {
+		tested[c.rule] = true
+	}
 	listed := daxfs.Rules()
 	declared := declaredRules(t)
 	for _, r := range declared {

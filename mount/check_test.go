@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
@@ -16,24 +17,21 @@ import (
 // daxfsImage makes an image with this project's writer.
 func daxfsImage(t *testing.T) mount.Source {
 	t.Helper()
+	contents := &treetest.Store{}
+	data, err := contents.Put(t.Context(), 4, strings.NewReader("ours"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := &daxfs.Node{Mode: 0o040755, Entries: map[string]*daxfs.Node{"file": {Mode: 0o100644, Data: data}}}
+	img, err := contents.Image(root, daxfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	path := filepath.Join(t.TempDir(), "image")
-	f, err := os.Create(path)
-	if err != nil {
+	if err := os.WriteFile(path, img, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	b := daxfs.NewBuilder(f, daxfs.BuilderOptions{})
-	if err := b.Add("file", daxfs.Node{Mode: 0o100644}, strings.NewReader("ours")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.Finish(); err != nil {
-		t.Fatal(err)
-	}
-	st, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return mount.Source{Key: "k", Size: st.Size(), Region: region.Info{Kind: region.KindFile, Path: path, FD: -1}}
+	return mount.Source{Key: "k", Size: int64(len(img)), Region: region.Info{Kind: region.KindFile, Path: path, FD: -1}}
 }
 
 func TestCheckImage(t *testing.T) {

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -110,4 +111,40 @@ func plainCopy(b *testing.B, path string, body []byte, n int) time.Duration {
 		copy(m[k*len(body):], body)
 	}
 	return time.Since(start)
+}
+
+// BenchmarkCommonBeginning puts files of one size that differ in their last bytes only. The time for a byte must not grow
+// with the number of files.
+func BenchmarkCommonBeginning(b *testing.B) {
+	const size = 512 << 10
+	for _, files := range []int{10, 100, 1000} {
+		b.Run(fmt.Sprintf("files=%d", files), func(b *testing.B) {
+			body := random(1, size)
+			reader := bytes.NewReader(nil)
+			b.SetBytes(int64(files) * size)
+			for range b.N {
+				b.StopTimer()
+				r, dir := tmpfsRegion(b, int64(files)*size*2+64<<20)
+				p, err := Create(r, filepath.Join(dir, "index"), Options{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				batch := p.Begin()
+				b.StartTimer()
+				for k := range files {
+					body[size-2], body[size-1] = byte(k), byte(k>>8)
+					reader.Reset(body)
+					if _, err := batch.Put(ctx, size, reader); err != nil {
+						b.Fatal(err)
+					}
+				}
+				b.StopTimer()
+				batch.Discard()
+				if err := errors.Join(p.Close(), r.Close(), os.RemoveAll(dir)); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+		})
+	}
 }

@@ -40,7 +40,7 @@ func (p *Pool) Dead() []Dead {
 	return out
 }
 
-// Erase makes the inodes of dead extents ones that a kernel refuses to read, and returns those of the extents that were
+// Erase makes the inodes of dead extents ones that a kernel refuses to open (ENXIO), and returns those of the extents that were
 // still dead: they stay so. Who has an inode in memory keeps it.
 func (p *Pool) Erase(ctx context.Context, dead []Dead) ([]Dead, error) {
 	p.commit.Lock()
@@ -153,6 +153,20 @@ func (p *Pool) free(es []*extent) error {
 // Preconditions: no superblock of the pool lives in any kernel, and no window of it is mounted; nothing is mounted until
 // the call returns. turned tells whether there is a new epoch.
 func (p *Pool) NothingMounted(ctx context.Context) (turned bool, err error) {
+	return p.nothingMounted(ctx, false)
+}
+
+// NewEpoch is NothingMounted that turns the epoch in any case: for a live tree that somebody else has written to, which
+// then is made again from what the index knows.
+func (p *Pool) NewEpoch(ctx context.Context) error {
+	turned, err := p.nothingMounted(ctx, true)
+	if err == nil && !turned {
+		err = fmt.Errorf("pool: an image is being added: %w", ErrBusy)
+	}
+	return err
+}
+
+func (p *Pool) nothingMounted(ctx context.Context, always bool) (turned bool, err error) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -175,7 +189,7 @@ func (p *Pool) NothingMounted(ctx context.Context) (turned bool, err error) {
 	if closed {
 		return false, fmt.Errorf("pool: %w", ErrClosed)
 	}
-	if busy || !p.worthTurning() && !(waiting && p.header.dax) {
+	if busy || !always && !p.worthTurning() && !(waiting && p.header.dax) {
 		// Nobody has the inodes in memory; the next mount must not read them.
 		return false, p.eraseAndFree(es)
 	}

@@ -15,14 +15,14 @@ import (
 type Facts struct {
 	// Uses says what is needed.
 	Uses Uses
-	// Chains are the layers, bottom first, of the chain of each committed snapshot, by chain key.
-	Chains map[string][]Layer
+	// Images are the layers, bottom first, of the chain of each committed snapshot, by the key of its image.
+	Images map[string][]Layer
 }
 
 // Check compares metadata, records and directories, and tells report of each contradiction. It is exact when nothing
 // else is under way and Cleanup was called.
 func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts, error) {
-	facts := Facts{Chains: map[string][]Layer{}}
+	facts := Facts{Images: map[string][]Layer{}}
 	u, err := s.uses(ctx)
 	if err != nil {
 		return facts, err
@@ -38,12 +38,16 @@ func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts
 				report(fmt.Sprintf("record of snapshot %s, which does not exist", id))
 			}
 		}
+		gone, err := goneLowers(tx)
+		if err != nil {
+			return err
+		}
 		entries, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
 		if err != nil {
 			return err
 		}
 		for _, e := range entries {
-			if ids[e.Name()] == "" {
+			if ids[e.Name()] == "" && gone[e.Name()] == nil {
 				report(fmt.Sprintf("directory %q belongs to no snapshot", s.dir(e.Name())))
 			}
 		}
@@ -54,7 +58,9 @@ func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts
 	return facts, err
 }
 
-func (s *Snapshotter) checkOne(ctx context.Context, tx *bolt.Tx, info snapshots.Info, facts Facts, report func(string)) error {
+func (s *Snapshotter) checkOne(ctx context.Context, tx *bolt.Tx, info snapshots.Info, facts Facts,
+	report func(string),
+) error {
 	bad := func(format string, args ...any) {
 		report(fmt.Sprintf("snapshot %q: ", info.Name) + fmt.Sprintf(format, args...))
 	}
@@ -71,17 +77,21 @@ func (s *Snapshotter) checkOne(ctx context.Context, tx *bolt.Tx, info snapshots.
 		bad("%v", err)
 		return nil
 	}
-	if st, err := os.Stat(s.upper(id)); err != nil || !st.IsDir() {
+	st, err := os.Stat(s.upper(id))
+	switch needed := info.Kind != snapshots.KindCommitted || rec.hasDir(); {
+	case needed && (err != nil || !st.IsDir()):
 		bad("upper directory: %v", err)
+	case !needed && rec.Claim == nil && err == nil:
+		bad("its directory %q is not needed and still there", s.upper(id))
 	}
 	if info.Kind == snapshots.KindCommitted {
-		if want := s.chainKey(info.Name, id); rec.Chain != want {
-			bad("its chain is on record as %q, expected %q", rec.Chain, want)
+		if want := s.imageKey(s.st, links); rec.Image != want {
+			bad("its image is on record as %q, expected %q", rec.Image, want)
 		}
 		if !rec.Dir && len(rec.Streamed) == 0 {
 			bad("it has neither a directory nor a streamed layer")
 		}
-		facts.Chains[rec.Chain] = s.layers(links)
+		facts.Images[rec.Image] = s.layers(links)
 		return nil
 	}
 	low := rec.Lower
@@ -98,9 +108,9 @@ func (s *Snapshotter) checkOne(ctx context.Context, tx *bolt.Tx, info snapshots.
 	}
 	rest := parents[len(low.Dirs):]
 	switch {
-	case low.Chain != "":
-		if len(rest) == 0 || rest[0].rec.Chain != low.Chain {
-			bad("it stands on chain %q, which is not its parents'", low.Chain)
+	case low.Image != "":
+		if len(rest) == 0 || rest[0].rec.Image != low.Image {
+			bad("it stands on image %q, which is not its parents'", low.Image)
 		}
 	case len(rest) > 0 && !low.Blind:
 		bad("%d of its parents are missing below it", len(rest))

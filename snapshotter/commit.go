@@ -15,7 +15,8 @@ import (
 )
 
 // Commit turns an active snapshot into a committed one. It only records: containerd waits for it inside a write
-// transaction of its own. What was streamed is durable already; what was unpacked is handed to Lowers in the background.
+// transaction of its own. What was streamed is durable already; what was unpacked is handed to Lowers in the
+// background.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	id, info, rec, err := s.lookup(ctx, key)
 	if err != nil {
@@ -24,51 +25,73 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if info.Kind != snapshots.KindActive {
 		return fmt.Errorf("snapshot %q is %s, expected an active one: %w", key, info.Kind, errdefs.ErrFailedPrecondition)
 	}
-	empty, err := isEmpty(s.upper(id))
+	streamed := len(rec.Streamed)
+	usage, err := s.settleLayers(ctx, id, info, &rec)
 	if err != nil {
 		return fmt.Errorf("snapshot %q: %w", key, err)
-	}
-	if rec.Lower != nil && rec.Lower.Streaming && len(rec.Streamed) == 0 {
-		// Whoever wrote here could not see the layers below, so directories may have got wrong attributes.
-		s.recent.distrust()
-		return fmt.Errorf("snapshot %q was prepared to be streamed but was unpacked by another differ; pull again: %w",
-			key, errdefs.ErrFailedPrecondition)
-	}
-	usage := rec.StreamedUsage
-	// Without a streamed layer even an empty directory is a layer: it says what the attributes of the root are.
-	isDir := len(rec.Streamed) == 0 || !empty
-	if isDir {
-		du, err := fs.DiskUsage(ctx, s.upper(id))
-		if err != nil {
-			return fmt.Errorf("snapshot %q: %w", key, err)
-		}
-		usage.Add(snapshots.Usage(du))
 	}
 	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		// A differ whose caller gave up may have ended only now.
 		if now, err := getRecord(tx, id); err != nil {
 			return err
-		} else if len(now.Streamed) != len(rec.Streamed) {
+		} else if len(now.Streamed) != streamed {
 			return fmt.Errorf("snapshot %q is still being written: %w", key, errdefs.ErrFailedPrecondition)
 		}
 		if _, err := storage.CommitActive(ctx, key, name, usage, opts...); err != nil {
 			return err
 		}
-		if _, info, _, err = storage.GetInfo(ctx, name); err != nil {
+		if !isExtract(key, info.Labels) { // nobody mounts those
+			if err := leave(tx, id, rec.Lower); err != nil {
+				return err
+			}
+		}
+		links, err := chain(ctx, tx, name)
+		if err != nil {
 			return err
 		}
-		rec.Chain, rec.Dir, rec.Lower = s.chainKey(name, id), isDir, nil
-		rec.Top = positionOf(info.Labels) == positionTop
+		rec.Lower, rec.Top = nil, isTop(links[0].info.Labels)
+		links[0].rec = rec
+		rec.Image = s.imageKey(s.st, links)
 		return putRecord(tx, id, rec)
 	})
 	if err != nil {
 		return err
 	}
-	if len(rec.Streamed) > 0 {
-		s.recent.add(rec.Chain)
-	}
 	s.work.committed(name)
 	return nil
+}
+
+// settleLayers decides which layers an active snapshot that is committed adds, and what they take.
+func (s *Snapshotter) settleLayers(ctx context.Context, id string, info snapshots.Info,
+	rec *record,
+) (snapshots.Usage, error) {
+	usage := rec.StreamedUsage
+	empty, err := isEmpty(s.upper(id))
+	if err != nil {
+		return usage, err
+	}
+	walkedBlindly := rec.Lower != nil && rec.Lower.Streaming && len(rec.Streamed) == 0
+	// Without a streamed layer even an empty directory is a layer: it says what the attributes of the root are.
+	isDir := len(rec.Streamed) == 0 || !empty
+	if isDir {
+		du, err := fs.DiskUsage(ctx, s.upper(id))
+		if err != nil {
+			return usage, err
+		}
+		usage.Add(snapshots.Usage(du))
+	}
+	if !walkedBlindly {
+		rec.Dir = isDir
+		return usage, nil
+	}
+	// Whoever wrote here could not see the layers below, so directories may have got wrong attributes. The blob is right.
+	claim := claimOf(info.Name, info.Labels)
+	if claim.DiffID == "" {
+		return usage, fmt.Errorf("it was prepared to be streamed but was unpacked by another differ, and no label %q tells "+
+			"which layer it is; pull again: %w", labelDiffID, errdefs.ErrFailedPrecondition)
+	}
+	rec.Claim, rec.Streamed = &claim, []string{s.lowers.BlobKey(claim.DiffID)}
+	return usage, nil
 }
 
 // lookup returns the id, info and record of a snapshot.
@@ -86,9 +109,18 @@ func (s *Snapshotter) lookup(ctx context.Context, key string) (id string, info s
 // Remove forgets a snapshot. What it held is freed by Cleanup.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	return s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
-		id, _, err := storage.Remove(ctx, key)
+		id, kind, err := storage.Remove(ctx, key)
 		if err != nil {
 			return fmt.Errorf("remove snapshot %q: %w", key, err)
+		}
+		if kind != snapshots.KindCommitted {
+			rec, err := getRecord(tx, id)
+			if err != nil {
+				return err
+			}
+			if err := leave(tx, id, rec.Lower); err != nil {
+				return err
+			}
 		}
 		return deleteRecord(tx, id)
 	})

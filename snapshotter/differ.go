@@ -3,6 +3,7 @@ package snapshotter
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -42,7 +43,9 @@ const blobBuffer = 4 << 20
 
 // Apply stores the layer desc in the snapshot that the mounts belong to. For the mounts of other snapshotters and
 // for layers that it can not decode it returns ErrNotImplemented, upon which containerd tries its next differ.
-func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (_ ocispec.Descriptor, err error) {
+func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount,
+	opts ...diff.ApplyOpt,
+) (_ ocispec.Descriptor, err error) {
 	id := d.s.owns(mounts)
 	if id == "" {
 		return ocispec.Descriptor{}, fmt.Errorf("mounts of another snapshotter: %w", errdefs.ErrNotImplemented)
@@ -70,7 +73,8 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	}
 	added, err := d.stream(ctx, id, info, desc)
 	if errdefs.IsResourceExhausted(err) && len(rec.Streamed) == 0 {
-		log.G(ctx).WithError(err).WithField("snapshot", info.Name).Warn("no room for the layer, unpacking it to a directory, which shares less memory")
+		log.G(ctx).WithError(err).WithField("snapshot", info.Name).
+			Warn("no room for the layer, unpacking it to a directory, which shares less memory")
 		d.s.opts.Fallback("full")
 		return d.unpack(ctx, id, desc, opts)
 	}
@@ -81,7 +85,9 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 }
 
 // stream stores the layer and writes it down with the snapshot.
-func (d *Differ) stream(ctx context.Context, id string, info snapshots.Info, desc ocispec.Descriptor) (Streamed, error) {
+func (d *Differ) stream(ctx context.Context, id string, info snapshots.Info,
+	desc ocispec.Descriptor,
+) (Streamed, error) {
 	var unpins []func()
 	defer func() {
 		for _, unpin := range unpins {
@@ -92,7 +98,10 @@ func (d *Differ) stream(ctx context.Context, id string, info snapshots.Info, des
 	if v, err := digest.Parse(info.Labels[labelDiffID]); err == nil {
 		expected = v
 	}
+	ns, _ := splitName(info.Name)
 	blob := Blob{
+		Namespace: ns,
+		Digest:    desc.Digest,
 		MediaType: desc.MediaType,
 		DiffID:    expected,
 		Size:      desc.Size,
@@ -107,21 +116,24 @@ func (d *Differ) stream(ctx context.Context, id string, info snapshots.Info, des
 	if err != nil {
 		return Streamed{}, err
 	}
-	return added, d.s.amendActive(ctx, info.Name, id, func(r *record) {
+	return added, d.s.amendActive(ctx, info.Name, id, func(_ *bolt.Tx, r *record) error {
 		r.Streamed = append(r.Streamed, added.Key)
 		r.StreamedUsage.Add(added.Usage)
+		return nil
 	})
 }
 
 // unpack writes the layer into the directory of the snapshot, as containerd's walking differ would.
-func (d *Differ) unpack(ctx context.Context, id string, desc ocispec.Descriptor, opts []diff.ApplyOpt) (ocispec.Descriptor, error) {
+func (d *Differ) unpack(ctx context.Context, id string, desc ocispec.Descriptor,
+	opts []diff.ApplyOpt,
+) (ocispec.Descriptor, error) {
 	info, rec, err := d.s.active(ctx, id)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	options := []string{"upperdir=" + d.s.upper(id)}
 	if info.Parent != "" {
-		lowerdirs, err := d.s.parentDirs(ctx, info.Parent)
+		lowerdirs, err := d.s.underlay(ctx, id, info, rec)
 		if err != nil {
 			return ocispec.Descriptor{}, err
 		}
@@ -135,14 +147,9 @@ func (d *Differ) unpack(ctx context.Context, id string, desc ocispec.Descriptor,
 			return ocispec.Descriptor{}, err
 		}
 	}
-	if rec.Lower != nil && rec.Lower.Streaming {
-		err := d.s.amendActive(ctx, info.Name, id, func(r *record) { r.Lower.Streaming = false })
-		if err != nil {
-			return ocispec.Descriptor{}, err
-		}
-	}
 	// The applier takes apart an overlay mount and writes to its upper directory; it never mounts it.
-	return apply.NewFileSystemApplier(d.blobs).Apply(ctx, desc, []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, opts...)
+	overlay := []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+	return apply.NewFileSystemApplier(d.blobs).Apply(ctx, desc, overlay, opts...)
 }
 
 // Compare returns ErrNotImplemented: containerd's walking differ compares our mounts well.
@@ -188,12 +195,12 @@ func (s *Snapshotter) owns(mounts []mount.Mount) string {
 	if len(mounts) != 1 {
 		return ""
 	}
+	if mounts[0].ReadOnly() {
+		return ""
+	}
 	upper := ""
 	switch m := mounts[0]; m.Type {
 	case "bind":
-		if m.ReadOnly() {
-			return ""
-		}
 		upper = m.Source
 	case "overlay":
 		for _, o := range m.Options {
@@ -227,7 +234,7 @@ func (s *Snapshotter) active(ctx context.Context, id string) (info snapshots.Inf
 }
 
 // amendActive changes the record of an active snapshot.
-func (s *Snapshotter) amendActive(ctx context.Context, key, id string, change func(*record)) error {
+func (s *Snapshotter) amendActive(ctx context.Context, key, id string, change func(*bolt.Tx, *record) error) error {
 	return s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		if found, err := nameOf(ctx, id); err != nil || found != key {
 			return fmt.Errorf("snapshot %q was removed or committed meanwhile: %w", key, errdefs.ErrFailedPrecondition)
@@ -236,20 +243,40 @@ func (s *Snapshotter) amendActive(ctx context.Context, key, id string, change fu
 		if err != nil {
 			return err
 		}
-		change(&rec)
+		if err := change(tx, &rec); err != nil {
+			return err
+		}
 		return putRecord(tx, id, rec)
 	})
 }
 
-// parentDirs returns directories that show what is below a snapshot with this parent, top first.
-func (s *Snapshotter) parentDirs(ctx context.Context, parent string) ([]string, error) {
-	var links []link
-	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
-		links, err = chain(ctx, tx, parent)
-		return err
-	})
-	if err != nil {
-		return nil, err
+// underlay returns directories that show what is below an active snapshot, top first. A snapshot that was to be
+// streamed has none yet: they are chosen and recorded now, so that they stay.
+func (s *Snapshotter) underlay(ctx context.Context, id string, info snapshots.Info, rec record) ([]string, error) {
+	for {
+		var links []link
+		err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+			links, err = chain(ctx, tx, info.Parent)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if rec.Lower != nil && !rec.Lower.Blind {
+			return s.lowerdirs(ctx, rec.Lower, links)
+		}
+		low := directories(links)
+		unpin := s.pins.pin(low.Image)
+		dirs, err := s.directoriesOf(ctx, low, links)
+		if err == nil {
+			err = s.amendActive(ctx, info.Name, id, func(tx *bolt.Tx, r *record) error {
+				r.Lower = low
+				return checkDirs(tx, low)
+			})
+		}
+		unpin()
+		if !errors.Is(err, errChanged) {
+			return dirs, err
+		}
 	}
-	return s.lowerdirs(ctx, directories(links), links)
 }

@@ -32,14 +32,24 @@ type fakeLowers struct {
 	full   bool            // AddDir, AddBlob and Lower of what is new find no room
 	fail   error           // what they fail with besides
 	opens  int             // blobs read
-	builds map[string]int  // images built, by chain
+	builds map[int]int     // images built, by their number of layers
 	images map[string]bool // images that exist
+	plains map[string]bool // images that exist as directories
 	layers map[string]bool
+	blobs  map[digest.Digest]snapshotter.Blob // what AddClaimed finds, by diff ID
+	claims []snapshotter.Claim                // what AddClaimed was asked for
 }
 
 func newFakeLowers(root string) *fakeLowers {
-	return &fakeLowers{root: root, builds: map[string]int{}, images: map[string]bool{}, layers: map[string]bool{}}
+	return &fakeLowers{
+		root: root, builds: map[int]int{}, images: map[string]bool{}, plains: map[string]bool{}, layers: map[string]bool{},
+		blobs: map[digest.Digest]snapshotter.Blob{},
+	}
 }
+
+func (f *fakeLowers) BlobKey(diffID digest.Digest) string { return "blob/" + diffID.String() }
+
+func (f *fakeLowers) ImageKey(layers []string) string { return "image/" + strings.Join(layers, "+") }
 
 func (f *fakeLowers) path(kind, key string) string {
 	return filepath.Join(f.root, kind, fmt.Sprintf("%x", sha256.Sum256([]byte(key)))[:16])
@@ -52,7 +62,7 @@ func (f *fakeLowers) room() error {
 	return f.fail
 }
 
-func (f *fakeLowers) AddDir(ctx context.Context, key, dir string) error {
+func (f *fakeLowers) AddDir(ctx context.Context, _, key, dir string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.addDir(key, dir)
@@ -79,9 +89,26 @@ func copyUpper(dst, src string) error {
 	return fs.CopyDir(dst, src)
 }
 
+// AddClaimed implements snapshotter.Lowers.
+func (f *fakeLowers) AddClaimed(ctx context.Context, claim snapshotter.Claim) (s snapshotter.Streamed, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.claims = append(f.claims, claim)
+	blob, ok := f.blobs[claim.DiffID]
+	if !ok {
+		return s, fmt.Errorf("no blob of layer %s in namespace %q: %w", claim.DiffID, claim.Namespace, errdefs.ErrNotFound)
+	}
+	blob.Pin = func(string) {}
+	return f.addBlob(ctx, blob)
+}
+
 func (f *fakeLowers) AddBlob(ctx context.Context, blob snapshotter.Blob) (s snapshotter.Streamed, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.addBlob(ctx, blob)
+}
+
+func (f *fakeLowers) addBlob(ctx context.Context, blob snapshotter.Blob) (s snapshotter.Streamed, err error) {
 	if err := f.room(); err != nil {
 		return s, err
 	}
@@ -130,48 +157,84 @@ func (c *counter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (f *fakeLowers) Lower(ctx context.Context, chain string, layers []snapshotter.Layer) (string, error) {
+func (f *fakeLowers) Lower(ctx context.Context, img snapshotter.Image) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	dir := filepath.Join(f.path("images", chain), "mnt")
-	if f.images[chain] {
+	dir := filepath.Join(f.path("images", img.Key), "mnt")
+	if f.images[img.Key] {
 		return dir, nil
 	}
 	if err := f.room(); err != nil {
 		return "", err
 	}
-	var dirs []string
-	for i := len(layers) - 1; i >= 0; i-- {
-		l := layers[i]
-		if !f.layers[l.Key] && l.Dir == "" {
-			return "", fmt.Errorf("layer %q was never stored: %w", l.Key, errdefs.ErrNotFound)
-		}
-		if err := f.addDir(l.Key, l.Dir); err != nil {
-			return "", err
-		}
-		dirs = append(dirs, f.path("layers", l.Key))
+	m, err := f.assemble(img)
+	if err != nil {
+		return "", err
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	m := mount.Mount{Type: "bind", Source: dirs[0], Options: []string{"ro", "rbind"}}
-	if len(dirs) > 1 {
-		m = mount.Mount{Type: "overlay", Source: "overlay", Options: []string{"ro", "index=off", "lowerdir=" + strings.Join(dirs, ":")}}
-	}
 	if err := m.Mount(dir); err != nil {
 		return "", err
 	}
-	f.images[chain] = true
-	f.builds[chain]++
+	f.images[img.Key] = true
+	f.builds[len(img.Layers)]++
 	return dir, nil
+}
+
+// assemble returns a read-only mount of the layers of an image.
+func (f *fakeLowers) assemble(img snapshotter.Image) (mount.Mount, error) {
+	var dirs, keys []string
+	for _, l := range img.Layers {
+		keys = append(keys, l.Key)
+		if !f.layers[l.Key] && l.Dir == "" {
+			return mount.Mount{}, fmt.Errorf("layer %q was never stored: %w", l.Key, errdefs.ErrNotFound)
+		}
+		if err := f.addDir(l.Key, l.Dir); err != nil {
+			return mount.Mount{}, err
+		}
+		dirs = append([]string{f.path("layers", l.Key)}, dirs...)
+	}
+	if want := f.ImageKey(keys); img.Key != want {
+		return mount.Mount{}, fmt.Errorf("image key %q, expected %q", img.Key, want)
+	}
+	if len(dirs) > 1 {
+		options := []string{"ro", "index=off", "lowerdir=" + strings.Join(dirs, ":")}
+		return mount.Mount{Type: "overlay", Source: "overlay", Options: options}, nil
+	}
+	return mount.Mount{Type: "bind", Source: dirs[0], Options: []string{"ro", "rbind"}}, nil
+}
+
+// Plain implements snapshotter.Lowers.
+func (f *fakeLowers) Plain(ctx context.Context, img snapshotter.Image) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	dir := f.path("plain", img.Key)
+	if f.plains[img.Key] {
+		return dir, nil
+	}
+	m, err := f.assemble(img)
+	if err != nil {
+		return "", err
+	}
+	f.plains[img.Key] = true
+	return dir, mount.WithTempMount(ctx, []mount.Mount{m}, func(root string) error { return copyUpper(dir, root) })
 }
 
 func (f *fakeLowers) Sweep(ctx context.Context, use snapshotter.Uses, short bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for chain := range f.images {
-		if u := use.Image(chain); u == snapshotter.Unused || short && u < snapshotter.InUse {
-			if err := f.drop(chain); err != nil {
+	for key := range f.images {
+		if u := use.Image(key); u == snapshotter.Unused || short && u < snapshotter.InUse {
+			if err := f.drop(key); err != nil {
+				return err
+			}
+		}
+	}
+	for key := range f.plains {
+		if !use.Plain(key) {
+			delete(f.plains, key)
+			if err := os.RemoveAll(f.path("plain", key)); err != nil {
 				return err
 			}
 		}
@@ -190,12 +253,12 @@ func (f *fakeLowers) Sweep(ctx context.Context, use snapshotter.Uses, short bool
 	return nil
 }
 
-func (f *fakeLowers) drop(chain string) error {
-	if err := mount.UnmountAll(filepath.Join(f.path("images", chain), "mnt"), 0); err != nil {
+func (f *fakeLowers) drop(key string) error {
+	if err := mount.UnmountAll(filepath.Join(f.path("images", key), "mnt"), 0); err != nil {
 		return err
 	}
-	delete(f.images, chain)
-	return os.RemoveAll(f.path("images", chain))
+	delete(f.images, key)
+	return os.RemoveAll(f.path("images", key))
 }
 
 // reboot loses everything that is in memory.
@@ -203,8 +266,8 @@ func (f *fakeLowers) reboot() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var err error
-	for chain := range f.images {
-		err = errors.Join(err, f.drop(chain))
+	for key := range f.images {
+		err = errors.Join(err, f.drop(key))
 	}
 	for key := range f.layers {
 		if strings.HasPrefix(key, "dir/") {

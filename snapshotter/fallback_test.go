@@ -4,8 +4,6 @@ import (
 	"os"
 	"testing"
 
-	"github.com/containerd/containerd/v2/core/snapshots"
-
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
@@ -16,13 +14,13 @@ func TestFallbackKeepsRoot(t *testing.T) {
 	ctx := t.Context()
 	below, top := "default/1/"+chainA, "default/2/"+chainB
 	p.stream(below, "", tarOf("x"))
-	m := e.prepare(extractKey(top), below, labels(snapshots.LabelSnapshotRef, top)) // expected to be streamed as well
+	m := e.prepare(extractKey(top), below, unpackLabels(top, p.put(tarOf("y")).Digest)) // expected to be streamed as well
 	if option(m, "lowerdir") != "" {
 		t.Fatalf("mounts %v", m)
 	}
 	view, err := e.View(ctx, "default/4/view", below)
 	e.must(err)
-	want, err := os.Stat(view[0].Source)
+	want, err := os.Stat(option(view, "lowerdir"))
 	e.must(err)
 	if want.Mode().Perm() == 0o755 {
 		t.Fatalf("the root below is %s, as it would be without one below", want.Mode())

@@ -39,6 +39,11 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 			options = append(options, "userxattr")
 		}
 	}
+	if !has("xino") {
+		// Without it the files of the image have another device number than the directories above them, and programs that
+		// stay on one file system, such as du -x and find -xdev, leave them out.
+		options = append(options, "xino=auto")
+	}
 	// index=on refuses to mount an upper directory twice, as nerdctl export, diff and cp do with a running container.
 	// redirect_dir and metacopy would leave files in an upper directory that say nothing without the lower they were
 	// made over, and a committed upper directory has to be a layer by itself.
@@ -56,7 +61,9 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 }
 
 // mountsOf returns the mounts of a snapshot whose parent chain is links, after it made the image below it available.
-func (s *Snapshotter) mountsOf(ctx context.Context, id string, info snapshots.Info, rec record, links []link) ([]mount.Mount, error) {
+func (s *Snapshotter) mountsOf(ctx context.Context, id string, info snapshots.Info, rec record,
+	links []link,
+) ([]mount.Mount, error) {
 	low := rec.Lower
 	if low == nil {
 		return nil, fmt.Errorf("snapshot %q has no record of what it stands on: %w", info.Name, errdefs.ErrDataLoss)
@@ -70,27 +77,6 @@ func (s *Snapshotter) mountsOf(ctx context.Context, id string, info snapshots.In
 		return nil, fmt.Errorf("snapshot %q: %w", info.Name, err)
 	}
 	return s.describe(id, info, low, lowerdirs), nil
-}
-
-// lowerdirs returns the directories that low names, top first.
-func (s *Snapshotter) lowerdirs(ctx context.Context, low *lower, links []link) ([]string, error) {
-	var dirs []string
-	for _, id := range low.Dirs {
-		dirs = append(dirs, s.upper(id))
-	}
-	if low.Chain == "" {
-		return dirs, nil
-	}
-	for i, l := range links {
-		if l.rec.Chain == low.Chain {
-			dir, err := s.image(ctx, links[i:])
-			if err != nil {
-				return nil, err
-			}
-			return append(dirs, dir), nil
-		}
-	}
-	return nil, fmt.Errorf("chain %q is not among the parents: %w", low.Chain, errdefs.ErrDataLoss)
 }
 
 // describe puts the mounts of a snapshot into words.
@@ -112,20 +98,19 @@ func (s *Snapshotter) describe(id string, info snapshots.Info, low *lower, lower
 	case low.Blind:
 		// Only ever parsed: containerd's unpacker finds the upper directory and writes the layer there in overlay
 		// form. A bind mount here would make it apply whiteouts by deleting, and so lose them.
-		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, "upperdir="+s.upper(id))}}
+		options = append(options, "upperdir="+s.upper(id))
+		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 	case len(lowerdirs) == 0 && view:
 		return bind(s.upper(id), "ro")
 	case len(lowerdirs) == 0:
 		return bind(s.upper(id), "rw")
-	case len(lowerdirs) == 1 && view:
-		return bind(lowerdirs[0], "ro")
 	}
+	// Views have an upper directory too. A bind mount of the image would let locks and watches of one image's users reach
+	// those of another, and nothing could tell when a view that was removed is no longer mounted.
 	if view {
 		options = append(options, "ro")
-	} else {
-		options = append(options, "workdir="+s.workdir(id), "upperdir="+s.upper(id))
 	}
-	options = append(options, "lowerdir="+strings.Join(lowerdirs, ":"))
+	options = append(options, "workdir="+s.workdir(id), "upperdir="+s.upper(id), "lowerdir="+strings.Join(lowerdirs, ":"))
 	options = append(options, s.overlayOptions...)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 }

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
@@ -21,10 +20,10 @@ type slowLowers struct {
 	entered, goOn chan struct{}
 }
 
-func (l *slowLowers) AddDir(ctx context.Context, key, dir string) error {
+func (l *slowLowers) AddDir(ctx context.Context, ns, key, dir string) error {
 	close(l.entered)
 	<-l.goOn
-	return l.fakeLowers.AddDir(ctx, key, dir)
+	return l.fakeLowers.AddDir(ctx, ns, key, dir)
 }
 
 // A directory that is being read for an image is not taken away below the reader: what was removed already would be
@@ -34,7 +33,7 @@ func TestRemovedWhileRead(t *testing.T) {
 	ctx := t.Context()
 	root := t.TempDir()
 	slow := &slowLowers{newFakeLowers(filepath.Join(root, "fake")), make(chan struct{}), make(chan struct{})}
-	s, err := snapshotter.New(ctx, root, slow, snapshotter.Options{Settle: time.Millisecond})
+	s, err := snapshotter.New(ctx, root, slow, snapshotter.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,9 +24,9 @@ type Options struct {
 	// containerd is told that the snapshotter has the capability remap-ids: without the capability its client
 	// changes owners itself and sends the labels all the same.
 	RemapIDs bool
-	// Settle is how long after a commit, without a layer on top of it, a snapshot without labels counts as the top of
-	// an image, which is then built ahead of the first container. 0 means 3 seconds.
-	Settle time.Duration
+	// Durable says that what Lowers stored survives a reboot. The directory of an unpacked layer is then removed once
+	// Lowers has it.
+	Durable bool
 	// Workers is how many snapshots are stored and built at once in the background. 0 means 2.
 	Workers int
 	// Observe, if set, is told how long a phase took: "ingest", "stream", "build", "prepare", "sweep".
@@ -50,8 +50,6 @@ type Snapshotter struct {
 
 	// sweeping is held by the one sweep or cleanup that is under way.
 	sweeping sync.Mutex
-	// recent are the chains whose last layer was streamed a short while ago, by chain key.
-	recent recent
 
 	closeOnce sync.Once
 	closeErr  error
@@ -66,9 +64,6 @@ var (
 // It finishes or forgets what a previous process left half done. The caller closes it; lowers stays the caller's and
 // must outlive it.
 func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapshotter, error) {
-	if opts.Settle == 0 {
-		opts.Settle = 3 * time.Second
-	}
 	if opts.Workers == 0 {
 		opts.Workers = 2
 	}
@@ -88,17 +83,18 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 	if ok, err := fs.SupportsDType(root); err != nil {
 		return nil, err
 	} else if !ok {
-		return nil, fmt.Errorf("root %q: its file system has no d_type, which overlayfs needs (xfs: format with ftype=1)", root)
+		return nil, fmt.Errorf(
+			"root %q: its file system has no d_type, which overlayfs needs (xfs: format with ftype=1)", root)
 	}
 	overlayOptions, err := overlayDefaults(ctx, root, opts.MountOptions)
 	if err != nil {
 		return nil, err
 	}
-	st, err := openStore(ctx, filepath.Join(root, "metadata.db"))
-	if err != nil {
+	s := &Snapshotter{root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions}
+	if s.st, err = openStore(ctx, filepath.Join(root, "metadata.db"), s.migrate); err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{root: root, st: st, lowers: lowers, opts: opts, overlayOptions: overlayOptions}
+	s.st.reserve()
 	s.work = newWorker(s)
 	if err := s.recover(ctx); err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -125,7 +121,9 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 }
 
 // Update changes the labels of a snapshot.
-func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info,
+	fieldpaths ...string,
+) (updated snapshots.Info, err error) {
 	err = s.st.update(ctx, func(ctx context.Context, _ *bolt.Tx) error {
 		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
 		return err

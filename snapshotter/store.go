@@ -6,107 +6,158 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"os"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // The metadata file is that of core/snapshots/storage (bucket "v1"), and beside it
 //
 //	daxfs
+//	├── version                the version of the records, see migrate.go
 //	├── store                  16 hex digits: tells the snapshot ids of this file from those of any other
-//	└── records
-//	    └── <snapshot id>      record, JSON
+//	├── records
+//	│   └── <snapshot id>      record, JSON
+//	└── gone
+//	    └── <snapshot id>      lower, JSON
 //
-// Both change in one transaction.
+// All change in one transaction.
 var (
 	bucketOwn     = []byte("daxfs")
+	keyVersion    = []byte("version")
 	keyStore      = []byte("store")
 	bucketRecords = []byte("records")
+	bucketGone    = []byte("gone")
 )
 
 // record is what we know about a snapshot beyond what storage knows.
 type record struct {
-	// Lower is what an active snapshot or a view stands on. It never changes.
+	// Lower is what an active snapshot or a view stands on. It never changes once it can be mounted.
 	Lower *lower `json:"lower,omitempty"`
 	// Streamed are the keys of the layers that were streamed into the snapshot, bottom first.
 	Streamed []string `json:"streamed,omitempty"`
 	// StreamedUsage is what these layers hold.
 	StreamedUsage snapshots.Usage `json:"streamedUsage,omitzero"`
-	// Chain is the key of the chain that ends with this committed snapshot.
-	Chain string `json:"chain,omitempty"`
+	// Claim is set while the one key in Streamed is a claim: the layer was unpacked where it was expected to be
+	// streamed, and has to be restored from a blob of the same namespace before it is used.
+	Claim *Claim `json:"claim,omitempty"`
+	// Image is the key of the image of the chain that ends with this committed snapshot.
+	Image string `json:"image,omitempty"`
 	// Dir says that the directory of this committed snapshot is a layer too, above those streamed.
 	Dir bool `json:"dir,omitempty"`
 	// Ingested says that the directory was handed to Lowers once. Lowers may have dropped it since.
 	Ingested bool `json:"ingested,omitempty"`
-	// Top says that the chain ends an OCI image, as far as that can be known: its image is worth being kept mounted.
+	// Dropped says that the directory was removed because Lowers keeps its contents durably.
+	Dropped bool `json:"dropped,omitempty"`
+	// Top says that the chain ends an OCI image, as far as that is known: its image is worth being kept mounted.
 	Top bool `json:"top,omitempty"`
-	// Built says that the image was built once ahead of its first container. It may have been dropped since.
+	// Built says that the image was built once. It may have been dropped since.
 	Built bool `json:"built,omitempty"`
 }
+
+// hasDir reports whether the directory of a committed snapshot is there and holds a layer.
+func (r *record) hasDir() bool { return r.Dir && !r.Dropped }
 
 // lower is what a snapshot stands on: the directories of committed snapshots above the image of a chain. Either may be
 // missing; with both missing the snapshot stands on nothing.
 type lower struct {
 	// Dirs are snapshot ids, top first.
 	Dirs []string `json:"dirs,omitempty"`
-	// Chain is the key of the chain whose image is below.
-	Chain string `json:"chain,omitempty"`
+	// Image is the key of the image below.
+	Image string `json:"image,omitempty"`
+	// Plain says that the image is a copy on disk because there was no room for the shared one.
+	Plain bool `json:"plain,omitempty"`
 	// Blind says that the snapshot has a parent but was given no lower: it is a layer that will be streamed, or one
 	// that is unpacked out of order. Its mount can not be mounted, only written below its upper directory.
 	Blind bool `json:"blind,omitempty"`
-	// Streaming says that Blind was chosen because the layer is expected to be streamed. It must be, then: an
-	// unpacker that walks would have needed to see the directories below.
+	// Streaming says that Blind was chosen because the layer is expected to be streamed. An unpacker that walks would
+	// have needed to see the directories below; see record.Claim.
 	Streaming bool `json:"streaming,omitempty"`
 }
 
+// stands reports whether an overlay that stands on something can have been mounted.
+func (l *lower) stands() bool { return l != nil && !l.Blind && (l.Image != "" || len(l.Dirs) > 0) }
+
 // store is the metadata file.
 type store struct {
-	ms *storage.MetaStore
-	id string
+	ms   *storage.MetaStore
+	file string
+	id   string
 }
 
-// openStore opens or makes the file.
-func openStore(ctx context.Context, file string) (*store, error) {
+// openStore opens or makes the file. migrate brings the records of earlier versions up to date.
+func openStore(ctx context.Context, file string,
+	migrate func(context.Context, *bolt.Tx, *store) error,
+) (*store, error) {
 	ms, err := storage.NewMetaStore(file)
 	if err != nil {
 		return nil, err
 	}
-	st := &store{ms: ms}
-	err = st.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
-		// Until the first snapshot is made storage has no buckets, and walking fails. Make them.
-		v1, err := tx.CreateBucketIfNotExists([]byte("v1"))
-		if err != nil {
+	st := &store{ms: ms, file: file}
+	err = st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		if err := st.init(tx); err != nil {
 			return err
 		}
-		for _, name := range []string{"snapshots", "parents"} {
-			if _, err := v1.CreateBucketIfNotExists([]byte(name)); err != nil {
-				return err
-			}
-		}
-		b, err := tx.CreateBucketIfNotExists(bucketOwn)
-		if err != nil {
-			return err
-		}
-		if _, err := b.CreateBucketIfNotExists(bucketRecords); err != nil {
-			return err
-		}
-		if id := b.Get(keyStore); id != nil {
-			st.id = string(id)
-			return nil
-		}
-		var raw [8]byte
-		rand.Read(raw[:])
-		st.id = hex.EncodeToString(raw[:])
-		return b.Put(keyStore, []byte(st.id))
+		return migrate(ctx, tx, st)
 	})
 	if err != nil {
 		ms.Close()
 		return nil, fmt.Errorf("snapshot metadata %q: %w", file, err)
 	}
 	return st, nil
+}
+
+func (st *store) init(tx *bolt.Tx) error {
+	// Until the first snapshot is made storage has no buckets, and walking fails. Make them.
+	v1, err := tx.CreateBucketIfNotExists([]byte("v1"))
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"snapshots", "parents"} {
+		if _, err := v1.CreateBucketIfNotExists([]byte(name)); err != nil {
+			return err
+		}
+	}
+	b, err := tx.CreateBucketIfNotExists(bucketOwn)
+	if err != nil {
+		return err
+	}
+	for _, name := range [][]byte{bucketRecords, bucketGone} {
+		if _, err := b.CreateBucketIfNotExists(name); err != nil {
+			return err
+		}
+	}
+	if id := b.Get(keyStore); id != nil {
+		st.id = string(id)
+		return nil
+	}
+	var raw [8]byte
+	rand.Read(raw[:])
+	st.id = hex.EncodeToString(raw[:])
+	if err := b.Put(keyVersion, []byte{recordVersion}); err != nil {
+		return err
+	}
+	return b.Put(keyStore, []byte(st.id))
+}
+
+// reserved is how much room the file gets ahead of its use.
+const reserved = 4 << 20
+
+// reserve allocates the blocks of the file and some more. Removing a snapshot writes to the file, and must succeed on a
+// full disk. A full disk, or a file system that can not reserve, changes nothing.
+func (st *store) reserve() {
+	f, err := os.OpenFile(st.file, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil {
+		_ = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, info.Size()+reserved)
+	}
 }
 
 // view runs fn in a read transaction, update in a write transaction. The context that fn gets carries the transaction
@@ -142,10 +193,12 @@ func (st *store) transact(ctx context.Context, writable bool, fn func(context.Co
 	return t.Commit()
 }
 
+func own(tx *bolt.Tx, name []byte) *bolt.Bucket { return tx.Bucket(bucketOwn).Bucket(name) }
+
 // getRecord returns the record of a snapshot id; an empty one if there is none.
 func getRecord(tx *bolt.Tx, id string) (record, error) {
 	var r record
-	raw := tx.Bucket(bucketOwn).Bucket(bucketRecords).Get([]byte(id))
+	raw := own(tx, bucketRecords).Get([]byte(id))
 	if raw == nil {
 		return r, nil
 	}
@@ -155,22 +208,22 @@ func getRecord(tx *bolt.Tx, id string) (record, error) {
 	return r, nil
 }
 
-func putRecord(tx *bolt.Tx, id string, r record) error {
-	raw, err := json.Marshal(r)
+func putRecord(tx *bolt.Tx, id string, r record) error { return putJSON(own(tx, bucketRecords), id, r) }
+
+func putJSON(b *bolt.Bucket, key string, v any) error {
+	raw, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return tx.Bucket(bucketOwn).Bucket(bucketRecords).Put([]byte(id), raw)
+	return b.Put([]byte(key), raw)
 }
 
-func deleteRecord(tx *bolt.Tx, id string) error {
-	return tx.Bucket(bucketOwn).Bucket(bucketRecords).Delete([]byte(id))
-}
+func deleteRecord(tx *bolt.Tx, id string) error { return own(tx, bucketRecords).Delete([]byte(id)) }
 
 // recordIDs returns the ids that have a record.
 func recordIDs(tx *bolt.Tx) []string {
 	var ids []string
-	c := tx.Bucket(bucketOwn).Bucket(bucketRecords).Cursor()
+	c := own(tx, bucketRecords).Cursor()
 	for k, _ := c.First(); k != nil; k, _ = c.Next() {
 		ids = append(ids, string(k))
 	}

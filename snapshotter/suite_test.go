@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
@@ -38,7 +37,7 @@ func TestSuite(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 		f := newFakeLowers(filepath.Join(root, "fake"))
-		s, err := snapshotter.New(ctx, root, f, snapshotter.Options{Settle: 10 * time.Millisecond})
+		s, err := snapshotter.New(ctx, root, f, snapshotter.Options{})
 		if err != nil {
 			return nil, nil, err
 		}

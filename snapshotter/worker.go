@@ -22,22 +22,21 @@ type worker struct {
 	done   sync.WaitGroup
 
 	mu      sync.Mutex
-	changed *sync.Cond // queue, waiting, running or stopped changed
+	changed *sync.Cond // queue, running or stopped changed
 	queue   []task
-	waiting map[string]*time.Timer // snapshots that may turn out to be tops
 	running int
 	stopped bool
 }
 
-// task is one committed snapshot to look at. With settled set it had its time to get a layer on top. Without a name it is
-// a cleanup.
+// task is one committed snapshot to look at. With started set something was made to run on it. Without a name it is a
+// cleanup.
 type task struct {
 	name    string
-	settled bool
+	started bool
 }
 
 func newWorker(s *Snapshotter) *worker {
-	w := &worker{s: s, waiting: map[string]*time.Timer{}}
+	w := &worker{s: s}
 	w.ctx, w.cancel = context.WithCancel(context.Background())
 	w.changed = sync.NewCond(&w.mu)
 	for range s.opts.Workers {
@@ -51,9 +50,6 @@ func (w *worker) stop() {
 	w.cancel()
 	w.mu.Lock()
 	w.stopped = true
-	for _, t := range w.waiting {
-		t.Stop()
-	}
 	w.changed.Broadcast()
 	w.mu.Unlock()
 	w.done.Wait()
@@ -68,21 +64,8 @@ func (w *worker) add(t task) {
 	if w.stopped {
 		return
 	}
-	if t.settled {
-		delete(w.waiting, t.name)
-	}
 	w.queue = append(w.queue, t)
 	w.changed.Broadcast()
-}
-
-// settle looks at a snapshot again after it had time to get a layer on top.
-func (w *worker) settle(name string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.stopped || w.waiting[name] != nil {
-		return
-	}
-	w.waiting[name] = time.AfterFunc(w.s.opts.Settle, func() { w.add(task{name: name, settled: true}) })
 }
 
 // detach runs fn in a goroutine of its own, with a context that ends only with the worker.
@@ -105,7 +88,7 @@ func (w *worker) flush(ctx context.Context) error {
 	})()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for !w.stopped && len(w.queue)+len(w.waiting)+w.running > 0 {
+	for !w.stopped && len(w.queue)+w.running > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -150,15 +133,9 @@ func (s *Snapshotter) process(ctx context.Context, t task) error {
 		return s.Cleanup(ctx)
 	}
 	var links []link
-	hasChild := false
 	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
-		if links, err = chain(ctx, tx, t.name); err != nil {
-			return err
-		}
-		return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
-			hasChild = hasChild || info.Parent == t.name && info.Kind != snapshots.KindView
-			return nil
-		})
+		links, err = chain(ctx, tx, t.name)
+		return err
 	})
 	if err != nil {
 		return ignoreGone(err)
@@ -167,47 +144,68 @@ func (s *Snapshotter) process(ctx context.Context, t task) error {
 	if err := s.ingest(ctx, top); err != nil {
 		return s.unlessGone(ctx, t.name, err)
 	}
-	if top.rec.Built {
-		return nil
-	}
-	switch pos := positionOf(top.info.Labels); {
-	case pos == positionInner:
-		return nil
-	case pos == positionUnknown && !t.settled:
-		s.work.settle(t.name)
-		return nil
-	case pos == positionUnknown && hasChild:
+	if top.rec.Built || !top.rec.Top && !t.started {
 		return nil
 	}
 	if _, err := s.image(ctx, links); err != nil {
 		return s.unlessGone(ctx, t.name, err)
 	}
-	return s.amend(ctx, top.id, func(r *record) { r.Top, r.Built = true, true })
+	if err := s.amend(ctx, top.id, func(r *record) { r.Top, r.Built = true, true }); err != nil {
+		return err
+	}
+	return s.dropDirs(ctx)
 }
 
-// ingest hands the directory of a committed snapshot to Lowers, the first time.
+// ingest hands a committed snapshot that was unpacked to Lowers, the first time.
 func (s *Snapshotter) ingest(ctx context.Context, l link) (err error) {
-	if !l.rec.Dir || l.rec.Ingested {
+	if (!l.rec.Dir || l.rec.Ingested) && l.rec.Claim == nil {
 		return nil
 	}
 	began := time.Now()
 	defer func() { s.opts.Observe("ingest", time.Since(began), err) }()
-	key := s.dirKey(l.id)
-	release, err := s.hold(ctx, l, []Layer{{Key: key}})
+	links, release, err := s.hold(ctx, []link{l})
 	if err != nil {
 		return err
 	}
 	defer release()
-	if err := s.withEviction(ctx, func() error { return s.lowers.AddDir(ctx, key, s.upper(l.id)) }); err != nil {
+	l = links[0]
+	if l.rec.Claim != nil {
+		return s.prove(ctx, l)
+	}
+	ns, _ := splitName(l.info.Name)
+	err = s.withEviction(ctx, func() error { return s.lowers.AddDir(ctx, ns, s.dirKey(l.id), s.upper(l.id)) })
+	if err != nil {
 		return err
 	}
 	return s.amend(ctx, l.id, func(r *record) { r.Ingested = true })
 }
 
+// prove restores the layer of a snapshot from the blob that the snapshot claims to be made of. Preconditions: the layer
+// is held.
+func (s *Snapshotter) prove(ctx context.Context, l link) error {
+	if l.rec.Claim == nil {
+		return nil
+	}
+	var added Streamed
+	err := s.withEviction(ctx, func() (err error) {
+		added, err = s.lowers.AddClaimed(ctx, *l.rec.Claim)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("snapshot %q was unpacked where its layer was expected to be streamed, and has to be restored "+
+			"from its blob: %w", l.info.Name, err)
+	}
+	if added.Key != l.rec.Streamed[0] {
+		return fmt.Errorf("snapshot %q: restored layer %q, expected %q: %w", l.info.Name, added.Key, l.rec.Streamed[0],
+			errdefs.ErrDataLoss)
+	}
+	return s.amend(ctx, l.id, func(r *record) { r.Claim, r.StreamedUsage = nil, added.Usage })
+}
+
 // amend changes the record of a snapshot, if it still has one.
 func (s *Snapshotter) amend(ctx context.Context, id string, change func(*record)) error {
 	return s.st.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
-		if tx.Bucket(bucketOwn).Bucket(bucketRecords).Get([]byte(id)) == nil {
+		if own(tx, bucketRecords).Get([]byte(id)) == nil {
 			s.work.add(task{}) // what was done for it is of no use, and a cleanup before this spared it
 			return nil
 		}
@@ -248,7 +246,7 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 				return err
 			}
 			rec, err := getRecord(tx, id)
-			if err == nil && (rec.Dir && !rec.Ingested || rec.Top && !rec.Built) {
+			if err == nil && (rec.Dir && !rec.Ingested || rec.Top && !rec.Built || rec.Claim != nil) {
 				names = append(names, info.Name)
 			}
 			return err

@@ -15,12 +15,12 @@ import (
 	"strings"
 
 	"github.com/containerd/log"
-	"github.com/coreos/go-systemd/v22/daemon"
+	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
-	"github.com/daxfs/daxfs-snapshotter/snapshotter/service"
+	"github.com/daxfs/daxfs-snapshotter/daemon"
 )
 
 func main() {
@@ -146,18 +146,18 @@ func serve(c *cli.Context) error {
 	}
 	ctx := c.Context
 	log.G(ctx).WithField("version", version()).WithField("root", cfg.Root).Info("starting daxfs-snapshotter")
-	s, err := service.Open(ctx, cfg)
+	s, err := daemon.Open(ctx, cfg)
 	if err != nil {
 		return err
 	}
-	err = s.Serve(ctx, func() { notify(ctx, daemon.SdNotifyReady) })
-	notify(ctx, daemon.SdNotifyStopping)
+	err = s.Serve(ctx, func() { notify(ctx, systemd.SdNotifyReady) })
+	notify(ctx, systemd.SdNotifyStopping)
 	return errors.Join(err, s.Close())
 }
 
 // notify tells systemd, if it is there.
 func notify(ctx context.Context, state string) {
-	if _, err := daemon.SdNotify(false, state); err != nil {
+	if _, err := systemd.SdNotify(false, state); err != nil {
 		log.G(ctx).WithError(err).Warnf("can not tell systemd %q", strings.TrimSpace(state))
 	}
 }

@@ -117,7 +117,7 @@ _daxfs() {
     names=("${(@)names/$'\t'/:}")
     _describe daxfs names
   else
-    compset -P '(oci|oci-archive|docker-archive|rootfs):'
+    compset -P '(oci|oci-archive|docker-archive|rootfs|daxfs):'
     _files
   fi
 }

@@ -61,6 +61,7 @@ const sourceHelp = `SOURCE is one of
    docker://REF               an image in a registry, with the credentials of docker login
    containerd:REF             an image in containerd's image store
    rootfs:DIR                 a directory
+   daxfs:FILE                 an image that daxfs convert wrote; it is checked first
 oci and oci-archive take @DIGEST in the place of :TAG, too.`
 
 // sizeHelp explains SIZE to those who call a command that takes one: see sizeFlag.

@@ -1,13 +1,13 @@
 // Package layer turns one layer of an OCI image into a list of changes, and puts the contents of its files into a
 // [Store] on the way.
 //
-// A layer arrives in one of two forms: as an uncompressed tar stream ([FromTar]) or as a directory ([FromDir]: the
-// upper directory of an overlay mount, or a plain root directory). Both become the same thing, a [Layer]: attributes,
-// names, and references to contents that are already stored. A Layer is small (some 200 bytes per entry), can be
-// kept as bytes (MarshalBinary), and is what package tree merges:
+// A layer arrives in one of three forms: as a blob ([FromBlob] verifies and unpacks it, [FromTar] parses the tar in it), as
+// a directory ([FromDir]: the upper directory of an overlay mount, or a plain root directory), or as the tree of an image
+// ([FromImage]). All become the same thing, a [Layer]: attributes, names, and references to contents that are already
+// stored. A Layer is small (some 200 bytes per entry), can be kept as bytes (MarshalBinary), and is what package tree merges:
 //
-//	blob, err := layer.FromTar(ctx, tarStream, store, layer.Limits{})
-//	root, err := tree.Merge([]*layer.Layer{base, blob})
+//	blob, err := layer.FromBlob(ctx, blobReader, spec, store, layer.Limits{})
+//	root, err := tree.Merge([]*layer.Layer{base, blob.Layer})
 //
 // This package is the only one that knows how a layer spells a deletion: the ".wh." names of the image
 // specification, and the character devices and extended attributes of overlayfs. Whoever reads a Layer sees

@@ -28,7 +28,7 @@ import (
 // TestIndexesThatMultiply: eight levels of indexes, each of which names the one below a hundred times.
 func TestIndexesThatMultiply(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	d := l.Manifest(platform("amd64", ""), layer("a"))
+	d := l.Manifest(platform("amd64", ""), oneFile("a"))
 	for range maxNesting {
 		many := make([]ocispec.Descriptor, 100)
 		for i := range many {
@@ -46,7 +46,7 @@ func TestIndexesThatMultiply(t *testing.T) {
 // TestManifestsWithoutPlatform: each of them and its configuration must be read.
 func TestManifestsWithoutPlatform(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	d := l.Manifest(platform("amd64", ""), layer("a"))
+	d := l.Manifest(platform("amd64", ""), oneFile("a"))
 	d.Platform = nil
 	for _, c := range []struct {
 		n  int
@@ -82,7 +82,7 @@ func TestLargeDocuments(t *testing.T) {
 // TestAmbiguousDocuments: a document that is a manifest to some and an index to others is refused, as by containerd.
 func TestAmbiguousDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	good := l.Manifest(platform("amd64", ""), layer("a"))
+	good := l.Manifest(platform("amd64", ""), oneFile("a"))
 	manifest, index := l.Read(good.Digest), l.Read(l.Index(good).Digest)
 	with := func(doc []byte, field string) string { return strings.TrimSuffix(string(doc), "}") + "," + field + "}" }
 	list := `"manifests":[` + fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, good.MediaType, good.Digest, good.Size) + `]`
@@ -126,7 +126,7 @@ func TestAmbiguousDocuments(t *testing.T) {
 // TestInlineDocuments: a descriptor may carry its document. Only one with the right digest counts, as with containerd.
 func TestInlineDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	good := l.Manifest(platform("amd64", ""), layer("a"))
+	good := l.Manifest(platform("amd64", ""), oneFile("a"))
 	doc := l.Read(good.Digest)
 	cs, err := local.NewStore(l.Dir)
 	if err != nil {
@@ -162,7 +162,7 @@ func TestNoFile(t *testing.T) {
 	} {
 		for _, what := range []string{"index", "manifest", "layer", "archive"} {
 			l := ocitest.NewLayout(t, t.TempDir())
-			m := l.Manifest(platform("amd64", ""), layer("a"))
+			m := l.Manifest(platform("amd64", ""), oneFile("a"))
 			l.Tag("", m)
 			src := mustParse(t, "oci:"+l.Dir, Config{})
 			img, err := src.Image(t.Context(), Host())

@@ -91,22 +91,3 @@ func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p 
 	}
 	return fromManifest(ctx, b, d)
 }
-
-// rootfs is a plain directory.
-type rootfs struct {
-	name, dir string
-}
-
-func (s *rootfs) String() string { return s.name }
-func (s *rootfs) Close() error   { return nil }
-
-func (s *rootfs) Image(context.Context, Platform) (*Image, error) {
-	fi, err := os.Stat(s.dir)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.name, err)
-	}
-	if !fi.IsDir() {
-		return nil, fmt.Errorf("%s: %q is not a directory", s.name, s.dir)
-	}
-	return &Image{Dir: s.dir}, nil
-}

@@ -14,10 +14,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
 // Layer is one layer of an image that was found.
@@ -38,18 +43,26 @@ func (l Layer) Name() string {
 	return l.DiffID.String()
 }
 
-// Image is an image that was found: layers bottom first, or a directory.
+// Blob describes the blob to whoever reads and verifies it.
+func (l Layer) Blob() blob.Spec {
+	return blob.Spec{MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID}
+}
+
+// Image is an image that was found: layers bottom first, or one tree.
 type Image struct {
-	// Digest is that of the manifest, or of the configuration where there is no manifest; empty for a directory.
+	// Digest is that of the manifest, or of the configuration where there is no manifest; empty for a tree.
 	Digest digest.Digest
-	// Platform the image says it is for; zero for a directory.
+	// Platform the image says it is for; zero for a tree.
 	Platform ocispec.Platform
+	// Name is the whole reference by which the image was found; empty where a source finds images by other means.
+	Name string
 	// Layers, bottom first.
 	Layers []Layer
 	// Remote says that the layers come over a network: whoever stops to read one for long may lose it.
 	Remote bool
-	// Dir is the root directory of a rootfs source, which has no layers.
-	Dir string
+	// Tree reads the tree of a source that has no layers (rootfs, daxfs) as one layer, until the source is closed; nil where
+	// there are layers.
+	Tree func(ctx context.Context, s layer.Store, lim layer.Limits) (*layer.Layer, error)
 }
 
 // Source is a place that holds an image. It is for one goroutine, but the layers of its images can be opened and read
@@ -87,7 +100,7 @@ type Config struct {
 const DefaultMaxSize = 256 << 30
 
 // Kinds lists the forms of a source, for help texts.
-const Kinds = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF], docker://REF, containerd:REF or rootfs:DIR"
+const Kinds = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF], docker://REF, containerd:REF, rootfs:DIR or daxfs:FILE"
 
 // Parse turns the name of a source into a Source, which the caller closes. Nothing is opened or asked yet.
 func Parse(name string, c Config) (Source, error) {
@@ -101,7 +114,8 @@ func Parse(name string, c Config) (Source, error) {
 		if kind == "docker-archive" {
 			path, tag, _ = strings.Cut(rest, ":")
 		}
-		if path == "" { // of a variable that is not set, for instance; it is not the working directory that is meant
+		if path == "" {
+			// An empty path usually comes from an unset shell variable. It does not mean the working directory.
 			return nil, fmt.Errorf("source %q: no path, expected %s", name, Kinds)
 		}
 		switch kind {
@@ -121,8 +135,24 @@ func Parse(name string, c Config) (Source, error) {
 		return newContainerd(name, rest, c)
 	case "rootfs":
 		return &rootfs{name: name, dir: rest}, nil
+	case "daxfs":
+		return &imageFile{name: name, file: rest}, nil
 	}
 	return nil, fmt.Errorf("source %q: unknown kind %q, expected %s", name, kind, Kinds)
+}
+
+// Absolute returns the name of a source with an absolute path, for a process with another working directory.
+func Absolute(name string) (string, error) {
+	kind, rest, _ := strings.Cut(name, ":")
+	switch kind {
+	case "oci", "oci-archive", "docker-archive", "rootfs", "daxfs":
+		if rest == "" || filepath.IsAbs(rest) {
+			return name, nil
+		}
+		dir, err := os.Getwd()
+		return kind + ":" + filepath.Clean(dir) + "/" + rest, err
+	}
+	return name, nil
 }
 
 // splitTag splits PATH[:TAG] or PATH[@DIGEST]. A path that holds a colon cannot be written, as with skopeo.

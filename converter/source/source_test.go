@@ -41,7 +41,7 @@ func platform(arch, variant string) ocispec.Platform {
 	return ocispec.Platform{OS: "linux", Architecture: arch, Variant: variant}
 }
 
-func layer(name string) ocitest.Layer {
+func oneFile(name string) ocitest.Layer {
 	return ocitest.Layer{Tar: Tar(Reg(name, name)), Compression: ocitest.Gzip}
 }
 
@@ -105,7 +105,7 @@ func TestPlatforms(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	byName := map[string]digest.Digest{}
 	add := func(name string, p ocispec.Platform) ocispec.Descriptor {
-		d := l.Manifest(p, layer(name))
+		d := l.Manifest(p, oneFile(name))
 		byName[name] = d.Digest
 		return d
 	}
@@ -155,8 +155,8 @@ func TestPlatforms(t *testing.T) {
 // TestUntaggedIndexFile: index.json itself may be the index of an image.
 func TestUntaggedIndexFile(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	l.Tag("", l.Manifest(platform("amd64", ""), layer("amd64")))
-	arm := l.Manifest(platform("arm64", ""), layer("arm64"))
+	l.Tag("", l.Manifest(platform("amd64", ""), oneFile("amd64")))
+	arm := l.Manifest(platform("arm64", ""), oneFile("arm64"))
 	l.Tag("", arm)
 	img, err := find(t, mustParse(t, "oci:"+l.Dir, Config{}), "linux/arm64")
 	if err != nil || img.Digest != arm.Digest {
@@ -180,9 +180,9 @@ func TestTags(t *testing.T) {
 		l := ocitest.NewLayout(t, t.TempDir())
 		index := ocispec.Index{}
 		for i, tag := range c.tags {
-			d := l.Manifest(platform("s390x", ""), layer("a"))
+			d := l.Manifest(platform("s390x", ""), oneFile("a"))
 			if i > 0 && !c.same {
-				d = l.Manifest(platform("riscv64", ""), layer("b"))
+				d = l.Manifest(platform("riscv64", ""), oneFile("b"))
 			}
 			d.Platform = nil
 			key, value, _ := strings.Cut(tag, "=")
@@ -216,7 +216,7 @@ func TestArtifactsBesideAnImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	config := l.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))
 	signature := l.JSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{ArtifactType: "application/vnd.example.signature", Config: config, Layers: []ocispec.Descriptor{config}})
-	img := l.Manifest(platform("amd64", ""), layer("amd64"))
+	img := l.Manifest(platform("amd64", ""), oneFile("amd64"))
 	img.Platform = nil
 	l.Tag("", signature)
 	l.Tag("", img)
@@ -259,9 +259,9 @@ func TestNotAnImage(t *testing.T) {
 func TestMistakenPlace(t *testing.T) {
 	dir := t.TempDir()
 	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
-	l.Tag("v1", l.Manifest(platform("amd64", ""), layer("a")))
+	l.Tag("v1", l.Manifest(platform("amd64", ""), oneFile("a")))
 	l.Archive(filepath.Join(dir, "oci.tar"))
-	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:v1", layer("a"))
+	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:v1", oneFile("a"))
 	if err := unix.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -316,7 +316,7 @@ func serve(t *testing.T, l *ocitest.Layout, password string) string {
 
 func TestRegistry(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	amd, arm := l.Manifest(platform("amd64", ""), layer("a")), l.Manifest(platform("arm64", ""), layer("b"))
+	amd, arm := l.Manifest(platform("amd64", ""), oneFile("a")), l.Manifest(platform("arm64", ""), oneFile("b"))
 	l.Tag("", amd)
 	l.Tag("", arm)
 	repo := serve(t, l, "")
@@ -396,7 +396,7 @@ func TestRegistryLosesConnections(t *testing.T) {
 // TestRegistryCredentials: they come from docker's configuration, and a refusal says what to do.
 func TestRegistryCredentials(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	l.Tag("", l.Manifest(platform("amd64", ""), layer("a")))
+	l.Tag("", l.Manifest(platform("amd64", ""), oneFile("a")))
 	repo := serve(t, l, "secret")
 	host, _, _ := strings.Cut(repo, "/")
 	dir := t.TempDir()
@@ -444,7 +444,7 @@ func (s imageStore) Get(_ context.Context, name string) (images.Image, error) {
 // TestContainerd reads from containerd's own content store, in this process.
 func TestContainerd(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	m := l.Manifest(platform("amd64", ""), layer("a"))
+	m := l.Manifest(platform("amd64", ""), oneFile("a"))
 	cs, err := local.NewStore(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -504,7 +504,7 @@ func TestContainerd(t *testing.T) {
 // TestDockerArchive: the same layer twice is a link, a wrong configuration is found.
 func TestDockerArchive(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "docker.tar")
-	a, b := layer("a"), layer("b")
+	a, b := oneFile("a"), oneFile("b")
 	ocitest.DockerArchive(t, file, "example:v1", a, b, a)
 	img, err := find(t, mustParse(t, "docker-archive:"+file, Config{}), "")
 	if err != nil || len(img.Layers) != 3 || img.Layers[0].DiffID != img.Layers[2].DiffID {

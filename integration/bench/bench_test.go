@@ -45,6 +45,11 @@ func TestReport(t *testing.T) {
 			sample{reading, readTmpfs, "find cold ms", round, v * 2}, sample{reading, "ext4", "find cold ms", round, v},
 		)
 	}
+	b.samples = append(b.samples,
+		sample{scenarioA, distinctContents, mRead, 0, 200}, sample{scenarioA, overlay, mRead, 0, 210},
+		sample{scenarioA, file, mRead, 0, 252}, sample{scenarioA, file, mFurther, 0, 40},
+		sample{scenarioB, overlay, mRead, 0, 100}, sample{scenarioB, file, mRead, 0, 30},
+	)
 	for range 2 {
 		b.fail(errors.New("no\nspace"), "python with %s", stargz)
 	}
@@ -57,19 +62,23 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"| ready: daxfs / overlayfs | 0.50 | 0.20 |", "| nth: daxfs / overlayfs | 1.05 | **2.00** |",
+		"| ready: daxfs / overlayfs | 0.20 | 0.20 |", "| nth: daxfs / overlayfs | 1.05 | **2.00** |",
 		"| daxfs | 0.20 | 2.00 |", "5.00 [4.00..6.00]", "| tar <x> | 10.00 |  | 5.00 [4.00..6.00] |  |",
 		"| tmpfs | 1.00 |", "| ext4 | 0.50 |", "| tmpfs | 2.00 |", "| ext4 | 5.0 [4.0..6.0] |",
+		"| images A, page cache MiB: daxfs / overlayfs | 1.10 | **1.20** |",
+		"| images A, page cache MiB: daxfs / distinct contents | 1.15 | **1.26** |",
+		"| images B, page cache MiB: daxfs / overlayfs | 0.35 | 0.30 |", "| images A, further ready ms: daxfs | 50.00 | 40.00 |",
+		"| images A: 10 images on one base layer | daxfs | 252.0 | 1.26 | 1.20 |  | 40.0 |  |",
 		"* python with stargz, 2 time(s): no space", "a machine",
 	} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("the report lacks %q:\n%s", want, raw)
 		}
 	}
-	if strings.Contains(string(raw), "cache MiB") {
+	if strings.Contains(string(raw), "| cache MiB") {
 		t.Errorf("the report names what was not measured:\n%s", raw)
 	}
-	for _, name := range []string{"ready", "convert", "read-cold"} {
+	for _, name := range []string{"ready", "images", "convert", "read-cold"} {
 		svg, err := os.ReadFile(filepath.Join(dir, name+".svg"))
 		if err != nil {
 			t.Fatal(err)

@@ -48,6 +48,11 @@ func (b *bench) charts(dir string) error {
 		name, _, _ := unit(m)
 		draw(name, name, m, panels)
 	}
+	var sets []panel
+	for _, sc := range scenarios() {
+		sets = append(sets, b.panel(sc.name+": "+sc.title, sc.name, overlay, mRead))
+	}
+	draw("images", "page cache of images with common contents", mRead, sets)
 	var conversions []panel
 	for _, l := range b.loads {
 		conversions = append(conversions, b.panel(l.name, converting(l), untar, mConvert))

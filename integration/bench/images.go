@@ -1,220 +1,282 @@
 package main
 
 import (
-	"archive/tar"
+	"context"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
-	"path"
 	"path/filepath"
-	"strings"
-	"syscall"
+	"slices"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/transfer/image"
+	"github.com/containerd/containerd/v2/core/transfer/registry"
+	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
-	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/klauspost/compress/gzip"
-	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/identity"
 	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// workload is one image and what runs from it.
-type workload struct {
-	name  string
-	trees []string // below the cache, bottom first
-	small []string // a program that ends at once
-	app   []string // one that loads what a service would
-	wait  []string // the same, which then waits
-	gzip  packed
-	esgz  packed // the same layers as eStargz; without a reference if nobody asked for it
+// Names of what is measured with images that have contents in common.
+const (
+	mRead   = "page cache MiB" // after all files of all images were read
+	mSecond = "second MiB"     // what the second image added to that
+	// From the last byte of an image's metadata until a container could be created, ...
+	mFurther = "further ready ms" // ... where all layers are known, but not in this combination
+	mSame    = "same ready ms"    // ... where only the configuration is new: what containerd takes for itself
+)
+
+// distinctContents takes the place of a variant: the whole pages of contents that differ.
+const distinctContents = "distinct contents"
+
+// servedImage is an image in the registry.
+type servedImage struct {
+	ref   string
+	chain string
+	want  contents
 }
 
-// packed is an image in one way of packing layers.
-type packed struct {
-	image v1.Image
-	ref   string // in the registry
-	chain string // chain ID of the top
-	size  int64  // bytes of the compressed layers
-}
-
-func workloads() []*workload {
-	python := []string{"/usr/bin/python3", "-B", "/app/main.py"}
-	node := []string{"/usr/bin/node", "/app/main.js"}
-	return []*workload{
-		{
-			name: "python", trees: []string{"base", "python", "pyapp"},
-			small: []string{"/usr/bin/python3", "-c", "print(1)"}, app: python, wait: append(python, "wait"),
-		},
-		{
-			name: "node", trees: []string{"base", "node", "nodeapp"},
-			small: []string{"/usr/bin/node", "-e", "1"}, app: node, wait: append(node, "wait"),
-		},
-	}
-}
-
-// open makes the image of the trees in the cache. Their layers are packed the first time.
-func (w *workload) open(cache string) (err error) {
-	var layers []mutate.Addendum
-	for _, t := range w.trees {
-		file, err := packTree(filepath.Join(cache, t))
-		if err != nil {
-			return fmt.Errorf("tree %q (was integration/bench/prepare run?): %w", t, err)
+// imageSets measures all scenarios, once: unlike times, the page cache is the same each time.
+func (b *bench) imageSets() error {
+	base := baseLayer()
+	for _, sc := range scenarios() {
+		if err := b.imageSet(sc, base); err != nil && b.ctx.Err() == nil {
+			b.fail(err, "%s", sc.name)
 		}
-		layer, err := tarball.LayerFromFile(file, tarball.WithMediaType(types.OCILayer))
+	}
+	return b.ctx.Err()
+}
+
+// imageSet serves the images of a scenario and has them read with each snapshotter.
+func (b *bench) imageSet(sc scenario, base []testimage.Entry) (err error) {
+	r, err := stack.NewRegistry()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Off()) }()
+	set, sums, distinct := sc.build(base), hashes{}, map[[32]byte]int64{}
+	var images []servedImage
+	var first float64
+	for i, layers := range set.images {
+		img, err := serve(r, fmt.Sprintf("image-%d", i+1), layers)
 		if err != nil {
 			return err
 		}
-		layers = append(layers, mutate.Addendum{Layer: layer})
+		img.want = sums.merge(layers, distinct)
+		images = append(images, img)
+		switch i {
+		case 0:
+			first = total(distinct)
+		case 1:
+			b.samples = append(b.samples, sample{sc.name, distinctContents, mSecond, 0, total(distinct) - first})
+		}
 	}
-	w.gzip, err = pack(layers)
-	return err
+	b.samples = append(b.samples, sample{sc.name, distinctContents, mRead, 0, total(distinct)})
+	later := map[string][]servedImage{}
+	for metric, list := range map[string][][]*layer{mFurther: set.further, mSame: set.images[:len(set.further)]} {
+		for i, layers := range list {
+			img, err := serve(r, fmt.Sprintf("%.4s-%d", metric, i+1), layers)
+			if err != nil {
+				return err
+			}
+			later[metric] = append(later[metric], img)
+		}
+	}
+	for _, v := range b.variants {
+		if v.name != overlay && v.name != file {
+			continue
+		}
+		if err := b.imagesTurn(sc, v, r, images, later); err != nil && b.ctx.Err() == nil {
+			b.fail(err, "%s with %s", sc.name, v.name)
+		}
+	}
+	return b.ctx.Err()
 }
 
-// pack makes an image of layers.
-func pack(layers []mutate.Addendum) (packed, error) {
-	var p packed
-	var diffIDs []digest.Digest
+// total is a sum of bytes, in MiB.
+func total(sizes map[[32]byte]int64) float64 {
+	var n int64
+	for _, size := range sizes {
+		n += size
+	}
+	return float64(n) / (1 << 20)
+}
+
+// serve packs an image and pushes it.
+func serve(r *stack.Registry, name string, layers []*layer) (img servedImage, err error) {
+	var list []mutate.Addendum
 	for _, l := range layers {
-		id, err := l.Layer.DiffID()
+		a, err := l.pack()
 		if err != nil {
-			return p, err
+			return img, err
 		}
-		size, err := l.Layer.Size()
-		if err != nil {
-			return p, err
-		}
-		diffIDs, p.size = append(diffIDs, digest.Digest(id.String())), p.size+size
+		list = append(list, a)
 	}
-	base := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	img, err := mutate.Append(base, layers...)
+	p, err := pack(list)
 	if err != nil {
-		return p, err
+		return img, err
 	}
-	cfg, err := img.ConfigFile()
+	cfg, err := p.image.ConfigFile()
 	if err != nil {
-		return p, err
+		return img, err
 	}
 	cfg = cfg.DeepCopy()
-	cfg.OS, cfg.Architecture = "linux", "amd64"
-	cfg.Config.Env = []string{"PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
-	p.image, err = mutate.ConfigFile(img, cfg)
-	p.chain = identity.ChainID(diffIDs).String()
-	return p, err
+	cfg.Config.Labels = map[string]string{"name": name} // makes it another image than one with the same layers
+	if p.image, err = mutate.ConfigFile(p.image, cfg); err != nil {
+		return img, err
+	}
+	img.chain = p.chain
+	img.ref, err = r.Push(name, p.image)
+	return img, err
 }
 
-// packTree writes the tree dir/fs, an upper directory of overlayfs or a plain one, to dir/layer.tar.gz unless it is there.
-func packTree(dir string) (string, error) {
-	packed := filepath.Join(dir, "layer.tar.gz")
-	if _, err := os.Stat(packed); err == nil {
-		return packed, nil
-	}
-	if _, err := os.Stat(filepath.Join(dir, "done")); err != nil {
-		return "", err
-	}
-	f, err := os.CreateTemp(dir, "new-")
+// imagesTurn is one snapshotter with the images of a scenario, on a stack of its own. later are images that are pulled
+// when all those have been read, by the metric that they are for.
+func (b *bench) imagesTurn(
+	sc scenario, v *variant, r *stack.Registry, images []servedImage, later map[string][]servedImage,
+) (err error) {
+	o := v.options
+	o.Registry = r
+	s, err := stack.Start(o)
 	if err != nil {
-		return "", err
+		return err
 	}
-	defer os.Remove(f.Name())
-	defer f.Close()
-	z, err := gzip.NewWriterLevel(f, 6)
+	defer func() { err = errors.Join(err, s.Close()) }()
+	client, err := s.Client()
 	if err != nil {
-		return "", err
+		return err
 	}
-	if err := tarTree(z, filepath.Join(dir, "fs")); err != nil {
-		return "", err
-	}
-	if err := errors.Join(z.Close(), f.Sync(), os.Rename(f.Name(), packed)); err != nil {
-		return "", err
-	}
-	return packed, nil
-}
+	defer client.Close()
+	t := &imageTurn{ctx: b.ctx, stack: s, client: client, snapshotter: v.snapshotter}
 
-// tarTree writes a directory as one OCI layer.
-func tarTree(w io.Writer, root string) error {
-	tw := tar.NewWriter(w)
-	names := map[[2]uint64]string{} // first name of each file with several
-	err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
-		if err != nil || p == root {
-			return err
+	values, err := t.readAll(images)
+	if err != nil {
+		return err
+	}
+	b.samples = append(b.samples,
+		sample{sc.name, v.name, mRead, 0, values[len(values)-1]},
+		sample{sc.name, v.name, mSecond, 0, values[1] - values[0]})
+	note("%s  %-14s  page cache, image after image: %.1f MiB", sc.name, v.name, values)
+
+	for _, metric := range []string{mSame, mFurther} {
+		var times []float64
+		for i, img := range later[metric] {
+			took, err := t.ready(img, fmt.Sprintf("%s-%d", metric, i+1))
+			if err != nil {
+				return err
+			}
+			times = append(times, float64(took.Microseconds())/1000)
 		}
-		name, err := filepath.Rel(root, p)
+		if len(times) > 0 {
+			b.samples = append(b.samples, sample{sc.name, v.name, metric, 0, median(times)})
+			note("%s  %-14s  %s: %.1f", sc.name, v.name, metric, times)
+		}
+	}
+	return nil
+}
+
+// note tells whoever watches.
+func note(format string, args ...any) {
+	fmt.Printf("%s  %s\n", time.Now().Format(time.TimeOnly), fmt.Sprintf(format, args...))
+}
+
+// imageTurn is what is being measured.
+type imageTurn struct {
+	ctx         context.Context
+	stack       *stack.Stack
+	client      *containerd.Client
+	snapshotter string
+}
+
+// pull pulls an image and makes what a container of it would stand on.
+func (t *imageTurn) pull(img servedImage, key string) ([]mount.Mount, error) {
+	from, err := registry.NewOCIRegistry(t.ctx, img.ref, registry.WithDefaultScheme("http"))
+	if err != nil {
+		return nil, err
+	}
+	p := platforms.DefaultSpec()
+	to := image.NewStore(img.ref, image.WithPlatforms(p), image.WithUnpack(p, t.snapshotter))
+	if err := t.client.Transfer(t.ctx, from, to); err != nil {
+		return nil, fmt.Errorf("pull %q: %w", img.ref, err)
+	}
+	// Without this label containerd's garbage collection removes what no container has.
+	keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().Format(time.RFC3339)})
+	mounts, err := t.client.SnapshotService(t.snapshotter).Prepare(t.ctx, key, img.chain, keep)
+	if err != nil {
+		return nil, fmt.Errorf("prepare a container of %q: %w", img.ref, err)
+	}
+	return mounts, nil
+}
+
+// ready pulls an image and returns the time from the last byte that the registry had to serve until a container could
+// be created. Preconditions: containerd has the layers.
+func (t *imageTurn) ready(img servedImage, key string) (time.Duration, error) {
+	unix.Sync() // what others wrote before is not our time
+	if _, err := t.pull(img, key); err != nil {
+		return 0, err
+	}
+	return time.Since(t.stack.Registry.Served()), nil
+}
+
+// readAll pulls all images, then reads all files of one after the other from an empty page cache, as a container of it
+// sees them. It returns the page cache after each image, in MiB.
+func (t *imageTurn) readAll(images []servedImage) (values []float64, err error) {
+	var roots []string
+	defer func() {
+		for _, dir := range slices.Backward(roots) {
+			err = errors.Join(err, mount.Unmount(dir, 0))
+		}
+	}()
+	for i, img := range images {
+		key := fmt.Sprintf("image-%d", i+1)
+		mounts, err := t.pull(img, key)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		return tarEntry(tw, p, name, names)
-	})
-	return errors.Join(err, tw.Close())
-}
-
-func tarEntry(tw *tar.Writer, p, name string, names map[[2]uint64]string) error {
-	info, err := os.Lstat(p)
-	if err != nil {
-		return err
-	}
-	st := info.Sys().(*syscall.Stat_t)
-	if info.Mode().Type() == fs.ModeSocket {
-		return nil
-	}
-	if info.Mode().Type() == fs.ModeDevice|fs.ModeCharDevice && st.Rdev == 0 {
-		return tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: path.Join(path.Dir(name), ".wh."+path.Base(name)), ModTime: info.ModTime()})
-	}
-	target := ""
-	if info.Mode().Type() == fs.ModeSymlink {
-		if target, err = os.Readlink(p); err != nil {
-			return err
+		dir := filepath.Join(t.stack.Run, key)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return nil, err
 		}
-	}
-	h, err := tar.FileInfoHeader(info, target)
-	if err != nil {
-		return err
-	}
-	h.Name, h.Format = name, tar.FormatPAX
-	h.Uname, h.Gname, h.AccessTime, h.ChangeTime = "", "", time.Time{}, time.Time{}
-	if info.IsDir() {
-		h.Name += "/"
-	}
-	if caps := xattr(p, "security.capability"); caps != "" {
-		h.PAXRecords = map[string]string{"SCHILY.xattr.security.capability": caps}
-	}
-	id := [2]uint64{uint64(st.Dev), st.Ino}
-	if st.Nlink > 1 && info.Mode().IsRegular() {
-		if first, ok := names[id]; ok {
-			h.Typeflag, h.Linkname, h.Size = tar.TypeLink, first, 0
-			return tw.WriteHeader(h)
+		if err := mount.All(mounts, dir); err != nil {
+			return nil, err
 		}
-		names[id] = name
+		roots = append(roots, dir)
 	}
-	if err := tw.WriteHeader(h); err != nil {
-		return err
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o200); err != nil {
+		return nil, err
 	}
-	if info.IsDir() && strings.HasPrefix(xattr(p, "trusted.overlay.opaque"), "y") {
-		return tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name + "/.wh..wh..opq", ModTime: info.ModTime()})
-	}
-	if !info.Mode().IsRegular() {
-		return nil
-	}
-	f, err := os.Open(p)
+	group, err := newMemoryGroup()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer f.Close()
-	_, err = io.Copy(tw, f)
-	return err
-}
-
-// xattr returns the value of an extended attribute, or "".
-func xattr(p, name string) string {
-	buf := make([]byte, 256)
-	n, err := unix.Lgetxattr(p, name, buf)
+	defer func() { err = errors.Join(err, group.Close()) }()
+	// What the reader itself needs is no image's.
+	empty := filepath.Join(t.stack.Run, "empty")
+	if err := os.Mkdir(empty, 0o755); err != nil {
+		return nil, err
+	}
+	if err := group.read(t.ctx, empty, nil); err != nil {
+		return nil, err
+	}
+	before, err := group.cached()
 	if err != nil {
-		return ""
+		return nil, err
 	}
-	return string(buf[:n])
+	for i, img := range images {
+		if err := group.read(t.ctx, roots[i], img.want); err != nil {
+			return nil, err
+		}
+		n, err := group.cached()
+		if err != nil {
+			return nil, err
+		}
+		values = append(values, float64(n-before)/(1<<20))
+	}
+	return values, nil
 }

@@ -1,6 +1,7 @@
 // Command bench compares daxfs with others on this machine, in one run: with containerd's own snapshotters and
-// stargz-snapshotter (pulling, starting, memory and disk, on a real containerd); daxfs convert with other programs that
-// make file system images; and what reading from the mounted image costs with reading from a tmpfs and from disk.
+// stargz-snapshotter (pulling, starting, memory and disk, on a real containerd); the page cache of images that have contents
+// in common; daxfs convert with other programs that make file system images; and what reading from the mounted image costs
+// with reading from a tmpfs and from disk.
 //
 //	make bench
 //	make bench BENCH="-rounds 3 -only daxfs,overlayfs -images python"
@@ -41,12 +42,13 @@ type options struct {
 }
 
 func main() {
+	exitIfReader()
 	var o options
 	flag.StringVar(&o.out, "out", "bench-out", "directory for the results")
 	flag.IntVar(&o.rounds, "rounds", 5, "rounds")
 	flag.IntVar(&o.nth, "nth", 9, "containers that are started one after the other, after the first")
 	flag.IntVar(&o.containers, "containers", 20, "containers of the memory test; 0 leaves it out")
-	flag.StringVar(&o.parts, "parts", "", "what to compare: snapshotters, conversion, reads (all)")
+	flag.StringVar(&o.parts, "parts", "", "what to compare: snapshotters, images, conversion, reads (all)")
 	flag.StringVar(&o.only, "only", "", "snapshotters to compare, separated by commas (all)")
 	flag.StringVar(&o.images, "images", "", "images to compare them on: python, node (both)")
 	flag.StringVar(&o.profiles, "profiles", "", "directory for CPU profiles and metrics of the daemon")
@@ -73,7 +75,7 @@ func measure(ctx context.Context, o options) (err error) {
 	}
 	cache := filepath.Join(dir, "bench")
 	b := &bench{ctx: ctx, rounds: o.rounds, nth: o.nth, containers: o.containers, profiles: o.profiles}
-	parts, err := choose([]string{"snapshotters", "conversion", "reads"}, o.parts, func(s string) string { return s })
+	parts, err := choose([]string{"snapshotters", "images", "conversion", "reads"}, o.parts, func(s string) string { return s })
 	if err != nil {
 		return err
 	}
@@ -117,6 +119,8 @@ func measure(ctx context.Context, o options) (err error) {
 		switch part {
 		case "snapshotters":
 			err = b.snapshotters(cache)
+		case "images":
+			err = b.imageSets()
 		case "conversion":
 			err = b.convert(daxfs, mkfs, disk)
 		case "reads":

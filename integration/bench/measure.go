@@ -97,10 +97,7 @@ func (b *bench) turn(round int, w *workload, v *variant) (err error) {
 		return err
 	}
 	t := &turn{bench: b, Stack: s, w: w, v: v, img: v.image(w), round: round}
-	defer func() {
-		err = errors.Join(err, s.Close())
-		os.Remove(tmpfsPool) // of a stack that is closed; most have none
-	}()
+	defer func() { err = errors.Join(err, s.Close()) }()
 	steps := []func() error{t.pull, t.first, t.further, t.disk, t.memory}
 	if v.pullOnly {
 		steps = steps[:2]
@@ -199,8 +196,11 @@ func (t *turn) further() error {
 	return nil
 }
 
-// disk adds up the blocks that the snapshotter's files take.
+// disk adds up the blocks that the snapshotter's files take when containerd's garbage collection has told it to clean up.
 func (t *turn) disk() error {
+	if err := t.Collect(); err != nil {
+		return err
+	}
 	var bytes int64
 	for _, root := range t.v.roots(t.Stack) {
 		var top unix.Stat_t

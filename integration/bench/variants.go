@@ -25,9 +25,6 @@ const (
 	stargz  = "stargz"
 )
 
-// tmpfsPool is on the private /run of the stack.
-const tmpfsPool = "/run/daxfs-bench.pool"
-
 // unpacks is how many layers containerd unpacks at once, as the documentation of daxfs configures it.
 const unpacks = 3
 
@@ -58,7 +55,7 @@ func variants(cache string) []*variant {
 		{
 			name: tmpfs, snapshotter: "daxfs", options: stack.Options{
 				Mode: stack.Streaming, ParallelUnpacks: unpacks,
-				Config: "[pool]\nkind = \"tmpfs\"\npath = \"" + tmpfsPool + "\"\nsize = \"4GiB\"\n",
+				Config: "[pool]\nkind = \"tmpfs\"\npath = \"{{run}}/pool\"\nsize = \"4GiB\"\n",
 			},
 		},
 		{name: walking, snapshotter: "daxfs", options: stack.Options{Mode: stack.Walking, ParallelUnpacks: unpacks}},

@@ -32,6 +32,7 @@ type demo struct {
 type facts struct {
 	daxfs, overlay figures
 	erofs          *figures // nil if it could not be had here
+	devices        [][2]int // of the mounts of the images of daxfs
 	pool           poolFacts
 	libraries      []library
 }

@@ -91,11 +91,8 @@ func (o options) config() string {
 	if o.pool == "file" {
 		return ""
 	}
-	// /run is a tmpfs of the demo's own mount namespace and goes with it.
-	return "[pool]\nkind = \"tmpfs\"\npath = \"" + tmpfsPool + "\"\nsize = \"1GiB\"\n"
+	return "[pool]\nkind = \"tmpfs\"\npath = \"{{run}}/pool\"\nsize = \"1GiB\"\n"
 }
-
-const tmpfsPool = "/run/daxfs-demo.pool"
 
 // show runs everything and prints the proof.
 func show(ctx context.Context, o options) (err error) {

@@ -59,24 +59,34 @@ func (f *figures) add(d *demo, ps []*process) error {
 // poolPath is the file under the pool.
 func (d *demo) poolPath() string {
 	if d.pool == "tmpfs" {
-		return tmpfsPool
+		return filepath.Join(d.Run, "pool")
 	}
-	return filepath.Join(d.DaemonRoot(), "pool", "region")
+	return d.PoolFile()
 }
 
-// eachFile calls f with all regular files that a snapshotter keeps: what is below its root, and what its mounted images
-// show. onDisk tells the first from the second.
+// eachFile calls f once with each regular file that a snapshotter keeps: what is below its root, and what its mounted
+// images show. onDisk tells the first from the second. A file that several images show is one file.
 func (d *demo) eachFile(snapshotter string, f func(file *os.File, st fs.FileInfo, onDisk bool) error) error {
 	root := filepath.Join(d.Dir, "containerd/root/io.containerd.snapshotter.v1."+snapshotter)
 	if snapshotter == "daxfs" {
 		root = d.DaemonRoot()
 	}
-	if err := walk(root, func(file *os.File, st fs.FileInfo) error { return f(file, st, true) }); err != nil {
+	seen := map[[2]uint64]bool{}
+	once := func(file *os.File, st fs.FileInfo, onDisk bool) error {
+		sys := st.Sys().(*syscall.Stat_t)
+		id := [2]uint64{uint64(sys.Dev), sys.Ino}
+		if seen[id] {
+			return nil
+		}
+		seen[id] = true
+		return f(file, st, onDisk)
+	}
+	if err := walk(root, func(file *os.File, st fs.FileInfo) error { return once(file, st, true) }); err != nil {
 		return err
 	}
-	shown := func(file *os.File, st fs.FileInfo) error { return f(file, st, false) }
+	shown := func(file *os.File, st fs.FileInfo) error { return once(file, st, false) }
 	if snapshotter == "daxfs" && d.pool == "tmpfs" {
-		if err := walk(tmpfsPool, shown); err != nil {
+		if err := walk(d.poolPath(), shown); err != nil {
 			return err
 		}
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
@@ -31,11 +30,15 @@ func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
 	if err != nil {
 		return facts, err
 	}
+	live, err := daxfs.OpenLive(r, catalogue.Size)
+	if err != nil {
+		return facts, err
+	}
 	facts.images = len(catalogue.Images)
 	facts.files = map[string][]int64{}
 	all := map[int64]int64{}
 	for _, m := range catalogue.Images {
-		img, err := daxfs.Open(io.NewSectionReader(r, m.Off, m.Size), m.Size)
+		img, err := live.Image(m.Slot)
 		if err != nil {
 			return facts, fmt.Errorf("image %q: %w", m.Key, err)
 		}
@@ -45,14 +48,14 @@ func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
 		}
 		for off, size := range own {
 			facts.apart += size
-			all[m.Off+off] = size
+			all[off] = size
 		}
 		for _, name := range files {
 			st, err := fs.Stat(img, name)
 			if err != nil {
 				return facts, fmt.Errorf("image %q: %w", m.Key, err)
 			}
-			facts.files[name] = append(facts.files[name], m.Off+st.Sys().(*daxfs.Stat).Off)
+			facts.files[name] = append(facts.files[name], st.Sys().(*daxfs.Stat).Off)
 		}
 	}
 	for _, size := range all {
@@ -61,8 +64,8 @@ func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
 	return facts, nil
 }
 
-// extents lists where the contents of an image's files are, by their offset in the image, and how many bytes of whole
-// pages they take.
+// extents lists where the contents of an image's files are, by their offset in the pool, and how many bytes of whole pages
+// they take.
 func extents(img *daxfs.FS) (map[int64]int64, error) {
 	found := map[int64]int64{}
 	err := fs.WalkDir(img, ".", func(path string, e fs.DirEntry, err error) error {

@@ -18,40 +18,34 @@ func (d *demo) prove(f *facts, ps []*process) error {
 	if err != nil {
 		return err
 	}
-	d.say("1. Each image is mounted once, for %d containers:", len(ps))
-	dax := false
+	d.say("1. The pool is mounted once, and each image is a directory in it, for %d containers:", len(ps))
 	for _, m := range mounts {
-		options := m.VFSOptions
-		dax = dax || strings.Contains(options, "dax=always")
-		d.say("     %s on %s (%s)", m.FSType, strings.Replace(m.Mountpoint, d.DaemonRoot(), "<root>", 1), options)
+		d.say("     %s %d:%d, directory %s, on %s (%s)", m.FSType, m.Major, m.Minor, m.Root,
+			strings.Replace(m.Mountpoint, d.DaemonRoot(), "<root>", 1), m.VFSOptions)
+		f.devices = append(f.devices, [2]int{m.Major, m.Minor})
 	}
 
 	f.libraries = libraries(ps)
 	if len(f.libraries) == 0 {
 		return errors.New("no program text is mapped by all containers: the kernel does not show pages, or they have none in common")
 	}
-	d.say("\n2. The same program text in all containers of an image is the same physical pages (page frame numbers, from /proc/PID/pagemap):")
+	d.say("\n2. The same program text in all containers is the same physical pages (page frame numbers, from /proc/PID/pagemap):")
 	d.printFrames(f, ps)
 	var pages, same, across, acrossSame int
 	for _, l := range f.libraries {
 		pages, same = pages+l.common[0]+l.common[1], same+l.same[0]+l.same[1]
 		across, acrossSame = across+l.acrossCommon, acrossSame+l.acrossSame
 	}
-	d.say("     %d of %d pages of program text, in %d files, are one physical page in all %d containers of their image.",
+	d.say("     %d of %d pages of program text, in %d files, are one physical page in all %d containers of their image;",
 		same, pages, len(f.libraries), d.containers)
-
+	d.say("     %d of %d are one physical page in both images. That is so because both have the same file, at the same place in the pool:",
+		acrossSame, across)
 	var files []string // of the libraries that are shown
 	for _, l := range f.libraries[:min(maxShown, len(f.libraries))] {
 		files = append(files, strings.TrimPrefix(l.file, "/"))
 	}
 	if f.pool, err = d.readPool(files...); err != nil {
 		return err
-	}
-	if dax {
-		d.say("     Between the two images: %d of %d, for the memory of the pool itself is mapped (DAX).", acrossSame, across)
-	} else {
-		d.say("     Between the two images: %d of %d. This machine has no DAX memory, so each image has page cache of its own; with DAX all", acrossSame, across)
-		d.say("     would be equal. What the two share here is the pool. Both images point at the same bytes in it:")
 	}
 	for _, name := range sortedNames(f.pool.files) {
 		var at []string
@@ -120,9 +114,9 @@ func (d *demo) compare(f *facts) {
 		}
 		d.say("Of what daxfs has cached, %s are the pool itself, %s.", mib(f.daxfs.pool), why)
 	}
-	d.say(`How to read this: containers of one image share its page cache with overlayfs as well. What daxfs adds is that files shared by
-images without a common layer are stored once, that nothing is unpacked into directories, and, with DAX memory, that the pool's
-pages are mapped without any page cache: by every image, container and virtual machine. See README.md, "When not to use it".`)
+	d.say(`How to read this: with overlayfs, containers share the page cache of the layers that their images have in common. These two images
+have none in common, so overlayfs caches their equal files twice. With daxfs an equal file is one file in all images. With DAX memory
+the pool's pages are mapped without any page cache: by every image, container and virtual machine. See README.md, "When not to use it".`)
 }
 
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

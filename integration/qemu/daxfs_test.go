@@ -1,9 +1,7 @@
 package qemu
 
 import (
-	"bytes"
 	"fmt"
-	"io"
 	"math"
 	"os"
 	"os/exec"
@@ -16,6 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
+	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 // kernelModule is daxfs.ko, built for the guest's kernel: DAXFS_KO is its path. The module is no part of this project.
@@ -339,50 +338,18 @@ func odd(t *testing.T) []testimage.Entry {
 // imageFile makes a self-contained image of one layer, in a file that is filled up to a multiple of 2 MiB.
 func imageFile(t *testing.T, entries []testimage.Entry) (path string, size int64) {
 	t.Helper()
+	contents := &treetest.Store{}
+	img, err := contents.Image(merge(t, contents, [][]testimage.Entry{entries}), daxfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	path = filepath.Join(t.TempDir(), "image")
-	f, err := os.Create(path)
-	if err != nil {
+	if err := os.WriteFile(path, img, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	// Contents go through the same parser as everywhere; the builder stores them one after another.
-	contents := &memoryStore{}
-	root := merge(t, contents, [][]testimage.Entry{entries})
-	b := daxfs.NewBuilder(f, daxfs.BuilderOptions{})
-	first := map[*daxfs.Node]string{}
-	var add func(path string, n *daxfs.Node)
-	add = func(path string, n *daxfs.Node) {
-		t.Helper()
-		if name, ok := first[n]; ok {
-			if err := b.Link(path, name); err != nil {
-				t.Fatal(err)
-			}
-			return
-		}
-		first[n] = path
-		own := *n
-		own.Entries = nil
-		var body io.Reader
-		if n.Data.Size > 0 {
-			body = bytes.NewReader(contents.get(n.Data))
-		}
-		if err := b.Add(path, own, body); err != nil {
-			t.Fatal(err)
-		}
-		for name, child := range n.Entries {
-			add(path+"/"+name, child)
-		}
-	}
-	add("", root)
-	if _, err := b.Finish(); err != nil {
+	size = int64(len(img))
+	if err := os.Truncate(path, (size+2<<20-1)&^(2<<20-1)); err != nil {
 		t.Fatal(err)
 	}
-	info, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Truncate((info.Size() + 2<<20 - 1) &^ (2<<20 - 1)); err != nil {
-		t.Fatal(err)
-	}
-	return path, info.Size()
+	return path, size
 }

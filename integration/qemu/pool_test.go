@@ -3,7 +3,6 @@ package qemu
 import (
 	"bytes"
 	"context"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -170,22 +169,4 @@ func dmsetup(t *testing.T) map[string][]byte {
 		}
 	}
 	return files
-}
-
-// memoryStore keeps contents in memory, by an address that is never used as one.
-type memoryStore struct {
-	contents [][]byte
-}
-
-func (m *memoryStore) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, error) {
-	b := make([]byte, size)
-	if _, err := io.ReadFull(r, b); err != nil {
-		return daxfs.Data{}, err
-	}
-	m.contents = append(m.contents, b)
-	return daxfs.Data{Off: int64(len(m.contents)) * daxfs.BlockSize, Size: size}, nil
-}
-
-func (m *memoryStore) get(d daxfs.Data) []byte {
-	return m.contents[d.Off/daxfs.BlockSize-1]
 }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"text/template"
+
+	containerd "github.com/containerd/containerd/v2/client"
 )
 
 // containerdTemplate is the configuration of the private containerd. What containerd does for Kubernetes is off: it
@@ -126,6 +128,11 @@ func (s *Stack) command(name string, args ...string) *exec.Cmd {
 	cmd.Env = s.env()
 	cmd.Dir = s.Dir
 	return cmd
+}
+
+// Client is connected to the private containerd, in the namespace of the tests. The caller closes it.
+func (s *Stack) Client() (*containerd.Client, error) {
+	return containerd.New(s.Run+"/containerd.sock", containerd.WithDefaultNamespace(Namespace))
 }
 
 // output runs a program and returns what it wrote to its standard output. The error holds all that it wrote.

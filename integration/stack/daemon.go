@@ -4,6 +4,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 )
 
@@ -11,7 +12,8 @@ import (
 // about, until that is connected to it again: after a failure containerd waits for seconds before it tries the next time.
 func (s *Stack) StartDaemon() error {
 	config := filepath.Join(s.Dir, "daxfs.toml")
-	if err := os.WriteFile(config, []byte(s.options.Config), 0o644); err != nil {
+	text := strings.ReplaceAll(s.options.Config, "{{run}}", s.Run)
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return err
 	}
 	var err error

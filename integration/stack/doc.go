@@ -14,8 +14,7 @@
 // Main runs the tests in a second process that has its own mount, network, PID, IPC and UTS namespace. Shims, CNI and
 // nerdctl keep state outside of the directories that they are told (/run/containerd, /var/lib/cni, iptables chains,
 // links); in there it dies with the namespaces, and so does every process, however the tests end. A developer's own
-// containerd is never touched. What the kernel has only once is checked and cleaned: loop devices, device-mapper
-// devices, cgroups.
+// containerd is never touched. What the kernel has only once is checked and cleaned: loop devices, cgroups.
 //
 // # Cache
 //

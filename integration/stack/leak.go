@@ -17,7 +17,6 @@ import (
 type footprint struct {
 	mounts []string // mount points
 	loops  []string // loop device and its file
-	dm     []string // names of device-mapper devices
 }
 
 func takeFootprint() (footprint, error) {
@@ -36,15 +35,6 @@ func takeFootprint() (footprint, error) {
 	for _, l := range loops {
 		if file, err := os.ReadFile(l); err == nil { // else it went away just now
 			f.loops = append(f.loops, strings.Split(l, "/")[3]+" "+strings.TrimSpace(string(file)))
-		}
-	}
-	names, err := filepath.Glob("/sys/block/dm-*/dm/name")
-	if err != nil {
-		return f, err
-	}
-	for _, n := range names {
-		if name, err := os.ReadFile(n); err == nil {
-			f.dm = append(f.dm, strings.TrimSpace(string(name)))
 		}
 	}
 	return f, nil
@@ -109,11 +99,6 @@ func (s *Stack) leaksNow() error {
 	for _, l := range added(s.before.loops, now.loops) {
 		if strings.Contains(l, s.Dir) || strings.Contains(l, s.Run) { // others use loop devices as well
 			errs = append(errs, fmt.Errorf("left behind: loop device %s", l))
-		}
-	}
-	for _, d := range added(s.before.dm, now.dm) {
-		if strings.HasPrefix(d, "daxfs") {
-			errs = append(errs, fmt.Errorf("left behind: device-mapper device %q", d))
 		}
 	}
 	processes, err := ownProcesses()

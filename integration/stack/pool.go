@@ -12,11 +12,12 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/daemon"
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
-	"github.com/daxfs/daxfs-snapshotter/snapshotter/service"
+	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
 // PoolReport is what a stopped daemon's pool holds.
@@ -25,15 +26,24 @@ type PoolReport struct {
 	ImageKeys, LayerKeys []string
 }
 
+// PoolFile is the file of the daemon's pool, unless its configuration says otherwise.
+func (s *Stack) PoolFile() string { return store.Pool{Kind: region.KindFile}.File(s.DaemonRoot()) }
+
 // CheckPool opens the file pool of the daemon, which must be stopped, proves it and tells what is in it.
 func (s *Stack) CheckPool() (report PoolReport, err error) {
-	dir := filepath.Join(s.DaemonRoot(), "pool")
-	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "region")})
+	r, err := region.Open(region.Config{Kind: region.KindFile, Path: s.PoolFile()})
 	if err != nil {
 		return report, fmt.Errorf("the daemon's region: %w", err)
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	p, err := pool.Open(r, filepath.Join(dir, "index.db"), pool.Options{})
+	indexes, err := filepath.Glob(filepath.Join(s.DaemonRoot(), "pool", "*.db"))
+	if err != nil {
+		return report, err
+	}
+	if len(indexes) != 1 {
+		return report, fmt.Errorf("indexes of the daemon's pool: %q, expected one", indexes)
+	}
+	p, err := pool.Open(r, indexes[0], pool.Options{})
 	if err != nil {
 		return report, fmt.Errorf("the daemon's pool: %w", err)
 	}
@@ -83,7 +93,7 @@ func (s *Stack) CheckDaemon() (left Left, err error) {
 		return left, err
 	}
 	c.Root, c.Address, c.Containerd.Address = s.DaemonRoot(), s.daemonSocket(), s.Run+"/containerd.sock"
-	d, err := service.Open(ctx, c)
+	d, err := daemon.Open(ctx, c)
 	if err != nil {
 		return left, err
 	}

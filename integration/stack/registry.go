@@ -6,6 +6,8 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"sync/atomic"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -18,6 +20,7 @@ type Registry struct {
 	handler http.Handler
 	addr    string
 	server  *http.Server
+	served  atomic.Int64 // nanoseconds of the clock
 }
 
 // NewRegistry starts an empty registry. The caller ends it with Off.
@@ -33,7 +36,7 @@ func (r *Registry) On() error {
 		return fmt.Errorf("listen for the registry: %w", err)
 	}
 	r.addr = l.Addr().String()
-	r.server = &http.Server{Handler: r.handler, ErrorLog: log.New(io.Discard, "", 0)}
+	r.server = &http.Server{Handler: http.HandlerFunc(r.serve), ErrorLog: log.New(io.Discard, "", 0)}
 	go r.server.Serve(l)
 	return nil
 }
@@ -52,3 +55,11 @@ func (r *Registry) Push(repository string, img v1.Image) (string, error) {
 	}
 	return ref.Name(), nil
 }
+
+func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
+	r.handler.ServeHTTP(w, req)
+	r.served.Store(time.Now().UnixNano())
+}
+
+// Served is when the registry had answered the last request.
+func (r *Registry) Served() time.Time { return time.Unix(0, r.served.Load()) }

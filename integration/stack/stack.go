@@ -33,7 +33,7 @@ type Options struct {
 	Mode Mode
 	// ParallelUnpacks is how many layers containerd unpacks at once; 0 and 1 mean one after the other.
 	ParallelUnpacks int
-	// Config is TOML that is appended to the daemon's configuration.
+	// Config is the daemon's configuration, as TOML. "{{run}}" in it is replaced with the Run of the stack.
 	Config string
 	// Containerd is TOML that is appended to containerd's configuration.
 	Containerd string
@@ -69,7 +69,7 @@ type Stack struct {
 }
 
 // New starts a stack and stops it when the test ends. The test fails if anything is left behind then: a mount, a loop
-// device, a device-mapper device, a process.
+// device, a process.
 func New(t testing.TB, o Options) *T {
 	t.Helper()
 	if unavailable != "" {

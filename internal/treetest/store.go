@@ -56,3 +56,27 @@ func (s *Store) Open(d daxfs.Data) (io.Reader, error) {
 	}
 	return bytes.NewReader(b), nil
 }
+
+// Image returns the dual image of a tree whose contents are in the store.
+func (s *Store) Image(root *daxfs.Node, o daxfs.Options) ([]byte, error) {
+	plan, err := daxfs.NewPlan(root, o)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	end := s.next + daxfs.BlockSize
+	img := make(memory, end+plan.MetaSize())
+	for off, b := range s.data {
+		copy(img[off:], b)
+	}
+	if err := plan.Place(daxfs.Placement{Meta: end, End: int64(len(img))}); err != nil {
+		return nil, err
+	}
+	return img, plan.WriteTo(img)
+}
+
+// memory is an io.WriterAt of a fixed size.
+type memory []byte
+
+func (m memory) WriteAt(p []byte, off int64) (int, error) { return copy(m[off:], p), nil }

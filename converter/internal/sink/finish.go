@@ -23,7 +23,7 @@ type Result struct {
 }
 
 // Finish waits until the contents of all layers are placed, closes gaps, and replaces the placeholders in the tree by
-// addresses. All layers must have been closed. Contents that the tree does not refer to are dropped from the file.
+// addresses and sums. All layers must have been closed. Contents that the tree does not refer to are dropped from the file.
 func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 	<-s.done
 	if err := s.Err(); err != nil {
@@ -46,7 +46,7 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 		return r, fmt.Errorf("write image: %w", err)
 	}
 	for i, n := range nodes {
-		n.Data.Off = p.extents[ids[i]].off
+		n.Data.Off, n.Data.Sum = p.extents[ids[i]].off, p.extents[ids[i]].sum
 	}
 	for _, e := range p.extents {
 		if e.live {
@@ -218,7 +218,7 @@ func (p *placer) move(e *extent, to int64) error {
 	if err := p.cover(e.end()); err != nil {
 		return err
 	}
-	buf := p.scratch(0)
+	buf := p.scratch()
 	for done, n := int64(0), up(e.size, page); done < n; {
 		k := min(n-done, int64(len(buf)))
 		if _, err := p.f.ReadAt(buf[:k], e.off+done); err != nil {

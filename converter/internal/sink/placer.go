@@ -9,15 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// key is what equal contents have in common; contents with one key are compared before they are shared.
-type key struct {
-	sum  [32]byte
-	size int64
-}
-
 // extent is a content that was placed.
 type extent struct {
 	off, size int64
+	sum       [32]byte
 	live      bool
 }
 
@@ -26,13 +21,8 @@ func (e extent) end() int64 { return e.off + up(e.size, page) }
 // gap is free room below the tail. Free room reads as zeros.
 type gap struct{ off, end int64 }
 
-const (
-	// maxGaps is how many gaps are looked at for one content: a bound for images with very many.
-	maxGaps = 512
-	// maxAlike is how many contents with one key are compared. There are more only if somebody made them, to have each
-	// compared with all before it: the key is no cryptographic hash. Those beyond are stored although they may be there.
-	maxAlike = 4
-)
+// maxGaps is how many gaps are looked at for one content: a bound for images with very many.
+const maxGaps = 512
 
 // placer decides where contents go, and writes them.
 type placer struct {
@@ -41,8 +31,8 @@ type placer struct {
 	tail    int64
 	gaps    []gap
 	extents []extent
-	known   map[key][]int32
-	saved   int64 // bytes of contents that were there already
+	known   map[[32]byte]int32 // extents by their sum, which proves that contents are equal
+	saved   int64              // bytes of contents that were there already
 
 	big struct { // the content of which not all pieces have come
 		off, done int64
@@ -53,7 +43,7 @@ type placer struct {
 		off int64
 		b   []byte
 	}
-	tmp [2][]byte
+	tmp []byte
 }
 
 // place is the goroutine that takes the packs in order.
@@ -97,7 +87,7 @@ func (s *Sink) take() (*Layer, *pack) {
 	defer s.mu.Unlock()
 	for s.err == nil && len(s.lanes) > 0 {
 		l := s.lanes[s.turn]
-		if len(l.queue) > 0 {
+		if len(l.queue) > 0 && l.queue[0].ready {
 			p := l.queue[0]
 			l.queue = l.queue[1:]
 			if p.items[len(p.items)-1].last { // a big content is placed in one go
@@ -106,8 +96,7 @@ func (s *Sink) take() (*Layer, *pack) {
 			}
 			return l, p
 		}
-		if l.closed {
-			l.queue = nil
+		if l.closed && len(l.queue) == 0 {
 			s.leave()
 			s.wake.Broadcast()
 			continue
@@ -153,22 +142,15 @@ func (p *placer) pack(l *Layer, items []item, buf []byte) error {
 
 // whole places a content that lies in one pack.
 func (p *placer) whole(it item, b []byte) (int32, error) {
-	k := key{it.sum, it.size}
-	for _, id := range p.known[k] {
-		same, err := p.equal(p.extents[id].off, b[:it.n])
-		if err != nil {
-			return 0, err
-		}
-		if same {
-			p.saved += it.size
-			return id, nil
-		}
+	if id, ok := p.known[it.sum]; ok {
+		p.saved += it.size
+		return id, nil
 	}
 	off, err := p.alloc(it.size)
 	if err != nil {
 		return 0, err
 	}
-	return p.record(k, off), p.write(off, b)
+	return p.record(it, off), p.write(off, b)
 }
 
 // piece places a part of a big content where the content was given room with its first part. Whether it was there
@@ -191,31 +173,22 @@ func (p *placer) piece(it item, b []byte) (int32, error) {
 	if !it.last {
 		return 0, nil
 	}
-	k := key{it.sum, it.size}
-	for _, id := range p.known[k] {
-		same, err := p.equalExtents(p.extents[id].off, p.big.off, it.size)
-		if err != nil {
+	if id, ok := p.known[it.sum]; ok {
+		p.saved += it.size
+		// As if it had never been placed.
+		if err := p.zero(p.big.off, p.tail); err != nil {
 			return 0, err
 		}
-		if same {
-			p.saved += it.size
-			// As if it had never been placed.
-			if err := p.zero(p.big.off, p.tail); err != nil {
-				return 0, err
-			}
-			p.tail, p.gaps = p.big.tail, p.gaps[:p.big.gaps]
-			return id, nil
-		}
+		p.tail, p.gaps = p.big.tail, p.gaps[:p.big.gaps]
+		return id, nil
 	}
-	return p.record(k, p.big.off), nil
+	return p.record(it, p.big.off), nil
 }
 
-func (p *placer) record(k key, off int64) int32 {
+func (p *placer) record(it item, off int64) int32 {
 	id := int32(len(p.extents))
-	p.extents = append(p.extents, extent{off: off, size: k.size})
-	if alike := p.known[k]; len(alike) < maxAlike {
-		p.known[k] = append(alike, id)
-	}
+	p.extents = append(p.extents, extent{off: off, size: it.size, sum: it.sum})
+	p.known[it.sum] = id
 	return id
 }
 
@@ -269,53 +242,12 @@ func (p *placer) flush() error {
 	return err
 }
 
-// scratch returns a buffer for comparing and moving.
-func (p *placer) scratch(i int) []byte {
-	if p.tmp[i] == nil {
-		p.tmp[i] = make([]byte, 256<<10)
+// scratch returns a buffer for moving and zeroing.
+func (p *placer) scratch() []byte {
+	if p.tmp == nil {
+		p.tmp = make([]byte, 256<<10)
 	}
-	return p.tmp[i]
-}
-
-// equal compares bytes with those at off.
-func (p *placer) equal(off int64, b []byte) (bool, error) {
-	if err := p.flush(); err != nil {
-		return false, err
-	}
-	buf := p.scratch(0)
-	for len(b) > 0 {
-		n := min(len(b), len(buf))
-		if _, err := p.f.ReadAt(buf[:n], off); err != nil {
-			return false, err
-		}
-		if !bytes.Equal(buf[:n], b[:n]) {
-			return false, nil
-		}
-		b, off = b[n:], off+int64(n)
-	}
-	return true, nil
-}
-
-func (p *placer) equalExtents(a, b, size int64) (bool, error) {
-	buf := p.scratch(1)
-	// A hole at the end of the file may not have been written.
-	if err := p.flush(); err != nil {
-		return false, err
-	}
-	if err := p.cover(max(a, b) + size); err != nil {
-		return false, err
-	}
-	for done := int64(0); done < size; {
-		n := min(size-done, int64(len(buf)))
-		if _, err := p.f.ReadAt(buf[:n], b+done); err != nil {
-			return false, err
-		}
-		if same, err := p.equal(a+done, buf[:n]); !same || err != nil {
-			return false, err
-		}
-		done += n
-	}
-	return true, nil
+	return p.tmp
 }
 
 // cover makes the file at least size bytes long.
@@ -342,7 +274,7 @@ func (p *placer) zero(off, end int64) error {
 	if err != unix.EOPNOTSUPP && err != unix.ENOSYS {
 		return &os.PathError{Op: "punch hole", Path: p.f.Name(), Err: err}
 	}
-	buf := p.scratch(1)
+	buf := p.scratch()
 	clear(buf)
 	for off < end {
 		n := min(end-off, int64(len(buf)))

@@ -9,8 +9,10 @@
 // waits does so in memory. Once the memory is used up it waits in a spill file without a name, or whoever reads the
 // layer waits.
 //
-// The address that Put returns is a placeholder. Finish knows which contents the merged tree still refers to, closes
-// the gaps of those it does not, and puts the addresses into the tree.
+// Each layer has its packs hashed beside its reader, so that a layer of few large files keeps more than one core busy.
+//
+// The address that Put returns is a placeholder, and the sum is not known yet. Finish knows which contents the merged tree
+// still refers to, closes the gaps of those it does not, and puts addresses and sums into the tree.
 package sink
 
 import (
@@ -18,6 +20,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"slices"
@@ -36,7 +39,9 @@ const (
 	// image depend on it.
 	Lanes = 4
 	// share is how many packs each lane may have in any case, so that all can go on: one to fill, and one to place.
-	share   = 2
+	share = 2
+	// ahead is how many packs of a layer wait to be hashed before its reader waits.
+	ahead   = 2
 	reserve = Lanes * share
 	// least is how many packs are in memory in any case: enough to keep all cores busy.
 	least = 2 * reserve
@@ -78,7 +83,8 @@ type Sink struct {
 	f     *os.File
 	limit int // packs in memory
 	done  chan struct{}
-	out   placer // of the placing goroutine until done is closed
+	out   placer         // of the placing goroutine until done is closed
+	sums  sync.WaitGroup // the goroutines that hash
 
 	mu     sync.Mutex // guards what follows
 	wake   *sync.Cond // a pack was queued, placed, or something ended
@@ -109,7 +115,7 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 		return nil, err
 	}
 	s.wake = sync.NewCond(&s.mu)
-	s.out = placer{f: f, align: !o.NoAlign, tail: page, known: map[key][]int32{}}
+	s.out = placer{f: f, align: !o.NoAlign, tail: page, known: map[[32]byte]int32{}}
 	for i := range layers {
 		s.layers = append(s.layers, &Layer{s: s, index: i})
 	}
@@ -133,11 +139,14 @@ type Layer struct {
 	seq int64
 
 	// Guarded by Sink.mu:
-	queue  []*pack
-	held   int // packs with memory, queued or being filled
-	closed bool
+	queue   []*pack
+	held    int  // packs with memory, queued or being filled
+	behind  int  // packs at the end of the queue that are not hashed yet
+	hashing bool // a goroutine hashes them
+	closed  bool
 
-	refs []int32 // extent of each content, by number; of the placing goroutine
+	big  hash.Hash // of the content of which not all pieces are hashed; of the hashing goroutine
+	refs []int32   // extent of each content, by number; of the placing goroutine
 }
 
 // pack is a number of contents, or pieces of a big one.
@@ -146,6 +155,7 @@ type pack struct {
 	n     int
 	items []item
 	spill int64 // offset in the spill file
+	ready bool  // hashed and, if need be, spilled; guarded by Sink.mu
 }
 
 // item is a content in a pack, or a piece of one.
@@ -153,12 +163,12 @@ type item struct {
 	off, n      int32
 	first, last bool
 	size        int64    // of the content
-	sum         [32]byte // of the content; with the last piece
+	sum         [32]byte // of the content; with the last piece, once the pack is hashed
 }
 
 func up(n, to int64) int64 { return (n + to - 1) / to * to }
 
-// Put reads exactly size bytes from r and returns a placeholder for where they will be, which Finish replaces.
+// Put reads exactly size bytes from r and returns a placeholder for where they will be. Finish replaces it, and sets the sum.
 func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	l.put.Lock()
 	defer l.put.Unlock()
@@ -170,40 +180,29 @@ func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, e
 	}
 	d := daxfs.Data{Off: virtual | (int64(l.index)<<seqBits|l.seq)*page, Size: size}
 	l.seq++
-	var err error
 	if size <= huge {
-		d.Sum, err = l.putSmall(ctx, size, r)
-	} else {
-		d.Sum, err = l.putBig(ctx, size, r)
+		return d, l.putSmall(ctx, size, r)
 	}
-	return d, err
+	return d, l.putBig(ctx, size, r)
 }
 
-func (l *Layer) putSmall(ctx context.Context, size int64, r io.Reader) (sum [32]byte, err error) {
+func (l *Layer) putSmall(ctx context.Context, size int64, r io.Reader) error {
 	if l.cur != nil && int64(l.cur.n)+size > huge {
 		if err := l.flush(); err != nil {
-			return sum, err
+			return err
 		}
 	}
-	b, err := l.read(ctx, size, r)
-	if err != nil {
-		return sum, err
-	}
-	sum = sha256.Sum256(b)
-	l.cur.items[len(l.cur.items)-1] = item{off: int32(l.cur.n), n: int32(size), first: true, last: true, size: size, sum: sum}
-	l.cur.n += int(up(size, page))
-	return sum, nil
+	return l.read(ctx, r, item{n: int32(size), first: true, last: true, size: size})
 }
 
-func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [32]byte, err error) {
-	h := sha256.New()
+func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) error {
 	for done := int64(0); done < size; {
 		if err := ctx.Err(); err != nil {
-			return sum, err
+			return err
 		}
 		if l.cur != nil && l.cur.n > huge-huge/8 {
 			if err := l.flush(); err != nil {
-				return sum, err
+				return err
 			}
 		}
 		room := int64(huge)
@@ -211,62 +210,103 @@ func (l *Layer) putBig(ctx context.Context, size int64, r io.Reader) (sum [32]by
 			room -= int64(l.cur.n)
 		}
 		n := min(size-done, room)
-		b, err := l.read(ctx, n, r)
-		if err != nil {
-			return sum, err
+		if err := l.read(ctx, r, item{n: int32(n), first: done == 0, last: done+n == size, size: size}); err != nil {
+			return err
 		}
-		h.Write(b)
-		it := item{off: int32(l.cur.n), n: int32(n), first: done == 0, size: size}
-		if done += n; done == size {
-			it.last = true
-			it.sum = [32]byte(h.Sum(nil))
-			sum = it.sum
-		}
-		l.cur.items[len(l.cur.items)-1] = it
-		l.cur.n += int(up(n, page))
+		done += n
 	}
-	return sum, nil
+	return nil
 }
 
-// read fills the current pack with n bytes, which the caller makes an item of: its place in items is there already.
-func (l *Layer) read(ctx context.Context, n int64, r io.Reader) ([]byte, error) {
+// read adds an item to the current pack and fills it.
+func (l *Layer) read(ctx context.Context, r io.Reader, it item) error {
 	if l.cur == nil {
 		p, err := l.s.newPack(ctx, l)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		l.cur = p
 	}
-	room := l.cur.buf[l.cur.n : l.cur.n+int(up(n, page))]
-	if got, err := io.ReadFull(r, room[:n]); err == io.EOF || err == io.ErrUnexpectedEOF {
-		return nil, fmt.Errorf("contents end after %d of %d bytes: %w", got, n, io.ErrUnexpectedEOF)
+	it.off = int32(l.cur.n)
+	room := l.cur.buf[l.cur.n : l.cur.n+int(up(int64(it.n), page))]
+	if got, err := io.ReadFull(r, room[:it.n]); err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("contents end after %d of %d bytes: %w", got, it.n, io.ErrUnexpectedEOF)
 	} else if err != nil {
-		return nil, err
+		return err
 	}
-	clear(room[n:])
-	l.cur.items = append(l.cur.items, item{})
-	return room[:n], nil
+	clear(room[it.n:])
+	l.cur.items = append(l.cur.items, it)
+	l.cur.n += len(room)
+	return nil
 }
 
-// flush queues the current pack.
+// flush queues the current pack. It waits while the packs before it are not hashed.
 func (l *Layer) flush() error {
-	p := l.cur
-	l.cur = nil
-	if p == nil {
+	p, s := l.cur, l.s
+	if p == nil || len(p.items) == 0 {
 		return nil
 	}
+	l.cur = nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.err == nil && l.behind >= ahead {
+		s.wake.Wait()
+	}
+	if s.err != nil {
+		return s.err
+	}
+	l.queue = append(l.queue, p)
+	l.behind++
+	if !l.hashing {
+		l.hashing = true
+		s.sums.Go(l.hash)
+	}
+	return nil
+}
+
+// hash hashes the packs of the queue until none is left. Then it ends: flush starts it again.
+func (l *Layer) hash() {
 	s := l.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.o.Wait && !s.due(l) && s.inUse > s.limit-reserve && (l.held > share || !s.inLane(l)) && s.err == nil {
-		// There is no memory for contents that wait. The pack's memory serves the next one.
-		if err := s.spillPack(l, p); err != nil {
-			return err
+	for s.err == nil && l.behind > 0 {
+		p := l.queue[len(l.queue)-l.behind]
+		s.mu.Unlock()
+		l.hashPack(p)
+		s.mu.Lock()
+		if !s.o.Wait && !s.due(l) && s.inUse > s.limit-reserve && (l.held > share || !s.inLane(l)) {
+			// There is no memory for contents that wait. The pack's memory serves the next one.
+			if err := s.spillPack(l, p); err != nil {
+				s.mu.Unlock()
+				s.fail(err)
+				s.mu.Lock()
+				break
+			}
+		}
+		p.ready = true
+		l.behind--
+		s.wake.Broadcast()
+	}
+	l.hashing = false
+}
+
+// hashPack sets the sums of the contents that end in a pack.
+func (l *Layer) hashPack(p *pack) {
+	for i := range p.items {
+		it := &p.items[i]
+		b := p.buf[it.off : it.off+it.n]
+		if it.first && it.last {
+			it.sum = sha256.Sum256(b)
+			continue
+		}
+		if it.first {
+			l.big = sha256.New()
+		}
+		l.big.Write(b)
+		if it.last {
+			it.sum = [32]byte(l.big.Sum(nil))
 		}
 	}
-	l.queue = append(l.queue, p)
-	s.wake.Broadcast()
-	return s.err
 }
 
 // Close says that the layer has no more contents.
@@ -297,8 +337,8 @@ func (s *Sink) account(size int64) error {
 }
 
 // newPack returns an empty pack with memory. A layer may have to wait until packs were placed; without Options.Wait it waits
-// for no other layer, but flush gives its memory back when there is none left. Every layer that is being read may thus
-// exceed the limit by a pack or two.
+// for no other layer, but its memory is given back after hashing when there is none left. Every layer that is being read may thus
+// exceed the limit by a few packs.
 func (s *Sink) newPack(ctx context.Context, l *Layer) (*pack, error) {
 	// Who waits for a layer that nobody will finish is woken by the end of ctx.
 	defer context.AfterFunc(ctx, func() {
@@ -382,6 +422,7 @@ func (s *Sink) Abort() {
 	s.wake.Broadcast()
 	s.mu.Unlock()
 	<-s.done
+	s.sums.Wait()
 	s.spill.close()
 	s.free = nil
 	s.arena.close()

@@ -138,6 +138,9 @@ func checkImage(t *testing.T, layers [][]*content, img []byte, r Result, aligned
 				t.Fatalf("%d bytes at %d are not those that were put", size, off)
 			}
 			sum := sha256.Sum256(c.b)
+			if c.data.Sum != sum || c.data.Size != size {
+				t.Fatalf("%d bytes at %d have size %d and sum %x, expected sum %x", size, off, c.data.Size, c.data.Sum, sum)
+			}
 			if at, ok := where[sum]; ok {
 				if at != off {
 					t.Fatalf("equal contents of %d bytes at %d and %d", size, at, off)

@@ -1,0 +1,114 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/diffservice"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthapi "google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// stopTimeout is how long calls may go on after the daemon was told to stop. A pull that is cut off is tried again.
+const stopTimeout = 5 * time.Second
+
+// Serve answers on the configured addresses until ctx ends. ready is called once when it listens; it may be nil.
+func (d *Daemon) Serve(ctx context.Context, ready func()) error {
+	l, err := listen(d.cfg.Address)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	stopHTTP, err := d.metrics.serve(ctx, d.cfg.Metrics)
+	if err != nil {
+		return err
+	}
+	defer stopHTTP()
+	stopControl, err := d.serveControl(ctx)
+	if err != nil {
+		return err
+	}
+	defer stopControl()
+	log.G(ctx).WithField("address", d.cfg.Address).Info("serving")
+	if ready != nil {
+		ready()
+	}
+	return serveGRPC(ctx, l, d.grpcServer(d.differ))
+}
+
+// grpcServer returns a server of the snapshotter and a differ.
+func (d *Daemon) grpcServer(differ interface {
+	diff.Applier
+	diff.Comparer
+},
+) *grpc.Server {
+	// Handlers have to end before the pool below them is closed.
+	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true))
+	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(d.sn))
+	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(differ, differ))
+	healthapi.RegisterHealthServer(srv, health.NewServer())
+	return srv
+}
+
+// serveGRPC serves until ctx ends, then lets calls under way end.
+func serveGRPC(ctx context.Context, l net.Listener, srv *grpc.Server) error {
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(l) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	timer := time.AfterFunc(stopTimeout, srv.Stop)
+	defer timer.Stop()
+	srv.GracefulStop()
+	if err := <-failed; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return err
+	}
+	return nil
+}
+
+// listen makes the socket, for root alone. The socket file of a process that died is replaced; that of one that lives
+// is not.
+func listen(address string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
+		return nil, err
+	}
+	if conn, err := net.DialTimeout("unix", address, time.Second); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("socket %q: another process answers there", address)
+	}
+	if st, err := os.Lstat(address); err == nil {
+		if st.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("socket %q: there is something else of type %s", address, st.Mode().Type())
+		}
+		if err := os.Remove(address); err != nil {
+			return nil, err
+		}
+	}
+	// The mode is set before the socket has its name, because until it has its mode anyone could connect.
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var merr error
+		err := c.Control(func(fd uintptr) { merr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, merr)
+	}}
+	l, err := config.Listen(context.Background(), "unix", address)
+	if err != nil {
+		return nil, err
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	return l, nil
+}

@@ -1,0 +1,137 @@
+package snapshotter
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+)
+
+// A snapshot that is removed or committed may still be mounted: nothing forces a client to unmount first, and a mount
+// that was detached lives on as long as a process has a file or a directory in it. What such an overlay stands on is
+// kept in the bucket "gone" until the kernel says that the overlay is dead.
+
+// leave records that the overlay of a snapshot, which no longer says so itself, may stand on low.
+func leave(tx *bolt.Tx, id string, low *lower) error {
+	if !low.stands() {
+		return nil
+	}
+	return putJSON(own(tx, bucketGone), id, low)
+}
+
+// goneLowers returns what overlays of removed and committed snapshots may stand on, by snapshot id.
+func goneLowers(tx *bolt.Tx) (map[string]*lower, error) {
+	gone := map[string]*lower{}
+	err := own(tx, bucketGone).ForEach(func(id, raw []byte) error {
+		low := &lower{}
+		if err := json.Unmarshal(raw, low); err != nil {
+			return fmt.Errorf("record of the removed snapshot %s: %w", id, err)
+		}
+		gone[string(id)] = low
+		return nil
+	})
+	return gone, err
+}
+
+// forgetDead removes the records of overlays that are dead.
+func (s *Snapshotter) forgetDead(ctx context.Context) error {
+	var gone map[string]*lower
+	err := s.st.view(ctx, func(_ context.Context, tx *bolt.Tx) (err error) {
+		gone, err = goneLowers(tx)
+		return err
+	})
+	if err != nil || len(gone) == 0 {
+		return err
+	}
+	var dead []string
+	var errs []error
+	for id := range gone {
+		alive, err := s.alive(id)
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("removed snapshot %s: can not tell whether it is still mounted: %w", id, err))
+		case alive:
+			log.G(ctx).WithField("id", id).Debug("a removed snapshot is still mounted somewhere, keeping it")
+		default:
+			dead = append(dead, id)
+		}
+	}
+	if len(dead) > 0 {
+		errs = append(errs, s.st.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
+			for _, id := range dead {
+				if err := own(tx, bucketGone).Delete([]byte(id)); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+	}
+	return errors.Join(errs...)
+}
+
+// alive reports whether an overlay with the upper directory of a snapshot exists, in whatever mount namespace, detached
+// or not. The kernel refuses a second overlay with the option index=on over an upper directory that is in use. The
+// trial leaves traces in the work directory, which nobody uses again, and on the upper directory, where nobody looks at
+// them.
+func (s *Snapshotter) alive(id string) (bool, error) {
+	if _, err := os.Lstat(s.upper(id)); errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	empty := filepath.Join(s.root, "empty")
+	if err := os.Mkdir(empty, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return false, err
+	}
+	options := []string{"lowerdir=" + empty, "upperdir=" + s.upper(id), "workdir=" + s.workdir(id), "index=on"}
+	for _, o := range s.overlayOptions {
+		if o == "userxattr" {
+			options = append(options, o)
+		}
+	}
+	err := tryOverlay(options)
+	if errors.Is(err, unix.EINVAL) {
+		// The kernel does not take up the work directory of a volatile mount. By now the upper directory was found free,
+		// or the options are wrong; the second answer tells.
+		if rerr := os.RemoveAll(filepath.Join(s.workdir(id), "work", "incompat")); rerr != nil {
+			return false, rerr
+		}
+		err = tryOverlay(options)
+	}
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return true, nil
+	case errors.Is(err, unix.ESTALE): // the index of another lower: the upper directory was found free before
+		return false, nil
+	}
+	return false, err
+}
+
+// tryOverlay makes an overlay that is mounted nowhere, and drops it.
+func tryOverlay(options []string) error {
+	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("fsopen overlay: %w", err)
+	}
+	defer unix.Close(fd)
+	for _, o := range options {
+		key, value, isString := strings.Cut(o, "=")
+		if isString {
+			err = unix.FsconfigSetString(fd, key, value)
+		} else {
+			err = unix.FsconfigSetFlag(fd, key)
+		}
+		if err != nil {
+			return fmt.Errorf("overlay option %q: %w", o, err)
+		}
+	}
+	if err := unix.FsconfigCreate(fd); err != nil {
+		return fmt.Errorf("trial overlay: %w", err)
+	}
+	return nil
+}

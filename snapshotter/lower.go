@@ -1,0 +1,259 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+)
+
+// chooseLower decides what a new snapshot stands on and makes it available.
+func (s *Snapshotter) chooseLower(ctx context.Context, want snapshots.Info, links []link) (*lower, []string, error) {
+	if len(links) == 0 {
+		// In parallel unpacking the parent is only named at Commit.
+		return &lower{Blind: want.Labels[labelParentChainID] != ""}, nil, nil
+	}
+	if want.Kind == snapshots.KindActive && isExtract(want.Name, want.Labels) {
+		return s.chooseForUnpack(ctx, want, links)
+	}
+	dir, err := s.image(ctx, links)
+	if err == nil {
+		return &lower{Image: links[0].rec.Image}, []string{dir}, nil
+	}
+	if ctx.Err() != nil {
+		return nil, nil, err
+	}
+	low := directories(links)
+	dirs, ferr := s.directoriesOf(ctx, low, links)
+	if ferr != nil {
+		return nil, nil, fmt.Errorf("%w; and no fallback: %w", err, ferr)
+	}
+	log.G(ctx).WithError(err).WithField("snapshot", want.Name).
+		Warn("the shared image is not available, using plain directories, which share less memory")
+	s.opts.Fallback(reason(err))
+	return low, dirs, nil
+}
+
+// reason names the cause of a fallback, for the metrics.
+func reason(err error) string {
+	if errdefs.IsResourceExhausted(err) {
+		return "full"
+	}
+	return "error"
+}
+
+// chooseForUnpack decides what a layer is unpacked over. An unpacker that walks looks up the attributes of directories
+// there which the layer does not list itself; one that streams does not look at all.
+func (s *Snapshotter) chooseForUnpack(ctx context.Context, want snapshots.Info,
+	links []link,
+) (*lower, []string, error) {
+	parent := links[0].rec
+	streamed := len(parent.Streamed) > 0 && parent.Claim == nil
+	if streamed && !parent.Built && claimOf(want.Name, want.Labels).DiffID != "" {
+		// The parent was streamed, so this layer is expected to be streamed as well. Building the image of every prefix
+		// of the chain for nobody to look at would use up the room for metadata. If the layer is walked all the same, it
+		// is restored from its blob, which the claim leads to.
+		return &lower{Blind: true, Streaming: true}, nil, nil
+	}
+	low := directories(links)
+	dirs, err := s.directoriesOf(ctx, low, links)
+	return low, dirs, err
+}
+
+// directories returns the lower that needs the least of images: the directories from the top down to the first
+// snapshot that has none, whose chain has no other form than an image.
+func directories(links []link) *lower {
+	low := &lower{}
+	for _, l := range links {
+		if len(l.rec.Streamed) > 0 || !l.rec.hasDir() {
+			low.Image = l.rec.Image
+			break
+		}
+		low.Dirs = append(low.Dirs, l.id)
+	}
+	return low
+}
+
+// directoriesOf returns the directories of low, which is not recorded yet, top first. If there is no room for the image
+// in low it becomes a plain copy.
+func (s *Snapshotter) directoriesOf(ctx context.Context, low *lower, links []link) ([]string, error) {
+	dirs, err := s.lowerdirs(ctx, low, links)
+	if low.Image == "" || !errdefs.IsResourceExhausted(err) {
+		return dirs, err
+	}
+	low.Plain = true
+	dirs, perr := s.lowerdirs(ctx, low, links)
+	if perr != nil {
+		return nil, fmt.Errorf("%w; and no plain copy: %w", err, perr)
+	}
+	return dirs, nil
+}
+
+// lowerdirs returns the directories that low names, top first.
+func (s *Snapshotter) lowerdirs(ctx context.Context, low *lower, links []link) ([]string, error) {
+	var dirs []string
+	for _, id := range low.Dirs {
+		dirs = append(dirs, s.upper(id))
+	}
+	if low.Image == "" {
+		return dirs, nil
+	}
+	for i, l := range links {
+		if l.rec.Image != low.Image {
+			continue
+		}
+		get := s.image
+		if low.Plain {
+			get = s.plain
+		}
+		dir, err := get(ctx, links[i:])
+		if err != nil {
+			return nil, err
+		}
+		return append(dirs, dir), nil
+	}
+	return nil, fmt.Errorf("image %q is not one of the parents: %w", low.Image, errdefs.ErrDataLoss)
+}
+
+// image makes the image of the chain links, top first, available and returns where it is mounted. The work goes on if
+// the caller gives up: one that comes back after its deadline finds it further on, or done.
+func (s *Snapshotter) image(ctx context.Context, links []link) (string, error) {
+	type result struct {
+		dir string
+		err error
+	}
+	done := make(chan result, 1)
+	err := s.work.detach(func(ctx context.Context) {
+		dir, err := s.build(ctx, links, s.lowers.Lower)
+		done <- result{dir, err}
+	})
+	if err != nil {
+		return "", err
+	}
+	select {
+	case r := <-done:
+		return r.dir, r.err
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+}
+
+// plain writes the image of the chain links, top first, to a directory on disk and returns that.
+func (s *Snapshotter) plain(ctx context.Context, links []link) (string, error) {
+	return s.build(ctx, links, s.lowers.Plain)
+}
+
+func (s *Snapshotter) build(ctx context.Context, links []link,
+	get func(context.Context, Image) (string, error),
+) (dir string, err error) {
+	began := time.Now()
+	defer func() { s.opts.Observe("build", time.Since(began), err) }()
+	links, release, err := s.hold(ctx, links)
+	if err != nil {
+		return "", err
+	}
+	defer release()
+	for _, l := range links {
+		if err := s.prove(ctx, l); err != nil {
+			return "", err
+		}
+	}
+	top := links[0]
+	ns, _ := splitName(top.info.Name)
+	img := Image{Key: top.rec.Image, Layers: s.layers(links), Namespace: ns}
+	if isTop(top.info.Labels) {
+		img.Name = top.info.Labels[labelImageRef]
+	}
+	err = s.withEviction(ctx, func() error {
+		dir, err = get(ctx, img)
+		return err
+	})
+	return dir, err
+}
+
+// hold keeps the image and the layers of a chain from being swept, and their directories from being removed, until
+// release is called. It returns the chain as it is now, and fails if its top is gone. Reading a directory while it is
+// removed would give a layer that lacks files, and in the end an image that does.
+func (s *Snapshotter) hold(ctx context.Context, links []link) (now []link, release func(), err error) {
+	top := links[0]
+	unpins := []func(){s.pins.pin(top.rec.Image)}
+	release = func() {
+		for _, unpin := range unpins {
+			unpin()
+		}
+	}
+	for _, l := range s.layers(links) {
+		unpins = append(unpins, s.pins.pin(l.Key))
+	}
+	// After pinning: whoever removes something from now on sees the pins. Parents cannot be removed before the top.
+	err = s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+		now, err = chain(ctx, tx, top.info.Name)
+		return err
+	})
+	if err == nil && now[0].id != top.id {
+		err = fmt.Errorf("snapshot %q was removed and made again: %w", top.info.Name, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		release()
+		return nil, nil, err
+	}
+	return now, release, nil
+}
+
+// layers returns the layers of a chain, bottom first.
+func (s *Snapshotter) layers(links []link) []Layer {
+	var layers []Layer
+	for i := len(links) - 1; i >= 0; i-- {
+		l := links[i]
+		for _, key := range l.rec.Streamed {
+			layers = append(layers, Layer{Key: key})
+		}
+		if !l.rec.Dir {
+			continue
+		}
+		layer := Layer{Key: s.dirKey(l.id)}
+		if l.rec.hasDir() {
+			layer.Dir = s.upper(l.id)
+		} else {
+			layer.Claim = claimOf(l.info.Name, l.info.Labels)
+		}
+		layers = append(layers, layer)
+	}
+	return layers
+}
+
+// dirKey is the key of the layer that the directory of a snapshot makes.
+func (s *Snapshotter) dirKey(id string) string { return dirKey(s.st, id) }
+
+func dirKey(st *store, id string) string { return "dir/" + st.id + "/" + id }
+
+// imageKey is the key of the image of the chain links, top first.
+func (s *Snapshotter) imageKey(st *store, links []link) string {
+	var keys []string
+	for i := len(links) - 1; i >= 0; i-- {
+		l := links[i]
+		keys = append(keys, l.rec.Streamed...)
+		if l.rec.Dir {
+			keys = append(keys, dirKey(st, l.id))
+		}
+	}
+	return s.lowers.ImageKey(keys)
+}
+
+// withEviction runs fn, and once more after it freed what is not in use if fn found no room.
+func (s *Snapshotter) withEviction(ctx context.Context, fn func() error) error {
+	err := fn()
+	if !errdefs.IsResourceExhausted(err) {
+		return err
+	}
+	log.G(ctx).WithError(err).Info("no room, freeing what is not in use")
+	if serr := s.sweep(ctx, true); serr != nil {
+		return errors.Join(err, serr)
+	}
+	return fn()
+}

@@ -1,0 +1,88 @@
+package snapshotter
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
+)
+
+// recordVersion is the version of the records that this program writes.
+//
+//	1  images are named by chain IDs, and chains without one by snapshots. The file holds no version.
+//	2  images are named by the keys of their layers
+const recordVersion = 2
+
+// oldRecord is what version 1 has where version 2 has the key of an image.
+type oldRecord struct {
+	Chain string `json:"chain"`
+	Lower *struct {
+		Chain string `json:"chain"`
+	} `json:"lower"`
+}
+
+// migrate brings the records of an earlier version up to date. What a snapshot stands on stays the same set of layers.
+func (s *Snapshotter) migrate(ctx context.Context, tx *bolt.Tx, st *store) error {
+	version := byte(1)
+	if raw := tx.Bucket(bucketOwn).Get(keyVersion); len(raw) == 1 {
+		version = raw[0]
+	}
+	switch version {
+	case recordVersion:
+		return nil
+	case 1:
+	default:
+		return fmt.Errorf("its records are of version %d, expected %d or older: a newer program wrote them, start that "+
+			"one: %w", version, recordVersion, errdefs.ErrFailedPrecondition)
+	}
+	names, err := storage.IDMap(ctx)
+	if err != nil {
+		return err
+	}
+	old := map[string]oldRecord{}
+	for id := range names {
+		var r oldRecord
+		if raw := own(tx, bucketRecords).Get([]byte(id)); raw != nil {
+			if err := json.Unmarshal(raw, &r); err != nil {
+				return fmt.Errorf("record of snapshot %s: %w", id, err)
+			}
+		}
+		old[id] = r
+	}
+	for id, name := range names {
+		if err := s.migrateOne(ctx, tx, st, id, name, old); err != nil {
+			return fmt.Errorf("snapshot %q: %w", name, err)
+		}
+	}
+	return tx.Bucket(bucketOwn).Put(keyVersion, []byte{recordVersion})
+}
+
+func (s *Snapshotter) migrateOne(ctx context.Context, tx *bolt.Tx, st *store, id, name string,
+	old map[string]oldRecord,
+) error {
+	links, err := chain(ctx, tx, name)
+	if err != nil {
+		return err
+	}
+	rec := links[0].rec
+	if old[id].Chain != "" {
+		rec.Image = s.imageKey(st, links)
+		// The images and layers of version 1 are in a pool that this program does not write to.
+		rec.Ingested, rec.Built = false, false
+	}
+	if l := old[id].Lower; l != nil && l.Chain != "" {
+		for i, parent := range links[1:] {
+			if old[parent.id].Chain == l.Chain {
+				rec.Lower.Image = s.imageKey(st, links[i+1:])
+				break
+			}
+		}
+		if rec.Lower.Image == "" {
+			return fmt.Errorf("chain %q is not among its parents: %w", l.Chain, errdefs.ErrDataLoss)
+		}
+	}
+	return putRecord(tx, id, rec)
+}

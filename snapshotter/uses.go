@@ -1,0 +1,117 @@
+package snapshotter
+
+import (
+	"context"
+	"maps"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	bolt "go.etcd.io/bbolt"
+)
+
+// uses implements Uses. It is what the records say, and the pins.
+type uses struct {
+	pins   *pins
+	needs  map[string]Use                 // by key of an image or layer
+	plain  map[string]bool                // images whose plain copy is needed
+	spaces map[string]map[string]struct{} // namespaces by key
+}
+
+func (u *uses) Image(key string) Use { return u.need(key) }
+func (u *uses) Layer(key string) Use { return u.need(key) }
+
+func (u *uses) need(key string) Use {
+	if u.pins.has(key) {
+		return InUse
+	}
+	return u.needs[key]
+}
+
+func (u *uses) Plain(key string) bool { return u.plain[key] || u.pins.has(key) }
+
+func (u *uses) Namespaces(key string) []string { return slices.Sorted(maps.Keys(u.spaces[key])) }
+
+// stand notes what an overlay stands on. An overlay of a removed snapshot is of no namespace.
+func (u *uses) stand(low *lower, namespace string) {
+	switch {
+	case low == nil || low.Image == "":
+	case low.Plain:
+		u.plain[low.Image] = true
+	case namespace == "":
+		u.needs[low.Image] = InUse
+	default:
+		u.raise(low.Image, namespace, InUse)
+	}
+}
+
+// raise notes that a namespace needs key.
+func (u *uses) raise(key, namespace string, use Use) {
+	u.needs[key] = max(u.needs[key], use)
+	if u.spaces[key] == nil {
+		u.spaces[key] = map[string]struct{}{}
+	}
+	u.spaces[key][namespace] = struct{}{}
+}
+
+// uses reads from the records what is needed. Only while pins are watched is the result good for a sweep.
+func (s *Snapshotter) uses(ctx context.Context) (*uses, error) {
+	u := &uses{
+		pins: &s.pins, needs: map[string]Use{}, plain: map[string]bool{}, spaces: map[string]map[string]struct{}{},
+	}
+	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		gone, err := goneLowers(tx)
+		if err != nil {
+			return err
+		}
+		for _, low := range gone {
+			u.stand(low, "")
+		}
+		hasChild := map[string]bool{}
+		err = storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+			hasChild[info.Parent] = hasChild[info.Parent] || info.Kind == snapshots.KindCommitted
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
+			return s.usesOf(ctx, tx, info, hasChild[info.Name], u)
+		})
+	})
+	return u, err
+}
+
+// usesOf adds what one snapshot needs. A layer that is only claimed, and an image with one, may be another namespace's:
+// they are not needed before the claim is proven.
+func (s *Snapshotter) usesOf(ctx context.Context, tx *bolt.Tx, info snapshots.Info, hasChild bool, u *uses) error {
+	links, err := chain(ctx, tx, info.Name)
+	if err != nil {
+		return err
+	}
+	id, rec := links[0].id, links[0].rec
+	ns, _ := splitName(info.Name)
+	if rec.Claim == nil {
+		for _, key := range rec.Streamed {
+			u.raise(key, ns, Stored)
+		}
+	}
+	if rec.Dir && info.Kind == snapshots.KindCommitted {
+		use := Stored
+		if rec.Dropped {
+			use = InUse // there is no other copy
+		}
+		u.raise(s.dirKey(id), ns, use)
+	}
+	u.stand(rec.Lower, ns)
+	proven := !slices.ContainsFunc(links, func(l link) bool { return l.rec.Claim != nil })
+	if rec.Image == "" || !proven {
+		return nil
+	}
+	if rec.Top || !hasChild {
+		u.raise(rec.Image, ns, Ready)
+	} else {
+		u.raise(rec.Image, ns, Stored)
+	}
+	return nil
+}

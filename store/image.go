@@ -1,0 +1,168 @@
+package store
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/log"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/converter/tree"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// imagePrefix begins the keys of images; the hash of the keys of their layers follows, in hexadecimal.
+const imagePrefix = "image/"
+
+// ImageKey returns the key of the image that layers make. It takes their keys, bottom first.
+func ImageKey(layers []string) string {
+	h := sha256.New()
+	for _, key := range layers {
+		fmt.Fprintf(h, "%d %s\n", len(key), key)
+	}
+	return imagePrefix + hex.EncodeToString(h.Sum(nil))
+}
+
+// Image is a chain of layers, bottom first, that makes an image.
+type Image struct {
+	Key    string
+	Layers []Layer
+	// Holder is who wants the image.
+	Holder string
+	// Name is a reference of the OCI image; empty if it is not known.
+	Name string
+}
+
+func (m Image) layerKeys() []string {
+	keys := make([]string, len(m.Layers))
+	for i, l := range m.Layers {
+		keys[i] = l.Key
+	}
+	return keys
+}
+
+// Lower returns the directory at which an image is mounted. It restores layers that are missing, and builds and mounts
+// the image where that is not yet done.
+func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
+	unlock, err := s.images.lock(ctx, img.Key)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	m, err := s.mount(ctx, img)
+	if errors.Is(err, mount.ErrCheck) {
+		// The memory no longer holds what was written there. The index does not lie in it: the tree is made again.
+		log.G(ctx).WithError(err).Error("the pool is damaged, making its metadata again")
+		if herr := s.newEpoch(ctx); herr != nil {
+			return "", fmt.Errorf("image %q: %w; and the pool's metadata can not be made again: %w", img.Key, err, herr)
+		}
+		m, err = s.mount(ctx, img)
+	}
+	if err != nil {
+		return "", fmt.Errorf("image %q: %w", img.Key, err)
+	}
+	return m.Dir, nil
+}
+
+// mount mounts an image, which it adds to the pool if it is not there. Preconditions: the image is locked.
+func (s *Store) mount(ctx context.Context, img Image) (mount.Mounted, error) {
+	s.epoch.RLock()
+	defer s.epoch.RUnlock()
+	m, err := s.add(ctx, img)
+	if err != nil {
+		return mount.Mounted{}, err
+	}
+	return s.table.Mount(ctx, s.mountable(m))
+}
+
+// mountable describes an image of the pool to the table.
+func (s *Store) mountable(m pool.Image) mount.Image {
+	return mount.Image{
+		Key: m.Key, Name: m.Name(), Nid: s.pool.Geometry().SlotNid(m.Slot), Window: m.Window, WindowSize: m.WindowSize,
+		UUID: m.UUID, Created: m.Created,
+	}
+}
+
+// add returns the image of the pool, which it builds if there is none, and records who wants it. Preconditions: the
+// image is locked, and epoch is held for reading.
+func (s *Store) add(ctx context.Context, img Image) (pool.Image, error) {
+	m, err := s.pool.Image(img.Key)
+	if errors.Is(err, pool.ErrNotFound) {
+		m, err = s.build(ctx, img)
+	}
+	if err != nil {
+		return m, err
+	}
+	return m, s.amendImage(img.Key, func(r *imageRecord) {
+		r.Layers = img.layerKeys()
+		r.Names, r.Holders = add(r.Names, img.Name), add(r.Holders, img.Holder)
+	})
+}
+
+func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
+	if want := ImageKey(img.layerKeys()); img.Key != want {
+		return pool.Image{}, fmt.Errorf("key of %d layers, expected %q: %w", len(img.Layers), want, pool.ErrInvalid)
+	}
+	root, err := s.tree(ctx, img.Layers)
+	if err != nil {
+		return pool.Image{}, err
+	}
+	return s.pool.AddImage(ctx, img.Key, root, daxfs.Options{})
+}
+
+// tree merges layers, which it restores where that is needed.
+func (s *Store) tree(ctx context.Context, from []Layer) (*daxfs.Node, error) {
+	var layers []*layer.Layer
+	for _, f := range from {
+		made, err := s.ensure(ctx, f)
+		if err != nil {
+			return nil, err
+		}
+		layers = append(layers, made)
+	}
+	root, err := tree.Merge(layers)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
+	}
+	return root, nil
+}
+
+// rebuild adds the images again that somebody holds without having asked for them: those that were put into the pool to
+// be found there. A new epoch removed them.
+func (s *Store) rebuild(ctx context.Context) error {
+	var errs []error
+	for key, r := range s.imageRecords() {
+		if !slices.ContainsFunc(r.Holders, lasting) {
+			continue
+		}
+		if _, err := s.pool.Image(key); err == nil {
+			continue
+		}
+		img := Image{Key: key}
+		for _, l := range r.Layers {
+			img.Layers = append(img.Layers, Layer{Key: l})
+		}
+		if err := s.rebuildOne(ctx, img); err != nil {
+			errs = append(errs, fmt.Errorf("image %q: %w", key, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) rebuildOne(ctx context.Context, img Image) error {
+	unlock, err := s.images.lock(ctx, img.Key)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s.epoch.RLock()
+	defer s.epoch.RUnlock()
+	_, err = s.add(ctx, img)
+	return err
+}

@@ -1,0 +1,103 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if restrict
+// is set. The mount holds the image.
+func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (Info, error) {
+	dir, err := cleanDir(dir)
+	if err != nil {
+		return Info{}, err
+	}
+	info, err := s.Find(name)
+	if err != nil {
+		return Info{}, err
+	}
+	unlock, err := s.images.lock(ctx, info.Key)
+	if err != nil {
+		return Info{}, err
+	}
+	defer unlock()
+	s.epoch.RLock()
+	defer s.epoch.RUnlock()
+	m, err := s.pool.Image(info.Key) // a sweep may have been faster
+	if err != nil {
+		return Info{}, err
+	}
+	if _, err := s.table.Mount(ctx, s.mountable(m)); err != nil {
+		return Info{}, err
+	}
+	// The holder comes first: a crash leaves a holder without a mount, which the next sweep drops.
+	holder := holderMount + dir
+	err = s.amendImage(m.Key, func(r *imageRecord) { r.Holders = add(r.Holders, holder) })
+	if err != nil {
+		return Info{}, err
+	}
+	if err := s.table.Bind(ctx, m.Key, dir, restrict); err != nil {
+		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
+	}
+	return s.info(m), nil
+}
+
+// UnmountAt ends what MountAt began. Errors: mount.ErrBusy, mount.ErrNotFound.
+func (s *Store) UnmountAt(ctx context.Context, dir string) error {
+	dir, err := cleanDir(dir)
+	if err != nil {
+		return err
+	}
+	holder := holderMount + dir
+	for key, r := range s.imageRecords() {
+		if !slices.Contains(r.Holders, holder) {
+			continue
+		}
+		// An ordinary unmount fails while a process is in there, so afterwards none is.
+		err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
+		switch {
+		case errors.Is(err, unix.EBUSY):
+			return fmt.Errorf("unmount %q: %w", dir, mount.ErrBusy)
+		case err != nil && !errors.Is(err, unix.EINVAL): // EINVAL: it is no mount point any more
+			return fmt.Errorf("unmount %q: %w", dir, err)
+		}
+		return s.dropHolder(key, holder)
+	}
+	return fmt.Errorf("no image of this pool is mounted on %q: %w", dir, mount.ErrNotFound)
+}
+
+// Mounts returns where users had images mounted, with the keys of the images.
+func (s *Store) Mounts() map[string]string {
+	out := map[string]string{}
+	for key, r := range s.imageRecords() {
+		for _, h := range r.Holders {
+			if dir, ok := strings.CutPrefix(h, holderMount); ok {
+				out[dir] = key
+			}
+		}
+	}
+	return out
+}
+
+func (s *Store) dropHolder(key, holder string) error {
+	return s.amendImage(key, func(r *imageRecord) {
+		r.Holders = without(r.Holders, func(h string) bool { return h == holder })
+	})
+}
+
+// cleanDir returns the path of a directory without symbolic links.
+func cleanDir(dir string) (string, error) {
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("directory %q is not an absolute path: %w", dir, pool.ErrInvalid)
+	}
+	return filepath.EvalSymlinks(dir)
+}

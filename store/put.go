@@ -1,0 +1,134 @@
+package store
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// Info is an image of the store.
+type Info struct {
+	pool.Image
+	// Layers are the keys of its layers, bottom first.
+	Layers  []string `json:"layers"`
+	Names   []string `json:"names,omitempty"`
+	Holders []string `json:"holders,omitempty"`
+}
+
+// Images returns the images that are in the pool, by slot.
+func (s *Store) Images() []Info {
+	var out []Info
+	for _, m := range s.pool.Images() {
+		out = append(out, s.info(m))
+	}
+	return out
+}
+
+func (s *Store) info(m pool.Image) Info {
+	r := s.imageRecord(m.Key)
+	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders}
+}
+
+// Find returns the image that a user means: by its key or the beginning of that, a name of the OCI image, or the name of
+// a pin.
+func (s *Store) Find(name string) (Info, error) { return Match(s.Images(), name) }
+
+// Match is Find among images that a store listed.
+func Match(images []Info, name string) (Info, error) {
+	var found []Info
+	for _, info := range images {
+		hash := strings.TrimPrefix(info.Key, imagePrefix)
+		switch {
+		case name == info.Key || slices.Contains(info.Names, name) || slices.Contains(info.Holders, holderPin+name):
+			return info, nil
+		case name != "" && strings.HasPrefix(hash, strings.TrimPrefix(name, imagePrefix)):
+			found = append(found, info)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return Info{}, fmt.Errorf("image %q: %w", name, pool.ErrNotFound)
+	}
+	return Info{}, fmt.Errorf("image %q: %d images begin with that: %w", name, len(found), pool.ErrInvalid)
+}
+
+// Put puts an OCI image, or the tree of a source without layers, into the pool, where pin/<name> holds it until Unpin. A pin
+// of that name moves from the image that it held before.
+func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, error) {
+	if name == "" {
+		return Info{}, fmt.Errorf("an image is put under a name, found none: %w", pool.ErrInvalid)
+	}
+	holder := holderPin + name
+	img := Image{Holder: holder, Name: name}
+	if src.Tree != nil {
+		// The tree that was put under this name before may differ, so each has a key of its own.
+		var random [8]byte
+		rand.Read(random[:])
+		key := "dir/put/" + digest.FromString(name).Encoded()[:16] + "/" + hex.EncodeToString(random[:])
+		if err := s.addTree(ctx, holder, key, src.Tree); err != nil {
+			return Info{}, err
+		}
+		img.Layers, img.Name = []Layer{{Key: key}}, ""
+	}
+	for i, l := range src.Layers {
+		st, err := s.AddBlob(ctx, Blob{
+			Digest: l.Desc.Digest, MediaType: l.Desc.MediaType, Verify: true, DiffID: l.DiffID, Size: l.Desc.Size,
+			Open: l.Open, Pin: func(string) {}, Holder: holder,
+		})
+		if err != nil {
+			return Info{}, fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
+		}
+		img.Layers = append(img.Layers, Layer{Key: st.Key})
+	}
+	img.Key = ImageKey(img.layerKeys())
+	if err := s.rebuildOne(ctx, img); err != nil {
+		return Info{}, fmt.Errorf("image %q: %w", img.Key, err)
+	}
+	if err := s.unpin(name, img.Key); err != nil {
+		return Info{}, err
+	}
+	m, err := s.pool.Image(img.Key)
+	return s.info(m), err
+}
+
+// Unpin ends what Put began. Sweep frees what nobody else holds. Errors: pool.ErrNotFound.
+func (s *Store) Unpin(name string) error {
+	pinned := false
+	for _, r := range s.imageRecords() {
+		pinned = pinned || slices.Contains(r.Holders, holderPin+name)
+	}
+	if !pinned {
+		return fmt.Errorf("no image is pinned as %q: %w", name, pool.ErrNotFound)
+	}
+	return s.unpin(name, "")
+}
+
+// unpin takes a pin from all images but one, and from their layers.
+func (s *Store) unpin(name, except string) error {
+	holder := holderPin + name
+	is := func(h string) bool { return h == holder }
+	var errs []error
+	for key, r := range s.imageRecords() {
+		if key != except && slices.ContainsFunc(r.Holders, is) {
+			errs = append(errs, s.dropHolder(key, holder))
+		}
+	}
+	keep := s.imageRecord(except).Layers
+	for key, r := range s.layerRecords() {
+		if !slices.Contains(keep, key) && slices.ContainsFunc(r.Holders, is) {
+			errs = append(errs, s.amendLayer(key, func(r *layerRecord) { r.Holders = without(r.Holders, is) }))
+		}
+	}
+	return errors.Join(errs...)
+}

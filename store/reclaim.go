@@ -1,0 +1,175 @@
+package store
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/log"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// batchSize is how many extents the kernel is asked for at a time.
+const batchSize = 512
+
+// reclaim frees the contents that nothing holds and that nobody can read any more.
+//
+// Overlays of snapshots are dead when their image is removed: the snapshotter asked the kernel. So nobody can open a file
+// any more that he did not have open, and the kernel is asked for those. Mounts that others made may live on detached,
+// with a process in them; once there was one, contents wait until the kernel has forgotten their inodes.
+func (s *Store) reclaim(ctx context.Context) error {
+	dead := s.pool.Dead()
+	if len(dead) == 0 {
+		return nil
+	}
+	s.epoch.RLock()
+	defer s.epoch.RUnlock()
+	s.mu.Lock()
+	evicted := s.records.loose
+	s.mu.Unlock()
+	for len(dead) > 0 {
+		n := min(len(dead), batchSize)
+		err := s.free(ctx, dead[:n], evicted)
+		if errors.Is(err, mount.ErrNotFound) {
+			return nil // the pool is not mounted: see turn
+		}
+		if errors.Is(err, mount.ErrBusy) {
+			log.G(ctx).WithError(err).Debug("contents without a holder wait")
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("free contents without a holder: %w", err)
+		}
+		dead = dead[n:]
+	}
+	return nil
+}
+
+// free frees those of dead that are unused.
+func (s *Store) free(ctx context.Context, dead []pool.Dead, evicted bool) error {
+	var erased []pool.Dead
+	extents := make([]mount.Extent, len(dead))
+	index := map[int64]int{}
+	for i, d := range dead {
+		extents[i] = mount.Extent{Nids: d.Nids, Evicted: evicted}
+		index[d.Off] = i
+	}
+	unused, err := s.table.Unused(ctx, extents, func() (err error) {
+		erased, err = s.pool.Erase(ctx, dead)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	var free []pool.Dead
+	for _, d := range erased {
+		if unused[index[d.Off]] {
+			free = append(free, d)
+		}
+	}
+	return s.pool.Free(ctx, free)
+}
+
+func (s *Store) epochName() string {
+	uuid := s.pool.UUID()
+	return hex.EncodeToString(uuid[:])
+}
+
+// noteLoose records that something else than overlays of snapshots used an image in this epoch.
+func (s *Store) noteLoose() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.records.loose {
+		return nil
+	}
+	if err := s.pool.SetRecord(kindLoose, s.epochName(), []byte("{}")); err != nil {
+		return err
+	}
+	s.records.loose = true
+	return nil
+}
+
+// turn frees everything that waits if nothing is mounted, and lets the pool begin a new epoch if that is worth it. It does
+// nothing while images are added or mounted.
+func (s *Store) turn(ctx context.Context) error {
+	if !s.epoch.TryLock() {
+		return nil
+	}
+	defer s.epoch.Unlock()
+	if u := s.pool.Usage(); u.DeadCount == 0 && u.SlotsUsed == u.Images {
+		return nil // nothing to gain
+	}
+	idle, err := s.unmountAll(ctx)
+	if err != nil || !idle {
+		return err
+	}
+	turned, err := s.pool.NothingMounted(ctx)
+	if err != nil {
+		return fmt.Errorf("free contents while nothing is mounted: %w", err)
+	}
+	return s.turned(ctx, turned)
+}
+
+// UnmountIdle unmounts the pool itself if no image is mounted: somebody who ends leaves no device and no server behind.
+func (s *Store) UnmountIdle(ctx context.Context) error {
+	s.epoch.Lock()
+	defer s.epoch.Unlock()
+	_, err := s.unmountAll(ctx)
+	return err
+}
+
+// newEpoch begins a new epoch if nothing is mounted.
+func (s *Store) newEpoch(ctx context.Context) error {
+	s.epoch.Lock()
+	defer s.epoch.Unlock()
+	idle, err := s.unmountAll(ctx)
+	if err == nil && !idle {
+		err = fmt.Errorf("something is mounted from the pool: %w", mount.ErrBusy)
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.pool.NewEpoch(ctx); err != nil {
+		return err
+	}
+	return s.turned(ctx, true)
+}
+
+// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives on this machine.
+// Preconditions: epoch is held for writing.
+func (s *Store) unmountAll(ctx context.Context) (idle bool, err error) {
+	if len(s.table.List()) > 0 {
+		return false, nil
+	}
+	if err := s.table.UnmountPool(ctx); err != nil && !errors.Is(err, mount.ErrNotFound) {
+		if errors.Is(err, mount.ErrBusy) {
+			return false, nil
+		}
+		return false, err
+	}
+	alive, err := s.table.Alive(ctx)
+	return !alive && err == nil, err
+}
+
+// turned opens the table of a new epoch. Preconditions: epoch is held for writing.
+func (s *Store) turned(ctx context.Context, turned bool) error {
+	if !turned {
+		return nil
+	}
+	log.G(ctx).Info("the pool began a new epoch")
+	s.mu.Lock()
+	var errs []error
+	if old, err := s.pool.Records(kindLoose); err != nil {
+		errs = append(errs, err)
+	} else {
+		for name := range old {
+			errs = append(errs, s.pool.SetRecord(kindLoose, name, nil))
+		}
+	}
+	s.records.loose = false
+	s.mu.Unlock()
+	return errors.Join(append(errs, s.openTable(ctx))...)
+}

@@ -1,0 +1,220 @@
+package store
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Kinds of records in the index of the pool.
+const (
+	kindImage = "image"
+	kindLayer = "layer"
+	// kindLoose has one record, under the UUID of an epoch, if an image was removed in that epoch which others than
+	// overlays of snapshots had used: see reclaim.
+	kindLoose = "loose"
+)
+
+// imageRecord is what the store knows of an image. It outlives the image in the pool, which a new epoch removes.
+type imageRecord struct {
+	// Layers are the keys of its layers, bottom first.
+	Layers []string `json:"layers"`
+	// Names are references of OCI images, sorted.
+	Names []string `json:"names,omitempty"`
+	// Holders, sorted.
+	Holders []string `json:"holders,omitempty"`
+}
+
+// layerRecord is what the store knows of a layer.
+type layerRecord struct {
+	Holders []string `json:"holders,omitempty"`
+	// Blobs are the digests of the blobs of which the layer was once read, sorted.
+	Blobs []digest.Digest `json:"blobs,omitempty"`
+}
+
+// records is the store's copy of its records in the index. Store.mu guards it.
+type records struct {
+	images map[string]imageRecord
+	layers map[string]layerRecord
+	// proven gives the key of the layer that was read from a blob.
+	proven map[digest.Digest]string
+	// loose is true if the index has a kindLoose record of this epoch.
+	loose bool
+}
+
+// The beginnings of holders.
+const (
+	holderContainerd = "containerd/"
+	holderPin        = "pin/"
+	holderMount      = "mount/"
+	holderReader     = "reader/"
+)
+
+// ContainerdHolder is the holder that stands for a namespace of containerd.
+func ContainerdHolder(namespace string) string { return holderContainerd + namespace }
+
+func (s *Store) loadRecords() error {
+	s.records = records{
+		images: map[string]imageRecord{}, layers: map[string]layerRecord{}, proven: map[digest.Digest]string{},
+	}
+	if err := load(s, kindImage, s.records.images); err != nil {
+		return err
+	}
+	if err := load(s, kindLayer, s.records.layers); err != nil {
+		return err
+	}
+	for key, r := range s.records.layers {
+		for _, d := range r.Blobs {
+			s.records.proven[d] = key
+		}
+	}
+	loose, err := s.pool.Records(kindLoose)
+	if err != nil {
+		return err
+	}
+	s.records.loose = loose[s.epochName()] != nil
+	return nil
+}
+
+func load[R any](s *Store, kind string, into map[string]R) error {
+	raw, err := s.pool.Records(kind)
+	if err != nil {
+		return err
+	}
+	for key, text := range raw {
+		var r R
+		if err := json.Unmarshal(text, &r); err != nil {
+			return fmt.Errorf("record of %s %q: %w", kind, key, err)
+		}
+		into[key] = r
+	}
+	return nil
+}
+
+// save writes a record; nil removes it.
+func (s *Store) save(kind, key string, r any) error {
+	if r == nil {
+		return s.pool.SetRecord(kind, key, nil)
+	}
+	raw, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return s.pool.SetRecord(kind, key, raw)
+}
+
+// amendImage changes the record of an image, which it makes if there is none.
+func (s *Store) amendImage(key string, change func(*imageRecord)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old, had := s.records.images[key]
+	now := imageRecord{Layers: old.Layers, Names: slices.Clone(old.Names), Holders: slices.Clone(old.Holders)}
+	change(&now)
+	if had && slices.Equal(old.Layers, now.Layers) && slices.Equal(old.Names, now.Names) &&
+		slices.Equal(old.Holders, now.Holders) {
+		return nil
+	}
+	if err := s.save(kindImage, key, now); err != nil {
+		return err
+	}
+	s.records.images[key] = now
+	return nil
+}
+
+// amendLayer changes the record of a layer, which it makes if there is none.
+func (s *Store) amendLayer(key string, change func(*layerRecord)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old, had := s.records.layers[key]
+	now := layerRecord{Holders: slices.Clone(old.Holders), Blobs: slices.Clone(old.Blobs)}
+	change(&now)
+	if had && slices.Equal(old.Holders, now.Holders) && slices.Equal(old.Blobs, now.Blobs) {
+		return nil
+	}
+	if err := s.save(kindLayer, key, now); err != nil {
+		return err
+	}
+	s.records.layers[key] = now
+	for _, d := range now.Blobs {
+		s.records.proven[d] = key
+	}
+	return nil
+}
+
+func (s *Store) forgetImage(key string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.records.images[key]; !ok {
+		return nil
+	}
+	if err := s.save(kindImage, key, nil); err != nil {
+		return err
+	}
+	delete(s.records.images, key)
+	return nil
+}
+
+func (s *Store) forgetLayer(key string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.records.layers[key]
+	if !ok {
+		return nil
+	}
+	if err := s.save(kindLayer, key, nil); err != nil {
+		return err
+	}
+	delete(s.records.layers, key)
+	for _, d := range r.Blobs {
+		delete(s.records.proven, d)
+	}
+	return nil
+}
+
+// provenLayer returns the key of the layer that was read from a blob, or "".
+func (s *Store) provenLayer(blob digest.Digest) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.records.proven[blob]
+}
+
+func (s *Store) imageRecord(key string) imageRecord {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.records.images[key]
+}
+
+// imageRecords returns a copy of all records of images, layerRecords one of those of layers.
+func (s *Store) imageRecords() map[string]imageRecord {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.records.images)
+}
+
+func (s *Store) layerRecords() map[string]layerRecord {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.records.layers)
+}
+
+// add returns a sorted list with value in it.
+func add[S ~[]E, E ~string](list S, value E) S {
+	if value == "" {
+		return list
+	}
+	at, found := slices.BinarySearch(list, value)
+	if found {
+		return list
+	}
+	return slices.Insert(list, at, value)
+}
+
+// without returns a list without the values that drop says.
+func without(list []string, drop func(string) bool) []string { return slices.DeleteFunc(list, drop) }
+
+// ofContainerd reports whether a holder stands for a namespace of containerd.
+func ofContainerd(holder string) bool { return strings.HasPrefix(holder, holderContainerd) }

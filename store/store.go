@@ -1,0 +1,205 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// Config says what a store is made of.
+type Config struct {
+	// Root is the directory of the store's own state.
+	Root string
+	// Pool names the pool.
+	Pool Pool
+	// Drivers mount the pool, the first that can. Adopt are further ones whose mounts may be found.
+	Drivers, Adopt []mount.Driver
+	// Limits bound one layer.
+	Limits layer.Limits
+	// Packs keeps a copy of each streamed blob where the pool does not survive a reboot.
+	Packs bool
+	// Blobs is containerd's content store; nil if there is none to restore layers from.
+	Blobs Blobs
+}
+
+// Blobs finds blobs in containerd.
+type Blobs interface {
+	// Find returns the blobs that a label says to have a diff ID when they are uncompressed. It looks in one namespace,
+	// or in all of them if namespace is empty. The caller verifies what it reads.
+	Find(ctx context.Context, namespace string, diffID digest.Digest) ([]Found, error)
+	// Open opens a blob that a namespace has.
+	Open(ctx context.Context, namespace string, desc ocispec.Descriptor) (io.ReadCloser, error)
+}
+
+// Found is a blob and a namespace that has it.
+type Found struct {
+	Namespace string
+	Desc      ocispec.Descriptor
+}
+
+// Store is an open store. It is safe for concurrent use.
+//
+// Lock order: the lock of an image, then epoch, then the lock of a layer, then what pool and table have inside, then mu.
+type Store struct {
+	cfg    Config
+	region region.Region
+	pool   *pool.Pool
+	packs  *packs // nil: streamed layers need none, or containerd keeps the blobs
+	// private says that nobody but root can have written to the region, so that what is in it is as we wrote it.
+	private bool
+
+	images, layers keyLock
+	sweeping       sync.Mutex // held by the one Sweep or Reclaim under way
+
+	// epoch is held for reading while an image is added or mounted, and for writing while the pool begins a new epoch. It
+	// guards table, which belongs to one epoch.
+	epoch sync.RWMutex
+	table *mount.Table
+
+	mu      sync.Mutex
+	records records
+	old     *oldPool // what is left of a pool of version 1; nil if there is none
+}
+
+// Open opens the store below a root directory, and makes its pool if there is none. It waits for nothing but the disk.
+// The caller closes the store.
+func Open(ctx context.Context, c Config) (_ *Store, err error) {
+	s := &Store{cfg: c}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if s.old, err = findOldPool(c.Root, &c.Pool); err != nil {
+		return nil, err
+	}
+	if s.region, s.pool, err = openPool(ctx, c); err != nil {
+		return nil, err
+	}
+	if err := s.open(ctx); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// New opens the store of a pool that the caller opened. The store closes it and its region, also when New fails. Config.Pool
+// is ignored, and what an earlier version left below the root is left alone.
+func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, error) {
+	s := &Store{cfg: c, region: r, pool: p}
+	if err := s.open(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// open opens what belongs to the pool.
+func (s *Store) open(ctx context.Context) (err error) {
+	s.private = private(s.region.Info())
+	if err := s.loadRecords(); err != nil {
+		return err
+	}
+	if s.cfg.Packs && !s.Durable() {
+		if s.packs, err = openPacks(filepath.Join(s.cfg.Root, "packs")); err != nil {
+			return err
+		}
+	}
+	if err := s.openPlain(); err != nil {
+		return err
+	}
+	if err := s.openTable(ctx); err != nil {
+		return err
+	}
+	if err := s.turn(ctx); err != nil {
+		return err
+	}
+	if err := s.retire(ctx); err != nil {
+		log.G(ctx).WithError(err).Warn("what an earlier pool left mounted can not be looked at")
+	}
+	return nil
+}
+
+// openTable opens the table of the pool's epoch. Preconditions: epoch is held, or s is not shared yet.
+func (s *Store) openTable(ctx context.Context) error {
+	table, err := mount.Open(ctx, s.cfg.Root, s.cfg.Drivers, mount.Pool{
+		Region: s.region.Info(), Size: s.region.Size(), UUID: s.pool.UUID(),
+	}, mount.Options{
+		Check: s.checkSource,
+		Adopt: s.cfg.Adopt,
+		Warn:  func(format string, args ...any) { log.L.Warnf(format, args...) },
+	})
+	if err == nil {
+		s.table = table
+	}
+	return err
+}
+
+// Close closes what Open opened. Mounts stay.
+func (s *Store) Close() error {
+	var errs []error
+	if s.pool != nil {
+		errs = append(errs, s.pool.Close())
+	}
+	if s.region != nil {
+		errs = append(errs, s.region.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Durable reports whether what is in the pool survives a reboot.
+func (s *Store) Durable() bool { return s.region.Info().Persistent >= region.PersistsReboot }
+
+// Region describes the memory of the pool.
+func (s *Store) Region() region.Info { return s.region.Info() }
+
+// Pool returns the pool, to be looked at.
+func (s *Store) Pool() *pool.Pool { return s.pool }
+
+// Healthy returns nil if what is mounted answers.
+func (s *Store) Healthy(ctx context.Context) error {
+	s.epoch.RLock()
+	defer s.epoch.RUnlock()
+	return s.table.Healthy(ctx)
+}
+
+// private tells whether the memory of a region belongs to this machine's root alone. Devices may be shared with others.
+func private(info region.Info) bool {
+	switch info.Kind {
+	case region.KindFile, region.KindTmpfs, region.KindHugetlbfs:
+		return true
+	}
+	return false
+}
+
+// checkSource proves what others can have written, before the kernel parses it.
+func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
+	if s.private {
+		return nil
+	}
+	if src.Key != "" { // the window of an image
+		return mount.CheckImage(ctx, src)
+	}
+	var first error
+	n := 0
+	err := s.pool.Check(ctx, func(f pool.Finding) bool {
+		if n++; first == nil {
+			first = errors.New(f.String())
+		}
+		return n < 100
+	})
+	if err == nil && first != nil {
+		err = fmt.Errorf("%w: pool %s: %w (%d findings; `daxfs pool check` prints all)", mount.ErrCheck, src.Where(), first, n)
+	}
+	return err
+}

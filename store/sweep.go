@@ -1,0 +1,313 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+
+	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// Use says how much something is needed.
+type Use int
+
+// The degrees of need, in rising order.
+const (
+	// Unused things are freed, together with everything that they could be restored from.
+	Unused Use = iota
+	// Kept things stay in the pool, unmounted.
+	Kept
+	// Ready things stay mounted: a container may start from them at any moment.
+	Ready
+	// InUse things may not be touched: something stands on them, an operation on them is under way, or there is no other
+	// copy.
+	InUse
+)
+
+// Uses tells Sweep what containerd needs. Its methods are cheap and are asked at the moment of freeing, under the lock
+// that excludes Lower and AddBlob for the same key.
+type Uses interface {
+	Image(key string) Use
+	Layer(key string) Use
+	// Plain reports whether the plain copy of an image is needed.
+	Plain(key string) bool
+	// Namespaces returns the namespaces that have snapshots of an image or a layer.
+	Namespaces(key string) []string
+}
+
+// Sweep frees what nobody holds. use tells what containerd needs; with nil its namespaces hold what the index says that
+// they hold. With short set memory is wanted: what is merely Kept or Ready is freed as well if it can be made again. What
+// is busy stays, for the next sweep.
+func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
+	s.sweeping.Lock()
+	defer s.sweeping.Unlock()
+	w := &sweep{Store: s, use: use, short: short}
+	var errs []error
+	errs = append(errs, s.dropMounts(ctx), w.reconcile())
+	images := map[string]bool{}
+	for key := range s.imageRecords() {
+		images[key] = true
+	}
+	for _, m := range s.pool.Images() {
+		images[m.Key] = true
+	}
+	for _, m := range s.Mounted() {
+		images[m.Key] = true
+	}
+	for key := range images {
+		errs = append(errs, w.image(ctx, key))
+	}
+	w.findHeld()
+	for _, key := range s.pool.Layers() {
+		errs = append(errs, w.layer(ctx, key))
+	}
+	for key := range s.layerRecords() {
+		errs = append(errs, w.layer(ctx, key))
+	}
+	if use != nil {
+		errs = append(errs, w.sweepPacks(ctx), s.sweepPlain(ctx, use.Plain))
+	}
+	errs = append(errs, s.reclaim(ctx), s.turn(ctx), s.rebuild(ctx), s.retire(ctx))
+	return errors.Join(errs...)
+}
+
+// Mounted returns the images that are mounted now.
+func (s *Store) Mounted() []mount.Mounted {
+	s.epoch.RLock()
+	defer s.epoch.RUnlock()
+	return s.table.List()
+}
+
+// sweep is one sweep.
+type sweep struct {
+	*Store
+	use   Uses
+	short bool
+	held  map[string]bool // layers of images that somebody else than containerd holds
+}
+
+// lasting reports whether a holder wants an image to be in the pool, although nothing of this host may use it.
+func lasting(holder string) bool {
+	return strings.HasPrefix(holder, holderPin) || strings.HasPrefix(holder, holderReader)
+}
+
+// needOf returns how much the holders of something need it.
+func needOf(holders []string, containerd bool) Use {
+	need := Unused
+	for _, h := range holders {
+		switch {
+		case ofContainerd(h):
+			if containerd {
+				need = InUse
+			}
+		case strings.HasPrefix(h, holderPin):
+			need = max(need, Kept)
+		default:
+			need = InUse
+		}
+	}
+	return need
+}
+
+func (w *sweep) needOfImage(key string) Use {
+	need := needOf(w.imageRecord(key).Holders, w.use == nil)
+	if w.use != nil {
+		need = max(need, w.use.Image(key))
+	}
+	return need
+}
+
+func (w *sweep) needOfLayer(key string) Use {
+	w.mu.Lock()
+	holders := w.records.layers[key].Holders
+	w.mu.Unlock()
+	need := needOf(holders, w.use == nil)
+	if w.held[key] || need == Kept { // a pinned layer may have no other copy
+		return InUse
+	}
+	if w.use != nil {
+		need = max(need, w.use.Layer(key))
+	}
+	return need
+}
+
+// reconcile makes the holders of containerd in the index what the snapshotter's records say.
+func (w *sweep) reconcile() error {
+	if w.use == nil {
+		return nil
+	}
+	holders := func(key string, have []string) []string {
+		now := without(have, ofContainerd)
+		for _, ns := range w.use.Namespaces(key) {
+			now = add(now, ContainerdHolder(ns))
+		}
+		return now
+	}
+	var errs []error
+	for key := range w.imageRecords() {
+		errs = append(errs, w.amendImage(key, func(r *imageRecord) { r.Holders = holders(key, r.Holders) }))
+	}
+	for key := range w.layerRecords() {
+		errs = append(errs, w.amendLayer(key, func(r *layerRecord) { r.Holders = holders(key, r.Holders) }))
+	}
+	for _, key := range w.pool.Layers() { // those that have no record yet
+		if w.use.Layer(key) > Unused {
+			errs = append(errs, w.amendLayer(key, func(r *layerRecord) { r.Holders = holders(key, r.Holders) }))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// findHeld finds the layers that images need which containerd does not know.
+func (w *sweep) findHeld() {
+	w.held = map[string]bool{}
+	for _, r := range w.imageRecords() {
+		if slices.ContainsFunc(r.Holders, func(h string) bool { return w.use == nil || !ofContainerd(h) }) {
+			for _, key := range r.Layers {
+				w.held[key] = true
+			}
+		}
+	}
+}
+
+// image unmounts an image that need not be ready, and removes one that is not needed.
+func (w *sweep) image(ctx context.Context, key string) error {
+	if w.needOfImage(key) == InUse {
+		return nil // and it may be in the making: do not wait for that
+	}
+	unlock, err := w.images.lock(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	w.epoch.RLock()
+	defer w.epoch.RUnlock()
+	need := w.needOfImage(key)
+	if need == InUse || need == Ready && !w.short {
+		return nil
+	}
+	pinned := slices.ContainsFunc(w.imageRecord(key).Holders, lasting)
+	keep := need > Unused && (!w.short || pinned)
+	_, mounted := w.table.Get(key)
+	if !mounted && keep {
+		return nil // as it should be
+	}
+	if mounted {
+		if free, err := w.unmount(ctx, key); err != nil || !free {
+			return err
+		}
+	}
+	if keep {
+		return nil
+	}
+	if err := w.pool.RemoveImage(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
+		return err
+	}
+	if need > Unused {
+		return nil
+	}
+	return w.forgetImage(key)
+}
+
+// unmount unmounts an image that no snapshot uses, and reports whether that is done. Something that was mounted from it
+// by hand may still stand on it.
+func (w *sweep) unmount(ctx context.Context, key string) (free bool, err error) {
+	logger := log.G(ctx).WithField("image", key)
+	where, err := w.table.UsedBy(ctx, key)
+	if err != nil || where != "" {
+		logger.WithError(err).WithField("user", where).
+			Warn("an image that no snapshot needs is still used by something else, keeping it")
+		return false, w.noteLoose()
+	}
+	err = w.table.Unmount(ctx, key)
+	if errors.Is(err, mount.ErrBusy) {
+		logger.WithError(err).Debug("an image that no snapshot needs is busy, keeping it")
+		return false, nil
+	}
+	if errors.Is(err, mount.ErrNotFound) {
+		err = nil
+	}
+	return err == nil, err
+}
+
+// layer removes a layer that is not needed, or that can be restored if memory is wanted.
+func (w *sweep) layer(ctx context.Context, key string) error {
+	if w.needOfLayer(key) == InUse {
+		return nil
+	}
+	unlock, err := w.layers.lock(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	need := w.needOfLayer(key)
+	if need == InUse || need > Unused && !(w.short && w.restorable(key)) {
+		return nil
+	}
+	if err := w.pool.RemoveLayer(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
+		return err
+	}
+	if need > Unused {
+		return nil
+	}
+	return w.forgetLayer(key)
+}
+
+// restorable tells whether a layer that is not in use can be restored: from its directory, or from its pack.
+func (s *Store) restorable(key string) bool {
+	id, isBlob := strings.CutPrefix(key, blobPrefix)
+	return !isBlob || s.packs != nil && s.packs.has(digest.Digest(id))
+}
+
+// sweepPacks removes the packs of layers that are not needed.
+func (w *sweep) sweepPacks(ctx context.Context) error {
+	if w.packs == nil {
+		return nil
+	}
+	ids, err := w.packs.list()
+	errs := []error{err}
+	for _, id := range ids {
+		errs = append(errs, w.pack(ctx, id))
+	}
+	return errors.Join(errs...)
+}
+
+func (w *sweep) pack(ctx context.Context, id digest.Digest) error {
+	unlock, err := w.layers.lock(ctx, BlobKey(id))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if w.needOfLayer(BlobKey(id)) > Unused {
+		return nil
+	}
+	return w.packs.remove(id)
+}
+
+// dropMounts drops the holders that stand for directories which show the image no more. Somebody unmounted them without
+// asking, so a process may still be in there.
+func (s *Store) dropMounts(ctx context.Context) error {
+	var errs []error
+	for key, r := range s.imageRecords() {
+		for _, h := range r.Holders {
+			dir, isMount := strings.CutPrefix(h, holderMount)
+			if !isMount {
+				continue
+			}
+			if mounted, err := mountinfo.Mounted(dir); err == nil && mounted {
+				continue
+			}
+			log.G(ctx).WithField("image", key).WithField("directory", dir).Info("an image is no longer mounted there")
+			errs = append(errs, s.noteLoose(), s.amendImage(key, func(r *imageRecord) {
+				r.Holders = without(r.Holders, func(other string) bool { return other == h })
+			}))
+		}
+	}
+	return errors.Join(errs...)
+}
