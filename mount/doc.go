@@ -36,7 +36,7 @@
 // # Who uses what
 //
 // UsedBy reads the mount tables of all mount namespaces. Unused asks the kernel about inodes: a write lease is refused while a file
-// is open, mapped or running, through whatever mount, in whatever namespace; and an inode that was zeroed on disk and no longer
+// is open, mapped or running, through whatever mount, in whatever namespace; and an inode that was erased on disk and no longer
 // opens by its handle has left memory, so nobody can reach it again. Alive tells whether any file system of the pool lives.
 // What they cannot see is an overlay that was lazily unmounted and is kept by a working directory: its owner has to know (mounting
 // its upper directory again with index=on fails while it lives).

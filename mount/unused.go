@@ -25,8 +25,8 @@ type Extent struct {
 
 // Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may be later.
 //
-// erase is called first: it zeroes the inodes on disk (nil if that was done). Then an inode can no longer be looked up unless it
-// is in memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in whatever mount, mount
+// erase is called first: it erases the inodes on disk (nil if that was done). Then an inode can no longer be opened unless it is in
+// memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in whatever mount, mount
 // namespace or lazily unmounted overlay. The images of the extents must have been unmounted before, and the overlays over
 // them must be dead.
 //
@@ -62,7 +62,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	// Where an old block stays in a cache all the same, an inode that was erased looks alive: never the other way round.
+	// Where an old block stays in a cache all the same, an erased inode opens as if it were in memory: never the other way round.
 	if err := l.flush(false); err != nil {
 		return nil, err
 	}
