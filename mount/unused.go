@@ -2,6 +2,7 @@ package mount
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -189,7 +190,7 @@ func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
 	return fmt.Errorf("erased inodes are still in the cache of %q after %d flushes: %w", l.block, flushes, ErrBusy)
 }
 
-// anyInode tells whether one of the inodes has a mode, so that the kernel would take it.
+// anyInode tells whether one of the inodes is still that of a file. daxfs.EraseInode makes it one of a socket.
 func anyInode(r io.ReaderAt, g daxfs.Geometry, extents []Extent) (bool, error) {
 	var mode [2]byte
 	for _, e := range extents {
@@ -197,7 +198,7 @@ func anyInode(r io.ReaderAt, g daxfs.Geometry, extents []Extent) (bool, error) {
 			if _, err := r.ReadAt(mode[:], g.NidOff(nid)+4); err != nil {
 				return false, fmt.Errorf("inode %d: %w", nid, err)
 			}
-			if mode != [2]byte{} {
+			if binary.LittleEndian.Uint16(mode[:])&unix.S_IFMT == unix.S_IFREG {
 				return true, nil
 			}
 		}
