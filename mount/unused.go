@@ -2,6 +2,7 @@ package mount
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -126,7 +127,7 @@ func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
 // unusedInode opens an inode that was zeroed on disk: that works as long as it is in memory.
 func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	fd, err := h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if errors.Is(err, unix.ESTALE) {
+	if evictedInode(err) {
 		return true, nil
 	}
 	if err != nil {
@@ -144,8 +145,8 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	if !only || !evicted {
 		return only, nil
 	}
-	fd, err = h.Open(nid, unix.O_PATH)
-	if errors.Is(err, unix.ESTALE) {
+	fd, err = h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
+	if evictedInode(err) {
 		return true, nil
 	}
 	if err == nil {
@@ -153,6 +154,10 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	}
 	return false, err
 }
+
+// evictedInode tells by the error of opening an erased inode that the old one is not in memory: on disk there is a socket, which
+// does not open, or nothing.
+func evictedInode(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
 // erased returns when this kernel sees the zeroed inodes, where it reads metadata through the cache of a block device.
 func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
@@ -193,7 +198,7 @@ func anyInode(r io.ReaderAt, g daxfs.Geometry, extents []Extent) (bool, error) {
 			if _, err := r.ReadAt(mode[:], g.NidOff(nid)+4); err != nil {
 				return false, fmt.Errorf("inode %d: %w", nid, err)
 			}
-			if mode != [2]byte{} {
+			if m := binary.LittleEndian.Uint16(mode[:]); m != 0 && m&unix.S_IFMT != unix.S_IFSOCK {
 				return true, nil
 			}
 		}
