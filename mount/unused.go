@@ -2,18 +2,13 @@ package mount
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
@@ -67,8 +62,11 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	if err := t.erased(ctx, l, extents); err != nil {
-		return nil, err
+	// Where an old block stays in the cache all the same, an inode that was erased looks alive: never the other way round.
+	if l.block != "" {
+		if err := sys.FlushDevice(l.block); err != nil {
+			return nil, err
+		}
 	}
 	if fuse {
 		// The kernel drops a FUSE inode with its last name.
@@ -158,53 +156,6 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 // evictedInode tells by the error of opening an erased inode that the old one is not in memory: on disk there is a socket, which
 // does not open, or nothing.
 func evictedInode(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
-
-// erased returns when this kernel sees the zeroed inodes, where it reads metadata through the cache of a block device.
-func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
-	if l.block == "" {
-		return nil
-	}
-	f, err := os.OpenFile(l.block, os.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	tree, err := daxfs.OpenLive(f, t.pool.Size)
-	if err != nil {
-		return fmt.Errorf("pool on %q: %w", l.block, err)
-	}
-	for i := range flushes {
-		if err := sys.FlushDevice(l.block); err != nil {
-			return err
-		}
-		left, err := anyInode(f, tree.Geometry(), extents)
-		if err != nil || !left {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(min(time.Duration(i)*time.Millisecond, 20*time.Millisecond)):
-		}
-	}
-	return fmt.Errorf("erased inodes are still in the cache of %q after %d flushes: %w", l.block, flushes, ErrBusy)
-}
-
-// anyInode tells whether one of the inodes has a mode, so that the kernel would take it.
-func anyInode(r io.ReaderAt, g daxfs.Geometry, extents []Extent) (bool, error) {
-	var mode [2]byte
-	for _, e := range extents {
-		for _, nid := range e.Nids {
-			if _, err := r.ReadAt(mode[:], g.NidOff(nid)+4); err != nil {
-				return false, fmt.Errorf("inode %d: %w", nid, err)
-			}
-			if m := binary.LittleEndian.Uint16(mode[:]); m != 0 && m&unix.S_IFMT != unix.S_IFSOCK {
-				return true, nil
-			}
-		}
-	}
-	return false, nil
-}
 
 // mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the device or file.
 func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {
