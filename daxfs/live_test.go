@@ -24,7 +24,6 @@ type livePool struct {
 	next int64 // of the tree area
 	used int   // slots
 	have map[daxfs.InodeKey][]uint64
-	dax  bool // contents belong to one inode
 }
 
 const (
