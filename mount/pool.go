@@ -19,8 +19,8 @@ type live struct {
 	driver Driver
 	dir    string // the mount point
 	root   sys.Root
-	// block is the block device below the file system, "" if there is none. Then metadata goes through a cache of the
-	// device, which does not see what is written to the pool.
+	// block is the block device below the file system, "" if there is none. Metadata goes through a cache of the device, which
+	// does not see what is written to the pool.
 	block string
 	// dax is true if files are mapped from the device itself.
 	dax bool
@@ -101,8 +101,8 @@ func (t *Table) ensurePool(ctx context.Context, d Driver) (*live, error) {
 		if err == nil {
 			return l, nil
 		}
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
+		if hangs(ctx, err) {
+			return nil, err
 		}
 		t.opts.Warn("the pool has to be mounted again: %v", err)
 		t.setLive(nil)
@@ -272,18 +272,26 @@ func (l *live) matchBind(dir string, img Image) error {
 	return nil
 }
 
-// flushes bounds how often the cache of a block device is flushed for one image. One flush is not enough while somebody reads
-// the device.
+// flushes bounds how often caches are flushed for one image. One flush is not enough while somebody reads the device.
 const flushes = 200
+
+// flush makes the file system read its metadata anew. A FUSE server always does.
+func (l *live) flush(hard bool) error {
+	if l.driver.Name() == "fuse" {
+		return nil
+	}
+	var err error
+	if l.block != "" {
+		err = sys.FlushDevice(l.block)
+	}
+	return errors.Join(err, sys.DropMetadata(l.root.Major, l.root.Minor, hard))
+}
 
 // visible returns when the slot, which was published, is a directory for this kernel.
 func (l *live) visible(ctx context.Context, slot string) error {
-	if l.block == "" {
-		return nil // what is written to a file is seen at once
-	}
 	var st unix.Stat_t
 	for i := range flushes {
-		if err := sys.FlushDevice(l.block); err != nil {
+		if err := l.flush(i > 2); err != nil {
 			return err
 		}
 		err := unix.Lstat(slot, &st)
@@ -299,7 +307,7 @@ func (l *live) visible(ctx context.Context, slot string) error {
 		case <-time.After(min(time.Duration(i)*time.Millisecond, 20*time.Millisecond)):
 		}
 	}
-	return fmt.Errorf("slot %q is not visible after the cache of %q was flushed %d times: was the image published?", slot, l.block, flushes)
+	return fmt.Errorf("slot %q is not visible after the metadata of the pool was read anew %d times: was the image published?", slot, flushes)
 }
 
 // UnmountPool unmounts the pool after all of its images. It fails with ErrBusy while one is mounted. nil if it is not mounted.

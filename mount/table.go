@@ -258,8 +258,8 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() != nil {
-			return ctx.Err()
+		if hangs(ctx, err) {
+			return fmt.Errorf("image %q: %w", img.Key, err)
 		}
 		t.opts.Warn("image %q has to be mounted again: %v", img.Key, err)
 	}
@@ -275,6 +275,12 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 	}
 	t.set(e, d, windowed, img)
 	return nil
+}
+
+// hangs tells whether err says only that an answer did not come in time. A server that is merely slow must not be replaced: its
+// containers would go on with it, and everything would be cached twice.
+func hangs(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)
 }
 
 // match tells whether what is mounted is img, and answers.

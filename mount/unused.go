@@ -25,8 +25,8 @@ type Extent struct {
 
 // Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may be later.
 //
-// erase is called first: it zeroes the inodes on disk (nil if that was done). Then an inode can no longer be looked up unless it
-// is in memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in whatever mount, mount
+// erase is called first: it erases the inodes on disk (nil if that was done). Then an inode can no longer be opened unless it is in
+// memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in whatever mount, mount
 // namespace or lazily unmounted overlay. The images of the extents must have been unmounted before, and the overlays over
 // them must be dead.
 //
@@ -62,11 +62,9 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	// Where an old block stays in the cache all the same, an inode that was erased looks alive: never the other way round.
-	if l.block != "" {
-		if err := sys.FlushDevice(l.block); err != nil {
-			return nil, err
-		}
+	// Where an old block stays in a cache all the same, an erased inode opens as if it were in memory: never the other way round.
+	if err := l.flush(false); err != nil {
+		return nil, err
 	}
 	if fuse {
 		// The kernel drops a FUSE inode with its last name.
@@ -122,10 +120,10 @@ func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
 	return true, nil
 }
 
-// unusedInode opens an inode that was zeroed on disk: that works as long as it is in memory.
+// unusedInode opens an inode that was erased on disk: that works as long as it is in memory.
 func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	fd, err := h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if evictedInode(err) {
+	if gone(err) {
 		return true, nil
 	}
 	if err != nil {
@@ -144,7 +142,7 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 		return only, nil
 	}
 	fd, err = h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if evictedInode(err) {
+	if gone(err) {
 		return true, nil
 	}
 	if err == nil {
@@ -153,9 +151,9 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// evictedInode tells by the error of opening an erased inode that the old one is not in memory: on disk there is a socket, which
-// does not open, or nothing.
-func evictedInode(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
+// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took its place, or
+// nothing.
+func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
 // mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the device or file.
 func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {

@@ -45,10 +45,11 @@ const (
 	liveData     = 64 << 20 // where contents begin
 )
 
-// NewLivePool makes an empty pool in a file. The number of slots in a block is that for block devices if device is set.
+// NewLivePool makes an empty pool in a new file, or on a block device of at least 512 MiB. The number of slots in a block is that
+// for block devices if device is set.
 func NewLivePool(t testing.TB, path string, device bool) *LivePool {
 	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,10 +60,17 @@ func NewLivePool(t testing.TB, path string, device bool) *LivePool {
 		p.G.PerBlock = 1
 	}
 	rand.Read(p.G.UUID[:])
-	if err := f.Truncate(p.Size); err != nil {
+	if st, err := f.Stat(); err != nil {
 		t.Fatal(err)
+	} else if st.Mode().IsRegular() {
+		if err := f.Truncate(p.Size); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := daxfs.FormatLive(f, p.G); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	p.next = p.G.TreeStart()

@@ -184,10 +184,10 @@ func Detach(dir string) error {
 	return fmt.Errorf("detach %q: still a mount point after 64 unmounts", dir)
 }
 
-// Alive asks the file system on dir a question that it cannot answer from a cache. A server that does not answer within
-// two seconds counts as dead; the goroutine that waits for it ends when the kernel gives up.
+// Alive asks the file system on dir a question that it cannot answer from a cache. The error is ENOTCONN if its server is dead, and
+// wraps context.DeadlineExceeded if it does not answer in time; the goroutine that waits for it ends when the kernel gives up.
 func Alive(ctx context.Context, dir string) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	done := make(chan error, 1)
 	go func() {
