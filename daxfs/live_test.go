@@ -265,7 +265,7 @@ var liveCorruptions = map[string]struct {
 	"tree of another": {rule: daxfs.RuleDots, spoil: func(t *testing.T, p *livePool) {
 		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
 	}},
-	"erased file": {rule: daxfs.RuleDirType, spoil: func(t *testing.T, p *livePool) {
+	"erased file": {rule: daxfs.RuleInodeSize, spoil: func(t *testing.T, p *livePool) {
 		for _, nids := range p.have {
 			_ = daxfs.EraseInode(&p.s.f, p.g, nids[0])
 		}
@@ -323,6 +323,30 @@ func TestLiveRetract(t *testing.T) {
 	}
 	if _, err := l.FS().Lookup(p.g.SlotName(slot)+"/f", false); !errors.Is(err, daxfs.ErrCorrupt) {
 		t.Errorf("a file behind a retracted slot: %v, expected ErrCorrupt", err)
+	}
+	var nid uint64
+	for _, nids := range p.have {
+		nid = nids[0]
+	}
+	if _, err := l.FS().Erased(nid); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an inode that is not erased: %v", err)
+	}
+	if err := daxfs.EraseInode(&p.s.f, p.g, nid); err != nil {
+		t.Fatal(err)
+	}
+	p.s.f.Truncate(int64(p.g.Blocks) * daxfs.BlockSize)
+	if l, err = daxfs.OpenLive(daxfs.Mem(p.s.f.b), int64(len(p.s.f.b))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.FS().Inode(nid); !errors.Is(err, daxfs.ErrCorrupt) {
+		t.Errorf("an erased inode: %v, expected ErrCorrupt", err)
+	}
+	in, err := l.FS().Erased(nid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := in.View(0, 10); err != nil || string(b) != "f" {
+		t.Errorf("what an erased inode had: %q, %v", b, err)
 	}
 }
 

@@ -77,6 +77,12 @@ func (s *server) inode(node uint64) (daxfs.Inode, fuse.Status) {
 	debug.SetPanicOnFault(true)
 	nid := s.nid(node)
 	in, err := s.img.Inode(nid)
+	if err != nil && s.live {
+		// The file of a removed image. Another type would make the kernel give up the inode, which somebody may have open.
+		if _, eerr := s.img.Erased(nid); eerr == nil {
+			return in, fuse.Status(unix.ESTALE)
+		}
+	}
 	if err != nil {
 		return in, s.errno(nid, err)
 	}
@@ -236,6 +242,13 @@ func (v *view) Done()                              { v.b = nil; views.Put(v) }
 func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	s.count.Read.Add(1)
 	in, st := s.inode(r.NodeId)
+	var err error
+	if st == fuse.Status(unix.ESTALE) {
+		// Whoever has the file open keeps it.
+		if in, err = s.img.Erased(s.nid(r.NodeId)); err == nil {
+			st = fuse.OK
+		}
+	}
 	if !st.Ok() {
 		return nil, st
 	}
@@ -243,7 +256,6 @@ func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadR
 		return nil, fuse.EINVAL
 	}
 	v := views.Get().(*view)
-	var err error
 	v.b, err = in.View(int64(r.Offset), int(r.Size))
 	if err == nil && len(v.b) < int(r.Size) && int64(r.Offset)+int64(len(v.b)) < in.Size {
 		// The contents are in pieces, and a short reply would be taken for the end of the file.
