@@ -13,6 +13,8 @@ type Task struct {
 	Name string
 	// Images are the keys of the images in the pool to work on; none means that the memory is one image.
 	Images []string
+	// Late are keys of images that the host adds when the guest is ready: it has mounted Images and runs their programs.
+	Late []string
 	// Pause makes the guest wait, with everything mounted and running, until the host resumes it.
 	Pause bool
 	// Program and arguments are run from the images; it must run until it is killed.
@@ -30,20 +32,32 @@ type Task struct {
 
 // Answer is what the guest found. Which fields are set depends on the task.
 type Answer struct {
-	Error   string
-	Kernel  string
-	Options []string // of each image's mount
+	Error  string
+	Kernel string
+	// Warnings are what the kernel logged while the task ran and no healthy kernel logs.
+	Warnings []string
+	Options  []string // of each image's mount
 	// Trees is one list per image: a line for each entry.
 	Trees [][]string
-	// PssFile is, for each process that was started, the proportional size of its file pages in RAM, in KiB; Clean the
-	// private clean pages.
-	PssFile, Clean []int64
-	// Cached is the growth of the page cache, in KiB, while everything was read; Read how much that was.
-	Cached, Read int64
+	// Memory is that of the shared memory: page frame numbers, from the first to one after the last.
+	Memory [2]uint64
+	// Text are the pages of program text in memory, for each process that was started, in the order of the images.
+	Text [][]Page
+	// Clean are private clean pages of each process, in KiB.
+	Clean []int64
+	// Cached is the growth of the page cache, in KiB, while all of an image was read, and Read how much that was.
+	Cached, Read []int64
 	// Frames are page frame numbers of File, one list for each image.
 	Frames [][]uint64
 	// Faults are the page faults of reading File through a mapping, one for each image.
 	Faults []int64
 	// Output is what Program printed, one for each image.
 	Output []string
+}
+
+// Page is one page of a mapped file.
+type Page struct {
+	File  string // path inside the image
+	Off   int64
+	Frame uint64 // number of the page frame
 }
