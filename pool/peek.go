@@ -19,6 +19,7 @@ type Peek struct {
 	ID         [16]byte // of the pool
 	Generation uint64
 	Layers     int
+	Metadata   int64 // of the live tree and of windows
 	// Extents are the bytes of contents that layers and images hold, each once, in whole pages.
 	Extents     int64
 	ExtentCount int
@@ -90,6 +91,10 @@ func peek(x *index, size int64) (p *Peek, err error) {
 		return nil, err
 	}
 	p = &Peek{ID: c.id, Generation: c.gen, Layers: len(c.layers), Records: map[string]map[string][]byte{}}
+	p.Metadata = c.tree.used()
+	for _, m := range c.images {
+		p.Metadata += m.Segment
+	}
 	p.count(c)
 	var kinds []string
 	err = x.db.View(func(tx *bbolt.Tx) error {

@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"text/tabwriter"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
+	erofsdriver "github.com/daxfs/daxfs-snapshotter/mount/erofs"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -189,7 +189,6 @@ func supported() []support {
 	for _, dev := range []struct{ path, note string }{
 		{"/dev/loop-control", "for pools on tmpfs; modprobe loop"},
 		{"/dev/fuse", "for the fuse driver; modprobe fuse"},
-		{"/dev/mapper/control", "for windows of DAX devices; modprobe dm_mod"},
 	} {
 		f, err := os.OpenFile(dev.path, os.O_RDWR, 0) // a node can be there without its driver
 		if err == nil {
@@ -197,8 +196,8 @@ func supported() []support {
 		}
 		out = append(out, need(dev.path, err == nil, dev.note))
 	}
-	_, err := exec.LookPath("dmsetup")
-	return append(out, need("dmsetup", err == nil, "for windows of DAX devices; install dmsetup"))
+	bug := erofsdriver.Bug()
+	return append(out, need("file-backed erofs without "+erofsdriver.CVE, bug == "", bug+"; a loop device is used instead"))
 }
 
 func need(name string, ok bool, note string) support {

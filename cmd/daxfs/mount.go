@@ -14,7 +14,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
 	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
-	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
 func init() { register(70, mountCommand) }
@@ -23,14 +22,17 @@ func mountCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "mount",
 		Usage:     "mount an image, read-only",
-		ArgsUsage: "IMAGE DIR | --pool POOL KEY DIR",
+		ArgsUsage: "IMAGE DIR | --pool POOL IMAGE DIR",
 		Description: `
-IMAGE is an image file, or a device or range of physical memory that holds one. With --pool, KEY is the name of an image in
-a pool (or the beginning of one, if no other begins like it), and POOL the file, device or ADDRESS+SIZE of the pool: the pool's
-owner need not run, nor run on this kernel. The owner does not know of the mount; it must not remove the image meanwhile.
+IMAGE is an image file, or a device or range of physical memory that holds one. With --pool, IMAGE is the name of an image in
+a pool (or the beginning of its key, if no other begins like it), and POOL the file, device or ADDRESS+SIZE of the pool. The
+pool is mounted once, and its images are shown where they are wanted. A daemon that owns the pool is asked to do it; if nobody
+owns it, this command does. The image stays in the pool as long as it is mounted. A machine that has no index of the pool can
+mount its images as well, by their keys: then the owner does not know of it, and must not remove them meanwhile.
 
 Drivers: auto takes the first that works, in the order shown by daxfs doctor; erofs (erofs-dax, erofs-file, erofs-loop),
-daxfs (the kernel module), fuse. The image is checked first: what a stranger wrote is not for a kernel to find out.
+daxfs (the kernel module), fuse. The image is checked first: what a stranger wrote is not for a kernel to find out. Of a pool, what only root can have
+written is not checked again.
 
 Setuid programs and device nodes of the image do nothing unless --suid is given.
 
@@ -40,11 +42,12 @@ that does. SIGUSR1 makes a server write its counters to its standard error.
 Examples:
    daxfs mount debian.daxfs /mnt
    daxfs mount --driver fuse debian.daxfs /mnt
-   daxfs mount --pool /dev/pmem0 sha256:6859 /mnt
-   daxfs mount --driver daxfs --pool 0x400000000+4294967296 sha256:6859 /mnt`,
-		Flags: []cli.Flag{
+   daxfs mount --pool /var/lib/pool docker.io/library/debian:12 /mnt
+   daxfs mount --driver daxfs --pool 0x400000000+4294967296 6859 /mnt`,
+		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "driver", Aliases: []string{"d"}, Value: "auto", Usage: "mount with `DRIVER`"},
 			&cli.StringFlag{Name: "pool", Usage: "mount an image of `POOL`"},
+			&cli.StringFlag{Name: "index", Usage: "the index of POOL is `FILE`"},
 			&cli.Int64Flag{Name: "offset", Usage: "the image starts at byte `N` of the file"},
 			&cli.Int64Flag{Name: "size", Usage: "the image, or its window, has `N` bytes; 0 is the rest of the file"},
 			&cli.BoolFlag{Name: "suid", Usage: "let setuid programs and device nodes of the image work"},
@@ -53,7 +56,7 @@ Examples:
 			// Those two belong to the driver that starts this command as its server.
 			&cli.StringFlag{Name: "name", Hidden: true},
 			&cli.IntFlag{Name: "ready-fd", Value: -1, Hidden: true},
-		},
+		}, keeperFlags()...),
 		Action: e.mount,
 	}
 }
@@ -61,6 +64,9 @@ Examples:
 func (e *env) mount(c *cli.Context) error {
 	if err := needArgs(c, "IMAGE", "DIR"); err != nil {
 		return err
+	}
+	if c.IsSet("pool") {
+		return e.mountFromPool(c)
 	}
 	if c.Bool("foreground") {
 		return e.serve(c)
@@ -85,9 +91,7 @@ func (e *env) mount(c *cli.Context) error {
 			return err
 		}
 	}
-	d, err := mount.Auto(c.Context, list, src, dir, func(format string, args ...any) {
-		fmt.Fprintf(e.stderr, "daxfs: warning: %s\n", message(fmt.Errorf(format, args...)))
-	})
+	d, err := mount.Auto(c.Context, list, src, dir, e.warn)
 	if err != nil {
 		return err
 	}
@@ -110,31 +114,16 @@ func isDir(dir string) error {
 func mountSource(c *cli.Context) (mount.Source, error) {
 	name := c.Args().First()
 	src := mount.Source{Key: name, Off: c.Int64("offset"), Size: c.Int64("size"), Restrict: !c.Bool("suid")}
-	path := name
-	if c.IsSet("pool") {
-		if c.IsSet("offset") || c.IsSet("size") {
-			return src, wrongUse(c, "the pool knows where the image is: --offset and --size do not go with --pool")
-		}
-		path = c.String("pool")
-	}
-	f, end, err := openMemory(path, &src.Region)
+	f, end, err := openMemory(name, &src.Region)
 	if err != nil {
-		if errors.Is(err, os.ErrNotExist) && !c.IsSet("pool") && strings.Contains(name, ":") {
+		if errors.Is(err, os.ErrNotExist) && strings.Contains(name, ":") {
 			return src, fmt.Errorf("%w; for an image of a pool give --pool", err)
 		}
 		return src, err
 	}
 	defer f.Close()
-	if c.IsSet("pool") {
-		img, err := findImage(f, path, name)
-		if err != nil {
-			return src, err
-		}
-		src.Key, src.Off, src.Size = img.Key, img.Off, img.Size
-		return src, nil
-	}
 	if src.Off < 0 || src.Off >= end {
-		return src, fmt.Errorf("offset %d of %q, which has %d bytes", src.Off, path, end)
+		return src, fmt.Errorf("offset %d of %q, which has %d bytes", src.Off, name, end)
 	}
 	if src.Size == 0 {
 		src.Size = imageSize(f, src.Off, end-src.Off)
@@ -150,30 +139,6 @@ func imageSize(f io.ReaderAt, off, room int64) int64 {
 		return room
 	}
 	return int64(img.Super().Blocks) * daxfs.BlockSize
-}
-
-// findImage looks up a key, or the only one that begins with it.
-func findImage(f io.ReaderAt, path, key string) (pool.Image, error) {
-	cat, err := pool.ReadCatalogue(f)
-	if err != nil {
-		return pool.Image{}, fmt.Errorf("pool %q: %w", path, err)
-	}
-	var found []pool.Image
-	for _, img := range cat.Images {
-		if img.Key == key {
-			return img, nil
-		}
-		if strings.HasPrefix(img.Key, key) || strings.HasPrefix(img.Key, "sha256:"+key) {
-			found = append(found, img)
-		}
-	}
-	switch len(found) {
-	case 1:
-		return found[0], nil
-	case 0:
-		return pool.Image{}, fmt.Errorf("pool %q has no image %q (it has %d images)", path, key, len(cat.Images))
-	}
-	return pool.Image{}, fmt.Errorf("%d images of pool %q begin with %q: %q, %q", len(found), path, key, found[0].Key, found[1].Key)
 }
 
 // serve is mount --foreground.

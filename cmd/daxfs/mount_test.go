@@ -9,10 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
-	"github.com/daxfs/daxfs-snapshotter/pool"
-	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // program builds the daxfs program, for what has to be a process of its own: a FUSE server, a mount namespace.
@@ -34,6 +31,8 @@ func program(t *testing.T) string {
 // inNamespace runs a shell script in a mount namespace of its own, with the program as "daxfs".
 func inNamespace(t *testing.T, bin, script string) string {
 	t.Helper()
+	// What is remembered of mounts ends with them.
+	script = "mount -t tmpfs none /run; " + script
 	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-euc", script)
 	cmd.Dir = t.TempDir()
 	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(bin)+":"+os.Getenv("PATH"), "LC_ALL=C")
@@ -48,7 +47,7 @@ func inNamespace(t *testing.T, bin, script string) string {
 func TestMount(t *testing.T) {
 	bin := program(t)
 	for name, f := range map[string]func(*testing.T, string){
-		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool,
+		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool, "reader": mountsAsReader,
 		"rm leaves what is mounted":     removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
 		"larger device":                 readsLargerDevice,
@@ -113,7 +112,7 @@ func mountRefuses(t *testing.T, bin string) {
 		daxfs convert -o image rootfs:tree 2>/dev/null
 		printf x | dd of=image bs=1 seek=1030 conv=notrunc 2>/dev/null
 		for args in "image mnt" "/nowhere mnt" "image /nowhere" "image image" "--driver ext4 image mnt" "--offset 99999999 image mnt" \
-			"--pool image sha256:00 mnt" "mnt mnt" "image"; do
+			"--pool image sha256:00 mnt" "--pool image --offset 4096 x mnt" "mnt mnt" "image"; do
 			echo "== $args"; ! daxfs mount $args || echo mounted
 		done
 		! daxfs umount / || echo unmounted
@@ -123,7 +122,7 @@ func mountRefuses(t *testing.T, bin string) {
 	}
 	for _, want := range []string{
 		"image check failed", "no such file or directory", "not a directory", `unknown mount driver "ext4"`, "which has",
-		"neither a file nor a device", "expected IMAGE DIR", "not of an image", "expected DIR...",
+		"neither a file nor a device", "expected IMAGE DIR", "not of an image", "expected DIR...", "does not go with --pool",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
@@ -131,51 +130,68 @@ func mountRefuses(t *testing.T, bin string) {
 	}
 }
 
+// mountsFromPool: the pool is mounted once, images are shown where they are wanted, and nothing is left behind.
 func mountsFromPool(t *testing.T, bin string) {
-	dir := t.TempDir()
-	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "pool"), Size: 64 << 20, Create: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	p, err := pool.Create(r, filepath.Join(dir, "index"), pool.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	b := p.Begin()
-	defer b.Discard()
-	var keys []string
-	for _, name := range []string{"one", "two"} {
-		data, err := b.Put(t.Context(), 3, strings.NewReader(name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		root := &daxfs.Node{Mode: 0o40755, Entries: map[string]*daxfs.Node{"name": {Mode: 0o100644, Data: data}}}
-		if err := b.CommitLayer(t.Context(), name, nil); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := p.AddImage(t.Context(), "sha256:aa-"+name, root, daxfs.Options{}); err != nil {
-			t.Fatal(err)
-		}
-		keys = append(keys, "sha256:aa-"+name)
-		b = p.Begin()
-	}
-	// The owner is running: readers need no lock.
-	for _, driver := range []string{"erofs", "erofs-loop", "fuse"} {
-		out := inNamespace(t, bin, `
-			mkdir one two
-			daxfs mount --driver `+driver+` --pool `+dir+`/pool `+keys[0]+` one
-			daxfs mount --driver `+driver+` --pool `+dir+`/pool aa-t two
-			cat one/name two/name
-			! daxfs mount --pool `+dir+`/pool sha256:aa two
-			! daxfs mount --pool `+dir+`/pool sha256:bb two
-			daxfs umount one two`)
-		for _, want := range []string{"onetwo", "2 images", "has no image"} {
-			if !strings.Contains(out, want) {
-				t.Errorf("%s: output lacks %q:\n%s", driver, want, out)
+	for _, driver := range []string{"auto", "erofs", "erofs-loop", "fuse"} {
+		t.Run(driver, func(t *testing.T) {
+			out := inNamespace(t, bin, `
+				mkdir one two tree; echo one >tree/name
+				daxfs pool init --size 64m pool
+				daxfs pool put --name docker.io/library/one:1 pool rootfs:tree
+				echo two >tree/name; ln -s name tree/link
+				daxfs pool put --name second pool rootfs:tree
+				key=$(daxfs pool ls pool | awk '/second/ { print $1 }')
+				daxfs mount --driver `+driver+` --pool pool docker.io/library/one:1 one
+				daxfs mount --pool pool $key two
+				cat one/name two/link
+				echo file systems $(grep -c " /run/daxfs/.*/live/" /proc/self/mountinfo)
+				grep " $PWD/two " /proc/self/mountinfo
+				! daxfs mount --pool pool second two || echo mounted twice
+				! daxfs mount --pool pool sha256:bb two 2>&1 || echo mounted what is not there
+				cd two; ! daxfs umount $OLDPWD/two || echo unmounted under a process; cd ..
+				daxfs pool ls pool
+				daxfs umount one two
+				! grep -q daxfs /proc/self/mountinfo || echo something is left
+				! daxfs umount one || echo unmounted twice
+				find /run/daxfs 2>/dev/null || true
+				mkdir other; daxfs mount --suid --pool pool second other
+				grep " $PWD/other " /proc/self/mountinfo | grep nosuid || echo setuid works
+				daxfs umount other`)
+			for _, want := range []string{"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use", "setuid works"} {
+				if !strings.Contains(out, want) {
+					t.Errorf("output lacks %q:\n%s", want, out)
+				}
 			}
-		}
+			for _, bad := range []string{"mounted twice", "mounted what", "unmounted under", "is left", "unmounted twice", "/run/daxfs/"} {
+				for line := range strings.SplitSeq(out, "\n") {
+					if strings.HasPrefix(line, bad) {
+						t.Errorf("output has %q:\n%s", line, out)
+					}
+				}
+			}
+		})
+	}
+}
+
+// mountsAsReader: a machine without the index of a pool mounts its images, by their keys.
+func mountsAsReader(t *testing.T, bin string) {
+	out := inNamespace(t, bin, `
+		mkdir one two tree elsewhere; echo one >tree/name
+		daxfs pool init --size 64m --index elsewhere/index pool
+		daxfs pool put --index elsewhere/index --name one pool rootfs:tree
+		! daxfs pool put --name two pool rootfs:tree || echo put without an index
+		key=$(daxfs pool ls pool 2>/dev/null | awk 'NR == 2 { print $1 }')
+		! daxfs mount --pool pool one one || echo mounted by a name
+		daxfs mount --pool pool $key one
+		daxfs mount --pool pool $key two
+		cat one/name two/name
+		daxfs umount one
+		cat two/name
+		daxfs umount two
+		! grep -q daxfs /proc/self/mountinfo || echo something is left`)
+	if strings.Count(out, "one\n") < 3 || !strings.Contains(out, "keys are what pool ls shows") || !strings.Contains(out, "--index") ||
+		strings.Contains(out, "without an index\n") || strings.Contains(out, "by a name\n") || strings.Contains(out, "is left") {
+		t.Errorf("output:\n%s", out)
 	}
 }
 
@@ -185,9 +201,9 @@ func removeLeavesWhatIsMounted(t *testing.T, bin string) {
 		out := inNamespace(t, bin, `
 			mkdir tree mnt "real dir"; echo hello >tree/greeting; ln -s "real dir" link
 			daxfs pool init --size 64m link/pool
-			daxfs pool put --key one link/pool rootfs:tree
+			daxfs pool put --name one link/pool rootfs:tree
 			echo other >tree/greeting
-			daxfs pool put --key two link/pool rootfs:tree
+			daxfs pool put --name two link/pool rootfs:tree
 			daxfs mount --driver `+driver+` --pool link/pool one mnt
 			! daxfs pool rm link/pool one || echo removed in use
 			! daxfs pool init --force --size 64m link/pool || echo made anew in use

@@ -5,9 +5,13 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
@@ -46,50 +50,93 @@ func TestPoolCommands(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "pool")
 	mustPool(t, "init", "--size", "64m", p)
 	base := strings.Repeat("shared ", 20000)
-	mustPool(t, "put", "--key", "one", p, rootfs(t, map[string]string{"base": base, "a": "a"}))
-	mustPool(t, "put", "--key", "two", p, rootfs(t, map[string]string{"base": base, "b": "b"}))
+	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"base": base, "a": "a"}))
+	mustPool(t, "put", "--name", "two", p, rootfs(t, map[string]string{"base": base, "b": "b"}))
 
-	var state poolState
-	if err := json.Unmarshal([]byte(mustPool(t, "show", "--json", p)), &state); err != nil {
-		t.Fatal(err)
-	}
+	state := showPool(t, p)
 	pages := int64(len(base)+4095) / 4096 * 4096
-	if len(state.Images) != 2 || state.Usage == nil || state.Saved != pages || state.Usage.Extents != pages+2*4096 || state.Usage.Layers != 0 {
-		t.Errorf("show: %+v, usage %+v; expected %d bytes saved", state, state.Usage, pages)
+	if len(state.Images) != 2 || state.Saved != pages || state.SlotsUsed != 2 || state.Slots < 100 || state.Windows || state.DAX ||
+		state.Index == nil || state.Index.Extents != pages+2*4096 || state.Index.Layers != 2 || state.Index.Waiting != 0 {
+		t.Errorf("show: %+v, index %+v; expected %d bytes saved", state, state.Index, pages)
 	}
 	for _, m := range state.Images {
-		if m.Usage == nil || m.Usage.Shared != pages || m.Usage.Files != 2 {
-			t.Errorf("image %q: %+v", m.Key, m.Usage)
+		if m.Usage == nil || m.Usage.Shared != pages || m.Usage.Files != 2 || len(m.Holders) != 1 {
+			t.Errorf("image %q: %+v, held by %q", m.Key, m.Usage, m.Holders)
 		}
 	}
-	for _, want := range []string{"KEY", "one", "two"} {
+	for _, want := range []string{"NAMES", "one", "two"} {
 		if out := mustPool(t, "ls", p); !strings.Contains(out, want) {
 			t.Errorf("ls lacks %q:\n%s", want, out)
 		}
 	}
-	if out := mustPool(t, "show", p, "one"); !strings.Contains(out, "Shared") || !strings.Contains(out, "one") {
-		t.Errorf("show of an image:\n%s", out)
+	for _, name := range []string{"one", state.Images[0].Key, strings.TrimPrefix(state.Images[0].Key, "image/")[:12]} {
+		if out := mustPool(t, "show", p, name); !strings.Contains(out, "Shared") || !strings.Contains(out, "pin/one") {
+			t.Errorf("show %s:\n%s", name, out)
+		}
 	}
 	if out := mustPool(t, "check", p); out != "the pool is consistent\n" {
 		t.Errorf("check: %q", out)
 	}
-	if out := mustPool(t, "rm", p, "one"); !strings.Contains(out, "removed 1 images") {
+	if out := mustPool(t, "rm", p, "one"); !strings.Contains(out, "removed 1 images and 1 layers") {
 		t.Errorf("rm: %q", out)
 	}
 	if out := mustPool(t, "gc", "--json", p); !strings.Contains(out, `"freed": 0`) {
-		t.Errorf("gc of a pool without layers: %s", out)
+		t.Errorf("gc of a pool where all is held: %s", out)
 	}
 	mustPool(t, "rm", p, "two")
-	if err := json.Unmarshal([]byte(mustPool(t, "show", "--json", p)), &state); err != nil || state.Usage.Extents != 0 {
-		t.Errorf("after removing all: %+v, %v", state.Usage, err)
+	if state := showPool(t, p); len(state.Images) != 0 || state.Index.Extents+state.Index.Waiting != 0 || state.Index.Layers != 0 {
+		t.Errorf("after removing all: %+v, index %+v", state, state.Index)
 	}
+}
+
+func showPool(t *testing.T, p string) (state poolState) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(mustPool(t, "show", "--json", p)), &state); err != nil {
+		t.Fatal(err)
+	}
+	return state
+}
+
+// TestPoolPutSources puts what convert wrote, and OCI images, which have names of their own.
+func TestPoolPutSources(t *testing.T) {
+	dir := t.TempDir()
+	p, image := filepath.Join(dir, "pool"), filepath.Join(dir, "image")
+	mustPool(t, "init", "--size", "64m", p)
+	tree := rootfs(t, map[string]string{"f": "text", "g": "more"})
+	var out, errs bytes.Buffer
+	if status := run(t.Context(), []string{"daxfs", "convert", "--json", "-o", image, tree}, nil, &out, &errs); status != statusOK {
+		t.Fatalf("convert: %s", &errs)
+	}
+	var made summary
+	if err := json.Unmarshal(out.Bytes(), &made); err != nil {
+		t.Fatal(err)
+	}
+	var put poolImage
+	if err := json.Unmarshal([]byte(mustPool(t, "put", "--json", "--name", "file", p, "daxfs:"+image)), &put); err != nil {
+		t.Fatal(err)
+	}
+	if put.UUID != made.UUID {
+		t.Errorf("the tree has UUID %s in a pool and %s in a file", put.UUID, made.UUID)
+	}
+	layout := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	layout.Tag("v1", layout.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: treetest.Tar(treetest.Reg("f", "text"))}))
+	text := mustPool(t, "put", p, "oci:"+layout.Dir+":v1")
+	state := showPool(t, p)
+	key := state.Images[1].Key
+	if !strings.HasPrefix(text, key+": ") || !slices.Equal(state.Images[1].Holders, []string{"pin/" + key}) {
+		t.Errorf("put of an OCI image: %q, %+v", text, state.Images[1])
+	}
+	if again := mustPool(t, "put", p, "oci:"+layout.Dir+":v1"); !strings.Contains(again, "0B of them new") || len(showPool(t, p).Images) != 2 {
+		t.Errorf("put again: %q", again)
+	}
+	mustPool(t, "rm", p, key, "file")
 }
 
 func TestPoolCheckFindsDamage(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "pool")
 	mustPool(t, "init", "--size", "64m", p)
 	text := strings.Repeat("0123456789abcdef", 1000)
-	mustPool(t, "put", "--key", "one", p, rootfs(t, map[string]string{"f": text}))
+	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"f": text}))
 	b, err := os.ReadFile(p)
 	if err != nil {
 		t.Fatal(err)
@@ -129,11 +176,12 @@ func TestPoolErrors(t *testing.T) {
 		{statusUsage, "--size is needed", []string{"init", filepath.Join(dir, "sizeless")}},
 		{statusFailed, "belongs to something else", []string{"check", foreign}},
 		{statusFailed, "no such file", []string{"ls", filepath.Join(dir, "none")}},
-		{statusUsage, "--key is needed", []string{"put", p, tree}},
+		{statusUsage, "--name is needed", []string{"put", p, tree}},
 		{statusUsage, "unknown kind", []string{"put", p, "floppy:a"}},
 		{statusFailed, "not found", []string{"rm", p, "nothing"}},
 		{statusFailed, "not found", []string{"show", p, "nothing"}},
-		{statusUsage, "expected POOL KEY", []string{"rm", p}},
+		{statusUsage, "expected POOL IMAGE", []string{"rm", p}},
+		{statusUsage, "expected yes, no or auto", []string{"init", "--windows", "some", filepath.Join(dir, "fresh")}},
 		{statusUsage, "needs --index", []string{"check", "0x100000000+64"}},
 		{statusUsage, "only the daemon", []string{"init", "--kind", "dmabuf", "--index", "x", "/dev/dma_heap/system"}},
 	} {
@@ -150,12 +198,18 @@ func TestPoolErrors(t *testing.T) {
 	mustPool(t, "init", "--force", foreign)
 }
 
-// TestPoolOwned lists a pool that has an owner, and changes nothing in it.
+// TestPoolOwned reads a pool that has an owner, and changes nothing in it: ls and show take no lock and write nothing.
 func TestPoolOwned(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pool")
 	mustPool(t, "init", "--size", "64m", path)
-	mustPool(t, "put", "--key", "one", path, rootfs(t, map[string]string{"f": "x", "g": "both"}))
-	mustPool(t, "put", "--key", "two", path, rootfs(t, map[string]string{"h": "both"}))
+	mustPool(t, "put", "--name", "one", path, rootfs(t, map[string]string{"f": "x", "g": "both"}))
+	mustPool(t, "put", "--name", "two", path, rootfs(t, map[string]string{"h": "both"}))
+	before := stamps(t, path, path+".index")
+	free := showPool(t, path)
+	mustPool(t, "ls", path)
+	if after := stamps(t, path, path+".index"); after != before {
+		t.Errorf("pool and index were %s, and after reading are %s", before, after)
+	}
 	r, err := region.Open(region.Config{Kind: region.KindFile, Path: path})
 	if err != nil {
 		t.Fatal(err)
@@ -166,24 +220,26 @@ func TestPoolOwned(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
+	before = stamps(t, path, path+".index")
 	status, stdout, stderr := runPool(t, "ls", path)
-	if status != statusOK || !strings.Contains(stdout, "one") || !strings.Contains(stderr, "in use by process") {
+	if status != statusOK || !strings.Contains(stdout, "00000") || !strings.Contains(stderr, "in use by process") {
 		t.Errorf("ls: status %d, %s%s", status, stdout, stderr)
 	}
 	var state poolState
 	if _, stdout, _ := runPool(t, "show", "--json", path); json.Unmarshal([]byte(stdout), &state) != nil || len(state.Images) != 2 {
 		t.Fatalf("show: %s", stdout)
 	}
+	if after := stamps(t, path, path+".index"); after != before {
+		t.Errorf("pool and index were %s, and after reading are %s", before, after)
+	}
 	// What the images share is the same for readers and for the owner.
 	u := p.Usage()
-	if state.Usage != nil || state.Saved != 4096 || state.Unshared != u.Unshared || state.Contents != u.ImageExtents {
+	if state.Index != nil || state.Saved != 4096 || state.Unshared != u.Unshared || state.Contents != u.ImageExtents {
 		t.Errorf("show: %+v, the owner knows %+v", state, u)
 	}
-	for _, m := range state.Images {
-		want, err := p.ImageUsage(m.Key)
-		if err != nil || m.Usage == nil || *m.Usage != want {
-			t.Errorf("image %q: %+v, the owner knows %+v, %v", m.Key, m.Usage, want, err)
-		}
+	if h := free.Index; h == nil || h.Extents != u.Extents || h.Files != u.ExtentCount || h.Layers != u.Layers || h.Metadata != u.Tree ||
+		h.Free != u.Free+u.MetaFree {
+		t.Errorf("show of a pool without an owner: %+v, the owner knows %+v", h, u)
 	}
 	status, _, stderr = runPool(t, "rm", path, "one")
 	if status != statusFailed || !strings.Contains(stderr, "in use by process") {
@@ -191,20 +247,32 @@ func TestPoolOwned(t *testing.T) {
 	}
 }
 
+// stamps are the times at which files were changed.
+func stamps(t *testing.T, paths ...string) string {
+	t.Helper()
+	var all []string
+	for _, path := range paths {
+		fi, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, fi.ModTime().Format(time.StampNano))
+	}
+	return strings.Join(all, " ")
+}
+
 // TestPoolKeepsWhatItHas: a command that cannot do all of what it was asked for does none of it, and says so.
 func TestPoolKeepsWhatItHas(t *testing.T) {
 	dir := t.TempDir()
 	p := filepath.Join(dir, "pool")
 	mustPool(t, "init", "--size", "64m", p)
-	one := rootfs(t, map[string]string{"name": "one"})
-	mustPool(t, "put", "--key", "one", p, one)
-	mustPool(t, "put", "--key", "two", p, rootfs(t, map[string]string{"name": "two"}))
+	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"name": "one"}))
+	mustPool(t, "put", "--name", "two", p, rootfs(t, map[string]string{"name": "two"}))
 	for _, c := range []struct {
 		args   []string
 		status int
 		want   string
 	}{
-		{[]string{"put", "--key", "one", p, rootfs(t, map[string]string{"name": "other"})}, statusFailed, `image "one" is in the pool already, with other contents`},
 		{[]string{"rm", p, "one", "three"}, statusFailed, `image "three": not found`},
 		{[]string{"init", "--size", "64m", p}, statusFailed, "holds a pool"},
 		{[]string{"init", filepath.Join(dir, "new")}, statusUsage, "--size is needed"},
@@ -215,9 +283,13 @@ func TestPoolKeepsWhatItHas(t *testing.T) {
 			t.Errorf("pool %q: status %d, %q, expected %d and %q", c.args, status, stderr, c.status, c.want)
 		}
 	}
-	mustPool(t, "put", "--key", "one", p, one) // the same again
+	// A name moves to what is put under it.
+	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"name": "another"}))
+	if out := mustPool(t, "gc", p); !strings.Contains(out, "removed 1 images and 1 layers") {
+		t.Errorf("gc: %q", out)
+	}
 	out := mustPool(t, "ls", p)
-	if !strings.Contains(out, "\none ") || !strings.Contains(out, "\ntwo ") {
+	if !strings.Contains(out, " one\n") || !strings.Contains(out, " two\n") || strings.Count(out, "\n") != 3 {
 		t.Errorf("images that are left:\n%s", out)
 	}
 	if out := mustPool(t, "rm", p, "two", "two"); !strings.Contains(out, "removed 1 images") {

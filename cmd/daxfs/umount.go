@@ -18,12 +18,12 @@ func umountCommand(e *env) *cli.Command {
 		Usage:     "unmount images",
 		ArgsUsage: "DIR...",
 		Description: `
-The devices and the server process that the mount had go with it. What the snapshotter mounted is left alone: containers
-may be running from it.
+The devices and the server process that the mount had go with it. An image of a pool is unmounted by whoever owns the pool. What
+the snapshotter mounted for containers is left alone.
 
 Example:
    daxfs umount /mnt`,
-		Flags:  []cli.Flag{&cli.BoolFlag{Name: "force", Usage: "unmount what the snapshotter mounted, too"}},
+		Flags:  append([]cli.Flag{&cli.BoolFlag{Name: "force", Usage: "unmount what the snapshotter mounted, too"}}, keeperFlags()...),
 		Action: e.umount,
 	}
 }
@@ -34,14 +34,17 @@ func (e *env) umount(c *cli.Context) error {
 	}
 	var errs []error
 	for _, arg := range c.Args().Slice() {
-		errs = append(errs, umountOne(c, arg))
+		errs = append(errs, e.umountOne(c, arg))
 	}
 	return errors.Join(errs...)
 }
 
-func umountOne(c *cli.Context, arg string) error {
+func (e *env) umountOne(c *cli.Context, arg string) error {
 	dir, err := drivers.Resolve(arg)
 	if err != nil {
+		return err
+	}
+	if done, err := e.umountFromPool(c, dir); done || err != nil {
 		return err
 	}
 	d, table, err := drivers.Of(dir)

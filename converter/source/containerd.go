@@ -77,6 +77,7 @@ func (s *store) Image(ctx context.Context, p Platform) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
+	img.Name = found.Name
 	return img, nil
 }
 

@@ -158,7 +158,7 @@ func (s *registry) Image(ctx context.Context, p Platform) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
-	img.Remote = true
+	img.Remote, img.Name = true, normal(s.ref.String())
 	return img, nil
 }
 

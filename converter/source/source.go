@@ -14,6 +14,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -52,6 +54,8 @@ type Image struct {
 	Digest digest.Digest
 	// Platform the image says it is for; zero for a tree.
 	Platform ocispec.Platform
+	// Name is the whole reference by which the image was found; empty where a source finds images by other means.
+	Name string
 	// Layers, bottom first.
 	Layers []Layer
 	// Remote says that the layers come over a network: whoever stops to read one for long may lose it.
@@ -135,6 +139,20 @@ func Parse(name string, c Config) (Source, error) {
 		return &imageFile{name: name, file: rest}, nil
 	}
 	return nil, fmt.Errorf("source %q: unknown kind %q, expected %s", name, kind, Kinds)
+}
+
+// Absolute returns the name of a source with an absolute path, for a process with another working directory.
+func Absolute(name string) (string, error) {
+	kind, rest, _ := strings.Cut(name, ":")
+	switch kind {
+	case "oci", "oci-archive", "docker-archive", "rootfs", "daxfs":
+		if rest == "" || filepath.IsAbs(rest) {
+			return name, nil
+		}
+		dir, err := os.Getwd()
+		return kind + ":" + filepath.Clean(dir) + "/" + rest, err
+	}
+	return name, nil
 }
 
 // splitTag splits PATH[:TAG] or PATH[@DIGEST]. A path that holds a colon cannot be written, as with skopeo.

@@ -61,7 +61,7 @@ func (d *demo) poolPath() string {
 	if d.pool == "tmpfs" {
 		return filepath.Join(d.Run, "pool")
 	}
-	return filepath.Join(d.DaemonRoot(), "pool", "region")
+	return d.PoolFile()
 }
 
 // eachFile calls f once with each regular file that a snapshotter keeps: what is below its root, and what its mounted
@@ -108,10 +108,10 @@ func (d *demo) eachFile(snapshotter string, f func(file *os.File, st fs.FileInfo
 // imageMounts lists the mounts of images, but not of containers.
 func (d *demo) imageMounts(snapshotter string) ([]*mountinfo.Info, error) {
 	return mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		ours := strings.HasPrefix(m.Mountpoint, filepath.Join(d.DaemonRoot(), "images")+"/")
 		if snapshotter == "daxfs" {
-			return !ours, false
+			return !strings.HasPrefix(m.Mountpoint, filepath.Join(d.DaemonRoot(), "images")+"/"), false
 		}
+		ours := strings.HasPrefix(m.Mountpoint, d.DaemonRoot()+"/")
 		return ours || m.FSType != "erofs" || !strings.HasPrefix(m.Mountpoint, d.Run+"/") && !strings.HasPrefix(m.Mountpoint, d.Dir+"/"), false
 	})
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
+	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
 // PoolReport is what a stopped daemon's pool holds.
@@ -25,17 +26,22 @@ type PoolReport struct {
 	ImageKeys, LayerKeys []string
 }
 
+// PoolFile is the file of the daemon's pool, unless its configuration says otherwise.
+func (s *Stack) PoolFile() string { return store.Pool{Kind: region.KindFile}.File(s.DaemonRoot()) }
+
 // CheckPool opens the file pool of the daemon, which must be stopped, proves it and tells what is in it.
 func (s *Stack) CheckPool() (report PoolReport, err error) {
-	dir := filepath.Join(s.DaemonRoot(), "pool")
-	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "live")})
+	r, err := region.Open(region.Config{Kind: region.KindFile, Path: s.PoolFile()})
 	if err != nil {
 		return report, fmt.Errorf("the daemon's region: %w", err)
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	indexes, err := filepath.Glob(filepath.Join(dir, "*.db"))
-	if err != nil || len(indexes) != 1 {
-		return report, fmt.Errorf("indexes in %q: %q, %w; expected one", dir, indexes, err)
+	indexes, err := filepath.Glob(filepath.Join(s.DaemonRoot(), "pool", "*.db"))
+	if err != nil {
+		return report, err
+	}
+	if len(indexes) != 1 {
+		return report, fmt.Errorf("indexes of the daemon's pool: %q, expected one", indexes)
 	}
 	p, err := pool.Open(r, indexes[0], pool.Options{})
 	if err != nil {

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/mount"
+	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+	"github.com/daxfs/daxfs-snapshotter/store"
+)
+
+// mounter mounts images of a pool on directories.
+type mounter interface {
+	// Mount returns how the image was mounted, in words.
+	Mount(ctx context.Context, name, dir string, suid bool) (how string, err error)
+	Unmount(ctx context.Context, dir string) error
+	Close() error
+}
+
+// keeper is the owner of a pool: this process, or the daemon that it asks.
+type keeper interface {
+	mounter
+	Images(ctx context.Context) ([]store.Info, error)
+	Usage(ctx context.Context) (pool.Usage, error)
+	Put(ctx context.Context, src putSource, name string) (store.Info, error)
+	Unpin(ctx context.Context, name string) error
+	Sweep(ctx context.Context) error
+}
+
+// putSource is an image to be put: as it was found, and as a user wrote it.
+type putSource struct {
+	image                     *source.Image
+	name, platform, namespace string
+	plainHTTP                 bool
+}
+
+// keeperFlags say who owns the pool.
+func keeperFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "control", Value: defaultControl, Usage: "ask the daemon at `SOCKET` if it owns the pool; empty: never"},
+	}
+}
+
+// errNoIndex is returned for a pool whose owner is on another machine, or has its index in another directory.
+var errNoIndex = errors.New("the pool's index is not on this machine, or has to be named with --index")
+
+// openKeeper finds the owner of a pool: the daemon if it has the pool open, else this process becomes it.
+func (e *env) openKeeper(c *cli.Context, a poolArgs, driver string) (keeper, error) {
+	rc, err := a.region(true)
+	if err != nil {
+		return nil, err
+	}
+	cat, err := catalogue(rc)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", a.Pool, err)
+	}
+	id := hex.EncodeToString(cat.PoolID[:])
+	if d := dialControl(c.String("control")); d.owns(c.Context, id) {
+		if driver != "" && driver != "auto" {
+			return nil, wrongUse(c, "--driver %s: a daemon owns the pool and has mounted it already", driver)
+		}
+		return d, nil
+	}
+	index := a.findIndex(rc, cat)
+	if index == "" {
+		if pid := ownerOf(rc); pid != 0 {
+			return nil, fmt.Errorf("%s: %w, which is no daemon that answers at %q", a.Pool, &region.BusyError{Path: rc.Path, PID: pid}, c.String("control"))
+		}
+		return nil, fmt.Errorf("%s: %w", a.Pool, errNoIndex)
+	}
+	list, err := mount.Select(drivers.All(), driver)
+	if err != nil {
+		return nil, wrongUse(c, "%v", err)
+	}
+	return e.openStore(c.Context, rc, index, list)
+}
+
+// catalogue reads what a pool says of itself, without being its owner.
+func catalogue(rc region.Config) (*pool.Catalogue, error) {
+	rc.ReadOnly = true
+	r, err := region.Open(rc)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return pool.ReadCatalogue(r)
+}
+
+func ownerOf(rc region.Config) int {
+	if rc.Path == "" {
+		return 0
+	}
+	return region.LockHolder(rc.Path)
+}
+
+// openStore makes this process the owner of a pool.
+func (e *env) openStore(ctx context.Context, rc region.Config, index string, list []mount.Driver) (*localKeeper, error) {
+	rc.ReadOnly = false
+	r, err := region.Open(rc)
+	if err != nil {
+		return nil, err
+	}
+	p, err := pool.Open(r, index, e.poolOptions())
+	if err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	id := p.ID()
+	root := storeRoot(index, hex.EncodeToString(id[:]))
+	s, err := store.New(ctx, store.Config{Root: root, Drivers: list, Adopt: drivers.All()}, r, p)
+	if err != nil {
+		return nil, err
+	}
+	return &localKeeper{s, root}, nil
+}
+
+// localKeeper is the store of this process.
+type localKeeper struct {
+	store *store.Store
+	root  string
+}
+
+func (k *localKeeper) Images(context.Context) ([]store.Info, error) { return k.store.Images(), nil }
+
+func (k *localKeeper) Usage(context.Context) (pool.Usage, error) { return k.store.Pool().Usage(), nil }
+
+func (k *localKeeper) Put(ctx context.Context, src putSource, name string) (store.Info, error) {
+	return k.store.Put(ctx, src.image, name)
+}
+
+func (k *localKeeper) Unpin(_ context.Context, name string) error { return k.store.Unpin(name) }
+
+func (k *localKeeper) Sweep(ctx context.Context) error {
+	if err := k.store.Sweep(ctx, nil, false); err != nil {
+		return err
+	}
+	return k.store.UnmountIdle(ctx)
+}
+
+func (k *localKeeper) Mount(ctx context.Context, name, dir string, suid bool) (string, error) {
+	info, err := k.store.MountAt(ctx, name, dir, !suid)
+	if err != nil {
+		return "", errors.Join(err, k.store.UnmountIdle(context.WithoutCancel(ctx)))
+	}
+	for _, m := range k.store.Mounted() {
+		if m.Key == info.Key {
+			return fmt.Sprintf("with %s: %s", m.Driver, m.Sharing), nil
+		}
+	}
+	return "", nil
+}
+
+// Unmount leaves nothing of the pool mounted that nobody asked for.
+func (k *localKeeper) Unmount(ctx context.Context, dir string) error {
+	if err := k.store.UnmountAt(ctx, dir); err != nil {
+		return err
+	}
+	return k.Sweep(ctx)
+}
+
+// Close leaves no directories behind where nothing is mounted.
+func (k *localKeeper) Close() error {
+	err := k.store.Close()
+	if filepath.Dir(k.root) == stateDir() {
+		for _, dir := range []string{"images", "live", "plain", ""} {
+			_ = os.Remove(filepath.Join(k.root, dir)) // it stays if something is in it
+		}
+		_ = os.Remove(stateDir())
+	}
+	return err
+}

@@ -1,0 +1,218 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+	"github.com/daxfs/daxfs-snapshotter/store"
+)
+
+// withKeeper calls f with the owner of the pool that a command names.
+func (e *env) withKeeper(c *cli.Context, f func(k keeper) error) error {
+	k, err := e.openKeeper(c, poolArgsOf(c), "")
+	if err != nil {
+		return err
+	}
+	err = f(k)
+	return errors.Join(err, k.Close())
+}
+
+func (e *env) poolPut(c *cli.Context) error {
+	if err := needArgs(c, "POOL", "SOURCE"); err != nil {
+		return err
+	}
+	name := c.Args().Get(1)
+	src, platform, err := parseSource(c, name, 0)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	return e.withKeeper(c, func(k keeper) error {
+		img, err := src.Image(c.Context, platform)
+		if err != nil {
+			return err
+		}
+		pin, err := pinName(c, img)
+		if err != nil {
+			return err
+		}
+		before, err := k.Usage(c.Context)
+		if err != nil {
+			return err
+		}
+		info, err := k.Put(c.Context, putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}, pin)
+		if err != nil {
+			return err
+		}
+		after, err := k.Usage(c.Context)
+		if err != nil {
+			return err
+		}
+		return e.showPut(c, info, pin, after.Extents-before.Extents)
+	})
+}
+
+// pinName is the name under which an image is put.
+func pinName(c *cli.Context, img *source.Image) (string, error) {
+	switch {
+	case c.String("name") != "":
+		return c.String("name"), nil
+	case img.Name != "":
+		return img.Name, nil
+	case img.Tree != nil:
+		return "", wrongUse(c, "a tree has no name of its own: --name is needed")
+	}
+	var keys []string
+	for _, l := range img.Layers {
+		keys = append(keys, store.BlobKey(l.DiffID))
+	}
+	return store.ImageKey(keys), nil
+}
+
+// showPut tells what was put. What it takes is read from the pool, as any reader would.
+func (e *env) showPut(c *cli.Context, info store.Info, pin string, added int64) error {
+	a := poolArgsOf(c)
+	rc, err := a.region(true)
+	if err != nil {
+		return err
+	}
+	r, err := region.Open(rc)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cat, err := pool.ReadCatalogue(r)
+	if err != nil {
+		return err
+	}
+	shared, err := pool.ReadShared(r, cat)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(cat.Images, func(m pool.Image) bool { return m.Key == info.Key })
+	if i < 0 {
+		return fmt.Errorf("image %q: %w", info.Key, pool.ErrNotFound)
+	}
+	m := cat.Images[i]
+	u := shared.Images[m.Key]
+	if c.Bool("json") {
+		return writeJSON(e.stdout, poolImage{Image: m, UUID: uuid(m.UUID), Names: info.Names, Holders: info.Holders, Usage: &u})
+	}
+	_, err = fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n", printable(pin), human(u.Extents), u.Files, human(added))
+	return err
+}
+
+func (e *env) poolRemove(c *cli.Context) error {
+	if c.NArg() < 2 {
+		return wrongUse(c, "%d arguments, expected POOL IMAGE...", c.NArg())
+	}
+	return e.withKeeper(c, func(k keeper) error {
+		images, err := k.Images(c.Context)
+		if err != nil {
+			return err
+		}
+		// All of them or none: a misspelt name removes nothing.
+		pins := map[string]bool{}
+		for _, name := range c.Args().Slice()[1:] {
+			of, err := pinsOf(images, name)
+			if err != nil {
+				return err
+			}
+			for _, pin := range of {
+				pins[pin] = true
+			}
+		}
+		return e.freeing(c, k, func(ctx context.Context) error {
+			for pin := range pins {
+				if err := k.Unpin(ctx, pin); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+}
+
+// pinsOf are the pins that go if a user removes an image: the one that he named, or all of the image that he named.
+func pinsOf(images []store.Info, name string) ([]string, error) {
+	info, err := store.Match(images, name)
+	if err != nil {
+		return nil, err
+	}
+	var pins, others []string
+	for _, h := range info.Holders {
+		if pin, ok := strings.CutPrefix(h, pinPrefix); ok {
+			pins = append(pins, pin)
+		} else {
+			others = append(others, h)
+		}
+	}
+	for _, h := range others {
+		if dir, ok := strings.CutPrefix(h, "mount/"); ok {
+			return nil, fmt.Errorf("image %q is mounted on %q: %w; unmount it first", name, dir, pool.ErrBusy)
+		}
+	}
+	if len(pins) == 0 && len(others) > 0 {
+		return nil, fmt.Errorf("image %q: nobody has put it there by hand, it is held by %s: %w", name, strings.Join(others, ", "), pool.ErrBusy)
+	}
+	if slices.Contains(pins, name) {
+		return []string{name}, nil
+	}
+	return pins, nil
+}
+
+func (e *env) poolCollect(c *cli.Context) error {
+	if err := needArgs(c, "POOL"); err != nil {
+		return err
+	}
+	return e.withKeeper(c, func(k keeper) error {
+		return e.freeing(c, k, func(context.Context) error { return nil })
+	})
+}
+
+// poolFreed is what pool rm --json and pool gc --json write.
+type poolFreed struct {
+	Images int        `json:"images"`
+	Layers int        `json:"layers"`
+	Freed  int64      `json:"freed"`
+	Usage  pool.Usage `json:"usage"`
+}
+
+// freeing calls f, frees what nothing holds, and says how much that was.
+func (e *env) freeing(c *cli.Context, k keeper, f func(context.Context) error) error {
+	before, err := k.Usage(c.Context)
+	if err != nil {
+		return err
+	}
+	if err := f(c.Context); err != nil {
+		return err
+	}
+	if err := k.Sweep(c.Context); err != nil {
+		return err
+	}
+	after, err := k.Usage(c.Context)
+	if err != nil {
+		return err
+	}
+	images, layers := before.Images-after.Images, before.Layers-after.Layers
+	// What a new epoch gains is in none of the sums but this.
+	taken := func(u pool.Usage) int64 { return u.Extents + u.Dead + u.Segments + u.Tree }
+	freed := max(0, taken(before)-taken(after))
+	if c.Bool("json") {
+		return writeJSON(e.stdout, poolFreed{images, layers, freed, after})
+	}
+	fmt.Fprintf(e.stdout, "removed %d images and %d layers, %s are free again", images, layers, human(freed))
+	if after.Dead > 0 {
+		fmt.Fprintf(e.stdout, ", %s wait until nobody can read them", human(after.Dead))
+	}
+	_, err = fmt.Fprintln(e.stdout)
+	return err
+}
