@@ -70,7 +70,7 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 		return Info{}, fmt.Errorf("an image is put under a name, found none: %w", pool.ErrInvalid)
 	}
 	holder := holderPin + name
-	img := Image{Holder: holder, Name: name}
+	img := Image{Holder: holder, Name: src.Name}
 	if src.Tree != nil {
 		// The tree that was put under this name before may differ, so each has a key of its own.
 		var random [8]byte
@@ -79,7 +79,7 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 		if err := s.addTree(ctx, holder, key, src.Tree); err != nil {
 			return Info{}, err
 		}
-		img.Layers, img.Name = []Layer{{Key: key}}, ""
+		img.Layers = []Layer{{Key: key}}
 	}
 	for i, l := range src.Layers {
 		st, err := s.AddBlob(ctx, Blob{

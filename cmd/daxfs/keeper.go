@@ -104,6 +104,7 @@ func ownerOf(rc region.Config) int {
 
 // openStore makes this process the owner of a pool.
 func (e *env) openStore(ctx context.Context, rc region.Config, index string, list []mount.Driver) (*localKeeper, error) {
+	e.useLog()
 	rc.ReadOnly = false
 	r, err := region.Open(rc)
 	if err != nil {

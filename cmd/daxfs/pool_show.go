@@ -168,7 +168,7 @@ const pinPrefix = "pin/"
 func (m poolImage) label() string {
 	var names []string
 	for _, h := range m.Holders {
-		if name, ok := strings.CutPrefix(h, pinPrefix); ok {
+		if name, ok := strings.CutPrefix(h, pinPrefix); ok && name != m.Key {
 			names = append(names, printable(name))
 		}
 	}
