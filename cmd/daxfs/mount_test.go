@@ -156,8 +156,10 @@ func mountsFromPool(t *testing.T, bin string) {
 				find /run/daxfs 2>/dev/null || true
 				mkdir other; daxfs mount --suid --pool pool second other
 				grep " $PWD/other " /proc/self/mountinfo | grep nosuid || echo setuid works
-				daxfs umount other`)
-			for _, want := range []string{"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use", "setuid works"} {
+				umount other # without asking
+				daxfs pool rm pool second docker.io/library/one:1
+				! grep -q daxfs /proc/self/mountinfo || echo something is left`)
+			for _, want := range []string{"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use", "setuid works", "removed 2 images"} {
 				if !strings.Contains(out, want) {
 					t.Errorf("output lacks %q:\n%s", want, out)
 				}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/urfave/cli/v2"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
@@ -156,7 +157,12 @@ func pinsOf(images []store.Info, name string) ([]string, error) {
 		}
 	}
 	for _, h := range others {
-		if dir, ok := strings.CutPrefix(h, "mount/"); ok {
+		dir, ok := strings.CutPrefix(h, "mount/")
+		if !ok {
+			continue
+		}
+		// Somebody may have unmounted it without asking. The next sweep finds that out.
+		if mounted, err := mountinfo.Mounted(dir); err != nil || mounted {
 			return nil, fmt.Errorf("image %q is mounted on %q: %w; unmount it first", name, dir, pool.ErrBusy)
 		}
 	}
