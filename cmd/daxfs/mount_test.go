@@ -47,7 +47,8 @@ func inNamespace(t *testing.T, bin, script string) string {
 func TestMount(t *testing.T) {
 	bin := program(t)
 	for name, f := range map[string]func(*testing.T, string){
-		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool, "reader": mountsAsReader, "daemon": sharesWithDaemon,
+		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses,
+		"pool": mountsFromPool, "reader": mountsAsReader, "daemon": sharesWithDaemon,
 		"rm leaves what is mounted":     removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
 		"larger device":                 readsLargerDevice,
@@ -197,8 +198,8 @@ func mountsAsReader(t *testing.T, bin string) {
 	}
 }
 
-// sharesWithDaemon: the command line and a daemon use one pool, in turns and at the same time, and neither destroys what is the
-// other's.
+// sharesWithDaemon: the command line and a daemon use one pool, in turns and at the same time, and neither destroys
+// what is the other's.
 func sharesWithDaemon(t *testing.T, bin string) {
 	server := filepath.Join(t.TempDir(), "daxfs-snapshotter")
 	if out, err := exec.Command("go", "build", "-o", server, "../daxfs-snapshotter").CombinedOutput(); err != nil {

@@ -49,7 +49,8 @@ func (e *env) poolPut(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		info, err := k.Put(c.Context, putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}, pin)
+		from := putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}
+		info, err := k.Put(c.Context, from, pin)
 		if err != nil {
 			return err
 		}
@@ -105,9 +106,10 @@ func (e *env) showPut(c *cli.Context, info store.Info, pin string, added int64) 
 	m := cat.Images[i]
 	u := shared.Images[m.Key]
 	if c.Bool("json") {
-		return writeJSON(e.stdout, poolImage{Image: m, UUID: uuid(m.UUID), Names: info.Names, Holders: info.Holders, Usage: &u})
+		return writeJSON(e.stdout, poolImage{m, uuid(m.UUID), info.Names, info.Holders, &u})
 	}
-	_, err = fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n", printable(pin), human(u.Extents), u.Files, human(added))
+	_, err = fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n",
+		printable(pin), human(u.Extents), u.Files, human(added))
 	return err
 }
 
@@ -167,7 +169,8 @@ func pinsOf(images []store.Info, name string) ([]string, error) {
 		}
 	}
 	if len(pins) == 0 && len(others) > 0 {
-		return nil, fmt.Errorf("image %q: nobody has put it there by hand, it is held by %s: %w", name, strings.Join(others, ", "), pool.ErrBusy)
+		return nil, fmt.Errorf("image %q: nobody has put it there by hand, it is held by %s: %w",
+			name, strings.Join(others, ", "), pool.ErrBusy)
 	}
 	if slices.Contains(pins, name) {
 		return []string{name}, nil
