@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"bytes"
 	"fmt"
 	"math"
 	"os"
@@ -17,9 +18,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// kernelModule is daxfs.ko, built for the guest's kernel: DAXFS_KO is its path. The module is no part of this project.
-func kernelModule(t *testing.T) map[string][]byte {
+// kernelModule is daxfs.ko and the kernel that it was built for: DAXFS_KO is its path. The module is no part of this project.
+func kernelModule(t *testing.T) (Kernel, map[string][]byte) {
 	t.Helper()
+	kernels := need(t)
 	path := os.Getenv("DAXFS_KO")
 	if path == "" {
 		t.Skip("DAXFS_KO is not set: no kernel module daxfs.ko to test with")
@@ -28,7 +30,13 @@ func kernelModule(t *testing.T) map[string][]byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return map[string][]byte{"daxfs.ko": module}
+	for _, k := range kernels {
+		if bytes.Contains(module, []byte("vermagic="+k.Release+" ")) {
+			return k, map[string][]byte{"daxfs.ko": module}
+		}
+	}
+	t.Fatalf("the module of DAXFS_KO=%q was built for none of the kernels: %+v", path, kernels)
+	return Kernel{}, nil
 }
 
 const (
@@ -40,8 +48,7 @@ const (
 // the kernel module, shows what tar unpacks as far as it can, and runs programs, static and dynamic. Where the memory is
 // a block device too, the same bytes mounted as EROFS meanwhile show all of it.
 func TestKernelModule(t *testing.T) {
-	k := need(t)
-	files := kernelModule(t)
+	k, files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
 	if err != nil {
 		t.Fatal(err)
@@ -67,10 +74,6 @@ func TestKernelModule(t *testing.T) {
 		want = append(want, unpacked(t, listing.Options{NoTimes: true, NoXattrs: true, NoSpecial: true}, images[key]))
 		wantAll = append(wantAll, unpacked(t, listing.Options{}, images[key]))
 	}
-	for key, f := range dmsetup(t) {
-		files[key] = f
-	}
-
 	for _, c := range []struct {
 		name   string
 		via    Via
@@ -78,9 +81,9 @@ func TestKernelModule(t *testing.T) {
 		memory func(*testing.T) (path string, image int64)
 		want   [][]string
 	}{
-		{"windows of a pool in reserved memory", Reserved, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers), 0 }, want},
+		{"windows of a pool in reserved memory", Reserved, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers).path, 0 }, want},
 		{
-			"windows of a pool in persistent memory", Memmap, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers), 0 },
+			"windows of a pool in persistent memory", Memmap, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers).path, 0 },
 			slices.Concat(want, wantAll),
 		},
 		{"image file", Reserved, nil, func(t *testing.T) (string, int64) { return imageFile(t, images["special"]) }, want[:1]},
@@ -129,8 +132,7 @@ func TestKernelModule(t *testing.T) {
 
 // An image in a dma-buf is mounted from its descriptor, and the mount keeps the buffer.
 func TestKernelModuleDMABuf(t *testing.T) {
-	k := need(t)
-	files := kernelModule(t)
+	k, files := kernelModule(t)
 	entries := special(t)
 	image, size := imageFile(t, entries)
 	body, err := os.ReadFile(image)
@@ -158,15 +160,14 @@ func TestKernelModuleDMABuf(t *testing.T) {
 // What the kernel module shares and what it does not: read(2) grows no page cache, and processes have copies of what
 // they map.
 func TestKernelModuleMemory(t *testing.T) {
-	k := need(t)
-	files := kernelModule(t)
+	k, files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
 	if err != nil {
 		t.Fatal(err)
 	}
 	memory := poolOf(t, 128<<20, map[string][][]testimage.Entry{
 		"one": {programs, {testimage.File("own", 0o644, testimage.Noise(1, 90<<20))}},
-	})
+	}).path
 	info, err := os.Stat(memory)
 	if err != nil {
 		t.Fatal(err)
@@ -180,9 +181,9 @@ func TestKernelModuleMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("kernel %s, mount %q, of the processes file pages %v KiB, private clean pages %v KiB, page cache +%d KiB for %d bytes read",
-		answer.Kernel, answer.Options, answer.PssFile, answer.Clean, answer.Cached, answer.Read)
-	if answer.Read < 90<<20 || answer.Cached >= 1024 {
+	t.Logf("kernel %s, mount %q, private clean pages of the processes %v KiB, page cache +%d KiB for %d bytes read",
+		answer.Kernel, answer.Options, answer.Clean, answer.Cached, answer.Read)
+	if answer.Read[0] < 90<<20 || answer.Cached[0] >= 1024 {
 		t.Errorf("page cache grew by %d KiB while %d bytes were read, want less than 1024 KiB for 90 MiB or more", answer.Cached, answer.Read)
 	}
 	for i, kib := range answer.Clean {
@@ -195,8 +196,7 @@ func TestKernelModuleMemory(t *testing.T) {
 // A user makes a pool in memory without a block device, adds directories, and mounts with the module, by the program
 // alone: in a physical range, and in a DAX character device.
 func TestKernelModuleByHand(t *testing.T) {
-	k := need(t)
-	files := kernelModule(t)
+	k, files := kernelModule(t)
 	busybox, err := testimage.Busybox()
 	if err != nil {
 		t.Skip(err)

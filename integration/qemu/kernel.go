@@ -19,16 +19,28 @@ type Kernel struct {
 	modules string // directory of the modules
 }
 
-// FindKernel returns the newest kernel of this machine, or of the test cache, that has what the tests need as modules:
-// DAXFS_TEST_KERNEL=DIR names another root directory, with boot/ and lib/modules/ below it. The error says how to get one.
-func FindKernel() (Kernel, error) {
-	roots := []string{"/"}
-	if cache, err := stack.CacheDir(); err == nil {
-		roots = append(roots, filepath.Join(cache, "kernel"))
-	}
+// FindKernels returns the kernels to test on: the one of this machine or the distribution's in the test cache, and a newer one
+// from there. DAXFS_TEST_KERNEL=DIR names one root directory in their place, with boot/ and lib/modules/ below it. The error
+// says how to get them.
+func FindKernels() ([]Kernel, error) {
 	if root := os.Getenv("DAXFS_TEST_KERNEL"); root != "" {
-		roots = []string{root}
+		k, err := findKernel(root)
+		return []Kernel{k}, err
 	}
+	cache, err := stack.CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	own, err := findKernel("/", filepath.Join(cache, "kernel"))
+	if err != nil {
+		return nil, err
+	}
+	newer, err := findKernel(filepath.Join(cache, "newer-kernel"))
+	return []Kernel{own, newer}, err
+}
+
+// findKernel returns the newest kernel of the first root that has one with what the tests need as modules.
+func findKernel(roots ...string) (Kernel, error) {
 	for _, root := range roots {
 		images, err := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))
 		if err != nil {
@@ -47,7 +59,7 @@ func FindKernel() (Kernel, error) {
 }
 
 // order lists the files of modules and of all that they need, in the order in which to load them. What is built into
-// the kernel is left out; a module that is neither there nor built in is an error.
+// the kernel is left out, and checksum where it is no module; others that are neither there nor built in are an error.
 func (k Kernel) order(names ...string) ([]string, error) {
 	needs := map[string][]string{} // by path below k.modules
 	byName := map[string]string{}
@@ -68,7 +80,7 @@ func (k Kernel) order(names ...string) ([]string, error) {
 	for _, name := range names {
 		file, ok := byName[moduleName(name)]
 		if !ok {
-			if !builtin[moduleName(name)] {
+			if name != checksum && !builtin[moduleName(name)] {
 				missing = append(missing, fmt.Errorf("kernel %s has no module %q", k.Release, name))
 			}
 			continue

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -24,9 +25,12 @@ const Program = "qemu-system-x86_64"
 // modules are what the guest loads, in this order.
 var modules = []string{
 	"virtio_pci", "9pnet_virtio", "9p", // the directory shared with the host
-	"crc32c_generic", "overlay", "erofs", "loop", "dm_mod", // what images are mounted with
+	checksum, "overlay", "erofs", // what images are mounted with
 	"libnvdimm", "nd_pmem", "nd_e820", "virtio_pmem", // the memory
 }
+
+// checksum is what erofs needs without naming it. Since Linux 6.15 it is a plain function of the kernel.
+const checksum = "crc32c_generic"
 
 // Via is the way in which the host's file becomes memory of the guest.
 type Via string
@@ -61,7 +65,8 @@ type Running struct {
 	dir    string // shared with the guest
 	cmd    *exec.Cmd
 	output bytes.Buffer
-	done   chan error
+	done   chan struct{} // closed when the machine has ended, with err
+	err    error
 }
 
 // Start boots a machine. dir is an empty directory for what host and guest exchange; the guest program is built from
@@ -79,14 +84,15 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 		return nil, err
 	}
 	initramfs := filepath.Join(dir, "initramfs")
-	if err := m.writeInitramfs(ctx, initramfs); err != nil {
+	if err := m.writeInitramfs(initramfs); err != nil {
 		return nil, fmt.Errorf("make the initramfs: %w", err)
 	}
 	ram := m.RAM
 	if ram == 0 {
 		ram = 512
 	}
-	params := "console=ttyS0 quiet panic=-1 oops=panic nokaslr random.trust_cpu=on rdinit=/init"
+	// The log is large enough for all that a task makes the kernel say: warnings are looked for at its end.
+	params := "console=ttyS0 quiet panic=-1 oops=panic nokaslr random.trust_cpu=on log_buf_len=4M rdinit=/init"
 	memory, extra := m.memory(ram, info.Size())
 	args := append([]string{
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
@@ -94,13 +100,16 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 		"-kernel", m.Kernel.Image, "-initrd", initramfs, "-append", params + extra,
 		"-virtfs", "local,path=" + share + ",mount_tag=host,security_model=none,multidevs=remap",
 	}, memory...)
-	r := &Running{dir: dir, cmd: exec.CommandContext(ctx, Program, args...), done: make(chan error, 1)}
+	r := &Running{dir: dir, cmd: exec.CommandContext(ctx, Program, args...), done: make(chan struct{})}
 	r.cmd.Stdout, r.cmd.Stderr = &r.output, &r.output
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := r.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start the virtual machine: %w", err)
 	}
-	go func() { r.done <- r.cmd.Wait() }()
+	go func() {
+		r.err = r.cmd.Wait()
+		close(r.done)
+	}()
 	return r, nil
 }
 
@@ -130,15 +139,8 @@ func (m Machine) memory(ram int, size int64) (args []string, params string) {
 }
 
 // writeInitramfs makes the guest's first file system: /init, its task, and the modules.
-func (m Machine) writeInitramfs(ctx context.Context, path string) error {
-	guest := path + ".guest"
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", guest,
-		"github.com/daxfs/daxfs-snapshotter/integration/qemu/guest")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the guest program: %w\n%s", err, out)
-	}
-	program, err := os.ReadFile(guest)
+func (m Machine) writeInitramfs(path string) error {
+	program, err := guestProgram()
 	if err != nil {
 		return err
 	}
@@ -182,6 +184,23 @@ func (m Machine) writeInitramfs(ctx context.Context, path string) error {
 	return os.WriteFile(path, packed.Bytes(), 0o644)
 }
 
+// guestProgram builds package main in guest/, once for all machines of a process.
+var guestProgram = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "daxfs-guest-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	program := filepath.Join(dir, "init")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program,
+		"github.com/daxfs/daxfs-snapshotter/integration/qemu/guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the guest program: %w\n%s", err, out)
+	}
+	return os.ReadFile(program)
+})
+
 // PID is the emulator's process.
 func (r *Running) PID() int { return r.cmd.Process.Pid }
 
@@ -192,9 +211,8 @@ func (r *Running) AwaitReady() error {
 			return nil
 		}
 		select {
-		case err := <-r.done:
-			r.done <- err
-			return fmt.Errorf("the guest ended before it was ready: %w", r.explain(err))
+		case <-r.done:
+			return fmt.Errorf("the guest ended before it was ready: %w", r.explain(r.err))
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
@@ -205,12 +223,42 @@ func (r *Running) Resume() error {
 	return os.WriteFile(filepath.Join(r.dir, "share", task.ResumeFile), nil, 0o644)
 }
 
-// Wait waits for the end of the machine and returns what the task answered. The error holds the end of the guest's console.
+// Serve carries out the requests of the guest until the machine ends.
+func (r *Running) Serve(do func(task.Request) task.Reply) error {
+	for n := 1; ; {
+		b, err := os.ReadFile(filepath.Join(r.dir, "share", fmt.Sprintf("%s%d", task.RequestFile, n)))
+		if errors.Is(err, os.ErrNotExist) {
+			select {
+			case <-r.done:
+				return nil
+			case <-time.After(time.Millisecond):
+				continue
+			}
+		}
+		if err != nil {
+			return err
+		}
+		var q task.Request
+		if err := json.Unmarshal(b, &q); err != nil {
+			return fmt.Errorf("request %d of the guest: %w", n, err)
+		}
+		if b, err = json.Marshal(do(q)); err != nil {
+			return err
+		}
+		reply := filepath.Join(r.dir, "share", fmt.Sprintf("%s%d", task.ReplyFile, n))
+		if err := errors.Join(os.WriteFile(reply+".new", b, 0o644), os.Rename(reply+".new", reply)); err != nil {
+			return err
+		}
+		n++
+	}
+}
+
+// Wait waits for the end of the machine and returns what the task answered. It fails where the guest's kernel warned, too. The
+// error holds the end of the guest's console.
 func (r *Running) Wait() (task.Answer, error) {
-	err := <-r.done
-	r.done <- err
-	if err != nil {
-		return task.Answer{}, r.explain(err)
+	<-r.done
+	if r.err != nil {
+		return task.Answer{}, r.explain(r.err)
 	}
 	b, err := os.ReadFile(filepath.Join(r.dir, "share", task.AnswerFile))
 	if err != nil {
@@ -222,6 +270,9 @@ func (r *Running) Wait() (task.Answer, error) {
 	}
 	if a.Error != "" {
 		return a, r.explain(errors.New(a.Error))
+	}
+	if len(a.Warnings) > 0 {
+		return a, r.explain(fmt.Errorf("the kernel warned while the task ran:\n%s", strings.Join(a.Warnings, "\n")))
 	}
 	return a, nil
 }

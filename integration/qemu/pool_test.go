@@ -3,9 +3,11 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -20,8 +22,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// need skips a test where virtual machines cannot run.
-func need(t *testing.T) Kernel {
+// need skips a test where virtual machines cannot run, and returns the kernels to test on.
+func need(t *testing.T) []Kernel {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("-short")
@@ -32,11 +34,22 @@ func need(t *testing.T) Kernel {
 	if _, err := exec.LookPath(Program); err != nil {
 		t.Skip(err)
 	}
-	k, err := FindKernel()
+	list, err := FindKernels()
 	if err != nil {
 		t.Skip(err)
 	}
-	return k
+	return list
+}
+
+// onEach runs a test on each kernel, on all at once: a guest boots on one processor.
+func onEach(t *testing.T, test func(t *testing.T, k Kernel)) {
+	t.Helper()
+	for _, k := range need(t) {
+		t.Run(k.Release, func(t *testing.T) {
+			t.Parallel()
+			test(t, k)
+		})
+	}
 }
 
 // boot runs a machine with a time limit that only a hung one reaches.
@@ -51,15 +64,19 @@ func boot(t *testing.T, m Machine) *Running {
 	t.Cleanup(func() {
 		cancel()
 		<-r.done // the emulator is gone before its files are removed
-		r.done <- nil
 	})
 	return r
 }
 
-// poolOf makes a pool with one image per key, and returns its file.
-func poolOf(t *testing.T, size int64, images map[string][][]testimage.Entry) string {
+// testPool is a pool that the host owns, in a file that guests map.
+type testPool struct {
+	*pool.Pool
+	path string
+}
+
+// newPool makes one as a guest's persistent memory would be: kernels mount it with DAX, or a window of it by address.
+func newPool(t *testing.T, size int64) *testPool {
 	t.Helper()
-	ctx := context.Background()
 	dir := t.TempDir()
 	config := region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "pool"), Size: size, Create: true}
 	var fs unix.Statfs_t
@@ -73,20 +90,33 @@ func poolOf(t *testing.T, size int64, images map[string][][]testimage.Entry) str
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
-	p, err := pool.Create(r, filepath.Join(dir, "index"), pool.Options{})
+	t.Cleanup(func() { r.Close() })
+	p, err := pool.Create(r, filepath.Join(dir, "index"), pool.Options{DAX: pool.Yes, Windows: pool.Yes})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close()
-	for key, layers := range images {
-		b := p.Begin()
-		defer b.Discard()
-		if _, err := p.AddImage(ctx, key, merge(t, b, layers), daxfs.Options{}); err != nil {
-			t.Fatal(err)
-		}
+	t.Cleanup(func() { p.Close() })
+	return &testPool{p, config.Path}
+}
+
+// poolOf makes a pool with one image per key.
+func poolOf(t *testing.T, size int64, images map[string][][]testimage.Entry) *testPool {
+	t.Helper()
+	p := newPool(t, size)
+	for _, key := range slices.Sorted(maps.Keys(images)) {
+		p.add(t, key, images[key])
 	}
-	return config.Path
+	return p
+}
+
+// add adds an image. The guests that map the pool may be running.
+func (p *testPool) add(t *testing.T, key string, layers [][]testimage.Entry) {
+	t.Helper()
+	b := p.Begin()
+	defer b.Discard()
+	if _, err := p.AddImage(context.Background(), key, merge(t, b, layers), daxfs.Options{}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // merge makes one tree of layers whose contents go into a store.
@@ -149,24 +179,4 @@ func special(t *testing.T) []testimage.Entry {
 		}
 	}
 	return base
-}
-
-// dmsetup is the program that the DAX driver runs, with its libraries, as files for the initramfs.
-func dmsetup(t *testing.T) map[string][]byte {
-	t.Helper()
-	path, err := exec.LookPath("dmsetup")
-	if err != nil {
-		t.Skip(err)
-	}
-	entries, err := testimage.Programs(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files := map[string][]byte{}
-	for _, e := range entries {
-		if e.Body != nil {
-			files[e.Name] = e.Body
-		}
-	}
-	return files
 }

@@ -8,48 +8,47 @@ import (
 	"syscall"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
-	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 )
 
 // module loads the kernel module that the host gave along, mounts all images with the driver for it, lists their trees
 // and runs the program from each, directly and through an overlay. Where the memory is a block device as well, the same
-// bytes are then mounted as EROFS beside it and listed too.
-func module(t task.Task, answer *task.Answer) error {
-	if err := load(t.Module, ""); err != nil {
+// images are then mounted as EROFS beside it and listed too.
+func (g *guest) module() error {
+	if err := load(g.Module, ""); err != nil {
 		return err
 	}
-	dirs, err := mountImages(t, kernel.Driver{}, answer)
+	dirs, err := g.mountImages(kernel.Driver{}, g.Images)
 	if err != nil {
 		return err
 	}
-	if err := listTrees(dirs, listing.Options{NoTimes: true, NoXattrs: true}, answer); err != nil {
+	if err := g.listTrees(dirs, listing.Options{NoTimes: true, NoXattrs: true}); err != nil {
 		return err
 	}
-	if t.Phys == 0 {
-		others, err := mountImages(t, erofs.DAX{}, answer)
+	if g.Phys == 0 {
+		others, err := g.mountImages(erofs.DAX{}, g.Images)
 		if err != nil {
 			return err
 		}
-		if err := listTrees(others, listing.Options{}, answer); err != nil {
+		if err := g.listTrees(others, listing.Options{}); err != nil {
 			return err
 		}
 	}
-	if t.Program == nil {
+	if g.Program == nil {
 		return nil
 	}
 	for _, dir := range dirs {
-		root, err := overlay(dir)
+		root, err := g.overlay(dir)
 		if err != nil {
 			return err
 		}
 		for _, where := range []string{dir, root} {
-			out, err := run(where, t.Program)
+			out, err := run(where, g.Program)
 			if err != nil {
 				return err
 			}
-			answer.Output = append(answer.Output, out)
+			g.answer.Output = append(g.answer.Output, out)
 		}
 	}
 	return nil
@@ -68,18 +67,18 @@ func run(root string, argv []string) (string, error) {
 }
 
 // script runs the program in the guest's own root, with the module loaded if there is one: for what a user would type.
-func script(t task.Task, answer *task.Answer) error {
-	if t.Module != "" {
-		if err := load(t.Module, ""); err != nil {
+func (g *guest) script() error {
+	if g.Module != "" {
+		if err := load(g.Module, ""); err != nil {
 			return err
 		}
 	}
-	if t.Phys == 0 {
+	if g.Phys == 0 {
 		if err := awaitDevice(); err != nil {
 			return err
 		}
 	}
-	out, err := run("/", t.Program)
-	answer.Output = append(answer.Output, out)
+	out, err := run("/", g.Program)
+	g.answer.Output = append(g.answer.Output, out)
 	return err
 }

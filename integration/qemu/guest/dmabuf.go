@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"unsafe"
@@ -11,7 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
-	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
@@ -19,39 +17,27 @@ import (
 
 // dmabuf puts the image /image into a dma-buf, mounts that with the kernel module and, when nothing but the mount has the
 // buffer any more, lists the tree and runs the program.
-func dmabuf(t task.Task, answer *task.Answer) error {
-	if err := load(t.Module, ""); err != nil {
+func (g *guest) dmabuf() error {
+	if err := load(g.Module, ""); err != nil {
 		return err
 	}
 	image, err := os.ReadFile("/image")
 	if err != nil {
 		return err
 	}
-	dir := "/run/dmabuf"
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	const dir = "/run/dmabuf"
+	if err := g.mountBuffer(image, dir); err != nil {
 		return err
 	}
-	if err := mountBuffer(image, t.ImageSize, dir); err != nil {
+	if err := g.listTrees([]string{dir}, listing.Options{NoTimes: true, NoXattrs: true}); err != nil {
 		return err
 	}
-	options, err := mountOptions(dir)
-	if err != nil {
-		return err
-	}
-	answer.Options = append(answer.Options, options)
-	if err := listTrees([]string{dir}, listing.Options{NoTimes: true, NoXattrs: true}, answer); err != nil {
-		return err
-	}
-	out, err := run(dir, t.Program)
-	answer.Output = append(answer.Output, out)
-	if err != nil {
-		return err
-	}
-	return kernel.Driver{}.Unmount(context.Background(), dir)
+	out, err := run(dir, g.Program)
+	g.answer.Output = append(g.answer.Output, out)
+	return err
 }
 
-func mountBuffer(image []byte, size int64, dir string) error {
-	ctx := context.Background()
+func (g *guest) mountBuffer(image []byte, dir string) error {
 	fd, err := newBuffer(len(image))
 	if err != nil {
 		return err
@@ -65,18 +51,7 @@ func mountBuffer(image []byte, size int64, dir string) error {
 	if _, err := r.WriteAt(image, 0); err != nil {
 		return err
 	}
-	src := mount.Source{Key: "image", Region: r.Info(), Size: size}
-	var driver kernel.Driver
-	if err := driver.Probe(ctx, src.Region); err != nil {
-		return err
-	}
-	if err := mount.CheckImage(ctx, src); err != nil {
-		return err
-	}
-	if err := driver.Mount(ctx, src, dir); err != nil {
-		return err
-	}
-	return driver.Match(ctx, src, dir)
+	return g.mountSource(kernel.Driver{}, mount.Source{Key: "image", Region: r.Info(), Size: g.ImageSize}, dir)
 }
 
 // newBuffer takes a dma-buf from the virtual graphics driver: the kernels of distributions have no DMA heaps.

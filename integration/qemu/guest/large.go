@@ -10,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 )
 
@@ -19,22 +18,22 @@ const hugePage = 2 << 20
 
 // large maps a file of each image as a program that loads a model does, reads a byte of each page, and counts how often
 // the kernel had to be asked, and for how much.
-func large(t task.Task, answer *task.Answer) error {
-	dirs, err := mountImages(t, erofs.DAX{}, answer)
+func (g *guest) large() error {
+	dirs, err := g.mountImages(erofs.DAX{}, g.Images)
 	if err != nil {
 		return err
 	}
 	for _, d := range dirs {
-		list, err := frames(filepath.Join(d, t.File))
+		list, err := frames(filepath.Join(d, g.File))
 		if err != nil {
 			return err
 		}
-		answer.Frames = append(answer.Frames, list)
-		faults, err := countFaults(filepath.Join(d, t.File))
+		g.answer.Frames = append(g.answer.Frames, list)
+		faults, err := countFaults(filepath.Join(d, g.File))
 		if err != nil {
 			return err
 		}
-		answer.Faults = append(answer.Faults, faults)
+		g.answer.Faults = append(g.answer.Faults, faults)
 	}
 	return nil
 }

@@ -1,7 +1,8 @@
 //go:build linux
 
 // Command guest is /init of the virtual machines that tests start: it loads the modules, does its task with the
-// memory that the host shares, writes the answer into the directory shared with the host, and turns the machine off.
+// memory that the host shares, unmounts all that it mounted, writes the answer into the directory shared with the host, and
+// turns the machine off.
 package main
 
 import (
@@ -19,30 +20,43 @@ import (
 
 const host = "/host/"
 
+// guest is a task at work.
+type guest struct {
+	task.Task
+	answer task.Answer
+	// undo ends what the task began, the last first.
+	undo []step
+}
+
 func main() {
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "guest: is /init of a test's virtual machine and nothing else")
 		os.Exit(2)
 	}
-	var answer task.Answer
-	if err := start(); err != nil {
+	err := start()
+	if err == nil {
+		err = answerTask()
+	}
+	if err != nil {
 		fmt.Println("guest:", err) // there is no other way to tell
-	} else {
-		if err := work(&answer); err != nil {
-			answer.Error = err.Error()
-		}
-		b, err := json.Marshal(answer)
-		if err == nil {
-			err = os.WriteFile(host+task.AnswerFile, b, 0o644)
-		}
-		if err != nil {
-			fmt.Println("guest: write the answer:", err)
-		}
 	}
-	unix.Sync()
-	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
-		fmt.Println("guest: power off:", err)
+	// Not an orderly end: an unmount that hangs would make that hang, too. The host's directory has no cache.
+	if err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0); err != nil {
+		fmt.Println("guest: end the machine:", err)
 	}
+}
+
+// answerTask does the task and leaves the answer for the host.
+func answerTask() error {
+	var g guest
+	if err := g.watched(g.work); err != nil {
+		g.answer.Error = err.Error()
+	}
+	b, err := json.Marshal(g.answer)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(host+task.AnswerFile, b, 0o644)
 }
 
 // start mounts what programs expect, loads the modules and joins the host's directory.
@@ -88,35 +102,64 @@ func load(path, params string) error {
 	return nil
 }
 
-func work(answer *task.Answer) error {
-	var t task.Task
+// work does the task and undoes what it began.
+func (g *guest) work() error {
 	b, err := os.ReadFile("/task.json")
 	if err != nil {
 		return err
 	}
-	if err := json.Unmarshal(b, &t); err != nil {
+	if err := json.Unmarshal(b, &g.Task); err != nil {
 		return err
 	}
 	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
 	if err != nil {
 		return err
 	}
-	answer.Kernel = strings.TrimSpace(string(release))
-	do, ok := tasks[t.Name]
+	g.answer.Kernel = strings.TrimSpace(string(release))
+	do, ok := tasks[g.Name]
 	if !ok {
-		return fmt.Errorf("no task %q", t.Name)
+		return fmt.Errorf("no task %q", g.Name)
 	}
-	return do(t, answer)
+	return errors.Join(do(g), g.end())
 }
 
 // tasks by name.
-var tasks = map[string]func(task.Task, *task.Answer) error{
-	"list":   list,
-	"share":  share,
-	"large":  large,
-	"daxfs":  module,
-	"script": script,
-	"dmabuf": dmabuf,
+var tasks = map[string]func(*guest) error{
+	"list":   (*guest).list,
+	"share":  (*guest).share,
+	"churn":  (*guest).churn,
+	"large":  (*guest).large,
+	"daxfs":  (*guest).module,
+	"script": (*guest).script,
+	"dmabuf": (*guest).dmabuf,
+}
+
+// step ends one thing that a task began.
+type step struct {
+	what string
+	do   func() error
+}
+
+// later has something done at the end of the task.
+func (g *guest) later(what string, do func() error) { g.undo = append(g.undo, step{what, do}) }
+
+// end undoes all that the task began. A kernel that keeps wrong account of pages in use lets an unmount wait for ever: each step
+// has as much time as none needs.
+func (g *guest) end() error {
+	for i := len(g.undo) - 1; i >= 0; i-- {
+		s := g.undo[i]
+		done := make(chan error, 1)
+		go func() { done <- s.do() }()
+		select {
+		case err := <-done:
+			if err != nil {
+				return fmt.Errorf("%s: %w", s.what, err)
+			}
+		case <-time.After(time.Minute):
+			return fmt.Errorf("%s: has not returned after a minute", s.what)
+		}
+	}
+	return nil
 }
 
 // pause tells the host that all is in place, and waits for it.

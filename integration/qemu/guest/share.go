@@ -4,7 +4,6 @@ package main
 
 import (
 	"bufio"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"io/fs"
@@ -15,116 +14,136 @@ import (
 	"strings"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 )
 
 // processes is how many are started of one image.
-const processes = 10
+const processes = 2
 
-// share proves what the memory of containers is made of: it starts processes of one dynamic program in overlays over
-// each image and asks the kernel about their pages, then reads everything and asks for the page cache, then compares
-// the frames of one file in all images. With a module, the images are mounted with that.
-func share(t task.Task, answer *task.Answer) error {
+// share proves what the memory of containers is made of. Of each image it reads everything and asks for the page cache,
+// starts processes of one dynamic program in overlays and asks the kernel about their pages, and looks at the page frames of one
+// file. All processes run until the end, and late images are added meanwhile. With a module, the images are mounted with that.
+func (g *guest) share() error {
 	var driver mount.Driver = erofs.DAX{}
-	if t.Module != "" {
-		if err := load(t.Module, ""); err != nil {
+	if g.Module != "" {
+		if err := load(g.Module, ""); err != nil {
 			return err
 		}
 		driver = kernel.Driver{}
 	}
-	dirs, err := mountImages(t, driver, answer)
+	s, err := g.openPool(driver)
 	if err != nil {
 		return err
 	}
-	for _, d := range dirs {
-		if err := runMany(d, t.Program, answer); err != nil {
+	if g.Phys == 0 {
+		if g.answer.Memory, err = memory(); err != nil {
 			return err
 		}
-		if t.File != "" {
-			frames, err := frames(filepath.Join(d, t.File))
-			if err != nil {
-				return err
-			}
-			answer.Frames = append(answer.Frames, frames)
+	}
+	for _, key := range g.Images {
+		if err := g.use(s, key); err != nil {
+			return fmt.Errorf("image %q: %w", key, err)
 		}
 	}
-	before, err := meminfo("Cached")
-	if err != nil {
+	if len(g.Late) == 0 {
+		return nil
+	}
+	if err := pause(); err != nil {
 		return err
 	}
-	for _, d := range dirs {
-		n, err := readAll(d)
-		if err != nil {
-			return err
+	for _, key := range g.Late {
+		if err := g.use(s, key); err != nil {
+			return fmt.Errorf("late image %q: %w", key, err)
 		}
-		answer.Read += n
-	}
-	after, err := meminfo("Cached")
-	answer.Cached = after - before
-	return err
-}
-
-// runMany starts a program several times, each in an overlay of its own over the image, and records their memory when
-// all run: the vDSO also counts as file pages, and only then is each one's part of it less than 1 KiB. The program must
-// write a line when it is up, and wait for the end of its input.
-func runMany(image string, argv []string, answer *task.Answer) error {
-	var pids []int
-	for range processes {
-		root, err := overlay(image)
-		if err != nil {
-			return err
-		}
-		cmd := exec.Command(argv[0], argv[1:]...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
-		cmd.Dir = "/"
-		cmd.Stderr = os.Stdout
-		in, err := cmd.StdinPipe()
-		if err != nil {
-			return err
-		}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			return err
-		}
-		if err := cmd.Start(); err != nil {
-			return fmt.Errorf("start %q: %w", argv, err)
-		}
-		defer func() { // they all run until the last one was measured
-			in.Close()
-			cmd.Wait()
-		}()
-		if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-			return fmt.Errorf("%q did not come up: %w", argv, err)
-		}
-		pids = append(pids, cmd.Process.Pid)
-	}
-	for _, pid := range pids {
-		pss, err := rollup(pid, "Pss_File")
-		if err != nil {
-			return err
-		}
-		clean, err := rollup(pid, "Private_Clean")
-		if err != nil {
-			return err
-		}
-		answer.PssFile = append(answer.PssFile, pss)
-		answer.Clean = append(answer.Clean, clean)
 	}
 	return nil
 }
 
-// rollup returns one field of /proc/PID/smaps_rollup, in KiB.
-func rollup(pid int, field string) (int64, error) {
-	return kib(fmt.Sprintf("/proc/%d/smaps_rollup", pid), field)
+// use mounts one image, reads all of it, and runs it.
+func (g *guest) use(s *shared, key string) error {
+	dir, err := g.mountImage(s, key)
+	if err != nil {
+		return err
+	}
+	before, err := cached()
+	if err != nil {
+		return err
+	}
+	n, err := readAll(dir)
+	if err != nil {
+		return err
+	}
+	after, err := cached()
+	if err != nil {
+		return err
+	}
+	g.answer.Read, g.answer.Cached = append(g.answer.Read, n), append(g.answer.Cached, after-before)
+	for range processes {
+		if err := g.runOne(dir); err != nil {
+			return err
+		}
+	}
+	if g.File == "" {
+		return nil
+	}
+	frames, err := frames(filepath.Join(dir, g.File))
+	g.answer.Frames = append(g.answer.Frames, frames)
+	return err
 }
 
-// meminfo returns one field of /proc/meminfo, in KiB.
-func meminfo(field string) (int64, error) { return kib("/proc/meminfo", field) }
+// runOne starts the program in an overlay of its own over the image, and records its memory. The program must write a line when
+// it is up, and wait for the end of its input.
+func (g *guest) runOne(image string) error {
+	root, err := g.overlay(image)
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(g.Program[0], g.Program[1:]...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+	cmd.Dir = "/"
+	cmd.Stderr = os.Stdout
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start %q: %w", g.Program, err)
+	}
+	g.later("end a program", func() error {
+		in.Close()
+		_ = cmd.Wait() // its status is that of an interrupted read
+		return nil
+	})
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		return fmt.Errorf("%q did not come up: %w", g.Program, err)
+	}
+	pages, err := text(cmd.Process.Pid, root)
+	if err != nil {
+		return err
+	}
+	clean, err := kib(fmt.Sprintf("/proc/%d/smaps_rollup", cmd.Process.Pid), "Private_Clean")
+	g.answer.Text, g.answer.Clean = append(g.answer.Text, pages), append(g.answer.Clean, clean)
+	return err
+}
+
+// cached is what the kernel keeps of files and of block devices, in KiB.
+func cached() (int64, error) {
+	var sum int64
+	for _, field := range []string{"Cached", "Buffers"} {
+		n, err := kib("/proc/meminfo", field)
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
 
 func kib(path, field string) (int64, error) {
 	b, err := os.ReadFile(path)
@@ -155,45 +174,4 @@ func readAll(dir string) (total int64, err error) {
 		return err
 	})
 	return total, err
-}
-
-// frames maps a file as a program's text is mapped and returns the number of the page frame behind each of its pages.
-func frames(path string) ([]uint64, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	mapped, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE)
-	if err != nil {
-		return nil, fmt.Errorf("map %q: %w", path, err)
-	}
-	defer unix.Munmap(mapped)
-	if err := unix.Madvise(mapped, unix.MADV_POPULATE_READ); err != nil { // a fault of each page
-		return nil, fmt.Errorf("read %q through its mapping: %w", path, err)
-	}
-	pagemap, err := os.Open("/proc/self/pagemap")
-	if err != nil {
-		return nil, err
-	}
-	defer pagemap.Close()
-	page := os.Getpagesize()
-	var list []uint64
-	for off := 0; off < len(mapped); off += page {
-		var entry [8]byte
-		if _, err := pagemap.ReadAt(entry[:], int64(address(mapped)+uintptr(off))/int64(page)*8); err != nil {
-			return nil, fmt.Errorf("read the pagemap: %w", err)
-		}
-		const present, number = 1 << 63, 1<<55 - 1
-		v := binary.LittleEndian.Uint64(entry[:])
-		if v&present == 0 || v&number == 0 {
-			return nil, fmt.Errorf("page %d of %q is not in memory: pagemap says %#x", off/page, path, v)
-		}
-		list = append(list, v&number)
-	}
-	return list, nil
 }
