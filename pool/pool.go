@@ -359,8 +359,14 @@ func (p *Pool) startEpoch(gen uint64, uuid [16]byte) error {
 	}
 	p.tree = p.header.firstChunk()
 	var extents []alloc.Span
+	metaEnd := p.header.size
 	for _, e := range p.extents {
 		extents = append(extents, e.span())
+		metaEnd = min(metaEnd, e.off)
+	}
+	if p.region.Info().Sparse { // what runs and segments of the last epoch took
+		at := p.header.geo.TreeStart()
+		p.punch(alloc.Span{Off: at, Len: metaEnd - at})
 	}
 	var err error
 	if p.space, err = alloc.New(p.header.lowStart(), p.header.size, p.reserve(), nil, extents); err != nil {
