@@ -49,7 +49,8 @@ func serverOf(t *testing.T, dir string) int {
 	return 0
 }
 
-// A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a restart.
+// A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a
+// restart.
 func TestServerDies(t *testing.T) {
 	b := fuseBed(t)
 	var w warnings

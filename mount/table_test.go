@@ -206,7 +206,8 @@ func TestOnePoolManyImages(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, dir := range dirs {
-			if err := unix.Stat(filepath.Join(dir, "sub/common"), &st); err != nil || st.Ino != first.Ino || st.Dev != first.Dev {
+			err := unix.Stat(filepath.Join(dir, "sub/common"), &st)
+			if err != nil || st.Ino != first.Ino || st.Dev != first.Dev {
 				t.Errorf("%s: inode %d of device %#x, expected %d of %#x; %v", dir, st.Ino, st.Dev, first.Ino, first.Dev, err)
 			}
 		}

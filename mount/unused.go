@@ -17,21 +17,22 @@ import (
 type Extent struct {
 	// Nids are all inodes that ever pointed to it in this epoch.
 	Nids []uint64
-	// Evicted asks for more than that nobody has a file of it open: the kernel must have dropped the inodes, so that nobody
-	// can open them again through a working directory or an O_PATH descriptor in a mount that nothing shows any more.
-	// It takes until the kernel needs the memory. With DAX, and with FUSE, it is always so.
+	// Evicted asks for more than that nobody has a file of it open: the kernel must have dropped the inodes, so that
+	// nobody can open them again through a working directory or an O_PATH descriptor in a mount that nothing shows
+	// any more. It takes until the kernel needs the memory. With DAX, and with FUSE, it is always so.
 	Evicted bool
 }
 
-// Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may be later.
+// Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may
+// be later.
 //
-// erase is called first: it erases the inodes on disk (nil if that was done). Then an inode can no longer be opened unless it is in
-// memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in whatever mount, mount
-// namespace or lazily unmounted overlay. The images of the extents must have been unmounted before, and the overlays over
-// them must be dead.
+// erase is called first: it erases the inodes on disk (nil if that was done). Then an inode can no longer be opened
+// unless it is in memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in
+// whatever mount, mount namespace or lazily unmounted overlay. The images of the extents must have been unmounted
+// before, and the overlays over them must be dead.
 //
-// The pool must be mounted by this table (else ErrNotFound) and by nobody else on this machine (else ErrBusy): the kernel can be
-// asked about one mounted file system at a time.
+// The pool must be mounted by this table (else ErrNotFound) and by nobody else on this machine (else ErrBusy): the
+// kernel can be asked about one mounted file system at a time.
 func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error) ([]bool, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -62,7 +63,8 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	// Where an old block stays in a cache all the same, an erased inode opens as if it were in memory: never the other way round.
+	// Where an old block stays in a cache all the same, an erased inode opens as if it were in memory: never the
+	// other way round.
 	if err := l.flush(false); err != nil {
 		return nil, err
 	}
@@ -84,7 +86,8 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 	return out, nil
 }
 
-// handlesWork opens a slot that is bound, which is in memory for certain. If handles did not work, all would look unused.
+// handlesWork opens a slot that is bound, which is in memory for certain. If handles did not work, all would look
+// unused.
 func (t *Table) handlesWork(h *sys.Handles) error {
 	for _, m := range t.List() {
 		if d := t.byName(m.Driver); d == nil || d.Windows() {
@@ -99,8 +102,8 @@ func (t *Table) handlesWork(h *sys.Handles) error {
 	return nil
 }
 
-// NodeBias is the difference between the node number of the FUSE server and the inode number. It is here because the file handle
-// of a FUSE file holds the node number.
+// NodeBias is the difference between the node number of the FUSE server and the inode number. It is here because the
+// file handle of a FUSE file holds the node number.
 const NodeBias = 2
 
 func bias(fuse bool) uint64 {
@@ -151,11 +154,12 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took its place, or
-// nothing.
+// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took
+// its place, or nothing.
 func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
-// mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the device or file.
+// mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the
+// device or file.
 func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {
 	mounts, err := sys.AllMounts(ctx)
 	if err != nil {

@@ -56,9 +56,11 @@ var holds = map[string]func(args []string) error{
 	},
 	// Its overlay is nowhere to be seen.
 	"descriptor through a lazily unmounted overlay": func(a []string) error { return openLazily(a, unix.O_RDONLY) },
-	"nothing":                              func([]string) error { return nil },
-	"private namespace":                    func([]string) error { return privateNamespace() },
-	"private namespace, working directory": func(a []string) error { return errors.Join(privateNamespace(), os.Chdir(a[0])) },
+	"nothing":           func([]string) error { return nil },
+	"private namespace": func([]string) error { return privateNamespace() },
+	"private namespace, working directory": func(a []string) error {
+		return errors.Join(privateNamespace(), os.Chdir(a[0]))
+	},
 	"bind of a directory in another namespace": func(a []string) error {
 		return errors.Join(privateNamespace(), unix.Mount(a[0], a[1], "", unix.MS_BIND, ""))
 	},
@@ -67,7 +69,8 @@ var holds = map[string]func(args []string) error{
 		return errors.Join(privateNamespace(), unix.Mount("overlay", a[1], "overlay", 0, opts))
 	},
 	"bind below another root": func(a []string) error {
-		return errors.Join(privateNamespace(), unix.Mount(a[0], a[1], "", unix.MS_BIND, ""), unix.Chroot("/usr"), os.Chdir("/"))
+		bind := errors.Join(privateNamespace(), unix.Mount(a[0], a[1], "", unix.MS_BIND, ""))
+		return errors.Join(bind, unix.Chroot("/usr"), os.Chdir("/"))
 	},
 }
 
@@ -157,7 +160,9 @@ func TestUsedBy(t *testing.T) {
 		if err := sys.Detach(over); err != nil {
 			t.Fatal(err)
 		}
-		for _, how := range []string{"bind of a directory in another namespace", "overlay in another namespace", "bind below another root"} {
+		for _, how := range []string{
+			"bind of a directory in another namespace", "overlay in another namespace", "bind below another root",
+		} {
 			end := holder(t, how, m.Dir, at)
 			expect(how, at+"\" in the mount namespace of process")
 			end()
@@ -269,9 +274,12 @@ func TestUnused(t *testing.T) {
 			{"O_PATH", true},
 		} {
 			t.Run(tc.how, func(t *testing.T) {
-				slot := b.Publish(t, map[string]string{"file": "held " + tc.how, "free": "free " + tc.how, "never": "never " + tc.how})
+				slot := b.Publish(t, map[string]string{
+					"file": "held " + tc.how, "free": "free " + tc.how, "never": "never " + tc.how,
+				})
 				m := mustMount(t, tab, image("a", slot))
-				// The holder comes through an overlay: those that come through the mount itself keep it from being unmounted.
+				// The holder comes through an overlay: those that come through the mount itself keep it from being
+				// unmounted.
 				read(t, m.Dir)
 				at := t.TempDir()
 				var end func()
@@ -334,8 +342,8 @@ func TestUnused(t *testing.T) {
 	})
 }
 
-// A process whose working directory is in an overlay that nobody sees any more cannot open what was erased, unless the inode is in
-// memory; and then it is not evicted.
+// A process whose working directory is in an overlay that nobody sees any more cannot open what was erased, unless
+// the inode is in memory; and then it is not evicted.
 func TestUnusedWorkingDirectory(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)
@@ -377,7 +385,8 @@ func TestUnusedMountedTwice(t *testing.T) {
 		if err := d.Mount(t.Context(), mount.Source{Region: b.pool().Region, Size: b.Size}, dir); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := tab.Unused(t.Context(), nil, nil); !errors.Is(err, mount.ErrBusy) || !strings.Contains(err.Error(), dir) {
+		_, err := tab.Unused(t.Context(), nil, nil)
+		if !errors.Is(err, mount.ErrBusy) || !strings.Contains(err.Error(), dir) {
 			t.Errorf("unused: %v, expected ErrBusy that names %s", err, dir)
 		}
 		if err := sys.Unmount(t.Context(), dir); err != nil {

@@ -223,6 +223,36 @@ func (r *Running) Resume() error {
 	return os.WriteFile(filepath.Join(r.dir, "share", task.ResumeFile), nil, 0o644)
 }
 
+// Serve carries out the requests of the guest until the machine ends.
+func (r *Running) Serve(do func(task.Request) task.Reply) error {
+	for n := 1; ; {
+		b, err := os.ReadFile(filepath.Join(r.dir, "share", fmt.Sprintf("%s%d", task.RequestFile, n)))
+		if errors.Is(err, os.ErrNotExist) {
+			select {
+			case <-r.done:
+				return nil
+			case <-time.After(time.Millisecond):
+				continue
+			}
+		}
+		if err != nil {
+			return err
+		}
+		var q task.Request
+		if err := json.Unmarshal(b, &q); err != nil {
+			return fmt.Errorf("request %d of the guest: %w", n, err)
+		}
+		if b, err = json.Marshal(do(q)); err != nil {
+			return err
+		}
+		reply := filepath.Join(r.dir, "share", fmt.Sprintf("%s%d", task.ReplyFile, n))
+		if err := errors.Join(os.WriteFile(reply+".new", b, 0o644), os.Rename(reply+".new", reply)); err != nil {
+			return err
+		}
+		n++
+	}
+}
+
 // Wait waits for the end of the machine and returns what the task answered. It fails where the guest's kernel warned, too. The
 // error holds the end of the guest's console.
 func (r *Running) Wait() (task.Answer, error) {

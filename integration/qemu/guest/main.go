@@ -127,6 +127,7 @@ func (g *guest) work() error {
 var tasks = map[string]func(*guest) error{
 	"list":   (*guest).list,
 	"share":  (*guest).share,
+	"churn":  (*guest).churn,
 	"large":  (*guest).large,
 	"daxfs":  (*guest).module,
 	"script": (*guest).script,

@@ -1,11 +1,17 @@
-// Package task is what host and guest say to each other: the host gives a Task, the guest an Answer, both as JSON.
+// Package task is what host and guest say to each other: the host gives a Task, the guest an Answer, both as JSON. While it works,
+// a guest may ask the host to do something with the pool, which only the host owns: a Request and its Reply.
 package task
+
+import "github.com/daxfs/daxfs-snapshotter/pool"
 
 // Files in the directory that host and guest share.
 const (
 	AnswerFile = "answer.json"
 	ReadyFile  = "ready"
 	ResumeFile = "resume"
+	// RequestFile and ReplyFile are followed by a number that counts from 1.
+	RequestFile = "request-"
+	ReplyFile   = "reply-"
 )
 
 // Task names what the guest does. The tasks are documented at their functions in package main of guest/.
@@ -21,6 +27,8 @@ type Task struct {
 	Program []string
 	// File is a path inside the images.
 	File string
+	// Rounds is how often the guest does something.
+	Rounds int
 	// Module is the path of daxfs.ko in the guest.
 	Module string
 	// Phys and Size are where the shared memory is, if it is not a block device.
@@ -53,6 +61,8 @@ type Answer struct {
 	Faults []int64
 	// Output is what Program printed, one for each image.
 	Output []string
+	// Verified counts the files whose contents were compared with their digest.
+	Verified int64
 }
 
 // Page is one page of a mapped file.
@@ -60,4 +70,27 @@ type Page struct {
 	File  string // path inside the image
 	Off   int64
 	Frame uint64 // number of the page frame
+}
+
+// Operations of a Request.
+const (
+	OpAdd    = "add"    // adds image number Image, and replies its key
+	OpRemove = "remove" // removes the image of Key, and replies what is dead in the pool
+	OpErase  = "erase"  // erases Dead, and replies those that were
+	OpFree   = "free"   // frees Dead
+)
+
+// Request is what a guest asks the owner of the pool for.
+type Request struct {
+	Op    string
+	Image int
+	Key   string
+	Dead  []pool.Dead
+}
+
+// Reply is what the host answers.
+type Reply struct {
+	Error string
+	Key   string
+	Dead  []pool.Dead
 }
