@@ -1,8 +1,10 @@
 package daxfs
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"io/fs"
 
 	"golang.org/x/sys/unix"
 
@@ -266,6 +268,18 @@ func (l *Live) Image(i int) (*FS, error) {
 		return nil, fmt.Errorf("slot %d: %w", i, errNoImage)
 	}
 	return l.fs.at(l.g.SlotNid(i))
+}
+
+// Erased returns an inode as it was before EraseInode erased it. It is for a FUSE server: it has no inodes in memory as a kernel
+// has, and reads on for those who have the file open. The error wraps fs.ErrNotExist if the inode is not an erased one.
+func (f *FS) Erased(nid uint64) (Inode, error) {
+	in, raw, err := f.readInode(nid)
+	if raw.Mode != erasedMode || raw.Size == 0 {
+		return Inode{}, fmt.Errorf("erased inode %d: %w", nid, cmp.Or(err, fs.ErrNotExist))
+	}
+	in.Mode = unix.S_IFREG
+	off := f.inodeOff(nid)
+	return in, f.locate(&in, &raw, off, off+int64(raw.HeaderSize()))
 }
 
 // at returns the same file system with another root.

@@ -24,7 +24,6 @@ type livePool struct {
 	next int64 // of the tree area
 	used int   // slots
 	have map[daxfs.InodeKey][]uint64
-	dax  bool // contents belong to one inode
 }
 
 const (
@@ -116,8 +115,10 @@ func TestLiveKernel(t *testing.T) {
 				}
 				trees["root with xattrs"] = dir(map[string]*daxfs.Node{"f": {Mode: unix.S_IFREG | 0o644, Data: p.s.put([]byte("x"))}})
 				trees["root with xattrs"].Xattrs = []daxfs.Xattr{
-					{Name: "user.long", Value: make([]byte, 60_000)}, {Name: "security.capability", Value: capability},
-					{Name: "system.posix_acl_default", Value: acl(1)}, {Name: "trusted.empty"},
+					{Name: "user.long", Value: make([]byte, 60_000)},
+					{Name: "security.capability", Value: capability},
+					{Name: "system.posix_acl_default", Value: acl(1)},
+					{Name: "trusted.empty"},
 				}
 				p.check(t)
 				file := writeTemp(t, p.s.f.b)
@@ -219,8 +220,16 @@ func TestLiveShares(t *testing.T) {
 		a, b  string
 		equal bool
 	}{
-		{"0/a", "1/x", true}, {"0/b", "1/y", true}, {"0/a", "0/b", false}, {"0/b", "1/z", false}, {"0/l1", "1/p", true},
-		{"0/l1", "0/l2", true}, {"0/w1", "1/w1", false}, {"0/e", "1/l3", true}, {"0/a", "1/k", false}, {"1/z", "1/x", false},
+		{"0/a", "1/x", true},
+		{"0/b", "1/y", true},
+		{"0/a", "0/b", false},
+		{"0/b", "1/z", false},
+		{"0/l1", "1/p", true},
+		{"0/l1", "0/l2", true},
+		{"0/w1", "1/w1", false},
+		{"0/e", "1/l3", true},
+		{"0/a", "1/k", false},
+		{"1/z", "1/x", false},
 	} {
 		a, b := nid(int(c.a[0]-'0'), c.a[2:]), nid(int(c.b[0]-'0'), c.b[2:])
 		if (a == b) != c.equal {
@@ -256,7 +265,7 @@ var liveCorruptions = map[string]struct {
 	"tree of another": {rule: daxfs.RuleDots, spoil: func(t *testing.T, p *livePool) {
 		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
 	}},
-	"erased file": {rule: daxfs.RuleDirType, spoil: func(t *testing.T, p *livePool) {
+	"erased file": {rule: daxfs.RuleInodeSize, spoil: func(t *testing.T, p *livePool) {
 		for _, nids := range p.have {
 			_ = daxfs.EraseInode(&p.s.f, p.g, nids[0])
 		}
@@ -314,6 +323,30 @@ func TestLiveRetract(t *testing.T) {
 	}
 	if _, err := l.FS().Lookup(p.g.SlotName(slot)+"/f", false); !errors.Is(err, daxfs.ErrCorrupt) {
 		t.Errorf("a file behind a retracted slot: %v, expected ErrCorrupt", err)
+	}
+	var nid uint64
+	for _, nids := range p.have {
+		nid = nids[0]
+	}
+	if _, err := l.FS().Erased(nid); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an inode that is not erased: %v", err)
+	}
+	if err := daxfs.EraseInode(&p.s.f, p.g, nid); err != nil {
+		t.Fatal(err)
+	}
+	p.s.f.Truncate(int64(p.g.Blocks) * daxfs.BlockSize)
+	if l, err = daxfs.OpenLive(daxfs.Mem(p.s.f.b), int64(len(p.s.f.b))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.FS().Inode(nid); !errors.Is(err, daxfs.ErrCorrupt) {
+		t.Errorf("an erased inode: %v, expected ErrCorrupt", err)
+	}
+	in, err := l.FS().Erased(nid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := in.View(0, 10); err != nil || string(b) != "f" {
+		t.Errorf("what an erased inode had: %q, %v", b, err)
 	}
 }
 

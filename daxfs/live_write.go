@@ -2,6 +2,7 @@ package daxfs
 
 import (
 	"cmp"
+	"encoding/binary"
 	"io"
 	"slices"
 
@@ -190,15 +191,17 @@ func RetractSlot(w io.WriterAt, g Geometry, i int) error {
 	return err
 }
 
-// EraseInode replaces the inode of a regular file by one of a socket, which open(2) refuses with ENXIO. What has the old
-// one in memory keeps it. Zeros would do, but the kernel logs every one that it meets.
+// EraseInode makes the inode of a regular file that has contents that of a socket, which open(2) refuses with ENXIO. What has
+// the old one in memory keeps it. Zeros would do, but the kernel logs every one that it meets. The rest of the inode stays, see
+// FS.Erased; and two bytes are written at once, so that nobody sees an inode of another size or place.
 func EraseInode(w io.WriterAt, g Geometry, nid uint64) error {
-	e := disk.ErofsInode{Extended: true, Layout: disk.ErofsLayoutPlain, Mode: unix.S_IFSOCK, Nlink: 1, Ino: uint32(nid)}
-	b := make([]byte, disk.ErofsExtendedSize)
-	e.Marshal(b)
-	_, err := w.WriteAt(b, g.NidOff(nid))
+	b := binary.LittleEndian.AppendUint16(nil, erasedMode)
+	_, err := w.WriteAt(b, g.NidOff(nid)+modeOff)
 	return err
 }
+
+// erasedMode is the mode of erased inodes: that of a socket which nobody may use.
+const erasedMode = unix.S_IFSOCK
 
 // InodeSize is the number of bytes of an inode in a live tree, without its xattrs.
 const InodeSize = disk.ErofsExtendedSize

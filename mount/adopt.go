@@ -44,7 +44,8 @@ func (t *Table) adoptPool(ctx context.Context) error {
 	case err != nil:
 		return err
 	case rec.Format != recordVersion || rec.UUID != t.pool.uuid():
-		return fmt.Errorf("the record is of version %d and pool %s, expected %d and %s", rec.Format, rec.UUID, recordVersion, t.pool.uuid())
+		return fmt.Errorf("the record is of version %d and pool %s, expected %d and %s",
+			rec.Format, rec.UUID, recordVersion, t.pool.uuid())
 	}
 	mnt := mountDir(dir)
 	if _, mounted, err := sys.MountRoot(mnt); err != nil {

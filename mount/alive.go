@@ -16,15 +16,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// ServerLock is the name of a file beside the mount point of a table. A server process that outlives us keeps a shared lock on
-// it (flock) as long as it runs.
+// ServerLock is the name of a file beside the mount point of a table. A server process that outlives us keeps a
+// shared lock on it (flock) as long as it runs.
 const ServerLock = "fuse.lock"
 
-// Alive tells whether any file system of the pool lives: mounted here, in another namespace, by hand, or nowhere any more but in
-// use by an overlay or a working directory. False is proof, on this kernel. True may be wrong for a while: a process that
-// reads the pool file counts, too.
+// Alive tells whether any file system of the pool lives: mounted here, in another namespace, by hand, or nowhere any
+// more but in use by an overlay or a working directory. False is proof, on this kernel. True may be wrong for a
+// while: a process that reads the pool file counts, too.
 //
-//   - A file is asked for a write lease: it is refused while a loop device, a file-backed mount or a server has the file open.
+//   - A file is asked for a write lease: it is refused while a loop device, a file-backed mount or a server has the
+//     file open.
 //   - A block device is opened with O_EXCL: a file system holds it for itself.
 //   - A FUSE server keeps a lock.
 //   - The daxfs module counts its users.

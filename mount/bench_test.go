@@ -23,9 +23,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// The benchmarks run one workload on every driver, and on the same tree in a tmpfs, in one run, and end with the ratios to
-// erofs-loop. Absolute numbers of different runs say nothing about each other. The image lies in a tmpfs, but for erofs-file,
-// which reads it from a disk file. Run them with -benchtime 10x.
+// The benchmarks run one workload on every driver, and on the same tree in a tmpfs, in one run, and end with the
+// ratios to erofs-loop. Absolute numbers of different runs say nothing about each other. The image lies in a tmpfs,
+// but for erofs-file, which reads it from a disk file. Run them with -benchtime 10x.
 
 const bigFile = "big" // 128 MiB
 
@@ -70,9 +70,10 @@ type target struct {
 	fresh func() (dir string, done func())
 }
 
-// compare runs f on all targets in turn, round by round, because the machine is not equally busy at all times. It reports the
-// fastest run of each, and the ratios. If warm is set, each target is mounted once and f runs once before it counts; all work is
-// then done by the calling thread and its children, and it is their processor time that counts: waiting for others does not.
+// compare runs f on all targets in turn, round by round, because the machine is not equally busy at all times. It
+// reports the fastest run of each, and the ratios. If warm is set, each target is mounted once and f runs once before
+// it counts; all work is then done by the calling thread and its children, and it is their processor time that
+// counts: waiting for others does not.
 func compare(b *testing.B, files int, warm bool, f func(dir string)) {
 	all := targets(b, files)
 	if warm {

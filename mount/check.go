@@ -11,9 +11,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// CheckImage proves that the bytes of src are a sound image, by daxfs.Check on a mapping of the window. An error wraps
-// ErrCheck and tells the first finding. A region that has no path cannot be checked here: its owner checks it and says so in
-// Source.Checked.
+// CheckImage proves that the bytes of src are a sound image, by daxfs.Check on a mapping of the window. An error
+// wraps ErrCheck and tells the first finding. A region that has no path cannot be checked here: its owner checks it
+// and says so in Source.Checked.
 func CheckImage(ctx context.Context, src Source) error {
 	path, off := src.Region.Path, src.Off
 	switch r := src.Region; {

@@ -43,7 +43,8 @@ func TestCheckImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Every byte of both superblocks and of the metadata behind the data, one at a time, must not be able to crash the check.
+	// Every byte of both superblocks and of the metadata behind the data, one at a time, must not be able to crash
+	// the check.
 	bad := 0
 	for off := 0; off < len(b); off += 7 {
 		c := append([]byte(nil), b...)

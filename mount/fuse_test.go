@@ -2,7 +2,9 @@ package mount_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -47,7 +49,8 @@ func serverOf(t *testing.T, dir string) int {
 	return 0
 }
 
-// A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a restart.
+// A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a
+// restart.
 func TestServerDies(t *testing.T) {
 	b := fuseBed(t)
 	var w warnings
@@ -102,16 +105,28 @@ func TestServerDies(t *testing.T) {
 	gone(t, tab)
 }
 
-// A server that hangs is as bad as one that is dead.
+// A server that hangs is seen, but not replaced: it may be slow.
 func TestServerHangs(t *testing.T) {
 	b := fuseBed(t)
 	tab := b.open(t, mount.Options{}, fuseDriver())
-	mustMount(t, tab, b.add(t, "a", "one"))
+	img := b.add(t, "a", "one")
+	mustMount(t, tab, img)
 	pid := serverOf(t, liveDir(t, b))
 	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	err := tab.Healthy(t.Context())
+	for range 500 {
+		if stopped(t, pid) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	err := tab.Healthy(ctx)
+	if _, merr := tab.Mount(ctx, img); merr == nil {
+		t.Error("mounted through a server that hangs")
+	}
 	if kerr := unix.Kill(pid, unix.SIGCONT); kerr != nil {
 		t.Fatal(kerr)
 	}
@@ -121,6 +136,25 @@ func TestServerHangs(t *testing.T) {
 	if err := tab.Healthy(t.Context()); err != nil {
 		t.Error(err)
 	}
+	if mustMount(t, tab, img); serverOf(t, liveDir(t, b)) != pid {
+		t.Error("the server was replaced")
+	}
+}
+
+// stopped tells whether all threads of a process are stopped.
+func stopped(t *testing.T, pid int) bool {
+	t.Helper()
+	all, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range all {
+		b, err := os.ReadFile(name)
+		if err != nil || !bytes.Contains(b, []byte("State:\tT")) {
+			return false
+		}
+	}
+	return true
 }
 
 // The root of a pool remembers nothing of a slot before it is published; listing it looks at no slot.

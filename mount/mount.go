@@ -11,7 +11,8 @@ import (
 )
 
 var (
-	// ErrBusy says that something still uses the mount: a process with a file or working directory in it, or another mount.
+	// ErrBusy says that something still uses the mount: a process with a file or working directory in it, or another
+	// mount.
 	ErrBusy = sys.ErrBusy
 	// ErrNotFound says that the image, or the pool, is not mounted.
 	ErrNotFound = errors.New("not mounted")
@@ -28,8 +29,8 @@ type Source struct {
 	Key string
 	// Region is the memory, file or device that holds the bytes. An image file is a region of kind "file".
 	Region region.Info
-	// Off and Size are the range in bytes. Off is 0, except for an image inside of a larger file (a multiple of 4096) and for
-	// the windows of the daxfs driver (a multiple of 2 MiB).
+	// Off and Size are the range in bytes. Off is 0, except for an image inside of a larger file (a multiple of 4096)
+	// and for the windows of the daxfs driver (a multiple of 2 MiB).
 	Off, Size int64
 	// Restrict mounts with nosuid and nodev, for directories that other users can reach.
 	Restrict bool
@@ -56,21 +57,23 @@ func (s Source) Where() string {
 	return s.Region.Kind
 }
 
-// Driver is one way to make a file system of a pool or an image a directory. A Driver has no state of its own: what it made is
-// found again from the directory alone, by another process too. All methods are safe for concurrent use with different
-// directories.
+// Driver is one way to make a file system of a pool or an image a directory. A Driver has no state of its own: what
+// it made is found again from the directory alone, by another process too. All methods are safe for concurrent use
+// with different directories.
 type Driver interface {
-	// Name is what the configuration and the command line call it: "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse".
+	// Name is what the configuration and the command line call it: "erofs-dax", "erofs-file", "erofs-loop", "daxfs",
+	// "fuse".
 	Name() string
 	// Sharing says in one sentence which memory the containers share, for people.
 	Sharing() string
-	// Windows is true if the driver mounts one window for each image. The other drivers mount a pool once, with all images.
+	// Windows is true if the driver mounts one window for each image. The other drivers mount a pool once, with all
+	// images.
 	Windows() bool
 	// Probe tells whether the region can be mounted here. It tries on a scratch file what can be tried. An error wraps
 	// ErrUnsupported and says why not and what would change that.
 	Probe(ctx context.Context, r region.Info) error
-	// Mount mounts src on the existing directory dir (absolute, no symbolic links). If it fails, nothing is left behind.
-	// An error that wraps ErrUnsupported means that another driver may be tried.
+	// Mount mounts src on the existing directory dir (absolute, no symbolic links). If it fails, nothing is left
+	// behind. An error that wraps ErrUnsupported means that another driver may be tried.
 	Mount(ctx context.Context, src Source, dir string) error
 	// Match returns nil if the top mount on dir is what Mount(src, dir) makes, and it answers.
 	Match(ctx context.Context, src Source, dir string) error

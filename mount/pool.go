@@ -19,7 +19,7 @@ type live struct {
 	driver Driver
 	dir    string // the mount point
 	root   sys.Root
-	// block is the block device below the file system, "" if there is none. Then metadata goes through a cache of the
+	// block is the block device below the file system, "" if there is none. Metadata goes through a cache of the
 	// device, which does not see what is written to the pool.
 	block string
 	// dax is true if files are mapped from the device itself.
@@ -101,8 +101,8 @@ func (t *Table) ensurePool(ctx context.Context, d Driver) (*live, error) {
 		if err == nil {
 			return l, nil
 		}
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
+		if hangs(ctx, err) {
+			return nil, err
 		}
 		t.opts.Warn("the pool has to be mounted again: %v", err)
 		t.setLive(nil)
@@ -170,9 +170,9 @@ func (t *Table) mountedPool(d Driver, dir string, rec poolRecord) (*live, error)
 	return l, writeRecord(dir, poolRecordName, rec)
 }
 
-// recoverPool attaches the pool again that somebody unmounted while images of it are bound. A bind keeps the superblock, and a
-// handle leads from there to the root. A second superblock would cache everything again. It returns nil if there is no
-// such bind. The caller has locked the pool.
+// recoverPool attaches the pool again that somebody unmounted while images of it are bound. A bind keeps the
+// superblock, and a handle leads from there to the root. A second superblock would cache everything again. It returns
+// nil if there is no such bind. The caller has locked the pool.
 func (t *Table) recoverPool(ctx context.Context) *live {
 	dir := t.liveDir()
 	var rec poolRecord
@@ -196,7 +196,9 @@ func (t *Table) recoverPool(ctx context.Context) *live {
 	return nil
 }
 
-func (t *Table) attachRoot(ctx context.Context, d Driver, dir string, rec poolRecord, bound string, handle []byte) (*live, error) {
+func (t *Table) attachRoot(
+	ctx context.Context, d Driver, dir string, rec poolRecord, bound string, handle []byte,
+) (*live, error) {
 	mnt := mountDir(dir)
 	if err := errors.Join(os.MkdirAll(mnt, 0o700), sys.Detach(mnt)); err != nil {
 		return nil, err
@@ -272,18 +274,26 @@ func (l *live) matchBind(dir string, img Image) error {
 	return nil
 }
 
-// flushes bounds how often the cache of a block device is flushed for one image. One flush is not enough while somebody reads
-// the device.
+// flushes bounds how often caches are flushed for one image. One flush is not enough while somebody reads the device.
 const flushes = 200
+
+// flush makes the file system read its metadata anew. A FUSE server always does.
+func (l *live) flush(hard bool) error {
+	if l.driver.Name() == "fuse" {
+		return nil
+	}
+	var err error
+	if l.block != "" {
+		err = sys.FlushDevice(l.block)
+	}
+	return errors.Join(err, sys.DropMetadata(l.root.Major, l.root.Minor, hard))
+}
 
 // visible returns when the slot, which was published, is a directory for this kernel.
 func (l *live) visible(ctx context.Context, slot string) error {
-	if l.block == "" {
-		return nil // what is written to a file is seen at once
-	}
 	var st unix.Stat_t
 	for i := range flushes {
-		if err := sys.FlushDevice(l.block); err != nil {
+		if err := l.flush(i > 2); err != nil {
 			return err
 		}
 		err := unix.Lstat(slot, &st)
@@ -299,10 +309,12 @@ func (l *live) visible(ctx context.Context, slot string) error {
 		case <-time.After(min(time.Duration(i)*time.Millisecond, 20*time.Millisecond)):
 		}
 	}
-	return fmt.Errorf("slot %q is not visible after the cache of %q was flushed %d times: was the image published?", slot, l.block, flushes)
+	return fmt.Errorf("slot %q is not visible after the metadata of the pool was read anew %d times: "+
+		"was the image published?", slot, flushes)
 }
 
-// UnmountPool unmounts the pool after all of its images. It fails with ErrBusy while one is mounted. nil if it is not mounted.
+// UnmountPool unmounts the pool after all of its images. It fails with ErrBusy while one is mounted. nil if it is not
+// mounted.
 func (t *Table) UnmountPool(ctx context.Context) error {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -329,8 +341,8 @@ func (t *Table) UnmountPool(ctx context.Context) error {
 	return nil
 }
 
-// Healthy tells whether what is mounted answers. It asks what the kernel cannot answer from a cache; EROFS has no server
-// that could die, and answers always.
+// Healthy tells whether what is mounted answers. It asks what the kernel cannot answer from a cache; EROFS has no
+// server that could die, and answers always.
 func (t *Table) Healthy(ctx context.Context) error {
 	if l := t.getLive(); l != nil {
 		if err := t.answers(ctx, l); err != nil {

@@ -22,8 +22,8 @@ const (
 	recordVersion  = 2
 )
 
-// poolRecord is what is mounted beside it, or was about to be (Driver empty). Records have fields of their own, and not those
-// of other packages, because another version of the program reads them.
+// poolRecord is what is mounted beside it, or was about to be (Driver empty). Records have fields of their own, and
+// not those of other packages, because another version of the program reads them.
 type poolRecord struct {
 	Format      int    `json:"version"`
 	Driver      string `json:"driver"`
@@ -72,7 +72,8 @@ type imageRecord struct {
 
 func (img Image) record(p Pool, driver string, windowed bool) imageRecord {
 	return imageRecord{
-		Format: recordVersion, Driver: driver, Key: img.Key, Pool: p.uuid(), Windowed: windowed, Name: img.Name, Nid: img.Nid,
+		Format: recordVersion, Driver: driver, Key: img.Key, Pool: p.uuid(), Windowed: windowed,
+		Name: img.Name, Nid: img.Nid,
 		Window: img.Window, WindowSize: img.WindowSize, UUID: hex.EncodeToString(img.UUID[:]), Created: img.Created,
 	}
 }
@@ -129,8 +130,8 @@ func readRecord(dir, name string, rec any) error {
 	return nil
 }
 
-// removeDir removes a directory of the table after its unmount. rmdir(2) on the mount point fails if something is mounted
-// there after all, and then everything stays.
+// removeDir removes a directory of the table after its unmount. rmdir(2) on the mount point fails if something is
+// mounted there after all, and then everything stays.
 func removeDir(dir string) {
 	if os.Remove(mountDir(dir)) != nil {
 		if _, err := os.Lstat(mountDir(dir)); !errors.Is(err, fs.ErrNotExist) {
@@ -152,7 +153,8 @@ func removeDir(dir string) {
 // removeTemps removes records that a killed process did not finish to write.
 func removeTemps(dir string) {
 	for _, name := range []string{recordName, poolRecordName} {
-		temps, _ := filepath.Glob(filepath.Join(dir, "."+name+"*")) // the pattern is good unless dir has wildcards: not ours
+		// The pattern is good unless dir has wildcards, which the names of this package have not.
+		temps, _ := filepath.Glob(filepath.Join(dir, "."+name+"*"))
 		for _, t := range temps {
 			os.Remove(t)
 		}

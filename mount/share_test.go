@@ -55,8 +55,8 @@ func overlay(t testing.TB, lower string) (merged string) {
 	return merged
 }
 
-// Twenty containers of four images, whose files are the same but for one, cache them once. Mounting the pool a second time caches
-// them a second time: that shows that the measurement would notice.
+// Twenty containers of four images, whose files are the same but for one, cache them once. Mounting the pool a second
+// time caches them a second time: that shows that the measurement would notice.
 func TestContainersOfManyImagesCacheOnce(t *testing.T) {
 	files, size := bigFiles()
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
@@ -91,7 +91,7 @@ func TestContainersOfManyImagesCacheOnce(t *testing.T) {
 		defer sys.Detach(dir)
 		group.ReadAll(t, filepath.Join(dir, b.G.SlotName(0)))
 		if twice := group.Cache(t); twice < 2*size*95/100 {
-			t.Errorf("a second mount of the pool: %d bytes of cache for %d bytes of files, expected about twice as much", twice, size)
+			t.Errorf("the pool mounted twice: %d bytes of cache for %d bytes of files, expected twice as much", twice, size)
 		}
 	})
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// Stale is a directory of the table that belongs to another pool, an earlier epoch, or version 1 of the program, which mounted
-// each image by itself.
+// Stale is a directory of the table that belongs to another pool, an earlier epoch, or version 1 of the program,
+// which mounted each image by itself.
 type Stale struct {
 	// Dir is the mount point.
 	Dir string
@@ -94,8 +94,9 @@ func (t *Table) stale(kind, name string) (Stale, bool) {
 	return s, true
 }
 
-// RemoveStale unmounts and removes the stale directories that nothing uses. keep tells which directories a snapshot may still
-// name as its lower: those stay. It returns those that stay. Unmounting never harms what runs: an overlay keeps its lower.
+// RemoveStale unmounts and removes the stale directories that nothing uses. keep tells which directories a snapshot
+// may still name as its lower: those stay. It returns those that stay. Unmounting never harms what runs: an overlay
+// keeps its lower.
 func (t *Table) RemoveStale(ctx context.Context, keep func(dir string) bool) ([]Stale, error) {
 	all, err := t.Stale(ctx)
 	if err != nil {

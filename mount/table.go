@@ -21,8 +21,8 @@ import (
 
 // Pool is what a table mounts: one epoch of a pool.
 type Pool struct {
-	// Region is the memory. Where it is a file, Region.FD is the only descriptor that this process has open on it: Alive asks
-	// the kernel whether there are others.
+	// Region is the memory. Where it is a file, Region.FD is the only descriptor that this process has open on it:
+	// Alive asks the kernel whether there are others.
 	Region region.Info
 	// Size is that of the region, in bytes.
 	Size int64
@@ -73,8 +73,8 @@ type Mounted struct {
 	Sharing string
 }
 
-// Table mounts a pool once, and binds its images to directories. It is safe for concurrent use. One process owns a root at a
-// time; the lock of the pool sees to that.
+// Table mounts a pool once, and binds its images to directories. It is safe for concurrent use. One process owns a
+// root at a time; the lock of the pool sees to that.
 type Table struct {
 	root    string
 	drivers []Driver
@@ -84,8 +84,8 @@ type Table struct {
 	// poolWork is held (one token) while the pool is mounted or unmounted: a channel, so that waiting can be cancelled.
 	poolWork chan struct{}
 
-	// mu guards the fields below and those of an entry that are marked. It is never held during a system call on a mount.
-	// Lock order: entry.work, poolWork, mu.
+	// mu guards the fields below and those of an entry that are marked. It is never held during a system call on a
+	// mount. Lock order: entry.work, poolWork, mu.
 	mu      sync.Mutex
 	entries map[string]*entry
 	live    *live // nil if the pool is not mounted
@@ -96,8 +96,8 @@ type Options struct {
 	// Check proves what others may have written, before the kernel sees it: a pool before it is mounted, a window of an
 	// image before that is. Nil checks nothing.
 	Check func(ctx context.Context, src Source) error
-	// Adopt are drivers besides those given to Open. What they mounted, under an earlier configuration, is adopted; no new
-	// mount is made with them.
+	// Adopt are drivers besides those given to Open. What they mounted, under an earlier configuration, is adopted;
+	// no new mount is made with them.
 	Adopt []Driver
 	// Warn receives what an operator should know but no caller can act upon. Nil drops it.
 	Warn Warning
@@ -119,9 +119,9 @@ type entry struct {
 	left sys.Root
 }
 
-// Open returns the table of a root directory, which is made if it does not exist. What an earlier process mounted of the same
-// pool is adopted if it is what its record says and it answers. Mounts of other pools, and of another version of the
-// program, stay as they are: see Stale.
+// Open returns the table of a root directory, which is made if it does not exist. What an earlier process mounted of
+// the same pool is adopted if it is what its record says and it answers. Mounts of other pools, and of another
+// version of the program, stay as they are: see Stale.
 func Open(ctx context.Context, root string, drivers []Driver, p Pool, opts Options) (*Table, error) {
 	if len(drivers) == 0 {
 		return nil, errors.New("mount table: no drivers given")
@@ -155,8 +155,8 @@ func Open(ctx context.Context, root string, drivers []Driver, p Pool, opts Optio
 	return t, nil
 }
 
-// id is the directory name of a key or a UUID. Keys hold slashes and colons and have any length, and some file systems fold
-// case. It depends on the pool: directories of another pool or epoch are never met.
+// id is the directory name of a key or a UUID. Keys hold slashes and colons and have any length, and some file
+// systems fold case. It depends on the pool: directories of another pool or epoch are never met.
 func (p Pool) id(key string) string {
 	h := sha256.New()
 	h.Write(p.UUID[:])
@@ -210,10 +210,12 @@ func (t *Table) leave(key string, e *entry) {
 	}
 }
 
-// Mount mounts the image unless it is mounted already. Of concurrent calls for one key one does the work. A mount that no longer
-// answers (its FUSE server died) is replaced: what was opened through the old one keeps failing, new containers work.
+// Mount mounts the image unless it is mounted already. Of concurrent calls for one key one does the work. A mount
+// that no longer answers (its FUSE server died) is replaced: what was opened through the old one keeps failing, new
+// containers work.
 //
-// An image that has the key of another one is mounted only after that was unmounted; Mount does it, or fails with ErrBusy.
+// An image that has the key of another one is mounted only after that was unmounted; Mount does it, or fails with
+// ErrBusy.
 func (t *Table) Mount(ctx context.Context, img Image) (Mounted, error) {
 	if err := img.validate(); err != nil {
 		return Mounted{}, err
@@ -258,8 +260,8 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() != nil {
-			return ctx.Err()
+		if hangs(ctx, err) {
+			return fmt.Errorf("image %q: %w", img.Key, err)
 		}
 		t.opts.Warn("image %q has to be mounted again: %v", img.Key, err)
 	}
@@ -275,6 +277,12 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 	}
 	t.set(e, d, windowed, img)
 	return nil
+}
+
+// hangs tells whether err says only that an answer did not come in time. A server that is merely slow must not be
+// replaced: its containers would go on with it, and everything would be cached twice.
+func hangs(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)
 }
 
 // match tells whether what is mounted is img, and answers.
@@ -347,7 +355,8 @@ func (t *Table) mountWindow(ctx context.Context, d Driver, dir string, img Image
 	return d.Mount(ctx, src, mountDir(dir))
 }
 
-// bind mounts the pool with d, unless it is mounted, and binds the slot of img. It returns the driver that mounted the pool.
+// bind mounts the pool with d, unless it is mounted, and binds the slot of img. It returns the driver that mounted
+// the pool.
 func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driver, error) {
 	l, err := t.ensurePool(ctx, d)
 	if err != nil {
@@ -359,8 +368,8 @@ func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driv
 	return l.driver, l.bind(ctx, img, mountDir(dir))
 }
 
-// Bind shows a mounted image on another directory as well, for a user who asked for that: with nosuid and nodev if restrict is
-// set. It is an ordinary mount, which umount(8) removes; UsedBy tells of it.
+// Bind shows a mounted image on another directory as well, for a user who asked for that: with nosuid and nodev if
+// restrict is set. It is an ordinary mount, which umount(8) removes; UsedBy tells of it.
 func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error {
 	e, err := t.acquire(ctx, key)
 	if err != nil {
@@ -378,11 +387,11 @@ func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error 
 	return c.Attach(dir, restrict)
 }
 
-// Unmount unmounts an image. It fails with ErrBusy while anything in any mount namespace uses the mount, and with ErrNotFound if
-// it is not mounted.
+// Unmount unmounts an image. It fails with ErrBusy while anything in any mount namespace uses the mount, and with
+// ErrNotFound if it is not mounted.
 //
-// Copies of the mount that a mount namespace got when it was made are unmounted there too. If one of them is in use, the image is
-// unmounted here all the same, and another Unmount tries again.
+// Copies of the mount that a mount namespace got when it was made are unmounted there too. If one of them is in use,
+// the image is unmounted here all the same, and another Unmount tries again.
 func (t *Table) Unmount(ctx context.Context, key string) error {
 	e, err := t.acquire(ctx, key)
 	if err != nil {
@@ -420,7 +429,8 @@ func (t *Table) unmount(ctx context.Context, e *entry) error {
 	if e.left != (sys.Root{}) {
 		// No mount table shows it any more; a lazily unmounted overlay would keep the superblock all the same.
 		if free, err := sys.DeviceNumberFree(e.left.Major, e.left.Minor); err != nil || !free {
-			return fmt.Errorf("image %q: the file system %d:%d is still in use: %w", img.Key, e.left.Major, e.left.Minor, cmp.Or(err, ErrBusy))
+			return fmt.Errorf("image %q: the file system %d:%d is still in use: %w",
+				img.Key, e.left.Major, e.left.Minor, cmp.Or(err, ErrBusy))
 		}
 		e.left = sys.Root{}
 	}

@@ -58,8 +58,10 @@ type bed struct {
 	*mounttest.LivePool
 	root string
 	kind string
-	made map[string]mount.Image
 }
+
+// daxDevice names a block device with DAX of at least 512 MiB, which the tests overwrite: as a virtual machine has one.
+const daxDevice = "DAXFS_TEST_DAX_DEVICE"
 
 // eachDriver runs f on all ways of mounting a pool, with a pool for each.
 func eachDriver(t *testing.T, f func(t *testing.T, b *bed, d mount.Driver)) {
@@ -84,6 +86,13 @@ func eachDriver(t *testing.T, f func(t *testing.T, b *bed, d mount.Driver)) {
 			f(t, b, tc.driver)
 		})
 	}
+	if dev := os.Getenv(daxDevice); dev != "" {
+		t.Run("dax", func(t *testing.T) {
+			b := &bed{root: t.TempDir(), kind: region.KindPmem}
+			b.LivePool = mounttest.NewLivePool(t, dev, true)
+			f(t, b, erofs.DAX{})
+		})
+	}
 }
 
 func fuseDriver() mount.Driver {
@@ -101,7 +110,7 @@ func newBed(t *testing.T, tmpfs, device bool) *bed {
 		}
 		t.Cleanup(func() { sys.Detach(dir) })
 	}
-	b := &bed{root: t.TempDir(), kind: kind, made: map[string]mount.Image{}}
+	b := &bed{root: t.TempDir(), kind: kind}
 	b.LivePool = mounttest.NewLivePool(t, filepath.Join(dir, "pool"), device)
 	return b
 }
@@ -113,9 +122,11 @@ func fileBed(t *testing.T) *bed {
 }
 
 func (b *bed) pool() mount.Pool {
-	return mount.Pool{
-		Region: region.Info{Kind: b.kind, Path: b.Path, FD: int(b.File.Fd())}, Size: b.Size, UUID: b.G.UUID,
+	p := mount.Pool{Region: region.Info{Kind: b.kind, Path: b.Path, FD: int(b.File.Fd())}, Size: b.Size, UUID: b.G.UUID}
+	if b.kind == region.KindPmem {
+		p.Region.BlockDevice, p.Region.DAX = b.Path, true
 	}
+	return p
 }
 
 // add publishes an image of the file "file".
@@ -195,7 +206,8 @@ func TestOnePoolManyImages(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, dir := range dirs {
-			if err := unix.Stat(filepath.Join(dir, "sub/common"), &st); err != nil || st.Ino != first.Ino || st.Dev != first.Dev {
+			err := unix.Stat(filepath.Join(dir, "sub/common"), &st)
+			if err != nil || st.Ino != first.Ino || st.Dev != first.Dev {
 				t.Errorf("%s: inode %d of device %#x, expected %d of %#x; %v", dir, st.Ino, st.Dev, first.Ino, first.Dev, err)
 			}
 		}

@@ -2,18 +2,13 @@ package mount
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
@@ -22,21 +17,22 @@ import (
 type Extent struct {
 	// Nids are all inodes that ever pointed to it in this epoch.
 	Nids []uint64
-	// Evicted asks for more than that nobody has a file of it open: the kernel must have dropped the inodes, so that nobody
-	// can open them again through a working directory or an O_PATH descriptor in a mount that nothing shows any more.
-	// It takes until the kernel needs the memory. With DAX, and with FUSE, it is always so.
+	// Evicted asks for more than that nobody has a file of it open: the kernel must have dropped the inodes, so that
+	// nobody can open them again through a working directory or an O_PATH descriptor in a mount that nothing shows
+	// any more. It takes until the kernel needs the memory. With DAX, and with FUSE, it is always so.
 	Evicted bool
 }
 
-// Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may be later.
+// Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may
+// be later.
 //
-// erase is called first: it zeroes the inodes on disk (nil if that was done). Then an inode can no longer be looked up unless it
-// is in memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in whatever mount, mount
-// namespace or lazily unmounted overlay. The images of the extents must have been unmounted before, and the overlays over
-// them must be dead.
+// erase is called first: it erases the inodes on disk (nil if that was done). Then an inode can no longer be opened
+// unless it is in memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in
+// whatever mount, mount namespace or lazily unmounted overlay. The images of the extents must have been unmounted
+// before, and the overlays over them must be dead.
 //
-// The pool must be mounted by this table (else ErrNotFound) and by nobody else on this machine (else ErrBusy): the kernel can be
-// asked about one mounted file system at a time.
+// The pool must be mounted by this table (else ErrNotFound) and by nobody else on this machine (else ErrBusy): the
+// kernel can be asked about one mounted file system at a time.
 func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error) ([]bool, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -67,7 +63,9 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	if err := t.erased(ctx, l, extents); err != nil {
+	// Where an old block stays in a cache all the same, an erased inode opens as if it were in memory: never the
+	// other way round.
+	if err := l.flush(false); err != nil {
 		return nil, err
 	}
 	if fuse {
@@ -88,7 +86,8 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 	return out, nil
 }
 
-// handlesWork opens a slot that is bound, which is in memory for certain. If handles did not work, all would look unused.
+// handlesWork opens a slot that is bound, which is in memory for certain. If handles did not work, all would look
+// unused.
 func (t *Table) handlesWork(h *sys.Handles) error {
 	for _, m := range t.List() {
 		if d := t.byName(m.Driver); d == nil || d.Windows() {
@@ -103,8 +102,8 @@ func (t *Table) handlesWork(h *sys.Handles) error {
 	return nil
 }
 
-// NodeBias is the difference between the node number of the FUSE server and the inode number. It is here because the file handle
-// of a FUSE file holds the node number.
+// NodeBias is the difference between the node number of the FUSE server and the inode number. It is here because the
+// file handle of a FUSE file holds the node number.
 const NodeBias = 2
 
 func bias(fuse bool) uint64 {
@@ -155,58 +154,12 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took its place, or
-// nothing.
+// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took
+// its place, or nothing.
 func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
-// erased returns when this kernel sees the zeroed inodes, where it reads metadata through the cache of a block device.
-func (t *Table) erased(ctx context.Context, l *live, extents []Extent) error {
-	if l.block == "" {
-		return nil
-	}
-	f, err := os.OpenFile(l.block, os.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	tree, err := daxfs.OpenLive(f, t.pool.Size)
-	if err != nil {
-		return fmt.Errorf("pool on %q: %w", l.block, err)
-	}
-	for i := range flushes {
-		if err := sys.FlushDevice(l.block); err != nil {
-			return err
-		}
-		left, err := anyInode(f, tree.Geometry(), extents)
-		if err != nil || !left {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(min(time.Duration(i)*time.Millisecond, 20*time.Millisecond)):
-		}
-	}
-	return fmt.Errorf("erased inodes are still in the cache of %q after %d flushes: %w", l.block, flushes, ErrBusy)
-}
-
-// anyInode tells whether one of the inodes is still that of a file. daxfs.EraseInode makes it one of a socket.
-func anyInode(r io.ReaderAt, g daxfs.Geometry, extents []Extent) (bool, error) {
-	var mode [2]byte
-	for _, e := range extents {
-		for _, nid := range e.Nids {
-			if _, err := r.ReadAt(mode[:], g.NidOff(nid)+4); err != nil {
-				return false, fmt.Errorf("inode %d: %w", nid, err)
-			}
-			if binary.LittleEndian.Uint16(mode[:])&unix.S_IFMT == unix.S_IFREG {
-				return true, nil
-			}
-		}
-	}
-	return false, nil
-}
-
-// mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the device or file.
+// mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the
+// device or file.
 func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {
 	mounts, err := sys.AllMounts(ctx)
 	if err != nil {

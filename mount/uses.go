@@ -10,13 +10,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// UsedBy tells what was made of a mounted image besides its own mount, and is still attached in some mount namespace: an overlay
-// over it, a bind of it or of a directory in it, a clone with mapped owners. It returns "" if there is nothing, and a
-// description of the first otherwise.
+// UsedBy tells what was made of a mounted image besides its own mount, and is still attached in some mount namespace:
+// an overlay over it, a bind of it or of a directory in it, a clone with mapped owners. It returns "" if there is
+// nothing, and a description of the first otherwise.
 //
-// Binds are told by device and root directory, whatever their name. Overlays are told by the names of their lower directories,
-// which is all that the kernel shows: an overlay over a lower that has another name by now, as one with mapped owners is,
-// and what was lazily unmounted, must be found by other means.
+// Binds are told by device and root directory, whatever their name. Overlays are told by the names of their lower
+// directories, which is all that the kernel shows: an overlay over a lower that has another name by now, as one with
+// mapped owners is, and what was lazily unmounted, must be found by other means.
 func (t *Table) UsedBy(ctx context.Context, key string) (string, error) {
 	all, err := t.UsedByAll(ctx)
 	return all[key], err
@@ -134,8 +134,8 @@ func (u *uses) mount(m sys.NamespaceMount) {
 	}
 }
 
-// isCopy tells whether a mount point is one of a table: ".../images/<id>/mnt". The root of the table may have another name in
-// another namespace. Nobody makes a directory of such a name by hand.
+// isCopy tells whether a mount point is one of a table: ".../images/<id>/mnt". The root of the table may have another
+// name in another namespace. Nobody makes a directory of such a name by hand.
 func isCopy(mountpoint string) bool {
 	dir, base := filepath.Split(mountpoint)
 	dir, id := filepath.Split(filepath.Clean(dir))
@@ -196,8 +196,8 @@ func splitColons(s string) []string {
 	return append(out, cur.String())
 }
 
-// removeCopies unmounts the mounts that other namespaces copied from us: suffix is the mount point below the root of the table.
-// Those that follow our mounts have gone with them. It fails with ErrBusy if one is used.
+// removeCopies unmounts the mounts that other namespaces copied from us: suffix is the mount point below the root of
+// the table. Those that follow our mounts have gone with them. It fails with ErrBusy if one is used.
 func (t *Table) removeCopies(ctx context.Context, suffix string) error {
 	mounts, err := sys.OtherMounts(ctx)
 	if err != nil {

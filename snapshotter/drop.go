@@ -99,6 +99,9 @@ func (s *Snapshotter) removeDropped(ctx context.Context, name string) error {
 		return nil
 	}
 	doomed, err := s.doom(s.upper(id), id+"-fs")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // another cleanup was faster
+	}
 	if err != nil {
 		return err
 	}

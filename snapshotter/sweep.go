@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 )
@@ -103,6 +104,12 @@ func (s *Snapshotter) doom(dir, name string) (string, error) {
 func (s *Snapshotter) sweep(ctx context.Context, short bool) (err error) {
 	began := time.Now()
 	defer func() { s.opts.Observe("sweep", time.Since(began), err) }()
+	if short {
+		// What a removed snapshot stood on is in use until its overlay is known to be dead.
+		if err := s.forgetDead(ctx); err != nil {
+			log.G(ctx).WithError(err).Warn("what removed snapshots stood on stays in use")
+		}
+	}
 	s.sweeping.Lock()
 	defer s.sweeping.Unlock()
 	defer s.pins.watch()()

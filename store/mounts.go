@@ -45,6 +45,10 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	if err != nil {
 		return Info{}, err
 	}
+	// What its user lays over it, nothing tells us: an overlay keeps a mount of its own of what lies below it.
+	if err := s.noteLoose(); err != nil {
+		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
+	}
 	if err := s.table.Bind(ctx, m.Key, dir, restrict); err != nil {
 		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
 	}

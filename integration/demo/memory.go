@@ -108,10 +108,10 @@ func (d *demo) eachFile(snapshotter string, f func(file *os.File, st fs.FileInfo
 // imageMounts lists the mounts of images, but not of containers.
 func (d *demo) imageMounts(snapshotter string) ([]*mountinfo.Info, error) {
 	return mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		ours := strings.HasPrefix(m.Mountpoint, filepath.Join(d.DaemonRoot(), "images")+"/")
 		if snapshotter == "daxfs" {
-			return !ours, false
+			return !strings.HasPrefix(m.Mountpoint, filepath.Join(d.DaemonRoot(), "images")+"/"), false
 		}
+		ours := strings.HasPrefix(m.Mountpoint, d.DaemonRoot()+"/")
 		return ours || m.FSType != "erofs" || !strings.HasPrefix(m.Mountpoint, d.Run+"/") && !strings.HasPrefix(m.Mountpoint, d.Dir+"/"), false
 	})
 }

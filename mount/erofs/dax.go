@@ -12,7 +12,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// DAX mounts a block device with DAX: mapped files are then the memory of the device itself. The zero value is ready to use.
+// DAX mounts a block device with DAX: mapped files are then the memory of the device itself. The zero value is ready
+// to use.
 type DAX struct{}
 
 // Name returns "erofs-dax".
@@ -20,7 +21,8 @@ func (DAX) Name() string { return "erofs-dax" }
 
 // Sharing implements mount.Driver.
 func (DAX) Sharing() string {
-	return "mapped files are the pool's own pages, in every container and every kernel that maps the pool; no page cache; full fidelity"
+	return "mapped files are the pool's own pages, in every container and every kernel that maps the pool; " +
+		"no page cache; full fidelity"
 }
 
 // Windows implements mount.Driver.
@@ -33,14 +35,14 @@ func (DAX) Probe(_ context.Context, r region.Info) error {
 			"virtio-pmem, or memmap=nn!ss on the kernel command line): %w", r.Kind, mount.ErrUnsupported)
 	}
 	if !r.DAX {
-		return fmt.Errorf("block device %q has no DAX; an nvdimm namespace must be in fsdax mode (ndctl create-namespace -m fsdax): %w",
-			r.BlockDevice, mount.ErrUnsupported)
+		return fmt.Errorf("block device %q has no DAX; an nvdimm namespace must be in fsdax mode "+
+			"(ndctl create-namespace -m fsdax): %w", r.BlockDevice, mount.ErrUnsupported)
 	}
 	return sys.HasFilesystem("erofs", remedy)
 }
 
-// Mount implements mount.Driver. The kernel accepts dax=always and then may mount without it, with a line in its log at most;
-// that is found out here and is ErrUnsupported.
+// Mount implements mount.Driver. The kernel accepts dax=always and then may mount without it, with a line in its log
+// at most; that is found out here and is ErrUnsupported.
 func (DAX) Mount(ctx context.Context, src mount.Source, dir string) error {
 	if err := checkDir(src, dir); err != nil {
 		return err
@@ -48,9 +50,12 @@ func (DAX) Mount(ctx context.Context, src mount.Source, dir string) error {
 	if src.Off != 0 {
 		return fmt.Errorf("mount %s: DAX mounts a block device from its start only: %w", src, mount.ErrUnsupported)
 	}
-	err := sys.Do(sys.Mount{Type: "erofs", Source: src.Region.BlockDevice, Options: []string{"dax=always"}, Restrict: src.Restrict}, dir)
+	err := sys.Do(sys.Mount{
+		Type: "erofs", Source: src.Region.BlockDevice, Options: []string{"dax=always"}, Restrict: src.Restrict,
+	}, dir)
 	if errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("this kernel's EROFS has no DAX (CONFIG_FS_DAX), or cannot use it with this image: %w: %w", err, mount.ErrUnsupported)
+		return fmt.Errorf("this kernel's EROFS has no DAX (CONFIG_FS_DAX), or cannot use it with this image: %w: %w",
+			err, mount.ErrUnsupported)
 	}
 	if err != nil {
 		return err
@@ -72,7 +77,8 @@ func hasDAX(dir string) error {
 	}
 	if v, _ := sys.MountOption(m, "dax"); v != "always" {
 		return fmt.Errorf("the kernel mounted %q without DAX although dax=always was asked for (options %q): "+
-			"the device has no DAX, or its pages have no struct page (fsdax mode has): %w", m.Source, m.VFSOptions, mount.ErrUnsupported)
+			"the device has no DAX, or its pages have no struct page (fsdax mode has): %w",
+			m.Source, m.VFSOptions, mount.ErrUnsupported)
 	}
 	return nil
 }

@@ -1,12 +1,12 @@
 // Package erofs mounts EROFS, in three ways that differ in what stands between the memory and the file system:
 //
 //   - DAX: a block device with DAX (pmem, virtio-pmem). Mapped files are the pool's own pages.
-//   - File: the kernel reads an ordinary file itself, with direct I/O so that only the files' pages are cached and not those
-//     of the pool a second time.
+//   - File: the kernel reads an ordinary file itself, with direct I/O so that only the files' pages are cached and
+//     not those of the pool a second time.
 //   - Loop: a block device, or a read-only loop device over a file, for tmpfs and for kernels without the way above.
 //
-// Each way is a mount.Driver of its own, so that the first that works can be chosen, and each can be asked for by name. None
-// leaves devices behind: a loop device clears itself with its last user.
+// Each way is a mount.Driver of its own, so that the first that works can be chosen, and each can be asked for by
+// name. None leaves devices behind: a loop device clears itself with its last user.
 package erofs
 
 import (

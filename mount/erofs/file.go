@@ -26,15 +26,16 @@ func (*File) Name() string { return "erofs-file" }
 
 // Sharing implements mount.Driver.
 func (*File) Sharing() string {
-	return "one page-cache copy of each distinct file on this host, shared by all containers, reclaimable, and no other copy in memory; " +
-		"full fidelity"
+	return "one page-cache copy of each distinct file on this host, shared by all containers, reclaimable, " +
+		"and no other copy in memory; full fidelity"
 }
 
 // Windows implements mount.Driver.
 func (*File) Windows() bool { return false }
 
-// Probe implements mount.Driver. It mounts a tiny image in a file on the same file system as the region: versions tell little,
-// because distributions carry options back and leave CONFIG_EROFS_FS_BACKED_BY_FILE out. Only what Bug knows cannot be tried.
+// Probe implements mount.Driver. It mounts a tiny image in a file on the same file system as the region: versions
+// tell little, because distributions carry options back and leave CONFIG_EROFS_FS_BACKED_BY_FILE out. Only what Bug
+// knows cannot be tried.
 func (d *File) Probe(_ context.Context, r region.Info) error {
 	if err := sys.HasFilesystem("erofs", remedy); err != nil {
 		return err
@@ -105,8 +106,8 @@ func notFileBacked(err error, path string) error {
 		return fmt.Errorf("the kernel cannot mount EROFS from a file on the file system of %q (tmpfs, overlay and FUSE cannot; "+
 			"ext4, xfs and btrfs can, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w", path, mount.ErrUnsupported)
 	case errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("this kernel's EROFS has no directio option, or no fsoffset= for an image inside of a file "+
-			"(Linux 6.17 and later have both): %w: %w", err, mount.ErrUnsupported)
+		return fmt.Errorf("this kernel's EROFS has no directio option (Linux 6.13), or no fsoffset= for an image "+
+			"inside of a file (Linux 6.17): %w: %w", err, mount.ErrUnsupported)
 	}
 	return err
 }
@@ -123,8 +124,8 @@ func (d *File) Mount(_ context.Context, src mount.Source, dir string) error {
 	return notFileBacked(sys.Do(fileMount(path, src.Off, src.Restrict), dir), path)
 }
 
-// Match implements mount.Driver. The kernel tells the path and the offset; that the path still names the same file is the
-// business of the table, which keeps the inode number.
+// Match implements mount.Driver. The kernel tells the path and the offset; that the path still names the same file is
+// the business of the table, which keeps the inode number.
 func (*File) Match(ctx context.Context, src mount.Source, dir string) error {
 	m, err := sys.MatchTop(dir, "erofs", src.Restrict)
 	if err != nil {

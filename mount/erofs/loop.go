@@ -22,8 +22,8 @@ func (Loop) Name() string { return "erofs-loop" }
 
 // Sharing implements mount.Driver.
 func (Loop) Sharing() string {
-	return "one page-cache copy of each distinct file on this host, shared by all containers; on tmpfs beside the pool's own pages; " +
-		"full fidelity"
+	return "one page-cache copy of each distinct file on this host, shared by all containers; " +
+		"on tmpfs beside the pool's own pages; full fidelity"
 }
 
 // Windows implements mount.Driver.
@@ -97,7 +97,8 @@ func (Loop) Mount(ctx context.Context, src mount.Source, dir string) error {
 // direct tells whether src is a block device that needs no loop device.
 func direct(src mount.Source) bool { return src.Region.BlockDevice != "" && src.Off == 0 }
 
-// attach returns an open loop device over the window of a file. Closing it removes the device, unless it is mounted then.
+// attach returns an open loop device over the window of a file. Closing it removes the device, unless it is mounted
+// then.
 func attach(ctx context.Context, path string, off, size int64) (*os.File, error) {
 	back, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

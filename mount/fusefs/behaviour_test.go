@@ -155,7 +155,8 @@ func TestReadDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// posix runs the tests of go-fuse, which it did not write for us, on an overlay over our mount. It runs in another process.
+// posix runs the tests of go-fuse, which it did not write for us, on an overlay over our mount. It runs in another
+// process.
 func TestPOSIXOnOverlay(t *testing.T) {
 	if dir := os.Getenv("DAXFS_TEST_OVERLAY"); dir != "" {
 		for name, f := range posixtest.All {

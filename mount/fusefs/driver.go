@@ -47,8 +47,8 @@ func (Driver) Name() string { return "fuse" }
 
 // Sharing implements mount.Driver.
 func (Driver) Sharing() string {
-	return "one page-cache copy of each distinct file on this host, shared by all containers, beside the pool's own pages; " +
-		"one server process; full fidelity"
+	return "one page-cache copy of each distinct file on this host, shared by all containers, " +
+		"beside the pool's own pages; one server process; full fidelity"
 }
 
 // Windows implements mount.Driver.
@@ -223,8 +223,8 @@ func (d Driver) await(ctx context.Context, r *os.File, dir string) error {
 	return fmt.Errorf("unexpected words %q: %w", line, err)
 }
 
-// beside returns the directory around the mount point of a table, "" if dir is none. The directory around a mount point that a
-// user chose is not ours to write to.
+// beside returns the directory around the mount point of a table, "" if dir is none. The directory around a mount
+// point that a user chose is not ours to write to.
 func beside(dir string) string {
 	parent := filepath.Dir(dir)
 	if filepath.Base(dir) != "mnt" {
@@ -238,14 +238,15 @@ func beside(dir string) string {
 	return ""
 }
 
-// lockFile takes the lock that the server keeps as long as it lives, through a descriptor that it inherits: mount.ServerLock. It is
-// nil where there is no place for one.
+// lockFile takes the lock that the server keeps as long as it lives, through a descriptor that it inherits:
+// mount.ServerLock. It is nil where there is no place for one.
 func lockFile(dir string) (*os.File, error) {
 	parent := beside(dir)
 	if parent == "" {
 		return nil, nil
 	}
-	f, err := os.OpenFile(filepath.Join(parent, mount.ServerLock), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	const flags = os.O_RDWR | os.O_CREATE | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	f, err := os.OpenFile(filepath.Join(parent, mount.ServerLock), flags, 0o600)
 	if err != nil {
 		return nil, err
 	}

@@ -31,9 +31,9 @@ type server struct {
 	count Counters
 	// noOpen and noOpendir: the kernel takes ENOSYS for "never ask again, and keep the cache".
 	noOpen, noOpendir atomic.Bool
-	// noXattrs is set as soon as it is known that no inode has any. Then getxattr(2), which every exec, every ACL check and
-	// every lookup of an overlay does, is answered once with ENOSYS, and never asked again. Listing is rare, and a
-	// program that lists is better off with an empty list than with EOPNOTSUPP.
+	// noXattrs is set as soon as it is known that no inode has any. Then getxattr(2), which every exec, every ACL
+	// check and every lookup of an overlay does, is answered once with ENOSYS, and never asked again. Listing is
+	// rare, and a program that lists is better off with an empty list than with EOPNOTSUPP.
 	noXattrs atomic.Bool
 
 	logged  sync.Map // nid of inodes whose damage was logged
@@ -72,11 +72,17 @@ func (s *server) nid(node uint64) uint64 {
 }
 
 func (s *server) inode(node uint64) (daxfs.Inode, fuse.Status) {
-	// A file below the mapping that shrank, or memory that failed, is a fault here. It becomes a panic, which go-fuse turns
-	// into EIO, instead of the end of the process and of every container on it.
+	// A file below the mapping that shrank, or memory that failed, is a fault here. It becomes a panic, which go-fuse
+	// turns into EIO, instead of the end of the process and of every container on it.
 	debug.SetPanicOnFault(true)
 	nid := s.nid(node)
 	in, err := s.img.Inode(nid)
+	if err != nil && s.live {
+		// The file of a removed image. Another type would make the kernel give up the inode, which somebody may have open.
+		if _, eerr := s.img.Erased(nid); eerr == nil {
+			return in, fuse.Status(unix.ESTALE)
+		}
+	}
 	if err != nil {
 		return in, s.errno(nid, err)
 	}
@@ -101,8 +107,8 @@ func (s *server) errno(nid uint64, err error) fuse.Status {
 	return fuse.EIO
 }
 
-// panicked is what becomes of a panic while a request is served: a fault of the mapping is logged once, anything else is a
-// defect of ours and logged with its stack.
+// panicked is what becomes of a panic while a request is served: a fault of the mapping is logged once, anything else
+// is a defect of ours and logged with its stack.
 func (s *server) panicked(p any) fuse.Status {
 	if fault, ok := p.(interface{ Addr() uintptr }); ok {
 		s.faulted.Do(func() {
@@ -236,6 +242,13 @@ func (v *view) Done()                              { v.b = nil; views.Put(v) }
 func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	s.count.Read.Add(1)
 	in, st := s.inode(r.NodeId)
+	var err error
+	if st == fuse.Status(unix.ESTALE) {
+		// Whoever has the file open keeps it.
+		if in, err = s.img.Erased(s.nid(r.NodeId)); err == nil {
+			st = fuse.OK
+		}
+	}
 	if !st.Ok() {
 		return nil, st
 	}
@@ -243,7 +256,6 @@ func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadR
 		return nil, fuse.EINVAL
 	}
 	v := views.Get().(*view)
-	var err error
 	v.b, err = in.View(int64(r.Offset), int(r.Size))
 	if err == nil && len(v.b) < int(r.Size) && int64(r.Offset)+int64(len(v.b)) < in.Size {
 		// The contents are in pieces, and a short reply would be taken for the end of the file.

@@ -164,8 +164,8 @@ func readAll(t testing.TB, dirs ...string) {
 	}
 }
 
-// The kernel must not ask again for anything that it can keep: names, names that do not exist, attributes, listings, link
-// targets, contents. Only statfs has no cache.
+// The kernel must not ask again for anything that it can keep: names, names that do not exist, attributes, listings,
+// link targets, contents. Only statfs has no cache.
 func TestSecondPassStaysInKernel(t *testing.T) {
 	needFuse(t)
 	s, dir := start(t, source(t, mounttest.Tree(t)))

@@ -21,8 +21,8 @@ import (
 
 // Config says what a server serves and where.
 type Config struct {
-	// Path is the file or device that holds the pool or image, Off and Size the range in it. Name is what the mount table shows
-	// instead of Path, if it is not empty.
+	// Path is the file or device that holds the pool or image, Off and Size the range in it. Name is what the mount
+	// table shows instead of Path, if it is not empty.
 	Path      string
 	Name      string
 	Off, Size int64
@@ -55,8 +55,8 @@ type Server struct {
 	done  chan struct{}
 }
 
-// Start maps the pool or image, mounts it and serves it until it is unmounted, whoever does that. It does not check it; the
-// reader trusts nothing all the same. A pool is told by its superblock.
+// Start maps the pool or image, mounts it and serves it until it is unmounted, whoever does that. It does not check
+// it; the reader trusts nothing all the same. A pool is told by its superblock.
 func Start(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = os.Stderr
@@ -99,8 +99,8 @@ func (s *server) options(c Config) *fuse.MountOptions {
 		FsName: c.source(), Name: "daxfs", Logger: s.log,
 		MaxWrite: 1 << 20, MaxReadAhead: 1 << 20, MaxBackground: 64,
 		EnableSymlinkCaching: true, ExplicitDataCacheControl: true, EnableAcl: true, IDMappedMount: true,
-		// Replies come from the mapping. Splicing them from the file through a pipe was measured: 128 MiB from a cold cache
-		// took 1.2 to 1.9 times as long, 4 KiB reads 1.3 to 2.8 times.
+		// Replies come from the mapping. Splicing them from the file through a pipe was measured: 128 MiB from a cold
+		// cache took 1.2 to 1.9 times as long, 4 KiB reads 1.3 to 2.8 times.
 		DisableSplice:     true,
 		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT | fuse.CAP_EXPORT_SUPPORT,
 		Options:           []string{"default_permissions"},
@@ -131,8 +131,8 @@ func explain(err error) error {
 	return err
 }
 
-// setReadahead sets the read-ahead of the device behind dir. FUSE caps what a server may ask for at the kernel's default; only
-// sysfs can raise it.
+// setReadahead sets the read-ahead of the device behind dir. FUSE caps what a server may ask for at the kernel's
+// default; only sysfs can raise it.
 func setReadahead(dir string, kib int) error {
 	dir, err := sys.Real(dir)
 	if err != nil {
@@ -157,11 +157,12 @@ func (s *Server) Done() <-chan struct{} { return s.done }
 // Unmount unmounts the file system, and with that ends the server. It fails with mount.ErrBusy while it is in use.
 func (s *Server) Unmount(ctx context.Context) error { return sys.Unmount(ctx, s.dir) }
 
-// Run starts a server and returns when it has ended. It is the body of `daxfs mount --driver fuse --foreground`. When the file
-// system is mounted, ready is called with nil; if it cannot be, ready is called with the error, which Run returns too.
+// Run starts a server and returns when it has ended. It is the body of `daxfs mount --driver fuse --foreground`. When
+// the file system is mounted, ready is called with nil; if it cannot be, ready is called with the error, which Run
+// returns too.
 //
-// SIGINT and SIGTERM unmount, unless the file system is in use: then the server goes on, for a server that ends takes the
-// ground from under its users. SIGUSR1 writes the counters to the log.
+// SIGINT and SIGTERM unmount, unless the file system is in use: then the server goes on, for a server that ends takes
+// the ground from under its users. SIGUSR1 writes the counters to the log.
 func Run(ctx context.Context, c Config, ready func(error)) error {
 	sig := make(chan os.Signal, 4)
 	signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGHUP)

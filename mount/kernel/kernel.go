@@ -1,11 +1,12 @@
-// Package kernel mounts the DAXFS half of an image with the out-of-tree kernel module daxfs.ko (github.com/multikernel/daxfs,
-// on-disk format 8). It needs no block device: a physical address or a dma-buf is enough.
+// Package kernel mounts the DAXFS half of an image with the out-of-tree kernel module daxfs.ko
+// (github.com/multikernel/daxfs, on-disk format 8). It needs no block device: a physical address or a dma-buf is
+// enough.
 //
-// What it shows is less than EROFS shows: no times, no extended attributes, no device nodes. And private mappings, which all
-// program text is, are copied page by page (docs/format.md tells why); read(2) and shared mappings are not.
+// What it shows is less than EROFS shows: no times, no extended attributes, no device nodes. And private mappings,
+// which all program text is, are copied page by page (docs/format.md tells why); read(2) and shared mappings are not.
 //
-// The module checks little without its option validate, and a damaged image can then crash the kernel. The option is always
-// set, and the owner of a pool checks images first, which also finds what validate misses.
+// The module checks little without its option validate, and a damaged image can then crash the kernel. The option is
+// always set, and the owner of a pool checks images first, which also finds what validate misses.
 package kernel
 
 import (
@@ -98,8 +99,8 @@ func (Driver) Mount(_ context.Context, src mount.Source, dir string) error {
 	return sys.Do(m, dir)
 }
 
-// Match implements mount.Driver. The source that Mount gives is the physical address, so that the mount table tells where
-// the window is even if the module shows none of its options.
+// Match implements mount.Driver. The source that Mount gives is the physical address, so that the mount table tells
+// where the window is even if the module shows none of its options.
 func (Driver) Match(ctx context.Context, src mount.Source, dir string) error {
 	m, err := sys.MatchTop(dir, "daxfs", src.Restrict)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// Cgroup is a memory control group: page cache is charged to the group of the process that first touched it, which makes
-// it measurable on a machine where others work too.
+// Cgroup is a memory control group: page cache is charged to the group of the process that first touched it, which
+// makes it measurable on a machine where others work too.
 type Cgroup struct{ dir, key string }
 
 // NewCgroup makes a memory cgroup, of version 1 or 2, or skips the test.

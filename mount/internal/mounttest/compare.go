@@ -156,8 +156,8 @@ func sameBytes(a, b string) error {
 	return nil
 }
 
-// readall is a helper that walks each of the directories once: it lists and stats everything, reads every regular file and
-// every link, and asks for a name that does not exist in every directory.
+// readall is a helper that walks each of the directories once: it lists and stats everything, reads every regular
+// file and every link, and asks for a name that does not exist in every directory.
 func readall(args []string) error {
 	for _, root := range args {
 		err := filepath.WalkDir(root, func(path string, de fs.DirEntry, err error) error {

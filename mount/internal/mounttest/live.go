@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// LivePool is a pool of one file that publishes images while it is mounted, without the index, the durability and the reuse of
-// package pool.
+// LivePool is a pool of one file that publishes images while it is mounted, without the index, the durability and the
+// reuse of package pool.
 type LivePool struct {
 	Path string
 	File *os.File
@@ -45,24 +45,37 @@ const (
 	liveData     = 64 << 20 // where contents begin
 )
 
-// NewLivePool makes an empty pool in a file. The number of slots in a block is that for block devices if device is set.
+// NewLivePool makes an empty pool in a new file, or on a block device of at least 512 MiB. The number of slots in a
+// block is that for block devices if device is set.
 func NewLivePool(t testing.TB, path string, device bool) *LivePool {
 	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	p := &LivePool{Path: path, File: f, Size: livePoolSize, data: liveData, nids: map[daxfs.InodeKey][]uint64{}, contents: map[[32]byte]int64{}}
-	p.G = daxfs.Geometry{Slots: 2000, PerBlock: daxfs.SlotsPerBlock, Head: 8 * daxfs.BlockSize, Blocks: livePoolSize / daxfs.BlockSize}
+	p := &LivePool{
+		Path: path, File: f, Size: livePoolSize, data: liveData,
+		nids: map[daxfs.InodeKey][]uint64{}, contents: map[[32]byte]int64{},
+	}
+	p.G = daxfs.Geometry{
+		Slots: 2000, PerBlock: daxfs.SlotsPerBlock, Head: 8 * daxfs.BlockSize, Blocks: livePoolSize / daxfs.BlockSize,
+	}
 	if device {
 		p.G.PerBlock = 1
 	}
 	rand.Read(p.G.UUID[:])
-	if err := f.Truncate(p.Size); err != nil {
+	if st, err := f.Stat(); err != nil {
 		t.Fatal(err)
+	} else if st.Mode().IsRegular() {
+		if err := f.Truncate(p.Size); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := daxfs.FormatLive(f, p.G); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	p.next = p.G.TreeStart()
@@ -113,7 +126,9 @@ func (p *LivePool) Prepare(t testing.TB, files map[string]string) Prepared {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := Prepared{Slot: Slot{N: p.used, Name: p.G.SlotName(p.used), Nid: p.G.SlotNid(p.used), Nids: map[string]uint64{}, Off: map[string]int64{}}}
+	s := Prepared{Slot: Slot{
+		N: p.used, Name: p.G.SlotName(p.used), Nid: p.G.SlotNid(p.used), Nids: map[string]uint64{}, Off: map[string]int64{},
+	}}
 	p.used++
 	if err := plan.PlaceLive(p.G, p.next, s.N); err != nil {
 		t.Fatal(err)

@@ -1,5 +1,5 @@
-// Package mounttest is the test kit of the mount drivers: a private mount namespace, images that somebody else's tool made,
-// and a way to look at a mount from another process.
+// Package mounttest is the test kit of the mount drivers: a private mount namespace, images that somebody else's tool
+// made, and a way to look at a mount from another process.
 package mounttest
 
 import (
@@ -18,9 +18,9 @@ import (
 
 const envHelper = "DAXFS_MOUNTTEST_HELPER"
 
-// Main is the body of a TestMain. Run as root it starts the test binary again in a mount namespace of its own, so that no test can
-// leave a mount behind. Helpers are run instead of tests when Command asks for one by name; "compare" and "readall" are
-// there always.
+// Main is the body of a TestMain. Run as root it starts the test binary again in a mount namespace of its own, so
+// that no test can leave a mount behind. Helpers are run instead of tests when Command asks for one by name;
+// "compare" and "readall" are there always.
 func Main(m *testing.M, helpers map[string]func(args []string) error) {
 	if name := os.Getenv(envHelper); name != "" {
 		f := helpers[name]
@@ -106,7 +106,8 @@ func Tree(t testing.TB) string {
 	return dir
 }
 
-// Mkfs makes an EROFS image of dir with mkfs.erofs, which this project did not write. Without the tool the test is skipped.
+// Mkfs makes an EROFS image of dir with mkfs.erofs, which this project did not write. Without the tool the test is
+// skipped.
 func Mkfs(t testing.TB, dir, image string) {
 	t.Helper()
 	if _, err := exec.LookPath("mkfs.erofs"); err != nil {

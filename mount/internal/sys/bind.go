@@ -62,11 +62,12 @@ type Root struct {
 	Ino          uint64
 }
 
-// MountRoot describes the file at dir if dir is a mount point, from the caches of the kernel and in constant time, however
-// many mounts there are. ok is false if dir is no mount point or does not exist.
+// MountRoot describes the file at dir if dir is a mount point, from the caches of the kernel and in constant time,
+// however many mounts there are. ok is false if dir is no mount point or does not exist.
 func MountRoot(dir string) (r Root, ok bool, err error) {
 	var st unix.Statx_t
-	err = unix.Statx(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st)
+	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
+	err = unix.Statx(unix.AT_FDCWD, dir, flags, unix.STATX_INO, &st)
 	if errors.Is(err, unix.ENOENT) {
 		return Root{}, false, nil
 	}

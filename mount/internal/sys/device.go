@@ -3,13 +3,15 @@ package sys
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
 
-// FlushDevice drops what the page cache of a block device holds, so that the file system on it reads its metadata anew. Pages
-// that somebody reads at this moment stay.
+// FlushDevice drops what the page cache of a block device holds, so that the file system on it reads its metadata
+// anew. Pages that somebody reads at this moment stay.
 func FlushDevice(path string) error {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -22,7 +24,38 @@ func FlushDevice(path string) error {
 	return nil
 }
 
-// DeviceFree tells whether nobody holds a block device for himself, as mounted file systems do, lazily unmounted ones too.
+// DropMetadata makes a mounted EROFS that has no block device read its metadata anew. Linux 7.3 keeps metadata in a
+// cache of its own, which does not see what is written to the file below, and names the control of that cache by the
+// device number; before, metadata was that of the page cache of the file, and there is nothing to do. With all set
+// the caches of all EROFS file systems of the machine are dropped, whatever their controls are called: they only cost
+// time.
+func DropMetadata(major, minor uint32, all bool) error {
+	controls := []string{fmt.Sprintf("/sys/fs/erofs/%d:%d/drop_caches", major, minor)}
+	if all {
+		found, err := filepath.Glob("/sys/fs/erofs/*/drop_caches")
+		if err != nil {
+			return err
+		}
+		controls = found
+	}
+	for _, path := range controls {
+		f, err := os.OpenFile(path, os.O_WRONLY|unix.O_CLOEXEC, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString("1") // the cache of raw blocks, and not that of decompressed ones
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// DeviceFree tells whether nobody holds a block device for himself, as mounted file systems do, lazily unmounted ones
+// too.
 func DeviceFree(path string) (bool, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.EBUSY) {
@@ -34,9 +67,10 @@ func DeviceFree(path string) (bool, error) {
 	return true, unix.Close(fd)
 }
 
-// DeviceNumberFree tells whether no superblock has a device number of major 0, which file systems without a device get. The
-// kernel hands out the lowest number that is free: it is taken if new superblocks get all numbers around it. Another file
-// system may have taken it meanwhile; a number that is free proves that the superblock which had it is gone.
+// DeviceNumberFree tells whether no superblock has a device number of major 0, which file systems without a device
+// get. The kernel hands out the lowest number that is free: it is taken if new superblocks get all numbers around it.
+// Another file system may have taken it meanwhile; a number that is free proves that the superblock which had it is
+// gone.
 func DeviceNumberFree(major, minor uint32) (bool, error) {
 	if major != 0 {
 		return false, fmt.Errorf("device %d:%d belongs to a block device", major, minor)

@@ -23,7 +23,8 @@ func HasFilesystem(name, remedy string) error {
 	return explain(fmt.Errorf("look for file system %q: %w", name, err))
 }
 
-// MountOption returns the value of an option of the file system of a mount, as the kernel shows it, and whether it is there.
+// MountOption returns the value of an option of the file system of a mount, as the kernel shows it, and whether it is
+// there.
 func MountOption(m *mountinfo.Info, key string) (string, bool) {
 	for o := range strings.SplitSeq(m.VFSOptions, ",") {
 		if k, v, _ := strings.Cut(o, "="); k == key {
@@ -33,8 +34,8 @@ func MountOption(m *mountinfo.Info, key string) (string, bool) {
 	return "", false
 }
 
-// MatchTop returns the only mount on dir if it is of the type and has the flags that Do gives; else an error that says what
-// is there instead.
+// MatchTop returns the only mount on dir if it is of the type and has the flags that Do gives; else an error that
+// says what is there instead.
 func MatchTop(dir, fstype string, restrict bool) (*mountinfo.Info, error) {
 	m, n, err := Top(dir)
 	switch {

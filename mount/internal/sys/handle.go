@@ -24,8 +24,8 @@ type Handles struct {
 	bias uint64 // what is added to an inode number
 }
 
-// OpenHandles prepares dir, the root of a mounted pool. It proves that the root itself can be opened by a handle: where the
-// kernel cannot do that, every handle would look stale, and stale means that nobody has the file.
+// OpenHandles prepares dir, the root of a mounted pool. It proves that the root itself can be opened by a handle:
+// where the kernel cannot do that, every handle would look stale, and stale means that nobody has the file.
 //
 // The handle of a FUSE file holds the node number of the server, which is the inode number plus bias.
 func OpenHandles(dir string, bias uint64) (*Handles, error) {
@@ -62,7 +62,8 @@ func (h *Handles) learn(dir string) error {
 	return unix.Close(fd)
 }
 
-// Open opens an inode and returns its descriptor. The error is ESTALE if it is not in memory and cannot be read from the disk.
+// Open opens an inode and returns its descriptor. The error is ESTALE if it is not in memory and cannot be read from
+// the disk.
 func (h *Handles) Open(nid uint64, flags int) (fd int, err error) {
 	nid += h.bias
 	b := make([]byte, 0, 12)
@@ -94,8 +95,8 @@ func Handle(dir string) ([]byte, error) {
 	return append(binary.LittleEndian.AppendUint32(nil, uint32(fh.Type())), fh.Bytes()...), nil
 }
 
-// CloneHandle is OpenClone of the directory that Handle was asked about, in the file system that is mounted on dir. It reaches
-// directories above dir too.
+// CloneHandle is OpenClone of the directory that Handle was asked about, in the file system that is mounted on dir.
+// It reaches directories above dir too.
 func CloneHandle(dir string, handle []byte) (*Clone, error) {
 	if len(handle) < 4 {
 		return nil, fmt.Errorf("file handle of %d bytes, expected at least 4", len(handle))
@@ -114,9 +115,9 @@ func CloneHandle(dir string, handle []byte) (*Clone, error) {
 	return openClone(fd, "", unix.AT_EMPTY_PATH)
 }
 
-// OnlyUser tells whether fd is the only open file of its inode: no other descriptor, mapping or running program in any mount
-// namespace, and no loop device or file-backed mount. It asks for a write lease and gives it back. A process that opens
-// the file meanwhile waits for that.
+// OnlyUser tells whether fd is the only open file of its inode: no other descriptor, mapping or running program in
+// any mount namespace, and no loop device or file-backed mount. It asks for a write lease and gives it back. A
+// process that opens the file meanwhile waits for that.
 //
 // The lease does not see descriptors of O_PATH and working directories.
 func OnlyUser(fd int) (bool, error) {
@@ -133,8 +134,8 @@ func OnlyUser(fd int) (bool, error) {
 	return true, nil
 }
 
-// ShrinkDentries drops the names of a mounted file system that nothing uses. Every reconfiguration of a superblock does that
-// first. It must not be used on a file system that takes options when it is reconfigured.
+// ShrinkDentries drops the names of a mounted file system that nothing uses. Every reconfiguration of a superblock
+// does that first. It must not be used on a file system that takes options when it is reconfigured.
 func ShrinkDentries(dir string) error {
 	fd, err := unix.Fspick(unix.AT_FDCWD, dir, unix.FSPICK_CLOEXEC|unix.FSPICK_NO_AUTOMOUNT)
 	if err != nil {

@@ -25,8 +25,8 @@ type Namespace struct {
 	// pin is a mount point in the namespace via that keeps this one alive without a process.
 	pin string
 	via *Namespace
-	// table is the mount table of a process that may not be asked for its namespace, below /proc. It may be another view of
-	// a namespace that is known.
+	// table is the mount table of a process that may not be asked for its namespace, below /proc. It may be another
+	// view of a namespace that is known.
 	table string
 }
 
@@ -50,10 +50,10 @@ type NamespaceMount struct {
 // maxTasks is how many threads of one namespace are remembered.
 const maxTasks = 8
 
-// AllMounts returns the mounts of all mount namespaces that this process can find: those of all threads of all processes
-// below /proc, and those that a bind mount of their nsfs file keeps. Each is read as seen from its own root, because
-// /proc/PID/mountinfo leaves out what lies outside of the root directory of the process; only of a process that a security
-// module protects that is all there is.
+// AllMounts returns the mounts of all mount namespaces that this process can find: those of all threads of all
+// processes below /proc, and those that a bind mount of their nsfs file keeps. Each is read as seen from its own
+// root, because /proc/PID/mountinfo leaves out what lies outside of the root directory of the process; only of a
+// process that a security module protects that is all there is.
 func AllMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, true) }
 
 // OtherMounts is AllMounts without those of our own namespace.
@@ -97,8 +97,8 @@ func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
 	return out, nil
 }
 
-// UnmountIn removes the top mount on dir in another namespace. It fails with ErrBusy if that mount is used there, or if it may
-// not be unmounted there.
+// UnmountIn removes the top mount on dir in another namespace. It fails with ErrBusy if that mount is used there, or
+// if it may not be unmounted there.
 func UnmountIn(n *Namespace, dir string) error {
 	return elsewhere(func(proc *os.File) error {
 		if ok, err := n.enter(proc); err != nil || !ok {
@@ -125,8 +125,8 @@ func elsewhere(f func(proc *os.File) error) error {
 func onThread(done chan<- error, f func(proc *os.File) error) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
-		// The first thread never ends, and its namespace is what others take for that of the process. While this goroutine
-		// keeps it, another one runs on another thread.
+		// The first thread never ends, and its namespace is what others take for that of the process. While this
+		// goroutine keeps it, another one runs on another thread.
 		defer runtime.UnlockOSThread()
 		next := make(chan error)
 		go onThread(next, f)
@@ -206,8 +206,8 @@ func namespaces(ctx context.Context) (*set, error) {
 	return s, nil
 }
 
-// enter changes the namespace of this thread. It is false if the namespace has ended. proc is needed because "/proc" is another
-// directory after the change.
+// enter changes the namespace of this thread. It is false if the namespace has ended. proc is needed because "/proc"
+// is another directory after the change.
 func (n *Namespace) enter(proc *os.File) (bool, error) {
 	if n.table != "" {
 		return false, fmt.Errorf("%v may not be entered: %w", n, ErrBusy)

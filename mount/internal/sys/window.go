@@ -12,16 +12,16 @@ import (
 
 const blockSize = 4096
 
-// Mapping is a window of a file or device in memory, read-only and shared. If the file shrinks, reading what is gone is a
-// fault: callers use debug.SetPanicOnFault and recover.
+// Mapping is a window of a file or device in memory, read-only and shared. If the file shrinks, reading what is gone
+// is a fault: callers use debug.SetPanicOnFault and recover.
 type Mapping struct {
 	all []byte // what munmap(2) wants
 	// Window holds exactly the bytes asked for. It must not be used after Close.
 	Window []byte
 }
 
-// MapWindow maps [off, off+size) of the file at path. The path "/dev/fd/N" stands for descriptor N of this process itself, for
-// what cannot be opened by a name, such as a dma-buf; it stays open.
+// MapWindow maps [off, off+size) of the file at path. The path "/dev/fd/N" stands for descriptor N of this process
+// itself, for what cannot be opened by a name, such as a dma-buf; it stays open.
 func MapWindow(path string, off, size int64) (*Mapping, error) {
 	if off < 0 || size <= 0 || off%blockSize != 0 || size > 1<<46 {
 		return nil, fmt.Errorf("window %d+%d of %q: expected an offset that is a multiple of %d and a positive size", off, size, path, blockSize)
@@ -39,8 +39,8 @@ func MapWindow(path string, off, size int64) (*Mapping, error) {
 		return nil, fmt.Errorf("window %d+%d of %q: the file has %d bytes only", off, size, path, st.Size())
 	}
 	if st.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice {
-		// The page cache of a block device may be older than the memory below it, which other kernels write as well. What
-		// is mapped elsewhere stays in it.
+		// The page cache of a block device may be older than the memory below it, which other kernels write as well.
+		// What is mapped elsewhere stays in it.
 		_ = unix.Fadvise(int(f.Fd()), off, size, unix.FADV_DONTNEED)
 	}
 	m, err := mapRange(int(f.Fd()), off, size)

@@ -1,0 +1,75 @@
+package live
+
+import (
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// Without one of the guards there are foreign bytes, so TestHolders could find them: without the lease for who has a file open
+// or mapped; without waiting for eviction for who has a working directory in an overlay that no table shows.
+func TestHoldersControl(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		how   grasp
+		lease bool
+	}{
+		{"descriptor without lease", grasp{Mount: "overlay", Lazy: true, Thing: "fd"}, false},
+		{"mapping without lease", grasp{Mount: "lowers", Lazy: true, Namespace: true, Thing: "map"}, false},
+		{"working directory without eviction", grasp{Mount: "overlay", Lazy: true, Thing: "cwd"}, true},
+		{"O_PATH without eviction", grasp{Mount: "lowers", Lazy: true, Thing: "path"}, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			pl := holderPlaces[0]
+			pl.slots = 400
+			h := newHouse(t, newBed(t, pl, newSeed(t)))
+			h.byHand = true
+			if err := h.settle(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			var holders []*held
+			for i := range 6 {
+				x := &held{id: i, n: 0, w: h.workers[i%2], how: tc.how, over: filepath.Join(h.over, strconv.Itoa(i))}
+				if err := h.take(x, h.images[0].dir); err != nil {
+					t.Fatal(err)
+				}
+				holders = append(holders, x)
+			}
+			if ok, err := h.remove(t.Context(), 0, func() {}); err != nil || !ok {
+				t.Fatalf("removed: %t, %v", ok, err)
+			}
+			delete(h.images, 0)
+			free := func() error { return freeAll(t, h.p) }
+			if tc.lease {
+				free = func() error { return h.sweep(t.Context()) }
+			}
+			if err := free(); err != nil {
+				t.Fatal(err)
+			}
+			for range 20 {
+				if err := h.settle(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				for _, x := range holders {
+					if a := x.w.do(order{Do: "check", Hold: x.id}); strings.Contains(a.Err, "are those of") {
+						t.Logf("as expected: %s", a.Err)
+						return
+					}
+				}
+			}
+			t.Error("nobody saw the bytes of another image: TestHolders could not fail")
+		})
+	}
+}
+
+// freeAll frees without asking the kernel.
+func freeAll(t *testing.T, p *pool.Pool) error {
+	erased, err := p.Erase(t.Context(), p.Dead())
+	if err != nil {
+		return err
+	}
+	return p.Free(t.Context(), erased)
+}

@@ -1,0 +1,96 @@
+package live
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
+)
+
+const envHelper = "DAXFS_LIVE_HELPER"
+
+// helpers are what this program is when it is started as another process.
+var helpers = map[string]func(args []string) error{"serve": fusefs.ServeArgs, "worker": work, "daemon": serveDaemon}
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv(envHelper); name != "" {
+		if err := helpers[name](os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, name+":", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(mountns.Main(m))
+}
+
+// command starts this program as a helper, in the same mount namespace.
+func command(helper string, args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), envHelper+"="+helper)
+	return cmd
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+}
+
+// times returns how often something is done: n, or less with -short, or more as DAXFS_TEST_STRESS says.
+func times(t *testing.T, n int) int {
+	t.Helper()
+	if v := os.Getenv("DAXFS_TEST_STRESS"); v != "" {
+		k, err := strconv.Atoi(v)
+		if err != nil {
+			t.Fatalf("DAXFS_TEST_STRESS: %v", err)
+		}
+		return n * k
+	}
+	if testing.Short() {
+		return max(n/10, 10)
+	}
+	return n
+}
+
+// newSeed returns the seed of the test's choices, and says it.
+func newSeed(t *testing.T) uint64 {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	if v := os.Getenv("DAXFS_TEST_SEED"); v != "" {
+		n, err := strconv.ParseUint(v, 10, 64)
+		if err != nil {
+			t.Fatalf("DAXFS_TEST_SEED: %v", err)
+		}
+		seed = n
+	}
+	t.Logf("DAXFS_TEST_SEED=%d", seed)
+	return seed
+}
+
+// kernelWarnings returns the lines of the kernel's log that tell of a bug in it, so far.
+func kernelWarnings(t *testing.T) int {
+	t.Helper()
+	out, err := exec.Command("dmesg").Output()
+	if err != nil {
+		t.Logf("the kernel's log is not looked at: %v", err)
+		return 0
+	}
+	n := 0
+	for s := bufio.NewScanner(strings.NewReader(string(out))); s.Scan(); {
+		for _, bad := range []string{"WARNING: ", "BUG: ", "general protection fault", "Oops", "blocked for more than"} {
+			if strings.Contains(s.Text(), bad) {
+				n++
+				break
+			}
+		}
+	}
+	return n
+}
