@@ -14,8 +14,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if restrict
-// is set. The mount holds the image.
+// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if
+// restrict is set. The mount holds the image.
 func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (Info, error) {
 	dir, err := cleanDir(dir)
 	if err != nil {
@@ -44,6 +44,10 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	err = s.amendImage(m.Key, func(r *imageRecord) { r.Holders = add(r.Holders, holder) })
 	if err != nil {
 		return Info{}, err
+	}
+	// What its user lays over it, nothing tells us: an overlay keeps a mount of its own of what lies below it.
+	if err := s.noteLoose(); err != nil {
+		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
 	}
 	if err := s.table.Bind(ctx, m.Key, dir, restrict); err != nil {
 		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
