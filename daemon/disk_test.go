@@ -40,8 +40,9 @@ func smallDisk(t *testing.T) string {
 	return dir
 }
 
-// A full disk is an error that says so, and what is there already goes on. With room again the same pull succeeds. The pool is
-// in memory, and packs or directories fill the disk; or it is a file on that disk, sparse and larger than what it may grow to.
+// A full disk is an error that says so, and what is there already goes on. With room again the same pull succeeds. The
+// pool is in memory, and packs or directories fill the disk; or it is a file on that disk, sparse and larger than what
+// it may grow to.
 func TestFullDisk(t *testing.T) {
 	for _, f := range flavours[:2] {
 		for _, stream := range []bool{false, true} {
@@ -81,7 +82,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// A container that fills the disk to the last block and inode, and is removed, gives everything back; the next one starts.
+// A container that fills the disk to the last block and inode, and is removed, gives everything back; the next one
+// starts.
 func TestFullDiskGetsFree(t *testing.T) {
 	for _, f := range flavours[:2] {
 		t.Run(f.name, func(t *testing.T) {

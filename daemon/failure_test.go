@@ -46,8 +46,8 @@ func inside(t *testing.T, f flavour, change func(*config.Config)) (*client, *mac
 	return cl, m
 }
 
-// A pool that is too small for what is pulled gives plain directories, and what is there already goes on; room that is made
-// is used again.
+// A pool that is too small for what is pulled gives plain directories, and what is there already goes on; room that is
+// made is used again.
 func TestFullPool(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
