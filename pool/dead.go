@@ -138,7 +138,7 @@ func (p *Pool) free(es []*extent) error {
 	}
 	p.mu.Lock()
 	for _, e := range es {
-		e.inodes = nil
+		e.dropInodes()
 		p.forgetExtent(e)
 	}
 	p.freeing++
@@ -258,9 +258,9 @@ func (p *Pool) turn(dead []*extent) error {
 	clear(p.images)
 	clear(p.stale)
 	clear(p.erase)
-	p.empty.inodes = nil
+	p.empty.dropInodes()
 	for _, e := range p.extents {
-		e.inodes = nil
+		e.dropInodes()
 	}
 	for _, e := range dead {
 		p.forgetExtent(e)

@@ -28,6 +28,8 @@ type extent struct {
 	// inodes are those of regular files that have these contents. They stay as long as the extent: while one may be in a
 	// kernel's memory, the bytes that it points to must not become another file's.
 	inodes []sharedInode
+	// byKey holds the nids of inodes, once there are many: those of empty files become more and more in an epoch.
+	byKey  map[daxfs.InodeKey][]uint64
 	died   int64 // when the last reference went; 0 while there is one
 	erased bool  // inodes may be zero already, so the extent never comes to life again
 }
@@ -37,6 +39,46 @@ type sharedInode struct {
 	key daxfs.InodeKey
 	nid uint64
 	run int64
+}
+
+// fewInodes are looked through one by one.
+const fewInodes = 16
+
+// addInode notes an inode that points to the extent. Preconditions: mu is held.
+func (e *extent) addInode(in sharedInode) {
+	e.inodes = append(e.inodes, in)
+	switch {
+	case e.byKey != nil:
+		e.byKey[in.key] = append(e.byKey[in.key], in.nid)
+	case len(e.inodes) > fewInodes:
+		e.byKey = map[daxfs.InodeKey][]uint64{}
+		for _, in := range e.inodes {
+			e.byKey[in.key] = append(e.byKey[in.key], in.nid)
+		}
+	}
+}
+
+// dropInodes forgets all inodes. Preconditions: mu is held.
+func (e *extent) dropInodes() { e.inodes, e.byKey = nil, nil }
+
+// nth returns the inode of the seq-th file with a key, or 0. Preconditions: mu is held.
+func (e *extent) nth(key daxfs.InodeKey, seq int) uint64 {
+	if e.byKey != nil {
+		if nids := e.byKey[key]; seq < len(nids) {
+			return nids[seq]
+		}
+		return 0
+	}
+	for _, in := range e.inodes {
+		if in.key != key {
+			continue
+		}
+		if seq == 0 {
+			return in.nid
+		}
+		seq--
+	}
+	return 0
 }
 
 func (e *extent) span() alloc.Span { return alloc.Span{Off: e.off, Len: alloc.RoundUnit(e.size)} }

@@ -261,20 +261,6 @@ func (a *addition) variant(from *extent) (*extent, error) {
 	return e, nil
 }
 
-// nth returns the inode of the seq-th file with a key, or 0.
-func (e *extent) nth(key daxfs.InodeKey, seq int) uint64 {
-	for _, in := range e.inodes {
-		if in.key != key {
-			continue
-		}
-		if seq == 0 {
-			return in.nid
-		}
-		seq--
-	}
-	return 0
-}
-
 // brought lists the inodes that the run brings, by the offset of what they point to.
 func (a *addition) brought() []runInode {
 	var out []runInode
@@ -302,7 +288,7 @@ func (a *addition) keep(brought []runInode) {
 		if in.size > 0 {
 			e = p.extents[in.off]
 		}
-		e.inodes = append(e.inodes, sharedInode{key: in.key, nid: in.nid, run: a.run0})
+		e.addInode(sharedInode{key: in.key, nid: in.nid, run: a.run0})
 	}
 	p.images[m.Key] = &image{storedImage: m, used: a.used}
 	for _, e := range a.used {

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -359,8 +360,14 @@ func (p *Pool) startEpoch(gen uint64, uuid [16]byte) error {
 	}
 	p.tree = p.header.firstChunk()
 	var extents []alloc.Span
+	metaEnd := p.header.size
 	for _, e := range p.extents {
 		extents = append(extents, e.span())
+		metaEnd = min(metaEnd, e.off)
+	}
+	if p.region.Info().Sparse { // what runs and segments of the last epoch took
+		at := p.header.geo.TreeStart()
+		p.punch(alloc.Span{Off: at, Len: metaEnd - at})
 	}
 	var err error
 	if p.space, err = alloc.New(p.header.lowStart(), p.header.size, p.reserve(), nil, extents); err != nil {
@@ -488,8 +495,9 @@ func (p *Pool) adopt(c *contents) error {
 
 // adoptRuns gives extents their inodes. An extent that only inodes know is dead.
 func (p *Pool) adoptRuns(runs map[int64][]runInode) error {
-	for run, inodes := range runs {
-		for _, in := range inodes {
+	// By place, so that the inodes of a key are in the same order each time.
+	for _, run := range slices.Sorted(maps.Keys(runs)) {
+		for _, in := range runs[run] {
 			e := p.empty
 			if in.size > 0 {
 				e = p.extents[in.off]
@@ -503,13 +511,9 @@ func (p *Pool) adoptRuns(runs map[int64][]runInode) error {
 			if e.size != in.size {
 				return fmt.Errorf("run at %d: inode %d of %d bytes at %d, which has %d", run, in.nid, in.size, in.off, e.size)
 			}
-			e.inodes = append(e.inodes, sharedInode{key: in.key, nid: in.nid, run: run})
+			e.addInode(sharedInode{key: in.key, nid: in.nid, run: run})
 		}
 	}
-	for _, e := range p.extents {
-		slices.SortFunc(e.inodes, func(a, b sharedInode) int { return cmp.Compare(a.nid, b.nid) })
-	}
-	slices.SortFunc(p.empty.inodes, func(a, b sharedInode) int { return cmp.Compare(a.nid, b.nid) })
 	return nil
 }
 

@@ -113,7 +113,11 @@ func (b *bed) makeFS(t *testing.T) {
 	if err := os.Truncate(img, b.disk); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command(mkfs, img).CombinedOutput(); err != nil {
+	args := []string{img}
+	if b.fs == "ext4" { // blocks of a page also where it is small, and all of them for us
+		args = []string{"-q", "-b", "4096", "-m", "0", img}
+	}
+	if out, err := exec.Command(mkfs, args...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
 	if out, err := exec.Command("mount", "-o", "loop", img, b.dir).CombinedOutput(); err != nil {
@@ -161,14 +165,19 @@ func (b *bed) tryOpenTable(ctx context.Context, warn mount.Warning) (err error) 
 // open opens the pool again that close has closed, or another process.
 func (b *bed) open(t *testing.T) {
 	t.Helper()
-	var err error
+	if err := b.tryOpen(t.Context(), b.options(t), t.Logf); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (b *bed) tryOpen(ctx context.Context, o pool.Options, warn mount.Warning) (err error) {
 	if b.r, err = region.Open(b.config()); err != nil {
-		t.Fatal(err)
+		return err
 	}
-	if b.p, err = pool.Open(b.r, b.indexFile(), b.options(t)); err != nil {
-		t.Fatal(err)
+	if b.p, err = pool.Open(b.r, b.indexFile(), o); err != nil {
+		return err
 	}
-	b.openTable(t)
+	return b.tryOpenTable(ctx, warn)
 }
 
 func (b *bed) close(t *testing.T) {

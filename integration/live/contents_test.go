@@ -95,7 +95,7 @@ var shapes = map[string]shape{
 	// Of few sizes, so that space that becomes free is taken by the next image.
 	"reuse": {Common: 20, Take: 6, Own: 10, Sizes: []int{3000, 3000, 20_000, 20_000, 70_000, 300_000}},
 	// Small ones, for many of them.
-	"small": {Common: 40, Take: 6, Own: 4, Sizes: []int{200, 3000, 9000}},
+	"small": {Common: 40, Take: 6, Own: 4, Sizes: []int{0, 200, 3000, 9000}},
 }
 
 // image is what an image of a shape with a number holds, by path; "" is the root.
