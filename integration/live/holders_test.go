@@ -181,10 +181,10 @@ func (h *house) grasp() grasp {
 		Thing: []string{"fd", "map", "cwd", "dirfd", "path"}[h.rnd.IntN(5)],
 	}
 	if h.byHand {
-		g.Lazy = h.rnd.IntN(3) > 0
-		kinds := []string{"own", "overlay", "lowers", "bind", "idmapped"}
+		g.Lazy = h.rnd.IntN(6) > 0
+		kinds := []string{"own", "overlay", "overlay", "lowers", "lowers", "bind", "bind", "idmapped", "idmapped"}
 		if h.driver == "fuse" {
-			kinds = kinds[:4] // it has no mapped owners
+			kinds = kinds[:7] // it has no mapped owners
 		}
 		g.Mount = kinds[h.rnd.IntN(len(kinds))]
 	}

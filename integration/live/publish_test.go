@@ -27,7 +27,7 @@ func TestPublish(t *testing.T) {
 	for _, pl := range publishPlaces {
 		t.Run(pl.String(), func(t *testing.T) {
 			seed := newSeed(t)
-			count := times(t, 60)
+			count := times(t, 50)
 			pl.slots = count + 10
 			pl.size += int64(count) * 64 << 10
 			pl.disk += int64(count) * 64 << 10
