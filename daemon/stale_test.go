@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
@@ -92,7 +93,8 @@ func TestDriverChanged(t *testing.T) {
 	}
 }
 
-// A mount that shows what the pool gave away keeps no daemon from starting, however busy, and is never used.
+// A mount that shows what the pool gave away keeps no daemon from starting, however busy, and is never used: the image can
+// be mounted again when its user is gone.
 func TestStaleMountIsBusy(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -110,6 +112,10 @@ func TestStaleMountIsBusy(t *testing.T) {
 		defer done()
 		m.must(p.RemoveImage(ctx, p.Images()[0].Key))
 	})
+	if mounts, err := m.sn.Mounts(ctx, "default/100/c"); !errdefs.IsFailedPrecondition(err) {
+		t.Fatalf("while a removed image is in use: %v, %v", mounts, err)
+	}
+	m.must(user.Close())
 	mounts, err := m.sn.Mounts(ctx, "default/100/c")
 	m.must(err)
 	m.compare(mounts, a)

@@ -318,15 +318,15 @@ func TestUnused(t *testing.T) {
 				if got := ask(true, held); got[0] {
 					t.Error("an inode that is held counts as evicted")
 				}
+				if d.Name() == "erofs-dax" {
+					return // an inode that was mapped stays in memory as long as the pool is mounted
+				}
 				end()
 				for range 100 { // the kernel closes the files of a process that ended a little later
 					if got = ask(false, held); got[0] {
 						break
 					}
 					time.Sleep(10 * time.Millisecond)
-				}
-				if d.Name() == "erofs-dax" {
-					return // an inode that was mapped stays in memory as long as the pool is mounted
 				}
 				if !got[0] {
 					t.Error("the file is in use after its holder ended")
@@ -386,7 +386,11 @@ func TestUnusedMountedTwice(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err := tab.Unused(t.Context(), nil, nil)
-		if !errors.Is(err, mount.ErrBusy) || !strings.Contains(err.Error(), dir) {
+		if d.Name() == "erofs-dax" {
+			if err != nil { // a device has one superblock, however often it is mounted
+				t.Error(err)
+			}
+		} else if !errors.Is(err, mount.ErrBusy) || !strings.Contains(err.Error(), dir) {
 			t.Errorf("unused: %v, expected ErrBusy that names %s", err, dir)
 		}
 		if err := sys.Unmount(t.Context(), dir); err != nil {

@@ -30,8 +30,9 @@ type Peek struct {
 	Records map[string]map[string][]byte
 }
 
-// ReadIndex reads an index that no process has open, without locking or changing it: an owner that starts meanwhile is not
-// disturbed. size is that of the pool. Errors: region.ErrBusy if there is an owner, which alone knows what holds now.
+// ReadIndex reads an index that no process has open, without locking or changing it: an owner that starts meanwhile
+// is not disturbed. size is that of the pool. Errors: region.ErrBusy if there is an owner, which alone knows what
+// holds now.
 func ReadIndex(path string, size int64) (*Peek, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -7,7 +7,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -24,66 +23,80 @@ func (s *Snapshotter) dropDirs(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		all, err := all(ctx, tx)
+		if err != nil {
+			return err
+		}
 		seen := map[string]bool{}
-		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
-			if info.Kind != snapshots.KindCommitted {
-				return nil
+		for name, top := range all {
+			if top.info.Kind != snapshots.KindCommitted || !top.rec.Built {
+				continue
 			}
-			links, err := chain(ctx, tx, info.Name)
-			if err != nil || !links[0].rec.Built {
-				return err
-			}
-			for _, l := range links {
+			for _, l := range all.chain(name) {
 				if l.rec.hasDir() && l.rec.Ingested && !named[l.id] && !seen[l.id] {
 					seen[l.id] = true
 					candidates = append(candidates, l)
 				}
 			}
-			return nil
-		})
+		}
+		return nil
 	})
 	if err != nil {
 		return err
 	}
-	var errs []error
-	for _, l := range candidates {
-		if err := s.dropDir(ctx, l); err != nil {
-			errs = append(errs, s.unlessGone(ctx, l.info.Name, err))
-		}
-	}
-	return errors.Join(errs...)
+	return s.drop(ctx, candidates)
 }
 
-// dropDir removes the directory of one layer. The record goes first: from then on nobody begins to read the directory,
-// and whoever began before holds a pin.
-func (s *Snapshotter) dropDir(ctx context.Context, l link) error {
-	key := s.dirKey(l.id)
-	unpin := s.pins.pin(key)
-	ns, _ := splitName(l.info.Name)
-	err := s.lowers.AddDir(ctx, ns, key, s.upper(l.id)) // it may have been evicted since it was stored
-	if err == nil {
-		err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
-			if id, _, _, err := storage.GetInfo(ctx, l.info.Name); err != nil || id != l.id {
-				return err
-			}
-			named, err := namedDirs(ctx, tx)
-			if err != nil || named[l.id] {
-				return err
+// drop removes the directories of layers. The records go first: from then on nobody begins to read the directories, and
+// whoever began before holds a pin.
+func (s *Snapshotter) drop(ctx context.Context, candidates []link) error {
+	if len(candidates) == 0 {
+		return nil
+	}
+	var stored []link
+	var unpins []func()
+	var errs []error
+	for _, l := range candidates {
+		unpins = append(unpins, s.pins.pin(s.dirKey(l.id)))
+		ns, _ := splitName(l.info.Name)
+		// It may have been evicted since it was stored.
+		if err := s.lowers.AddDir(ctx, ns, s.dirKey(l.id), s.upper(l.id)); err != nil {
+			errs = append(errs, s.unlessGone(ctx, l.info.Name, err))
+			continue
+		}
+		stored = append(stored, l)
+	}
+	err := s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		named, err := namedDirs(ctx, tx)
+		if err != nil {
+			return err
+		}
+		for _, l := range stored {
+			id, _, _, err := storage.GetInfo(ctx, l.info.Name)
+			if err != nil || id != l.id || named[l.id] {
+				continue // it was removed, or something stands on it by now
 			}
 			rec, err := getRecord(tx, l.id)
 			if err != nil {
 				return err
 			}
 			rec.Dropped = true
-			return putRecord(tx, l.id, rec)
-		})
+			if err := putRecord(tx, l.id, rec); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	for _, unpin := range unpins {
+		unpin()
 	}
-	unpin()
 	if err != nil {
-		return err
+		return errors.Join(append(errs, err)...)
 	}
-	log.G(ctx).WithField("snapshot", l.info.Name).Debug("the layer is in the pool, removing its directory")
-	return s.removeDropped(ctx, l.info.Name)
+	for _, l := range stored {
+		errs = append(errs, s.removeDropped(ctx, l.info.Name))
+	}
+	return errors.Join(errs...)
 }
 
 // removeDropped removes what is left of the directory of a committed snapshot that no longer needs it.

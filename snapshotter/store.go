@@ -255,6 +255,39 @@ func chain(ctx context.Context, tx *bolt.Tx, name string) ([]link, error) {
 	return links, nil
 }
 
+// all returns all snapshots, by name, active ones and views too.
+func all(ctx context.Context, tx *bolt.Tx) (everything, error) {
+	ids, err := storage.IDMap(ctx)
+	if err != nil {
+		return nil, err
+	}
+	byName := make(map[string]string, len(ids))
+	for id, name := range ids {
+		byName[name] = id
+	}
+	e := make(everything, len(ids))
+	return e, storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+		id := byName[info.Name]
+		rec, err := getRecord(tx, id)
+		e[info.Name] = link{id: id, info: info, rec: rec}
+		return err
+	})
+}
+
+// everything are all snapshots, by name.
+type everything map[string]link
+
+// chain returns a snapshot and those below it. Top first.
+func (e everything) chain(name string) []link {
+	var links []link
+	for name != "" {
+		l := e[name]
+		links = append(links, l)
+		name = l.info.Parent
+	}
+	return links
+}
+
 // nameOf returns the name of the snapshot with an id.
 func nameOf(ctx context.Context, id string) (string, error) {
 	ids, err := storage.IDMap(ctx)

@@ -46,7 +46,9 @@ func (s *Snapshotter) removeDirs(ctx context.Context) error {
 					return err
 				}
 			case rec.Image != "" && !rec.hasDir():
-				committed = append(committed, ids[id])
+				if _, err := os.Lstat(s.upper(id)); err == nil {
+					committed = append(committed, ids[id])
+				}
 			}
 		}
 		gone, err := goneLowers(tx)

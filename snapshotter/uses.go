@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -67,29 +66,26 @@ func (s *Snapshotter) uses(ctx context.Context) (*uses, error) {
 		for _, low := range gone {
 			u.stand(low, "")
 		}
-		hasChild := map[string]bool{}
-		err = storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
-			hasChild[info.Parent] = hasChild[info.Parent] || info.Kind == snapshots.KindCommitted
-			return nil
-		})
+		all, err := all(ctx, tx)
 		if err != nil {
 			return err
 		}
-		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
-			return s.usesOf(ctx, tx, info, hasChild[info.Name], u)
-		})
+		hasChild := map[string]bool{}
+		for _, l := range all {
+			hasChild[l.info.Parent] = hasChild[l.info.Parent] || l.info.Kind == snapshots.KindCommitted
+		}
+		for name := range all {
+			s.usesOf(all.chain(name), hasChild[name], u)
+		}
+		return nil
 	})
 	return u, err
 }
 
-// usesOf adds what one snapshot needs. A layer that is only claimed, and an image with one, may be another namespace's:
-// they are not needed before the claim is proven.
-func (s *Snapshotter) usesOf(ctx context.Context, tx *bolt.Tx, info snapshots.Info, hasChild bool, u *uses) error {
-	links, err := chain(ctx, tx, info.Name)
-	if err != nil {
-		return err
-	}
-	id, rec := links[0].id, links[0].rec
+// usesOf adds what the first of links, a snapshot and those below it, needs. A layer that is only claimed, and an image
+// with one, may be another namespace's: they are not needed before the claim is proven.
+func (s *Snapshotter) usesOf(links []link, hasChild bool, u *uses) {
+	id, info, rec := links[0].id, links[0].info, links[0].rec
 	ns, _ := splitName(info.Name)
 	if rec.Claim == nil {
 		for _, key := range rec.Streamed {
@@ -106,12 +102,11 @@ func (s *Snapshotter) usesOf(ctx context.Context, tx *bolt.Tx, info snapshots.In
 	u.stand(rec.Lower, ns)
 	proven := !slices.ContainsFunc(links, func(l link) bool { return l.rec.Claim != nil })
 	if rec.Image == "" || !proven {
-		return nil
+		return
 	}
 	if rec.Top || !hasChild {
 		u.raise(rec.Image, ns, Ready)
 	} else {
 		u.raise(rec.Image, ns, Stored)
 	}
-	return nil
 }

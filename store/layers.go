@@ -73,8 +73,8 @@ func stored(diffID digest.Digest, made *layer.Layer, size int64) Stored {
 	}
 }
 
-// AddDir stores the changes in dir, the upper directory of an overlay, as layer key, which holder holds. It does nothing
-// if the layer is stored already.
+// AddDir stores the changes in dir, the upper directory of an overlay, as layer key, which holder holds. It does
+// nothing if the layer is stored already.
 func (s *Store) AddDir(ctx context.Context, holder, key, dir string) error {
 	unlock, err := s.layers.lock(ctx, key)
 	if err != nil {
@@ -164,9 +164,9 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 
 // AddBlob stores an OCI layer. The layer survives a reboot when AddBlob returns.
 //
-// A layer that is stored already is not read again if the store once read it from the blob with the same digest, and the
-// caller can open that blob. That the caller expects its diff ID is no reason: it would give him bytes that he may not
-// have.
+// A layer that is stored already is not read again if the store once read it from the blob with the same digest, and
+// the caller can open that blob. That the caller expects its diff ID is no reason: it would give him bytes that he
+// may not have.
 func (s *Store) AddBlob(ctx context.Context, b Blob) (Stored, error) {
 	if b.DiffID != "" {
 		// Others that stream the same layer wait here, and then find it.
@@ -195,7 +195,8 @@ func (s *Store) holdLayer(key string, b Blob) error {
 	})
 }
 
-// find returns a layer that is stored, durably, and of which the caller has the blob. Preconditions: the layer is locked.
+// find returns a layer that is stored, durably, and of which the caller has the blob. Preconditions: the layer is
+// locked.
 func (s *Store) find(ctx context.Context, b Blob) (Stored, bool) {
 	if b.Digest == "" || b.Digest != b.DiffID && s.provenLayer(b.Digest) != BlobKey(b.DiffID) {
 		return Stored{}, false

@@ -14,8 +14,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if restrict
-// is set. The mount holds the image.
+// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if
+// restrict is set. The mount holds the image.
 func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (Info, error) {
 	dir, err := cleanDir(dir)
 	if err != nil {

@@ -7,12 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/pool"
-	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // Version 1 of the program had its pool in <root>/pool/region, unless the configuration said otherwise, and its index in
@@ -26,46 +26,54 @@ const (
 	oldSuffix = ".v1"
 )
 
-// oldPool is what is left of a pool of version 1. A device has no file that could be removed.
-type oldPool struct{ region, index string }
+// oldShm was the default for kind tmpfs.
+const oldShm = "/dev/shm/daxfs-snapshotter.pool"
 
-// findOldPool finds a pool of version 1, and moves it out of the way of the one that is configured.
-func findOldPool(root string, p *Pool) (*oldPool, error) {
+// oldPool is what is left of version 1: pools, of which there is more than one if the configuration was changed, and the
+// index. A pool on a device has no file that could be removed.
+type oldPool struct {
+	regions []string
+	index   string
+}
+
+// findOldPool finds the pools of version 1, and moves one out of the way of the pool that is configured.
+func findOldPool(root string, p Pool) (*oldPool, error) {
 	index := filepath.Join(root, "pool", oldIndex)
 	if _, err := os.Lstat(index); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
-	old := &oldPool{region: filepath.Join(root, "pool", oldRegion), index: index}
-	switch p.Kind {
-	case region.KindFile, region.KindTmpfs, region.KindHugetlbfs:
-	default:
-		old.region = ""
-		return old, nil
-	}
-	if p.Path == "" {
-		return old, nil
-	}
-	moved := p.Path + oldSuffix
-	if isOld(p.Path) {
-		if err := unix.Renameat2(unix.AT_FDCWD, p.Path, unix.AT_FDCWD, moved, unix.RENAME_NOREPLACE); err != nil {
-			return nil, fmt.Errorf("move the pool of an earlier version from %q to %q: %w", p.Path, moved, err)
+	old := &oldPool{index: index}
+	candidates := []string{filepath.Join(root, "pool", oldRegion), oldShm}
+	if p.Path != "" {
+		moved := p.Path + oldSuffix
+		if isOld(p.Path) {
+			if err := unix.Renameat2(unix.AT_FDCWD, p.Path, unix.AT_FDCWD, moved, unix.RENAME_NOREPLACE); err != nil {
+				return nil, fmt.Errorf("move the pool of version 1 from %q to %q: %w", p.Path, moved, err)
+			}
 		}
+		candidates = append(candidates, moved)
 	}
-	if _, err := os.Lstat(moved); err == nil {
-		old.region = moved
+	for _, path := range candidates {
+		if isOld(path) {
+			old.regions = append(old.regions, path)
+		}
 	}
 	return old, nil
 }
 
-// isOld reports whether a file holds a pool of an earlier version.
+// isOld reports whether a path is a file of ours that holds a pool of an earlier version.
 func isOld(path string) bool {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return false
 	}
 	defer f.Close()
+	st, err := f.Stat()
+	if err != nil || !st.Mode().IsRegular() || int(st.Sys().(*syscall.Stat_t).Uid) != os.Geteuid() {
+		return false
+	}
 	_, err = pool.ReadCatalogue(f)
 	return errors.Is(err, pool.ErrVersion)
 }
@@ -91,29 +99,26 @@ func (s *Store) retire(ctx context.Context) error {
 			user = fmt.Sprintf("%q, used by %s", m.Dir, m.UsedBy)
 		}
 	}
-	if user == "" && old.region != "" {
-		used, err := fileInUse(old.region)
+	for _, path := range old.regions {
+		used, err := fileInUse(path)
 		if err != nil {
 			return err
 		}
-		if used {
+		if used && user == "" {
 			user = "a file system or a process that no mount table shows"
 		}
 	}
+	logger := log.G(ctx).WithField("pools", old.regions)
 	if user != "" {
-		log.G(ctx).WithField("pool", old.region).WithField("user", user).
-			Info("a pool of version 1 stays until nothing that was mounted from it is left")
+		logger.WithField("user", user).Info("a pool of version 1 stays until nothing that was mounted from it is left")
 		return nil
 	}
-	for _, path := range []string{old.region, old.index} {
-		if path == "" {
-			continue
-		}
+	for _, path := range append(old.regions, old.index) {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	log.G(ctx).WithField("pool", old.region).Info("removed a pool of version 1")
+	logger.Info("removed what was left of version 1")
 	s.mu.Lock()
 	s.old = nil
 	s.mu.Unlock()

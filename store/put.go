@@ -38,8 +38,8 @@ func (s *Store) info(m pool.Image) Info {
 	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders}
 }
 
-// Find returns the image that a user means: by its key or the beginning of that, a name of the OCI image, or the name of
-// a pin.
+// Find returns the image that a user means: by its key or the beginning of that, a name of the OCI image, or the name
+// of a pin.
 func (s *Store) Find(name string) (Info, error) { return Match(s.Images(), name) }
 
 // Match is Find among images that a store listed.
@@ -63,14 +63,14 @@ func Match(images []Info, name string) (Info, error) {
 	return Info{}, fmt.Errorf("image %q: %d images begin with that: %w", name, len(found), pool.ErrInvalid)
 }
 
-// Put puts an OCI image, or the tree of a source without layers, into the pool, where pin/<name> holds it until Unpin. A pin
-// of that name moves from the image that it held before.
+// Put puts an OCI image, or the tree of a source without layers, into the pool, where pin/<name> holds it until
+// Unpin. A pin of that name moves from the image that it held before.
 func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, error) {
 	if name == "" {
 		return Info{}, fmt.Errorf("an image is put under a name, found none: %w", pool.ErrInvalid)
 	}
 	holder := holderPin + name
-	img := Image{Holder: holder, Name: name}
+	img := Image{Holder: holder, Name: src.Name}
 	if src.Tree != nil {
 		// The tree that was put under this name before may differ, so each has a key of its own.
 		var random [8]byte
@@ -79,7 +79,7 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 		if err := s.addTree(ctx, holder, key, src.Tree); err != nil {
 			return Info{}, err
 		}
-		img.Layers, img.Name = []Layer{{Key: key}}, ""
+		img.Layers = []Layer{{Key: key}}
 	}
 	for i, l := range src.Layers {
 		st, err := s.AddBlob(ctx, Blob{

@@ -28,8 +28,12 @@ func (s *Store) reclaim(ctx context.Context) error {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
 	s.mu.Lock()
-	evicted := s.records.loose
+	evicted, stray := s.records.loose, s.records.stray
 	s.mu.Unlock()
+	if stray {
+		log.G(ctx).Debug("contents without a holder wait: an earlier mount of the pool may still be in use")
+		return nil
+	}
 	for len(dead) > 0 {
 		n := min(len(dead), batchSize)
 		err := s.free(ctx, dead[:n], evicted)
@@ -138,7 +142,11 @@ func (s *Store) newEpoch(ctx context.Context) error {
 	return s.turned(ctx, true)
 }
 
-// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives on this machine.
+// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives on this machine. One
+// that does, because a process has a file open that it opened through a mount which is detached, is out of reach: the
+// next mount of the pool is another file system, and what the kernel says of that one is not the whole truth. From then
+// on nothing is freed until the pool is unmounted again, and the kernel says that all are gone.
+//
 // Preconditions: epoch is held for writing.
 func (s *Store) unmountAll(ctx context.Context) (idle bool, err error) {
 	if len(s.table.List()) > 0 {
@@ -151,7 +159,27 @@ func (s *Store) unmountAll(ctx context.Context) (idle bool, err error) {
 		return false, err
 	}
 	alive, err := s.table.Alive(ctx)
-	return !alive && err == nil, err
+	if err != nil {
+		return false, err
+	}
+	return !alive, s.noteStray(alive)
+}
+
+func (s *Store) noteStray(stray bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.records.stray == stray {
+		return nil
+	}
+	var value []byte
+	if stray {
+		value = []byte("{}")
+	}
+	if err := s.pool.SetRecord(kindStray, strayKey, value); err != nil {
+		return err
+	}
+	s.records.stray = stray
+	return nil
 }
 
 // turned opens the table of a new epoch. Preconditions: epoch is held for writing.

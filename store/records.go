@@ -17,7 +17,12 @@ const (
 	// kindLoose has one record, under the UUID of an epoch, if an image was removed in that epoch which others than
 	// overlays of snapshots had used: see reclaim.
 	kindLoose = "loose"
+	// kindStray has one record if a file system of the pool may live that is mounted nowhere: see unmountAll.
+	kindStray = "stray"
 )
+
+// strayKey is the key of the one record of its kind.
+const strayKey = "pool"
 
 // imageRecord is what the store knows of an image. It outlives the image in the pool, which a new epoch removes.
 type imageRecord struct {
@@ -42,8 +47,8 @@ type records struct {
 	layers map[string]layerRecord
 	// proven gives the key of the layer that was read from a blob.
 	proven map[digest.Digest]string
-	// loose is true if the index has a kindLoose record of this epoch.
-	loose bool
+	// loose is true if the index has a kindLoose record of this epoch, stray if it has a kindStray record.
+	loose, stray bool
 }
 
 // The beginnings of holders.
@@ -76,7 +81,11 @@ func (s *Store) loadRecords() error {
 	if err != nil {
 		return err
 	}
-	s.records.loose = loose[s.epochName()] != nil
+	stray, err := s.pool.Records(kindStray)
+	if err != nil {
+		return err
+	}
+	s.records.loose, s.records.stray = loose[s.epochName()] != nil, stray[strayKey] != nil
 	return nil
 }
 

@@ -70,7 +70,7 @@ type Store struct {
 
 	mu      sync.Mutex
 	records records
-	old     *oldPool // what is left of a pool of version 1; nil if there is none
+	old     *oldPool // what is left of version 1; nil if there is nothing
 }
 
 // Open opens the store below a root directory, and makes its pool if there is none. It waits for nothing but the disk.
@@ -82,7 +82,7 @@ func Open(ctx context.Context, c Config) (_ *Store, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.old, err = findOldPool(c.Root, &c.Pool); err != nil {
+	if s.old, err = findOldPool(c.Root, c.Pool); err != nil {
 		return nil, err
 	}
 	if s.region, s.pool, err = openPool(ctx, c); err != nil {

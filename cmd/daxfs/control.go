@@ -28,7 +28,8 @@ func dialControl(socket string) *daemonKeeper {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}
-	return &daemonKeeper{socket: socket, client: http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
+	transport := &http.Transport{DialContext: dial, DisableKeepAlives: true}
+	return &daemonKeeper{socket: socket, client: http.Client{Transport: transport}}
 }
 
 // owns tells whether the daemon runs and owns the pool with that id.

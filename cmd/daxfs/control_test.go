@@ -99,7 +99,8 @@ func TestDaemonOwnsPool(t *testing.T) {
 		t.Helper()
 		var out, errs bytes.Buffer
 		args = append(append([]string{"daxfs"}, args...), "--control", d.socket)
-		if got := run(t.Context(), args, nil, &out, &errs); got != status || !strings.Contains(out.String()+errs.String(), want) {
+		got := run(t.Context(), args, nil, &out, &errs)
+		if got != status || !strings.Contains(out.String()+errs.String(), want) {
 			t.Errorf("%q: status %d, %s%s; expected %d and %q", args, got, &out, &errs, status, want)
 		}
 		return d.take()
@@ -113,12 +114,13 @@ func TestDaemonOwnsPool(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Chdir(strings.TrimPrefix(tree, "rootfs:"))
-	want := fmt.Sprintf(`POST /v1/pins {"name":"two","source":"rootfs:%s/.","namespace":"default"}`, strings.TrimPrefix(tree, "rootfs:"))
+	want := fmt.Sprintf(`POST /v1/pins {"name":"two","source":"%s/.","namespace":"default"}`, tree)
 	if asked := ask(statusOK, "two: 4KiB", "pool", "put", "--name", "two", p, "rootfs:."); asked != want {
 		t.Errorf("put asked %s, expected %s", asked, want)
 	}
 	t.Chdir(cwd)
-	if asked := ask(statusOK, "removed 0 images", "pool", "rm", p, "example.org/one:1"); asked != `DELETE /v1/pins {"name":"one"}`+"\nPOST /v1/sweep" {
+	want = `DELETE /v1/pins {"name":"one"}` + "\nPOST /v1/sweep"
+	if asked := ask(statusOK, "removed 0 images", "pool", "rm", p, "example.org/one:1"); asked != want {
 		t.Errorf("rm asked %s", asked)
 	}
 	if asked := ask(statusFailed, "held by containerd/default", "pool", "rm", p, "one", "image/ff"); asked != "" {

@@ -46,7 +46,9 @@ type putSource struct {
 // keeperFlags say who owns the pool.
 func keeperFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "control", Value: defaultControl, Usage: "ask the daemon at `SOCKET` if it owns the pool; empty: never"},
+		&cli.StringFlag{
+			Name: "control", Value: defaultControl, Usage: "ask the daemon at `SOCKET` if it owns the pool; empty: never",
+		},
 	}
 }
 
@@ -73,7 +75,8 @@ func (e *env) openKeeper(c *cli.Context, a poolArgs, driver string) (keeper, err
 	index := a.findIndex(rc, cat)
 	if index == "" {
 		if pid := ownerOf(rc); pid != 0 {
-			return nil, fmt.Errorf("%s: %w, which is no daemon that answers at %q", a.Pool, &region.BusyError{Path: rc.Path, PID: pid}, c.String("control"))
+			busy := &region.BusyError{Path: rc.Path, PID: pid}
+			return nil, fmt.Errorf("%s: %w, which is no daemon that answers at %q", a.Pool, busy, c.String("control"))
 		}
 		return nil, fmt.Errorf("%s: %w", a.Pool, errNoIndex)
 	}
@@ -103,7 +106,10 @@ func ownerOf(rc region.Config) int {
 }
 
 // openStore makes this process the owner of a pool.
-func (e *env) openStore(ctx context.Context, rc region.Config, index string, list []mount.Driver) (*localKeeper, error) {
+func (e *env) openStore(
+	ctx context.Context, rc region.Config, index string, list []mount.Driver,
+) (*localKeeper, error) {
+	e.useLog()
 	rc.ReadOnly = false
 	r, err := region.Open(rc)
 	if err != nil {

@@ -206,7 +206,8 @@ func (e *env) openReader(c *cli.Context, a poolArgs) (_ mounter, err error) {
 	if !c.Bool("no-check") {
 		o.Check = k.check
 	}
-	k.table, err = mount.Open(c.Context, root, list, mount.Pool{Region: k.mem.Info(), Size: k.cat.Size, UUID: k.cat.Geometry.UUID}, o)
+	p := mount.Pool{Region: k.mem.Info(), Size: k.cat.Size, UUID: k.cat.Geometry.UUID}
+	k.table, err = mount.Open(c.Context, root, list, p, o)
 	return k, err
 }
 
@@ -225,7 +226,8 @@ func (k *reader) check(ctx context.Context, src mount.Source) error {
 		published[m.Slot] = true
 	}
 	o := daxfs.LiveCheckOptions{OneInode: k.cat.DAX, Slots: func(slot int) bool { return published[slot] }}
-	err := daxfs.CheckLive(io.NewSectionReader(k.mem, 0, k.cat.Size), k.cat.Size, o, func(daxfs.Finding) bool { return false })
+	r := io.NewSectionReader(k.mem, 0, k.cat.Size)
+	err := daxfs.CheckLive(r, k.cat.Size, o, func(daxfs.Finding) bool { return false })
 	if err != nil {
 		return fmt.Errorf("%w: pool %s: %w", mount.ErrCheck, src.Where(), err)
 	}
@@ -251,7 +253,8 @@ func (k *reader) Mount(ctx context.Context, name, dir string, suid bool) (string
 	if err != nil {
 		return "", errors.Join(err, k.rest(context.WithoutCancel(ctx)))
 	}
-	return fmt.Sprintf("with %s: %s. The owner of the pool is elsewhere and does not know of it", mounted.Driver, mounted.Sharing), nil
+	const note = "The owner of the pool is elsewhere and does not know of it"
+	return fmt.Sprintf("with %s: %s. %s", mounted.Driver, mounted.Sharing, note), nil
 }
 
 func (k *reader) Unmount(ctx context.Context, dir string) error {

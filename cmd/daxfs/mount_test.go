@@ -47,7 +47,8 @@ func inNamespace(t *testing.T, bin, script string) string {
 func TestMount(t *testing.T) {
 	bin := program(t)
 	for name, f := range map[string]func(*testing.T, string){
-		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses, "pool": mountsFromPool, "reader": mountsAsReader,
+		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses,
+		"pool": mountsFromPool, "reader": mountsAsReader, "daemon": sharesWithDaemon,
 		"rm leaves what is mounted":     removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
 		"larger device":                 readsLargerDevice,
@@ -156,8 +157,10 @@ func mountsFromPool(t *testing.T, bin string) {
 				find /run/daxfs 2>/dev/null || true
 				mkdir other; daxfs mount --suid --pool pool second other
 				grep " $PWD/other " /proc/self/mountinfo | grep nosuid || echo setuid works
-				daxfs umount other`)
-			for _, want := range []string{"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use", "setuid works"} {
+				umount other # without asking
+				daxfs pool rm pool second docker.io/library/one:1
+				! grep -q daxfs /proc/self/mountinfo || echo something is left`)
+			for _, want := range []string{"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use", "setuid works", "removed 2 images"} {
 				if !strings.Contains(out, want) {
 					t.Errorf("output lacks %q:\n%s", want, out)
 				}
@@ -191,6 +194,57 @@ func mountsAsReader(t *testing.T, bin string) {
 		! grep -q daxfs /proc/self/mountinfo || echo something is left`)
 	if strings.Count(out, "one\n") < 3 || !strings.Contains(out, "keys are what pool ls shows") || !strings.Contains(out, "--index") ||
 		strings.Contains(out, "without an index\n") || strings.Contains(out, "by a name\n") || strings.Contains(out, "is left") {
+		t.Errorf("output:\n%s", out)
+	}
+}
+
+// sharesWithDaemon: the command line and a daemon use one pool, in turns and at the same time, and neither destroys
+// what is the other's.
+func sharesWithDaemon(t *testing.T, bin string) {
+	server := filepath.Join(t.TempDir(), "daxfs-snapshotter")
+	if out, err := exec.Command("go", "build", "-o", server, "../daxfs-snapshotter").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	out := inNamespace(t, bin, `
+		mkdir tree root mnt; echo hello >tree/file
+		printf 'root = "%s/root"\naddress = "/run/d/daxfs.sock"\n[pool]\nsize = "256MiB"\n[containerd]\naddress = "/run/d/none.sock"\n' $PWD >config
+		start() {
+			rm -f /run/d/control.sock
+			`+server+` --config config 2>>log & daemon=$!
+			for i in $(seq 100); do test -e /run/d/control.sock && return; sleep 0.1; done
+			cat log; exit 1
+		}
+		stop() { kill $daemon; wait $daemon; }
+		pool=root/pool/live control="--control /run/d/control.sock"
+		mkdir /run/d; start
+		daxfs pool put $control --name one $pool rootfs:tree
+		daxfs mount $control --pool $pool one mnt
+		cat mnt/file
+		! daxfs pool rm $control $pool one || echo removed while mounted
+		! daxfs pool check $pool || echo checked beside the daemon
+		stop
+		! daxfs pool rm $pool one || echo removed while mounted
+		echo later >tree/file
+		daxfs pool put --name two $pool rootfs:tree
+		cat mnt/file
+		start
+		echo after the restart: $(daxfs pool ls $control $pool | grep -c -E 'one|two')
+		daxfs pool gc $control $pool
+		cat mnt/file
+		daxfs umount $control mnt
+		daxfs pool rm $control $pool one
+		stop
+		echo at the end: $(daxfs pool ls $pool | grep -c two)
+		daxfs pool gc $pool
+		daxfs pool check $pool
+		! grep -q daxfs /proc/self/mountinfo || echo something is left`)
+	for _, want := range []string{"by the daemon", "in use; unmount it first", "in use by process", "after the restart: 2\n", "at the end: 1\n", "is consistent"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q:\n%s", want, out)
+		}
+	}
+	if strings.Count(out, "hello\n") != 3 || strings.Contains(out, "\nremoved while") || strings.Contains(out, "beside the daemon\n") ||
+		strings.Contains(out, "is left") {
 		t.Errorf("output:\n%s", out)
 	}
 }

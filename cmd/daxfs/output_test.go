@@ -150,7 +150,7 @@ func TestFullOutput(t *testing.T) {
 	defer full.Close()
 	for _, args := range []string{
 		"convert -o image oci:layout:v1", "convert -q --json -o image oci:layout:v1", "inspect image", "inspect --json image", "ls image", "ls -lR image",
-		"cat image /link", "export image", "pool init --size 16m pool", "pool put --key k pool oci:layout:v1", "pool ls pool", "pool show pool",
+		"cat image /link", "export image", "pool init --size 16m pool", "pool put --name k pool oci:layout:v1", "pool ls pool", "pool show pool",
 		"pool show pool k", "pool check pool", "pool rm pool k", "pool gc pool", "doctor --containerd= .", "completion bash", "convert --help", "--help", "--version",
 	} {
 		var stderr bytes.Buffer

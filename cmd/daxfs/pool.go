@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -57,6 +56,7 @@ Examples:
    daxfs pool init --size 64g /var/lib/pool
    daxfs pool init --index /var/lib/pmem0.index --windows no /dev/pmem0
    daxfs pool init --index /var/lib/range.index 0x300000000+4294967296`, Flags: with(
+				&cli.StringFlag{Name: "dax", Value: "auto", Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device here; say yes for a file that virtual machines get as virtio-pmem"},
 				&cli.StringFlag{Name: "windows", Value: "auto", Usage: "give every image a window for daxfs.ko: `YES|NO`, or auto: for memory that other kernels may reach by address"},
 				&cli.StringFlag{Name: "size", Usage: "make it `SIZE` large, as 64g; a device may be used whole"},
 				&cli.BoolFlag{Name: "force", Usage: "destroy what the region holds, and an old index"})},
@@ -120,9 +120,10 @@ func (e *env) poolInit(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	windows := c.String("windows")
-	if !slices.Contains([]string{"auto", "yes", "no"}, windows) {
-		return wrongUse(c, "--windows %q, expected yes, no or auto", windows)
+	for _, flag := range []string{"dax", "windows"} {
+		if _, ok := choices[c.String(flag)]; !ok {
+			return wrongUse(c, "--%s %q, expected yes, no or auto", flag, c.String(flag))
+		}
 	}
 	if c.IsSet("size") {
 		if rc.Size, err = sizeFlag(c, "size"); err != nil {
@@ -157,8 +158,8 @@ func (e *env) poolInit(c *cli.Context) error {
 	if err != nil {
 		return errors.Join(err, unmake())
 	}
-	o := store.PoolOptions(c.Context, drivers.All(), r.Info(), windows)
-	o.Warn, o.Force = e.poolOptions().Warn, c.Bool("force")
+	o := store.PoolOptions(c.Context, drivers.All(), r.Info(), c.String("windows"))
+	o.Warn, o.Force, o.DAX = e.poolOptions().Warn, c.Bool("force"), choices[c.String("dax")]
 	p, err := pool.Create(r, index, o)
 	if err != nil {
 		return errors.Join(err, r.Close(), unmake())
@@ -173,6 +174,8 @@ func (e *env) poolInit(c *cli.Context) error {
 	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", printable(c.Args().First()), human(u.Size), printable(index))
 	return nil
 }
+
+var choices = map[string]pool.Choice{"auto": pool.Auto, "yes": pool.Yes, "no": pool.No}
 
 // poolMade is what pool init --json writes.
 type poolMade struct {

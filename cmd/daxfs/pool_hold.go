@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/urfave/cli/v2"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
@@ -48,7 +49,8 @@ func (e *env) poolPut(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		info, err := k.Put(c.Context, putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}, pin)
+		from := putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}
+		info, err := k.Put(c.Context, from, pin)
 		if err != nil {
 			return err
 		}
@@ -104,9 +106,10 @@ func (e *env) showPut(c *cli.Context, info store.Info, pin string, added int64) 
 	m := cat.Images[i]
 	u := shared.Images[m.Key]
 	if c.Bool("json") {
-		return writeJSON(e.stdout, poolImage{Image: m, UUID: uuid(m.UUID), Names: info.Names, Holders: info.Holders, Usage: &u})
+		return writeJSON(e.stdout, poolImage{m, uuid(m.UUID), info.Names, info.Holders, &u})
 	}
-	_, err = fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n", printable(pin), human(u.Extents), u.Files, human(added))
+	_, err = fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n",
+		printable(pin), human(u.Extents), u.Files, human(added))
 	return err
 }
 
@@ -156,12 +159,18 @@ func pinsOf(images []store.Info, name string) ([]string, error) {
 		}
 	}
 	for _, h := range others {
-		if dir, ok := strings.CutPrefix(h, "mount/"); ok {
+		dir, ok := strings.CutPrefix(h, "mount/")
+		if !ok {
+			continue
+		}
+		// Somebody may have unmounted it without asking. The next sweep finds that out.
+		if mounted, err := mountinfo.Mounted(dir); err != nil || mounted {
 			return nil, fmt.Errorf("image %q is mounted on %q: %w; unmount it first", name, dir, pool.ErrBusy)
 		}
 	}
 	if len(pins) == 0 && len(others) > 0 {
-		return nil, fmt.Errorf("image %q: nobody has put it there by hand, it is held by %s: %w", name, strings.Join(others, ", "), pool.ErrBusy)
+		return nil, fmt.Errorf("image %q: nobody has put it there by hand, it is held by %s: %w",
+			name, strings.Join(others, ", "), pool.ErrBusy)
 	}
 	if slices.Contains(pins, name) {
 		return []string{name}, nil

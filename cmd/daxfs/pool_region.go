@@ -37,7 +37,8 @@ func (a poolArgs) region(readOnly bool) (region.Config, error) {
 // regionAt is the region that a POOL argument stands for, of the kind that follows from it unless one is given.
 func regionAt(kind, arg string) (region.Config, error) {
 	rc := region.Config{Kind: kind, Path: arg}
-	if addr, size, ok := strings.Cut(arg, "+"); ok && (kind == "" || kind == region.KindPhys) && !strings.Contains(arg, "/") {
+	addr, size, ok := strings.Cut(arg, "+")
+	if ok && (kind == "" || kind == region.KindPhys) && !strings.Contains(arg, "/") {
 		phys, err1 := strconv.ParseUint(addr, 0, 64)
 		n, err2 := strconv.ParseInt(size, 0, 64)
 		if err := errors.Join(err1, err2); err != nil {
@@ -48,7 +49,8 @@ func regionAt(kind, arg string) (region.Config, error) {
 	}
 	if kind != "" {
 		if !slices.Contains(region.Kinds(), kind) {
-			return rc, &usageError{"pool", fmt.Sprintf("--kind %q, expected one of %s", kind, strings.Join(region.Kinds(), ", "))}
+			kinds := strings.Join(region.Kinds(), ", ")
+			return rc, &usageError{"pool", fmt.Sprintf("--kind %q, expected one of %s", kind, kinds)}
 		}
 		return rc, nil
 	}
@@ -76,8 +78,8 @@ func (a poolArgs) newIndex(rc region.Config) (string, error) {
 	return "", &usageError{"pool", fmt.Sprintf("a pool of kind %q needs --index", rc.Kind)}
 }
 
-// findIndex is the index of a pool that there is: the one that was named, that beside the pool, or that of a daemon. It is
-// empty if there is none: another machine has it, or another directory.
+// findIndex is the index of a pool that there is: the one that was named, that beside the pool, or that of a daemon.
+// It is empty if there is none: another machine has it, or another directory.
 func (a poolArgs) findIndex(rc region.Config, cat *pool.Catalogue) string {
 	if a.Index != "" {
 		return a.Index

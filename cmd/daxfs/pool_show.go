@@ -53,8 +53,9 @@ type poolHolds struct {
 	Free     int64 `json:"free"`
 }
 
-// state reads what the pool itself says. It takes no lock and writes nothing: any process and any machine may do that, at any
-// time. What is in the index is told by the daemon that has it open, or read from the file while nobody has.
+// state reads what the pool itself says. It takes no lock and writes nothing: any process and any machine may do
+// that, at any time. What is in the index is told by the daemon that has it open, or read from the file while nobody
+// has.
 func (e *env) state(c *cli.Context) (*poolState, error) {
 	a := poolArgsOf(c)
 	rc, err := a.region(true)
@@ -168,7 +169,7 @@ const pinPrefix = "pin/"
 func (m poolImage) label() string {
 	var names []string
 	for _, h := range m.Holders {
-		if name, ok := strings.CutPrefix(h, pinPrefix); ok {
+		if name, ok := strings.CutPrefix(h, pinPrefix); ok && name != m.Key {
 			names = append(names, printable(name))
 		}
 	}
@@ -253,13 +254,15 @@ func (s *poolState) show(out io.Writer) error {
 		fmt.Fprintf(w, "Free\t%s\n", human(u.Free))
 		fmt.Fprintf(w, "Layers\t%d\n", u.Layers)
 	}
-	fmt.Fprintf(w, "Saved\t%s: the images' contents would take %s apart, and take %s\n", human(s.Saved), human(s.Unshared), human(s.Contents))
+	fmt.Fprintf(w, "Saved\t%s: the images' contents would take %s apart, and take %s\n",
+		human(s.Saved), human(s.Unshared), human(s.Contents))
 	return w.Flush()
 }
 
 func (m poolImage) show(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	fmt.Fprintf(w, "Image\t%s\nUUID\t%s\nAdded\t%s\nSlot\t%s\n", printable(m.Key), m.UUID, m.Created.Local().Format(time.DateTime), m.Name())
+	added := m.Created.Local().Format(time.DateTime)
+	fmt.Fprintf(w, "Image\t%s\nUUID\t%s\nAdded\t%s\nSlot\t%s\n", printable(m.Key), m.UUID, added, m.Name())
 	if m.WindowSize > 0 {
 		fmt.Fprintf(w, "Window\t%d bytes at %d (%#x)\n", m.WindowSize, m.Window, m.Window)
 	}

@@ -129,7 +129,14 @@ func TestPoolPutSources(t *testing.T) {
 	if again := mustPool(t, "put", p, "oci:"+layout.Dir+":v1"); !strings.Contains(again, "0B of them new") || len(showPool(t, p).Images) != 2 {
 		t.Errorf("put again: %q", again)
 	}
-	mustPool(t, "rm", p, key, "file")
+	// What has two names stays until both are gone.
+	mustPool(t, "put", "--name", "two", p, "oci:"+layout.Dir+":v1")
+	if out := mustPool(t, "rm", p, "two"); !strings.Contains(out, "removed 0 images") || strings.Contains(mustPool(t, "ls", p), "two") {
+		t.Errorf("rm of one of two names: %q", out)
+	}
+	if out := mustPool(t, "rm", p, key, "file"); !strings.Contains(out, "removed 2 images") {
+		t.Errorf("rm: %q", out)
+	}
 }
 
 func TestPoolCheckFindsDamage(t *testing.T) {

@@ -19,12 +19,12 @@ type Blob struct {
 	Size, BytesRead int64
 }
 
-// FromBlob reads the blob of a layer, of whatever compression, to its end: read, hash, decompress, hash, parse, at the same
-// time. It closes src. Contents go into s while the blob is not verified yet: when FromBlob fails, what was put is for the
-// caller to drop.
+// FromBlob reads the blob of a layer, of whatever compression, to its end: read, hash, decompress, hash, parse, at
+// the same time. It closes src. Contents go into s while the blob is not verified yet: when FromBlob fails, what was
+// put is for the caller to drop.
 //
-// What spec says of the blob is verified. A blob that is not what spec says is reported as a *blob.MismatchError, also when
-// its tar cannot be parsed. When s fails the rest of the blob is not read, and the error of s is returned.
+// What spec says of the blob is verified. A blob that is not what spec says is reported as a *blob.MismatchError,
+// also when its tar cannot be parsed. When s fails the rest of the blob is not read, and the error of s is returned.
 func FromBlob(ctx context.Context, src io.ReadCloser, spec blob.Spec, s Store, lim Limits) (*Blob, error) {
 	r, err := blob.NewReader(ctx, src, spec)
 	if err != nil {

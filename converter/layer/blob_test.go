@@ -48,17 +48,18 @@ func TestFromBlob(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := digest.FromBytes(raw); b.DiffID != want || b.Size != int64(len(raw)) || b.BytesRead != b.Size || len(b.Changes) != 2 {
+	size, want := int64(len(raw)), digest.FromBytes(raw)
+	if b.DiffID != want || b.Size != size || b.BytesRead != size || len(b.Changes) != 2 {
 		t.Errorf("diff ID %s, %d of %d bytes, %d changes; expected %s, %d bytes and 2 changes",
-			b.DiffID, b.BytesRead, b.Size, len(b.Changes), want, len(raw))
+			b.DiffID, b.BytesRead, b.Size, len(b.Changes), want, size)
 	}
 	if !src.closed {
 		t.Error("the source is still open")
 	}
 }
 
-// TestFromBlobErrors: a blob that is not what was promised explains more than what its parser says, but not more than that
-// its contents cannot be stored.
+// TestFromBlobErrors: a blob that is not what was promised explains more than what its parser says, but not more than
+// that its contents cannot be stored.
 func TestFromBlobErrors(t *testing.T) {
 	full := errors.New("no space")
 	raw := Tar(Reg("a", "contents of a"), Reg("big", strings.Repeat("b", 64<<20)))

@@ -29,7 +29,10 @@ func oddTree(t *testing.T, s *Store) *daxfs.Node {
 	dir := func(entries map[string]*daxfs.Node) *daxfs.Node {
 		return &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: entries, Mtime: daxfs.Time{Sec: 7, Nsec: 8}}
 	}
-	file := &daxfs.Node{Mode: unix.S_IFREG | 0o4751, UID: 1<<32 - 2, GID: 70_000, Data: put("text"), Mtime: daxfs.Time{Sec: -1, Nsec: 999_999_999}}
+	file := &daxfs.Node{
+		Mode: unix.S_IFREG | 0o4751, UID: 1<<32 - 2, GID: 70_000, Data: put("text"),
+		Mtime: daxfs.Time{Sec: -1, Nsec: 999_999_999},
+	}
 	null := &daxfs.Node{Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)}
 	link := &daxfs.Node{Mode: unix.S_IFLNK | 0o777, Target: "../nowhere"}
 	withACL := dir(map[string]*daxfs.Node{
@@ -81,7 +84,8 @@ func TestFromImage(t *testing.T) {
 	if got, want := open(t, again, root).Super(), fsys.Super(); got.UUID != want.UUID || got.Inodes != want.Inodes {
 		t.Errorf("UUID %x and %d inodes, expected %x and %d", got.UUID, got.Inodes, want.UUID, want.Inodes)
 	}
-	if root.Entries["a"].Entries["file"] != root.Entries["again"] || root.Entries["a"].Entries["link"] != root.Entries["link again"] {
+	a := root.Entries["a"].Entries
+	if a["file"] != root.Entries["again"] || a["link"] != root.Entries["link again"] {
 		t.Error("hard links have become files")
 	}
 	if l.Stats.Files != 3 || l.Stats.Bytes != 10_008 || l.Stats.Entries != 16 {

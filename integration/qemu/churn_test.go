@@ -12,7 +12,7 @@ import (
 )
 
 // churnRounds is how many images are added in one run.
-const churnRounds = 60
+const churnRounds = 40
 
 // The host adds and removes images while a guest has the pool mounted, verifies files of others and is short of memory. No byte is
 // ever wrong, an image is seen whole, and space that the guest has forgotten holds other files again.

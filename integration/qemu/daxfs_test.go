@@ -255,11 +255,11 @@ func TestKernelModuleByHand(t *testing.T) {
 					echo two >/two/name; cp /bin/busybox /two/busybox
 					pool="` + c.pool + `"
 					daxfs pool init --index /tmp/index $pool
-					daxfs pool put --index /tmp/index --key one $pool rootfs:/one
-					daxfs pool put --index /tmp/index --key two $pool rootfs:/two
+					daxfs pool put --index /tmp/index --name one $pool rootfs:/one
+					daxfs pool put --index /tmp/index --name two $pool rootfs:/two
 					daxfs pool check --index /tmp/index $pool
 					for key in one two; do
-						daxfs mount --driver daxfs --pool $pool $key /mnt/$key
+						daxfs mount --driver daxfs --index /tmp/index --pool $pool $key /mnt/$key
 						grep " /mnt/$key daxfs " /proc/mounts
 					done
 					cat /mnt/one/link /mnt/two/name

@@ -25,6 +25,9 @@ type rule struct {
 	why    string
 }
 
+// above are the packages that wire the others.
+var above = []string{module + "/store", module + "/snapshotter", module + "/daemon", module + "/cmd", module + "/config"}
+
 var rules = []rule{
 	{
 		dir:    "daxfs",
@@ -33,7 +36,7 @@ var rules = []rule{
 	},
 	{
 		dir:    "converter",
-		forbid: []string{module + "/pool", module + "/mount", module + "/snapshotter", module + "/cmd", module + "/config"},
+		forbid: append([]string{module + "/pool", module + "/mount"}, above...),
 		why:    "a conversion knows layers and images, not where they are mounted",
 	},
 	{
@@ -43,13 +46,23 @@ var rules = []rule{
 	},
 	{
 		dir:    "pool",
-		forbid: []string{module + "/mount", module + "/snapshotter", module + "/converter", module + "/cmd", module + "/config"},
+		forbid: append([]string{module + "/mount", module + "/converter"}, above...),
 		why:    "the pool stores bytes; it does not mount and knows no OCI image",
 	},
 	{
 		dir:    "mount",
-		forbid: []string{module + "/snapshotter", module + "/converter", module + "/cmd", module + "/config"},
+		forbid: append([]string{module + "/converter"}, above...),
 		why:    "a mount is of bytes in a region, whoever made them",
+	},
+	{
+		dir:    "store",
+		forbid: []string{module + "/snapshotter", module + "/daemon", module + "/cmd", module + "/config"},
+		why:    "the store serves the daemon and the command line, and knows neither",
+	},
+	{
+		dir:    "snapshotter",
+		forbid: []string{module + "/store", module + "/pool", module + "/mount", module + "/daemon", module + "/cmd", module + "/config"},
+		why:    "the snapshotter asks for lowers, whoever has them",
 	},
 	{
 		dir:    ".",
@@ -59,12 +72,12 @@ var rules = []rule{
 	},
 	{
 		dir:    ".",
-		except: []string{"snapshotter", "cmd/daxfs-snapshotter", "integration"},
+		except: []string{"snapshotter", "daemon", "cmd/daxfs-snapshotter", "integration"},
 		forbid: []string{
 			"github.com/containerd/containerd/v2/core/snapshots",
 			"github.com/containerd/containerd/v2/contrib/snapshotservice",
 		},
-		why: "containerd's snapshotter side stops at snapshotter/",
+		why: "containerd's snapshotter side stops at snapshotter/ and the daemon that serves it",
 	},
 }
 

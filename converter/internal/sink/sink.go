@@ -11,8 +11,8 @@
 //
 // Each layer has its packs hashed beside its reader, so that a layer of few large files keeps more than one core busy.
 //
-// The address that Put returns is a placeholder, and the sum is not known yet. Finish knows which contents the merged tree
-// still refers to, closes the gaps of those it does not, and puts addresses and sums into the tree.
+// The address that Put returns is a placeholder, and the sum is not known yet. Finish knows which contents the merged
+// tree still refers to, closes the gaps of those it does not, and puts addresses and sums into the tree.
 package sink
 
 import (
@@ -168,7 +168,8 @@ type item struct {
 
 func up(n, to int64) int64 { return (n + to - 1) / to * to }
 
-// Put reads exactly size bytes from r and returns a placeholder for where they will be. Finish replaces it, and sets the sum.
+// Put reads exactly size bytes from r and returns a placeholder for where they will be. Finish replaces it, and sets
+// the sum.
 func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	l.put.Lock()
 	defer l.put.Unlock()
@@ -336,9 +337,9 @@ func (s *Sink) account(size int64) error {
 	return nil
 }
 
-// newPack returns an empty pack with memory. A layer may have to wait until packs were placed; without Options.Wait it waits
-// for no other layer, but its memory is given back after hashing when there is none left. Every layer that is being read may thus
-// exceed the limit by a few packs.
+// newPack returns an empty pack with memory. A layer may have to wait until packs were placed; without Options.Wait
+// it waits for no other layer, but its memory is given back after hashing when there is none left. Every layer that
+// is being read may thus exceed the limit by a few packs.
 func (s *Sink) newPack(ctx context.Context, l *Layer) (*pack, error) {
 	// Who waits for a layer that nobody will finish is woken by the end of ctx.
 	defer context.AfterFunc(ctx, func() {

@@ -185,7 +185,7 @@ func (c *churn) ask(q task.Request) (reply task.Reply, err error) {
 // verifyAll verifies images until the end.
 func (c *churn) verifyAll(ctx context.Context, seed int) {
 	for i := seed; ctx.Err() == nil && !c.failed.Load(); i++ {
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
 		c.mu.Lock()
 		var u *used
 		if len(c.images) > 0 {
@@ -260,7 +260,7 @@ func pressure(ctx context.Context) error {
 		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 			return err
 		}
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(500 * time.Millisecond)
 	}
 	return nil
 }
@@ -276,7 +276,7 @@ func readDevice(ctx context.Context) error {
 		if _, err := io.Copy(io.Discard, io.NewSectionReader(f, 0, 2<<20)); err != nil {
 			return err
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
 	}
 	return nil
 }
