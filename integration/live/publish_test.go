@@ -21,8 +21,8 @@ var publishPlaces = []place{
 	{fs: "ext4", driver: "fuse", size: 256 << 20, disk: 320 << 20, shape: "rich"},
 }
 
-// Images are published and removed while others are read and mapped, by processes that are short of memory, and while one
-// looks at each directory where an image is about to appear.
+// Images are published and removed while others are read and mapped, by processes that are short of memory, and
+// while one looks at each directory where an image is about to appear.
 func TestPublish(t *testing.T) {
 	for _, pl := range publishPlaces {
 		t.Run(pl.String(), func(t *testing.T) {
