@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -141,11 +142,27 @@ func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *lay
 	if err := s.noteLayer(key, of); err != nil {
 		return err
 	}
-	return b.CommitLayer(ctx, key, append(binary.AppendUvarint(nil, uint64(size)), raw...))
+	existed := s.pool.HasLayer(key)
+	if err := b.CommitLayer(ctx, key, append(binary.AppendUvarint(nil, uint64(size)), raw...)); err != nil {
+		return err
+	}
+	if locked := of.DiffID != "" || !strings.HasPrefix(key, blobPrefix); locked && !existed {
+		s.decoded.add(key, made, size)
+	} else {
+		s.decoded.drop(key) // a layer that was there already stays as it is
+	}
+	return nil
 }
 
 // load returns a stored layer and the size of its tar.
 func (s *Store) load(key string) (*layer.Layer, int64, error) {
+	if !s.pool.HasLayer(key) {
+		s.decoded.drop(key)
+		return nil, 0, fmt.Errorf("layer %q: %w", key, pool.ErrNotFound)
+	}
+	if made, size, ok := s.decoded.get(key); ok {
+		return made, size, nil
+	}
 	raw, err := s.pool.Layer(key)
 	if err != nil {
 		return nil, 0, err
@@ -158,6 +175,7 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 	if err := made.UnmarshalBinary(raw[n:]); err != nil {
 		return nil, 0, fmt.Errorf("layer %q: %w: %w", key, err, pool.ErrCorrupt)
 	}
+	s.decoded.add(key, made, int64(size))
 	return made, int64(size), nil
 }
 

@@ -82,7 +82,7 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{})
+	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{DiffID: made.DiffID})
 }
 
 // eachSource calls use with one blob after another that may be a layer, until one succeeds: its pack, then what

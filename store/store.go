@@ -62,6 +62,7 @@ type Store struct {
 	private bool
 
 	images, layers keyLock
+	decoded        cache
 	sweeping       sync.Mutex // held by the one Sweep or Reclaim under way
 
 	// epoch is held for reading while an image is added or mounted, and for writing while the pool begins a new epoch. It

@@ -257,6 +257,7 @@ func (w *sweep) layer(ctx context.Context, key string) error {
 			return err
 		}
 	}
+	w.decoded.drop(key)
 	if err := w.pool.RemoveLayer(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return err
 	}
