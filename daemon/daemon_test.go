@@ -56,6 +56,9 @@ func runJob(text string) error {
 	if err != nil {
 		return err
 	}
+	if key, ok := strings.CutPrefix(j.Do, "prepare "); ok {
+		return prepareFrom(ctx, j.Config.Address, key)
+	}
 	s, err := Open(ctx, j.Config)
 	if err != nil {
 		return err
