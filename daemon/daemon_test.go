@@ -329,8 +329,8 @@ func compareTree(root string, files []file) error {
 	return err
 }
 
-// TestKilledWithContainers kills the daemon below a container: the container notices nothing, and the next daemon goes on
-// where it was.
+// TestKilledWithContainers kills the daemon below a container: the container notices nothing, and the next daemon goes
+// on where it was.
 func TestKilledWithContainers(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {

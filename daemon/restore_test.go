@@ -45,8 +45,8 @@ func (oneNamespace) List(context.Context, *namespacesapi.ListNamespacesRequest) 
 	return &namespacesapi.ListNamespacesResponse{Namespaces: []*namespacesapi.Namespace{{Name: "empty"}, {Name: "default"}}}, nil
 }
 
-// A layer that memory lost, and that has no pack or a damaged one, is stored again from the blob that containerd has; not
-// from one that is something else.
+// A layer that memory lost, and that has no pack or a damaged one, is stored again from the blob that containerd has;
+// not from one that is something else.
 func TestRestoreFromContent(t *testing.T) {
 	for name, c := range map[string]struct {
 		durability string

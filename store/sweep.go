@@ -42,8 +42,8 @@ type Uses interface {
 }
 
 // Sweep frees what nobody holds. use tells what containerd needs; with nil its namespaces hold what the index says that
-// they hold. With short set memory is wanted: what is merely Kept or Ready is freed as well if it can be made again. What
-// is busy stays, for the next sweep.
+// they hold. With short set memory is wanted: what is merely Kept or Ready is freed as well if it can be made again.
+// What is busy stays, for the next sweep.
 func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
 	s.sweeping.Lock()
 	defer s.sweeping.Unlock()
