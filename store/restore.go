@@ -53,7 +53,7 @@ func (s *Store) ensure(ctx context.Context, f Layer) (*layer.Layer, error) {
 // restore stores a layer again. Preconditions: the layer is locked.
 func (s *Store) restore(ctx context.Context, f Layer) error {
 	if f.Dir != "" {
-		return s.addDir(ctx, f.Key, f.Dir)
+		return s.addDir(ctx, "", f.Key, f.Dir)
 	}
 	return s.eachSource(ctx, f, func(rc io.ReadCloser, spec Blob, keep *packs) error {
 		return s.again(ctx, f.Key, rc, spec, keep)
@@ -82,7 +82,7 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made.Layer, made.Size)
+	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{})
 }
 
 // eachSource calls use with one blob after another that may be a layer, until one succeeds: its pack, then what

@@ -73,7 +73,7 @@ func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
 	if use != nil {
 		errs = append(errs, w.sweepPacks(ctx), s.sweepPlain(ctx, use.Plain))
 	}
-	errs = append(errs, s.reclaim(ctx), s.turn(ctx), s.rebuild(ctx), s.retire(ctx))
+	errs = append(errs, s.pool.FlushRecords(), s.reclaim(ctx), s.turn(ctx), s.rebuild(ctx), s.retire(ctx))
 	return errors.Join(errs...)
 }
 
@@ -206,13 +206,15 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	if keep {
 		return nil
 	}
+	if need == Unused {
+		if err := w.forgetImage(key); err != nil {
+			return err
+		}
+	}
 	if err := w.pool.RemoveImage(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return err
 	}
-	if need > Unused {
-		return nil
-	}
-	return w.forgetImage(key)
+	return nil
 }
 
 // unmount unmounts an image that no snapshot uses, and reports whether that is done. Something that was mounted from it
@@ -250,13 +252,15 @@ func (w *sweep) layer(ctx context.Context, key string) error {
 	if need == InUse || need > Unused && !(w.short && w.restorable(key)) {
 		return nil
 	}
+	if need == Unused {
+		if err := w.forgetLayer(key); err != nil {
+			return err
+		}
+	}
 	if err := w.pool.RemoveLayer(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return err
 	}
-	if need > Unused {
-		return nil
-	}
-	return w.forgetLayer(key)
+	return nil
 }
 
 // restorable tells whether a layer that is not in use can be restored: from its directory, or from its pack.
