@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,9 @@ type live struct {
 	block string
 	// dax is true if files are mapped from the device itself.
 	dax bool
+
+	mu    sync.Mutex
+	fresh map[int64]int64 // end of what refresh has seen, by the start of the range
 }
 
 // newLive describes what is mounted on dir.
@@ -42,7 +46,7 @@ func newLive(d Driver, dir string) (*live, error) {
 	if !ok {
 		return nil, fmt.Errorf("%q is no mount point", dir)
 	}
-	l := &live{driver: d, dir: dir, root: root}
+	l := &live{driver: d, dir: dir, root: root, fresh: map[int64]int64{}}
 	if m.Major != 0 { // file systems without a device have numbers of major 0
 		l.block = m.Source
 	}
@@ -241,6 +245,9 @@ func (t *Table) bound() []string {
 func (l *live) bind(ctx context.Context, img Image, dir string) error {
 	slot := filepath.Join(l.dir, img.Name)
 	if err := l.visible(ctx, slot); err != nil {
+		return err
+	}
+	if err := l.refresh(ctx, img.Tree); err != nil {
 		return err
 	}
 	c, err := sys.OpenClone(slot)

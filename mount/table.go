@@ -42,6 +42,8 @@ type Image struct {
 	Nid  uint64
 	// Window and WindowSize are the range that the daxfs driver mounts; 0 and 0 if the image has none.
 	Window, WindowSize int64
+	// Tree are the ranges of the pool's tree area that are in use, so that all metadata of the image lies in them.
+	Tree []Range
 	// UUID and Created tell apart images that one key had one after another.
 	UUID    [16]byte
 	Created time.Time

@@ -136,7 +136,9 @@ func (b *bed) add(t *testing.T, key, contents string) mount.Image {
 }
 
 func image(key string, s mounttest.Slot) mount.Image {
-	return mount.Image{Key: key, Name: s.Name, Nid: s.Nid, UUID: [16]byte{byte(s.N)}, Created: time.Unix(int64(s.N), 0)}
+	return mount.Image{
+		Key: key, Name: s.Name, Nid: s.Nid, Tree: []mount.Range{{Off: s.Tree[0], End: s.Tree[1]}}, UUID: [16]byte{byte(s.N)}, Created: time.Unix(int64(s.N), 0),
+	}
 }
 
 func (b *bed) open(t *testing.T, opts mount.Options, drivers ...mount.Driver) *mount.Table {

@@ -106,3 +106,19 @@ func (p *Pool) LayerUsage(key string) (held, alone int64, err error) {
 	}
 	return held, alone, nil
 }
+
+// TreeRanges returns the ranges of the tree area that runs have taken in this epoch, each as its first byte and the byte
+// behind its last.
+func (p *Pool) TreeRanges() [][2]int64 {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	var out [][2]int64
+	for i, c := range p.tree.chunks {
+		end := c.End()
+		if i == len(p.tree.chunks)-1 {
+			end = p.tree.next
+		}
+		out = append(out, [2]int64{c.Off, end})
+	}
+	return out
+}

@@ -83,10 +83,14 @@ func (s *Store) mount(ctx context.Context, img Image) (mount.Mounted, error) {
 
 // mountable describes an image of the pool to the table.
 func (s *Store) mountable(m pool.Image) mount.Image {
-	return mount.Image{
+	img := mount.Image{
 		Key: m.Key, Name: m.Name(), Nid: s.pool.Geometry().SlotNid(m.Slot), Window: m.Window, WindowSize: m.WindowSize,
 		UUID: m.UUID, Created: m.Created,
 	}
+	for _, r := range s.pool.TreeRanges() {
+		img.Tree = append(img.Tree, mount.Range{Off: r[0], End: r[1]})
+	}
+	return img
 }
 
 // add returns the image of the pool, which it builds if there is none, and records who wants it. Preconditions: the

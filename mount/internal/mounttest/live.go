@@ -38,6 +38,8 @@ type Slot struct {
 	Nids map[string]uint64
 	// Off are the offsets of their contents.
 	Off map[string]int64
+	// Tree is what the tree area was used for then: its first byte, and the one behind its last.
+	Tree [2]int64
 }
 
 const (
@@ -133,7 +135,9 @@ func (p *LivePool) Prepare(t testing.TB, files map[string]string) Prepared {
 	if err := plan.PlaceLive(p.G, p.next, s.N); err != nil {
 		t.Fatal(err)
 	}
-	if p.next += plan.Size(); p.next > liveData {
+	p.next += plan.Size()
+	s.Tree = [2]int64{p.G.TreeStart(), p.next}
+	if p.next > liveData {
 		t.Fatal("the tree area of the test is full")
 	}
 	if err := plan.WriteRun(p.File); err != nil {

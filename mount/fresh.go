@@ -1,0 +1,90 @@
+package mount
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Range is a range of bytes of the pool.
+type Range struct{ Off, End int64 }
+
+// freshChunk is how much of a range is compared at a time.
+const freshChunk = 1 << 20
+
+// refresh returns when the cache of the block device below the pool holds nothing of ranges that is older than what is on
+// the device. Whoever reads the device, as udev does, makes the kernel cache metadata before it is written, and a page that
+// is being read survives a flush. Ranges are written once, so what was found to be fresh stays so.
+func (l *live) refresh(ctx context.Context, ranges []Range) error {
+	if l.block == "" {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var todo []Range
+	for _, r := range ranges {
+		if from := max(r.Off, l.fresh[r.Off]); from < r.End {
+			todo = append(todo, Range{from, r.End})
+		}
+	}
+	if len(todo) == 0 {
+		return nil
+	}
+	cached, err := os.OpenFile(l.block, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer cached.Close()
+	direct, err := os.OpenFile(l.block, os.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer direct.Close()
+	// Anonymous memory is aligned as direct I/O wants it.
+	buf, err := unix.Mmap(-1, 0, 2*freshChunk, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(buf) //nolint:errcheck // of memory that is ours
+	for _, r := range todo {
+		for at := r.Off; at < r.End; at += freshChunk {
+			n := min(freshChunk, r.End-at)
+			if err := l.refreshChunk(ctx, cached, direct, at, buf[:n], buf[freshChunk:][:n]); err != nil {
+				return err
+			}
+		}
+	}
+	for _, r := range ranges {
+		l.fresh[r.Off] = max(l.fresh[r.Off], r.End)
+	}
+	return nil
+}
+
+// refreshChunk flushes the device until what is cached at a place is what is there. a and b are buffers.
+func (l *live) refreshChunk(ctx context.Context, cached, direct *os.File, at int64, a, b []byte) error {
+	for i := range flushes {
+		_, err1 := cached.ReadAt(a, at)
+		_, err2 := direct.ReadAt(b, at)
+		if err := errors.Join(err1, err2); err != nil {
+			return fmt.Errorf("metadata of the pool at %d: %w", at, err)
+		}
+		if bytes.Equal(a, b) {
+			return nil
+		}
+		if err := l.flush(i > 2); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(min(time.Duration(i)*time.Millisecond, 20*time.Millisecond)):
+		}
+	}
+	return fmt.Errorf("metadata at %d is still older in the cache of %q than on the device, after %d flushes: %w",
+		at, l.block, flushes, ErrBusy)
+}
