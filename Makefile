@@ -71,7 +71,7 @@ test-short: ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
 
 # What runs on several processors at once. The rest of "make race" is single-threaded, or has its time in the kernel.
-RACE_PKGS     = ./converter/blob ./converter/internal/sink ./mount/... ./pool/... ./snapshotter
+RACE_PKGS     = ./converter/blob ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store
 
 test-race: ## Test the concurrent packages with the race detector, briefly (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 20m $(RACE_PKGS)

@@ -35,8 +35,8 @@ var benchLayers = sync.OnceValue(func() [][]byte {
 	return layers
 })
 
-// BenchmarkPull does what containerd does with an image that it has fetched: prepares, applies and commits the layers, all of
-// them at once, until a container could start. What containerd itself does in the meantime is not in it.
+// BenchmarkPull does what containerd does with an image that it has fetched: prepares, applies and commits the layers,
+// all of them at once, until a container could start. What containerd itself does in the meantime is not in it.
 func BenchmarkPull(b *testing.B) {
 	if os.Geteuid() != 0 {
 		b.Skip("mounts file systems, which needs root")

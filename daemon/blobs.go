@@ -78,7 +78,8 @@ func (b *blobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.
 // findTimeout bounds the search for a blob, which someone who starts a container waits for.
 const findTimeout = 10 * time.Second
 
-// Find implements store.Blobs. containerd notes the digest of the uncompressed bytes with a blob when it has unpacked it.
+// Find implements store.Blobs. containerd notes the digest of the uncompressed bytes with a blob when it has unpacked
+// it.
 func (b *blobs) Find(ctx context.Context, namespace string, diffID digest.Digest) ([]store.Found, error) {
 	ctx, cancel := context.WithTimeout(ctx, findTimeout)
 	defer cancel()
@@ -124,11 +125,12 @@ type blobReader struct {
 	io.Closer
 }
 
-// file opens the file of a blob that containerd has, or returns nil: other content stores have no files, and a daemon in a
-// container may not see them. Through the API each byte would be copied six times on its way. What the file holds needs
-// no more trust than what the API returns: the diff ID is verified.
+// file opens the file of a blob that containerd has, or returns nil: other content stores have no files, and a daemon
+// in a container may not see them. Through the API each byte would be copied six times on its way. What the file holds
+// needs no more trust than what the API returns: the diff ID is verified.
 func (b *blobs) file(ctx context.Context, id digest.Digest, size int64) content.ReaderAt {
-	resp, err := b.plugins.Plugins(ctx, &introspection.PluginsRequest{Filters: []string{"type==io.containerd.content.v1,id==content"}})
+	filter := "type==io.containerd.content.v1,id==content"
+	resp, err := b.plugins.Plugins(ctx, &introspection.PluginsRequest{Filters: []string{filter}})
 	if err != nil || len(resp.Plugins) != 1 || id.Validate() != nil {
 		return nil
 	}
@@ -136,7 +138,8 @@ func (b *blobs) file(ctx context.Context, id digest.Digest, size int64) content.
 	if !filepath.IsAbs(root) {
 		return nil
 	}
-	f, err := os.OpenFile(filepath.Join(root, "blobs", id.Algorithm().String(), id.Encoded()), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	path := filepath.Join(root, "blobs", id.Algorithm().String(), id.Encoded())
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil
 	}

@@ -18,8 +18,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// Several namespaces pull, run and remove the same few images at once, streamed and unpacked, in a pool that is too small to
-// keep them all, with cleanups in between. No container ever sees a file that is not its image's.
+// Several namespaces pull, run and remove the same few images at once, streamed and unpacked, in a pool that is too
+// small to keep them all, with cleanups in between. No container ever sees a file that is not its image's.
 func TestChurn(t *testing.T) {
 	const namespaceCount, imageCount = 4, 3
 	rounds := 12

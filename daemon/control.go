@@ -163,7 +163,8 @@ func (d *Daemon) put(ctx context.Context, req PinRequest) (any, error) {
 		return nil, fmt.Errorf("%w: %w", err, pool.ErrInvalid)
 	}
 	src, err := source.Parse(req.Source, source.Config{
-		PlainHTTP: req.PlainHTTP, Address: d.cfg.Containerd.Address, Namespace: req.Namespace, MaxSize: int64(d.cfg.Layers.MaxSize),
+		PlainHTTP: req.PlainHTTP, Address: d.cfg.Containerd.Address, Namespace: req.Namespace,
+		MaxSize: int64(d.cfg.Layers.MaxSize),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, pool.ErrInvalid)

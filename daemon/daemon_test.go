@@ -56,6 +56,9 @@ func runJob(text string) error {
 	if err != nil {
 		return err
 	}
+	if key, ok := strings.CutPrefix(j.Do, "prepare "); ok {
+		return prepareFrom(ctx, j.Config.Address, key)
+	}
 	s, err := Open(ctx, j.Config)
 	if err != nil {
 		return err
@@ -329,8 +332,8 @@ func compareTree(root string, files []file) error {
 	return err
 }
 
-// TestKilledWithContainers kills the daemon below a container: the container notices nothing, and the next daemon goes on
-// where it was.
+// TestKilledWithContainers kills the daemon below a container: the container notices nothing, and the next daemon goes
+// on where it was.
 func TestKilledWithContainers(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"golang.org/x/sys/unix"
 
@@ -39,8 +40,9 @@ func smallDisk(t *testing.T) string {
 	return dir
 }
 
-// A full disk is an error that says so, and what is there already goes on. With room again the same pull succeeds. The pool is
-// in memory, and packs or directories fill the disk; or it is a file on that disk, sparse and larger than what it may grow to.
+// A full disk is an error that says so, and what is there already goes on. With room again the same pull succeeds. The
+// pool is in memory, and packs or directories fill the disk; or it is a file on that disk, sparse and larger than what
+// it may grow to.
 func TestFullDisk(t *testing.T) {
 	for _, f := range flavours[:2] {
 		for _, stream := range []bool{false, true} {
@@ -78,4 +80,59 @@ func TestFullDisk(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A container that fills the disk to the last block and inode, and is removed, gives everything back; the next one
+// starts.
+func TestFullDiskGetsFree(t *testing.T) {
+	for _, f := range flavours[:2] {
+		t.Run(f.name, func(t *testing.T) {
+			f.need(t)
+			disk := smallDisk(t)
+			cl, m := inside(t, f, func(c *config.Config) { c.Root, c.Pool.Size = filepath.Join(disk, "root"), 64<<20 })
+			ctx := namespaces.WithNamespace(t.Context(), "default")
+			a := file{"a", random(1, 1<<20)}
+			top, err := m.pull(ctx, true, []file{a})
+			m.must(err)
+			mounts, err := m.sn.Prepare(ctx, "default/100/hog", top)
+			m.must(err)
+			m.must(cl.sn.Flush(ctx))
+			var before, after unix.Statfs_t
+			m.must(unix.Statfs(disk, &before))
+			m.must(mount.WithTempMount(ctx, mounts, fill))
+			m.must(unix.Statfs(disk, &after))
+			if after.Bavail > 1 {
+				t.Errorf("%d blocks are free on a disk that was filled", after.Bavail)
+			}
+			m.must(m.sn.Remove(ctx, "default/100/hog"))
+			m.must(cl.sn.Cleanup(ctx))
+			m.must(unix.Statfs(disk, &after))
+			if lost := int64(before.Bavail) - int64(after.Bavail); lost*after.Bsize > 1<<20 {
+				t.Errorf("%d of %d blocks did not come back", lost, before.Bavail)
+			}
+			next, err := m.sn.Prepare(ctx, "default/101/next", top)
+			m.must(err)
+			m.compare(next, a)
+		})
+	}
+}
+
+// fill writes below dir until neither a block nor an inode is free.
+func fill(dir string) error {
+	f, err := os.Create(filepath.Join(dir, "fill"))
+	if err != nil {
+		return err
+	}
+	for block := make([]byte, 4096); err == nil; {
+		_, err = f.Write(block)
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		return errors.Join(err, f.Close())
+	}
+	for i := 0; ; i++ {
+		if err := os.Mkdir(filepath.Join(dir, fmt.Sprint("d", i)), 0o700); err != nil {
+			break
+		}
+	}
+	return f.Close()
 }

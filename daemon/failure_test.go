@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
@@ -45,8 +46,8 @@ func inside(t *testing.T, f flavour, change func(*config.Config)) (*client, *mac
 	return cl, m
 }
 
-// A pool that is too small for what is pulled gives plain directories, and what is there already goes on; room that is made
-// is used again.
+// A pool that is too small for what is pulled gives plain directories, and what is there already goes on; room that is
+// made is used again.
 func TestFullPool(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
@@ -87,6 +88,73 @@ func TestFullPool(t *testing.T) {
 			}
 			m.compare(running, small)
 		})
+	}
+}
+
+// When the places for images run out containers start from copies on disk. When nothing is mounted any more a new epoch
+// has places again.
+func TestSlotsRunOut(t *testing.T) {
+	cl, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	slots := cl.pool().Usage().Slots
+	uuid := cl.pool().UUID()
+	type started struct {
+		key, top string
+		mounts   []mount.Mount
+		file     file
+	}
+	var all []started
+	for i := range slots + 4 {
+		c := started{key: fmt.Sprintf("default/%d/c", 1000+i), file: file{"f", random(uint64(i), 10)}}
+		var err error
+		c.top, err = m.pull(ctx, true, []file{c.file})
+		m.must(err)
+		c.mounts, err = m.sn.Prepare(ctx, c.key, c.top)
+		m.must(err)
+		all = append(all, c)
+	}
+	plain := 0
+	for _, c := range all {
+		m.compare(c.mounts, c.file)
+		if strings.Contains(strings.Join(c.mounts[0].Options, " "), "lowerdir="+m.cfg.Root+"/plain/") {
+			plain++
+		}
+	}
+	if plain != 4 {
+		t.Errorf("%d containers stand on copies, expected 4 beside %d slots", plain, slots)
+	}
+	for _, c := range all {
+		m.must(errors.Join(m.sn.Remove(ctx, c.key), m.sn.Remove(ctx, c.top)))
+	}
+	m.must(cl.settle(ctx))
+	if cl.pool().UUID() == uuid {
+		t.Error("nothing is mounted, and the epoch is the old one")
+	}
+	top, err := m.pull(ctx, true, []file{{"f", nil}})
+	m.must(err)
+	mounts, err := m.sn.Prepare(ctx, "default/2000/c", top)
+	m.must(err)
+	if !strings.Contains(strings.Join(mounts[0].Options, " "), "lowerdir="+m.cfg.Root+"/images/") {
+		t.Errorf("in the new epoch a container stands on %v", mounts)
+	}
+}
+
+// A pull into a pool that its contents fill to the brim completes, and containers of it start.
+func TestPullFillsPool(t *testing.T) {
+	for _, size := range []int{9 << 20, 10 << 20, 11 << 20, 12 << 20} {
+		_, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
+		ctx := namespaces.WithNamespace(t.Context(), "default")
+		var layers [][]file
+		var files []file
+		for i := range 8 {
+			f := file{fmt.Sprintf("f%d", i), random(uint64(i), size/8)}
+			layers, files = append(layers, []file{f}), append(files, f)
+		}
+		top, err := m.pull(ctx, true, layers...)
+		m.must(err)
+		mounts, err := m.sn.Prepare(ctx, "default/100/c", top)
+		m.must(err)
+		m.compare(mounts, files...)
 	}
 }
 

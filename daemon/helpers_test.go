@@ -54,7 +54,8 @@ func TestMain(m *testing.M) {
 	os.Exit(mountns.Main(m))
 }
 
-// helperArgs tells whether this process was started as the program daxfs to serve a FUSE mount, and with which arguments.
+// helperArgs tells whether this process was started as the program daxfs to serve a FUSE mount, and with which
+// arguments.
 func helperArgs(args []string) ([]string, bool) {
 	head := []string{"mount", "--driver", "fuse", "--foreground"}
 	if len(args) <= len(head) || !slices.Equal(args[1:1+len(head)], head) {

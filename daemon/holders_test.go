@@ -30,8 +30,8 @@ import (
 )
 
 // Whoever shows an image to others keeps it: a mount that the daemon made for a user, one that he made by hand, and a
-// container with mapped owners whose snapshot is gone. What they read stays as it is while other images come and go; when
-// they are gone the space is free again.
+// container with mapped owners whose snapshot is gone. What they read stays as it is while other images come and go;
+// when they are gone the space is free again.
 func TestHoldersKeepBytes(t *testing.T) {
 	for name, hold := range map[string]func(h *holding) (release func()){
 		"mounted by the daemon":            (*holding).asked,
@@ -229,7 +229,8 @@ func (noBlob) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, e
 	return nil, fmt.Errorf("no such blob: %w", errdefs.ErrNotFound)
 }
 
-// Who merely claims the diff ID of another namespace's layer does not get that layer; who has a blob of it does, unread.
+// Who merely claims the diff ID of another namespace's layer does not get that layer; who has a blob of it does,
+// unread.
 func TestClaimedDiffID(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "victim")

@@ -36,9 +36,9 @@ func rounds(t *testing.T) int {
 	return n
 }
 
-// TestKilledAnywhere kills the daemon at random moments of its start, and of pulls, starts and removals by several clients.
-// Afterwards everything agrees and nothing is left over; in the end every snapshot that was committed shows what was
-// committed.
+// TestKilledAnywhere kills the daemon at random moments of its start, and of pulls, starts and removals by several
+// clients. Afterwards everything agrees and nothing is left over; in the end every snapshot that was committed shows
+// what was committed.
 func TestKilledAnywhere(t *testing.T) {
 	rounds := rounds(t)
 	for _, f := range flavours[:2] {

@@ -64,11 +64,13 @@ var (
 		"Bytes that images would take besides if each had its own contents.", nil, nil)
 	deadCount = prometheus.NewDesc("daxfs_pool_dead_files",
 		"Distinct contents that nothing holds and that wait until nobody can read them.", nil, nil)
-	slotCount = prometheus.NewDesc("daxfs_pool_slots", "Places for images in this epoch, by state.", []string{"state"}, nil)
-	epoch     = prometheus.NewDesc("daxfs_pool_epoch_info", "The epoch of the pool; its value is 1.", []string{"uuid"}, nil)
-	layers    = prometheus.NewDesc("daxfs_layers", "Layers in the pool.", nil, nil)
-	images    = prometheus.NewDesc("daxfs_images", "Images in the pool.", nil, nil)
-	mounts    = prometheus.NewDesc("daxfs_mounts", "Mounted images by driver.", []string{"driver"}, nil)
+	slotCount = prometheus.NewDesc("daxfs_pool_slots",
+		"Places for images in this epoch, by state.", []string{"state"}, nil)
+	epoch = prometheus.NewDesc("daxfs_pool_epoch_info",
+		"The epoch of the pool; its value is 1.", []string{"uuid"}, nil)
+	layers = prometheus.NewDesc("daxfs_layers", "Layers in the pool.", nil, nil)
+	images = prometheus.NewDesc("daxfs_images", "Images in the pool.", nil, nil)
+	mounts = prometheus.NewDesc("daxfs_mounts", "Mounted images by driver.", []string{"driver"}, nil)
 )
 
 // Describe implements prometheus.Collector.

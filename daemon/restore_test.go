@@ -45,8 +45,8 @@ func (oneNamespace) List(context.Context, *namespacesapi.ListNamespacesRequest) 
 	return &namespacesapi.ListNamespacesResponse{Namespaces: []*namespacesapi.Namespace{{Name: "empty"}, {Name: "default"}}}, nil
 }
 
-// A layer that memory lost, and that has no pack or a damaged one, is stored again from the blob that containerd has; not
-// from one that is something else.
+// A layer that memory lost, and that has no pack or a damaged one, is stored again from the blob that containerd has;
+// not from one that is something else.
 func TestRestoreFromContent(t *testing.T) {
 	for name, c := range map[string]struct {
 		durability string
@@ -123,13 +123,15 @@ func TestUnreadableLayer(t *testing.T) {
 			m.must(err)
 			m.must(cl.sn.Flush(ctx))
 			key := cl.pool().Layers()[0]
-			cl.restart(m, func() { m.must(loseMemory(m.cfg)) })
-			m.must(cl.sn.Flush(ctx))
-			if _, err := cl.pool().Layer(key); err == nil { // the worker may have restored it
-				m.must(cl.pool().RemoveLayer(ctx, key))
-			}
-			b := cl.pool().Begin()
-			m.must(b.CommitLayer(ctx, key, []byte{0, 99, 99, 99}))
+			cl.restart(m, func() {
+				p, done := openPool(t, m.cfg)
+				defer done()
+				for _, img := range p.Images() {
+					m.must(p.RemoveImage(ctx, img.Key))
+				}
+				m.must(p.RemoveLayer(ctx, key))
+				m.must(p.Begin().CommitLayer(ctx, key, []byte{0, 99, 99, 99}))
+			})
 			mounts, err := m.sn.Prepare(ctx, "default/100/c", top)
 			m.must(err)
 			m.compare(mounts, a)

@@ -56,7 +56,8 @@ func (d *Daemon) grpcServer(differ interface {
 },
 ) *grpc.Server {
 	// Handlers have to end before the pool below them is closed.
-	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true))
+	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true),
+		grpc.Creds(peerCredentials{}), grpc.UnaryInterceptor(d.checkVisible))
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(d.sn))
 	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(differ, differ))
 	healthapi.RegisterHealthServer(srv, health.NewServer())

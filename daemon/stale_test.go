@@ -26,8 +26,8 @@ func (c *client) restart(m *machine, change func()) {
 	m.sn, m.ap = c.remote, c.applier
 }
 
-// uncache makes the kernel read a file again. It is for this file alone: tests of other packages that run beside this one
-// count what the kernel reads twice.
+// uncache makes the kernel read a file again. It is for this file alone: tests of other packages that run beside this
+// one count what the kernel reads twice.
 func uncache(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Open(path)
@@ -93,8 +93,8 @@ func TestDriverChanged(t *testing.T) {
 	}
 }
 
-// A mount that shows what the pool gave away keeps no daemon from starting, however busy, and is never used: the image can
-// be mounted again when its user is gone.
+// A mount that shows what the pool gave away keeps no daemon from starting, however busy, and is never used: the image
+// can be mounted again when its user is gone.
 func TestStaleMountIsBusy(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")

@@ -20,8 +20,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// streaming is a snapshotter that commits as a pull does: what was written to an active snapshot is made a layer blob by
-// containerd's own code, the snapshot is dropped, and the blob is applied by our differ to a snapshot prepared for it.
+// streaming is a snapshotter that commits as a pull does: what was written to an active snapshot is made a layer blob
+// by containerd's own code, the snapshot is dropped, and the blob is applied by our differ to a snapshot prepared for
+// it.
 type streaming struct {
 	snapshots.Snapshotter
 	applier diff.Applier

@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// suite runs containerd's conformance tests, each on a snapshotter that open makes, and wants all of them to have run. The
-// name "overlayfs" tells them which limits of overlayfs we inherit; see package snapshotter.
+// suite runs containerd's conformance tests, each on a snapshotter that open makes, and wants all of them to have run.
+// The name "overlayfs" tells them which limits of overlayfs we inherit; see package snapshotter.
 func suite(t *testing.T, open testsuite.SnapshotterFunc) {
 	t.Helper()
 	var ran atomic.Int32

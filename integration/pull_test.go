@@ -16,7 +16,9 @@ func TestPull(t *testing.T) {
 				s.Pull(ref, "overlayfs")
 				s.Pull(ref, "daxfs")
 				s.Compare(ref)
-				if len(s.ImageMounts()) != n+1 {
+				// A layer that is walked over one whose directory is gone is unpacked over an image of its parents, which
+				// stays until the next cleanup.
+				if got := len(s.ImageMounts()); got < n+1 || m == stack.Streaming && got > n+1 {
 					t.Errorf("mounts of images: %q, want one for each that was looked at", s.ImageMounts())
 				}
 			})

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
@@ -114,7 +113,18 @@ func writeRecord(dir, name string, rec any) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(filepath.Join(dir, name), append(b, '\n'), 0o600, renameio.WithTempDir(dir))
+	f, err := os.CreateTemp(dir, "."+name+"*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), filepath.Join(dir, name))
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
 }
 
 // readRecord fills rec, whatever its version.

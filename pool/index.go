@@ -39,6 +39,14 @@ type index struct {
 
 	mu     sync.Mutex
 	broken error // why nobody knows what is in the file; see update
+	// noted are records that the next change writes as well.
+	noted []noted
+}
+
+// noted is a record that waits to be written.
+type noted struct {
+	kind, key string
+	value     []byte
 }
 
 // errUnknown reports an index of which nobody knows whether it holds the last change.
@@ -129,8 +137,16 @@ func (x *index) update(op string, f func(tx *bbolt.Tx) error) error {
 	if err := x.fail(op); err != nil {
 		return wrap(err)
 	}
+	notes := x.takeNotes()
 	before := x.transaction()
-	err := x.db.Update(f)
+	err := x.db.Update(func(tx *bbolt.Tx) error {
+		for _, n := range notes {
+			if err := putRecord(tx, n); err != nil {
+				return err
+			}
+		}
+		return f(tx)
+	})
 	changed := x.transaction() != before
 	if err == nil {
 		err = x.done(op)
@@ -142,9 +158,32 @@ func (x *index) update(op string, f func(tx *bbolt.Tx) error) error {
 		x.mu.Unlock()
 	}
 	if err != nil {
+		x.noteFirst(notes)
 		return wrap(err)
 	}
 	return nil
+}
+
+// noteLast keeps a record for the next change.
+func (x *index) noteLast(n noted) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.noted = append(x.noted, n)
+}
+
+// noteFirst keeps records for the next change that were noted before all others.
+func (x *index) noteFirst(records []noted) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.noted = append(records[:len(records):len(records)], x.noted...)
+}
+
+func (x *index) takeNotes() []noted {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	notes := x.noted
+	x.noted = nil
+	return notes
 }
 
 // transaction is the number of the last one that readers see.
@@ -319,16 +358,29 @@ func slotKey(i int) []byte    { return binary.BigEndian.AppendUint32(nil, uint32
 
 // setRecord stores a record of the layer above; a nil value removes it.
 func (x *index) setRecord(kind, key string, value []byte) error {
-	return x.update("record "+kind, func(tx *bbolt.Tx) error {
-		b, err := tx.Bucket(bucketRecords).CreateBucketIfNotExists([]byte(kind))
-		if err != nil {
-			return err
-		}
-		if value == nil {
-			return b.Delete([]byte(key))
-		}
-		return b.Put([]byte(key), value)
-	})
+	return x.update("record "+kind, func(tx *bbolt.Tx) error { return putRecord(tx, noted{kind, key, value}) })
+}
+
+func putRecord(tx *bbolt.Tx, n noted) error {
+	b, err := tx.Bucket(bucketRecords).CreateBucketIfNotExists([]byte(n.kind))
+	if err != nil {
+		return err
+	}
+	if n.value == nil {
+		return b.Delete([]byte(n.key))
+	}
+	return b.Put([]byte(n.key), n.value)
+}
+
+// flush writes the records that wait.
+func (x *index) flush() error {
+	x.mu.Lock()
+	waiting := len(x.noted)
+	x.mu.Unlock()
+	if waiting == 0 {
+		return nil
+	}
+	return x.update("records", func(*bbolt.Tx) error { return nil })
 }
 
 // records returns all records of a kind, copied.

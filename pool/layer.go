@@ -16,6 +16,14 @@ func (p *Pool) Layer(key string) ([]byte, error) {
 	return b, nil
 }
 
+// HasLayer reports whether there is a layer of that key.
+func (p *Pool) HasLayer(key string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.layers[key]
+	return ok
+}
+
 // Layers returns the keys of all layers, sorted.
 func (p *Pool) Layers() []string {
 	p.mu.Lock()

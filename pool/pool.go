@@ -632,6 +632,23 @@ func (p *Pool) SetRecord(kind, key string, value []byte) error {
 	return p.index.setRecord(kind, key, value)
 }
 
+// NoteRecord is SetRecord that waits for the next change of the index, which makes both durable at once. FlushRecords
+// does not wait for one. Records does not tell of it before.
+func (p *Pool) NoteRecord(kind, key string, value []byte) error {
+	if kind == "" || key == "" {
+		return fmt.Errorf("pool: record %q of kind %q: %w", key, kind, ErrInvalid)
+	}
+	p.index.noteLast(noted{kind, key, value})
+	return nil
+}
+
+// FlushRecords makes the records durable that NoteRecord was given.
+func (p *Pool) FlushRecords() error {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	return p.index.flush()
+}
+
 // Records returns all records of a kind.
 func (p *Pool) Records(kind string) (map[string][]byte, error) { return p.index.records(kind) }
 
@@ -647,7 +664,7 @@ func (p *Pool) Close() error {
 	if closed {
 		return nil
 	}
-	return p.index.close()
+	return errors.Join(p.index.flush(), p.index.close())
 }
 
 func byOffset(es []*extent) []*extent {

@@ -79,7 +79,8 @@ func (s *Snapshotter) tryCreate(ctx context.Context, want snapshots.Info, opts [
 	if err != nil {
 		return nil, err
 	}
-	if len(links) > 0 && low.Image == links[0].rec.Image && !low.Plain && !links[0].rec.Built {
+	unpacks := want.Kind == snapshots.KindActive && isExtract(want.Name, want.Labels)
+	if len(links) > 0 && low.Image == links[0].rec.Image && !low.Plain && !links[0].rec.Built && !unpacks {
 		s.work.add(task{name: want.Parent, started: true})
 	}
 	return s.describe(id, info, low, lowerdirs), nil

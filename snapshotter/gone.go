@@ -84,11 +84,9 @@ func (s *Snapshotter) alive(id string) (bool, error) {
 	if _, err := os.Lstat(s.upper(id)); errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
-	empty := filepath.Join(s.root, "empty")
-	if err := os.Mkdir(empty, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return false, err
+	options := []string{
+		"lowerdir=" + s.emptyDir(), "upperdir=" + s.upper(id), "workdir=" + s.workdir(id), "index=on",
 	}
-	options := []string{"lowerdir=" + empty, "upperdir=" + s.upper(id), "workdir=" + s.workdir(id), "index=on"}
 	for _, o := range s.overlayOptions {
 		if o == "userxattr" {
 			options = append(options, o)
@@ -106,11 +104,15 @@ func (s *Snapshotter) alive(id string) (bool, error) {
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return true, nil
-	case errors.Is(err, unix.ESTALE): // the index of another lower: the upper directory was found free before
-		return false, nil
+	case errors.Is(err, unix.ESTALE), // the index of another lower
+		errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT): // no room for the index
+		return false, nil // the upper directory was found free before
 	}
 	return false, err
 }
+
+// emptyDir is the lower directory of trials. New makes it: a trial must succeed on a full disk.
+func (s *Snapshotter) emptyDir() string { return filepath.Join(s.root, "empty") }
 
 // tryOverlay makes an overlay that is mounted nowhere, and drops it.
 func tryOverlay(options []string) error {

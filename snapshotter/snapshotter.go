@@ -91,6 +91,9 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 		return nil, err
 	}
 	s := &Snapshotter{root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions}
+	if err := os.MkdirAll(s.emptyDir(), 0o700); err != nil {
+		return nil, err
+	}
 	if s.st, err = openStore(ctx, filepath.Join(root, "metadata.db"), s.migrate); err != nil {
 		return nil, err
 	}

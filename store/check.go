@@ -17,8 +17,8 @@ import (
 )
 
 // Check compares what the store knows with what there is, and with what containerd needs: its uses, and the layers of
-// each of its images. It tells report of each contradiction and of each thing that is left over. It is exact when nothing
-// else is under way, after Sweep.
+// each of its images. It tells report of each contradiction and of each thing that is left over. It is exact when
+// nothing else is under way, after Sweep.
 func (s *Store) Check(ctx context.Context, use Uses, images map[string][]Layer, report func(msg string)) error {
 	err := s.pool.Check(ctx, func(f pool.Finding) bool {
 		report("pool: " + f.String())

@@ -21,10 +21,10 @@
 //
 // # How space becomes free
 //
-// An image that nobody holds is unmounted when nothing is seen to stand on it, then taken out of the pool. Contents that
-// no layer and no image holds are dead: their inodes are erased, then the kernel is asked for each of them whether
-// somebody has it open or mapped. What is free of users is free space. What can not be decided waits for the next sweep,
-// at the latest until nothing is mounted, when the pool may begin a new epoch.
+// An image that nobody holds is unmounted when nothing is seen to stand on it, then taken out of the pool. Contents
+// that no layer and no image holds are dead: their inodes are erased, then the kernel is asked for each of them whether
+// somebody has it open or mapped. What is free of users is free space. What can not be decided waits for the next
+// sweep, at the latest until nothing is mounted, when the pool may begin a new epoch.
 //
 // # Below the root
 //
@@ -36,9 +36,9 @@
 // # Layer packs
 //
 // Memory does not survive a reboot, containerd's view of its snapshots does. A layer that was unpacked can be restored
-// from its directory; a layer that was streamed has none. Where the region under the pool does not survive a reboot, the
-// blob is copied to packs/ while it is streamed and synced before containerd is told that the layer is applied. The pack
-// is the blob as it came: it takes a fraction of the space of the contents, it costs no more to write than to receive,
-// and its diff ID proves it when it is read again. Where there is no pack, or a damaged one, containerd is asked for the
-// blob.
+// from its directory; a layer that was streamed has none. Where the region under the pool does not survive a reboot,
+// the blob is copied to packs/ while it is streamed and synced before containerd is told that the layer is applied. The
+// pack is the blob as it came: it takes a fraction of the space of the contents, it costs no more to write than to
+// receive, and its diff ID proves it when it is read again. Where there is no pack, or a damaged one, containerd is
+// asked for the blob.
 package store

@@ -57,8 +57,8 @@ func (p Pool) File(root string) string {
 // openPool opens the pool of a root directory, and makes it if there is none.
 //
 // The index lies below the root and is found by trial: it knows which pool it belongs to. So neither a pool that is
-// missing at one start, because the file system that it lies on is mounted late, nor a configuration that is changed and
-// changed back costs an index.
+// missing at one start, because the file system that it lies on is mounted late, nor a configuration that is changed
+// and changed back costs an index.
 func openPool(ctx context.Context, c Config) (_ region.Region, _ *pool.Pool, err error) {
 	rc, err := c.Pool.region(c.Root)
 	if err != nil {
@@ -207,7 +207,8 @@ func (x indexes) complete(p *pool.Pool, path string) (*pool.Pool, error) {
 	return p, nil
 }
 
-// PoolOptions returns how a pool in a region is to be made: for the driver that will mount it, with windows as in Pool.Windows.
+// PoolOptions returns how a pool in a region is to be made: for the driver that will mount it, with windows as in
+// Pool.Windows.
 func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, windows string) pool.Options {
 	o := pool.Options{Windows: choices[windows]}
 	for _, e := range mount.Explain(ctx, drivers, info) {
@@ -220,7 +221,8 @@ func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, 
 
 var choices = map[string]pool.Choice{"": pool.Auto, "auto": pool.Auto, "yes": pool.Yes, "no": pool.No}
 
-// advice says what to do about the errors of opening a pool that a change of the configuration, or of the program, causes.
+// advice says what to do about the errors of opening a pool that a change of the configuration, or of the program,
+// causes.
 func advice(err error) string {
 	switch {
 	case errors.Is(err, region.ErrSize):

@@ -99,7 +99,12 @@ func (s *Store) add(ctx context.Context, img Image) (pool.Image, error) {
 	if err != nil {
 		return m, err
 	}
-	return m, s.amendImage(img.Key, func(r *imageRecord) {
+	return m, errors.Join(s.noteImage(img), s.pool.FlushRecords())
+}
+
+// noteImage notes what an image is made of, and who wants it.
+func (s *Store) noteImage(img Image) error {
+	return s.amendImage(img.Key, func(r *imageRecord) {
 		r.Layers = img.layerKeys()
 		r.Names, r.Holders = add(r.Names, img.Name), add(r.Holders, img.Holder)
 	})
@@ -111,6 +116,9 @@ func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
 	}
 	root, err := s.tree(ctx, img.Layers)
 	if err != nil {
+		return pool.Image{}, err
+	}
+	if err := s.noteImage(img); err != nil {
 		return pool.Image{}, err
 	}
 	return s.pool.AddImage(ctx, img.Key, root, daxfs.Options{})

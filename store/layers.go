@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -81,18 +82,18 @@ func (s *Store) AddDir(ctx context.Context, holder, key, dir string) error {
 		return err
 	}
 	defer unlock()
-	if err := s.addDir(ctx, key, dir); err != nil {
+	if err := s.addDir(ctx, holder, key, dir); err != nil {
 		return err
 	}
-	return s.holdTree(key, holder)
+	return s.holdLayer(key, Blob{Holder: holder})
 }
 
-// addDir is AddDir without a holder. Preconditions: the layer is locked.
-func (s *Store) addDir(ctx context.Context, key, dir string) error {
+// addDir stores the changes in dir unless the layer is stored. Preconditions: the layer is locked.
+func (s *Store) addDir(ctx context.Context, holder, key, dir string) error {
 	if _, _, err := s.load(key); err == nil {
 		return nil
 	}
-	return s.readTree(ctx, key, func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
+	return s.readTree(ctx, holder, key, func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
 		return layer.FromDir(ctx, dir, to, lim)
 	})
 }
@@ -107,31 +108,27 @@ func (s *Store) addTree(ctx context.Context, holder, key string, read treeReader
 		return err
 	}
 	defer unlock()
-	if err := s.readTree(ctx, key, read); err != nil {
+	if err := s.readTree(ctx, holder, key, read); err != nil {
 		return err
 	}
-	return s.holdTree(key, holder)
-}
-
-func (s *Store) holdTree(key, holder string) error {
-	return s.amendLayer(key, func(r *layerRecord) { r.Holders = add(r.Holders, holder) })
+	return s.holdLayer(key, Blob{Holder: holder})
 }
 
 // readTree stores what read reads. Preconditions: the layer is locked.
-func (s *Store) readTree(ctx context.Context, key string, read treeReader) error {
+func (s *Store) readTree(ctx context.Context, holder, key string, read treeReader) error {
 	b := s.pool.Begin()
 	defer b.Discard()
 	made, err := read(ctx, b, s.cfg.Limits)
 	if err != nil {
 		return err
 	}
-	return s.commit(ctx, b, key, made, 0)
+	return s.commit(ctx, b, key, made, 0, Blob{Holder: holder})
 }
 
 // commit makes a layer of a batch, in the place of one that cannot be read: another version of the program may have
-// stored it. The payload is the size of the layer's tar, then the layer. Preconditions: the layer is locked, or not
-// known yet.
-func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64) error {
+// stored it. Of the blob that it was read from its record has the digest and the holder. The payload is the size of the
+// layer's tar, then the layer. Preconditions: the layer is locked, or not known yet.
+func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64, of Blob) error {
 	raw, err := made.MarshalBinary()
 	if err != nil {
 		return err
@@ -142,11 +139,30 @@ func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *lay
 			return err
 		}
 	}
-	return b.CommitLayer(ctx, key, append(binary.AppendUvarint(nil, uint64(size)), raw...))
+	if err := s.noteLayer(key, of); err != nil {
+		return err
+	}
+	existed := s.pool.HasLayer(key)
+	if err := b.CommitLayer(ctx, key, append(binary.AppendUvarint(nil, uint64(size)), raw...)); err != nil {
+		return err
+	}
+	if locked := of.DiffID != "" || !strings.HasPrefix(key, blobPrefix); locked && !existed {
+		s.decoded.add(key, made, size)
+	} else {
+		s.decoded.drop(key) // a layer that was there already stays as it is
+	}
+	return nil
 }
 
 // load returns a stored layer and the size of its tar.
 func (s *Store) load(key string) (*layer.Layer, int64, error) {
+	if !s.pool.HasLayer(key) {
+		s.decoded.drop(key)
+		return nil, 0, fmt.Errorf("layer %q: %w", key, pool.ErrNotFound)
+	}
+	if made, size, ok := s.decoded.get(key); ok {
+		return made, size, nil
+	}
 	raw, err := s.pool.Layer(key)
 	if err != nil {
 		return nil, 0, err
@@ -159,6 +175,7 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 	if err := made.UnmarshalBinary(raw[n:]); err != nil {
 		return nil, 0, fmt.Errorf("layer %q: %w: %w", key, err, pool.ErrCorrupt)
 	}
+	s.decoded.add(key, made, int64(size))
 	return made, int64(size), nil
 }
 
@@ -187,12 +204,17 @@ func (s *Store) AddBlob(ctx context.Context, b Blob) (Stored, error) {
 	return st, s.holdLayer(st.Key, b)
 }
 
-// holdLayer records who holds a layer, and which blob it was read from.
-func (s *Store) holdLayer(key string, b Blob) error {
+// noteLayer notes who holds a layer, and which blob it was read from.
+func (s *Store) noteLayer(key string, b Blob) error {
 	return s.amendLayer(key, func(r *layerRecord) {
 		r.Holders = add(r.Holders, b.Holder)
 		r.Blobs = add(r.Blobs, b.Digest)
 	})
+}
+
+// holdLayer is noteLayer whose result is durable.
+func (s *Store) holdLayer(key string, b Blob) error {
+	return errors.Join(s.noteLayer(key, b), s.pool.FlushRecords())
 }
 
 // find returns a layer that is stored, durably, and of which the caller has the blob. Preconditions: the layer is
@@ -244,7 +266,7 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 			return st, err
 		}
 	}
-	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size)
+	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size, b)
 }
 
 // read reads and verifies a blob, and puts the contents of its files into to.

@@ -41,7 +41,8 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	}
 	// The holder comes first: a crash leaves a holder without a mount, which the next sweep drops.
 	holder := holderMount + dir
-	err = s.amendImage(m.Key, func(r *imageRecord) { r.Holders = add(r.Holders, holder) })
+	err = errors.Join(
+		s.amendImage(m.Key, func(r *imageRecord) { r.Holders = add(r.Holders, holder) }), s.pool.FlushRecords())
 	if err != nil {
 		return Info{}, err
 	}
@@ -93,9 +94,10 @@ func (s *Store) Mounts() map[string]string {
 }
 
 func (s *Store) dropHolder(key, holder string) error {
-	return s.amendImage(key, func(r *imageRecord) {
+	err := s.amendImage(key, func(r *imageRecord) {
 		r.Holders = without(r.Holders, func(h string) bool { return h == holder })
 	})
+	return errors.Join(err, s.pool.FlushRecords())
 }
 
 // cleanDir returns the path of a directory without symbolic links.

@@ -15,9 +15,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Version 1 of the program had its pool in <root>/pool/region, unless the configuration said otherwise, and its index in
-// <root>/pool/index.db. Images are made again in a pool of this version; the old one stays as long as something that was
-// mounted from it lives.
+// Version 1 of the program had its pool in <root>/pool/region, unless the configuration said otherwise, and its index
+// in <root>/pool/index.db. Images are made again in a pool of this version; the old one stays as long as something that
+// was mounted from it lives.
 const (
 	oldRegion = "region"
 	oldIndex  = "index.db"
@@ -29,8 +29,8 @@ const (
 // oldShm was the default for kind tmpfs.
 const oldShm = "/dev/shm/daxfs-snapshotter.pool"
 
-// oldPool is what is left of version 1: pools, of which there is more than one if the configuration was changed, and the
-// index. A pool on a device has no file that could be removed.
+// oldPool is what is left of version 1: pools, of which there is more than one if the configuration was changed, and
+// the index. A pool on a device has no file that could be removed.
 type oldPool struct {
 	regions []string
 	index   string
@@ -125,8 +125,8 @@ func (s *Store) retire(ctx context.Context) error {
 	return nil
 }
 
-// fileInUse reports whether anything has a file open: a process, a loop device, a mount. The kernel refuses a write lease
-// then.
+// fileInUse reports whether anything has a file open: a process, a loop device, a mount. The kernel refuses a write
+// lease then.
 func fileInUse(path string) (bool, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {

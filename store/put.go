@@ -130,5 +130,5 @@ func (s *Store) unpin(name, except string) error {
 			errs = append(errs, s.amendLayer(key, func(r *layerRecord) { r.Holders = without(r.Holders, is) }))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, s.pool.FlushRecords())...)
 }

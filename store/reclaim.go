@@ -17,9 +17,9 @@ const batchSize = 512
 
 // reclaim frees the contents that nothing holds and that nobody can read any more.
 //
-// Overlays of snapshots are dead when their image is removed: the snapshotter asked the kernel. So nobody can open a file
-// any more that he did not have open, and the kernel is asked for those. Mounts that others made may live on detached,
-// with a process in them; once there was one, contents wait until the kernel has forgotten their inodes.
+// Overlays of snapshots are dead when their image is removed: the snapshotter asked the kernel. So nobody can open a
+// file any more that he did not have open, and the kernel is asked for those. Mounts that others made may live on
+// detached, with a process in them; once there was one, contents wait until the kernel has forgotten their inodes.
 func (s *Store) reclaim(ctx context.Context) error {
 	dead := s.pool.Dead()
 	if len(dead) == 0 {
@@ -96,8 +96,8 @@ func (s *Store) noteLoose() error {
 	return nil
 }
 
-// turn frees everything that waits if nothing is mounted, and lets the pool begin a new epoch if that is worth it. It does
-// nothing while images are added or mounted.
+// turn frees everything that waits if nothing is mounted, and lets the pool begin a new epoch if that is worth it. It
+// does nothing while images are added or mounted.
 func (s *Store) turn(ctx context.Context) error {
 	if !s.epoch.TryLock() {
 		return nil
@@ -142,10 +142,10 @@ func (s *Store) newEpoch(ctx context.Context) error {
 	return s.turned(ctx, true)
 }
 
-// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives on this machine. One
-// that does, because a process has a file open that it opened through a mount which is detached, is out of reach: the
-// next mount of the pool is another file system, and what the kernel says of that one is not the whole truth. From then
-// on nothing is freed until the pool is unmounted again, and the kernel says that all are gone.
+// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives on this machine.
+// One that does, because a process has a file open that it opened through a mount which is detached, is out of reach:
+// the next mount of the pool is another file system, and what the kernel says of that one is not the whole truth. From
+// then on nothing is freed until the pool is unmounted again, and the kernel says that all are gone.
 //
 // Preconditions: epoch is held for writing.
 func (s *Store) unmountAll(ctx context.Context) (idle bool, err error) {

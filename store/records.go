@@ -104,19 +104,20 @@ func load[R any](s *Store, kind string, into map[string]R) error {
 	return nil
 }
 
-// save writes a record; nil removes it.
-func (s *Store) save(kind, key string, r any) error {
+// note writes a record with the next change of the index, or with FlushRecords; nil removes it. Most records change
+// together with what they are about, and each change of the index waits for the disk.
+func (s *Store) note(kind, key string, r any) error {
 	if r == nil {
-		return s.pool.SetRecord(kind, key, nil)
+		return s.pool.NoteRecord(kind, key, nil)
 	}
 	raw, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	return s.pool.SetRecord(kind, key, raw)
+	return s.pool.NoteRecord(kind, key, raw)
 }
 
-// amendImage changes the record of an image, which it makes if there is none.
+// amendImage changes the record of an image, which it makes if there is none. It is durable after FlushRecords.
 func (s *Store) amendImage(key string, change func(*imageRecord)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -127,14 +128,14 @@ func (s *Store) amendImage(key string, change func(*imageRecord)) error {
 		slices.Equal(old.Holders, now.Holders) {
 		return nil
 	}
-	if err := s.save(kindImage, key, now); err != nil {
+	if err := s.note(kindImage, key, now); err != nil {
 		return err
 	}
 	s.records.images[key] = now
 	return nil
 }
 
-// amendLayer changes the record of a layer, which it makes if there is none.
+// amendLayer changes the record of a layer, which it makes if there is none. It is durable after FlushRecords.
 func (s *Store) amendLayer(key string, change func(*layerRecord)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -144,7 +145,7 @@ func (s *Store) amendLayer(key string, change func(*layerRecord)) error {
 	if had && slices.Equal(old.Holders, now.Holders) && slices.Equal(old.Blobs, now.Blobs) {
 		return nil
 	}
-	if err := s.save(kindLayer, key, now); err != nil {
+	if err := s.note(kindLayer, key, now); err != nil {
 		return err
 	}
 	s.records.layers[key] = now
@@ -160,7 +161,7 @@ func (s *Store) forgetImage(key string) error {
 	if _, ok := s.records.images[key]; !ok {
 		return nil
 	}
-	if err := s.save(kindImage, key, nil); err != nil {
+	if err := s.note(kindImage, key, nil); err != nil {
 		return err
 	}
 	delete(s.records.images, key)
@@ -174,7 +175,7 @@ func (s *Store) forgetLayer(key string) error {
 	if !ok {
 		return nil
 	}
-	if err := s.save(kindLayer, key, nil); err != nil {
+	if err := s.note(kindLayer, key, nil); err != nil {
 		return err
 	}
 	delete(s.records.layers, key)

@@ -53,7 +53,7 @@ func (s *Store) ensure(ctx context.Context, f Layer) (*layer.Layer, error) {
 // restore stores a layer again. Preconditions: the layer is locked.
 func (s *Store) restore(ctx context.Context, f Layer) error {
 	if f.Dir != "" {
-		return s.addDir(ctx, f.Key, f.Dir)
+		return s.addDir(ctx, "", f.Key, f.Dir)
 	}
 	return s.eachSource(ctx, f, func(rc io.ReadCloser, spec Blob, keep *packs) error {
 		return s.again(ctx, f.Key, rc, spec, keep)
@@ -82,7 +82,7 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made.Layer, made.Size)
+	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{DiffID: made.DiffID})
 }
 
 // eachSource calls use with one blob after another that may be a layer, until one succeeds: its pack, then what
@@ -90,14 +90,15 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 func (s *Store) eachSource(ctx context.Context, f Layer,
 	use func(rc io.ReadCloser, spec Blob, keep *packs) error,
 ) error {
-	// A layer whose diff ID this store computed may be restored from anybody's blob: the bytes are proven to be those. What
-	// only its owner says to have that diff ID must be the owner's.
+	// A layer whose diff ID this store computed may be restored from anybody's blob: the bytes are proven to be those.
+	// What only its owner says to have that diff ID must be the owner's.
 	id, namespace, keep := f.Claim.DiffID, f.Claim.Namespace, (*packs)(nil)
 	if name, isBlob := strings.CutPrefix(f.Key, blobPrefix); isBlob {
 		id, namespace, keep = digest.Digest(name), "", s.packs
 	}
 	if err := id.Validate(); err != nil {
-		return fmt.Errorf("layer %q is neither in the pool nor in a directory, and nothing tells its diff ID: %w", f.Key, ErrLost)
+		return fmt.Errorf("layer %q is neither in the pool nor in a directory, and nothing tells its diff ID: %w",
+			f.Key, ErrLost)
 	}
 	spec := Blob{DiffID: id}
 	perr := error(os.ErrNotExist)
@@ -127,7 +128,9 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 }
 
 // fromBlobs calls use with the blobs that containerd says to have a diff ID, until one succeeds.
-func (s *Store) fromBlobs(ctx context.Context, namespace string, id digest.Digest, use func(io.ReadCloser) error) error {
+func (s *Store) fromBlobs(ctx context.Context, namespace string, id digest.Digest,
+	use func(io.ReadCloser) error,
+) error {
 	if s.cfg.Blobs == nil {
 		return errors.New("containerd is not asked")
 	}

@@ -51,7 +51,8 @@ type Found struct {
 
 // Store is an open store. It is safe for concurrent use.
 //
-// Lock order: the lock of an image, then epoch, then the lock of a layer, then what pool and table have inside, then mu.
+// Lock order: the lock of an image, then epoch, then the lock of a layer, then what pool and table have inside, then
+// mu.
 type Store struct {
 	cfg    Config
 	region region.Region
@@ -61,6 +62,7 @@ type Store struct {
 	private bool
 
 	images, layers keyLock
+	decoded        cache
 	sweeping       sync.Mutex // held by the one Sweep or Reclaim under way
 
 	// epoch is held for reading while an image is added or mounted, and for writing while the pool begins a new epoch. It
@@ -94,8 +96,8 @@ func Open(ctx context.Context, c Config) (_ *Store, err error) {
 	return s, nil
 }
 
-// New opens the store of a pool that the caller opened. The store closes it and its region, also when New fails. Config.Pool
-// is ignored, and what an earlier version left below the root is left alone.
+// New opens the store of a pool that the caller opened. The store closes it and its region, also when New fails.
+// Config.Pool is ignored, and what an earlier version left below the root is left alone.
 func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, error) {
 	s := &Store{cfg: c, region: r, pool: p}
 	if err := s.open(ctx); err != nil {
@@ -199,7 +201,8 @@ func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 		return n < 100
 	})
 	if err == nil && first != nil {
-		err = fmt.Errorf("%w: pool %s: %w (%d findings; `daxfs pool check` prints all)", mount.ErrCheck, src.Where(), first, n)
+		err = fmt.Errorf("%w: pool %s: %w (%d findings; `daxfs pool check` prints all)",
+			mount.ErrCheck, src.Where(), first, n)
 	}
 	return err
 }

@@ -118,7 +118,8 @@ func TestMountAt(t *testing.T) {
 	}
 }
 
-// An image that was put stays until it is unpinned, also through a new epoch and beside a containerd that knows nothing.
+// An image that was put stays until it is unpinned, also through a new epoch and beside a containerd that knows
+// nothing.
 func TestPut(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()

@@ -42,8 +42,8 @@ type Uses interface {
 }
 
 // Sweep frees what nobody holds. use tells what containerd needs; with nil its namespaces hold what the index says that
-// they hold. With short set memory is wanted: what is merely Kept or Ready is freed as well if it can be made again. What
-// is busy stays, for the next sweep.
+// they hold. With short set memory is wanted: what is merely Kept or Ready is freed as well if it can be made again.
+// What is busy stays, for the next sweep.
 func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
 	s.sweeping.Lock()
 	defer s.sweeping.Unlock()
@@ -73,7 +73,7 @@ func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
 	if use != nil {
 		errs = append(errs, w.sweepPacks(ctx), s.sweepPlain(ctx, use.Plain))
 	}
-	errs = append(errs, s.reclaim(ctx), s.turn(ctx), s.rebuild(ctx), s.retire(ctx))
+	errs = append(errs, s.pool.FlushRecords(), s.reclaim(ctx), s.turn(ctx), s.rebuild(ctx), s.retire(ctx))
 	return errors.Join(errs...)
 }
 
@@ -206,13 +206,15 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	if keep {
 		return nil
 	}
+	if need == Unused {
+		if err := w.forgetImage(key); err != nil {
+			return err
+		}
+	}
 	if err := w.pool.RemoveImage(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return err
 	}
-	if need > Unused {
-		return nil
-	}
-	return w.forgetImage(key)
+	return nil
 }
 
 // unmount unmounts an image that no snapshot uses, and reports whether that is done. Something that was mounted from it
@@ -250,13 +252,16 @@ func (w *sweep) layer(ctx context.Context, key string) error {
 	if need == InUse || need > Unused && !(w.short && w.restorable(key)) {
 		return nil
 	}
+	if need == Unused {
+		if err := w.forgetLayer(key); err != nil {
+			return err
+		}
+	}
+	w.decoded.drop(key)
 	if err := w.pool.RemoveLayer(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return err
 	}
-	if need > Unused {
-		return nil
-	}
-	return w.forgetLayer(key)
+	return nil
 }
 
 // restorable tells whether a layer that is not in use can be restored: from its directory, or from its pack.

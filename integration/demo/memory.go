@@ -112,7 +112,8 @@ func (d *demo) imageMounts(snapshotter string) ([]*mountinfo.Info, error) {
 			return !strings.HasPrefix(m.Mountpoint, filepath.Join(d.DaemonRoot(), "images")+"/"), false
 		}
 		ours := strings.HasPrefix(m.Mountpoint, d.DaemonRoot()+"/")
-		return ours || m.FSType != "erofs" || !strings.HasPrefix(m.Mountpoint, d.Run+"/") && !strings.HasPrefix(m.Mountpoint, d.Dir+"/"), false
+		stacks := strings.HasPrefix(m.Mountpoint, d.Run+"/") || strings.HasPrefix(m.Mountpoint, d.Dir+"/")
+		return ours || m.FSType != "erofs" || !stacks, false
 	})
 }
 

@@ -64,8 +64,8 @@ func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
 	return facts, nil
 }
 
-// extents lists where the contents of an image's files are, by their offset in the pool, and how many bytes of whole pages
-// they take.
+// extents lists where the contents of an image's files are, by their offset in the pool, and how many bytes of whole
+// pages they take.
 func extents(img *daxfs.FS) (map[int64]int64, error) {
 	found := map[int64]int64{}
 	err := fs.WalkDir(img, ".", func(path string, e fs.DirEntry, err error) error {

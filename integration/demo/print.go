@@ -27,9 +27,11 @@ func (d *demo) prove(f *facts, ps []*process) error {
 
 	f.libraries = libraries(ps)
 	if len(f.libraries) == 0 {
-		return errors.New("no program text is mapped by all containers: the kernel does not show pages, or they have none in common")
+		return errors.New("no program text is mapped by all containers: " +
+			"the kernel does not show pages, or they have none in common")
 	}
-	d.say("\n2. The same program text in all containers is the same physical pages (page frame numbers, from /proc/PID/pagemap):")
+	d.say("\n2. The same program text in all containers is the same physical pages" +
+		" (page frame numbers, from /proc/PID/pagemap):")
 	d.printFrames(f, ps)
 	var pages, same, across, acrossSame int
 	for _, l := range f.libraries {
@@ -38,7 +40,7 @@ func (d *demo) prove(f *facts, ps []*process) error {
 	}
 	d.say("     %d of %d pages of program text, in %d files, are one physical page in all %d containers of their image;",
 		same, pages, len(f.libraries), d.containers)
-	d.say("     %d of %d are one physical page in both images. That is so because both have the same file, at the same place in the pool:",
+	d.say("     %d of %d are one physical page in both images, which have the same file, at the same place in the pool:",
 		acrossSame, across)
 	var files []string // of the libraries that are shown
 	for _, l := range f.libraries[:min(maxShown, len(f.libraries))] {
@@ -114,9 +116,10 @@ func (d *demo) compare(f *facts) {
 		}
 		d.say("Of what daxfs has cached, %s are the pool itself, %s.", mib(f.daxfs.pool), why)
 	}
-	d.say(`How to read this: with overlayfs, containers share the page cache of the layers that their images have in common. These two images
-have none in common, so overlayfs caches their equal files twice. With daxfs an equal file is one file in all images. With DAX memory
-the pool's pages are mapped without any page cache: by every image, container and virtual machine. See README.md, "When not to use it".`)
+	d.say(`How to read this: with overlayfs, containers share the page cache of the layers that their images have in common.
+These two images have none in common, so overlayfs caches their equal files twice. With daxfs an equal file is one file in
+all images. With DAX memory the pool's pages are mapped without any page cache: by every image, container and virtual
+machine. See README.md, "When not to use it".`)
 }
 
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

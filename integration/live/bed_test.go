@@ -274,8 +274,8 @@ func (b *bed) mount(ctx context.Context, m pool.Image) (string, error) {
 	return got.Dir, err
 }
 
-// remove removes an image in the order that package store has, once the overlays of its containers are dead. It is false
-// while something stands on the image. found tells of what mount tables show.
+// remove removes an image in the order that package store has, once the overlays of its containers are dead. It is
+// false while something stands on the image. found tells of what mount tables show.
 func (b *bed) remove(ctx context.Context, n int, found func()) (bool, error) {
 	used, err := b.tab.UsedBy(ctx, key(n))
 	if err != nil {

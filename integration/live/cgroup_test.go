@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// cgroup is a memory control group: what its processes have in memory can be taken from them without disturbing others.
-// Without one, there is no pressure on memory; dir is "" then.
+// cgroup is a memory control group: what its processes have in memory can be taken from them without disturbing
+// others. Without one, there is no pressure on memory; dir is "" then.
 type cgroup struct{ dir, reclaim, amount string }
 
 // newCgroup makes a group of version 1 or 2, limited to so many bytes.

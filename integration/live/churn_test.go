@@ -9,15 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What an image may leave behind that was removed, in bytes, as long as the pool is mounted. It comes back with the next epoch.
+// What an image may leave behind that was removed, in bytes, as long as the pool is mounted. It comes back with the
+// next epoch.
 const (
 	maxTreeLeft  = 24 << 10 // addresses of the tree area
 	maxDiskLeft  = 6 << 10  // blocks of the pool file
 	maxIndexLeft = 1 << 10
 )
 
-// Images come and go in a pool that is mounted all the time. Space comes back; what does not is stated, and bounded; and
-// all of it comes back when nothing is mounted.
+// Images come and go in a pool that is mounted all the time. Space comes back; what does not is stated, and
+// bounded; and all of it comes back when nothing is mounted.
 func TestChurn(t *testing.T) {
 	count := times(t, 10_000)
 	const window = 20 // images that are there at a time
@@ -74,8 +75,9 @@ func TestChurn(t *testing.T) {
 	end, u := b.left(t), b.p.Usage()
 	n := int64(count - warm)
 	tree, disk, index := (end.tree-start.tree)/n, (end.disk-start.disk)/n, (end.index-start.index)/n
-	t.Logf("%d images came and went. Each leaves, until the pool is not mounted: 1 slot of %d, %d bytes of addresses in the tree "+
-		"area, %d bytes of disk, %d bytes of index. %d bytes of contents are there, %d wait, %d are free in %d pieces",
+	t.Logf("%d images came and went. Each leaves, until the pool is not mounted: 1 slot of %d, %d bytes of addresses "+
+		"in the tree area, %d bytes of disk, %d bytes of index. %d bytes of contents are there, %d wait, %d are free in "+
+		"%d pieces",
 		count, u.Slots, tree, disk, index, u.Extents, u.Dead, u.Free, u.Gaps)
 	if tree > maxTreeLeft || disk > maxDiskLeft || index > maxIndexLeft {
 		t.Errorf("expected at most %d, %d and %d bytes", maxTreeLeft, maxDiskLeft, maxIndexLeft)

@@ -56,7 +56,8 @@ func compare(got []byte, id uint64, size, off int) error {
 	case at+line <= len(got) && bytes.Equal(got[at:at+line], make([]byte, line)):
 		whose = "zeros"
 	case at+line <= len(got):
-		whose = fmt.Sprintf("those of contents %#x at %d", binary.LittleEndian.Uint64(got[at:]), binary.LittleEndian.Uint64(got[at+8:]))
+		le := binary.LittleEndian
+		whose = fmt.Sprintf("those of contents %#x at %d", le.Uint64(got[at:]), le.Uint64(got[at+8:]))
 	}
 	return fmt.Errorf("%w: at %d of contents %#x are %s", errForeign, off+at, id, whose)
 }
@@ -90,8 +91,10 @@ type shape struct {
 // shapes by name: a worker knows them, too.
 var shapes = map[string]shape{
 	// With everything that an image can have.
-	"rich": {Common: 300, Take: 60, Own: 8, Odd: true,
-		Sizes: []int{0, 1, 31, 300, 4095, 4096, 4097, 9000, 20_000, 20_000, 60_000, 60_000, 300_000}},
+	"rich": {
+		Common: 300, Take: 60, Own: 8, Odd: true,
+		Sizes: []int{0, 1, 31, 300, 4095, 4096, 4097, 9000, 20_000, 20_000, 60_000, 60_000, 300_000},
+	},
 	// Of few sizes, so that space that becomes free is taken by the next image.
 	"reuse": {Common: 20, Take: 6, Own: 10, Sizes: []int{3000, 3000, 20_000, 20_000, 70_000, 300_000}},
 	// Small ones, for many of them.
@@ -132,7 +135,8 @@ func image(s shape, seed uint64, n int) map[string]entry {
 		return out
 	}
 	for i := range r.IntN(3) {
-		e := entry{mode: unix.S_IFREG | 0o600, mtime: daxfs.Time{Sec: 7}, id: 1<<20 | uint64(i), size: 5000, nlink: 2 + r.IntN(2)}
+		e := entry{mode: unix.S_IFREG | 0o600, mtime: daxfs.Time{Sec: 7}, id: 1<<20 | uint64(i), size: 5000}
+		e.nlink = 2 + r.IntN(2)
 		for k := range e.nlink {
 			p := put(fmt.Sprintf("link%d-%d", i, k), e)
 			if k == 0 {

@@ -9,8 +9,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Without one of the guards there are foreign bytes, so TestHolders could find them: without the lease for who has a file open
-// or mapped; without waiting for eviction for who has a working directory in an overlay that no table shows.
+// Without one of the guards there are foreign bytes, so TestHolders could find them: without the lease for who has
+// a file open or mapped; without waiting for eviction for who has a working directory in an overlay that no table
+// shows.
 func TestHoldersControl(t *testing.T) {
 	for _, tc := range []struct {
 		name  string

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Somebody breaks the rule that no slot is looked up before its image is published. What he sees at the first moment, which
-// the kernel remembers, is the whole image all the same: the slot becomes valid with its last two bytes. On block devices the
-// rule is needed: a look leaves old blocks in the cache of the device.
+// Somebody breaks the rule that no slot is looked up before its image is published. What he sees at the first
+// moment, which the kernel remembers, is the whole image all the same: the slot becomes valid with its last two
+// bytes. On block devices the rule is needed: a look leaves old blocks in the cache of the device.
 //
 // The kernel logs each look at an empty slot, so there are not many.
 func TestLookEarly(t *testing.T) {
@@ -60,8 +60,8 @@ func TestLookEarly(t *testing.T) {
 	}
 }
 
-// lookUntil looks at a slot until it is valid, or until the image was added. It is true if the slot came first; the result of
-// adding is still to come then.
+// lookUntil looks at a slot until it is valid, or until the image was added. It is true if the slot came first; the
+// result of adding is still to come then.
 func lookUntil(t *testing.T, slot string, added chan error) bool {
 	t.Helper()
 	for {

@@ -13,8 +13,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// The disk below a mounted pool is full at any write of a publication. The image is not there then, and no other is harmed;
-// removing images works, and gives space back; and with space the image is published.
+// The disk below a mounted pool is full at any write of a publication. The image is not there then, and no other is
+// harmed; removing images works, and gives space back; and with space the image is published.
 func TestFullDisk(t *testing.T) {
 	pl := place{fs: "ext4", driver: "erofs-file", size: 256 << 20, disk: 48 << 20, shape: "reuse", slots: 20_000}
 	b := newBed(t, pl, newSeed(t))
@@ -26,8 +26,8 @@ func TestFullDisk(t *testing.T) {
 	for i := 0; i < rounds && !t.Failed(); i++ {
 		f.round(t)
 	}
-	t.Logf("%d publications met a full disk, %d fitted; the pool had to be opened anew %d times; %d images were removed from a full disk",
-		f.failed, f.fitted, f.reopened, f.removed)
+	t.Logf("%d publications met a full disk, %d fitted; the pool had to be opened anew %d times; %d images were "+
+		"removed from a full disk", f.failed, f.fitted, f.reopened, f.removed)
 	if !testing.Short() && (f.failed < rounds/4 || f.removed == 0) {
 		t.Error("the disk was not full often enough for this to be a test")
 	}

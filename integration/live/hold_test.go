@@ -20,17 +20,14 @@ import (
 type grasp struct {
 	// Namespace is true in a mount namespace of its own, a copy of ours.
 	Namespace bool
-	// Mount is what leads to the image: "own" is the mount of the table, "overlay" has an upper directory and "lowers" has
-	// none; "bind" and "idmapped" are copies of the mount.
+	// Mount is what leads to the image: "own" is the mount of the table, "overlay" has an upper directory and
+	// "lowers" has none; "bind" and "idmapped" are copies of the mount.
 	Mount string
 	// Lazy unmounts that lazily, so that no table shows it.
 	Lazy bool
 	// Thing is what is kept: "fd", "map", "cwd", "dirfd", "path" (an O_PATH descriptor) or "nothing".
 	Thing string
 }
-
-// certain tells whether what is kept is open, so that its bytes have to stay.
-func (g grasp) certain() bool { return g.Thing == "fd" || g.Thing == "map" }
 
 // holders are the holdings of a worker.
 type holders struct {
@@ -210,7 +207,8 @@ func (g *holding) keepOne(th *thing, at string, rnd *rand.Rand) (err error) {
 			return err
 		}
 		th.fd = -1
-		th.mem, err = unix.Mmap(fd, 0, pages(th.e.size), unix.PROT_READ, []int{unix.MAP_SHARED, unix.MAP_PRIVATE}[rnd.IntN(2)])
+		flags := []int{unix.MAP_SHARED, unix.MAP_PRIVATE}[rnd.IntN(2)]
+		th.mem, err = unix.Mmap(fd, 0, pages(th.e.size), unix.PROT_READ, flags)
 		return errors.Join(err, unix.Close(fd))
 	default: // some names are known to the kernel, and of them some inodes have pages; others were never looked up
 		switch rnd.IntN(3) {
@@ -330,8 +328,8 @@ var userNS = sync.OnceValues(func() (*os.File, error) {
 	return os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
 })
 
-// idmapped attaches a copy of the mount on dir with mapped owners to at, as containerd does for a container with a user
-// namespace.
+// idmapped attaches a copy of the mount on dir with mapped owners to at, as containerd does for a container with a
+// user namespace.
 func idmapped(dir, at string) error {
 	ns, err := userNS()
 	if err != nil {

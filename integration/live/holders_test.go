@@ -24,8 +24,9 @@ var holderPlaces = []place{
 	{fs: "ext4", driver: "fuse", size: 96 << 20, disk: 160 << 20, shape: "reuse"},
 }
 
-// Images that somebody holds on to are removed, and their space is used at once by images whose bytes are recognised. Every
-// holder reads what he holds all the time: he sees his bytes, or, if he held no more than a name, perhaps an error.
+// Images that somebody holds on to are removed, and their space is used at once by images whose bytes are
+// recognised. Every holder reads what he holds all the time: he sees his bytes, or, if he held no more than a name,
+// perhaps an error.
 func TestHolders(t *testing.T) {
 	for _, pl := range holderPlaces {
 		for _, byHand := range []bool{false, true} {
@@ -90,7 +91,10 @@ type held struct {
 
 func newHouse(t *testing.T, b *bed) *house {
 	t.Helper()
-	h := &house{bed: b, over: t.TempDir(), group: newCgroup(t, 160<<20), rnd: rand.New(rand.NewPCG(b.seed, 3)), images: map[int]*tenancy{}}
+	h := &house{
+		bed: b, over: t.TempDir(), group: newCgroup(t, 160<<20), rnd: rand.New(rand.NewPCG(b.seed, 3)),
+		images: map[int]*tenancy{},
+	}
 	mustMountFS(t, "tmpfs", h.over)
 	for range 2 {
 		h.workers = append(h.workers, newWorker(t, h.group))
@@ -134,10 +138,11 @@ func (h *house) run(t *testing.T, steps int) {
 		return
 	}
 	h.empty(t)
-	t.Logf("%d images of %d removed, %d of them while held; %d checks of holders; %d times a name did not open any more; "+
-		"%d extents freed, an extent was found in use %d times",
+	t.Logf("%d images of %d removed, %d of them while held; %d checks of holders; %d times a name did not open any "+
+		"more; %d extents freed, an extent was found in use %d times",
 		h.removed.Load(), h.next, h.underHolder, h.checks.Load(), h.lost.Load(), h.freed.Load(), h.waited.Load())
-	if !testing.Short() && (h.checks.Load() < int64(steps)/10 || h.byHand && (h.underHolder == 0 || h.waited.Load() == 0)) {
+	few := h.checks.Load() < int64(steps)/10 || h.byHand && (h.underHolder == 0 || h.waited.Load() == 0)
+	if few && !testing.Short() {
 		t.Error("too little was held for this to be a test")
 	}
 }
@@ -181,10 +186,10 @@ func (h *house) grasp() grasp {
 		Thing: []string{"fd", "map", "cwd", "dirfd", "path"}[h.rnd.IntN(5)],
 	}
 	if h.byHand {
-		g.Lazy = h.rnd.IntN(3) > 0
-		kinds := []string{"own", "overlay", "lowers", "bind", "idmapped"}
+		g.Lazy = h.rnd.IntN(6) > 0
+		kinds := []string{"own", "overlay", "overlay", "lowers", "lowers", "bind", "bind", "idmapped", "idmapped"}
 		if h.driver == "fuse" {
-			kinds = kinds[:4] // it has no mapped owners
+			kinds = kinds[:7] // it has no mapped owners
 		}
 		g.Mount = kinds[h.rnd.IntN(len(kinds))]
 	}
@@ -206,7 +211,10 @@ func (h *house) grab(t *testing.T) error {
 		return err
 	}
 	h.holds++
-	x := &held{id: h.holds, n: n, w: h.workers[h.holds%len(h.workers)], how: h.grasp(), over: filepath.Join(h.over, fmt.Sprint(h.holds))}
+	x := &held{
+		id: h.holds, n: n, w: h.workers[h.holds%len(h.workers)], how: h.grasp(),
+		over: filepath.Join(h.over, fmt.Sprint(h.holds)),
+	}
 	if x.how.Mount == "overlay" && !h.byHand {
 		img.uppers = append(img.uppers, x.over)
 	}
@@ -215,7 +223,8 @@ func (h *house) grab(t *testing.T) error {
 
 func (h *house) take(x *held, dir string) error {
 	a := x.w.do(order{
-		Do: "hold", Dir: dir, Shape: h.shape, Seed: h.seed, N: x.n, Rnd: h.rnd.Uint64(), Over: x.over, Hold: x.id, How: x.how,
+		Do: "hold", Dir: dir, Shape: h.shape, Seed: h.seed, N: x.n, Rnd: h.rnd.Uint64(),
+		Over: x.over, Hold: x.id, How: x.how,
 	})
 	if a.Err != "" {
 		return errors.New(a.Err)
@@ -375,8 +384,8 @@ func (h *house) eventually(t *testing.T, what string, f func() (bool, error)) {
 	t.Fatalf("not so: %s: %d images, %d extents wait", what, len(h.images), len(h.p.Dead()))
 }
 
-// overlayAlive tells whether an overlay over the upper directory lives, detached or not: the kernel refuses a second one with
-// index=on.
+// overlayAlive tells whether an overlay over the upper directory lives, detached or not: the kernel refuses a
+// second one with index=on.
 func overlayAlive(dir, base string) (bool, error) {
 	empty := filepath.Join(base, "empty")
 	if err := os.MkdirAll(empty, 0o700); err != nil {
@@ -388,7 +397,10 @@ func overlayAlive(dir, base string) (bool, error) {
 	}
 	defer unix.Close(fd)
 	for _, o := range [][2]string{
-		{"lowerdir", empty}, {"upperdir", filepath.Join(dir, "u")}, {"workdir", filepath.Join(dir, "w")}, {"index", "on"},
+		{"lowerdir", empty},
+		{"upperdir", filepath.Join(dir, "u")},
+		{"workdir", filepath.Join(dir, "w")},
+		{"index", "on"},
 	} {
 		if err := unix.FsconfigSetString(fd, o[0], o[1]); err != nil {
 			return false, err

@@ -85,7 +85,7 @@ func kernelWarnings(t *testing.T) int {
 	}
 	n := 0
 	for s := bufio.NewScanner(strings.NewReader(string(out))); s.Scan(); {
-		for _, bad := range []string{"WARNING: ", "BUG: ", "general protection fault", "Oops", "blocked for more than"} {
+		for _, bad := range []string{"WARNING: ", "BUG: ", "protection fault", "Oops", "blocked for more than"} {
 			if strings.Contains(s.Text(), bad) {
 				n++
 				break

@@ -21,13 +21,13 @@ var publishPlaces = []place{
 	{fs: "ext4", driver: "fuse", size: 256 << 20, disk: 320 << 20, shape: "rich"},
 }
 
-// Images are published and removed while others are read and mapped, by processes that are short of memory, and while one
-// looks at each directory where an image is about to appear.
+// Images are published and removed while others are read and mapped, by processes that are short of memory, and
+// while one looks at each directory where an image is about to appear.
 func TestPublish(t *testing.T) {
 	for _, pl := range publishPlaces {
 		t.Run(pl.String(), func(t *testing.T) {
 			seed := newSeed(t)
-			count := times(t, 60)
+			count := times(t, 50)
 			pl.slots = count + 10
 			pl.size += int64(count) * 64 << 10
 			pl.disk += int64(count) * 64 << 10

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A helper never runs goroutines on its first thread: threads that have a working directory or a mount namespace of their
-// own must end, and the first one cannot.
+// A helper never runs goroutines on its first thread: threads that have a working directory or a mount namespace of
+// their own must end, and the first one cannot.
 func init() {
 	if os.Getenv(envHelper) != "" {
 		runtime.LockOSThread()
@@ -106,12 +106,15 @@ func (o *order) run(h *holders, a *answer) (err error) {
 	return fmt.Errorf("order %q", o.Do)
 }
 
+const erofsMagic = 0xe0f5e1e2
+
 // look looks at a directory where an image is about to appear, and verifies it at the first moment when there is one.
 func (o *order) look(want map[string]entry, rnd *rand.Rand, a *answer) (err error) {
 	for range o.Tries {
 		var st unix.Stat_t
 		var fs unix.Statfs_t
-		if unix.Statfs(o.Dir, &fs) == nil && (fs.Type == 0xe0f5e1e2 || fs.Type == 0x65735546) && unix.Stat(o.Dir, &st) == nil {
+		there := unix.Statfs(o.Dir, &fs) == nil && (fs.Type == erofsMagic || fs.Type == unix.FUSE_SUPER_MAGIC)
+		if there && unix.Stat(o.Dir, &st) == nil {
 			a.Objects, err = verify(o.Dir, want, rnd, false)
 			return err
 		}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -190,101 +189,6 @@ func TestKernelModuleMemory(t *testing.T) {
 		if kib == 0 {
 			t.Errorf("process %d has no copies: docs/benchmarks.md and the driver say that it has", i)
 		}
-	}
-}
-
-// A user makes a pool in memory without a block device, adds directories, and mounts with the module, by the program
-// alone: in a physical range, and in a DAX character device.
-func TestKernelModuleByHand(t *testing.T) {
-	k, files := kernelModule(t)
-	busybox, err := testimage.Busybox()
-	if err != nil {
-		t.Skip(err)
-	}
-	for _, e := range busybox {
-		if e.Name == "bin/busybox" {
-			files["bin/busybox"] = e.Body
-		}
-	}
-	program := filepath.Join(t.TempDir(), "daxfs")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "github.com/daxfs/daxfs-snapshotter/cmd/daxfs")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
-	if files["bin/daxfs"], err = os.ReadFile(program); err != nil {
-		t.Fatal(err)
-	}
-	const size = 64 << 20
-	for _, c := range []struct {
-		name, pool string
-		via        Via
-		modules    []string
-		before     string // what makes the memory
-	}{
-		{name: "physical range", pool: fmt.Sprintf("%#x+%d", behind, size), via: Reserved},
-		{
-			name: "DAX device", pool: "/dev/dax0.0", via: Memmap, modules: []string{"dax_pmem", "device_dax"},
-			// What ndctl create-namespace --force --mode devdax does.
-			before: `
-				echo namespace0.0 >/sys/bus/nd/drivers/nd_pmem/unbind
-				cd /sys/bus/nd/devices/dax0.0
-				echo 2097152 >align
-				echo ram >mode
-				echo 01234567-89ab-cdef-0123-456789abcdef >uuid
-				echo namespace0.0 >namespace
-				echo dax0.0 >/sys/bus/nd/drivers/dax_pmem/bind
-				cd /`,
-		},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			memory := filepath.Join(t.TempDir(), "memory")
-			if err := os.WriteFile(memory, nil, 0o644); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Truncate(memory, size); err != nil {
-				t.Fatal(err)
-			}
-			m := Machine{
-				Kernel: k, Memory: memory, Via: c.via, Files: files, RAM: ramMiB, Modules: c.modules,
-				Task: task.Task{Name: "script", Module: "/daxfs.ko", Program: []string{"/bin/busybox", "sh", "-euc", `
-					/bin/busybox --install -s /bin
-					` + c.before + `
-					mkdir -p /one/dir /two /mnt/one /mnt/two
-					echo hello >/one/dir/file; ln -s dir/file /one/link; cp /bin/busybox /one/busybox
-					echo two >/two/name; cp /bin/busybox /two/busybox
-					pool="` + c.pool + `"
-					daxfs pool init --index /tmp/index $pool
-					daxfs pool put --index /tmp/index --name one $pool rootfs:/one
-					daxfs pool put --index /tmp/index --name two $pool rootfs:/two
-					daxfs pool check --index /tmp/index $pool
-					for key in one two; do
-						daxfs mount --driver daxfs --index /tmp/index --pool $pool $key /mnt/$key
-						grep " /mnt/$key daxfs " /proc/mounts
-					done
-					cat /mnt/one/link /mnt/two/name
-					cmp /mnt/one/busybox /bin/busybox && cmp /mnt/two/busybox /bin/busybox
-					/mnt/one/busybox echo ran
-					! touch /mnt/one/new
-					daxfs umount /mnt/one /mnt/two
-					! grep /mnt/ /proc/mounts
-					echo the end`}},
-			}
-			if c.via == Reserved {
-				m.Task.Phys = behind
-			}
-			answer, err := boot(t, m).Wait()
-			if err != nil {
-				t.Fatal(err)
-			}
-			out := answer.Output[0]
-			t.Log(out)
-			for _, want := range []string{"hello\ntwo\nran\n", "/mnt/one daxfs ro,nosuid,nodev", "/mnt/two daxfs ro,nosuid,nodev", "the end\n"} {
-				if !strings.Contains(out, want) {
-					t.Errorf("the output lacks %q", want)
-				}
-			}
-		})
 	}
 }
 

@@ -36,7 +36,7 @@ var rules = []rule{
 	},
 	{
 		dir:    "converter",
-		forbid: append([]string{module + "/pool", module + "/mount"}, above...),
+		forbid: []string{module + "/pool", module + "/mount", module + "/store", module + "/snapshotter", module + "/daemon", module + "/cmd", module + "/config"},
 		why:    "a conversion knows layers and images, not where they are mounted",
 	},
 	{
@@ -63,6 +63,24 @@ var rules = []rule{
 		dir:    "snapshotter",
 		forbid: []string{module + "/store", module + "/pool", module + "/mount", module + "/daemon", module + "/cmd", module + "/config"},
 		why:    "the snapshotter asks for lowers, whoever has them",
+	},
+	{
+		dir:    "store",
+		forbid: []string{module + "/snapshotter", module + "/daemon", module + "/cmd", module + "/config"},
+		why:    "the store serves the daemon and the command line alike",
+	},
+	{
+		dir: "snapshotter",
+		forbid: []string{
+			module + "/store", module + "/pool", module + "/mount", module + "/daxfs", module + "/converter", module + "/daemon",
+			module + "/cmd", module + "/config",
+		},
+		why: "the snapshotter knows directories, mounts and the life of snapshots, and asks for lowers through an interface",
+	},
+	{
+		dir:    "daemon",
+		forbid: []string{module + "/cmd"},
+		why:    "the daemon wires packages; what the programs share is in packages",
 	},
 	{
 		dir:    ".",

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -163,7 +164,8 @@ func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	return d, h.checkHolders(in, major, minor)
 }
 
-// checkHolders refuses a device that something else than our own windows sits on.
+// checkHolders refuses a device that something else than a pool of ours sits on: an EROFS is mounted from it, which is how a pool
+// is mounted, or, by earlier versions, windows lead to it. Whether the bytes are those of a pool is for others to tell.
 func (h host) checkHolders(dev host, major, minor uint32) error {
 	holders, err := os.ReadDir(dev.path("holders"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -180,7 +182,12 @@ func (h host) checkHolders(dev host, major, minor uint32) error {
 	}
 	want := fmt.Sprintf("%d:%d", major, minor)
 	for s := bufio.NewScanner(bytes.NewReader(b)); s.Scan(); {
-		if f := strings.Fields(s.Text()); len(f) > 4 && f[2] == want {
+		f := strings.Fields(s.Text())
+		if len(f) < 5 || f[2] != want {
+			continue
+		}
+		// The kind stands behind fields whose number is not fixed, and a dash.
+		if i := slices.Index(f, "-"); i < 0 || i+1 >= len(f) || f[i+1] != "erofs" {
 			return fmt.Errorf("is mounted on %q: %w", f[4], ErrBusy)
 		}
 	}

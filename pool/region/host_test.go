@@ -166,6 +166,14 @@ func TestPmemHolders(t *testing.T) {
 	if _, err := ours.pmem(259, 0); err != nil {
 		t.Errorf("held by our own window: %v", err)
 	}
+	// An owner that starts again finds its pool mounted, as often as it has images.
+	mounted := fakeHost(t, pmemFiles(map[string]string{
+		"proc/self/mountinfo": "30 1 259:0 / /live/mnt ro - erofs /dev/pmem0 ro,dax=always\n" +
+			"31 1 259:0 /00000 /images/a/mnt ro shared:1 master:2 - erofs /dev/pmem0 ro,dax=always\n",
+	}), pmemLinks)
+	if _, err := mounted.pmem(259, 0); err != nil {
+		t.Errorf("mounted as a pool is: %v", err)
+	}
 	for name, extra := range map[string]map[string]string{
 		"lvm":     {holder + "dm-1/dm/name": "vg-root"},
 		"raid":    {holder + "md0/x": ""},

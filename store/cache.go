@@ -1,0 +1,71 @@
+package store
+
+import (
+	"sync"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+)
+
+// maxCached bounds the layers that are kept decoded, in entries; each takes some 200 bytes. The layers of a pull are
+// merged right after they were read, and images have their lower layers in common.
+const maxCached = 100_000
+
+// cache keeps the decoded layers that were used last. The zero value is ready to use.
+type cache struct {
+	mu    sync.Mutex
+	order []cached // the one that was used last comes last
+	cost  int64
+}
+
+// cached is one decoded layer, and the size of its tar.
+type cached struct {
+	key  string
+	made *layer.Layer
+	size int64
+}
+
+func (c *cache) get(key string) (made *layer.Layer, size int64, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.take(key)
+	if ok {
+		c.put(e)
+	}
+	return e.made, e.size, ok
+}
+
+func (c *cache) add(key string, made *layer.Layer, size int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.take(key)
+	c.put(cached{key, made, size})
+}
+
+func (c *cache) drop(key string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.take(key)
+}
+
+// take removes an entry. Preconditions: mu is held.
+func (c *cache) take(key string) (cached, bool) {
+	for i, e := range c.order {
+		if e.key == key {
+			c.order = append(c.order[:i], c.order[i+1:]...)
+			c.cost -= e.made.Cost()
+			return e, true
+		}
+	}
+	return cached{}, false
+}
+
+// put appends an entry, and removes others to make room for it. Preconditions: mu is held.
+func (c *cache) put(e cached) {
+	c.order = append(c.order, e)
+	c.cost += e.made.Cost()
+	for c.cost > maxCached && len(c.order) > 0 {
+		c.cost -= c.order[0].made.Cost()
+		c.order[0] = cached{}
+		c.order = c.order[1:]
+	}
+}
