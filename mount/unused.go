@@ -2,6 +2,7 @@ package mount
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -50,7 +51,12 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 		return nil, err
 	}
 	fuse := l.driver.Name() == "fuse"
-	h, err := sys.OpenHandles(l.dir, bias(fuse))
+	var bias uint64
+	var gen uint32
+	if fuse {
+		bias, gen = NodeBias, Generation(t.pool.UUID)
+	}
+	h, err := sys.OpenHandles(l.dir, bias, gen)
 	if err != nil {
 		return nil, err
 	}
@@ -106,12 +112,11 @@ func (t *Table) handlesWork(h *sys.Handles) error {
 // file handle of a FUSE file holds the node number.
 const NodeBias = 2
 
-func bias(fuse bool) uint64 {
-	if fuse {
-		return NodeBias
-	}
-	return 0
-}
+// Generation is the generation of all nodes but the root of a FUSE server: a part of the UUID of what it serves. FUSE
+// tells the kernel no UUID, and file handles outlive a pool: overlayfs keeps one of what it copied up. One of another
+// epoch has to be stale, not another file. A server outlives its daemon, and a wrong generation would make files look
+// unused, so what this returns must never change.
+func Generation(uuid [16]byte) uint32 { return binary.LittleEndian.Uint32(uuid[:]) | 1 }
 
 func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
 	for _, nid := range nids {

@@ -41,8 +41,9 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 	}
 	if !has("xino") {
 		// Without it the files of the image have another device number than the directories above them, and programs that
-		// stay on one file system, such as du -x and find -xdev, leave them out.
-		options = append(options, "xino=auto")
+		// stay on one file system, such as du -x, leave them out. With "auto" overlayfs would not do it over FUSE, which
+		// has no UUID, and would forget there which files are hard links once they are copied up.
+		options = append(options, "xino=on")
 	}
 	// index=on refuses to mount an upper directory twice, as nerdctl export, diff and cp do with a running container.
 	// redirect_dir and metacopy would leave files in an upper directory that say nothing without the lower they were

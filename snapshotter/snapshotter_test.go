@@ -183,8 +183,8 @@ func TestMountShapes(t *testing.T) {
 		return err
 	}))
 	for _, mounts := range [][]mount.Mount{m, v} {
-		if option(mounts, "xino") != "auto" {
-			t.Errorf("%v is without xino=auto", mounts)
+		if option(mounts, "xino") != "on" {
+			t.Errorf("%v is without xino=on", mounts)
 		}
 	}
 	x := e.prepare("default/5/extract-1-abcd sha256:ccc", "default/2/"+chainB)

@@ -131,8 +131,10 @@ func fill(a *fuse.Attr, in *daxfs.Inode) {
 }
 
 func (s *server) entry(out *fuse.EntryOut, in *daxfs.Inode) {
-	// Generation 0 for all, as the root has it: a file handle holds it.
-	out.NodeId, out.Generation, out.EntryValid, out.AttrValid = s.node(in.Nid), 0, forever, forever
+	out.NodeId, out.EntryValid, out.AttrValid = s.node(in.Nid), forever, forever
+	if out.NodeId != fuse.FUSE_ROOT_ID { // the kernel gives the root generation 0, and takes another for another file
+		out.Generation = uint64(mount.Generation(s.img.Super().UUID))
+	}
 	fill(&out.Attr, in)
 }
 

@@ -20,15 +20,16 @@ const (
 type Handles struct {
 	root *os.File
 	kind int32
-	gen  []byte // the generation, which all inodes share
+	gen  []byte // the generation, which all inodes but a FUSE root share
 	bias uint64 // what is added to an inode number
 }
 
 // OpenHandles prepares dir, the root of a mounted pool. It proves that the root itself can be opened by a handle:
 // where the kernel cannot do that, every handle would look stale, and stale means that nobody has the file.
 //
-// The handle of a FUSE file holds the node number of the server, which is the inode number plus bias.
-func OpenHandles(dir string, bias uint64) (*Handles, error) {
+// The handle of a FUSE file holds the node number of the server, which is the inode number plus bias, and a generation
+// that its root does not have. A gen of 0 stands for that of the root.
+func OpenHandles(dir string, bias uint64, gen uint32) (*Handles, error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -36,6 +37,9 @@ func OpenHandles(dir string, bias uint64) (*Handles, error) {
 	h := &Handles{root: f, bias: bias}
 	if err := h.learn(dir); err != nil {
 		return nil, errors.Join(fmt.Errorf("file handles of %q: %w", dir, err), f.Close())
+	}
+	if gen != 0 {
+		h.gen = binary.NativeEndian.AppendUint32(nil, gen)
 	}
 	return h, nil
 }
