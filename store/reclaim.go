@@ -36,7 +36,7 @@ func (s *Store) reclaim(ctx context.Context) error {
 	}
 	for len(dead) > 0 {
 		n := min(len(dead), batchSize)
-		err := s.free(ctx, dead[:n], evicted)
+		_, err := Free(ctx, s.pool, s.table, dead[:n], evicted)
 		if errors.Is(err, mount.ErrNotFound) {
 			return nil // the pool is not mounted: see turn
 		}
@@ -52,8 +52,13 @@ func (s *Store) reclaim(ctx context.Context) error {
 	return nil
 }
 
-// free frees those of dead that are unused.
-func (s *Store) free(ctx context.Context, dead []pool.Dead, evicted bool) error {
+// Free frees those of dead that nobody can read any more, and returns how many they are. It is the order in which
+// contents go: their inodes are erased, the kernel is asked who has them, and only then is their space given away.
+// With evicted, contents wait until the kernel has forgotten their inodes, whoever has them.
+//
+// The images of dead are removed from p and unmounted, and overlays over them are dead. p is mounted by t (else
+// mount.ErrNotFound) and by nobody else on this machine (else mount.ErrBusy).
+func Free(ctx context.Context, p *pool.Pool, t *mount.Table, dead []pool.Dead, evicted bool) (int, error) {
 	var erased []pool.Dead
 	extents := make([]mount.Extent, len(dead))
 	index := map[int64]int{}
@@ -61,12 +66,12 @@ func (s *Store) free(ctx context.Context, dead []pool.Dead, evicted bool) error 
 		extents[i] = mount.Extent{Nids: d.Nids, Evicted: evicted}
 		index[d.Off] = i
 	}
-	unused, err := s.table.Unused(ctx, extents, func() (err error) {
-		erased, err = s.pool.Erase(ctx, dead)
+	unused, err := t.Unused(ctx, extents, func() (err error) {
+		erased, err = p.Erase(ctx, dead)
 		return err
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var free []pool.Dead
 	for _, d := range erased {
@@ -74,7 +79,7 @@ func (s *Store) free(ctx context.Context, dead []pool.Dead, evicted bool) error 
 			free = append(free, d)
 		}
 	}
-	return s.pool.Free(ctx, free)
+	return len(free), p.Free(ctx, free)
 }
 
 func (s *Store) epochName() string {

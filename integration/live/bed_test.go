@@ -20,6 +20,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
+	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
 // place is where the pool of a test lies, and how it is mounted.
@@ -301,27 +302,8 @@ func (b *bed) reclaim(ctx context.Context, evicted bool) (freed, waiting int, er
 	if len(dead) == 0 {
 		return 0, 0, nil
 	}
-	var erased []pool.Dead
-	extents := make([]mount.Extent, len(dead))
-	index := map[int64]int{}
-	for i, d := range dead {
-		extents[i] = mount.Extent{Nids: d.Nids, Evicted: evicted}
-		index[d.Off] = i
-	}
-	unused, err := b.tab.Unused(ctx, extents, func() (err error) {
-		erased, err = b.p.Erase(ctx, dead)
-		return err
-	})
-	if err != nil {
-		return 0, 0, err
-	}
-	var free []pool.Dead
-	for _, d := range erased {
-		if unused[index[d.Off]] {
-			free = append(free, d)
-		}
-	}
-	return len(free), len(dead) - len(free), b.p.Free(ctx, free)
+	freed, err = store.Free(ctx, b.p, b.tab, dead, evicted)
+	return freed, len(dead) - freed, err
 }
 
 // emptied fails the test unless the pool holds nothing.
