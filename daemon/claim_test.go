@@ -3,23 +3,17 @@ package daemon
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"testing"
 
-	contentapi "github.com/containerd/containerd/api/services/content/v1"
-	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/labels"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
-	"github.com/containerd/containerd/v2/plugins/content/local"
-	"github.com/containerd/containerd/v2/plugins/services/content/contentserver"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
-	"google.golang.org/grpc"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
@@ -30,15 +24,7 @@ func TestDifferChanges(t *testing.T) {
 	address := filepath.Join(t.TempDir(), "c.sock")
 	cl, m := inside(t, flavours[0], func(cfg *config.Config) { cfg.Containerd.Address = address })
 	ctx := namespaces.WithNamespace(t.Context(), "default")
-	store, err := local.NewLabeledStore(filepath.Join(m.dir, "containerd"), labelStore{})
-	m.must(err)
-	l, err := net.Listen("unix", address)
-	m.must(err)
-	srv := grpc.NewServer()
-	contentapi.RegisterContentServer(srv, contentserver.New(store))
-	namespacesapi.RegisterNamespacesServer(srv, oneNamespace{})
-	go srv.Serve(l)
-	t.Cleanup(srv.Stop)
+	store := serveContents(t, m, address)
 
 	// Below, dir has a mode of its own. Walking into an empty directory makes it with another one.
 	below, err := m.pull(ctx, true, []file{{"other", []byte("x")}})

@@ -37,6 +37,21 @@ func (s labelStore) Update(d digest.Digest, m map[string]string) (map[string]str
 	return s[d], nil
 }
 
+// serveContents serves a new content store below m at address, as containerd does.
+func serveContents(t *testing.T, m *machine, address string) content.Store {
+	t.Helper()
+	store, err := local.NewLabeledStore(filepath.Join(m.dir, "containerd"), labelStore{})
+	m.must(err)
+	l, err := net.Listen("unix", address)
+	m.must(err)
+	srv := grpc.NewServer()
+	contentapi.RegisterContentServer(srv, contentserver.New(store))
+	namespacesapi.RegisterNamespacesServer(srv, oneNamespace{})
+	go srv.Serve(l)
+	t.Cleanup(srv.Stop)
+	return store
+}
+
 type oneNamespace struct {
 	namespacesapi.UnimplementedNamespacesServer
 }
@@ -65,15 +80,7 @@ func TestRestoreFromContent(t *testing.T) {
 				cfg.Layers.Durability, cfg.Containerd.Address = c.durability, address
 			})
 			ctx := namespaces.WithNamespace(t.Context(), "default")
-			store, err := local.NewLabeledStore(filepath.Join(m.dir, "containerd"), labelStore{})
-			m.must(err)
-			l, err := net.Listen("unix", address)
-			m.must(err)
-			srv := grpc.NewServer()
-			contentapi.RegisterContentServer(srv, contentserver.New(store))
-			namespacesapi.RegisterNamespacesServer(srv, oneNamespace{})
-			go srv.Serve(l)
-			t.Cleanup(srv.Stop)
+			store := serveContents(t, m, address)
 
 			a := file{"a", random(1, 100_000)}
 			top, err := m.pull(ctx, true, []file{a})
