@@ -1,10 +1,15 @@
 package live
 
 import (
+	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
@@ -64,6 +69,53 @@ func TestHoldersControl(t *testing.T) {
 			t.Error("nobody saw the bytes of another image: TestHolders could not fail")
 		})
 	}
+}
+
+// A lease on a file of an image that is there is seen by whoever verifies the image, through an overlay too.
+func TestLeaseControl(t *testing.T) {
+	pl := holderPlaces[0]
+	pl.slots = 400
+	h := newHouse(t, newBed(t, pl, newSeed(t)))
+	if err := h.settle(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, over := range []string{"", filepath.Join(h.over, "1")} {
+		verifies := func() string {
+			return h.workers[1].do(order{
+				Do: "verify", Dir: h.images[0].dir, Over: over, Shape: h.shape, Seed: h.seed, N: 0,
+			}).Err
+		}
+		before := verifies()
+		release := leaseAny(t, h.images[0].dir)
+		during := verifies()
+		release()
+		if before != "" || !strings.Contains(during, "has a lease") {
+			t.Errorf("overlay %q: %q without a lease, %q with one", over, before, during)
+		}
+	}
+}
+
+// leaseAny takes a write lease on a file below dir, which nobody has open, until the result is called.
+func leaseAny(t *testing.T, dir string) (release func()) {
+	t.Helper()
+	var f *os.File
+	err := filepath.WalkDir(dir, func(p string, de fs.DirEntry, err error) error {
+		if err != nil || !de.Type().IsRegular() {
+			return err
+		}
+		if f, err = os.Open(p); err != nil {
+			return err
+		}
+		if _, err = unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			f.Close()
+			return fmt.Errorf("lease on %q: %w", p, err)
+		}
+		return fs.SkipAll
+	})
+	if err != nil || f == nil {
+		t.Fatalf("no lease below %q: %v", dir, err)
+	}
+	return func() { f.Close() }
 }
 
 // freeAll frees without asking the kernel.
