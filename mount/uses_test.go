@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,6 +24,7 @@ func init() { helpers["hold"] = hold }
 
 // hold is a helper process that does something with a path, says so, and goes on until its input ends.
 func hold(args []string) error {
+	runtime.LockOSThread() // a mount namespace belongs to the thread that left the old one
 	f, ok := holds[args[0]]
 	if !ok {
 		return fmt.Errorf("no way %q to hold a path", args[0])
