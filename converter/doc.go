@@ -23,8 +23,9 @@
 // The output appears complete or not at all: it is written to a file without a name and linked to its name at the
 // end. A file that was there stays until it is replaced in one step.
 //
-// Memory is bounded by Options.Memory for contents (by 32 MiB for layers that are files), plus about 10 MiB for each
-// layer that is read at the same time (more for zstd layers with a large window), plus about 1 KiB per entry of the
-// layers, of which Options.MaxEntries is the limit, plus a few times the bytes of long names, link targets and xattrs,
-// which may be 1 GiB in all layers.
+// Memory is bounded by Options.Memory for contents, at least 32 MiB (always 32 MiB for layers that are files), plus
+// about 16 MiB for each layer that is read at the same time, of which there are at least four: half of them for contents
+// that are not hashed yet, half for what lies between the stages that read a layer (more for zstd layers with a large
+// window). Entries take about 1 KiB each, of which Options.MaxEntries is the limit, and long names, link targets and
+// xattrs, of which there may be 1 GiB in all layers, take a few times their bytes.
 package converter
