@@ -62,7 +62,7 @@ test-deps: ## Install the Debian packages that the tests use (root)
 	.ci/deps test
 
 test-unit: ## Test every package but integration/
-	$(GOTEST) -timeout 20m $(UNIT_PKGS)
+	$(GOTEST) -timeout 30m $(UNIT_PKGS)
 
 test-integration: build $(TOOLS)/kustomize ## Test on real containerd, and kernels in QEMU
 	$(GOTEST) -count 1 -timeout 40m -p 1 ./integration/...
@@ -74,7 +74,7 @@ test-short: ## Test what needs neither root nor packages, in about a minute
 RACE_PKGS     = ./converter/blob ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store
 
 test-race: ## Test the concurrent packages with the race detector, briefly (needs gcc)
-	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 20m $(RACE_PKGS)
+	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 30m $(RACE_PKGS)
 
 race: ## Test all but integration/ with the race detector (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -timeout 40m $(UNIT_PKGS)

@@ -254,7 +254,7 @@ func maskText(mask uint64) string {
 
 // TestApartLocks takes locks and sets watches in each place on files that all places share.
 func TestApartLocks(t *testing.T) {
-	for _, f := range flavours {
+	for _, f := range fewFlavours() {
 		t.Run(f.name, func(t *testing.T) {
 			stages := []string{"lower", "upper"}
 			ours, plain := twoScenes(t, f, stages)

@@ -77,6 +77,15 @@ var flavours = []flavour{
 	{"fuse", "tmpfs", "fuse"},
 }
 
+// fewFlavours are the flavours of tests of what kernels do. With -short, as the race detector runs them, it is one: the
+// code of the daemon is the same in all.
+func fewFlavours() []flavour {
+	if testing.Short() {
+		return flavours[:1]
+	}
+	return flavours
+}
+
 // config returns the configuration of a daemon below root.
 func (f flavour) config(root string) *config.Config {
 	c := config.Default()
