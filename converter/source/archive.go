@@ -134,6 +134,9 @@ func (a *archive) index(ctx context.Context) error {
 	}
 }
 
+// errNoMember marks a name that an archive does not have.
+var errNoMember = errors.New("is not in the archive")
+
 // reader returns the contents of a member.
 func (a *archive) reader(name string) (*io.SectionReader, error) {
 	key := path.Clean(name)
@@ -150,7 +153,7 @@ func (a *archive) reader(name string) (*io.SectionReader, error) {
 		}
 		key = m.link
 	}
-	return nil, fmt.Errorf("%q is not in the archive", name)
+	return nil, fmt.Errorf("%q %w", name, errNoMember)
 }
 
 func (a *archive) document(name string) ([]byte, error) {

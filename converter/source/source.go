@@ -79,6 +79,8 @@ type Source interface {
 var (
 	// ErrNotFound is returned when a source does not hold the image that was named.
 	ErrNotFound = errors.New("image not found")
+	// ErrAmbiguous is returned when several images suit a platform equally well.
+	ErrAmbiguous = errors.New("several images")
 	// ErrPlatform is returned when an image does not exist for the platform that was asked for.
 	ErrPlatform = errors.New("no image for the platform")
 	// ErrMediaType is returned for manifests and configurations that are not those of a container image.
