@@ -57,12 +57,13 @@ Examples:
 const sourceHelp = `SOURCE is one of
    oci:DIR[:TAG]              an OCI image layout
    oci-archive:FILE[:TAG]     an OCI image layout in a tar file
-   docker-archive:FILE[:REF]  what docker save writes
+   docker-archive:FILE[:REF]  what docker save writes; :@N in the place of :REF is its image N, from 0
    docker://REF               an image in a registry, with the credentials of docker login
    containerd:REF             an image in containerd's image store
    rootfs:DIR                 a directory
    daxfs:FILE                 an image that daxfs convert wrote; it is checked first
-oci and oci-archive take @DIGEST in the place of :TAG, too.`
+oci and oci-archive take @DIGEST in the place of :TAG, too. Without any of these there has to be one image, for each platform
+at most; what else stands beside it is passed over. docs/sources.md has the rules.`
 
 // sizeHelp explains SIZE to those who call a command that takes one: see sizeFlag.
 const sizeHelp = `A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.`
@@ -70,7 +71,7 @@ const sizeHelp = `A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k
 // sourceFlags say how SOURCE is to be reached, and what is wanted of it.
 func sourceFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+		&cli.StringFlag{Name: "platform", Usage: "choose `OS[(VERSION+FEATURE)]/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
 		&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
 		&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},

@@ -160,7 +160,7 @@ func (s *search) one(ctx context.Context, rank []candidate) (*Image, error) {
 	case len(order) == 1:
 		return s.image(ctx, order[0].desc)
 	case missing != nil: // it would be taken, and what suits less must not take its place unasked
-		return nil, fmt.Errorf("%w (the index lists it for %s)%s", missing, s.platform.name, s.others())
+		return nil, fmt.Errorf("%w (the index lists it for %s)%s", missing, s.platform.name, others(s.found))
 	}
 	return nil, nil
 }
@@ -188,9 +188,9 @@ func platformName(p ocispec.Platform) string {
 }
 
 // others names the platforms that there are.
-func (s *search) others() string {
+func others(all []candidate) string {
 	var names []string
-	for _, c := range s.found {
+	for _, c := range all {
 		names = append(names, platformName(c.platform))
 	}
 	slices.Sort(names)
@@ -203,7 +203,7 @@ func (s *search) others() string {
 // nothing is the error for a search that found no image.
 func (s *search) nothing() error {
 	e := &noImageError{msg: fmt.Sprintf("%v %s", ErrPlatform, s.platform.name)}
-	if o := s.others(); o != "" {
+	if o := others(s.found); o != "" {
 		e.msg += o
 	} else {
 		e.msg += ": the index has no container image"

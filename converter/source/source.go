@@ -114,7 +114,7 @@ func Parse(name string, c Config) (Source, error) {
 	case "oci", "oci-archive", "docker-archive":
 		path, tag := splitTag(rest)
 		if kind == "docker-archive" {
-			path, tag, _ = strings.Cut(rest, ":")
+			path, tag = splitPath(rest)
 		}
 		if path == "" {
 			// An empty path usually comes from an unset shell variable. It does not mean the working directory.
@@ -157,11 +157,29 @@ func Absolute(name string) (string, error) {
 	return name, nil
 }
 
-// splitTag splits PATH[:TAG] or PATH[@DIGEST]. A path that holds a colon cannot be written, as with skopeo.
+// splitTag splits PATH[:TAG] or PATH[@DIGEST].
 func splitTag(s string) (path, tag string) {
 	if i := strings.Index(s, "@sha256:"); i >= 0 {
 		return s[:i], s[i+1:]
 	}
+	return splitPath(s)
+}
+
+// splitPath splits PATH[:TAG]. If the path holds a colon, it is what exists, the shortest first.
+func splitPath(s string) (path, tag string) {
+	for i := range len(s) {
+		if i > 0 && s[i] == ':' && exists(s[:i]) {
+			return s[:i], s[i+1:]
+		}
+	}
+	if exists(s) {
+		return s, ""
+	}
 	path, tag, _ = strings.Cut(s, ":")
 	return path, tag
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
