@@ -215,7 +215,8 @@ func TestDockerArchiveChoice(t *testing.T) {
 		"two images of one tag": {saved{entry("a", "x:1"), entry("b", "x:1")}, map[string]string{
 			":x:1 ": `several images for linux/amd64`, " ": `("@1")`, ":@1 ": "b",
 		}},
-		"none": {nil, map[string]string{" ": "0 images", ":@0 ": "nothing"}},
+		"two orders of layers": {saved{entry("a"), {Config: "ca", Layers: strs{"b"}}}, map[string]string{" ": "2 images", ":@0 ": "a"}},
+		"none":                 {nil, map[string]string{" ": "0 images", ":@0 ": "nothing"}},
 	} {
 		archive := Tar(append(entries, Reg("manifest.json", jsonOf(t, list.list)))...)
 		for ask, want := range list.want {

@@ -162,8 +162,8 @@ func pickDocker(list []dockerEntry, ref string) ([]dockerEntry, error) {
 		return list[i : i+1], nil
 	}
 	if ref == "" {
-		first := func(e dockerEntry) bool { return key(e.Config) == key(list[0].Config) || e.sharesTag(list[0]) }
-		if len(list) == 0 || slices.ContainsFunc(list, func(e dockerEntry) bool { return !first(e) }) {
+		other := func(e dockerEntry) bool { return !e.sameImage(list[0]) && !e.sharesTag(list[0]) }
+		if len(list) == 0 || slices.ContainsFunc(list, other) {
 			return nil, fmt.Errorf("%w: no reference given and %d images: %s", ErrNotFound, len(list), repoTags(list))
 		}
 		return list, nil
@@ -182,6 +182,10 @@ func pickDocker(list []dockerEntry, ref string) ([]dockerEntry, error) {
 
 func (e dockerEntry) has(ref string) bool {
 	return slices.ContainsFunc(e.RepoTags, func(t string) bool { return normal(t) == normal(ref) })
+}
+
+func (e dockerEntry) sameImage(other dockerEntry) bool {
+	return key(e.Config) == key(other.Config) && slices.Equal(e.Layers, other.Layers)
 }
 
 func (e dockerEntry) sharesTag(other dockerEntry) bool {
