@@ -94,6 +94,8 @@ type Config struct {
 	// Address of containerd's socket and the Namespace in it, for containerd:.
 	Address   string
 	Namespace string
+	// OverlayUpper says that the directory of rootfs: is the upper directory of an overlay.
+	OverlayUpper bool
 	// MaxSize bounds the bytes that a compressed archive may unpack to; 0 means DefaultMaxSize.
 	MaxSize int64
 }
@@ -109,6 +111,9 @@ func Parse(name string, c Config) (Source, error) {
 	kind, rest, ok := strings.Cut(name, ":")
 	if !ok || rest == "" {
 		return nil, fmt.Errorf("source %q: expected %s", name, Kinds)
+	}
+	if c.OverlayUpper && kind != "rootfs" {
+		return nil, fmt.Errorf("source %q: only the directory of rootfs: can be the upper directory of an overlay", name)
 	}
 	switch kind {
 	case "oci", "oci-archive", "docker-archive":
@@ -136,7 +141,7 @@ func Parse(name string, c Config) (Source, error) {
 	case "containerd":
 		return newContainerd(name, rest, c)
 	case "rootfs":
-		return &rootfs{name: name, dir: rest}, nil
+		return &rootfs{name: name, dir: rest, upper: c.OverlayUpper}, nil
 	case "daxfs":
 		return &imageFile{name: name, file: rest}, nil
 	}
