@@ -202,7 +202,7 @@ func TestDockerArchiveChoice(t *testing.T) {
 			":@ ": "there is", ":@x ": "there is",
 		}},
 		"two of which one has a tag": {saved{entry("a"), entry("b", "x:1")}, map[string]string{
-			" ": `2 images: @0, @1 (["x:1"])`, ":@0 ": "a", ":x:1 ": "b", ":docker.io/library/x:1 ": "b",
+			" ": `2 images: @0, @1 "x:1"`, ":@0 ": "a", ":x:1 ": "b", ":docker.io/library/x:1 ": "b",
 		}},
 		"two tags of one image": {saved{entry("a", "x:1"), entry("a", "x:2")}, map[string]string{
 			" ": "a", ":x:1 ": "a", ":x:2 ": "a", ":@1 ": "a",

@@ -197,8 +197,8 @@ func repoTags(list []dockerEntry) string {
 	var s []string
 	for _, e := range list {
 		text := fmt.Sprintf("@%d", e.index)
-		if len(e.RepoTags) > 0 {
-			text += fmt.Sprintf(" (%q)", e.RepoTags)
+		for _, t := range e.RepoTags {
+			text += fmt.Sprintf(" %q", t)
 		}
 		s = append(s, text)
 	}
