@@ -4,7 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"path"
 	"strings"
 	"testing"
 
@@ -316,6 +319,40 @@ func TestDescriptors(t *testing.T) {
 		}
 		if _, err := find(t, mustParse(t, "oci:"+l.Dir+":one", Config{}), "linux/amd64"); err != nil {
 			t.Errorf("%s, with a byte order mark: %v", name, err)
+		}
+	}
+}
+
+// TestRegistryLacksManifests: 404 means that a manifest is missing, anything else that nothing can be said.
+func TestRegistryLacksManifests(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	gone := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("gone"), Size: 7}
+	img := l.Manifest(platform("amd64", ""), oneFile("a"))
+	vague := gone
+	vague.MediaType = "application/octet-stream"
+	attestation := artifact(l, ocispec.MediaTypeImageConfig, "application/vnd.in-toto+json")
+	root := l.Index(gone, vague, attestation, img)
+	for status, ok := range map[int]bool{http.StatusNotFound: true, http.StatusForbidden: false, http.StatusBadRequest: false} {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			kind, id := path.Split(r.URL.Path)
+			if kind == "/v2/" {
+				return
+			}
+			if id == "v1" {
+				id = root.Digest.String()
+			}
+			b, err := os.ReadFile(l.BlobPath(digest.Digest(id)))
+			if err != nil {
+				w.WriteHeader(status)
+				return
+			}
+			_, _ = w.Write(b)
+		}))
+		defer srv.Close()
+		ref := "docker://" + strings.TrimPrefix(srv.URL, "http://") + "/some/image:v1"
+		got, err := find(t, mustParse(t, ref, Config{PlainHTTP: true}), "linux/amd64")
+		if ok && (err != nil || got.Digest != img.Digest) || !ok && (err == nil || errors.Is(err, ErrPlatform)) {
+			t.Errorf("status %d: found %+v (%v), expected it to be found: %v", status, got, err, ok)
 		}
 	}
 }
