@@ -193,7 +193,7 @@ func TestLayersOfOthers(t *testing.T) {
 		"diff IDs of each other":           {with(as(digest.FromBytes(b).String()), lb), "error: diff ID mismatch"},
 		"a diff ID in capitals":            {with(as(strings.ToUpper(digest.FromBytes(a).String()))), "error: diff ID"},
 		"a diff ID of SHA-512":             {with(as(digest.SHA512.FromBytes(a).String())), "a"},
-		"two diff IDs for one layer":       {imageCase{layers: []layerCase{la}, config: diffIDs(la, la)}, "error: 2 diff IDs for 1"},
+		"2 diff IDs for a layer":           {imageCase{layers: []layerCase{la}, config: diffIDs(la, la)}, "error: 2 diff IDs"},
 		"artifactType, subject, and so on": {imageCase{layers: []layerCase{la}, manifest: referrer}, "a"},
 		"history with empty layers":        {imageCase{layers: []layerCase{la}, config: history}, "a"},
 	} {
@@ -256,7 +256,7 @@ func TestManifestsOfOthers(t *testing.T) {
 		"an entry without type": {imageCase{entry: without("mediaType")}, "a"},
 		"an entry of size 0":    {imageCase{entry: with("size", 0)}, "a"},
 		"a digest in capitals":  {imageCase{entry: capitals}, "error: digest"},
-		"a helm chart":          {imageCase{configType: "application/vnd.helm.config.v1+json"}, "error: not a container image"},
+		"a helm chart":          {imageCase{configType: "application/vnd.helm.config.v1+json"}, "error: not a container"},
 		"schema 1":              {imageCase{manifest: with("fsLayers", []doc{})}, "error: schema 1"},
 	} {
 		c.image.layers = layers

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -63,7 +62,7 @@ func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
 	if tag == "" {
 		return distinct(list), nil
 	}
-	if strings.HasPrefix(tag, "sha256:") {
+	if isDigest(tag) {
 		for _, d := range list {
 			if string(d.Digest) == tag {
 				return []ocispec.Descriptor{d}, nil

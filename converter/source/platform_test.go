@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -337,6 +338,27 @@ func TestTagOfSeveral(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), want) {
 					t.Errorf("%s, %q: found %+v (%v), expected an error that says %q", name, ask, img, err, want)
 				}
+			}
+		}
+	}
+}
+
+// TestOtherDigests: a manifest whose digest is a SHA-512.
+func TestOtherDigests(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	m := l.Manifest(platform("amd64", ""), oneFile("a"))
+	b := l.Read(m.Digest)
+	m.Digest = digest.SHA512.FromBytes(b)
+	err := errors.Join(os.Mkdir(l.Dir+"/blobs/sha512", 0o755), os.WriteFile(l.BlobPath(m.Digest), b, 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, root := range []ocispec.Descriptor{m, l.Index(m)} {
+		dir := layoutOf(t, l, root)
+		for _, ref := range []string{"", "@" + string(m.Digest)} {
+			img, err := find(t, mustParse(t, "oci:"+dir+ref, Config{}), "linux/amd64")
+			if err != nil || img.Digest != m.Digest {
+				t.Errorf("%q: found %+v (%v), expected %s", ref, img, err, m.Digest)
 			}
 		}
 	}

@@ -164,10 +164,16 @@ func Absolute(name string) (string, error) {
 
 // splitTag splits PATH[:TAG] or PATH[@DIGEST].
 func splitTag(s string) (path, tag string) {
-	if i := strings.Index(s, "@sha256:"); i >= 0 {
+	if i := strings.LastIndexByte(s, '@'); i >= 0 && isDigest(s[i+1:]) {
 		return s[:i], s[i+1:]
 	}
 	return splitPath(s)
+}
+
+// isDigest tells a digest, also one that is wrong, from a tag.
+func isDigest(tag string) bool {
+	algorithm, _, ok := strings.Cut(tag, ":")
+	return ok && digest.Algorithm(algorithm).Available()
 }
 
 // splitPath splits PATH[:TAG]. If the path holds a colon, it is what exists, the shortest first.
