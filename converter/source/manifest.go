@@ -44,7 +44,7 @@ func isImage(mediaType string, m ocispec.Manifest) error {
 	}
 	for i, l := range m.Layers {
 		if err := blob.CheckMediaType(l.MediaType); errors.Is(err, blob.ErrMediaType) {
-			return fmt.Errorf("%w: layer %d: %w", errArtifact, i, err)
+			return fmt.Errorf("%w: layer %d (%s): %w", errArtifact, i, l.Digest, err)
 		}
 	}
 	return nil
