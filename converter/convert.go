@@ -91,6 +91,8 @@ type Result struct {
 	Stats daxfs.Stats
 	// LeftOut are the names that the DAXFS half cannot hold, see daxfs.Plan.LeftOut.
 	LeftOut []daxfs.LeftOut
+	// Dir counts what the layer of a source without layers has; zero for others.
+	Dir layer.Stats
 	// UUID of the image.
 	UUID [16]byte
 }
@@ -197,7 +199,7 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	return &Result{
 		Digest: img.Digest, Platform: img.Platform, Layers: len(img.Layers),
 		BytesIn: c.in.Load(), Unpacked: c.unpacked.Load(), BytesOut: size, Deduplicated: placed.Deduplicated,
-		Stats: plan.Stats(), LeftOut: plan.LeftOut(), UUID: plan.UUID(),
+		Stats: plan.Stats(), LeftOut: plan.LeftOut(), Dir: c.dir, UUID: plan.UUID(),
 	}, nil
 }
 
@@ -207,6 +209,7 @@ type conversion struct {
 	sink *sink.Sink
 	img  *source.Image
 	tree *tree.Merger
+	dir  layer.Stats
 
 	in, unpacked, entries, names atomic.Int64
 }
@@ -299,6 +302,7 @@ func (c *conversion) wholeTree(ctx context.Context) error {
 	if err := c.count(l); err != nil {
 		return err
 	}
+	c.dir = l.Stats
 	c.in.Store(l.Stats.Bytes)
 	c.unpacked.Store(l.Stats.Bytes)
 	if err := store.Close(); err != nil {

@@ -55,6 +55,8 @@ type PinRequest struct {
 	PlainHTTP bool `json:"plainHTTP,omitempty"`
 	// Namespace is that of containerd: sources; empty means the default.
 	Namespace string `json:"namespace,omitempty"`
+	// OverlayUpper says that the directory of a rootfs: source is the upper directory of an overlay.
+	OverlayUpper bool `json:"overlayUpper,omitempty"`
 	// Platform chooses from a multi-platform image; empty means this machine's.
 	Platform string `json:"platform,omitempty"`
 }
@@ -164,7 +166,7 @@ func (d *Daemon) put(ctx context.Context, req PinRequest) (any, error) {
 	}
 	src, err := source.Parse(req.Source, source.Config{
 		PlainHTTP: req.PlainHTTP, Address: d.cfg.Containerd.Address, Namespace: req.Namespace,
-		MaxSize: int64(d.cfg.Layers.MaxSize),
+		MaxSize: int64(d.cfg.Layers.MaxSize), OverlayUpper: req.OverlayUpper,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, pool.ErrInvalid)

@@ -94,7 +94,7 @@ func (s *Store) addDir(ctx context.Context, holder, key, dir string) error {
 		return nil
 	}
 	return s.readTree(ctx, holder, key, func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
-		return layer.FromDir(ctx, dir, to, lim)
+		return layer.FromUpper(ctx, dir, to, lim)
 	})
 }
 

@@ -37,7 +37,7 @@ func newApp(e *env) *cli.App {
 		HelpName: "daxfs",
 		Usage:    "container images that machines, kernels and processes share in memory",
 		Version:  version(),
-		Description: "Exit status: 0 done; 1 an error, or verify, pool check or doctor found something wrong; 2 wrong use; 130\n" +
+		Description: "Exit status: 0 done; 1 an error; 2 wrong use; 3 verify, pool check or doctor found something wrong; 130\n" +
 			"interrupted. Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,

@@ -65,6 +65,7 @@ type pinRequest struct {
 	PlainHTTP bool   `json:"plainHTTP,omitempty"`
 	Namespace string `json:"namespace,omitempty"`
 	Platform  string `json:"platform,omitempty"`
+	Upper     bool   `json:"overlayUpper,omitempty"`
 }
 
 func (d *daemonKeeper) Images(ctx context.Context) (list []store.Info, err error) {
@@ -81,7 +82,10 @@ func (d *daemonKeeper) Put(ctx context.Context, src putSource, name string) (inf
 	if err != nil {
 		return info, err
 	}
-	req := pinRequest{Name: name, Source: from, PlainHTTP: src.plainHTTP, Namespace: src.namespace, Platform: src.platform}
+	req := pinRequest{
+		Name: name, Source: from, PlainHTTP: src.plainHTTP, Namespace: src.namespace, Platform: src.platform,
+		Upper: src.overlayUpper,
+	}
 	return info, d.ask(ctx, http.MethodPost, "pins", req, &info)
 }
 

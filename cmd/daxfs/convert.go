@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
@@ -57,12 +58,13 @@ Examples:
 const sourceHelp = `SOURCE is one of
    oci:DIR[:TAG]              an OCI image layout
    oci-archive:FILE[:TAG]     an OCI image layout in a tar file
-   docker-archive:FILE[:REF]  what docker save writes
+   docker-archive:FILE[:REF]  what docker save writes; :@N in the place of :REF is its image N, from 0
    docker://REF               an image in a registry, with the credentials of docker login
    containerd:REF             an image in containerd's image store
-   rootfs:DIR                 a directory
+   rootfs:DIR                 a directory, as it is; with --overlay-upper without what overlayfs notes in it
    daxfs:FILE                 an image that daxfs convert wrote; it is checked first
-oci and oci-archive take @DIGEST in the place of :TAG, too.`
+oci and oci-archive take @DIGEST in the place of :TAG, too. Without any of these there has to be one image, for each platform
+at most; what else stands beside it is passed over. docs/sources.md has the rules.`
 
 // sizeHelp explains SIZE to those who call a command that takes one: see sizeFlag.
 const sizeHelp = `A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.`
@@ -70,7 +72,8 @@ const sizeHelp = `A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k
 // sourceFlags say how SOURCE is to be reached, and what is wanted of it.
 func sourceFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+		&cli.StringFlag{Name: "platform", Usage: "choose `OS[(VERSION+FEATURE)]/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+		&cli.BoolFlag{Name: "overlay-upper", Usage: "the directory of rootfs:DIR is the upper directory of an overlay"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
 		&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
 		&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},
@@ -84,7 +87,8 @@ func parseSource(c *cli.Context, name string, maxSize int64) (source.Source, sou
 		return nil, platform, wrongUse(c, "%v", err)
 	}
 	src, err := source.Parse(name, source.Config{
-		PlainHTTP: c.Bool("plain-http"), Address: c.String("address"), Namespace: c.String("namespace"), MaxSize: maxSize,
+		PlainHTTP: c.Bool("plain-http"), OverlayUpper: c.Bool("overlay-upper"),
+		Address: c.String("address"), Namespace: c.String("namespace"), MaxSize: maxSize,
 	})
 	if err != nil {
 		return nil, platform, wrongUse(c, "%v", err)
@@ -140,6 +144,11 @@ func (e *env) convert(c *cli.Context) error {
 		err = writeJSON(w, summaryOf(c.String("output"), res))
 	case !c.Bool("quiet"):
 		printSummary(w, c.String("output"), res)
+		printOverlay(w, res.Dir, c.Bool("overlay-upper"))
+	}
+	if n := res.Dir.IgnoredXattrs; n > 0 { // a loss, which --quiet is not meant to hide
+		fmt.Fprintf(e.stderr, "daxfs: left out %d extended attributes: "+
+			"an image holds user.*, trusted.*, security.* and POSIX ACLs\n", n)
 	}
 	if err = errors.Join(err, w.Flush()); err != nil {
 		return fmt.Errorf("%s is complete, but the summary is not: %w", c.String("output"), err)
@@ -173,6 +182,9 @@ type summary struct {
 	Deduplicated int64     `json:"bytesDeduplicated"`
 	Counts       counts    `json:"counts"`
 	LeftOut      []leftOut `json:"leftOutOfDAXFS"`
+	Whiteouts    int64     `json:"overlayWhiteouts,omitempty"`
+	Overlay      int64     `json:"overlayXattrs,omitempty"`
+	Ignored      int64     `json:"ignoredXattrs,omitempty"`
 }
 
 // counts of an image, as convert and inspect show them.
@@ -202,7 +214,7 @@ func summaryOf(image string, r *converter.Result) summary {
 	s := summary{
 		Image: image, UUID: uuid(r.UUID), Digest: r.Digest.String(), Layers: r.Layers, BytesIn: r.BytesIn,
 		Unpacked: r.Unpacked, BytesOut: r.BytesOut, Deduplicated: r.Deduplicated, Counts: countsOf(r.Stats),
-		LeftOut: []leftOut{},
+		LeftOut: []leftOut{}, Whiteouts: r.Dir.Whiteouts, Overlay: r.Dir.OverlayXattrs, Ignored: r.Dir.IgnoredXattrs,
 	}
 	if r.Platform.OS != "" {
 		s.Platform = platforms.Format(r.Platform)
@@ -247,6 +259,20 @@ func printLosses(w io.Writer, xattrs int, left []leftOut, all int) {
 		}
 		fmt.Fprintf(w, "  %s (%s)\n", printable(l.Path), l.Reason)
 	}
+}
+
+// printOverlay says what became of the notes of overlayfs in a directory.
+func printOverlay(w io.Writer, s layer.Stats, upper bool) {
+	if s.Whiteouts+s.OverlayXattrs == 0 {
+		return
+	}
+	what := fmt.Sprintf("%d whiteouts (character devices 0:0) and %d attributes of overlayfs", s.Whiteouts, s.OverlayXattrs)
+	if upper {
+		fmt.Fprintf(w, "left out %s\n", what)
+		return
+	}
+	fmt.Fprintf(w, "kept %s: an overlay over the image will obey them\n"+
+		"for the upper directory of an overlay, there is --overlay-upper\n", what)
 }
 
 func human(n int64) string { return units.BytesSize(float64(n)) }

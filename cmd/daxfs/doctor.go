@@ -30,7 +30,7 @@ func doctorCommand(e *env) *cli.Command {
 		Description: `
 PATH is an image, a pool or a directory for one; without any, all memory of the machine that could hold a pool is looked
 at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. If containerd runs, its
-configuration is checked, too, and what has to be added to it is printed. The exit status is 1 if there is memory for
+configuration is checked, too, and what has to be added to it is printed. The exit status is 3 if there is memory for
 which no driver works, or if containerd and the daemon do not fit together.
 
 Examples:
@@ -98,7 +98,7 @@ func (e *env) doctor(c *cli.Context) error {
 		err = e.show(rep)
 	}
 	if err == nil && !usable {
-		return errSilent
+		return errFindings
 	}
 	return err
 }

@@ -40,7 +40,7 @@ type keeper interface {
 type putSource struct {
 	image                     *source.Image
 	name, platform, namespace string
-	plainHTTP                 bool
+	plainHTTP, overlayUpper   bool
 }
 
 // keeperFlags say who owns the pool.

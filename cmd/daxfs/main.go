@@ -4,8 +4,9 @@
 // was asked for, standard error what is said about it. The exit status is
 //
 //	0    done
-//	1    an error, or verify found that the image is damaged
+//	1    an error
 //	2    wrong use
+//	3    verify, pool check or doctor found something wrong
 //	130  interrupted by SIGINT, SIGTERM or SIGHUP
 //
 // A command that fails leaves no output file behind, and one that was there as it was.
@@ -27,6 +28,7 @@ const (
 	statusOK          = 0
 	statusFailed      = 1
 	statusUsage       = 2
+	statusFindings    = 3
 	statusInterrupted = 130
 )
 
@@ -56,8 +58,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	switch {
 	case err == nil:
 		return statusOK
-	case errors.Is(err, errSilent):
-		return statusFailed
+	case errors.Is(err, errFindings):
+		return statusFindings
 	case ctx.Err() != nil:
 		fmt.Fprintln(stderr, "daxfs: interrupted")
 		return statusInterrupted
@@ -74,8 +76,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	return statusFailed
 }
 
-// errSilent ends a command with status 1 when all was said already.
-var errSilent = errors.New("failed")
+// errFindings ends a command that did what it should and found something wrong, which it has said.
+var errFindings = errors.New("something is wrong")
 
 // usageError is wrong use of a command.
 type usageError struct {

@@ -18,9 +18,11 @@ standard error. A command that fails leaves no output file behind, and one that 
 	Sections: []manpage.Section{
 		{Title: "EXIT STATUS", Text: `0	done
 
-1	an error; or verify, pool check or doctor found something wrong
+1	an error
 
 2	wrong use
+
+3	verify, pool check or doctor found something wrong
 
 130	interrupted by SIGINT, SIGTERM or SIGHUP`},
 		{Title: "JSON", Text: `What --json writes goes to standard output; docs/json.md describes every field. Errors are text on standard error, also then.`},

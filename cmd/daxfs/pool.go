@@ -98,7 +98,7 @@ Example:
    daxfs pool gc /var/lib/pool`, Flags: read()},
 			{Name: "check", Usage: "prove that everything in a pool is consistent", ArgsUsage: "POOL", Action: e.poolCheck, Description: `
 Reads all contents and metadata. Writes every finding with its rule (docs/pool.md and docs/format.md explain the rules), and
-ends with status 1 if there are any.
+ends with status 3 if there are any; 1 means that it could not be read.
 
 Examples:
    daxfs pool check /var/lib/pool
@@ -219,7 +219,7 @@ func (e *env) poolCheck(c *cli.Context) error {
 		err = printFindings(e.stdout, findings)
 	}
 	if err == nil && len(findings) > 0 {
-		return errSilent
+		return errFindings
 	}
 	return err
 }

@@ -49,7 +49,9 @@ func (e *env) poolPut(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		from := putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}
+		from := putSource{
+			img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http"), c.Bool("overlay-upper"),
+		}
 		info, err := k.Put(c.Context, from, pin)
 		if err != nil {
 			return err

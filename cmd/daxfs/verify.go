@@ -17,8 +17,8 @@ func verifyCommand(e *env) *cli.Command {
 		ArgsUsage: "IMAGE",
 		Description: `
 IMAGE is a file, which has to have the size of the image, or a block device, which may be larger. Writes every finding with
-the rule it breaks (docs/format.md explains the rules), and ends with status 1 if there are any. It says nothing about an
-image without findings.
+the rule it breaks (docs/format.md explains the rules), and ends with status 3 if there are any; 1 means that the image
+could not be read. It says nothing about an image without findings.
 
 Examples:
    daxfs verify debian.daxfs && mount -t erofs -o ro debian.daxfs /mnt
@@ -67,7 +67,7 @@ func (e *env) verify(c *cli.Context) error {
 		return fmt.Errorf("%s: %w", img.Name(), err)
 	case found > 0:
 		fmt.Fprintf(e.stderr, "daxfs: %s: %d findings\n", printable(img.Name()), found)
-		return errSilent
+		return errFindings
 	}
 	return nil
 }

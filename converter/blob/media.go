@@ -71,16 +71,32 @@ func packingOf(mediaType string) (packing, error) {
 	return 0, fmt.Errorf("%w: %q (expected an OCI or Docker layer: tar, tar+gzip or tar+zstd)", ErrMediaType, mediaType)
 }
 
-// compression names what the bytes of a blob that was taken for a tar look like; empty if they may be one.
-func compression(head []byte) string {
-	p := sniff(head)
-	switch {
-	case p != plain:
+// magics are the first bytes of compressed files that are not read.
+var magics = []struct{ name, magic string }{
+	{"bzip2", "BZh"},
+	{"xz", "\xfd7zXZ\x00"},
+	{"lzma", "\x5d\x00\x00"},
+	{"lz4", "\x04\x22\x4d\x18"},
+	{"lzip", "LZIP"},
+	{"lzop", "\x89LZO\x00"},
+	{"compress", "\x1f\x9d"},
+	{"zip", "PK\x03\x04"},
+	{"7z", "7z\xbc\xaf\x27\x1c"},
+	{"Snappy", "\xff\x06\x00\x00sNaPpY"},
+}
+
+// HeadSize is how many bytes of a file LooksLike wants to see.
+const HeadSize = 16
+
+// LooksLike names the compression of a file that cannot be read as a tar by its first bytes; empty if they say nothing.
+func LooksLike(head []byte) string {
+	if p := sniff(head); p != plain {
 		return p.String()
-	case bytes.HasPrefix(head, []byte("BZh")):
-		return "bzip2"
-	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
-		return "xz"
+	}
+	for _, m := range magics {
+		if bytes.HasPrefix(head, []byte(m.magic)) {
+			return m.name
+		}
 	}
 	return ""
 }

@@ -1,7 +1,6 @@
 package blob
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	_ "crypto/sha256" // the algorithms that a digest may name
@@ -11,7 +10,6 @@ import (
 	"io"
 	"sync"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 )
@@ -68,12 +66,14 @@ type Reader struct {
 	raw *hasher // of the blob; nil when Digest is not known
 	tar *hasher // of the uncompressed tar; nil until it is known that it differs from the blob
 
-	read   int64  // bytes of the blob that were read
-	size   int64  // bytes of the tar
-	looks  string // the compression that the tar looks like, which only matters if it cannot be parsed
-	srcErr error  // why reading the blob ended; nil at its end
-	digest digest.Digest
-	diffID digest.Digest
+	read int64 // bytes of the blob that were read
+	size int64 // bytes of the tar
+	// trailing is set if the compressed data was followed by other bytes, which were ignored.
+	trailing bool
+	looks    string // the compression that the tar looks like, which only matters if it cannot be parsed
+	srcErr   error  // why reading the blob ended; nil at its end
+	digest   digest.Digest
+	diffID   digest.Digest
 }
 
 // NewReader starts to read src, which the Reader owns from then on: Close closes it, also when NewReader fails.
@@ -169,20 +169,19 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 			pack = sniff(head)
 		}
 		if pack == plain {
-			r.looks = compression(head)
+			r.looks = LooksLike(head)
 		}
 	}
 	algo := r.diffAlgorithm()
 	if pack != plain || r.raw == nil || r.spec.Digest.Algorithm() != algo {
 		r.tar = newHasher(algo.Hash())
 	}
-	var dec io.Reader
+	var dec io.WriterTo
 	switch pack {
 	case plain:
 		return r.forward(src, out)
 	case gzipped:
-		// The decompressor has a fast path for bufio.Reader, not for our type.
-		z, err := gzip.NewReader(bufio.NewReaderSize(src, 64<<10))
+		z, err := newGzipMembers(src)
 		if err != nil {
 			return fmt.Errorf("gzip: %w", err)
 		}
@@ -197,7 +196,13 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 		dec = z
 	}
 	w := &chunkWriter{r: r, out: out}
-	_, err := dec.(io.WriterTo).WriteTo(w)
+	_, err := dec.WriteTo(w)
+	if errors.Is(err, zstd.ErrMagicMismatch) && w.written > 0 {
+		err = errTrailing // what is not a frame stands behind one
+	}
+	if errors.Is(err, errTrailing) && r.spec.DiffID != "" {
+		r.trailing, err = true, nil // the diff ID tells whether anything is missing
+	}
 	if err == nil {
 		err = w.flush()
 	}
@@ -243,10 +248,13 @@ type chunkWriter struct {
 	out *stream
 	cur *chunk
 	err error // why no more bytes are wanted
+
+	written int64
 }
 
 func (w *chunkWriter) Write(p []byte) (int, error) {
 	total := len(p)
+	w.written += int64(total)
 	for len(p) > 0 {
 		if w.cur == nil {
 			w.cur = newChunk()
@@ -298,8 +306,11 @@ func (r *Reader) Finish(cause error) error {
 	}
 	if err := cmp.Or(cause, readErr); err != nil {
 		if r.looks != "" {
-			return fmt.Errorf("%w (it looks like %s, expected gzip, zstd or an uncompressed tar, as media type %q says)",
-				err, r.looks, r.spec.MediaType)
+			said := "gzip, zstd or an uncompressed tar"
+			if r.spec.MediaType != "" {
+				said += fmt.Sprintf(", as media type %q says", r.spec.MediaType)
+			}
+			return fmt.Errorf("%w (it looks like %s, expected %s)", err, r.looks, said)
 		}
 		return err
 	}
@@ -308,7 +319,11 @@ func (r *Reader) Finish(cause error) error {
 		r.diffID = digest.NewDigest(r.diffAlgorithm(), r.tar.h)
 	}
 	if r.spec.DiffID != "" && r.diffID != r.spec.DiffID {
-		return &MismatchError{"diff ID", r.spec.DiffID.String(), r.diffID.String()}
+		err := &MismatchError{"diff ID", r.spec.DiffID.String(), r.diffID.String()}
+		if r.trailing {
+			return fmt.Errorf("%w (%w)", err, errTrailing)
+		}
+		return err
 	}
 	return nil
 }

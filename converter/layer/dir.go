@@ -14,19 +14,27 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// FromDir reads a directory on disk: the upper directory of an overlay mount, or a plain root directory. Contents of
-// regular files go into s, in the order of their paths; the order of changes depends on names only.
-//
-// What overlayfs notes in the directory becomes a change and never an attribute: character devices 0:0 and files with
-// the xattr overlay.whiteout are removals, directories with overlay.opaque are opaque, and what else trusted.overlay.* and
-// user.overlay.* hold is left out. A redirected directory or a file without its contents (metacopy) is ErrUnsupported: what
-// they refer to is not in the directory. trusted.* and security.* attributes are seen by root only.
+// FromDir reads a directory on disk as it is: character devices 0:0 and the attributes of overlayfs are kept like all
+// others, and counted. Contents of regular files go into s, in the order of their paths; the order of changes depends on
+// names only. Attributes that only root sees are missing if another user reads the directory: trusted.*.
 //
 // The directory must be at rest. A file that shrinks while it is read is an error; other changes may go unnoticed, but no
 // symbolic link is ever followed, nor a device, fifo or socket opened, whatever is swapped meanwhile. dir itself may be a
 // symbolic link. One file descriptor is held for each level.
 func FromDir(ctx context.Context, dir string, s Store, lim Limits) (*Layer, error) {
-	d := dirReader{builder: newBuilder(FromDirectory, lim), store: s, seen: make(map[inode]string)}
+	return fromDir(ctx, dir, s, lim, false)
+}
+
+// FromUpper reads the upper directory of an overlay mount as FromDir does, but what overlayfs notes in it becomes a change
+// and never an attribute: character devices 0:0 and files with the xattr overlay.whiteout are removals, directories with
+// overlay.opaque are opaque, and what else trusted.overlay.* and user.overlay.* hold is left out. A redirected directory
+// or a file without its contents (metacopy) is ErrUnsupported: what they refer to is not in the directory.
+func FromUpper(ctx context.Context, dir string, s Store, lim Limits) (*Layer, error) {
+	return fromDir(ctx, dir, s, lim, true)
+}
+
+func fromDir(ctx context.Context, dir string, s Store, lim Limits, upper bool) (*Layer, error) {
+	d := dirReader{builder: newBuilder(FromDirectory, lim), store: s, upper: upper, seen: make(map[inode]string)}
 	root, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
@@ -48,6 +56,7 @@ type inode struct{ dev, ino uint64 }
 type dirReader struct {
 	*builder
 	store Store
+	upper bool             // what overlayfs notes has its meaning
 	seen  map[inode]string // the first path of inodes with several names
 	list  []byte           // buffers for extended attributes
 	value []byte
@@ -122,7 +131,10 @@ func (d *dirReader) child(ctx context.Context, dir *os.File, name, p string, whi
 		return d.directory(ctx, open, p, &st)
 	}
 	if kind == unix.S_IFCHR && st.Rdev == 0 {
-		return d.add(Change{Op: OpRemove, Path: p})
+		d.layer.Stats.Whiteouts++
+		if d.upper {
+			return d.add(Change{Op: OpRemove, Path: p})
+		}
 	}
 	if st.Nlink > 1 {
 		id := inode{st.Dev, st.Ino}
@@ -139,6 +151,7 @@ func (d *dirReader) child(ctx context.Context, dir *os.File, name, p string, whi
 		return unsupportedf("overlayfs keeps the contents in another layer; mount with metacopy=off")
 	}
 	if marks.whiteout && whiteouts && kind == unix.S_IFREG && st.Size == 0 {
+		d.layer.Stats.Whiteouts++
 		return d.add(Change{Op: OpRemove, Path: p})
 	}
 	switch kind {

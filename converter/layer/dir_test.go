@@ -124,7 +124,7 @@ func TestDirXattrs(t *testing.T) {
 			t.Skipf("needs user xattrs on %s: %v", dir, err)
 		}
 	}
-	l, err := layer.FromDir(context.Background(), dir, new(treetest.Store), layer.Limits{})
+	l, err := layer.FromUpper(context.Background(), dir, new(treetest.Store), layer.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +135,7 @@ func TestDirXattrs(t *testing.T) {
 	if want := "user.a= user.b=2 user.big=xxxxxxxxxx user.overlay.origin=inner "; got != want {
 		t.Errorf("xattrs %q, want %q", got, want)
 	}
-	if len(l.Changes) != 2 || l.Changes[1].Op != layer.OpOpaque || l.Stats.IgnoredXattrs != 2 {
-		t.Errorf("changes %v, stats %+v, want the directory opaque and two xattrs ignored", l.Changes, l.Stats)
+	if len(l.Changes) != 2 || l.Changes[1].Op != layer.OpOpaque || l.Stats.OverlayXattrs != 2 {
+		t.Errorf("changes %v, stats %+v, want the directory opaque and two xattrs of overlayfs", l.Changes, l.Stats)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -49,8 +50,19 @@ func (d *dirReader) xattrs(f *os.File, n *daxfs.Node) (marks overlayMarks, err e
 		if err != nil {
 			return marks, os.NewSyscallError("getxattr "+name, err)
 		}
-		name, ours := overlayXattr(name, d.value, &marks)
-		if ours || !settable(name) && !strings.HasPrefix(name, "trusted.") {
+		if isOverlayXattr(name) {
+			private := false
+			if d.upper {
+				name, private = overlayXattr(name, d.value, &marks)
+			}
+			if private || !d.upper {
+				d.layer.Stats.OverlayXattrs++
+			}
+			if private {
+				continue
+			}
+		}
+		if !settable(name) && !strings.HasPrefix(name, "trusted.") {
 			d.layer.Stats.IgnoredXattrs++
 			continue
 		}
@@ -85,10 +97,17 @@ func grow(b []byte, read func([]byte) (int, error)) ([]byte, error) {
 	}
 }
 
+// overlayPrefixes begin the names of the attributes that overlayfs takes for its own.
+var overlayPrefixes = []string{"trusted.overlay.", "user.overlay."}
+
+func isOverlayXattr(name string) bool {
+	return slices.ContainsFunc(overlayPrefixes, func(p string) bool { return strings.HasPrefix(name, p) })
+}
+
 // overlayXattr looks at one attribute. If it is private to overlayfs it notes what it says and returns true. An attribute
 // that overlayfs escaped because it belongs to an overlay inside the overlay gets its own name back.
 func overlayXattr(name string, value []byte, marks *overlayMarks) (string, bool) {
-	for _, prefix := range []string{"trusted.overlay.", "user.overlay."} {
+	for _, prefix := range overlayPrefixes {
 		key, ok := strings.CutPrefix(name, prefix)
 		if !ok {
 			continue

@@ -85,8 +85,14 @@ type Stats struct {
 	// Bytes is the sum of the sizes of all regular files, holes and duplicates included.
 	Bytes int64
 	// IgnoredXattrs is the number of extended attributes left out because no layer may carry them: trusted.* of a
-	// tar stream, unknown namespaces, and those private to overlayfs.
+	// tar stream, and unknown namespaces.
 	IgnoredXattrs int64
+	// Whiteouts is the number of names in a directory that are whiteouts to overlayfs: FromDir keeps them as the character
+	// devices that they are, FromUpper makes them removals.
+	Whiteouts int64
+	// OverlayXattrs is the number of attributes of a directory that overlayfs takes for its own: FromDir keeps them, FromUpper
+	// does what they say.
+	OverlayXattrs int64
 }
 
 // Cost is what the layer counts as against Limits.MaxEntries.

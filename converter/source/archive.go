@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,16 +12,18 @@ import (
 	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // member is where a file lies in a tar archive.
 type member struct {
 	off, size int64
-	link      string // the member that it is a link to
-	sparse    bool   // its contents are not in one piece
+	links     []string // the members that it may be a link to, the likely one first; none if it is a file
+	sparse    bool     // its contents are not in one piece
 }
+
+// key is the name of a member as others refer to it: tar -P writes absolute names, other tools write "./" before them.
+func key(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
 // archive is a tar file with an index, so that its members can be read in any order and concurrently.
 type archive struct {
@@ -52,7 +53,11 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 		return nil, fmt.Errorf("%q: %w", file, err)
 	}
 	if err := a.index(ctx); err != nil {
-		a.f.Close()
+		defer a.f.Close()
+		if other := a.looksLike(); other != "" {
+			return nil, fmt.Errorf("%q is compressed with %s, expected a tar archive, plain or compressed with gzip or zstd",
+				file, other)
+		}
 		return nil, fmt.Errorf("%q is not a tar archive that can be read, plain or compressed with gzip or zstd: %w", file, err)
 	}
 	return a, nil
@@ -92,6 +97,13 @@ func (a *archive) inflate(ctx context.Context, limit int64) error {
 	return nil
 }
 
+// looksLike names the compression of a file that is no tar.
+func (a *archive) looksLike() string {
+	head := make([]byte, blob.HeadSize)
+	n, _ := a.f.ReadAt(head, 0)
+	return blob.LooksLike(head[:n])
+}
+
 // maxMembers bounds the members of an archive: each takes memory, and images have a few for each layer.
 const maxMembers = 1 << 20
 
@@ -119,38 +131,69 @@ func (a *archive) index(ctx context.Context) error {
 			m.sparse = m.sparse || strings.HasPrefix(record, "GNU.sparse.")
 		}
 		switch h.Typeflag {
-		case tar.TypeReg, tar.TypeGNUSparse:
+		case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
 			if m.off, err = a.f.Seek(0, io.SeekCurrent); err != nil {
 				return err
 			}
 		case tar.TypeLink:
-			m.link = path.Clean(h.Linkname)
-		case tar.TypeSymlink: // old versions of docker save write a layer once and link to it
-			m.link = path.Join(path.Dir(path.Clean(h.Name)), h.Linkname)
+			m.links = []string{key(h.Linkname)}
+		case tar.TypeSymlink:
+			// Old versions of docker save wrote a layer once and linked to it. Other tools give the target from the root of
+			// the archive, without saying so.
+			m.links = []string{key(h.Linkname)}
+			if !path.IsAbs(h.Linkname) {
+				m.links = []string{key(path.Join(path.Dir(key(h.Name)), h.Linkname)), key(h.Linkname)}
+			}
 		default:
 			continue
 		}
-		a.members[path.Clean(h.Name)] = m
+		a.members[key(h.Name)] = m
 	}
 }
 
+// errNoMember marks a name that an archive does not have.
+var errNoMember = errors.New("is not in the archive")
+
 // reader returns the contents of a member.
 func (a *archive) reader(name string) (*io.SectionReader, error) {
-	key := path.Clean(name)
-	for range 8 {
-		m, ok := a.members[key]
-		if !ok {
+	steps := 64
+	m, ok := a.find(key(name), &steps)
+	if !ok {
+		return nil, fmt.Errorf("%q %w", name, errNoMember)
+	}
+	if m.sparse {
+		return nil, fmt.Errorf("%q has holes, expected an archive that was written without tar --sparse", name)
+	}
+	return io.NewSectionReader(a.f, m.off, m.size), nil
+}
+
+// find returns the file that a name leads to, through links to files and to directories. steps is what it may take.
+func (a *archive) find(name string, steps *int) (member, bool) {
+	const maxName, maxDepth = 4096, 32
+	if *steps--; *steps < 0 || len(name) > maxName {
+		return member{}, false
+	}
+	m, ok := a.members[name]
+	if ok && m.links == nil {
+		return m, true
+	}
+	rest := ""
+	for depth, i := 0, 0; !ok && depth < maxDepth; depth++ { // a directory on the way may be a link
+		n := strings.IndexByte(name[i:], '/')
+		if n < 0 {
 			break
 		}
-		if m.sparse {
-			return nil, fmt.Errorf("%q has holes, expected an archive that was written without tar --sparse", name)
+		if m, ok = a.members[name[:i+n]]; ok {
+			rest = name[i+n:]
 		}
-		if m.link == "" {
-			return io.NewSectionReader(a.f, m.off, m.size), nil
-		}
-		key = m.link
+		i += n + 1
 	}
-	return nil, fmt.Errorf("%q is not in the archive", name)
+	for _, l := range m.links {
+		if file, ok := a.find(key(l+rest), steps); ok {
+			return file, true
+		}
+	}
+	return member{}, false
 }
 
 func (a *archive) document(name string) ([]byte, error) {
@@ -212,124 +255,4 @@ func (s *ociArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
 	return img, nil
-}
-
-// dockerArchive is what docker save writes: a manifest.json that names a configuration and tars of layers.
-type dockerArchive struct {
-	name, file, ref string
-	limit           int64
-	*archive
-}
-
-func (s *dockerArchive) String() string { return s.name }
-
-func (s *dockerArchive) Close() error { return s.archive.close() }
-
-// dockerManifestFile is the member of a docker archive that lists its images.
-const dockerManifestFile = "manifest.json"
-
-type dockerEntry struct {
-	Config   string
-	RepoTags []string
-	Layers   []string
-}
-
-func (s *dockerArchive) Image(ctx context.Context, p Platform) (*Image, error) {
-	var err error
-	if s.archive == nil {
-		if s.archive, err = openArchive(ctx, s.file, s.limit); err != nil {
-			return nil, fmt.Errorf("%s: %w", s.name, err)
-		}
-	}
-	img, err := s.find(p)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.name, err)
-	}
-	return img, nil
-}
-
-func (s *dockerArchive) find(p Platform) (*Image, error) {
-	doc, err := s.document(dockerManifestFile)
-	if err != nil {
-		if _, inner := s.reader(ocispec.ImageIndexFile); inner == nil {
-			err = fmt.Errorf("%w (it has an %s: oci-archive:FILE reads it)", err, ocispec.ImageIndexFile)
-		}
-		return nil, fmt.Errorf("not a docker archive: %w", err)
-	}
-	var list []dockerEntry
-	if err := json.Unmarshal(doc, &list); err != nil {
-		return nil, fmt.Errorf("%s: %w", dockerManifestFile, err)
-	}
-	e, err := pickDocker(list, s.ref)
-	if err != nil {
-		return nil, err
-	}
-	doc, err = s.document(e.Config)
-	if err != nil {
-		return nil, fmt.Errorf("config: %w", err)
-	}
-	// The name of the configuration is its digest: <hex>.json of old, blobs/sha256/<hex> now, and sha256:<hex> of crane and ko.
-	hex := strings.TrimPrefix(strings.TrimSuffix(path.Base(e.Config), ".json"), "sha256:")
-	want := digest.NewDigestFromEncoded(digest.SHA256, hex)
-	if want.Validate() == nil {
-		if err := verify(doc, ocispec.Descriptor{Digest: want}); err != nil {
-			return nil, fmt.Errorf("config: %w", err)
-		}
-	}
-	img, err := fromConfig(doc, digest.FromBytes(doc), len(e.Layers))
-	if err != nil {
-		return nil, err
-	}
-	for i, name := range e.Layers {
-		r, err := s.reader(name)
-		if err != nil {
-			return nil, fmt.Errorf("layer %d (%s): %w", i, img.Layers[i].DiffID, err)
-		}
-		d := ocispec.Descriptor{Size: r.Size()}
-		if hex, ok := strings.CutPrefix(path.Clean(name), "blobs/sha256/"); ok {
-			d.Digest = digest.NewDigestFromEncoded(digest.SHA256, hex)
-			if err := d.Digest.Validate(); err != nil {
-				return nil, fmt.Errorf("layer %d: %q: %w", i, name, err)
-			}
-		}
-		img.Layers[i].Desc = d
-		img.Layers[i].Open = func(context.Context) (io.ReadCloser, error) {
-			r, err := s.reader(name) // a reader of its own: a layer may occur twice
-			if err != nil {
-				return nil, err
-			}
-			return io.NopCloser(r), nil
-		}
-	}
-	return img, p.accept(img.Platform)
-}
-
-func pickDocker(list []dockerEntry, ref string) (dockerEntry, error) {
-	if ref == "" {
-		if len(list) == 1 {
-			return list[0], nil
-		}
-		return dockerEntry{}, fmt.Errorf("%w: no reference given and %d images: %s", ErrNotFound, len(list), repoTags(list))
-	}
-	for _, e := range list {
-		for _, t := range e.RepoTags {
-			if normal(t) == normal(ref) {
-				return e, nil
-			}
-		}
-	}
-	return dockerEntry{}, fmt.Errorf("%w: no %q, there is: %s", ErrNotFound, ref, repoTags(list))
-}
-
-func repoTags(list []dockerEntry) string {
-	var s []string
-	for _, e := range list {
-		for _, t := range e.RepoTags {
-			s = append(s, fmt.Sprintf("%q", t))
-		}
-	}
-	if len(s) == 0 {
-		return "no tags"
-	}
-	return strings.Join(s, ", ")
 }

@@ -18,14 +18,17 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// TestIndexesThatMultiply: eight levels of indexes, each of which names the one below a hundred times.
+// TestIndexesThatMultiply: eight levels of indexes, each of which names the one below a hundred times, which is read
+// once; and an index that names more documents than are read for one image.
 func TestIndexesThatMultiply(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	d := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -36,31 +39,54 @@ func TestIndexesThatMultiply(t *testing.T) {
 		}
 		d = l.Index(many...)
 	}
-	l.Tag("x", d)
-	_, err := find(t, mustParse(t, "oci:"+l.Dir+":x", Config{}), "linux/arm64")
-	if err == nil || !strings.Contains(err.Error(), "more than 1000 indexes, manifests and configurations") {
-		t.Errorf("error %v, expected one about the number of documents", err)
+	l.Tag("same", d)
+	if _, err := find(t, mustParse(t, "oci:"+l.Dir+":same", Config{}), "linux/amd64"); err != nil {
+		t.Error(err)
+	}
+	for name, there := range map[string]bool{"there": true, "missing": false} {
+		var many []ocispec.Descriptor
+		for i := range maxDocuments + 1 {
+			doc := fmt.Sprintf(`{"schemaVersion":2,"manifests":[],"annotations":{"n":"%d"}}`, i)
+			m := ocispec.Descriptor{
+				MediaType: ocispec.MediaTypeImageIndex, Digest: digest.FromString(doc), Size: int64(len(doc)),
+			}
+			if there {
+				m = l.Blob(m.MediaType, []byte(doc))
+			}
+			many = append(many, m)
+		}
+		l.Tag(name, l.Index(many...))
+		_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+name, Config{}), "linux/amd64")
+		if !errors.Is(err, errTooMany) {
+			t.Errorf("%s: error %v, expected %v", name, err, errTooMany)
+		}
 	}
 }
 
 // TestManifestsWithoutPlatform: each of them and its configuration must be read.
 func TestManifestsWithoutPlatform(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
-	d := l.Manifest(platform("amd64", ""), oneFile("a"))
-	d.Platform = nil
-	for _, c := range []struct {
-		n  int
-		ok bool
-	}{{400, true}, {600, false}} {
-		many := make([]ocispec.Descriptor, c.n)
-		for i := range many {
-			many[i] = d
+	var many []ocispec.Descriptor
+	for i := range 600 {
+		d := l.Manifest(platform("amd64", fmt.Sprint("v", i+10)), ocitest.Layer{Tar: Tar()})
+		d.Platform = nil
+		many = append(many, d)
+	}
+	one := l.Manifest(platform("amd64", ""), oneFile("a"))
+	one.Platform = nil
+	for n, want := range map[int]error{400: nil, 600: errTooMany} {
+		src := "oci:" + layoutOf(t, l, l.Index(append(many[:n:n], one)...))
+		if _, err := find(t, mustParse(t, src, Config{}), "linux/amd64"); !errors.Is(err, want) {
+			t.Errorf("%d manifests: %v, expected %v", n, err, want)
 		}
-		tag := fmt.Sprint(c.n)
-		l.Tag(tag, l.Index(many...))
-		if _, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), ""); (err == nil) != c.ok {
-			t.Errorf("%d manifests: %v", c.n, err)
-		}
+	}
+	// Many images, of which none was named.
+	for i := range many {
+		many[i].Annotations = map[string]string{ocispec.AnnotationRefName: fmt.Sprint("v", i)}
+	}
+	_, err := find(t, mustParse(t, "oci:"+layoutOf(t, l, many...), Config{}), "")
+	if !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), `"v1"`) {
+		t.Errorf("error %v, expected that no tag was given", err)
 	}
 }
 
@@ -74,8 +100,8 @@ func TestLargeDocuments(t *testing.T) {
 	}
 	l.Tag("x", l.Index(all...))
 	_, err := find(t, mustParse(t, "oci:"+l.Dir+":x", Config{}), "")
-	if err == nil || !strings.Contains(err.Error(), "bytes of indexes") {
-		t.Errorf("error %v, expected one about the size of all documents", err)
+	if !errors.Is(err, errTooMany) {
+		t.Errorf("error %v, expected %v", err, errTooMany)
 	}
 }
 

@@ -10,9 +10,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// rootfs is a plain directory.
+// rootfs is a directory: a plain one, or the upper directory of an overlay.
 type rootfs struct {
 	name, dir string
+	upper     bool
 }
 
 func (s *rootfs) String() string { return s.name }
@@ -27,6 +28,9 @@ func (s *rootfs) Image(context.Context, Platform) (*Image, error) {
 		return nil, fmt.Errorf("%s: %q is not a directory", s.name, s.dir)
 	}
 	return &Image{Tree: func(ctx context.Context, st layer.Store, lim layer.Limits) (*layer.Layer, error) {
+		if s.upper {
+			return layer.FromUpper(ctx, s.dir, st, lim)
+		}
 		return layer.FromDir(ctx, s.dir, st, lim)
 	}}, nil
 }

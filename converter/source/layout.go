@@ -2,7 +2,6 @@ package source
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -61,33 +60,4 @@ func openFile(name string) (*os.File, error) {
 		return nil, fmt.Errorf("%q is not a regular file", name)
 	}
 	return os.Open(name)
-}
-
-// fromIndexFile finds an image from the index.json of a layout.
-func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p Platform) (*Image, error) {
-	doc, err := io.ReadAll(io.LimitReader(r, maxDocument))
-	if err != nil {
-		return nil, err
-	}
-	var index ocispec.Index
-	if err := json.Unmarshal(doc, &index); err != nil {
-		return nil, fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err)
-	}
-	list, err := pick(index.Manifests, tag)
-	if err != nil {
-		return nil, err
-	}
-	if len(list) == 1 {
-		return resolve(ctx, store, list[0], p)
-	}
-	b := &finder{blobs: store}
-	all, err := expand(ctx, b, list, 0)
-	if err != nil {
-		return nil, err
-	}
-	d, err := p.choose(all)
-	if err != nil {
-		return nil, err
-	}
-	return fromManifest(ctx, b, d)
 }

@@ -3,82 +3,145 @@ package source
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/tonistiigi/go-archvariant"
 )
 
 // Platform chooses among the images of an index.
 type Platform struct {
-	match    platforms.MatchComparer
-	name     string
-	explicit bool
+	match     platforms.MatchComparer
+	name      string
+	osVersion string // that was asked for
+	explicit  bool
 }
 
-// Host chooses what this machine can run, as containerd does. An image that is no index is taken whatever it is for:
-// converting runs nothing of it.
+// Host chooses what this machine can run: what containerd takes, and if there is no such image, the best one for the
+// variants of the processor. An image that is no index is taken whatever it is for: converting runs nothing of it.
 func Host() Platform {
-	return Platform{match: platforms.Default(), name: platforms.Format(platforms.DefaultSpec())}
+	spec := platforms.Normalize(platforms.DefaultSpec())
+	return hostOf(spec, archvariant.AMD64Variant())
 }
 
-// ParsePlatform chooses exactly one platform, written like linux/arm64 or linux/arm/v7. An empty string means Host.
+// hostOf is Host for a machine of a platform. Containerd does not look at the variant of an amd64 processor.
+func hostOf(spec ocispec.Platform, amd64Variant string) Platform {
+	p := Platform{match: platforms.Only(spec), name: platforms.FormatAll(spec)}
+	if spec.Architecture == "amd64" {
+		best := spec
+		best.Variant = amd64Variant
+		p.match = inOrder{platforms.OnlyStrict(spec), platforms.Only(best)}
+	}
+	return p
+}
+
+// ParsePlatform chooses exactly one platform, written like linux/arm64, linux/arm/v7 or, where images differ in nothing
+// else, linux(5.10+feature)/amd64. A platform without a variant means the image without one. If there is none, it means
+// the one with the lowest variant, which most machines run. An empty string means Host.
 func ParsePlatform(s string) (Platform, error) {
 	if s == "" {
 		return Host(), nil
 	}
-	p, err := platforms.Parse(s)
+	spec, err := platforms.Parse(s)
 	if err != nil {
 		return Platform{}, fmt.Errorf("platform %q: %w", s, err)
 	}
-	return Platform{match: platforms.OnlyStrict(p), name: platforms.Format(p), explicit: true}, nil
+	p := Platform{
+		match: platforms.OnlyStrict(spec), name: platforms.FormatAll(spec), osVersion: spec.OSVersion, explicit: true,
+	}
+	if spec.Variant == "" && strings.Count(s, "/") < 2 { // amd64/v1 has none either
+		order := inOrder{p.match}
+		for _, v := range variants(spec.Architecture) {
+			spec.Variant = v
+			order = append(order, platforms.OnlyStrict(spec))
+		}
+		p.match = order
+	}
+	return p, nil
 }
 
-// String is the platform in the form os/architecture[/variant].
+// variants of an architecture other than its default, in the order in which they may stand for it.
+func variants(arch string) (list []string) {
+	switch arch {
+	case "amd64":
+		return []string{"v2", "v3", "v4"}
+	case "arm":
+		return []string{"v6", "v5", "v8"} // v7, the default, runs the first two
+	case "arm64":
+		for major, minors := range map[int]int{8: 9, 9: 7} {
+			for minor := range minors + 1 {
+				list = append(list, "v"+strconv.Itoa(major)+"."+strconv.Itoa(minor))
+			}
+		}
+		slices.Sort(list)
+	}
+	return list
+}
+
+// inOrder matches what one of its members does, the earlier ones first.
+type inOrder []platforms.MatchComparer
+
+func (o inOrder) Match(p ocispec.Platform) bool {
+	return slices.ContainsFunc(o, func(m platforms.MatchComparer) bool { return m.Match(p) })
+}
+
+func (o inOrder) Less(a, b ocispec.Platform) bool {
+	for _, m := range o {
+		if m.Match(a) || m.Match(b) {
+			return m.Less(a, b)
+		}
+	}
+	return false
+}
+
+// String is the platform in the form os[(version+features)]/architecture[/variant].
 func (p Platform) String() string { return p.name }
 
-// choose returns the best of the manifests for the platform.
-func (p Platform) choose(candidates []ocispec.Descriptor) (ocispec.Descriptor, error) {
-	var found []ocispec.Descriptor
-	var names []string
-	for _, d := range candidates {
-		if d.Platform == nil {
-			continue
-		}
-		// Attestations stand in an index as images for a platform that does not exist.
-		if d.Platform.OS == "unknown" {
-			continue
-		}
-		names = append(names, platforms.Format(*d.Platform))
-		// OS features name what a plain tar image never needs, for instance layers that are EROFS images.
-		if p.match.Match(*d.Platform) && (len(d.Platform.OSFeatures) == 0 || d.Platform.OS == "windows") {
-			found = append(found, d)
+// rank sorts the candidates for the platform into those that suit it equally well, the best first. If no candidate says
+// what it is for, and no platform was named, all suit.
+func (p Platform) rank(all []candidate) (ranks [][]candidate) {
+	silent := func(c candidate) bool { return c.platform.OS == "" || c.platform.Architecture == "" }
+	if !p.explicit && !slices.ContainsFunc(all, func(c candidate) bool { return !silent(c) }) {
+		return [][]candidate{all}
+	}
+	var matching []candidate
+	for _, c := range all {
+		if !silent(c) && p.match.Match(c.platform) {
+			matching = append(matching, c)
 		}
 	}
-	if len(names) == 0 {
-		return ocispec.Descriptor{}, fmt.Errorf("%w %s: the index has no container image", ErrPlatform, p.name)
-	}
-	if len(found) == 0 {
-		slices.Sort(names)
-		return ocispec.Descriptor{}, fmt.Errorf("%w %s: the index has %s; choose one with --platform",
-			ErrPlatform, p.name, strings.Join(slices.Compact(names), ", "))
-	}
-	slices.SortStableFunc(found, func(a, b ocispec.Descriptor) int {
-		switch {
-		case p.match.Less(*a.Platform, *b.Platform):
-			return -1
-		case p.match.Less(*b.Platform, *a.Platform):
-			return 1
+	slices.SortStableFunc(matching, func(a, b candidate) int { return p.compare(a.platform, b.platform) })
+	for i, c := range matching {
+		if i == 0 || p.compare(matching[i-1].platform, c.platform) != 0 {
+			ranks = append(ranks, nil)
 		}
-		return 0
-	})
-	return found[0], nil
+		ranks[len(ranks)-1] = append(ranks[len(ranks)-1], c)
+	}
+	return ranks
+}
+
+// compare is containerd's order. Where that does not tell two images apart, the exact version of the operating system
+// does if one was asked for: containerd compares only versions of Windows, and those by compatibility.
+func (p Platform) compare(a, b ocispec.Platform) int {
+	switch {
+	case p.match.Less(a, b):
+		return -1
+	case p.match.Less(b, a):
+		return 1
+	case p.osVersion != "" && a.OSVersion != b.OSVersion && a.OSVersion == p.osVersion:
+		return -1
+	case p.osVersion != "" && a.OSVersion != b.OSVersion && b.OSVersion == p.osVersion:
+		return 1
+	}
+	return 0
 }
 
 // accept tells whether an image that was found without an index may be used.
 func (p Platform) accept(img ocispec.Platform) error {
 	if p.explicit && !p.match.Match(img) {
-		return fmt.Errorf("%w %s: the image is for %s", ErrPlatform, p.name, platforms.Format(img))
+		return fmt.Errorf("%w %s: the image is for %s", ErrPlatform, p.name, platformName(img))
 	}
 	return nil
 }

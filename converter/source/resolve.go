@@ -1,17 +1,24 @@
 package source
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"mime"
+	"net/http"
 	"slices"
 	"strings"
 
-	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/containerd/errdefs"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
 const (
@@ -24,9 +31,20 @@ const (
 	// maxNesting bounds how deep indexes may lie in indexes.
 	maxNesting = 8
 	// maxDocuments and maxAllDocuments bound the number and the bytes of what is read to find one image: indexes can name
-	// each other many times, and an index without platforms makes us read every image in it.
+	// many others, and an index without platforms makes us read every image in it.
 	maxDocuments    = 1000
 	maxAllDocuments = 32 << 20
+)
+
+var (
+	// errMissing marks a document that its source does not hold.
+	errMissing = errors.New("missing")
+	// errDamaged marks a document that is not what its descriptor promises, or makes no sense.
+	errDamaged = errors.New("damaged")
+	// errTooMany ends a search that would not end by itself soon.
+	errTooMany = errors.New("too many indexes, manifests and configurations for one image")
+	// errArtifact marks manifests of something else than container images.
+	errArtifact = fmt.Errorf("%w: this is not a container image", ErrMediaType)
 )
 
 // blobs is a store that finds content by its digest: a layout, an archive, a registry, containerd.
@@ -34,47 +52,77 @@ type blobs interface {
 	open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error)
 }
 
-// finder reads the documents that lead to one image, and counts them.
+// finder reads the documents that lead to one image, each once, and counts them.
 type finder struct {
 	blobs
-	documents, bytes int
+	read      map[digest.Digest][]byte
+	documents int // those that were not there included
+	bytes     int
 }
+
+func newFinder(b blobs) *finder { return &finder{blobs: b, read: map[digest.Digest][]byte{}} }
 
 // document reads and verifies a small JSON blob.
 func (b *finder) document(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
-	if b.documents++; b.documents > maxDocuments {
-		return nil, fmt.Errorf("more than %d indexes, manifests and configurations for one image", maxDocuments)
-	}
 	if err := d.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
+		return nil, fmt.Errorf("%w: digest %q: %w", errDamaged, d.Digest, err)
+	}
+	if p, ok := b.read[d.Digest]; ok {
+		return p, verifySize(p, d)
+	}
+	if b.documents++; b.documents > maxDocuments {
+		return nil, fmt.Errorf("%w: more than %d", errTooMany, maxDocuments)
 	}
 	if d.Size > maxDocument {
-		return nil, fmt.Errorf("%s: %d bytes, expected at most %d for a %s", d.Digest, d.Size, maxDocument, d.MediaType)
+		return nil, fmt.Errorf("%w: %s: %d bytes, expected at most %d for a %s",
+			errDamaged, d.Digest, d.Size, maxDocument, d.MediaType)
 	}
 	p := d.Data // as containerd does: if it is the document, nothing else is asked for
 	if int64(len(p)) != d.Size || verify(p, d) != nil {
-		rc, err := b.open(ctx, d)
-		if err != nil {
+		var err error
+		if p, err = b.fetch(ctx, d); err != nil {
 			return nil, err
-		}
-		defer rc.Close()
-		if p, err = io.ReadAll(io.LimitReader(rc, maxDocument+1)); err != nil {
-			return nil, fmt.Errorf("read %s: %w", d.Digest, err)
 		}
 	}
 	if b.bytes += len(p); b.bytes > maxAllDocuments {
-		return nil, fmt.Errorf("more than %d bytes of indexes, manifests and configurations for one image", maxAllDocuments)
+		return nil, fmt.Errorf("%w: more than %d bytes", errTooMany, maxAllDocuments)
 	}
-	return p, verify(p, d)
+	if err := verify(p, d); err != nil {
+		return nil, err
+	}
+	b.read[d.Digest] = p
+	return p, nil
+}
+
+func (b *finder) fetch(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+	rc, err := b.open(ctx, d)
+	if err != nil && isMissing(err) {
+		return nil, fmt.Errorf("%w: %w", errMissing, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	p, err := io.ReadAll(io.LimitReader(rc, maxDocument+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", d.Digest, err)
+	}
+	return p, nil
+}
+
+// isMissing tells a source that does not hold a blob from one that cannot be read.
+func isMissing(err error) bool {
+	var te *transport.Error
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNoMember) || errdefs.IsNotFound(err) ||
+		errors.As(err, &te) && te.StatusCode == http.StatusNotFound
 }
 
 func verify(p []byte, d ocispec.Descriptor) error {
 	if len(p) > maxDocument {
-		return fmt.Errorf("%s: more than %d bytes", d.Digest, maxDocument)
+		return fmt.Errorf("%w: %s: more than %d bytes", errDamaged, d.Digest, maxDocument)
 	}
-	if d.Size > 0 && int64(len(p)) != d.Size {
-		return fmt.Errorf("%s: %w", d.Digest,
-			&blob.MismatchError{What: "size", Want: fmt.Sprint(d.Size, " bytes"), Got: fmt.Sprint(len(p), " bytes")})
+	if err := verifySize(p, d); err != nil {
+		return err
 	}
 	if got := d.Digest.Algorithm().FromBytes(p); got != d.Digest {
 		return fmt.Errorf("%s: %w", d.Digest, &blob.MismatchError{What: "digest", Want: d.Digest.String(), Got: got.String()})
@@ -82,30 +130,37 @@ func verify(p []byte, d ocispec.Descriptor) error {
 	return nil
 }
 
+func verifySize(p []byte, d ocispec.Descriptor) error {
+	if d.Size > 0 && int64(len(p)) != d.Size {
+		return fmt.Errorf("%s: %w", d.Digest,
+			&blob.MismatchError{What: "size", Want: fmt.Sprint(d.Size, " bytes"), Got: fmt.Sprint(len(p), " bytes")})
+	}
+	return nil
+}
+
 // resolve walks from a descriptor through indexes and manifest to the layers.
 func resolve(ctx context.Context, store blobs, d ocispec.Descriptor, p Platform) (*Image, error) {
-	b := &finder{blobs: store}
-	indexed := false
-	if isIndex(d.MediaType) {
-		all, err := manifests(ctx, b, d, 0)
-		if err != nil {
-			return nil, err
-		}
-		if d, err = p.choose(all); err != nil {
-			return nil, err
-		}
-		indexed = true
-	}
-	img, err := fromManifest(ctx, b, d)
+	b := newFinder(store)
+	d, err := b.typed(ctx, d)
 	if err != nil {
 		return nil, err
 	}
-	if !indexed {
-		if err := p.accept(img.Platform); err != nil {
+	if !isIndex(d.MediaType) {
+		img, err := b.image(ctx, d)
+		if err != nil {
 			return nil, err
 		}
+		return img, p.accept(img.Platform)
 	}
-	return img, nil
+	list, err := b.index(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	s := newSearch(b, p)
+	if err := s.expand(ctx, list, "", 1); err != nil {
+		return nil, err
+	}
+	return s.choose(ctx)
 }
 
 func isIndex(mediaType string) bool {
@@ -116,11 +171,41 @@ func isManifest(mediaType string) bool {
 	return mediaType == ocispec.MediaTypeImageManifest || mediaType == dockerManifest
 }
 
-// manifests lists the image manifests of an index and of the indexes in it, each with its platform.
-func manifests(ctx context.Context, b *finder, d ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
-	if depth == maxNesting {
-		return nil, fmt.Errorf("index %q: more than %d indexes within each other", d.Digest, maxNesting)
+// plainType is a media type without its parameters, such as a charset that a server added.
+func plainType(s string) string {
+	if t, _, err := mime.ParseMediaType(s); err == nil {
+		return t
 	}
+	return s
+}
+
+// saysNothing tells whether a media type is one that servers give to what they do not know.
+func saysNothing(mediaType string) bool {
+	t := plainType(mediaType)
+	return slices.Contains([]string{"", "application/octet-stream", "binary/octet-stream", "application/json"}, t) ||
+		strings.HasPrefix(t, "text/")
+}
+
+// typed returns the descriptor with the media type of its document where it does not have one itself.
+func (b *finder) typed(ctx context.Context, d ocispec.Descriptor) (ocispec.Descriptor, error) {
+	if !saysNothing(d.MediaType) {
+		d.MediaType = plainType(d.MediaType)
+		return d, nil
+	}
+	said := d.MediaType
+	d.MediaType = ocispec.MediaTypeImageManifest // registries keep manifests at another place than blobs
+	p, err := b.document(ctx, d)
+	if err != nil {
+		return d, fmt.Errorf("manifest: %w", err)
+	}
+	if d.MediaType = mediaTypeOf(p); d.MediaType == "" {
+		return d, fmt.Errorf("%w %q of %s: expected an index or a manifest", errArtifact, said, d.Digest)
+	}
+	return d, nil
+}
+
+// index reads an index.
+func (b *finder) index(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	p, err := b.document(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
@@ -129,40 +214,19 @@ func manifests(ctx context.Context, b *finder, d ocispec.Descriptor, depth int) 
 	if err := unmarshal(p, d.MediaType, &index); err != nil {
 		return nil, fmt.Errorf("index %s: %w", d.Digest, err)
 	}
-	return expand(ctx, b, index.Manifests, depth)
+	return index.Manifests, nil
 }
 
-func expand(ctx context.Context, b *finder, list []ocispec.Descriptor, depth int) ([]ocispec.Descriptor, error) {
-	var all []ocispec.Descriptor
-	for _, m := range list {
-		switch {
-		case isIndex(m.MediaType):
-			inner, err := manifests(ctx, b, m, depth+1)
-			if err != nil {
-				return nil, err
-			}
-			all = append(all, inner...)
-		case !isManifest(m.MediaType):
-			// An index may hold artifacts of any kind beside images.
-		case m.Platform != nil:
-			all = append(all, m)
-		default:
-			img, err := fromManifest(ctx, b, m) // the configuration knows
-			if errors.Is(err, errArtifact) {
-				continue // signatures and the like often stand beside the image they belong to, in a layout
-			}
-			if err != nil {
-				return nil, err
-			}
-			m.Platform = &img.Platform
-			all = append(all, m)
-		}
+// decode reads JSON. Editors and shells on Windows put a byte order mark before it.
+func decode(p []byte, v any) error {
+	if err := json.Unmarshal(bytes.TrimPrefix(p, []byte("\xef\xbb\xbf")), v); err != nil {
+		return fmt.Errorf("%w: %w", errDamaged, err)
 	}
-	return all, nil
+	return nil
 }
 
-// unmarshal reads an index or a manifest. It refuses one that is something else than mediaType says, or could be read as
-// both: the same digest would then be different images for different tools (CVE-2021-41190). Containerd does so too.
+// unmarshal reads an index or a manifest. It refuses one that is something else than mediaType says, or can be read as
+// both: one digest would be different images for different tools (CVE-2021-41190). Containerd refuses them, too.
 func unmarshal(p []byte, mediaType string, v any) error {
 	var doc struct {
 		MediaType string          `json:"mediaType"`
@@ -171,7 +235,7 @@ func unmarshal(p []byte, mediaType string, v any) error {
 		Manifests json.RawMessage `json:"manifests"`
 		FSLayers  json.RawMessage `json:"fsLayers"`
 	}
-	if err := json.Unmarshal(p, &doc); err != nil {
+	if err := decode(p, &doc); err != nil {
 		return err
 	}
 	switch {
@@ -182,152 +246,30 @@ func unmarshal(p []byte, mediaType string, v any) error {
 	case isIndex(mediaType) && (doc.Config != nil || doc.Layers != nil || isManifest(doc.MediaType)):
 		return fmt.Errorf("%w: expected an index (%s), found a manifest", ErrMediaType, mediaType)
 	}
-	return json.Unmarshal(p, v)
-}
-
-// errArtifact marks manifests of something else than container images.
-var errArtifact = fmt.Errorf("%w of its config", ErrMediaType)
-
-// fromManifest reads an image manifest and its configuration, and checks that they agree.
-func fromManifest(ctx context.Context, b *finder, d ocispec.Descriptor) (*Image, error) {
-	if !isManifest(d.MediaType) {
-		return nil, fmt.Errorf("%w %q of %q: expected an OCI or Docker (schema 2) manifest or index",
-			ErrMediaType, d.MediaType, d.Digest)
-	}
-	p, err := b.document(ctx, d)
-	if err != nil {
-		return nil, fmt.Errorf("manifest: %w", err)
-	}
-	var m ocispec.Manifest
-	if err := unmarshal(p, d.MediaType, &m); err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
-	}
-	if t := m.Config.MediaType; t != ocispec.MediaTypeImageConfig && t != dockerConfig {
-		return nil, fmt.Errorf("manifest %s: %w %q: expected %q, this is not a container image",
-			d.Digest, errArtifact, t, ocispec.MediaTypeImageConfig)
-	}
-	p, err = b.document(ctx, m.Config)
-	if err != nil {
-		return nil, fmt.Errorf("config: %w", err)
-	}
-	img, err := fromConfig(p, m.Config.Digest, len(m.Layers))
-	if err != nil {
-		return nil, err
-	}
-	img.Digest = d.Digest
-	for i, l := range m.Layers {
-		if err := l.Digest.Validate(); err != nil {
-			return nil, fmt.Errorf("manifest %s: layer %d: digest %q: %w", d.Digest, i, l.Digest, err)
-		}
-		if l.Size <= 0 {
-			return nil, fmt.Errorf("layer %s: size %d, expected more than 0", l.Digest, l.Size)
-		}
-		if err := blob.CheckMediaType(l.MediaType); err != nil {
-			return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
-		}
-		img.Layers[i].Desc = l
-		img.Layers[i].Open = func(ctx context.Context) (io.ReadCloser, error) { return b.open(ctx, l) }
-	}
-	return img, nil
-}
-
-// fromConfig makes an image with n layers of which only the diff IDs are known.
-func fromConfig(p []byte, d digest.Digest, n int) (*Image, error) {
-	var config ocispec.Image
-	if err := json.Unmarshal(p, &config); err != nil {
-		return nil, fmt.Errorf("config %s: %w", d, err)
-	}
-	if len(config.RootFS.DiffIDs) != n {
-		return nil, fmt.Errorf("config %s: %d diff IDs for %d layers", d, len(config.RootFS.DiffIDs), n)
-	}
-	img := &Image{Digest: d, Platform: config.Platform, Layers: make([]Layer, n)}
-	for i, id := range config.RootFS.DiffIDs {
-		if err := id.Validate(); err != nil {
-			return nil, fmt.Errorf("config %s: diff ID %q of layer %d: %w", d, id, i, err)
-		}
-		img.Layers[i].DiffID = id
-	}
-	return img, nil
+	return decode(p, v)
 }
 
 // mediaTypeOf looks into a document for what its descriptor does not say.
 func mediaTypeOf(p []byte) string {
 	var doc struct {
-		MediaType     string            `json:"mediaType"`
-		SchemaVersion int               `json:"schemaVersion"`
-		Manifests     []json.RawMessage `json:"manifests"`
-		Layers        []json.RawMessage `json:"layers"`
+		MediaType     string          `json:"mediaType"`
+		SchemaVersion int             `json:"schemaVersion"`
+		Manifests     json.RawMessage `json:"manifests"`
+		Config        json.RawMessage `json:"config"`
+		Layers        json.RawMessage `json:"layers"`
 	}
-	if json.Unmarshal(p, &doc) != nil {
+	if decode(p, &doc) != nil {
 		return ""
 	}
 	switch {
-	case doc.MediaType != "":
-		return doc.MediaType
+	case !saysNothing(doc.MediaType):
+		return plainType(doc.MediaType)
 	case doc.SchemaVersion == 1:
 		return "application/vnd.docker.distribution.manifest.v1+json"
 	case doc.Manifests != nil:
 		return ocispec.MediaTypeImageIndex
-	case doc.Layers != nil:
+	case doc.Config != nil && doc.Layers != nil:
 		return ocispec.MediaTypeImageManifest
 	}
 	return ""
 }
-
-// pick finds one image among the entries of an index.json by tag or digest, or all of them as one index.
-func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
-	names := func() string {
-		var s []string
-		for _, d := range list {
-			for _, a := range tagAnnotations {
-				if v := d.Annotations[a]; v != "" {
-					s = append(s, fmt.Sprintf("%q", v))
-					break
-				}
-			}
-		}
-		if len(s) == 0 {
-			return "no tags"
-		}
-		return strings.Join(s, ", ")
-	}
-	if tag == "" {
-		all, tagged := map[digest.Digest]bool{}, map[digest.Digest]bool{} // an image may have several tags
-		for _, d := range list {
-			all[d.Digest] = true
-			if slices.ContainsFunc(tagAnnotations, func(a string) bool { return d.Annotations[a] != "" }) {
-				tagged[d.Digest] = true
-			}
-		}
-		switch {
-		case len(list) == 0:
-			return nil, fmt.Errorf("%w: the index is empty", ErrNotFound)
-		case len(all) == 1:
-			return list[:1], nil
-		case len(tagged) > 1:
-			return nil, fmt.Errorf("%w: no tag given and several images: %s", ErrNotFound, names())
-		}
-		return list, nil
-	}
-	for _, d := range list {
-		if string(d.Digest) == tag {
-			return []ocispec.Descriptor{d}, nil
-		}
-		for _, a := range tagAnnotations {
-			if d.Annotations[a] == tag {
-				return []ocispec.Descriptor{d}, nil
-			}
-		}
-	}
-	if strings.HasPrefix(tag, "sha256:") {
-		var digests []string
-		for _, d := range list {
-			digests = append(digests, d.Digest.String())
-		}
-		return nil, fmt.Errorf("%w: the index has no digest %q, it has: %s", ErrNotFound, tag, strings.Join(digests, ", "))
-	}
-	return nil, fmt.Errorf("%w: no tag %q, there is: %s", ErrNotFound, tag, names())
-}
-
-// tagAnnotations hold the name of an image in a layout: what the specification says, and what containerd writes.
-var tagAnnotations = []string{ocispec.AnnotationRefName, "io.containerd.image.name"}

@@ -79,6 +79,8 @@ type Source interface {
 var (
 	// ErrNotFound is returned when a source does not hold the image that was named.
 	ErrNotFound = errors.New("image not found")
+	// ErrAmbiguous is returned when several images suit a platform equally well.
+	ErrAmbiguous = errors.New("several images")
 	// ErrPlatform is returned when an image does not exist for the platform that was asked for.
 	ErrPlatform = errors.New("no image for the platform")
 	// ErrMediaType is returned for manifests and configurations that are not those of a container image.
@@ -92,6 +94,8 @@ type Config struct {
 	// Address of containerd's socket and the Namespace in it, for containerd:.
 	Address   string
 	Namespace string
+	// OverlayUpper says that the directory of rootfs: is the upper directory of an overlay.
+	OverlayUpper bool
 	// MaxSize bounds the bytes that a compressed archive may unpack to; 0 means DefaultMaxSize.
 	MaxSize int64
 }
@@ -108,11 +112,14 @@ func Parse(name string, c Config) (Source, error) {
 	if !ok || rest == "" {
 		return nil, fmt.Errorf("source %q: expected %s", name, Kinds)
 	}
+	if c.OverlayUpper && kind != "rootfs" {
+		return nil, fmt.Errorf("source %q: only the directory of rootfs: can be the upper directory of an overlay", name)
+	}
 	switch kind {
 	case "oci", "oci-archive", "docker-archive":
 		path, tag := splitTag(rest)
 		if kind == "docker-archive" {
-			path, tag, _ = strings.Cut(rest, ":")
+			path, tag = splitPath(rest)
 		}
 		if path == "" {
 			// An empty path usually comes from an unset shell variable. It does not mean the working directory.
@@ -134,7 +141,7 @@ func Parse(name string, c Config) (Source, error) {
 	case "containerd":
 		return newContainerd(name, rest, c)
 	case "rootfs":
-		return &rootfs{name: name, dir: rest}, nil
+		return &rootfs{name: name, dir: rest, upper: c.OverlayUpper}, nil
 	case "daxfs":
 		return &imageFile{name: name, file: rest}, nil
 	}
@@ -155,11 +162,35 @@ func Absolute(name string) (string, error) {
 	return name, nil
 }
 
-// splitTag splits PATH[:TAG] or PATH[@DIGEST]. A path that holds a colon cannot be written, as with skopeo.
+// splitTag splits PATH[:TAG] or PATH[@DIGEST].
 func splitTag(s string) (path, tag string) {
-	if i := strings.Index(s, "@sha256:"); i >= 0 {
+	if i := strings.LastIndexByte(s, '@'); i >= 0 && isDigest(s[i+1:]) {
 		return s[:i], s[i+1:]
+	}
+	return splitPath(s)
+}
+
+// isDigest tells a digest, also one that is wrong, from a tag.
+func isDigest(tag string) bool {
+	algorithm, _, ok := strings.Cut(tag, ":")
+	return ok && digest.Algorithm(algorithm).Available()
+}
+
+// splitPath splits PATH[:TAG]. If the path holds a colon, it is what exists, the shortest first.
+func splitPath(s string) (path, tag string) {
+	for i := range len(s) {
+		if i > 0 && s[i] == ':' && exists(s[:i]) {
+			return s[:i], s[i+1:]
+		}
+	}
+	if exists(s) {
+		return s, ""
 	}
 	path, tag, _ = strings.Cut(s, ":")
 	return path, tag
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }

@@ -49,7 +49,7 @@ func mergeDirs(t *testing.T, dirs ...string) treetest.Tree {
 	var store treetest.Store
 	var layers []*layer.Layer
 	for _, dir := range dirs {
-		l, err := layer.FromDir(context.Background(), dir, &store, layer.Limits{})
+		l, err := layer.FromUpper(context.Background(), dir, &store, layer.Limits{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -303,7 +303,7 @@ func TestOverlayUnsupported(t *testing.T) {
 		if err := test.change(merged); err != nil {
 			t.Fatal(err)
 		}
-		_, err := layer.FromDir(context.Background(), upper, new(treetest.Store), layer.Limits{})
+		_, err := layer.FromUpper(context.Background(), upper, new(treetest.Store), layer.Limits{})
 		entry, ok := errors.AsType[*layer.EntryError](err)
 		if !errors.Is(err, layer.ErrUnsupported) || !ok || entry.Entry != test.entry {
 			t.Errorf("%s: %v, want ErrUnsupported of %q", test.options, err, test.entry)

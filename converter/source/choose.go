@@ -1,0 +1,242 @@
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+)
+
+// candidate is a manifest in an index that may be that of the image.
+type candidate struct {
+	desc ocispec.Descriptor
+	name string // of the entry of index.json that led to it; empty if that has none
+	// platform that the index or else the configuration gives.
+	platform ocispec.Platform
+}
+
+// passed is what was found on the way and is not the image.
+type passed struct {
+	desc ocispec.Descriptor
+	why  error
+}
+
+// search finds the image for a platform among the manifests of indexes, beside which signatures, attestations and other
+// artifacts may stand, and others that are not there.
+type search struct {
+	*finder
+	platform Platform
+	found    []candidate
+	passed   []passed
+	seen     map[string]bool // indexes, and manifests by digest, platform and name
+}
+
+func newSearch(b *finder, p Platform) *search {
+	return &search{finder: b, platform: p, seen: map[string]bool{}}
+}
+
+// declared says whether an index gives a platform to a manifest. Some tools write empty ones.
+func declared(d ocispec.Descriptor) bool {
+	return d.Platform != nil && d.Platform.OS != "" && d.Platform.Architecture != ""
+}
+
+// attestationType is the annotation by which BuildKit marks what belongs to another manifest of an index.
+const attestationType = "vnd.docker.reference.type"
+
+// expand adds the manifests of an index and of the indexes in it. What it cannot use it passes over.
+func (s *search) expand(ctx context.Context, list []ocispec.Descriptor, name string, depth int) error {
+	for _, d := range list {
+		if err := s.add(ctx, d, name, depth); err != nil {
+			if !unusable(err) {
+				return err
+			}
+			s.pass(d, err)
+		}
+	}
+	return nil
+}
+
+// unusable says whether an error is about one manifest and would come again: the search goes on without it. Any other
+// error ends the search, since the same search could find another image later.
+func unusable(err error) bool {
+	return errors.Is(err, errMissing) || errors.Is(err, errDamaged) || errors.Is(err, ErrMediaType) ||
+		errors.Is(err, blob.ErrMismatch)
+}
+
+func (s *search) pass(d ocispec.Descriptor, why error) { s.passed = append(s.passed, passed{d, why}) }
+
+func (s *search) add(ctx context.Context, d ocispec.Descriptor, name string, depth int) error {
+	if t := d.Annotations[attestationType]; t != "" {
+		return fmt.Errorf("%w: an %s", errArtifact, t)
+	}
+	if declared(d) && (d.Platform.OS == "unknown" || d.Platform.Architecture == "unknown") {
+		return fmt.Errorf("%w: for the platform %s, as attestations are", errArtifact, platforms.FormatAll(*d.Platform))
+	}
+	d, err := s.typed(ctx, d)
+	if err != nil {
+		return err
+	}
+	key := string(d.Digest) + " " + name
+	if declared(d) {
+		key += " " + platforms.FormatAll(*d.Platform)
+	}
+	if s.seen[key] {
+		return nil
+	}
+	s.seen[key] = true
+	switch {
+	case isIndex(d.MediaType):
+		if depth > maxNesting {
+			return fmt.Errorf("%w: more than %d indexes within each other", errDamaged, maxNesting)
+		}
+		inner, err := s.index(ctx, d)
+		if err != nil {
+			return err
+		}
+		return s.expand(ctx, inner, name, depth+1)
+	case !isManifest(d.MediaType):
+		return fmt.Errorf("%w but a %q", errArtifact, d.MediaType)
+	case declared(d):
+		s.found = append(s.found, candidate{desc: d, name: name, platform: *d.Platform})
+		return nil
+	}
+	m, err := s.manifest(ctx, d)
+	if err != nil {
+		return err
+	}
+	img, err := s.config(ctx, m) // it knows the platform
+	if err != nil {
+		return err
+	}
+	s.found = append(s.found, candidate{desc: d, name: name, platform: img.Platform})
+	return nil
+}
+
+// choose returns the image for the platform. Those that suit it equally well must be the same image.
+func (s *search) choose(ctx context.Context) (*Image, error) {
+	for _, rank := range s.platform.rank(s.found) {
+		if img, err := s.one(ctx, rank); img != nil || err != nil {
+			return img, err
+		}
+	}
+	return nil, s.nothing()
+}
+
+// one returns the only image among candidates of one rank, or nil if none of them is an image.
+func (s *search) one(ctx context.Context, rank []candidate) (*Image, error) {
+	images := map[digest.Digest]candidate{} // by configuration: one image may be packed in several ways
+	var order []candidate
+	var missing error
+	for _, c := range rank {
+		m, err := s.manifest(ctx, c.desc)
+		if err == nil {
+			_, err = s.config(ctx, m)
+		}
+		if errors.Is(err, errMissing) {
+			missing = err
+		}
+		if errors.Is(err, errMissing) || errors.Is(err, ErrMediaType) {
+			s.pass(c.desc, err)
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if _, ok := images[m.Config.Digest]; !ok {
+			images[m.Config.Digest] = c
+			order = append(order, c)
+		}
+	}
+	switch {
+	case len(order) > 1:
+		return nil, ambiguous(s.platform, order)
+	case len(order) == 1:
+		return s.image(ctx, order[0].desc)
+	case missing != nil: // it would be taken, and what suits less must not take its place unasked
+		return nil, fmt.Errorf("%w (the index lists it for %s)%s", missing, s.platform.name, others(s.found))
+	}
+	return nil, nil
+}
+
+// ambiguous is the error for several images of one rank.
+func ambiguous(p Platform, images []candidate) error {
+	var list []string
+	for _, c := range images {
+		text := fmt.Sprintf("%s for %s", c.desc.Digest, platformName(c.platform))
+		if c.name != "" {
+			text += fmt.Sprintf(" (%q)", c.name)
+		}
+		list = append(list, text)
+	}
+	return fmt.Errorf("%w for %s: %s; choose one by its digest (@DIGEST), or by its exact --platform where that differs",
+		ErrAmbiguous, p.name, capped(list, ", "))
+}
+
+// platformName is a platform with all that tells it from others.
+func platformName(p ocispec.Platform) string {
+	if p.OS == "" || p.Architecture == "" {
+		return "an unknown platform"
+	}
+	return platforms.FormatAll(p)
+}
+
+// others names the platforms that there are.
+func others(all []candidate) string {
+	var names []string
+	for _, c := range all {
+		names = append(names, platformName(c.platform))
+	}
+	slices.Sort(names)
+	if names = slices.Compact(names); len(names) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(": the index has %s; choose one with --platform", capped(names, ", "))
+}
+
+// nothing is the error for a search that found no image.
+func (s *search) nothing() error {
+	e := &noImageError{msg: fmt.Sprintf("%v %s", ErrPlatform, s.platform.name)}
+	if o := others(s.found); o != "" {
+		e.msg += o
+	} else {
+		e.msg += ": the index has no container image"
+	}
+	var list []string
+	for _, p := range s.passed {
+		e.why = append(e.why, p.why)
+		text := p.why.Error()
+		if !strings.Contains(text, string(p.desc.Digest)) || p.desc.Digest == "" {
+			text = fmt.Sprintf("%s: %s", p.desc.Digest, text)
+		}
+		list = append(list, text)
+	}
+	if len(list) > 0 {
+		e.msg += "; passed over: " + capped(list, "; ")
+	}
+	return e
+}
+
+// noImageError wraps ErrPlatform and the reasons for which manifests were passed over.
+type noImageError struct {
+	msg string
+	why []error
+}
+
+func (e *noImageError) Error() string   { return e.msg }
+func (e *noImageError) Unwrap() []error { return append([]error{ErrPlatform}, e.why...) }
+
+// capped joins the first of a list whose length somebody else chose.
+func capped(list []string, sep string) string {
+	const most = 20
+	if len(list) > most {
+		return fmt.Sprintf("%s%sand %d more", strings.Join(list[:most], sep), sep, len(list)-most)
+	}
+	return strings.Join(list, sep)
+}

@@ -1,0 +1,109 @@
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+)
+
+// manifest reads the manifest of a container image. The error wraps ErrMediaType if it is that of something else.
+func (b *finder) manifest(ctx context.Context, d ocispec.Descriptor) (ocispec.Manifest, error) {
+	var m ocispec.Manifest
+	if !isManifest(d.MediaType) {
+		return m, fmt.Errorf("%w %q of %q: expected an OCI or Docker (schema 2) manifest or index",
+			ErrMediaType, d.MediaType, d.Digest)
+	}
+	p, err := b.document(ctx, d)
+	if err != nil {
+		return m, fmt.Errorf("manifest: %w", err)
+	}
+	if err := unmarshal(p, d.MediaType, &m); err != nil {
+		return m, fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	if err := isImage(d.MediaType, m); err != nil {
+		return m, fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	return m, nil
+}
+
+// isImage tells the manifest of a container image from those of signatures, attestations and other artifacts. Many of
+// these have the configuration type of an image; then the layers tell. A type that says nothing is taken for that of an
+// image: old registries wrote such types, Docker takes these manifests, and artifacts have types of their own.
+func isImage(mediaType string, m ocispec.Manifest) error {
+	t := plainType(m.Config.MediaType)
+	vague := saysNothing(t) && (mediaType == dockerManifest || len(m.Layers) > 0)
+	if t != ocispec.MediaTypeImageConfig && t != dockerConfig && !vague {
+		return fmt.Errorf("%w: its config has the media type %q, expected %q",
+			errArtifact, m.Config.MediaType, ocispec.MediaTypeImageConfig)
+	}
+	for i, l := range m.Layers {
+		if err := blob.CheckMediaType(l.MediaType); errors.Is(err, blob.ErrMediaType) {
+			return fmt.Errorf("%w: layer %d (%s): %w", errArtifact, i, l.Digest, err)
+		}
+	}
+	return nil
+}
+
+// config reads the configuration of a manifest.
+func (b *finder) config(ctx context.Context, m ocispec.Manifest) (*Image, error) {
+	p, err := b.document(ctx, m.Config)
+	if err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	return fromConfig(p, m.Config.Digest, len(m.Layers))
+}
+
+// image reads an image manifest and its configuration, and checks that they agree.
+func (b *finder) image(ctx context.Context, d ocispec.Descriptor) (*Image, error) {
+	m, err := b.manifest(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	img, err := b.config(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	img.Digest = d.Digest
+	if declared(d) {
+		img.Platform = *d.Platform // of which variants and features are often missing in the configuration
+	}
+	for i, l := range m.Layers {
+		if err := l.Digest.Validate(); err != nil {
+			return nil, fmt.Errorf("manifest %s: layer %d: %w: digest %q: %w", d.Digest, i, errDamaged, l.Digest, err)
+		}
+		if l.Size <= 0 {
+			return nil, fmt.Errorf("layer %s: %w: size %d, expected more than 0", l.Digest, errDamaged, l.Size)
+		}
+		if err := blob.CheckMediaType(l.MediaType); err != nil {
+			return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+		}
+		img.Layers[i].Desc = l
+		img.Layers[i].Open = func(ctx context.Context) (io.ReadCloser, error) { return b.open(ctx, l) }
+	}
+	return img, nil
+}
+
+// fromConfig makes an image with n layers of which only the diff IDs are known.
+func fromConfig(p []byte, d digest.Digest, n int) (*Image, error) {
+	var config ocispec.Image
+	if err := decode(p, &config); err != nil {
+		return nil, fmt.Errorf("config %s: %w", d, err)
+	}
+	if len(config.RootFS.DiffIDs) != n {
+		return nil, fmt.Errorf("config %s: %w: %d diff IDs for %d layers", d, errDamaged, len(config.RootFS.DiffIDs), n)
+	}
+	img := &Image{Digest: d, Platform: config.Platform, Layers: make([]Layer, n)}
+	for i, id := range config.RootFS.DiffIDs {
+		if err := id.Validate(); err != nil {
+			return nil, fmt.Errorf("config %s: %w: diff ID %q of layer %d: %w", d, errDamaged, id, i, err)
+		}
+		img.Layers[i].DiffID = id
+	}
+	return img, nil
+}
