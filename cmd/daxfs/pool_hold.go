@@ -31,7 +31,8 @@ func (e *env) poolPut(c *cli.Context) error {
 		return err
 	}
 	name := c.Args().Get(1)
-	src, platform, err := parseSource(c, name, 0)
+	notify := func(line string) { fmt.Fprintln(e.stderr, message(errors.New(line))) }
+	src, platform, err := e.parseSource(c, name, 0, notify)
 	if err != nil {
 		return err
 	}
@@ -49,7 +50,10 @@ func (e *env) poolPut(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		from := putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http")}
+		from := putSource{img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http"), nil}
+		if c.IsSet("hosts-dir") { // else the daemon's default counts
+			from.hostDirs = c.StringSlice("hosts-dir")
+		}
 		info, err := k.Put(c.Context, from, pin)
 		if err != nil {
 			return err
