@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -18,21 +17,25 @@ import (
 )
 
 // authorization gets credentials for one endpoint and one repository, and tokens with them. Containerd's authorizer
-// does the work. It keeps failures and rejected tokens for ever, so it is replaced when there was one.
+// does the work. It keeps failures and rejected tokens for ever, so it is replaced when there was one. It also has a
+// data race while it fetches a token (2.4.2), so one request after the other uses it.
 type authorization struct {
 	host, repo string
 	scope      string
 	fresh      func() docker.Authorizer
 
-	mu      sync.Mutex // guards the rest
-	current docker.Authorizer
-	ctx     context.Context // of the request for which credentials are looked up
-	bearer  string          // a token that the user has stored
-	failure error           // why there are no credentials
+	turn      chan struct{} // holds a value while somebody uses the following; a lock would not end with a context
+	current   docker.Authorizer
+	challenge *http.Response    // what the endpoint asked for last, if it did
+	ctx       context.Context   // of the request for which credentials are looked up
+	known     *authn.AuthConfig // the credentials, once they were looked up
+
+	mu      sync.Mutex // guards failure
+	failure error      // why there are no credentials
 }
 
 func newAuthorization(e *endpoint, repo string, plain bool) *authorization {
-	a := &authorization{host: e.base.Host, repo: repo, scope: "repository:" + repo + ":pull"}
+	a := &authorization{host: e.base.Host, repo: repo, scope: "repository:" + repo + ":pull", turn: make(chan struct{}, 1)}
 	c := &http.Client{Transport: &tokenTransport{e.client.Transport, e, plain}}
 	a.fresh = func() docker.Authorizer {
 		return docker.NewDockerAuthorizer(docker.WithAuthClient(c), docker.WithAuthHeader(e.header),
@@ -42,46 +45,60 @@ func newAuthorization(e *endpoint, repo string, plain bool) *authorization {
 	return a
 }
 
+// take waits for the turn of a request, which gives it back by reading from turn.
+func (a *authorization) take(ctx context.Context) error {
+	select {
+	case a.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // authorize adds what the endpoint asked for last to a request.
 func (a *authorization) authorize(ctx context.Context, req *http.Request) (docker.Authorizer, error) {
 	if a == nil {
 		return nil, nil
 	}
-	a.mu.Lock()
-	used, bearer := a.current, a.bearer
-	a.mu.Unlock()
-	if bearer != "" {
-		req.Header.Set("Authorization", "Bearer "+bearer)
-		return used, nil
-	}
-	if err := used.Authorize(docker.WithScope(ctx, a.scope), req); err != nil {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		a.renew(used)
+	if err := a.take(ctx); err != nil {
 		return nil, err
 	}
-	return used, nil
+	defer func() { <-a.turn }()
+	if a.known != nil && a.known.RegistryToken != "" { // no server has to give one
+		req.Header.Set("Authorization", "Bearer "+a.known.RegistryToken)
+		return a.current, nil
+	}
+	if err := a.current.Authorize(docker.WithScope(ctx, a.scope), req); err != nil {
+		a.current = a.fresh()
+		if a.challenge != nil {
+			_ = a.learn(ctx) // did not fail before
+		}
+		return nil, err
+	}
+	return a.current, nil
 }
 
 // challenged learns from a 401 how to authorize the next request. used is what authorize returned for the one that
 // failed, and known says whether it told who we are.
 func (a *authorization) challenged(ctx context.Context, used docker.Authorizer, known bool, resp *http.Response) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	if err := a.take(ctx); err != nil {
+		return err
+	}
+	defer func() { <-a.turn }()
 	if used != a.current {
 		return nil // another request has done this
 	}
-	if known {
-		a.renew(used) // the token has expired
-	}
-	a.ctx = ctx
-	return a.current.AddResponses(ctx, []*http.Response{resp})
-}
-
-func (a *authorization) renew(used docker.Authorizer) {
-	if used == a.current {
+	if known { // the token has expired
 		a.current = a.fresh()
 	}
+	a.challenge = &http.Response{Header: resp.Header, Request: resp.Request}
+	return a.learn(ctx)
+}
+
+// learn gives the challenge to the authorizer.
+func (a *authorization) learn(ctx context.Context) error {
+	a.ctx = ctx
+	return a.current.AddResponses(ctx, []*http.Response{a.challenge})
 }
 
 // lookup looks where docker login and podman login put credentials. A credential helper is another program, and may
@@ -109,32 +126,31 @@ func (a *authorization) lookup(host string) (*authn.AuthConfig, error) {
 	}
 }
 
-// credentials are those for the endpoint. Containerd calls it below challenged, which holds the lock.
+// credentials are those for the endpoint. Containerd calls it below challenged, whose turn it is.
 func (a *authorization) credentials() (user, secret string, err error) {
-	host := a.host
-	if host == "registry-1.docker.io" {
-		host = name.DefaultRegistry
-	}
-	c, err := a.lookup(host)
-	if a.ctx.Err() != nil {
-		return "", "", context.Cause(a.ctx)
-	}
-	if err != nil {
-		// Many images are public. If this one is not, the registry says so, and then it is told why.
-		if a.failure == nil {
-			log.L.WithError(err).Warnf("no credentials for %s; going on without", a.host)
+	if a.known == nil {
+		host := a.host
+		if host == "registry-1.docker.io" {
+			host = name.DefaultRegistry
 		}
-		a.failure = err
-		return "", "", nil
+		c, err := a.lookup(host)
+		if a.ctx.Err() != nil {
+			return "", "", context.Cause(a.ctx)
+		}
+		if err != nil {
+			// Many images are public. If this one is not, the registry says so, and then it is told why.
+			log.L.WithError(err).Warnf("no credentials for %s; going on without", a.host)
+			a.mu.Lock()
+			a.failure = err
+			a.mu.Unlock()
+			c = &authn.AuthConfig{}
+		}
+		a.known = c
 	}
-	switch {
-	case c.RegistryToken != "":
-		a.bearer = c.RegistryToken
-		return "", "", nil
-	case c.IdentityToken != "":
-		return "", c.IdentityToken, nil
+	if a.known.IdentityToken != "" {
+		return "", a.known.IdentityToken, nil
 	}
-	return c.Username, c.Password, nil
+	return a.known.Username, a.known.Password, nil
 }
 
 // whyNone returns why the credentials that there may be were not read.
@@ -180,7 +196,7 @@ func (t *tokenTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		s.token = true
 		return nil, s
 	}
-	resp.Body = &readCloser{io.LimitReader(resp.Body, maxToken), resp.Body}
+	resp.Body = http.MaxBytesReader(nil, resp.Body, maxToken)
 	return resp, nil
 }
 

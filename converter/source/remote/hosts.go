@@ -97,7 +97,7 @@ func (e *endpoint) redirected(req *http.Request, via []*http.Request) error {
 	if req.URL.Host != e.base.Host {
 		for name := range e.header {
 			if name != "User-Agent" {
-				req.Header.Del(name)
+				delete(req.Header, name) // not Del: hosts.toml may write it in small letters
 			}
 		}
 	}

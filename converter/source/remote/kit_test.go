@@ -271,3 +271,57 @@ func hostsFile(t testing.TB, host, text string) string {
 	}
 	return dir
 }
+
+func digestOf(b []byte) string { return digest.FromBytes(b).String() }
+
+// oddServer serves without TLS, and answers what is no HTTP with what is none either.
+func oddServer(t testing.TB, g *registry) (host string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	behind := g.plain(t)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				first := make([]byte, 1)
+				if _, err := io.ReadFull(c, first); err != nil {
+					return
+				}
+				if first[0] == 0x16 { // a TLS handshake
+					_, _ = c.Write([]byte("<!DOCTYPE html>"))
+					return
+				}
+				d, err := net.Dial("tcp", behind)
+				if err != nil {
+					return
+				}
+				defer d.Close()
+				_, _ = d.Write(first)
+				go func() { _, _ = io.Copy(d, c) }()
+				_, _ = io.Copy(c, d)
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
+// resolveHere makes the names of all hosts lead to one server.
+func resolveHere(t testing.TB, r *Repository, address string) {
+	t.Helper()
+	if _, err := r.able(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, tr := range r.transports {
+		tr.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, address)
+		}
+	}
+}

@@ -135,7 +135,7 @@ func (e *endpoint) manifest(ctx context.Context, repo, id string, want digest.Di
 	if err := noWebPage(resp); err != nil {
 		return nil, fmt.Errorf("%s: %w", e.name, err)
 	}
-	body, err := decoded(resp, 0)
+	body, err := decoded(resp)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", e.name, err)
 	}

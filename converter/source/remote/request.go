@@ -142,7 +142,8 @@ type readCloser struct {
 	io.Closer
 }
 
-// whole checks what can be checked of an answer with a whole blob before it is read.
+// whole checks what can be checked of an answer with a whole blob before it is read. One of the right length is that
+// blob, whatever its Content-Encoding: object stores say gzip of a gzip file.
 func whole(resp *http.Response, size int64) (io.Reader, error) {
 	if size > 0 && resp.ContentLength == size {
 		return resp.Body, nil
@@ -156,18 +157,17 @@ func whole(resp *http.Response, size int64) (io.Reader, error) {
 	if resp.Header.Get("Content-Encoding") == "" && size > 0 && resp.ContentLength >= 0 {
 		return nil, sizeMismatch(size, resp.ContentLength)
 	}
-	return decoded(resp, size)
+	return decoded(resp)
 }
 
 func sizeMismatch(want, got int64) error {
 	return &blob.MismatchError{What: "size", Want: fmt.Sprint(want, " bytes"), Got: fmt.Sprint(got, " bytes")}
 }
 
-// decoded removes the encoding that a proxy put around an answer. One of exactly size bytes is no such answer: object
-// stores say that a blob is encoded with gzip if it is a gzip file.
-func decoded(resp *http.Response, size int64) (io.Reader, error) {
+// decoded removes the encoding that a proxy put around an answer.
+func decoded(resp *http.Response) (io.Reader, error) {
 	switch enc := strings.ToLower(resp.Header.Get("Content-Encoding")); {
-	case enc == "" || enc == "identity" || size > 0 && resp.ContentLength == size:
+	case enc == "" || enc == "identity":
 		return resp.Body, nil
 	case enc == "gzip" || enc == "x-gzip":
 		return gzip.NewReader(resp.Body)
