@@ -150,3 +150,34 @@ func TestRetriesAreSaid(t *testing.T) {
 		}
 	}
 }
+
+// TestHostsDir: --hosts-dir leads to the place where a registry is.
+func TestHostsDir(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	layer := ocitest.Layer{Tar: treetest.Tar(treetest.Reg("a", "a"))}
+	srv := httptest.NewServer(l.Registry(l.Manifest(ocitest.LinuxAMD64, layer), digest.FromBytes(layer.Tar),
+		func(w http.ResponseWriter, _ *http.Request, b []byte) { _, _ = w.Write(b) }))
+	defer srv.Close()
+	hosts := filepath.Join("certs", "registry.example.com", "hosts.toml")
+	if err := os.MkdirAll(filepath.Dir(hosts), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(hosts, fmt.Appendf(nil, "server = %q\n", srv.URL), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"convert", "--hosts-dir", "none", "--hosts-dir", "certs", "-o", "image"},
+		{"pool", "put", "--hosts-dir", "certs", "pool"},
+	} {
+		if args[0] == "pool" {
+			mustPool(t, "init", "--size", "64m", "pool")
+		}
+		var errs bytes.Buffer
+		args = append(append([]string{"daxfs"}, args...), "docker://registry.example.com/some/image:v1")
+		if got := run(context.Background(), args, nil, io.Discard, &errs); got != statusOK {
+			t.Errorf("%q: status %d: %s", args, got, &errs)
+		}
+	}
+}

@@ -354,3 +354,33 @@ func TestBrokenHosts(t *testing.T) {
 		cancel()
 	}
 }
+
+// TestDockerHub: it has three names, one for references, one for requests and one for credentials.
+func TestDockerHub(t *testing.T) {
+	g := &registry{image: newImage(1000)}
+	g.fault = func(w http.ResponseWriter, r *http.Request, _ string) bool {
+		if _, p, _ := r.BasicAuth(); p == "secret" {
+			return false
+		}
+		w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	}
+	_, address := g.start(t, (*httptest.Server).StartTLS)
+	r, _ := open(t, "debian", Config{})
+	dockerConfig(t, `{"auths":{"https://index.docker.io/v1/":{"username":"user","password":"secret"}}}`)
+	resolveHere(t, r, address)
+	for _, tr := range r.transports {
+		tr.TLSClientConfig = &tls.Config{InsecureSkipVerify: true} // of a test server
+	}
+	if err := pull(t.Context(), r, g.image); err != nil {
+		t.Fatal(err)
+	}
+	last := g.asked("manifest")[1]
+	if u := last.Host + last.URL.RequestURI(); u != "registry-1.docker.io/v2/library/debian/manifests/latest" {
+		t.Errorf("asked for %s", u)
+	}
+	if r.String() != "docker.io/library/debian:latest" {
+		t.Errorf("named %s", r)
+	}
+}

@@ -126,7 +126,7 @@ func (e *endpoint) skip(resp *http.Response, from, size int64) (io.ReadCloser, e
 	body, err := whole(resp, size)
 	if err == nil {
 		_, err = io.CopyN(io.Discard, body, from)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 	}

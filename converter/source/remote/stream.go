@@ -2,6 +2,7 @@ package remote
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -92,7 +93,7 @@ func (s *stream) Read(p []byte) (int, error) {
 
 // resume goes on after the body gave err.
 func (s *stream) resume(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	err = fmt.Errorf("%s: connection lost: %w", s.from.name, err)
