@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
@@ -53,6 +54,8 @@ type PinRequest struct {
 	Source string `json:"source,omitempty"`
 	// PlainHTTP lets docker:// sources talk to a registry without TLS.
 	PlainHTTP bool `json:"plainHTTP,omitempty"`
+	// HostDirs have the hosts.toml files for docker:// sources; none means the default of daxfs convert.
+	HostDirs []string `json:"hostDirs,omitempty"`
 	// Namespace is that of containerd: sources; empty means the default.
 	Namespace string `json:"namespace,omitempty"`
 	// OverlayUpper says that the directory of a rootfs: source is the upper directory of an overlay.
@@ -164,8 +167,11 @@ func (d *Daemon) put(ctx context.Context, req PinRequest) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, pool.ErrInvalid)
 	}
+	if len(req.HostDirs) == 0 {
+		req.HostDirs = remote.DefaultHostDirs()
+	}
 	src, err := source.Parse(req.Source, source.Config{
-		PlainHTTP: req.PlainHTTP, Address: d.cfg.Containerd.Address, Namespace: req.Namespace,
+		PlainHTTP: req.PlainHTTP, HostDirs: req.HostDirs, Address: d.cfg.Containerd.Address, Namespace: req.Namespace,
 		MaxSize: int64(d.cfg.Layers.MaxSize), OverlayUpper: req.OverlayUpper,
 	})
 	if err != nil {

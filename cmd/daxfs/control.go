@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/pool"
@@ -60,12 +61,13 @@ type mountRequest struct {
 
 // pinRequest is the body of requests to /v1/pins.
 type pinRequest struct {
-	Name      string `json:"name"`
-	Source    string `json:"source,omitempty"`
-	PlainHTTP bool   `json:"plainHTTP,omitempty"`
-	Namespace string `json:"namespace,omitempty"`
-	Platform  string `json:"platform,omitempty"`
-	Upper     bool   `json:"overlayUpper,omitempty"`
+	Name      string   `json:"name"`
+	Source    string   `json:"source,omitempty"`
+	PlainHTTP bool     `json:"plainHTTP,omitempty"`
+	HostDirs  []string `json:"hostDirs,omitempty"`
+	Namespace string   `json:"namespace,omitempty"`
+	Platform  string   `json:"platform,omitempty"`
+	Upper     bool     `json:"overlayUpper,omitempty"`
 }
 
 func (d *daemonKeeper) Images(ctx context.Context) (list []store.Info, err error) {
@@ -85,6 +87,12 @@ func (d *daemonKeeper) Put(ctx context.Context, src putSource, name string) (inf
 	req := pinRequest{
 		Name: name, Source: from, PlainHTTP: src.plainHTTP, Namespace: src.namespace, Platform: src.platform,
 		Upper: src.overlayUpper,
+	}
+	for _, dir := range src.hostDirs {
+		if dir, err = filepath.Abs(dir); err != nil {
+			return info, err
+		}
+		req.HostDirs = append(req.HostDirs, dir)
 	}
 	return info, d.ask(ctx, http.MethodPost, "pins", req, &info)
 }

@@ -118,6 +118,12 @@ func TestDaemonOwnsPool(t *testing.T) {
 	if asked := ask(statusOK, "two: 4KiB", "pool", "put", "--name", "two", p, "rootfs:."); asked != want {
 		t.Errorf("put asked %s, expected %s", asked, want)
 	}
+	put := []string{"pool", "put", "--hosts-dir", "certs", "--hosts-dir", "/b", "--name", "two", p, "rootfs:."}
+	want = fmt.Sprintf(`POST /v1/pins {"name":"two","source":"%s/.","hostDirs":["%s/certs","/b"],"namespace":"default"}`,
+		tree, strings.TrimPrefix(tree, "rootfs:"))
+	if asked := ask(statusOK, "two: 4KiB", put...); asked != want {
+		t.Errorf("put asked %s, expected %s", asked, want)
+	}
 	t.Chdir(cwd)
 	want = `DELETE /v1/pins {"name":"one"}` + "\nPOST /v1/sweep"
 	if asked := ask(statusOK, "removed 0 images", "pool", "rm", p, "example.org/one:1"); asked != want {

@@ -14,6 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
@@ -75,20 +76,26 @@ func sourceFlags() []cli.Flag {
 		&cli.StringFlag{Name: "platform", Usage: "choose `OS[(VERSION+FEATURE)]/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
 		&cli.BoolFlag{Name: "overlay-upper", Usage: "the directory of rootfs:DIR is the upper directory of an overlay"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
+		&cli.StringSliceFlag{
+			Name: "hosts-dir", Usage: "find mirrors and certificates of registries (hosts.toml) in `DIR`; can be given more than once",
+			Value: cli.NewStringSlice(remote.DefaultHostDirs()...),
+		},
 		&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
 		&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 	}
 }
 
-// parseSource opens what SOURCE and the sourceFlags say. The caller closes the source.
-func parseSource(c *cli.Context, name string, maxSize int64) (source.Source, source.Platform, error) {
+// parseSource opens what SOURCE and the sourceFlags say. The caller closes the source. notify is told what holds it up.
+func (e *env) parseSource(c *cli.Context, name string, maxSize int64, notify func(string)) (source.Source, source.Platform, error) {
+	e.useLog()
 	platform, err := source.ParsePlatform(c.String("platform"))
 	if err != nil {
 		return nil, platform, wrongUse(c, "%v", err)
 	}
 	src, err := source.Parse(name, source.Config{
-		PlainHTTP: c.Bool("plain-http"), OverlayUpper: c.Bool("overlay-upper"),
-		Address: c.String("address"), Namespace: c.String("namespace"), MaxSize: maxSize,
+		PlainHTTP: c.Bool("plain-http"), HostDirs: c.StringSlice("hosts-dir"), Notify: notify,
+		OverlayUpper: c.Bool("overlay-upper"),
+		Address:      c.String("address"), Namespace: c.String("namespace"), MaxSize: maxSize,
 	})
 	if err != nil {
 		return nil, platform, wrongUse(c, "%v", err)
@@ -125,14 +132,14 @@ func (e *env) convert(c *cli.Context) error {
 	if o.MaxEntries = c.Int64("max-entries"); o.MaxEntries <= 0 {
 		return wrongUse(c, "--max-entries %d, expected 1 or more", o.MaxEntries)
 	}
-	src, platform, err := parseSource(c, c.Args().First(), o.MaxSize)
+	var progress *progress
+	src, platform, err := e.parseSource(c, c.Args().First(), o.MaxSize, func(m string) { progress.notify(m) })
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	o.Platform = platform
-	progress := newProgress(e.stderr, c.Bool("quiet"))
-	o.Progress = progress
+	progress = newProgress(e.stderr, c.Bool("quiet"))
+	o.Platform, o.Progress = platform, progress
 	res, err := converter.Convert(c.Context, src, c.String("output"), o)
 	progress.end(err == nil)
 	if err != nil {

@@ -41,6 +41,7 @@ type putSource struct {
 	image                     *source.Image
 	name, platform, namespace string
 	plainHTTP, overlayUpper   bool
+	hostDirs                  []string
 }
 
 // keeperFlags say who owns the pool.

@@ -31,7 +31,8 @@ func (e *env) poolPut(c *cli.Context) error {
 		return err
 	}
 	name := c.Args().Get(1)
-	src, platform, err := parseSource(c, name, 0)
+	notify := func(line string) { fmt.Fprintln(e.stderr, message(errors.New(line))) }
+	src, platform, err := e.parseSource(c, name, 0, notify)
 	if err != nil {
 		return err
 	}
@@ -50,7 +51,11 @@ func (e *env) poolPut(c *cli.Context) error {
 			return err
 		}
 		from := putSource{
-			img, name, c.String("platform"), c.String("namespace"), c.Bool("plain-http"), c.Bool("overlay-upper"),
+			image: img, name: name, platform: c.String("platform"), namespace: c.String("namespace"),
+			plainHTTP: c.Bool("plain-http"), overlayUpper: c.Bool("overlay-upper"),
+		}
+		if c.IsSet("hosts-dir") { // else the daemon's default counts
+			from.hostDirs = c.StringSlice("hosts-dir")
 		}
 		info, err := k.Put(c.Context, from, pin)
 		if err != nil {

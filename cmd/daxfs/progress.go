@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -84,6 +85,20 @@ func (p *progress) Done(layer int) {
 	defer p.mu.Unlock()
 	l := p.layers[layer]
 	fmt.Fprintf(p.w, "%s %s (%d of %d layers)\n", short(l), human(l.Desc.Size), n, len(p.layers))
+}
+
+// notify shows a line about what holds the conversion up, above the bars if there are any.
+func (p *progress) notify(line string) {
+	if p.quiet {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	w := p.w
+	if p.bars != nil {
+		w = p.bars
+	}
+	fmt.Fprintln(w, message(errors.New(line)))
 }
 
 // end leaves the terminal as it should be. Bars of layers that were not finished stay where they stopped.

@@ -5,11 +5,19 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 // pseudoTerminal returns both ends of a terminal with 25 lines of 120 characters.
@@ -100,5 +108,76 @@ func TestProgressOnTerminalWithoutSize(t *testing.T) {
 	got := run(context.Background(), []string{"daxfs", "convert", "-o", "image", "oci:layout:v1"}, strings.NewReader(""), io.Discard, tty)
 	if seen := text(); got != statusOK || !strings.Contains(seen, "(2 of 2 layers)") {
 		t.Errorf("status %d, %q on the terminal", got, seen)
+	}
+}
+
+// TestRetriesAreSaid: whoever waits for a registry is told so, above the bars and without them, unless he is in a hurry to
+// know nothing.
+func TestRetriesAreSaid(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	layer := ocitest.Layer{Tar: treetest.Tar(treetest.Reg("a", "a"))}
+	var busy atomic.Bool
+	srv := httptest.NewServer(l.Registry(l.Manifest(ocitest.LinuxAMD64, layer), digest.FromBytes(layer.Tar),
+		func(w http.ResponseWriter, r *http.Request, b []byte) {
+			if busy.Swap(!busy.Load()) {
+				w.WriteHeader(http.StatusServiceUnavailable)
+				return
+			}
+			_, _ = w.Write(b)
+		}))
+	defer srv.Close()
+	_, host, _ := strings.Cut(srv.URL, "://")
+	args := []string{"daxfs", "convert", "--plain-http", "-o", "image", "docker://" + host + "/some/image:v1"}
+	const line = "503 Service Unavailable; attempt 2 of 6 follows in"
+
+	busy.Store(true)
+	tty, text := terminal(t)
+	got := run(context.Background(), args, nil, io.Discard, tty)
+	if seen := text(); got != statusOK || !strings.Contains(seen, line) {
+		t.Errorf("status %d, %q on the terminal, expected %q", got, seen, line)
+	}
+	for _, quiet := range []bool{false, true} {
+		busy.Store(true)
+		var stderr bytes.Buffer
+		if quiet {
+			args = append([]string{"daxfs", "convert", "-q"}, args[2:]...)
+		}
+		got := run(context.Background(), args, nil, io.Discard, &stderr)
+		if seen := stderr.String(); got != statusOK || strings.Contains(seen, line) == quiet {
+			t.Errorf("status %d, %q, expected %q: %v", got, seen, line, !quiet)
+		}
+	}
+}
+
+// TestHostsDir: --hosts-dir leads to the place where a registry is.
+func TestHostsDir(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
+	layer := ocitest.Layer{Tar: treetest.Tar(treetest.Reg("a", "a"))}
+	srv := httptest.NewServer(l.Registry(l.Manifest(ocitest.LinuxAMD64, layer), digest.FromBytes(layer.Tar),
+		func(w http.ResponseWriter, _ *http.Request, b []byte) { _, _ = w.Write(b) }))
+	defer srv.Close()
+	hosts := filepath.Join("certs", "registry.example.com", "hosts.toml")
+	if err := os.MkdirAll(filepath.Dir(hosts), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(hosts, fmt.Appendf(nil, "server = %q\n", srv.URL), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"convert", "--hosts-dir", "none", "--hosts-dir", "certs", "-o", "image"},
+		{"pool", "put", "--hosts-dir", "certs", "pool"},
+	} {
+		if args[0] == "pool" {
+			mustPool(t, "init", "--size", "64m", "pool")
+		}
+		var errs bytes.Buffer
+		args = append(append([]string{"daxfs"}, args...), "docker://registry.example.com/some/image:v1")
+		if got := run(context.Background(), args, nil, io.Discard, &errs); got != statusOK {
+			t.Errorf("%q: status %d: %s", args, got, &errs)
+		}
 	}
 }

@@ -91,6 +91,10 @@ var (
 type Config struct {
 	// PlainHTTP lets docker:// talk to a registry without TLS.
 	PlainHTTP bool
+	// HostDirs are directories in the form of containerd's certs.d, for docker://. They name mirrors and certificates.
+	HostDirs []string
+	// Notify is told, in one line, what holds docker:// up; nil means the log. It may be called from several goroutines.
+	Notify func(message string)
 	// Address of containerd's socket and the Namespace in it, for containerd:.
 	Address   string
 	Namespace string

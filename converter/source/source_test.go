@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -326,66 +325,6 @@ func TestRegistry(t *testing.T) {
 	}
 	if _, err := find(t, mustParse(t, "docker://"+repo+":v2", Config{PlainHTTP: true}), ""); err == nil {
 		t.Error("found a tag that does not exist")
-	}
-}
-
-// TestRegistryLosesConnections: the rest of a layer is asked for, from registries that know ranges and from those that do not.
-func TestRegistryLosesConnections(t *testing.T) {
-	l := ocitest.NewLayout(t, t.TempDir())
-	big := ocitest.Layer{Tar: Tar(Reg("a", strings.Repeat("0123456789", 30_000)))}
-	m := l.Manifest(platform("amd64", ""), big)
-	for _, c := range []struct {
-		name   string
-		ranges bool
-		keep   []int  // bytes of the layer that each response has; the last one counts for all that follow
-		off    int    // what the registry gets wrong in ranges
-		err    string // what find says, if the layer does not come
-	}{
-		{"ranges", true, []int{100_000, 0, 0, 1, 70_000}, 0, ""},
-		{"no ranges", false, []int{100_000, 0, 150_000, 1 << 20}, 0, ""},
-		{"nothing comes", true, []int{0}, 0, "connection lost: unexpected EOF"},
-		{"nothing more comes", true, []int{100_000, 0}, 0, "read after 100000 bytes"},
-		{"another range", true, []int{100_000}, 1, `asked for what begins at byte 100000, got "bytes 100001-`},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			var asked atomic.Int32
-			srv := httptest.NewServer(l.Registry(m, digest.FromBytes(big.Tar), func(w http.ResponseWriter, r *http.Request, b []byte) {
-				from := 0
-				if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err == nil && c.ranges {
-					w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from+c.off, len(b)-1, len(b)))
-					w.Header().Set("Content-Length", fmt.Sprint(len(b)-from))
-					w.WriteHeader(http.StatusPartialContent)
-				} else {
-					from = 0
-					w.Header().Set("Content-Length", fmt.Sprint(len(b)))
-				}
-				n := min(int(asked.Add(1)), len(c.keep))
-				w.Write(b[from:min(len(b), from+c.keep[n-1])])
-			}))
-			defer srv.Close()
-			ref := strings.TrimPrefix(srv.URL, "http://") + "/some/image:v1"
-			img, err := mustParse(t, "docker://"+ref, Config{PlainHTTP: true}).Image(t.Context(), Host())
-			if err != nil {
-				t.Fatal(err)
-			}
-			rc, err := img.Layers[0].Open(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			r, err := blob.NewReader(t.Context(), rc, blob.Spec{
-				MediaType: img.Layers[0].Desc.MediaType, Digest: img.Layers[0].Desc.Digest, Size: img.Layers[0].Desc.Size,
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			err = r.Finish(nil)
-			if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
-				t.Errorf("error %v, expected %q", err, c.err)
-			}
-			if asked.Load() == 1 {
-				t.Error("asked once")
-			}
-		})
 	}
 }
 

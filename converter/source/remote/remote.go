@@ -1,0 +1,219 @@
+package remote
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+)
+
+// MaxManifest bounds the bytes of a manifest or an index. Registries refuse manifests above 4 MiB.
+const MaxManifest = 8 << 20
+
+// Config says how registries are reached.
+type Config struct {
+	// PlainHTTP asks without TLS where no hosts.toml says otherwise.
+	PlainHTTP bool
+	// HostDirs are directories in the form of containerd's certs.d. The first one that knows a registry counts.
+	HostDirs []string
+	// Notify is told, in one line, that a request is made again and why. It may be called from several goroutines. Nil
+	// means the log.
+	Notify func(message string)
+}
+
+// DefaultHostDirs returns the directories that containerd's and Docker's documentation name.
+func DefaultHostDirs() []string { return []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"} }
+
+// Repository is a repository of a registry, and one reference in it. Its methods can be called concurrently.
+type Repository struct {
+	ref          reference.Named
+	domain, path string
+	conf         Config
+	pace         pace
+
+	once       sync.Once // guards the rest
+	hosts      []*endpoint
+	outside    *http.Client
+	transports []*http.Transport
+	err        error
+}
+
+// New parses a reference as docker and containerd do. Nothing is asked yet. The caller closes the Repository.
+func New(ref string, c Config) (*Repository, error) {
+	named, err := reference.ParseDockerRef(ref)
+	if err != nil {
+		return nil, err
+	}
+	return &Repository{
+		ref: named, domain: reference.Domain(named), path: reference.Path(named), conf: c, pace: defaultPace(),
+	}, nil
+}
+
+// String is the whole reference, with the parts that docker lets one leave out.
+func (r *Repository) String() string { return r.ref.String() }
+
+// Close ends connections that wait for the next request. Readers that are open stay so.
+func (r *Repository) Close() error {
+	for _, t := range r.transports {
+		t.CloseIdleConnections()
+	}
+	return nil
+}
+
+// able returns the hosts that may do what caps says, in the order in which they are asked.
+func (r *Repository) able(ctx context.Context, caps docker.HostCapabilities) ([]*endpoint, error) {
+	r.once.Do(func() { r.hosts, r.err = r.configure(ctx) })
+	if r.err != nil {
+		return nil, fmt.Errorf("hosts of registry %s: %w", r.domain, r.err)
+	}
+	var hosts []*endpoint
+	for _, h := range r.hosts {
+		if h.caps.Has(caps) {
+			hosts = append(hosts, h)
+		}
+	}
+	if len(hosts) == 0 {
+		return nil, fmt.Errorf("hosts of registry %s: none may pull or resolve (capabilities in hosts.toml)", r.domain)
+	}
+	return hosts, nil
+}
+
+// Manifest is what a reference names: an image manifest or an index.
+type Manifest struct {
+	Doc       []byte
+	MediaType string        // as the registry says; it may be anything
+	Digest    digest.Digest // verified
+}
+
+// manifestTypes are what we can read.
+var manifestTypes = []string{
+	ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest,
+	images.MediaTypeDockerSchema2ManifestList, images.MediaTypeDockerSchema2Manifest,
+}
+
+// Manifest fetches what the reference names. A digest that does not fit is a *blob.MismatchError.
+func (r *Repository) Manifest(ctx context.Context) (*Manifest, error) {
+	id, caps := "latest", docker.HostCapabilityPull
+	var want digest.Digest
+	switch ref := r.ref.(type) {
+	case reference.Digested:
+		want = ref.Digest()
+		id = want.String()
+	case reference.Tagged:
+		id, caps = ref.Tag(), caps|docker.HostCapabilityResolve
+	}
+	hosts, err := r.able(ctx, caps)
+	if err != nil {
+		return nil, err
+	}
+	var m *Manifest
+	err = r.try(ctx, "manifest "+id, hosts, &budget{}, func(ctx context.Context, e *endpoint) (err error) {
+		m, err = e.manifest(ctx, r.path, id, want)
+		return err
+	})
+	return m, err
+}
+
+func (e *endpoint) manifest(ctx context.Context, repo, id string, want digest.Digest) (*Manifest, error) {
+	resp, err := e.get(ctx, e.url(repo, "manifests", id), http.Header{"Accept": manifestTypes}, http.StatusOK)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if err := noWebPage(resp); err != nil {
+		return nil, fmt.Errorf("%s: %w", e.name, err)
+	}
+	body, err := decoded(resp)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", e.name, err)
+	}
+	doc, err := io.ReadAll(io.LimitReader(body, MaxManifest+1))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", e.name, err)
+	}
+	if len(doc) > MaxManifest {
+		return nil, fmt.Errorf("%s: more than %d bytes", e.name, MaxManifest)
+	}
+	if want == "" { // a tag has no digest to verify, but the registry may have said one
+		if d := digest.Digest(resp.Header.Get("Docker-Content-Digest")); d.Validate() == nil {
+			want = d
+		} else {
+			want = digest.FromBytes(doc)
+		}
+	}
+	if got := want.Algorithm().FromBytes(doc); got != want {
+		return nil, fmt.Errorf("%s: %w", e.name, &blob.MismatchError{What: "digest", Want: want.String(), Got: got.String()})
+	}
+	m := &Manifest{Doc: doc, Digest: want}
+	if m.MediaType, _, err = mime.ParseMediaType(resp.Header.Get("Content-Type")); err != nil {
+		m.MediaType = resp.Header.Get("Content-Type")
+	}
+	return m, nil
+}
+
+// Open starts to read a blob or a manifest by its digest. Lost connections do not show, see the package's
+// documentation. The caller closes the result and verifies what it reads. Cancelling ctx ends it.
+//
+// A layer that the registry has not got, in the sense of status 404, is taken from the addresses in its descriptor.
+func (r *Repository) Open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+	if err := d.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
+	}
+	hosts, err := r.able(ctx, docker.HostCapabilityPull)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	s := &stream{repo: r, want: d, hosts: hosts, ctx: ctx, cancel: cancel}
+	err = s.open()
+	if errors.Is(err, ErrNotFound) && len(d.URLs) > 0 && s.kind() == "blobs" {
+		s.hosts, s.budget = r.foreign(d), budget{}
+		outside := errNoTLS
+		if len(s.hosts) > 0 {
+			outside = s.open()
+		}
+		if outside == nil {
+			return s, nil
+		}
+		err = fmt.Errorf("%w; nor do the urls of the layer lead to it: %w", err, outside)
+	}
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	return s, nil
+}
+
+// pace holds how long this package waits for what. Tests make it short.
+type pace struct {
+	answer time.Duration // for the head of an answer
+	stall  time.Duration // for the next byte of an answer
+	sleep  func(ctx context.Context, d time.Duration) error
+}
+
+func defaultPace() pace {
+	return pace{answer: 30 * time.Second, stall: time.Minute, sleep: sleep}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return nil
+	}
+}
