@@ -102,7 +102,7 @@ func (s *search) add(ctx context.Context, d ocispec.Descriptor, name string, dep
 		}
 		return s.expand(ctx, inner, name, depth+1)
 	case !isManifest(d.MediaType):
-		return fmt.Errorf("%w but a %q", errArtifact, d.MediaType)
+		return notManifest(d)
 	case declared(d):
 		s.found = append(s.found, candidate{desc: d, name: name, platform: *d.Platform})
 		return nil

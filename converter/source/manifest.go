@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -16,8 +17,7 @@ import (
 func (b *finder) manifest(ctx context.Context, d ocispec.Descriptor) (ocispec.Manifest, error) {
 	var m ocispec.Manifest
 	if !isManifest(d.MediaType) {
-		return m, fmt.Errorf("%w %q of %q: expected an OCI or Docker (schema 2) manifest or index",
-			ErrMediaType, d.MediaType, d.Digest)
+		return m, notManifest(d)
 	}
 	p, err := b.document(ctx, d)
 	if err != nil {
@@ -30,6 +30,16 @@ func (b *finder) manifest(ctx context.Context, d ocispec.Descriptor) (ocispec.Ma
 		return m, fmt.Errorf("manifest %s: %w", d.Digest, err)
 	}
 	return m, nil
+}
+
+// notManifest is the error for a descriptor of anything but an index or a manifest.
+func notManifest(d ocispec.Descriptor) error {
+	old := ""
+	if strings.HasPrefix(d.MediaType, schema1) {
+		old = " (Docker schema 1, which registries no longer take: push the image again)"
+	}
+	return fmt.Errorf("%w %q of %q%s: expected an OCI or Docker (schema 2) manifest or index",
+		ErrMediaType, d.MediaType, d.Digest, old)
 }
 
 // isImage tells the manifest of a container image from those of signatures, attestations and other artifacts. Many of

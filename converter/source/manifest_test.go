@@ -139,8 +139,8 @@ func beside(t *testing.T, l *ocitest.Layout) (list []ocispec.Descriptor, why []s
 	add("application/vnd.example.sbom", l.Blob("application/vnd.example.sbom", []byte("{}")))
 	add("expected an index or a manifest", l.Blob("", []byte("no JSON")))
 	add("expected an index or a manifest", l.Blob("application/json", []byte(`{"some":"document"}`)))
-	const schema1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
-	add(schema1, l.Blob(schema1, []byte(`{"schemaVersion":1}`)))
+	add("Docker schema 1", l.Blob(schema1+"+prettyjws", []byte(`{"schemaVersion":1}`)))
+	add("Docker schema 1", l.Blob("text/plain", []byte(`{"schemaVersion":1}`)))
 	add("as Docker schema 1", l.Blob(dockerManifest, []byte(`{"schemaVersion":1,"fsLayers":[]}`)))
 
 	gone := func(mediaType, what string) ocispec.Descriptor {

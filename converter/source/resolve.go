@@ -25,6 +25,7 @@ const (
 	dockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	dockerConfig   = "application/vnd.docker.container.image.v1+json"
+	schema1        = "application/vnd.docker.distribution.manifest.v1" // and a suffix
 
 	// maxDocument bounds an index, a manifest or a configuration. Registries refuse manifests above 4 MiB.
 	maxDocument = 8 << 20
@@ -265,7 +266,7 @@ func mediaTypeOf(p []byte) string {
 	case !saysNothing(doc.MediaType):
 		return plainType(doc.MediaType)
 	case doc.SchemaVersion == 1:
-		return "application/vnd.docker.distribution.manifest.v1+json"
+		return schema1 + "+json"
 	case doc.Manifests != nil:
 		return ocispec.MediaTypeImageIndex
 	case doc.Config != nil && doc.Layers != nil:

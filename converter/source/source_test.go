@@ -240,7 +240,7 @@ func TestNotAnImage(t *testing.T) {
 	}
 	l.Tag("deep", deep)
 	for tag, want := range map[string]string{
-		"artifact": "this is not a container image", "schema1": "expected an OCI or Docker (schema 2) manifest",
+		"artifact": "this is not a container image", "schema1": "Docker schema 1",
 		"counts": "0 diff IDs for 1 layers", "deep": "indexes within each other",
 	} {
 		_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), "")
