@@ -9,16 +9,15 @@ import (
 	"io"
 	"io/fs"
 	"mime"
-	"net/http"
 	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
-	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
+	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
 )
 
 const (
@@ -113,9 +112,8 @@ func (b *finder) fetch(ctx context.Context, d ocispec.Descriptor) ([]byte, error
 
 // isMissing tells a source that does not hold a blob from one that cannot be read.
 func isMissing(err error) bool {
-	var te *transport.Error
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNoMember) || errdefs.IsNotFound(err) ||
-		errors.As(err, &te) && te.StatusCode == http.StatusNotFound
+		errors.Is(err, remote.ErrNotFound)
 }
 
 func verify(p []byte, d ocispec.Descriptor) error {
