@@ -360,7 +360,7 @@ func (t *Table) mountWindow(ctx context.Context, d Driver, dir string, img Image
 // bind mounts the pool with d, unless it is mounted, and binds the slot of img. It returns the driver that mounted
 // the pool.
 func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driver, error) {
-	l, err := t.ensurePool(ctx, d)
+	l, err := t.ensurePool(ctx, d, img.Tree)
 	if err != nil {
 		return d, err
 	}
