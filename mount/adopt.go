@@ -69,7 +69,7 @@ func (t *Table) adoptPool(ctx context.Context) error {
 			return err
 		}
 	}
-	l, err := newLive(d, mnt)
+	l, err := newLive(d, mnt, rec)
 	if err != nil {
 		return err
 	}

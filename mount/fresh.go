@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,9 +18,10 @@ type Range struct{ Off, End int64 }
 // freshChunk is how much of a range is compared at a time.
 const freshChunk = 1 << 20
 
-// refresh returns when the cache of the block device below the pool holds nothing of ranges that is older than what is on
-// the device. Whoever reads the device, as udev does, makes the kernel cache metadata before it is written, and a page that
-// is being read survives a flush. Ranges are written once, so what was found to be fresh stays so.
+// refresh returns when the cache of the block device below the pool holds nothing of ranges that is older than what
+// is on the device. Whoever reads the device, as udev does, makes the kernel cache metadata before it is written, and
+// a page that is being read survives a flush. Ranges are written once, so what was found to be fresh stays so, also
+// for the next process that adopts the mount.
 func (l *live) refresh(ctx context.Context, ranges []Range) error {
 	if l.block == "" {
 		return nil
@@ -28,7 +30,7 @@ func (l *live) refresh(ctx context.Context, ranges []Range) error {
 	defer l.mu.Unlock()
 	var todo []Range
 	for _, r := range ranges {
-		if from := max(r.Off, l.fresh[r.Off]); from < r.End {
+		if from := max(r.Off, l.rec.Fresh[r.Off]); from < r.End {
 			todo = append(todo, Range{from, r.End})
 		}
 	}
@@ -59,10 +61,20 @@ func (l *live) refresh(ctx context.Context, ranges []Range) error {
 			}
 		}
 	}
-	for _, r := range ranges {
-		l.fresh[r.Off] = max(l.fresh[r.Off], r.End)
-	}
+	l.setFresh(ranges)
 	return nil
+}
+
+// setFresh notes that ranges are fresh, and records it. The caller has locked mu, or is the only one that knows l.
+func (l *live) setFresh(ranges []Range) {
+	if l.rec.Fresh == nil {
+		l.rec.Fresh = map[int64]int64{}
+	}
+	for _, r := range ranges {
+		l.rec.Fresh[r.Off] = max(l.rec.Fresh[r.Off], r.End)
+	}
+	// Without the new record the next process compares again what it could leave out: no reason to fail.
+	_ = writeRecord(filepath.Dir(l.dir), poolRecordName, l.rec)
 }
 
 // refreshChunk flushes the device until what is cached at a place is what is there. a and b are buffers.

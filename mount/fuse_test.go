@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -28,27 +26,6 @@ func fuseBed(t *testing.T) *bed {
 	return b
 }
 
-// serverOf returns the process that serves dir.
-func serverOf(t *testing.T, dir string) int {
-	t.Helper()
-	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range all {
-		b, err := os.ReadFile(name)
-		if err == nil && bytes.HasSuffix(b, []byte("\x00"+dir+"\x00")) && bytes.Contains(b, []byte("--ready-fd")) {
-			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return pid
-		}
-	}
-	t.Fatalf("no process serves %q", dir)
-	return 0
-}
-
 // A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a
 // restart.
 func TestServerDies(t *testing.T) {
@@ -63,7 +40,7 @@ func TestServerDies(t *testing.T) {
 	}
 	live := liveDir(t, b)
 	for _, restart := range []bool{false, true} {
-		if err := unix.Kill(serverOf(t, live), unix.SIGKILL); err != nil {
+		if err := unix.Kill(mounttest.Server(t, live), unix.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
 		for range 500 {
@@ -111,7 +88,7 @@ func TestServerHangs(t *testing.T) {
 	tab := b.open(t, mount.Options{}, fuseDriver())
 	img := b.add(t, "a", "one")
 	mustMount(t, tab, img)
-	pid := serverOf(t, liveDir(t, b))
+	pid := mounttest.Server(t, liveDir(t, b))
 	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +113,7 @@ func TestServerHangs(t *testing.T) {
 	if err := tab.Healthy(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if mustMount(t, tab, img); serverOf(t, liveDir(t, b)) != pid {
+	if mustMount(t, tab, img); mounttest.Server(t, liveDir(t, b)) != pid {
 		t.Error("the server was replaced")
 	}
 }

@@ -26,12 +26,12 @@ type live struct {
 	// dax is true if files are mapped from the device itself.
 	dax bool
 
-	mu    sync.Mutex
-	fresh map[int64]int64 // end of what refresh has seen, by the start of the range
+	mu  sync.Mutex
+	rec poolRecord // as it is beside the mount point
 }
 
-// newLive describes what is mounted on dir.
-func newLive(d Driver, dir string) (*live, error) {
+// newLive describes what is mounted on dir, of which rec is the record.
+func newLive(d Driver, dir string, rec poolRecord) (*live, error) {
 	m, _, err := sys.Top(dir)
 	if err != nil {
 		return nil, err
@@ -46,7 +46,7 @@ func newLive(d Driver, dir string) (*live, error) {
 	if !ok {
 		return nil, fmt.Errorf("%q is no mount point", dir)
 	}
-	l := &live{driver: d, dir: dir, root: root, fresh: map[int64]int64{}}
+	l := &live{driver: d, dir: dir, root: root, rec: rec}
 	if m.Major != 0 { // file systems without a device have numbers of major 0
 		l.block = m.Source
 	}
@@ -93,8 +93,9 @@ func (t *Table) getLive() *live {
 	return t.live
 }
 
-// ensurePool mounts the pool with d unless it is mounted, with whatever driver.
-func (t *Table) ensurePool(ctx context.Context, d Driver) (*live, error) {
+// ensurePool mounts the pool with d unless it is mounted, with whatever driver. written are ranges that are never
+// written again.
+func (t *Table) ensurePool(ctx context.Context, d Driver, written []Range) (*live, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
 		return nil, err
@@ -115,7 +116,7 @@ func (t *Table) ensurePool(ctx context.Context, d Driver) (*live, error) {
 		t.setLive(l)
 		return l, nil
 	}
-	l, err := t.mountPool(ctx, d)
+	l, err := t.mountPool(ctx, d, written)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +125,7 @@ func (t *Table) ensurePool(ctx context.Context, d Driver) (*live, error) {
 }
 
 // mountPool mounts the pool anew. The caller has locked the pool.
-func (t *Table) mountPool(ctx context.Context, d Driver) (*live, error) {
+func (t *Table) mountPool(ctx context.Context, d Driver, written []Range) (*live, error) {
 	src := t.pool.source()
 	if err := d.Probe(ctx, src.Region); err != nil {
 		return nil, err
@@ -153,6 +154,10 @@ func (t *Table) mountPool(ctx context.Context, d Driver) (*live, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", src, err), d.Unmount(context.WithoutCancel(ctx), mnt))
 	}
+	if l.block != "" && src.Region.BlockDevice == "" {
+		// The driver made a device for this mount, which has cached nothing from before.
+		l.setFresh(written)
+	}
 	return l, nil
 }
 
@@ -162,15 +167,15 @@ func (t *Table) mountedPool(d Driver, dir string, rec poolRecord) (*live, error)
 	if err := sys.SetPrivate(mnt); err != nil {
 		return nil, err
 	}
-	l, err := newLive(d, mnt)
-	if err != nil {
-		return nil, err
-	}
 	handle, err := sys.Handle(mnt)
 	if err != nil {
 		t.opts.Warn("the pool cannot be found again from its images if %q is unmounted: %v", mnt, err)
 	}
 	rec.RootHandle = hex.EncodeToString(handle)
+	l, err := newLive(d, mnt, rec)
+	if err != nil {
+		return nil, err
+	}
 	return l, writeRecord(dir, poolRecordName, rec)
 }
 

@@ -38,6 +38,9 @@ type poolRecord struct {
 	File string `json:"file,omitempty"`
 	// RootHandle is the file handle of the root directory, in hexadecimal: see recoverPool.
 	RootHandle string `json:"rootHandle,omitempty"`
+	// Fresh is what need not be compared again while this mount lasts: the end of each range, by its first byte. See
+	// refresh.
+	Fresh map[int64]int64 `json:"fresh,omitempty"`
 }
 
 func (p Pool) record(driver string) poolRecord {

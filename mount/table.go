@@ -360,7 +360,7 @@ func (t *Table) mountWindow(ctx context.Context, d Driver, dir string, img Image
 // bind mounts the pool with d, unless it is mounted, and binds the slot of img. It returns the driver that mounted
 // the pool.
 func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driver, error) {
-	l, err := t.ensurePool(ctx, d)
+	l, err := t.ensurePool(ctx, d, img.Tree)
 	if err != nil {
 		return d, err
 	}
@@ -373,6 +373,19 @@ func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driv
 // Bind shows a mounted image on another directory as well, for a user who asked for that: with nosuid and nodev if
 // restrict is set. It is an ordinary mount, which umount(8) removes; UsedBy tells of it.
 func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error {
+	return t.withMounted(ctx, key, func(e *entry) error {
+		c, err := sys.OpenClone(mountDir(e.dir))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return c.Attach(dir, restrict)
+	})
+}
+
+// withMounted calls do with the entry of an image that is mounted, and its work token taken. It fails with ErrNotFound if
+// the image is not mounted.
+func (t *Table) withMounted(ctx context.Context, key string, do func(e *entry) error) error {
 	e, err := t.acquire(ctx, key)
 	if err != nil {
 		return err
@@ -381,12 +394,7 @@ func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error 
 	if d, _, _ := t.state(e); d == nil {
 		return fmt.Errorf("image %q: %w", key, ErrNotFound)
 	}
-	c, err := sys.OpenClone(mountDir(e.dir))
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	return c.Attach(dir, restrict)
+	return do(e)
 }
 
 // Unmount unmounts an image. It fails with ErrBusy while anything in any mount namespace uses the mount, and with
@@ -395,15 +403,7 @@ func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error 
 // Copies of the mount that a mount namespace got when it was made are unmounted there too. If one of them is in use,
 // the image is unmounted here all the same, and another Unmount tries again.
 func (t *Table) Unmount(ctx context.Context, key string) error {
-	e, err := t.acquire(ctx, key)
-	if err != nil {
-		return err
-	}
-	defer t.release(key, e)
-	if d, _, _ := t.state(e); d == nil {
-		return fmt.Errorf("image %q: %w", key, ErrNotFound)
-	}
-	return t.unmount(ctx, e)
+	return t.withMounted(ctx, key, func(e *entry) error { return t.unmount(ctx, e) })
 }
 
 // unmount is Unmount of an entry. The caller holds the work token.

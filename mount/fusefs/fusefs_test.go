@@ -1,7 +1,6 @@
 package fusefs
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -54,26 +52,6 @@ func needFuse(t testing.TB) {
 	}
 }
 
-// serverOf returns the pid of the server of a mount, from its command line; 0 if there is none.
-func serverOf(t *testing.T, dir string) int {
-	t.Helper()
-	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range all {
-		b, err := os.ReadFile(name)
-		if err == nil && bytes.HasSuffix(b, []byte("\x00"+dir+"\x00")) && bytes.Contains(b, []byte("--ready-fd")) {
-			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return pid
-		}
-	}
-	return 0
-}
-
 // eventually waits for what happens in another process.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
@@ -107,10 +85,7 @@ func TestServes(t *testing.T) {
 	if err := d.Mount(t.Context(), src, dir); err == nil {
 		t.Error("mounted on top of another mount")
 	}
-	pid := serverOf(t, dir)
-	if pid == 0 {
-		t.Fatal("no server process")
-	}
+	pid := mounttest.Server(t, dir)
 	if sid, err := unix.Getsid(pid); err != nil || sid != pid {
 		t.Errorf("the server is in session %d, %v; expected one of its own, %d", sid, err, pid)
 	}

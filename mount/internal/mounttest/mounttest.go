@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -61,6 +62,27 @@ func Command(helper string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), envHelper+"="+helper)
 	return cmd
+}
+
+// Server returns the process that serves the FUSE mount on dir, from its command line.
+func Server(t testing.TB, dir string) int {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range all {
+		b, err := os.ReadFile(name)
+		if err == nil && bytes.HasSuffix(b, []byte("\x00"+dir+"\x00")) && bytes.Contains(b, []byte("--ready-fd")) {
+			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatalf("no process serves %q", dir)
+	return 0
 }
 
 // Tree makes a directory with every kind of file that an image can hold.
