@@ -91,6 +91,22 @@ func TestFullPool(t *testing.T) {
 	}
 }
 
+// A layer that does not fit into the pool lies below one that does.
+func TestLargeLayerBelow(t *testing.T) {
+	for _, f := range flavours[:2] {
+		t.Run(f.name, func(t *testing.T) {
+			_, m := inside(t, f, func(c *config.Config) { c.Pool.Size = 16 << 20 })
+			ctx := namespaces.WithNamespace(t.Context(), "default")
+			big, small := file{"big", random(1, 20<<20)}, file{"small", random(2, 1<<20)}
+			top, err := m.pull(ctx, true, []file{big}, []file{small})
+			m.must(err)
+			mounts, err := m.sn.Prepare(ctx, "default/100/c", top)
+			m.must(err)
+			m.compare(mounts, big, small)
+		})
+	}
+}
+
 // When the places for images run out containers start from copies on disk. When nothing is mounted any more a new epoch
 // has places again.
 func TestSlotsRunOut(t *testing.T) {

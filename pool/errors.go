@@ -70,5 +70,10 @@ func (e *FullError) Error() string {
 // Is makes errors.Is(err, ErrFull) true.
 func (e *FullError) Is(target error) bool { return target == ErrFull }
 
-// Unwrap returns the system's error, if any.
-func (e *FullError) Unwrap() error { return e.Err }
+// Unwrap returns the system's error, else ErrFull. It is never nil: what encodes errors for gRPC ends the process on that.
+func (e *FullError) Unwrap() error {
+	if e.Err == nil {
+		return ErrFull
+	}
+	return e.Err
+}

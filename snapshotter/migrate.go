@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -15,6 +16,25 @@ import (
 //	1  images are named by chain IDs, and chains without one by snapshots. The file holds no version.
 //	2  images are named by the keys of their layers
 const recordVersion = 2
+
+// keyOldRecords is the bucket of records of version 1.
+var keyOldRecords = []byte("records")
+
+// closeToVersionOne moves records from where version 1 has them, and puts something there that is no bucket. Version 1
+// looks at no version: it would find records that name no image, and start containers on nothing but their upper
+// directories. So it does not start any more.
+func closeToVersionOne(b *bolt.Bucket) error {
+	if old := b.Bucket(keyOldRecords); old != nil {
+		records := b.Bucket(bucketRecords)
+		if err := old.ForEach(func(k, v []byte) error { return records.Put(k, bytes.Clone(v)) }); err != nil {
+			return err
+		}
+		if err := b.DeleteBucket(keyOldRecords); err != nil {
+			return err
+		}
+	}
+	return b.Put(keyOldRecords, []byte("a newer program has moved the records"))
+}
 
 // oldRecord is what version 1 has where version 2 has the key of an image.
 type oldRecord struct {

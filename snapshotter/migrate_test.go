@@ -2,6 +2,7 @@ package snapshotter_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
+	bberrors "go.etcd.io/bbolt/errors"
 
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
@@ -122,6 +124,37 @@ func TestMigration(t *testing.T) {
 		again, err := e.Mounts(t.Context(), "default/5/c")
 		if e.must(err); option(again, "lowerdir") != option(c, "lowerdir") {
 			t.Errorf("%v became %v", c, again)
+		}
+	}
+}
+
+// Version 1 does not start on what this version wrote: it makes the bucket of its records first.
+func TestNoWayBackToVersionOne(t *testing.T) {
+	needRoot(t)
+	for name, before := range map[string]func(*testing.T, string){"migrated": oldMetadata, "new": func(*testing.T, string) {}} {
+		root := t.TempDir()
+		before(t, root)
+		fake := newFakeLowers(filepath.Join(root, "fake"))
+		sn, err := snapshotter.New(t.Context(), root, fake, snapshotter.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sn.Close(); err != nil {
+			t.Fatal(err)
+		}
+		db, err := bolt.Open(filepath.Join(root, "metadata.db"), 0o600, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = db.Update(func(tx *bolt.Tx) error {
+			_, err := tx.Bucket([]byte("daxfs")).CreateBucketIfNotExists([]byte("records"))
+			return err
+		})
+		if !errors.Is(err, bberrors.ErrIncompatibleValue) {
+			t.Errorf("%s: version 1 opens the records: %v", name, err)
+		}
+		if err := errors.Join(db.Close(), fake.reboot()); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -20,7 +20,8 @@ import (
 //	daxfs
 //	├── version                the version of the records, see migrate.go
 //	├── store                  16 hex digits: tells the snapshot ids of this file from those of any other
-//	├── records
+//	├── records                not a bucket, see closeToVersionOne
+//	├── snapshots
 //	│   └── <snapshot id>      record, JSON
 //	└── gone
 //	    └── <snapshot id>      lower, JSON
@@ -30,7 +31,7 @@ var (
 	bucketOwn     = []byte("daxfs")
 	keyVersion    = []byte("version")
 	keyStore      = []byte("store")
-	bucketRecords = []byte("records")
+	bucketRecords = []byte("snapshots")
 	bucketGone    = []byte("gone")
 )
 
@@ -130,6 +131,9 @@ func (st *store) init(tx *bolt.Tx) error {
 		if _, err := b.CreateBucketIfNotExists(name); err != nil {
 			return err
 		}
+	}
+	if err := closeToVersionOne(b); err != nil {
+		return err
 	}
 	if id := b.Get(keyStore); id != nil {
 		st.id = string(id)

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -188,6 +190,21 @@ func oldPoolFile(t *testing.T, path string) {
 	}
 }
 
+// nameInMountTable makes the mount table name a path, as it does while an image is mounted from the file there and
+// after that was moved away.
+func nameInMountTable(t *testing.T, path string) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount(path, dir, "tmpfs", 0, "size=4096"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A pool of version 1 stays as it is while something uses it, and goes then. Images go into a new pool.
 func TestVersionOnePool(t *testing.T) {
 	for _, explicit := range []bool{false, true} {
@@ -212,6 +229,7 @@ func TestVersionOnePool(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer user.Close()
+		nameInMountTable(t, path)
 		k := newKit(t, func(c *Config) {
 			c.Root = root
 			if explicit {

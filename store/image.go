@@ -118,7 +118,7 @@ func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
 	if want := ImageKey(img.layerKeys()); img.Key != want {
 		return pool.Image{}, fmt.Errorf("key of %d layers, expected %q: %w", len(img.Layers), want, pool.ErrInvalid)
 	}
-	root, err := s.tree(ctx, img.Layers)
+	root, err := mergeLayers(ctx, img.Layers, s.ensure)
 	if err != nil {
 		return pool.Image{}, err
 	}
@@ -128,11 +128,13 @@ func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
 	return s.pool.AddImage(ctx, img.Key, root, daxfs.Options{})
 }
 
-// tree merges layers, which it restores where that is needed.
-func (s *Store) tree(ctx context.Context, from []Layer) (*daxfs.Node, error) {
+// mergeLayers merges what get returns for layers, bottom first.
+func mergeLayers(ctx context.Context, from []Layer,
+	get func(context.Context, Layer) (*layer.Layer, error),
+) (*daxfs.Node, error) {
 	var layers []*layer.Layer
 	for _, f := range from {
-		made, err := s.ensure(ctx, f)
+		made, err := get(ctx, f)
 		if err != nil {
 			return nil, err
 		}

@@ -12,11 +12,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
 // A plain copy is an image as an ordinary directory. It is made where the pool has no room for an image whose layers
-// have no directories, so that a container can start all the same.
+// have no directories, so that a container can start all the same. A layer need not fit into the pool for that.
 
 // Names in plain/ that are no copies.
 const (
@@ -60,19 +61,26 @@ func (s *Store) Plain(ctx context.Context, img Image) (_ string, err error) {
 	if want := ImageKey(img.layerKeys()); img.Key != want {
 		return "", fmt.Errorf("image %q: key of %d layers, expected %q", img.Key, len(img.Layers), want)
 	}
-	root, err := s.tree(ctx, img.Layers)
-	if err != nil {
-		return "", fmt.Errorf("plain copy of image %q: %w", img.Key, err)
-	}
 	if err := os.MkdirAll(s.plainDir(), 0o711); err != nil { // containers with mapped owners pass through it
 		return "", err
+	}
+	contents, err := newAside(s.region, s.plainDir())
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, contents.Close()) }()
+	root, err := mergeLayers(ctx, img.Layers, func(ctx context.Context, f Layer) (*layer.Layer, error) {
+		return contents.layer(ctx, s, f)
+	})
+	if err != nil {
+		return "", fmt.Errorf("plain copy of image %q: %w", img.Key, err)
 	}
 	temp, err := os.MkdirTemp(s.plainDir(), plainNew)
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
-	w := writer{contents: s.region, first: map[*daxfs.Node]string{}}
+	w := writer{contents: contents, first: map[*daxfs.Node]string{}}
 	top := filepath.Join(temp, "tree")
 	if err := w.write(ctx, top, root); err != nil {
 		return "", fmt.Errorf("plain copy of image %q: %w", img.Key, err)

@@ -17,7 +17,26 @@ import (
 // InUse returns an error that wraps ErrBusy if something reads the region at the moment: a mount by any of our drivers, or a
 // device over it. A region in use must not be made anew. What other mount namespaces, and the processes and kernels that
 // map the memory by themselves, do can not be seen.
-func InUse(r Region) error { return thisHost.inUse(r.Info(), r.Size()) }
+func InUse(r Region) error {
+	err := thisHost.inUse(r.Info(), r.Size())
+	if errors.Is(err, ErrBusy) && onlyOurs(r.Info()) {
+		return nil
+	}
+	return err
+}
+
+// onlyOurs reports whether nothing has a region's file open but the region. A mount table goes on to name a path from
+// which a file was moved away; the kernel gives a write lease to the only one who has a file open.
+func onlyOurs(i Info) bool {
+	if i.Kind != KindFile && i.Kind != KindTmpfs {
+		return false
+	}
+	if _, err := unix.FcntlInt(uintptr(i.FD), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+		return false
+	}
+	_, err := unix.FcntlInt(uintptr(i.FD), unix.F_SETLEASE, unix.F_UNLCK)
+	return err == nil
+}
 
 func (h host) inUse(i Info, size int64) error {
 	uses, err := h.uses(i, size)
