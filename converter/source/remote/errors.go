@@ -114,7 +114,7 @@ func hint(e *endpoint, what string, err error, b *budget) string {
 		return "the registry does not speak TLS: --plain-http"
 	}
 	if _, ok := transient(err); ok {
-		return "does the registry run, and can it be reached from here?"
+		return "does the registry run, and does the network in between work?"
 	}
 	return ""
 }
