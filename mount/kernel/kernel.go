@@ -2,8 +2,10 @@
 // (github.com/multikernel/daxfs, on-disk format 8). It needs no block device: a physical address or a dma-buf is
 // enough.
 //
-// What it shows is less than EROFS shows: no times, no extended attributes, no device nodes. And private mappings,
-// which all program text is, are copied page by page (docs/format.md tells why); read(2) and shared mappings are not.
+// What it shows is less than EROFS shows: no times, no extended attributes, no device nodes. And everything that is
+// mapped, as all program text is, is copied page by page into each process. MAP_SHARED does not help: a mount is
+// read-only, Linux makes a shared mapping of a file that is open for reading a private one, and the module maps directly
+// only what is shared. read(2) is served from the memory itself.
 //
 // The module checks little without its option validate, and a damaged image can then crash the kernel. The option is
 // always set, and the owner of a pool checks images first, which also finds what validate misses.
@@ -34,7 +36,7 @@ func (Driver) Name() string { return "daxfs" }
 
 // Sharing implements mount.Driver.
 func (Driver) Sharing() string {
-	return "read(2) and shared mappings use the pool's own pages, program text is copied into every process; " +
+	return "read(2) uses the pool's own pages; whatever is mapped, program text too, is copied into every process; " +
 		"no times, extended attributes or device nodes"
 }
 
