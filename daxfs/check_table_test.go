@@ -89,6 +89,8 @@ var corruptions = []corruption{
 	{"device with a size", daxfs.RuleInodeSize, "", func(s *surgeon) { s.inode("null", func(i *disk.ErofsInode) { i.Size = 1 }) }},
 	{"compressed file", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 3 }) }},
 	{"chunked file", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 4 }) }},
+	{"compressed device", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("null", func(i *disk.ErofsInode) { i.Layout = 1 }) }},
+	{"chunked fifo", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("fifo", func(i *disk.ErofsInode) { i.Layout = 4 }) }},
 	{"inline file", daxfs.RuleLayout, "data-tail halves-data meta-overlap", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 2 }) }},
 	{"inline tail over a block", daxfs.RuleInline, "", func(s *surgeon) { s.inode("link", func(i *disk.ErofsInode) { i.Size = 4095 }) }},
 	{"inline target in the next block", daxfs.RuleInline, "halves-target meta-overlap xattr-bounds xattr-name", func(s *surgeon) {

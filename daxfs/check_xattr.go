@@ -19,7 +19,8 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 	var h disk.ErofsXattrHeader
 	h.Unmarshal(b)
 	if !isZero(b[:4]) || !isZero(b[5:disk.ErofsXattrHdrSize]) {
-		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "xattr header is %x, expected a count and zeros", b[:disk.ErofsXattrHdrSize])
+		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "xattr header is %x, expected a count and zeros",
+			b[:disk.ErofsXattrHdrSize])
 	}
 	if len(b) == disk.ErofsXattrHdrSize {
 		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "xattr header without xattrs: Linux refuses to list them")

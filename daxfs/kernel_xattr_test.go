@@ -130,7 +130,8 @@ func xattrCases() []xattrCase {
 		for _, name := range []string{"ima", "evm", "selinux", "SMACK64", "apparmor", "x"} {
 			cases = append(cases, xattrCase{fmt.Sprintf("security.%s of %#o", name, t), t, secure, name, "\x00\xff", ""})
 		}
-		cases = append(cases, xattrCase{fmt.Sprintf("trusted of %#o", t), t, disk.ErofsXattrTrusted, "overlay.opaque", "y", ""})
+		opaque := xattrCase{fmt.Sprintf("trusted of %#o", t), t, disk.ErofsXattrTrusted, "overlay.opaque", "y", ""}
+		cases = append(cases, opaque)
 	}
 	for index, prefix := range map[uint8]string{user: "user.", disk.ErofsXattrTrusted: "trusted.", secure: "security."} {
 		full := daxfs.MaxName - len(prefix)

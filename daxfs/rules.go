@@ -139,7 +139,7 @@ var meanings = []meaning{
 	{RuleOwner, "an owner is a valid id"},
 	{RuleTime, "nanoseconds are less than a second"},
 	{RuleInodeSize, "a size fits the image and the file type"},
-	{RuleLayout, "contents are not compressed or chunked, and those of regular files are plain"},
+	{RuleLayout, "contents are not compressed or chunked, and only those of directories and links are inline"},
 	{RuleInline, "what is stored with an inode does not cross a block"},
 	{RuleNlink, "a link count is the number of links"},
 	{RuleSymlink, "a target has 1 to 4095 bytes without NUL"},

@@ -84,7 +84,7 @@ func checkCapability(x Xattr) error {
 	}
 }
 
-// checkACL looks for what makes the kernel fail every access to a file: it parses the ACL of an inode before it checks a
+// checkACL looks for what makes the kernel fail accesses to a file: it parses the ACL of an inode before it checks a
 // permission (EINVAL, EOPNOTSUPP), and expects an entry that decides (EIO). Entries that name nobody have the id that
 // the kernel shows for them, whatever is stored: all readers show the same bytes.
 func checkACL(x Xattr) error {
