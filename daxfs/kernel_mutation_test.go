@@ -22,7 +22,11 @@ import (
 func mutationRun(t *testing.T) (count, seed uint64) {
 	t.Helper()
 	v := os.Getenv("DAXFS_TEST_MUTATIONS")
-	if v == "" {
+	switch {
+	case v != "":
+	case testing.Short():
+		return 200, 1
+	default:
 		return 2000, 1
 	}
 	number, text, ok := strings.Cut(v, ":")
@@ -67,6 +71,9 @@ func TestKernelMutations(t *testing.T) {
 		}
 	})
 	t.Logf("%d mutations of seed %d: Check takes %d, programs ran %d times", count, seed, taken.Load(), progs.runs)
+	if next.Load() == 0 {
+		return // no namespace of our own, and no mounts
+	}
 	if taken.Load() < count/20 || progs.runs == 0 {
 		t.Error("Check takes too few mutations, or no program ran: this shows nothing")
 	}

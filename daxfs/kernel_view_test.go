@@ -213,8 +213,8 @@ func (v *view) list(host string) (list []string, err error) {
 	}
 }
 
-// TestCompareView changes one thing at a time in the image that our reader reads, but not in the one that the kernel has
-// mounted: the comparison must see each.
+// TestCompareView changes one thing at a time in the image that our reader reads, but not in the one that the kernel
+// has mounted: the comparison must see each.
 func TestCompareView(t *testing.T) {
 	sound := richImage(t, 1)
 	mountNamespace(t)
@@ -243,7 +243,9 @@ func TestCompareView(t *testing.T) {
 		"inode": func(s *surgeon) {
 			s.dirent("files", "page", func(d *disk.ErofsDirent) { d.Nid = s.lookup("files/same").Nid })
 		},
-		"type":          func(s *surgeon) { s.dirent("files", "page", func(d *disk.ErofsDirent) { d.Type = disk.ErofsFTFifo }) },
+		"type": func(s *surgeon) {
+			s.dirent("files", "page", func(d *disk.ErofsDirent) { d.Type = disk.ErofsFTFifo })
+		},
 		"xattr name":    func(s *surgeon) { s.xattrs("files/page")[16]++ },
 		"xattr value":   func(s *surgeon) { b := s.xattrs("files/across"); b[len(b)-9]++ },
 		"xattr missing": inode("links/large", func(i *disk.ErofsInode) { i.Layout, i.XattrCount = disk.ErofsLayoutPlain, 0 }),
