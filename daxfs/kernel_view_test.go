@@ -22,13 +22,14 @@ import (
 type view struct {
 	mnt   string
 	progs *programs
+	seen  map[uint64]bool // inodes that were compared
 	bad   []string
 	buf   []byte
 }
 
 // compareView returns what differs, at most a few lines. Programs with capabilities are run if progs is not nil.
 func compareView(f *daxfs.FS, mnt string, progs *programs) []string {
-	v := &view{mnt: mnt, progs: progs, buf: make([]byte, 64<<10)}
+	v := &view{mnt: mnt, progs: progs, seen: map[uint64]bool{}, buf: make([]byte, 64<<10)}
 	v.super(f)
 	if err := f.Walk(func(path string, in daxfs.Inode) error { return v.inode(path, &in) }); err != nil {
 		v.errorf("", "our reader: %v", err)
@@ -107,6 +108,10 @@ func (v *view) inode(path string, in *daxfs.Inode) error {
 	if got != want {
 		v.errorf(path, "stat: %+v, our reader has %+v", got, want)
 	}
+	if v.seen[st.Ino] {
+		return nil // another name
+	}
+	v.seen[st.Ino] = true
 	v.xattrs(path, host, in)
 	switch {
 	case in.IsRegular():

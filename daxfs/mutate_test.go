@@ -118,7 +118,8 @@ func newMutator(t testing.TB, sound []byte) *mutator {
 		t.Fatal(err)
 	}
 	supers := []site{{0, disk.V8SuperSize}, {disk.ErofsSuperOff, disk.ErofsSuperSize}}
-	m.sites = append(m.sites, inodes, inodes, names, names, m.xs, m.xs, m.xs, v8, v8names, supers)
+	m.sites = append(m.sites, inodes, inodes, names, names, m.xs, m.xs, m.xs, v8, v8names) // as often as they matter
+	m.sites = append(append(m.sites, m.sites...), supers)
 	return m
 }
 
