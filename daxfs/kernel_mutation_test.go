@@ -143,13 +143,13 @@ func (bed *mutationBed) flush(m *mutator) {
 	g := bed.groups[0]
 	bed.groups = bed.groups[1:]
 	bad := bed.look(g.b)
-	if bad == nil {
+	if len(bad) == 0 {
 		return
 	}
 	bed.failed++
 	for _, n := range g.numbers {
 		b, what := m.mutate(make([]byte, len(m.sound)), bed.seed, n)
-		if alone := bed.look(b); alone != nil {
+		if alone := bed.look(b); len(alone) > 0 {
 			bed.t.Errorf("mutation %d of seed %d, %s: %q", n, bed.seed, what, alone)
 			return
 		}
@@ -157,7 +157,7 @@ func (bed *mutationBed) flush(m *mutator) {
 	bed.t.Errorf("mutations %d of seed %d together: %q", g.numbers, bed.seed, bad)
 }
 
-// look mounts an image and says what the kernel does not show as it should.
+// look mounts an image and says what the kernel, or the DAXFS half, does not show as it should.
 func (bed *mutationBed) look(b []byte) (bad []string) {
 	f, err := daxfs.OpenBytes(b)
 	if err != nil {
@@ -172,7 +172,9 @@ func (bed *mutationBed) look(b []byte) (bad []string) {
 		return []string{"mount: " + err.Error()}
 	}
 	defer done()
-	return compareView(f, bed.mnt, bed.progs)
+	halves := &recorder{TB: bed.t}
+	mustAgree(halves, b)
+	return append(compareView(f, bed.mnt, bed.progs), halves.errors...)
 }
 
 // mutationGroup is an image with several mutations.
