@@ -254,7 +254,8 @@ func (bed *mutationBed) mount() (done func(), err error) {
 		return nil, err
 	}
 	return func() {
-		if err := unix.Unmount(bed.mnt, 0); err != nil {
+		// A program that another worker starts has our files for a moment.
+		if err := unix.Unmount(bed.mnt, unix.MNT_DETACH); err != nil {
 			bed.t.Fatalf("unmount: %v", err)
 		}
 	}, nil
