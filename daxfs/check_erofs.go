@@ -331,6 +331,10 @@ func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, wher
 		}
 	case unix.S_IFDIR:
 	default:
+		// Linux takes the device number for a number of blocks, or refuses the inode.
+		if raw.Layout != disk.ErofsLayoutPlain {
+			c.finding(RuleLayout, off, in.Nid, where(), "data layout %d of a special file, expected plain (0)", raw.Layout)
+		}
 		return
 	}
 	for pos := int64(0); pos < in.Size; {

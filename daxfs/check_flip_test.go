@@ -3,7 +3,6 @@ package daxfs_test
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -39,27 +38,6 @@ func TestCheckFlips(t *testing.T) {
 		}
 	})
 	t.Logf("%d flips are not found and change nothing that counts", silent)
-}
-
-// TestCheckKernel lets the running kernel mount images with a flipped bit that Check does not find: it must show what our
-// reader shows.
-func TestCheckKernel(t *testing.T) {
-	o := operate(t, fuzzImage(t))
-	tried := 0
-	eachFlip(o, 37, func(off int64, b []byte) {
-		if daxfs.Check(daxfs.Mem(b), int64(len(b)), nil) != nil {
-			return
-		}
-		if tried++; tried%16 != 0 && (off > daxfs.BlockSize || tried%4 != 0) {
-			return
-		}
-		t.Run(fmt.Sprint(off), func(t *testing.T) {
-			mountNamespace(t)
-			file := writeTemp(t, b)
-			mnt, _ := mountImage(t, "loop", file, 0, int64(len(b)))
-			compareDir(t, operate(t, b).f, mnt, nil)
-		})
-	})
 }
 
 // eachFlip calls fn for the image with one bit flipped: of every byte of the superblocks and of every step'th byte of the

@@ -1,6 +1,8 @@
 package daxfs
 
 import (
+	"bytes"
+
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
@@ -26,6 +28,9 @@ func (c *checker) checkErofsSuper(block []byte) {
 	}
 	if sb.UUID[6]>>4 != 8 || sb.UUID[8]>>6 != 2 {
 		c.finding(RuleUUID, off+48, 0, "", "UUID is %x, expected version 8 of RFC 9562", sb.UUID)
+	}
+	if _, rest, ended := bytes.Cut(d.Label[:], []byte{0}); !ended || !isZero(rest) {
+		c.finding(RuleLabel, off+64, 0, "", "label is %q, expected at most %d bytes and then NULs", d.Label, MaxLabel)
 	}
 	if n := c.s.size / BlockSize; int64(sb.Blocks) < n {
 		// More is refused by Open.

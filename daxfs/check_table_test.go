@@ -55,6 +55,12 @@ var corruptions = []corruption{
 	{"no UUID", daxfs.RuleUUID, "", func(s *surgeon) { s.super(func(d *disk.ErofsSuper) { d.UUID = [16]byte{} }) }},
 	{"one inode more", daxfs.RuleInodes, "", func(s *surgeon) { s.super(func(d *disk.ErofsSuper) { d.Inos++ }) }},
 	{"absurd number of inodes", daxfs.RuleInodes, "", func(s *surgeon) { s.super(func(d *disk.ErofsSuper) { d.Inos = 1 << 63 }) }},
+	{"label without a NUL", daxfs.RuleLabel, "", func(s *surgeon) {
+		s.super(func(d *disk.ErofsSuper) { copy(d.Label[:], "sixteen letters!") })
+	}},
+	{"label with more behind its end", daxfs.RuleLabel, "", func(s *surgeon) {
+		s.super(func(d *disk.ErofsSuper) { d.Label[15] = 'x' })
+	}},
 	{"root is a file", daxfs.RuleRoot, "", func(s *surgeon) {
 		nid := s.lookup("one").Nid
 		s.super(func(d *disk.ErofsSuper) { d.RootNid = uint16(nid) })
@@ -83,6 +89,8 @@ var corruptions = []corruption{
 	{"device with a size", daxfs.RuleInodeSize, "", func(s *surgeon) { s.inode("null", func(i *disk.ErofsInode) { i.Size = 1 }) }},
 	{"compressed file", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 3 }) }},
 	{"chunked file", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 4 }) }},
+	{"compressed device", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("null", func(i *disk.ErofsInode) { i.Layout = 1 }) }},
+	{"chunked fifo", daxfs.RuleLayout, "", func(s *surgeon) { s.inode("fifo", func(i *disk.ErofsInode) { i.Layout = 4 }) }},
 	{"inline file", daxfs.RuleLayout, "data-tail halves-data meta-overlap", func(s *surgeon) { s.inode("dir/x", func(i *disk.ErofsInode) { i.Layout = 2 }) }},
 	{"inline tail over a block", daxfs.RuleInline, "", func(s *surgeon) { s.inode("link", func(i *disk.ErofsInode) { i.Size = 4095 }) }},
 	{"inline target in the next block", daxfs.RuleInline, "halves-target meta-overlap xattr-bounds xattr-name", func(s *surgeon) {
@@ -176,6 +184,9 @@ var corruptions = []corruption{
 	{"shared xattr after the end", daxfs.RuleXattrBounds, "", func(s *surgeon) {
 		binary.LittleEndian.PutUint32(s.xattrs("many/entry-000")[12:], 1<<32-1)
 	}},
+	{"xattr header without xattrs", daxfs.RuleXattrBounds, "", func(s *surgeon) {
+		s.inode("one", func(i *disk.ErofsInode) { i.XattrCount = 1 })
+	}},
 	{"xattr filter of an inode", daxfs.RuleXattrBounds, "", func(s *surgeon) { s.xattrs("one")[0] = 1 }},
 	{"xattr of another namespace", daxfs.RuleXattrName, "", func(s *surgeon) { s.xattrs("one")[13] = 7 }},
 	{"long xattr prefix", daxfs.RuleXattrName, "", func(s *surgeon) { s.xattrs("one")[13] = 0x80 }},
@@ -194,6 +205,30 @@ var corruptions = []corruption{
 	{"one shared xattr twice", daxfs.RuleXattrTwice, "", func(s *surgeon) {
 		x := s.xattrs("many/entry-000")
 		copy(x[12:16], x[16:20])
+	}},
+	{"user xattr of a fifo", daxfs.RuleXattrType, "", func(s *surgeon) {
+		x := s.xattrs("fifo")
+		x[strings.Index(string(x), "mark")-3] = disk.ErofsXattrUser
+	}},
+	{"shared user xattr of a fifo", daxfs.RuleXattrType, "dir-type halves-mode", func(s *surgeon) {
+		s.inode("many/entry-001", func(i *disk.ErofsInode) { i.Mode = unix.S_IFIFO | i.Mode&0o7777 })
+	}},
+	{"capabilities of version 1", daxfs.RuleXattrCaps, "", func(s *surgeon) {
+		x := s.xattrs("fifo")
+		x[strings.Index(string(x), "capability")+len("capability")+3] = 1
+	}},
+	{"ACL without others", daxfs.RuleXattrACL, "", func(s *surgeon) {
+		x := s.xattrs("one")
+		copy(x[strings.Index(string(x), "\x20\x00\x01\x00"):], "\x10")
+	}},
+	{"ACL out of order", daxfs.RuleXattrACL, "", func(s *surgeon) {
+		x := s.xattrs("one")
+		at := strings.Index(string(x), "\x10\x00\x07\x00")
+		x[at], x[at+8] = x[at+8], x[at]
+	}},
+	{"ACL permission of 4 bits", daxfs.RuleXattrACL, "", func(s *surgeon) {
+		x := s.xattrs("one")
+		x[strings.Index(string(x), "\x10\x00\x07\x00")+2] = 8
 	}},
 	{"ACL of another version", daxfs.RuleXattrACL, "", func(s *surgeon) {
 		x := s.xattrs("one")
@@ -216,7 +251,7 @@ var corruptions = []corruption{
 	{"no base region", daxfs.RuleV8Base, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.BaseOff = 0 }) }},
 	{"base region after the end", daxfs.RuleV8Base, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.BaseSize = uint64(len(s.b)) }) }},
 	{"base region that overflows", daxfs.RuleV8Base, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.BaseSize = 1<<64 - 4096 }) }},
-	{"base region of half a block", daxfs.RuleV8Base, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.BaseSize -= 2048 }) }},
+	{"base region of half a block", daxfs.RuleV8Base, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.BaseSize -= 64 }) }},
 	{"data offset after the base region", daxfs.RuleV8Base, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.DataOff = d.BaseSize + 1 }) }},
 	{"base region in the overlay", daxfs.RuleV8Overlay, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.BaseSize += 4096 }) }},
 	{"inode table after the end", daxfs.RuleV8Table, "", func(s *surgeon) { s.superV8(func(d *disk.V8Super) { d.InodeOff = d.BaseSize }) }},

@@ -19,7 +19,11 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 	var h disk.ErofsXattrHeader
 	h.Unmarshal(b)
 	if !isZero(b[:4]) || !isZero(b[5:disk.ErofsXattrHdrSize]) {
-		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "xattr header is %x, expected a count and zeros", b[:disk.ErofsXattrHdrSize])
+		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "xattr header is %x, expected a count and zeros",
+			b[:disk.ErofsXattrHdrSize])
+	}
+	if len(b) == disk.ErofsXattrHdrSize {
+		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "xattr header without xattrs: Linux refuses to list them")
 	}
 	pos := disk.ErofsXattrHdrSize + disk.ErofsXattrIDSize*int(h.Shared)
 	if pos > len(b) {
@@ -36,8 +40,21 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 			return
 		}
 		c.checkXattr(&x, in.Nid, where)
-		c.names = append(c.names, x.fullName())
+		c.addName(x.index, x.fullName(), in, where)
 		pos += int(x.size)
+	}
+	c.checkNames(in, where)
+}
+
+// checkNames checks the names of all attributes of an inode.
+func (c *checker) checkNames(in *Inode, where func() string) {
+	list := 0
+	for _, name := range c.names {
+		list += len(name) + 1
+	}
+	if list > xattrListMax {
+		c.finding(RuleXattrList, in.xoff, in.Nid, where(), "xattr names of %d bytes with their NULs, expected at most %d",
+			list, xattrListMax)
 	}
 	slices.Sort(c.names)
 	for i := 1; i < len(c.names); i++ {
@@ -52,11 +69,12 @@ func (x *rawXattr) fullName() string { return disk.ErofsXattrPrefix(x.index) + s
 
 // checkXattr checks the value of an attribute.
 func (c *checker) checkXattr(x *rawXattr, nid uint64, where func() string) {
-	if x.index != disk.ErofsXattrACLAccess && x.index != disk.ErofsXattrACLDefault {
-		return
+	rule := RuleXattrACL
+	if x.index == disk.ErofsXattrSecurity {
+		rule = RuleXattrCaps
 	}
-	if err := checkACL(Xattr{x.fullName(), x.value}); err != nil {
-		c.finding(RuleXattrACL, x.off, nid, where(), "%v", err)
+	if err := checkXattrValue(x.index, Xattr{x.fullName(), x.value}); err != nil {
+		c.finding(rule, x.off, nid, where(), "%v", err)
 	}
 }
 
@@ -65,7 +83,7 @@ func (c *checker) checkShared(id uint32, in *Inode, where func() string) {
 	ok, seen := c.sharedSeen[id]
 	if seen {
 		if ok {
-			c.sharedName(id)
+			c.sharedName(id, in, where)
 		}
 		return
 	}
@@ -86,12 +104,20 @@ func (c *checker) checkShared(id uint32, in *Inode, where func() string) {
 	}
 	c.use(x.off, x.size, useMeta, in.Nid)
 	c.sharedSeen[id] = true
-	c.names = append(c.names, x.fullName())
+	c.addName(x.index, x.fullName(), in, where)
 	c.checkXattr(&x, in.Nid, where)
 }
 
+// addName notes the name of an attribute of an inode and checks whether an inode of that type may have it.
+func (c *checker) addName(index uint8, name string, in *Inode, where func() string) {
+	c.names = append(c.names, name)
+	if err := checkXattrType(index, name, in.Mode); err != nil {
+		c.finding(RuleXattrType, in.xoff, in.Nid, where(), "%v", err)
+	}
+}
+
 // sharedName notes the name of a shared attribute that was checked before, without reading its value again.
-func (c *checker) sharedName(id uint32) {
+func (c *checker) sharedName(id uint32, in *Inode, where func() string) {
 	off := c.ero.sb.xattr + int64(id)*disk.ErofsXattrIDSize
 	b, err := c.s.view(off, int(min(disk.ErofsXattrEntSize+MaxName, c.s.size-off)))
 	if err != nil {
@@ -105,5 +131,5 @@ func (c *checker) sharedName(id uint32) {
 		c.fail(errors.New("daxfs: the image changed while it was checked"))
 		return
 	}
-	c.names = append(c.names, disk.ErofsXattrPrefix(e.Index)+string(b[disk.ErofsXattrEntSize:n]))
+	c.addName(e.Index, disk.ErofsXattrPrefix(e.Index)+string(b[disk.ErofsXattrEntSize:n]), in, where)
 }

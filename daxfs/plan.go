@@ -15,8 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxLabel bounds Options.Label, in bytes.
-const MaxLabel = disk.ErofsLabelSize
+// MaxLabel bounds Options.Label, in bytes. Linux 6.6 and many others mount no image whose label has
+// no NUL behind it.
+const MaxLabel = disk.ErofsLabelSize - 1
 
 // Options are the choices of an image that its tree does not make. The zero value is a good default.
 type Options struct {
@@ -219,7 +220,7 @@ func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, erro
 		size: n.Data.Size, data: n.Data, target: n.Target,
 	}
 	var err error
-	if i.xattrs, err = w.addXattrs(n.Xattrs); err != nil {
+	if i.xattrs, err = w.addXattrs(n.Mode, n.Xattrs); err != nil {
 		return 0, w.fail(idx, err)
 	}
 	if len(i.xattrs) > 0 {

@@ -2,7 +2,6 @@ package daxfs
 
 import (
 	"cmp"
-	"encoding/binary"
 	"math"
 	"slices"
 	"strings"
@@ -12,8 +11,9 @@ import (
 )
 
 const (
-	targetMax    = 4095 // bytes of a symlink target: a path buffer of Linux without its NUL
-	xattrNameMax = 255  // bytes of a full xattr name in Linux
+	targetMax    = 4095    // bytes of a symlink target: a path buffer of Linux without its NUL
+	xattrNameMax = 255     // bytes of a full xattr name in Linux
+	xattrListMax = 1 << 16 // bytes that listxattr(2) can return: the names of one inode, each with a NUL
 	noID         = 1<<32 - 1
 )
 
@@ -126,6 +126,7 @@ func (p *Plan) checkContents() error {
 
 // CheckXattr tells whether an image can hold x; the error wraps ErrInvalid. The namespaces are user, trusted and
 // security, and the two POSIX ACLs, in the form in which getxattr(2) shows them: Linux serves no others from EROFS.
+// NewPlan also looks at the file type: see the rule xattr-type.
 func CheckXattr(x Xattr) error {
 	index, rest := splitXattr(x.Name)
 	switch {
@@ -138,36 +139,7 @@ func CheckXattr(x Xattr) error {
 		return invalid("xattr %q: the value has %d bytes, expected at most %d", x.Name, len(x.Value),
 			disk.ErofsXattrValueMax)
 	}
-	if index == disk.ErofsXattrACLAccess || index == disk.ErofsXattrACLDefault {
-		return checkACL(x)
-	}
-	return nil
-}
-
-// checkACL looks for what makes the kernel fail every access to a file with EINVAL or EOPNOTSUPP: it parses the ACL
-// of an inode before it checks a permission. It also holds entries that name nobody to the id that the kernel shows for
-// them, whatever is stored: all readers show the same bytes.
-func checkACL(x Xattr) error {
-	const header, entry = 4, 8
-	v := x.Value
-	if len(v) < header+entry || (len(v)-header)%entry != 0 || binary.LittleEndian.Uint32(v) != 2 {
-		return invalid("xattr %q: %d bytes are not a POSIX ACL of version 2 with entries", x.Name, len(v))
-	}
-	for e := v[header:]; len(e) > 0; e = e[entry:] {
-		switch tag := binary.LittleEndian.Uint16(e); tag {
-		case 0x01, 0x04, 0x10, 0x20: // owner, owning group, mask, others
-			if id := binary.LittleEndian.Uint32(e[4:]); id != noID {
-				return invalid("xattr %q: an entry of tag %#x names id %d, expected %d", x.Name, tag, id, uint32(noID))
-			}
-		case 0x02, 0x08: // a user, a group
-			if binary.LittleEndian.Uint32(e[4:]) == noID {
-				return invalid("xattr %q: an entry names id %d", x.Name, uint32(noID))
-			}
-		default:
-			return invalid("xattr %q: unknown entry tag %#x", x.Name, tag)
-		}
-	}
-	return nil
+	return checkXattrValue(index, x)
 }
 
 // splitXattr gives the name index of a full xattr name and what follows the prefix. Index 0 is an unknown namespace.
@@ -186,16 +158,21 @@ func splitXattr(name string) (uint8, string) {
 }
 
 // addXattrs plans the xattrs of one inode, sorted by name: equal entries of all inodes have one number.
-func (w *walker) addXattrs(xs []Xattr) ([]int32, error) {
+func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 	if len(xs) == 0 {
 		return nil, nil
 	}
+	list := 0
 	ids := make([]int32, 0, len(xs))
 	for _, x := range xs {
 		if err := CheckXattr(x); err != nil {
 			return nil, err
 		}
 		index, rest := splitXattr(x.Name)
+		if err := checkXattrType(index, x.Name, mode); err != nil {
+			return nil, err
+		}
+		list += len(x.Name) + 1
 		e := disk.ErofsXattrEntry{NameLen: uint8(len(rest)), Index: index, ValueLen: uint16(len(x.Value))}
 		b := slices.Grow(w.scratch[:0], e.Size())[:disk.ErofsXattrEntSize]
 		e.Marshal(b)
@@ -211,6 +188,9 @@ func (w *walker) addXattrs(xs []Xattr) ([]int32, error) {
 		}
 		w.plan.xattrs[id].uses++
 		ids = append(ids, id)
+	}
+	if list > xattrListMax {
+		return nil, invalid("xattr names of %d bytes with their NULs, expected at most %d", list, xattrListMax)
 	}
 	all := w.plan.xattrs
 	slices.SortFunc(ids, func(a, b int32) int { return strings.Compare(all[a].name, all[b].name) })

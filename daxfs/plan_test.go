@@ -16,10 +16,16 @@ import (
 func file(d daxfs.Data) *daxfs.Node { return &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: d} }
 
 func withXattr(name string, value []byte) *daxfs.Node {
-	return &daxfs.Node{Mode: unix.S_IFREG, Xattrs: []daxfs.Xattr{{Name: name, Value: value}}}
+	return ofType(unix.S_IFREG, name, value)
+}
+
+func ofType(mode uint32, name string, value []byte) *daxfs.Node {
+	return &daxfs.Node{Mode: mode, Xattrs: []daxfs.Xattr{{Name: name, Value: value}}}
 }
 
 func TestPlanRefuses(t *testing.T) {
+	link := symlink("t")
+	link.Xattrs = []daxfs.Xattr{{Name: "system.posix_acl_access", Value: acl(1)}}
 	loop := dir(map[string]*daxfs.Node{})
 	loop.Entries["x"] = dir(map[string]*daxfs.Node{"up": loop})
 	twice := dir(nil)
@@ -30,6 +36,10 @@ func TestPlanRefuses(t *testing.T) {
 	many := &daxfs.Node{Mode: unix.S_IFREG}
 	for _, name := range []string{"user.a", "user.b", "user.c", "user.d", "user.e"} {
 		many.Xattrs = append(many.Xattrs, daxfs.Xattr{Name: name, Value: make([]byte, 60_000)})
+	}
+	longList := &daxfs.Node{Mode: unix.S_IFREG}
+	for i := range 257 {
+		longList.Xattrs = append(longList.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.%0250d", i)})
 	}
 	for name, c := range map[string]struct {
 		root *daxfs.Node
@@ -74,12 +84,18 @@ func TestPlanRefuses(t *testing.T) {
 		"xattr twice": {dir(map[string]*daxfs.Node{"a": {Mode: unix.S_IFREG, Xattrs: []daxfs.Xattr{
 			{Name: "user.a"}, {Name: "user.b"}, {Name: "user.a", Value: []byte("x")},
 		}}}), "/a", "twice"},
-		"xattrs too many": {dir(map[string]*daxfs.Node{"a": many}), "/a", "xattrs take"},
-		"acl short":       {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", []byte{2, 0, 0, 0})}), "/a", "POSIX ACL"},
-		"acl version":     {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{1}, acl(1)[1:]...))}), "/a", "POSIX ACL"},
-		"acl tag":         {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{2, 0, 0, 0, 3}, make([]byte, 7)...))}), "/a", "tag 0x3"},
-		"acl id":          {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", acl(math.MaxUint32))}), "/a", "4294967295"},
-		"acl owner id":    {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{2, 0, 0, 0, 1}, make([]byte, 7)...))}), "/a", "tag 0x1 names id 0"},
+		"xattrs too many":    {dir(map[string]*daxfs.Node{"a": many}), "/a", "xattrs take"},
+		"acl short":          {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", []byte{2, 0, 0, 0})}), "/a", "POSIX ACL"},
+		"acl version":        {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{1}, acl(1)[1:]...))}), "/a", "POSIX ACL"},
+		"acl tag":            {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{2, 0, 0, 0, 3}, make([]byte, 7)...))}), "/a", "tag 0x3"},
+		"acl id":             {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", acl(math.MaxUint32))}), "/a", "4294967295"},
+		"acl owner id":       {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", append([]byte{2, 0, 0, 0, 1}, make([]byte, 7)...))}), "/a", "tag 0x1 names id 0"},
+		"acl without others": {dir(map[string]*daxfs.Node{"a": withXattr("system.posix_acl_access", acl(1)[:36])}), "/a", "others"},
+		"acl of a link":      {dir(map[string]*daxfs.Node{"a": link}), "/a", "symbolic link"},
+		"user of a fifo":     {dir(map[string]*daxfs.Node{"a": ofType(unix.S_IFIFO, "user.a", nil)}), "/a", "fifo"},
+		"capability":         {dir(map[string]*daxfs.Node{"a": withXattr("security.capability", []byte{0, 0, 0, 1})}), "/a", "header 0x1000000"},
+		"capability root":    {dir(map[string]*daxfs.Node{"a": withXattr("security.capability", append([]byte{0, 0, 0, 3}, make([]byte, 20)...))}), "/a", "user 0"},
+		"xattr list":         {dir(map[string]*daxfs.Node{"a": longList}), "/a", "65792 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := daxfs.NewPlan(c.root, daxfs.Options{})
@@ -92,7 +108,7 @@ func TestPlanRefuses(t *testing.T) {
 			}
 		})
 	}
-	for _, label := range []string{"seventeen letters", "a\x00"} {
+	for _, label := range []string{"sixteen letters!", "a\x00"} {
 		if _, err := daxfs.NewPlan(dir(nil), daxfs.Options{Label: label}); !errors.Is(err, daxfs.ErrInvalid) {
 			t.Errorf("label %q: error %v", label, err)
 		}

@@ -17,6 +17,7 @@ const (
 	RuleAreas       Rule = "super-areas"
 	RuleReserved    Rule = "super-reserved"
 	RuleUUID        Rule = "super-uuid"
+	RuleLabel       Rule = "super-label"
 	RuleInodes      Rule = "super-inodes"
 	RuleRoot        Rule = "super-root"
 	RuleNid         Rule = "inode-nid"
@@ -43,7 +44,10 @@ const (
 	RuleXattrBounds Rule = "xattr-bounds"
 	RuleXattrName   Rule = "xattr-name"
 	RuleXattrTwice  Rule = "xattr-twice"
+	RuleXattrType   Rule = "xattr-type"
 	RuleXattrACL    Rule = "xattr-acl"
+	RuleXattrCaps   Rule = "xattr-capability"
+	RuleXattrList   Rule = "xattr-list"
 )
 
 // Rules of the DAXFS half.
@@ -126,6 +130,7 @@ var meanings = []meaning{
 	{RuleAreas, "metadata and shared xattrs begin inside of the image"},
 	{RuleReserved, "what block 0 does not use is zero"},
 	{RuleUUID, "the UUID is one that a content gives"},
+	{RuleLabel, "a label ends with a NUL"},
 	{RuleInodes, "the EROFS superblock counts the inodes that names lead to"},
 	{RuleRoot, "the EROFS root is a directory"},
 	{RuleNid, "an inode lies inside of the image and of one block"},
@@ -134,7 +139,7 @@ var meanings = []meaning{
 	{RuleOwner, "an owner is a valid id"},
 	{RuleTime, "nanoseconds are less than a second"},
 	{RuleInodeSize, "a size fits the image and the file type"},
-	{RuleLayout, "contents are not compressed or chunked, and those of regular files are plain"},
+	{RuleLayout, "contents are not compressed or chunked, and only those of directories and links are inline"},
 	{RuleInline, "what is stored with an inode does not cross a block"},
 	{RuleNlink, "a link count is the number of links"},
 	{RuleSymlink, "a target has 1 to 4095 bytes without NUL"},
@@ -152,7 +157,10 @@ var meanings = []meaning{
 	{RuleXattrBounds, "xattrs lie where their inode or the superblock says"},
 	{RuleXattrName, "an xattr has a name that Linux serves"},
 	{RuleXattrTwice, "an inode has an xattr once"},
-	{RuleXattrACL, "a POSIX ACL can be parsed"},
+	{RuleXattrType, "an xattr is one that Linux gives for the file type"},
+	{RuleXattrACL, "a POSIX ACL is one that setxattr takes"},
+	{RuleXattrCaps, "capabilities are shown as they are stored"},
+	{RuleXattrList, "the names of the xattrs of an inode fit one list"},
 	{RuleV8Magic, "the DAXFS superblock has its magic number"},
 	{RuleV8Version, "the DAXFS format version is 8"},
 	{RuleV8BlockSize, "DAXFS blocks have 4096 bytes"},

@@ -26,6 +26,7 @@ func TestRules(t *testing.T) {
 	}
 	tested := map[daxfs.Rule]bool{
 		daxfs.RuleDirDepth: true, daxfs.RuleV8DirDepth: true, // TestDeep
+		daxfs.RuleXattrList: true, // TestKernelXattrList
 	}
 	for _, c := range corruptions {
 		tested[c.rule] = true
@@ -138,7 +139,7 @@ func TestErrors(t *testing.T) {
 	if !errors.As(err, &f) || f.Rule != daxfs.RuleInodeFormat || f.Ino == 0 || f.Off <= 0 || !errors.Is(err, daxfs.ErrUnsupported) {
 		t.Errorf("got %v", err)
 	}
-	want := "stat one: unsupported image: format is 0x101, expected bits 4 to 15 to be 0 (rule inode-format, inode 29, offset 62368)"
+	want := "stat one: unsupported image: format is 0x101, expected bits 4 to 15 to be 0 (rule inode-format, inode 31, offset 62432)"
 	if err.Error() != want {
 		t.Errorf("got  %v\nwant %v", err, want)
 	}

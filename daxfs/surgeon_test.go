@@ -47,7 +47,9 @@ func patient(t testing.TB) []byte {
 		}
 		many.Entries[fmt.Sprintf("entry-%03d", i)] = n
 	}
-	fifo := &daxfs.Node{Mode: unix.S_IFIFO | 0o600}
+	fifo := &daxfs.Node{Mode: unix.S_IFIFO | 0o600, Xattrs: []daxfs.Xattr{
+		{Name: "security.capability", Value: capability}, {Name: "trusted.mark"},
+	}}
 	root := dir(map[string]*daxfs.Node{
 		"one": one, "hard": one, "two": reg("two"), "same": reg("two"),
 		"pages": reg(strings.Repeat("pages", 3000)), "more": reg(strings.Repeat("more", 5000)), "empty": reg(""),

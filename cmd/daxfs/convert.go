@@ -41,7 +41,7 @@ Examples:
 		Flags: append(append([]cli.Flag{
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the image to `IMAGE`"},
 		}, sourceFlags()...),
-			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 16 bytes"},
+			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 15 bytes"},
 			&cli.IntFlag{Name: "concurrency", Usage: "read `N` layers at the same time, at least 4", DefaultText: "one for each core"},
 			&cli.StringFlag{Name: "memory", Usage: "let at most `SIZE` of contents of a remote image wait in memory; more waits on disk", Value: size(converter.DefaultMemory)},
 			&cli.StringFlag{Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers", Value: size(converter.DefaultMaxSize)},

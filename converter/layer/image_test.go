@@ -50,7 +50,7 @@ func oddTree(t *testing.T, s *Store) *daxfs.Node {
 		"zero device":   {Mode: unix.S_IFCHR, Rdev: 0},
 		".wh.no marker": {Mode: unix.S_IFREG | 0o600},
 		"socket":        {Mode: unix.S_IFSOCK | 0o700},
-		"fifo":          {Mode: unix.S_IFIFO | 0o700, Xattrs: []daxfs.Xattr{{Name: "user.empty"}}},
+		"fifo":          {Mode: unix.S_IFIFO | 0o700, Xattrs: []daxfs.Xattr{{Name: "trusted.empty"}}},
 		"\xff\n":        {Mode: unix.S_IFREG | 0o600, Data: put(strings.Repeat("n", 10_000))},
 	})
 }

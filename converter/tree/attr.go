@@ -40,7 +40,7 @@ func (m *Merger) setAttributes(n, from *daxfs.Node) error {
 		case strings.HasPrefix(x.Name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR:
 			// The kernel refuses it, containerd ignores that.
 		default:
-			plain = append(plain, x)
+			plain = append(plain, asShown(x))
 		}
 	}
 	setXattrs(n, plain)
@@ -52,6 +52,18 @@ func (m *Merger) setAttributes(n, from *daxfs.Node) error {
 	}
 	return nil
 }
+
+// asShown returns an attribute as getxattr(2) shows it: capability sets of version 3 whose root is user 0 have the form of
+// version 2, which has no root.
+func asShown(x daxfs.Xattr) daxfs.Xattr {
+	const end2 = 20 // of the sets; what version 3 has behind them is the root
+	if v := x.Value; x.Name == capability && len(v) > end2 && v[3] == 3 && !slices.ContainsFunc(v[end2:], notZero) {
+		x.Value = append([]byte{v[0], 0, 0, 2}, v[4:end2]...)
+	}
+	return x
+}
+
+func notZero(b byte) bool { return b != 0 }
 
 // chown sets the owner as chown(2) does, which takes the capabilities of a program away.
 func chown(n *daxfs.Node, uid, gid uint32) {

@@ -164,6 +164,9 @@ var rules = []struct {
 	{"capability that is none", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "x")}}},
 	{"capability with an unknown flag", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "\x03"+fileCap[1:])}}},
 	{"capability of version 3", nil, stack{{tt.Reg("a", "").X("security.capability", capOf3+"\xe8\x03\x00\x00")}}},
+	{"capability of version 3 for root", nil, stack{
+		{tt.Reg("a", "").X("security.capability", capOf3+"\x00\x00\x00\x00"), tt.Dir("d").X("security.capability", "\x01"+capOf3[1:]+"\x00\x00\x00\x00")},
+	}},
 	{"capability of nobody", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", capOf3+"\xff\xff\xff\xff")}}},
 	{"capability of version 3 with an unknown flag", layer.ErrInvalid, stack{{tt.Reg("a", "").X("security.capability", "\x04"+capOf3[1:]+"\xe8\x03\x00\x00")}}},
 	{"xattr name without an end", layer.ErrInvalid, stack{{tt.Reg("a", "").X("user.", "x")}}},
