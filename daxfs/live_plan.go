@@ -115,8 +115,9 @@ func (l *LivePlan) keys() {
 		if !in.isRegular() {
 			continue
 		}
-		b = append(b[:0], in.data.Sum[:]...)
-		b = le.AppendUint64(b, uint64(in.data.Size))
+		d := l.data(in)
+		b = append(b[:0], d.Sum[:]...)
+		b = le.AppendUint64(b, uint64(d.Size))
 		for _, v := range [...]uint32{in.mode, in.uid, in.gid, in.nlink, in.mtime.Nsec} {
 			b = le.AppendUint32(b, v)
 		}
@@ -126,7 +127,7 @@ func (l *LivePlan) keys() {
 			b = append(b, l.xattrs[x].enc...)
 		}
 		key := InodeKey(sha256.Sum256(b))
-		l.files = append(l.files, LiveFile{Key: key, Seq: seq[key], Data: in.data, New: true})
+		l.files = append(l.files, LiveFile{Key: key, Seq: seq[key], Data: d, New: true})
 		l.ofs = append(l.ofs, int32(i))
 		seq[key]++
 	}
@@ -142,7 +143,7 @@ func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)
 			return &TreeError{l.path(idx), err}
 		}
 		f.Nid, f.New, f.Data.Off = nid, nid == 0, d.Off
-		l.inodes[idx].data.Off = d.Off
+		l.inodes[idx].addr = d.Off
 		l.live[idx].nid, l.live[idx].shared = nid, nid != 0
 	}
 	return l.pack()
@@ -247,8 +248,8 @@ func (l *LivePlan) PlaceLive(g Geometry, off int64, slot int) error {
 	}
 	for i := range l.inodes {
 		in, li := &l.inodes[i], &l.live[i]
-		if d := in.data; d.Size > 0 && (d.Off < 0 || d.Off > end-roundUp(d.Size, BlockSize)) {
-			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", d.Size, d.Off, end)}
+		if in.hasData() && (in.addr < 0 || in.addr > end-roundUp(in.size, BlockSize)) {
+			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", in.size, in.addr, end)}
 		}
 		if !li.shared {
 			li.nid = g.nid(off + li.off)
