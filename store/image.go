@@ -130,19 +130,21 @@ func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
 
 // tree merges layers, which it restores where that is needed.
 func (s *Store) tree(ctx context.Context, from []Layer) (*daxfs.Node, error) {
-	var layers []*layer.Layer
+	m := tree.NewMerger()
 	for _, f := range from {
 		made, err := s.ensure(ctx, f)
 		if err != nil {
 			return nil, err
 		}
-		layers = append(layers, made)
+		apply := m.Apply
+		if made.Cost() > maxCached { // nobody else has it: the cache keeps none that large
+			apply = m.Take
+		}
+		if err := apply(made); err != nil {
+			return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
+		}
 	}
-	root, err := tree.Merge(layers)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
-	}
-	return root, nil
+	return m.Root(), nil
 }
 
 // rebuild adds the images again that somebody holds without having asked for them: those that were put into the pool to
