@@ -254,7 +254,7 @@ func (c *conversion) merge(parsed []chan *layer.Layer) error {
 		if !ok {
 			return nil
 		}
-		if err := c.tree.Apply(l); err != nil {
+		if err := c.tree.Take(l); err != nil {
 			return err
 		}
 	}
@@ -308,7 +308,7 @@ func (c *conversion) wholeTree(ctx context.Context) error {
 	if err := store.Close(); err != nil {
 		return err
 	}
-	return c.tree.Apply(l)
+	return c.tree.Take(l)
 }
 
 // limits of one layer. The contents of all layers together are bounded by the sink.

@@ -48,6 +48,7 @@ func (c *checker) checkErofs() {
 	}
 	c.byNid = make(map[uint64]int32)
 	c.sharedSeen = make(map[uint32]bool)
+	c.reserve()
 	c.nodes = append(c.nodes, node{nid: c.ero.Root(), dir: -1})
 	c.byNid[c.ero.Root()] = 0
 	c.dirs = append(c.dirs, dirRef{})
@@ -79,6 +80,18 @@ func (c *checker) checkErofs() {
 	if !c.live.on && c.ero.sb.Inodes != uint64(len(c.nodes)) {
 		c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, len(c.nodes))
 	}
+}
+
+// reserve makes room for as many inodes as the superblock counts: growing step by step takes more than twice the memory.
+// Room that is not used costs none. The count may be a lie, so the size of the image bounds it, and a constant.
+func (c *checker) reserve() {
+	if c.live.on { // its superblock counts no inodes
+		return
+	}
+	const most = 4 << 20
+	n := int(min(c.ero.sb.Inodes, uint64(c.s.size/disk.ErofsSlot), c.max, most))
+	c.nodes = make([]node, 0, n+1)
+	c.extents = slices.Grow(c.extents, 2*n)
 }
 
 // maxParts bounds how many names of a path a finding shows: many findings in a deep tree would take forever.

@@ -129,6 +129,7 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 	}
 	if c.peers == nil {
 		c.peers = make([]int32, c.v8.Inodes()+1)
+		c.sameData = make([]bool, c.v8.Inodes()+1)
 	}
 	first := n.peer == 0 && c.peers[ino] == 0
 	if !first {
@@ -183,6 +184,7 @@ func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func
 		}
 		return
 	}
+	c.sameData[b.Nid] = a.Size > 0 && a.Off == b.Off
 	if a.Size > 0 && a.Off != b.Off {
 		c.finding(RuleHalvesData, off, a.Nid, where(), "contents are at %d, in the DAXFS half at %d (%d from its base)", a.Off, b.Off, vraw.DataOff)
 	}

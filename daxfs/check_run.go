@@ -115,7 +115,7 @@ func (c *checker) run(r io.ReaderAt, size int64) {
 	}
 	c.s = c.data
 	if c.s.b == nil {
-		c.s.r = newReadCache(r, size)
+		c.s.r = NewReadCache(r, size)
 	}
 	c.pairing = size
 	if size%BlockSize != 0 {
@@ -213,54 +213,4 @@ func isZero(b []byte) bool {
 		}
 	}
 	return bytes.Equal(b, zeros[:len(b)])
-}
-
-// readCache keeps a few chunks of what it has read: a check reads metadata in small pieces that lie together.
-type readCache struct {
-	r    io.ReaderAt
-	size int64
-	slot [16]struct {
-		off int64
-		b   []byte
-	}
-}
-
-const cacheChunk = 64 << 10
-
-func newReadCache(r io.ReaderAt, size int64) *readCache { return &readCache{r: r, size: size} }
-
-func (c *readCache) ReadAt(p []byte, off int64) (int, error) {
-	n := 0
-	for n < len(p) {
-		b, err := c.chunk(off)
-		if err != nil {
-			return n, err
-		}
-		k := copy(p[n:], b)
-		n += k
-		off += int64(k)
-	}
-	return n, nil
-}
-
-// chunk returns the cached bytes from off (< size) to the end of its chunk.
-func (c *readCache) chunk(off int64) ([]byte, error) {
-	start := off &^ (cacheChunk - 1)
-	s := &c.slot[start/cacheChunk%int64(len(c.slot))]
-	if len(s.b) == 0 || s.off != start {
-		n := int(min(cacheChunk, c.size-start))
-		if s.b == nil {
-			s.b = make([]byte, cacheChunk)
-		}
-		s.b = s.b[:n]
-		if k, err := c.r.ReadAt(s.b, start); k < n {
-			s.b = s.b[:0]
-			if err == nil || errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			return nil, err
-		}
-		s.off = start
-	}
-	return s.b[off-start:], nil
 }

@@ -12,6 +12,8 @@ import (
 type v8State struct {
 	v8nodes []v8node
 	peers   []int32 // by inode number: 1 + index in nodes, 0 if there is none
+	// sameData tells, by inode number, that the contents are those of the EROFS inode, whose range was noted.
+	sameData []bool
 }
 
 // v8node is one inode, by its number less 1.
@@ -91,7 +93,9 @@ func (c *checker) checkV8Inode(ino uint64) {
 	}
 	switch in.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		c.use(in.base, in.Size, useData|useV8, ino)
+		if ino >= uint64(len(c.sameData)) || !c.sameData[ino] {
+			c.use(in.base, in.Size, useData|useV8, ino)
+		}
 		if in.base%BlockSize != 0 {
 			c.finding(RuleV8Align, off, ino, c.v8Path(ino), "contents at %d, expected a multiple of %d", in.base, BlockSize)
 		}

@@ -47,17 +47,17 @@ func (p *Plan) Place(pl Placement) error {
 	}
 	below, above := int32(-1), int32(-1) // a file on that side of the metadata
 	for i := range p.inodes {
-		d := p.inodes[i].data
-		if d.Size == 0 {
+		in := &p.inodes[i]
+		if !in.hasData() {
 			continue
 		}
-		dataEnd := roundUp(d.Off+d.Size, BlockSize)
+		dataEnd := roundUp(in.addr+in.size, BlockSize)
 		switch {
-		case d.Off <= pl.Image || dataEnd > pl.End:
+		case in.addr <= pl.Image || dataEnd > pl.End:
 			return p.misplaced(int32(i), pl, "expected between block 0 and the end")
 		case dataEnd <= pl.Meta:
 			below = int32(i)
-		case d.Off >= pl.Meta+p.MetaSize():
+		case in.addr >= pl.Meta+p.MetaSize():
 			above = int32(i)
 		default:
 			return p.misplaced(int32(i), pl, "they overlap the metadata")
@@ -78,7 +78,7 @@ func (p *Plan) Place(pl Placement) error {
 }
 
 func (p *Plan) misplaced(idx int32, pl Placement, why string) error {
-	d := p.inodes[idx].data
+	d := p.data(&p.inodes[idx])
 	return &TreeError{p.path(idx), invalid("contents of %d bytes at %d, image placed at %+v, metadata of %d bytes: %s",
 		d.Size, d.Off, pl, p.MetaSize(), why)}
 }

@@ -72,7 +72,7 @@ func (c *checker) runLive(r io.ReaderAt, size int64, o LiveCheckOptions) {
 	}
 	c.s = c.data
 	if c.s.b == nil {
-		c.s.r = newReadCache(r, size)
+		c.s.r = NewReadCache(r, size)
 	}
 	l, err := OpenLive(c.s.reader(), size)
 	if err != nil {

@@ -1,11 +1,14 @@
 package daxfs
 
 import (
+	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"io/fs"
 	"math"
+	"slices"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
@@ -37,8 +40,7 @@ type LiveFile struct {
 type LivePlan struct {
 	*Plan
 	live  []liveInode
-	files []LiveFile // in the order of the tree
-	ofs   []int32    // index in inodes of each of files
+	files []liveFile // in the order of the tree
 
 	fileBlocks int64 // blocks of the run that hold inodes of regular files
 	dirBlocks  int64 // blocks behind them: everything that is the image's alone
@@ -47,6 +49,19 @@ type LivePlan struct {
 	g    Geometry
 	off  int64 // of the run
 	slot int
+}
+
+// liveFile is what makes a LiveFile together with its inode. There may be millions.
+type liveFile struct {
+	key InodeKey
+	seq int32
+	ino int32 // index in inodes
+}
+
+// file is the LiveFile of one of files. Whether its inode is new, and where, is known after Resolve and PlaceLive.
+func (l *LivePlan) file(f *liveFile) LiveFile {
+	li := &l.live[f.ino]
+	return LiveFile{Key: f.key, Seq: int(f.seq), Data: l.data(&l.inodes[f.ino]), Nid: li.nid, New: !li.shared}
 }
 
 // liveInode is what the live tree adds to a planned inode. Offsets count from the start of the run.
@@ -107,7 +122,7 @@ func (l *LivePlan) sizes() error {
 
 // keys finds the regular files and gives each its key and number.
 func (l *LivePlan) keys() {
-	seq := map[InodeKey]int{}
+	l.files = make([]liveFile, 0, l.stats.Files)
 	b := make([]byte, 0, 512)
 	le := binary.LittleEndian
 	for i := range l.inodes {
@@ -115,8 +130,9 @@ func (l *LivePlan) keys() {
 		if !in.isRegular() {
 			continue
 		}
-		b = append(b[:0], in.data.Sum[:]...)
-		b = le.AppendUint64(b, uint64(in.data.Size))
+		d := l.data(in)
+		b = append(b[:0], d.Sum[:]...)
+		b = le.AppendUint64(b, uint64(d.Size))
 		for _, v := range [...]uint32{in.mode, in.uid, in.gid, in.nlink, in.mtime.Nsec} {
 			b = le.AppendUint32(b, v)
 		}
@@ -125,10 +141,20 @@ func (l *LivePlan) keys() {
 			b = le.AppendUint32(b, uint32(len(l.xattrs[x].enc)))
 			b = append(b, l.xattrs[x].enc...)
 		}
-		key := InodeKey(sha256.Sum256(b))
-		l.files = append(l.files, LiveFile{Key: key, Seq: seq[key], Data: in.data, New: true})
-		l.ofs = append(l.ofs, int32(i))
-		seq[key]++
+		l.files = append(l.files, liveFile{key: sha256.Sum256(b), ino: int32(i)})
+	}
+	// By key, then in the order of the tree: a map of all keys would take more memory than the files.
+	order := make([]int32, len(l.files))
+	for k := range order {
+		order[k] = int32(k)
+	}
+	slices.SortFunc(order, func(a, b int32) int {
+		return cmp.Or(bytes.Compare(l.files[a].key[:], l.files[b].key[:]), cmp.Compare(a, b))
+	})
+	for k := 1; k < len(order); k++ {
+		if f, before := &l.files[order[k]], &l.files[order[k-1]]; f.key == before.key {
+			f.seq = before.seq + 1
+		}
 	}
 }
 
@@ -136,13 +162,13 @@ func (l *LivePlan) keys() {
 // its contents lie, or for a nid of 0 and where the contents of a new inode lie.
 func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)) error {
 	for k := range l.files {
-		f, idx := &l.files[k], l.ofs[k]
-		nid, d, err := find(*f)
+		f := &l.files[k]
+		idx := f.ino
+		nid, d, err := find(l.file(f))
 		if err != nil {
 			return &TreeError{l.path(idx), err}
 		}
-		f.Nid, f.New, f.Data.Off = nid, nid == 0, d.Off
-		l.inodes[idx].data.Off = d.Off
+		l.inodes[idx].addr = d.Off
 		l.live[idx].nid, l.live[idx].shared = nid, nid != 0
 	}
 	return l.pack()
@@ -224,8 +250,8 @@ func (l *LivePlan) FileSize() int64 { return l.fileBlocks * BlockSize }
 
 // Files calls f for every regular file in the order of the tree. Nids of new inodes are known after Place.
 func (l *LivePlan) Files(f func(LiveFile)) {
-	for _, file := range l.files {
-		f(file)
+	for k := range l.files {
+		f(l.file(&l.files[k]))
 	}
 }
 
@@ -247,17 +273,14 @@ func (l *LivePlan) PlaceLive(g Geometry, off int64, slot int) error {
 	}
 	for i := range l.inodes {
 		in, li := &l.inodes[i], &l.live[i]
-		if d := in.data; d.Size > 0 && (d.Off < 0 || d.Off > end-roundUp(d.Size, BlockSize)) {
-			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", d.Size, d.Off, end)}
+		if in.hasData() && (in.addr < 0 || in.addr > end-roundUp(in.size, BlockSize)) {
+			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", in.size, in.addr, end)}
 		}
 		if !li.shared {
 			li.nid = g.nid(off + li.off)
 		}
 	}
 	l.live[0].nid = g.SlotNid(slot)
-	for k := range l.files {
-		l.files[k].Nid = l.live[l.ofs[k]].nid
-	}
 	l.g, l.off, l.slot = g, off, slot
 	return nil
 }

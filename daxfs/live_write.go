@@ -92,8 +92,8 @@ func (l *LivePlan) inode(idx int32) disk.ErofsInode {
 		e.Layout = disk.ErofsLayoutInline
 	}
 	switch {
-	case in.data.Size > 0:
-		e.Union = uint32(in.data.Off / BlockSize)
+	case in.hasData():
+		e.Union = uint32(in.addr / BlockSize)
 	case !in.isRegular() && li.blocks >= 0:
 		e.Union = uint32((l.off + li.blocks) / BlockSize)
 	}

@@ -33,6 +33,7 @@ type Options struct {
 type Plan struct {
 	label  string
 	inodes []inode // depth first, names sorted; the root is the first
+	sums   [][32]byte
 	xattrs []xattr
 	stats  Stats
 	left   []LeftOut
@@ -49,30 +50,39 @@ type Plan struct {
 	place *spot
 }
 
-// inode is one planned inode.
+// inode is one planned inode. There may be millions: what most of them lack is in inodeMore.
 type inode struct {
-	mode      uint32
-	uid, gid  uint32
-	nlink     uint32
-	rdev      uint32 // as EROFS stores it
-	ino       uint32 // from 1; those of the DAXFS half come first
-	parent    int32  // the directory of the first name; the root is its own
-	name      string // the first name
-	mtime     Time
-	size      int64 // as the EROFS half stores it
-	data      Data
+	mode     uint32
+	uid, gid uint32
+	nlink    uint32
+	rdev     uint32 // as EROFS stores it
+	ino      uint32 // from 1; those of the DAXFS half come first
+	parent   int32  // the directory of the first name; the root is its own
+	nth      int32  // the entry of parent that is the first name
+	sum      int32  // of the contents of a regular file with any, in Plan.sums
+	extended bool
+	inline   bool // the last block follows inode and xattrs
+	mtime    Time
+	size     int64 // as the EROFS half stores it; of a regular file, the size of its contents
+	addr     int64 // of the contents
+	off      int64 // of the inode in the core
+	*inodeMore
+}
+
+// inodeMore is what a directory, a symbolic link and an inode with xattrs have besides. The others share noMore, which
+// is never written to.
+type inodeMore struct {
 	target    string
 	kids      []dirent
 	xattrs    []int32 // numbers of Plan.xattrs, sorted by name
 	nshared   int     // how many of xattrs are references; they come first
 	xbytes    int     // bytes of xattrs after the inode
-	extended  bool
-	inline    bool  // the last block follows inode and xattrs
-	off       int64 // of the inode in the core
-	blocks    int64 // of the whole blocks of a directory or symlink in the core; 0 = none
-	v8Off     int64 // of the DAXFS entries or target in the core
-	v8Entries int   // entries of a directory in the DAXFS half
+	blocks    int64   // of the whole blocks of a directory or symlink in the core; 0 = none
+	v8Off     int64   // of the DAXFS entries or target in the core
+	v8Entries int     // entries of a directory in the DAXFS half
 }
+
+var noMore inodeMore
 
 type dirent struct {
 	name  string
@@ -91,6 +101,20 @@ type xattr struct {
 func (i *inode) isDir() bool     { return i.mode&unix.S_IFMT == unix.S_IFDIR }
 func (i *inode) isSymlink() bool { return i.mode&unix.S_IFMT == unix.S_IFLNK }
 func (i *inode) isRegular() bool { return i.mode&unix.S_IFMT == unix.S_IFREG }
+
+// hasData tells whether the inode is a regular file with contents.
+func (i *inode) hasData() bool { return i.isRegular() && i.size > 0 }
+
+// data returns the contents of an inode, which are of size 0 if it has none.
+func (p *Plan) data(i *inode) Data {
+	if !i.hasData() {
+		return Data{}
+	}
+	return Data{Off: i.addr, Size: i.size, Sum: p.sums[i.sum]}
+}
+
+// name is the first name of an inode that is not the root.
+func (p *Plan) name(i *inode) string { return p.inodes[i.parent].kids[i.nth].name }
 
 // inV8 tells whether the DAXFS half can hold the inode.
 func (i *inode) inV8() bool { return i.isDir() || i.isSymlink() || i.isRegular() }
@@ -160,8 +184,9 @@ func newTree(root *Node, o Options) (*Plan, error) {
 		return nil, &TreeError{"/", invalid("the root is not a directory")}
 	}
 	// At once where that can be told: inodes are large, and growing step by step takes three times their memory.
-	w.plan.inodes = make([]inode, 0, countNames(root, 1, maxPath))
-	if _, err := w.add(root, 0, "", 0); err != nil {
+	n := countNames(root, 1, maxPath)
+	w.plan.inodes, w.plan.sums = make([]inode, 0, n), make([][32]byte, 0, n)
+	if _, err := w.add(root, 0, 0, 0); err != nil {
 		return nil, err
 	}
 	p := w.plan
@@ -203,11 +228,11 @@ type walker struct {
 	scratch []byte
 }
 
-// add plans n, its first name being name in the directory parent, and everything below it. n's path has depth bytes.
-func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, error) {
+// add plans n, its first name being entry nth of the directory parent, and everything below it. n's path has depth bytes.
+func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 	p := w.plan
 	idx := int32(len(p.inodes))
-	p.inodes = append(p.inodes, inode{parent: parent, name: name})
+	p.inodes = append(p.inodes, inode{parent: parent, nth: int32(nth), inodeMore: &noMore})
 	if len(p.inodes) == math.MaxInt32 {
 		return 0, w.fail(idx, invalid("too many inodes: expected fewer than %d", math.MaxInt32))
 	}
@@ -216,15 +241,18 @@ func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, erro
 	}
 	w.seen[n] = idx
 	i := inode{
-		mode: n.Mode, uid: n.UID, gid: n.GID, nlink: 1, parent: parent, name: name, mtime: n.Mtime,
-		size: n.Data.Size, data: n.Data, target: n.Target,
+		mode: n.Mode, uid: n.UID, gid: n.GID, nlink: 1, parent: parent, nth: int32(nth), mtime: n.Mtime,
+		size: n.Data.Size, inodeMore: &noMore,
 	}
-	var err error
-	if i.xattrs, err = w.addXattrs(n.Mode, n.Xattrs); err != nil {
+	xattrs, err := w.addXattrs(n.Mode, n.Xattrs)
+	if err != nil {
 		return 0, w.fail(idx, err)
 	}
-	if len(i.xattrs) > 0 {
+	if len(xattrs) > 0 {
 		p.stats.Xattrs++
+	}
+	if i.isDir() || i.isSymlink() || len(xattrs) > 0 {
+		i.inodeMore = &inodeMore{target: n.Target, xattrs: xattrs}
 	}
 	switch n.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
@@ -243,8 +271,9 @@ func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, erro
 		p.stats.Others++
 		i.rdev = disk.ErofsEncodeDev(unix.Major(n.Rdev), unix.Minor(n.Rdev))
 	}
-	if i.data.Size == 0 {
-		i.data = Data{}
+	if i.hasData() {
+		i.addr, i.sum = n.Data.Off, int32(len(p.sums))
+		p.sums = append(p.sums, n.Data.Sum)
 	}
 	p.inodes[idx] = i
 	if len(n.Entries) == 0 {
@@ -272,7 +301,7 @@ func (w *walker) add(n *Node, parent int32, name string, depth int) (int32, erro
 			kids[k].child = c
 			continue
 		}
-		c, err := w.add(n, idx, name, depth+1+len(name))
+		c, err := w.add(n, idx, k, depth+1+len(name))
 		if err != nil {
 			return 0, err
 		}
@@ -293,7 +322,7 @@ func (p *Plan) path(idx int32) string {
 	}
 	var names []string
 	for ; idx != 0; idx = p.inodes[idx].parent {
-		names = append(names, p.inodes[idx].name)
+		names = append(names, p.name(&p.inodes[idx]))
 	}
 	slices.Reverse(names)
 	return "/" + strings.Join(names, "/")
@@ -383,8 +412,9 @@ func (p *Plan) hash() {
 			b = le.AppendUint32(b, v)
 		}
 		b = le.AppendUint64(b, uint64(i.mtime.Sec))
-		b = le.AppendUint64(b, uint64(i.data.Size))
-		b = append(b, i.data.Sum[:]...)
+		d := p.data(i)
+		b = le.AppendUint64(b, uint64(d.Size))
+		b = append(b, d.Sum[:]...)
 		str(i.target)
 		b = le.AppendUint32(b, uint32(len(i.xattrs)))
 		for _, x := range i.xattrs {
@@ -424,8 +454,8 @@ func (p *Plan) LeftOut() []LeftOut { return slices.Clone(p.left) }
 // Contents that several files share are named once for each file.
 func (p *Plan) Contents(f func(Data)) {
 	for i := range p.inodes {
-		if p.inodes[i].data.Size > 0 {
-			f(p.inodes[i].data)
+		if in := &p.inodes[i]; in.hasData() {
+			f(p.data(in))
 		}
 	}
 }

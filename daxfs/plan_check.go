@@ -106,8 +106,8 @@ func (p *Plan) checkContents() error {
 	}
 	files := make([]contents, 0, p.stats.Files) // small, so that sorting stays in the processor's cache
 	for i := range p.inodes {
-		if d := &p.inodes[i].data; d.Size > 0 {
-			files = append(files, contents{d.Off, d.Size, int32(i)})
+		if in := &p.inodes[i]; in.hasData() {
+			files = append(files, contents{in.addr, in.size, int32(i)})
 		}
 	}
 	slices.SortFunc(files, func(a, b contents) int {

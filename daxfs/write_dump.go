@@ -53,8 +53,8 @@ func (p *Plan) dumpInode(b *bufio.Writer, idx int32) {
 	if in.blocks > 0 {
 		fmt.Fprintf(b, " blocks=%d", in.blocks)
 	}
-	if in.data.Size > 0 {
-		fmt.Fprintf(b, " data=%d sum=%x", in.data.Off, in.data.Sum)
+	if in.hasData() {
+		fmt.Fprintf(b, " data=%d sum=%x", in.addr, p.sums[in.sum])
 	}
 	if in.v8Off > 0 {
 		fmt.Fprintf(b, " daxfs=%d", in.v8Off)

@@ -57,8 +57,8 @@ func (p *Plan) encodeInode(r *runWriter, at int64, idx int32, names []dirent) {
 		p.encodeXattrs(b[head:head+in.xbytes], in)
 	}
 	switch {
-	case in.data.Size > 0:
-		e.Union = uint32((in.data.Off - p.place.Image) / BlockSize)
+	case in.hasData():
+		e.Union = uint32((in.addr - p.place.Image) / BlockSize)
 	case in.blocks > 0:
 		e.Union = uint32((p.place.core + in.blocks) / BlockSize)
 	}

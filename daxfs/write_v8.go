@@ -24,8 +24,8 @@ func (p *Plan) writeV8(r *runWriter) {
 			}
 		case in.isSymlink():
 			e.DataOff = uint64(toBase + in.v8Off)
-		case in.data.Size > 0:
-			e.DataOff = uint64(in.data.Off - s.Image - s.base)
+		case in.hasData():
+			e.DataOff = uint64(in.addr - s.Image - s.base)
 		}
 		e.Marshal(r.at(at, disk.V8InodeSize))
 		at += disk.V8InodeSize

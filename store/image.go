@@ -132,19 +132,21 @@ func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
 func mergeLayers(ctx context.Context, from []Layer,
 	get func(context.Context, Layer) (*layer.Layer, error),
 ) (*daxfs.Node, error) {
-	var layers []*layer.Layer
+	m := tree.NewMerger()
 	for _, f := range from {
 		made, err := get(ctx, f)
 		if err != nil {
 			return nil, err
 		}
-		layers = append(layers, made)
+		apply := m.Apply
+		if made.Cost() > maxCached { // nobody else has it: the cache keeps none that large
+			apply = m.Take
+		}
+		if err := apply(made); err != nil {
+			return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
+		}
 	}
-	root, err := tree.Merge(layers)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
-	}
-	return root, nil
+	return m.Root(), nil
 }
 
 // rebuild adds the images again that somebody holds without having asked for them: those that were put into the pool to

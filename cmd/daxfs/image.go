@@ -45,9 +45,9 @@ func openImage(name string) (*image, error) {
 	return &image{f, size}, nil
 }
 
-// fs opens the EROFS half, which holds everything.
+// fs opens the EROFS half, which holds everything. It is for one goroutine.
 func (i *image) fs() (*daxfs.FS, error) {
-	f, err := daxfs.Open(i, i.size)
+	f, err := daxfs.Open(daxfs.NewReadCache(i.File, i.size), i.size)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", i.Name(), err)
 	}

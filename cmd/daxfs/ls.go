@@ -301,12 +301,14 @@ func (e *env) cat(c *cli.Context) error {
 			Err: fmt.Errorf("is a %s, expected a file", typeName(in.Mode)),
 		})
 	}
-	return copyContents(c, e.stdout, in)
+	return copyContents(c, e.stdout, in, make([]byte, min(copyBuffer, in.Size)))
 }
 
-// copyContents writes a regular file, and looks for an interruption between its pieces.
-func copyContents(c *cli.Context, w io.Writer, in daxfs.Inode) error {
-	buf := make([]byte, 1<<20)
+// copyBuffer is the size of the pieces that contents are copied in, in bytes.
+const copyBuffer = 1 << 20
+
+// copyContents writes a regular file in pieces as large as buf, and looks for an interruption between them.
+func copyContents(c *cli.Context, w io.Writer, in daxfs.Inode, buf []byte) error {
 	for off := int64(0); off < in.Size; {
 		if err := c.Context.Err(); err != nil {
 			return err

@@ -19,6 +19,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 )
@@ -40,7 +41,16 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), interrupts...)
 	// A second ^C ends the process at once.
 	context.AfterFunc(ctx, stop)
+	tuneMemory()
 	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))
+}
+
+// tuneMemory makes the collector run when the heap has grown by a quarter, unless GOGC says otherwise. A command that
+// keeps something for each of a million files would else need twice the memory, and saves only a tenth of its time.
+func tuneMemory() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(25)
+	}
 }
 
 // run is the program. args[0] is its name.

@@ -129,10 +129,13 @@ func newBuilder(src Source, lim Limits) *builder {
 	return &builder{layer: &Layer{Source: src}, lim: lim.withDefaults()}
 }
 
+// slabNodes is how many nodes are allocated at once: what just fits a size class of the Go runtime, 8 KiB.
+const slabNodes = 60
+
 // node returns a zero node. Nodes are allocated many at a time: a layer lives and dies as a whole.
 func (b *builder) node() *daxfs.Node {
 	if len(b.slab) == 0 {
-		b.slab = make([]daxfs.Node, 64)
+		b.slab = make([]daxfs.Node, slabNodes)
 	}
 	n := &b.slab[0]
 	b.slab = b.slab[1:]

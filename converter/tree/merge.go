@@ -59,6 +59,7 @@ func Merge(layers []*layer.Layer) (*daxfs.Node, error) {
 type Merger struct {
 	root  *daxfs.Node
 	layer int
+	own   bool // the present layer is the merger's own, see Take
 	exact bool // attributes are complete, see layer.FromDirectory
 	steps int  // what path resolution may still cost
 	// inherited is the size of the ACLs that inodes inherited, in all layers.
@@ -94,6 +95,16 @@ func NewMerger() *Merger {
 // Root returns the root of the tree, which the next Apply may change.
 func (m *Merger) Root() *daxfs.Node { return m.root }
 
+// Take is Apply of a layer that nobody else has: its nodes become the tree's, and what was applied of it is forgotten at
+// once, so that a large layer is not in memory beside its tree. The layer is empty afterwards.
+func (m *Merger) Take(l *layer.Layer) error {
+	m.own = true
+	defer func() { m.own = false }()
+	err := m.Apply(l)
+	l.Changes = nil
+	return err
+}
+
 // Apply applies the next layer. After an error, which is an *Error, the tree is of no use.
 func (m *Merger) Apply(l *layer.Layer) error {
 	defer func() { m.layer++ }()
@@ -108,8 +119,12 @@ func (m *Merger) Apply(l *layer.Layer) error {
 		}
 	}
 	for i := range l.Changes {
-		if err := m.change(&l.Changes[i]); err != nil {
+		c := &l.Changes[i]
+		if err := m.change(c); err != nil {
 			return m.error(l, i, err)
+		}
+		if m.own && (c.Op != layer.OpAdd || c.Node.Mode&unix.S_IFMT != unix.S_IFDIR) {
+			*c = layer.Change{}
 		}
 	}
 	// Making entries changes the time of a directory, so these times come last. By name: meanwhile the name may
@@ -192,6 +207,12 @@ func (m *Merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 		if n != nil {
 			m.remove(dir, name)
 		}
+		if m.own && m.takesOver(dir, from) {
+			from.Mode = kind | from.Mode&permissions
+			m.enter(dir, name, from)
+			m.touch(dir, name)
+			return nil
+		}
 		var err error
 		if n, err = m.create(dir, name, kind); err != nil {
 			return err
@@ -200,6 +221,20 @@ func (m *Merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 	}
 	m.touch(dir, name)
 	return m.setAttributes(n, from)
+}
+
+// takesOver tells whether a node of a layer is, as it is, the inode that it makes in a directory: nothing is inherited, and no
+// attribute changes another. The node of a directory stays the layer's, which needs its time in the end.
+func (m *Merger) takesOver(dir, from *daxfs.Node) bool {
+	kind := from.Mode & unix.S_IFMT
+	if kind == unix.S_IFDIR || len(from.Xattrs) > 0 {
+		return false
+	}
+	if m.exact {
+		return true
+	}
+	return dir.Mode&unix.S_ISGID == 0 && len(dir.Xattrs) == 0 && from.UID != layer.KeepID && from.GID != layer.KeepID &&
+		(kind != unix.S_IFLNK || from.Mode == unix.S_IFLNK|0o777)
 }
 
 // create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory, and ACLs.
@@ -243,6 +278,9 @@ func (m *Merger) link(dir *daxfs.Node, name string, c *layer.Change) error {
 func (m *Merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
 	if dir.Entries == nil {
 		dir.Entries = make(map[string]*daxfs.Node)
+	}
+	if m.own {
+		name = strings.Clone(name) // or the tree would keep the whole path
 	}
 	dir.Entries[name] = n
 	if n.Mode&unix.S_IFMT == unix.S_IFLNK {
@@ -291,10 +329,13 @@ func (m *Merger) hideLower(dir *daxfs.Node) {
 	}
 }
 
+// slabNodes is how many nodes are allocated at once: what just fits a size class of the Go runtime, 8 KiB.
+const slabNodes = 60
+
 // node returns a zero node.
 func (m *Merger) node() *daxfs.Node {
 	if len(m.slab) == 0 {
-		m.slab = make([]daxfs.Node, 64)
+		m.slab = make([]daxfs.Node, slabNodes)
 	}
 	n := &m.slab[0]
 	m.slab = m.slab[1:]

@@ -55,7 +55,16 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 		}
 	}
 	r.End = p.tail
+	s.forget()
 	return r, nil
+}
+
+// forget drops what is known of contents: the tree says all that is needed from now on, and there may be millions.
+func (s *Sink) forget() {
+	s.out.extents, s.out.known, s.out.gaps = nil, nil, nil
+	for _, l := range s.layers {
+		l.refs = nil
+	}
 }
 
 // collect lists the nodes with contents, each once.

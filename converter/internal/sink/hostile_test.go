@@ -13,7 +13,7 @@ func testPlacer(t *testing.T) *placer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	return &placer{f: f, align: true, tail: page, known: map[[32]byte]int32{}}
+	return &placer{f: f, align: true, tail: page, known: map[uint64]int32{}}
 }
 
 // TestManyGaps: a million contents at the end that fit into none of the million gaps at the beginning.
@@ -32,5 +32,26 @@ func TestManyGaps(t *testing.T) {
 	}
 	if moved, err := p.fillFromTail(live); err != nil || moved != 0 {
 		t.Errorf("moved %d bytes (%v), expected that slide does the work", moved, err)
+	}
+}
+
+// TestSumsThatBeginAlike: contents are equal if their whole sums are, not only the bytes by which they are looked up.
+func TestSumsThatBeginAlike(t *testing.T) {
+	p := testPlacer(t)
+	var sums [3][32]byte
+	for i := range sums {
+		sums[i] = [32]byte{1, 2, 3, 31: byte(i)}
+		id, err := p.whole(item{size: page, sum: sums[i]}, make([]byte, page))
+		if err != nil || id != int32(i) {
+			t.Fatalf("contents %d are extent %d, %v", i, id, err)
+		}
+	}
+	for i := range sums {
+		if id, err := p.whole(item{size: page, sum: sums[i]}, make([]byte, page)); err != nil || id != int32(i) {
+			t.Errorf("contents %d are found as extent %d, %v", i, id, err)
+		}
+	}
+	if p.saved != 3*page {
+		t.Errorf("%d bytes saved, expected %d", p.saved, 3*page)
 	}
 }

@@ -2,6 +2,7 @@ package sink
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"slices"
@@ -14,6 +15,7 @@ type extent struct {
 	off, size int64
 	sum       [32]byte
 	live      bool
+	alike     int32 // 1 + an older extent whose sum begins in the same way, 0 if there is none
 }
 
 func (e extent) end() int64 { return e.off + up(e.size, page) }
@@ -31,8 +33,8 @@ type placer struct {
 	tail    int64
 	gaps    []gap
 	extents []extent
-	known   map[[32]byte]int32 // extents by their sum, which proves that contents are equal
-	saved   int64              // bytes of contents that were there already
+	known   map[uint64]int32 // 1 + the last extent whose sum begins with these 8 bytes
+	saved   int64            // bytes of contents that were there already
 
 	big struct { // the content of which not all pieces have come
 		off, done int64
@@ -142,7 +144,7 @@ func (p *placer) pack(l *Layer, items []item, buf []byte) error {
 
 // whole places a content that lies in one pack.
 func (p *placer) whole(it item, b []byte) (int32, error) {
-	if id, ok := p.known[it.sum]; ok {
+	if id, ok := p.find(it.sum); ok {
 		p.saved += it.size
 		return id, nil
 	}
@@ -173,7 +175,7 @@ func (p *placer) piece(it item, b []byte) (int32, error) {
 	if !it.last {
 		return 0, nil
 	}
-	if id, ok := p.known[it.sum]; ok {
+	if id, ok := p.find(it.sum); ok {
 		p.saved += it.size
 		// As if it had never been placed.
 		if err := p.zero(p.big.off, p.tail); err != nil {
@@ -186,11 +188,24 @@ func (p *placer) piece(it item, b []byte) (int32, error) {
 }
 
 func (p *placer) record(it item, off int64) int32 {
-	id := int32(len(p.extents))
-	p.extents = append(p.extents, extent{off: off, size: it.size, sum: it.sum})
-	p.known[it.sum] = id
+	id, key := int32(len(p.extents)), sumKey(it.sum)
+	p.extents = append(p.extents, extent{off: off, size: it.size, sum: it.sum, alike: p.known[key]})
+	p.known[key] = id + 1
 	return id
 }
+
+// find returns the extent with a sum, which proves that contents are equal.
+func (p *placer) find(sum [32]byte) (int32, bool) {
+	for id := p.known[sumKey(sum)]; id != 0; id = p.extents[id-1].alike {
+		if p.extents[id-1].sum == sum {
+			return id - 1, true
+		}
+	}
+	return 0, false
+}
+
+// sumKey is the beginning of a sum. Whole sums would double the size of the map.
+func sumKey(sum [32]byte) uint64 { return binary.LittleEndian.Uint64(sum[:]) }
 
 // alloc finds room. Big contents start at a multiple of 2 MiB at the end; what they leave free before them is filled
 // with small contents that come later.

@@ -115,7 +115,7 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 		return nil, err
 	}
 	s.wake = sync.NewCond(&s.mu)
-	s.out = placer{f: f, align: !o.NoAlign, tail: page, known: map[[32]byte]int32{}}
+	s.out = placer{f: f, align: !o.NoAlign, tail: page, known: map[uint64]int32{}}
 	for i := range layers {
 		s.layers = append(s.layers, &Layer{s: s, index: i})
 	}

@@ -1,0 +1,71 @@
+package daxfs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// ReadCache is a reader of an image that keeps a few chunks of what it read last, 1 MiB in all. A walk through an image
+// reads metadata in small pieces that lie together: with a ReadCache most of them cost no system call.
+//
+// It is for one goroutine at a time, and for an image that does not change.
+type ReadCache struct {
+	r    io.ReaderAt
+	size int64
+	slot [16]struct {
+		off int64
+		b   []byte
+	}
+}
+
+const cacheChunk = 64 << 10
+
+// NewReadCache returns a cache of an image of size bytes.
+func NewReadCache(r io.ReaderAt, size int64) *ReadCache { return &ReadCache{r: r, size: size} }
+
+// ReadAt implements io.ReaderAt. A read of a chunk or more goes past the cache.
+func (c *ReadCache) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("daxfs: negative offset %d", off)
+	}
+	if len(p) >= cacheChunk {
+		return c.r.ReadAt(p, off)
+	}
+	n := 0
+	for n < len(p) {
+		if off >= c.size {
+			return n, io.EOF
+		}
+		b, err := c.chunk(off)
+		if err != nil {
+			return n, err
+		}
+		k := copy(p[n:], b)
+		n += k
+		off += int64(k)
+	}
+	return n, nil
+}
+
+// chunk returns the cached bytes from off (< size) to the end of its chunk.
+func (c *ReadCache) chunk(off int64) ([]byte, error) {
+	start := off &^ (cacheChunk - 1)
+	s := &c.slot[start/cacheChunk%int64(len(c.slot))]
+	if len(s.b) == 0 || s.off != start {
+		n := int(min(cacheChunk, c.size-start))
+		if s.b == nil {
+			s.b = make([]byte, cacheChunk)
+		}
+		s.b = s.b[:n]
+		if k, err := c.r.ReadAt(s.b, start); k < n {
+			s.b = s.b[:0]
+			if err == nil || errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
+		s.off = start
+	}
+	return s.b[off-start:], nil
+}
