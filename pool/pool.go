@@ -397,7 +397,7 @@ func (p *Pool) load(h *header) error {
 		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, the region is an older copy: %w", h.generation, p.index.path, c.gen, ErrWiped)
 	}
 	p.header = *h
-	if err := p.adopt(c); err != nil {
+	if err := cmp.Or(p.adopt(c), p.adoptDamaged()); err != nil {
 		return fmt.Errorf("pool: index %q: %w: %w", p.index.path, ErrCorrupt, err)
 	}
 	// Each opening is a generation of its own: that tells copies of the index or the region that were taken in between.
@@ -532,12 +532,11 @@ func (p *Pool) repair(gen uint64) error {
 		if _, err := p.region.ReadAt(have, p.header.geo.SlotOff(m.Slot)); err != nil {
 			return err
 		}
-		entry, want := make([]byte, entrySize), make([]byte, entrySize)
+		entry := make([]byte, entrySize)
 		if _, err := p.region.ReadAt(entry, entryOff(m.Slot)); err != nil {
 			return err
 		}
-		encodeImage(want, &m.Image)
-		if !bytes.Equal(have, m.slot) || !bytes.Equal(entry, want) {
+		if !bytes.Equal(have, m.slot) || !bytes.Equal(entry, p.entry(m)) {
 			p.stale[m.Slot] = m.slot
 		}
 	}
