@@ -34,6 +34,7 @@ type extent struct {
 	erased bool  // inodes may be zero already, so the extent never comes to life again
 	// damaged is set when the bytes were found not to be those that were put. The extent is not listed then.
 	damaged bool
+	got     string // the digest of what was read then, in hexadecimal; empty if an earlier owner read it
 }
 
 // sharedInode is the inode of a regular file in the live tree.
@@ -197,6 +198,7 @@ func (p *Pool) forgetExtent(e *extent) {
 	p.unlist(e)
 	delete(p.extents, e.off)
 	if e.damaged { // with the change that gives the place to others
+		p.damaged.Add(-1)
 		p.index.noteLast(noted{kindDamaged, damagedKey(e), nil})
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -79,6 +80,8 @@ type Pool struct {
 	adding  map[string]chan struct{} // images that are being added; closed when done
 	dead    int64                    // counts extents that died, to tell which is the oldest
 	freeing int                      // calls that have dropped extents but not yet freed their space
+
+	damaged atomic.Int64 // number of damaged extents: there are none nearly always
 }
 
 // Create makes an empty pool in a region that holds nothing, with a new index, and opens it. The region stays the

@@ -32,6 +32,25 @@ type Damage struct {
 	Layers []string `json:"layers"`
 }
 
+// Finding is the damage as Check reports it.
+func (d Damage) Finding() Finding {
+	f := Finding{Rule: "pool.sum", Off: d.Off, Known: d.Found == ""}
+	f.Msg = fmt.Sprintf("%d bytes are not those of sum %s", d.Size, d.Sum)
+	if d.Found != "" {
+		f.Msg = fmt.Sprintf("%d bytes have sum %s, expected %s", d.Size, d.Found, d.Sum)
+		if d.Found == d.Sum {
+			f.Rule, f.Msg = "pool.tail", fmt.Sprintf("the rest of the last page of %d bytes is not zero", d.Size)
+		}
+	}
+	for _, keys := range [][]string{d.Layers, d.Images} {
+		if len(keys) > 0 {
+			f.Key = keys[0]
+		}
+	}
+	f.Msg += fmt.Sprintf("; they are in images %q and layers %q", d.Images, d.Layers)
+	return f
+}
+
 // ScrubOptions are the choices of Scrub. The zero value is as fast as one processor can be.
 type ScrubOptions struct {
 	// Rate is how many bytes of contents are read in a second; 0 sets no limit.
@@ -121,12 +140,10 @@ func (p *Pool) scrubOne(ctx context.Context, e *extent, done *Scrubbed, report f
 	if c.intact(e) {
 		return nil
 	}
-	marked, err := p.markDamaged(e)
+	marked, err := p.markDamaged(e, fmt.Sprintf("%x", c.sum))
 	if marked {
 		done.Damaged++
-		d := p.damage(e)
-		d.Found = fmt.Sprintf("%x", c.sum)
-		report(d)
+		report(p.damage(e))
 	}
 	return err
 }
@@ -170,16 +187,18 @@ func (p *Pool) uncache(off, n int64) {
 	}
 }
 
-// markDamaged makes an extent one that is given to nobody. It reports false if the extent was freed meanwhile.
-func (p *Pool) markDamaged(e *extent) (bool, error) {
+// markDamaged makes an extent one that is given to nobody. It reports false if it is one already, or was
+// freed meanwhile.
+func (p *Pool) markDamaged(e *extent, got string) (bool, error) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	p.mu.Lock()
-	if p.extents[e.off] != e {
+	if p.extents[e.off] != e || e.damaged {
 		p.mu.Unlock()
 		return false, nil
 	}
-	e.damaged = true
+	e.damaged, e.got = true, got
+	p.damaged.Add(1)
 	p.unlist(e)
 	p.mu.Unlock()
 	err := p.index.setRecord(kindDamaged, damagedKey(e), e.sum[:])
@@ -219,7 +238,7 @@ func (p *Pool) entry(m *image) []byte {
 }
 
 func (p *Pool) isDamaged(es []*extent) bool {
-	return slices.ContainsFunc(es, func(e *extent) bool { return e.damaged })
+	return p.damaged.Load() > 0 && slices.ContainsFunc(es, func(e *extent) bool { return e.damaged })
 }
 
 // adoptDamaged marks the extents that an earlier owner found to be damaged.
@@ -236,6 +255,7 @@ func (p *Pool) adoptDamaged() error {
 			continue
 		}
 		e.damaged = true
+		p.damaged.Add(1)
 		p.unlist(e)
 	}
 	return nil
@@ -249,7 +269,8 @@ func (p *Pool) damage(e *extent) Damage {
 }
 
 func (p *Pool) damageOf(e *extent) Damage {
-	d := Damage{Off: e.off, Size: e.size, Sum: fmt.Sprintf("%x", e.sum), Images: []string{}, Layers: []string{}}
+	d := Damage{Off: e.off, Size: e.size, Sum: fmt.Sprintf("%x", e.sum), Found: e.got}
+	d.Images, d.Layers = []string{}, []string{}
 	for _, key := range slices.Sorted(maps.Keys(p.images)) {
 		if slices.Contains(p.images[key].used, e) {
 			d.Images = append(d.Images, key)

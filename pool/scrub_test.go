@@ -78,6 +78,7 @@ func TestScrubFlips(t *testing.T) {
 			r.mem[at] ^= bit
 			p.mu.Lock()
 			e.damaged = false
+			p.damaged.Add(-1)
 			p.list(e)
 			p.mu.Unlock()
 			if err := p.index.setRecord(kindDamaged, damagedKey(e), nil); err != nil {
