@@ -111,7 +111,7 @@ func Default() *Config {
 		Address:    "/run/daxfs-snapshotter/daxfs.sock",
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
-		Pool:       Pool{Kind: "file", Windows: "auto", Scrub: 8 << 20},
+		Pool:       Pool{Kind: "file", Windows: "auto", Scrub: 4 << 20},
 		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
 		Layers: Layers{
 			Durability: DurabilityPack, Workers: 2, MaxSize: 1 << 40, MaxEntries: 4 << 20,

@@ -3,6 +3,8 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -16,6 +18,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // harm flips a bit in the middle of contents of the pool.
@@ -30,10 +34,7 @@ func (c *client) harm(t *testing.T, body []byte) {
 		if !bytes.Equal(page, body[:len(page)]) {
 			continue
 		}
-		at := off + int64(len(body)/2)
-		if _, err := r.WriteAt([]byte{body[len(body)/2] ^ 4}, at); err != nil {
-			t.Fatal(err)
-		}
+		flipBit(t, r, off+int64(len(body)/2), 2)
 		return
 	}
 	t.Fatal("the pool does not hold the contents")
@@ -192,4 +193,83 @@ func scrape(t *testing.T, cl *client) string {
 		t.Fatal(w.Code)
 	}
 	return w.Body.String()
+}
+
+// Bits flip one after another in the contents of an image that a container runs from: one scrub finds each, and nobody is
+// given what it found. Containers of another image notice nothing.
+func TestScrubMany(t *testing.T) {
+	const flips = 12
+	for _, f := range flavours[:2] {
+		t.Run(f.name, func(t *testing.T) {
+			address := filepath.Join(t.TempDir(), "c.sock")
+			cl, m := inside(t, f, func(cfg *config.Config) { cfg.Containerd.Address = address })
+			ctx := namespaces.WithNamespace(t.Context(), "default")
+			blobs := serveContents(t, m, address)
+			other := file{"other", random(9, 200_000)}
+			var files []file
+			for i, size := range []int{1, 4096, 10_000, 300_000, 1 << 20} {
+				files = append(files, file{fmt.Sprint(i), random(uint64(i), size)})
+			}
+			m.offer(ctx, blobs, makeTar(files...))
+			first, err := m.pull(ctx, true, files)
+			m.must(err)
+			second, err := m.pull(ctx, true, []file{other})
+			m.must(err)
+			m.must(cl.sn.Flush(ctx))
+			m.run(ctx, "default/100/c", first)
+			dir, _, _ := m.run(ctx, "default/101/c", second)
+			rng := rand.New(rand.NewPCG(7, 8))
+			for i := range flips {
+				victim := files[rng.IntN(len(files))]
+				off := cl.place(t, victim.name)
+				at := off + rng.Int64N((int64(len(victim.body))+4095)/4096*4096)
+				flipBit(t, cl.pool().Region(), at, rng.IntN(8))
+				got, err := cl.scrub(ctx, 0)
+				if err != nil || got.Damaged != 1 || got.Lost != "" {
+					t.Fatalf("flip %d, at %d: %+v, %v", i, at, got, err)
+				}
+				if now := cl.place(t, victim.name); now == off {
+					t.Fatalf("flip %d: the image still leads to the contents at %d", i, off)
+				}
+				mounts, err := m.sn.Prepare(ctx, "default/102/c", first)
+				m.must(err)
+				m.compare(mounts, files...)
+				m.must(m.sn.Remove(ctx, "default/102/c"))
+				m.holds(dir, other)
+			}
+		})
+	}
+}
+
+// place is where the pool has the contents of a file of the first image that has one of that name.
+func (c *client) place(t *testing.T, name string) int64 {
+	t.Helper()
+	r := c.pool().Region()
+	live, err := daxfs.OpenLive(r, r.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, info := range c.store.Images() {
+		img, err := live.Image(info.Slot)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st, err := img.Stat(name); err == nil {
+			return st.Sys().(*daxfs.Stat).Off
+		}
+	}
+	t.Fatalf("no image has %q", name)
+	return 0
+}
+
+func flipBit(t *testing.T, r region.Region, at int64, bit int) {
+	t.Helper()
+	b := make([]byte, 1)
+	if _, err := r.ReadAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1 << bit
+	if _, err := r.WriteAt(b, at); err != nil {
+		t.Fatal(err)
+	}
 }

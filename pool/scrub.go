@@ -89,13 +89,18 @@ func (p *Pool) Scrub(ctx context.Context, o ScrubOptions, report func(Damage)) (
 		}
 		if o.Rate > 0 {
 			due := time.Duration(float64(done.Bytes) / float64(o.Rate) * float64(time.Second))
-			if err := pause(ctx, due-time.Since(began)); err != nil {
-				return done, fmt.Errorf("pool: scrub: %w", err)
+			if ahead := due - time.Since(began); ahead >= scrubPause {
+				if err := pause(ctx, ahead); err != nil {
+					return done, fmt.Errorf("pool: scrub: %w", err)
+				}
 			}
 		}
 	}
 	return done, nil
 }
+
+// scrubPause is how far a scrub is ahead of its rate before it waits: waking up costs more than reading a small file.
+const scrubPause = 100 * time.Millisecond
 
 func pause(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
