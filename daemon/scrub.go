@@ -27,9 +27,10 @@ type ScrubAnswer struct {
 	Lost string `json:"lost,omitempty"`
 }
 
-// scrubLoop scrubs the pool again and again, at most rate bytes a second, until ctx ends.
-func (d *Daemon) scrubLoop(ctx context.Context, rate int64) {
-	for wait := scrubDelay; rate > 0; {
+// scrubLoop scrubs the pool again and again, at most rate bytes a second, until ctx ends: for the first time after delay,
+// and then delay after the last one and interval after the last one began. It does nothing if rate is 0.
+func (d *Daemon) scrubLoop(ctx context.Context, rate int64, delay, interval time.Duration) {
+	for wait := delay; rate > 0; {
 		select {
 		case <-ctx.Done():
 			return
@@ -39,7 +40,7 @@ func (d *Daemon) scrubLoop(ctx context.Context, rate int64) {
 		if _, err := d.scrub(ctx, rate); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Error("the contents of the pool cannot be read through")
 		}
-		wait = max(scrubDelay, scrubInterval-time.Since(began))
+		wait = max(delay, interval-time.Since(began))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	cmount "github.com/containerd/containerd/v2/core/mount"
@@ -193,6 +194,35 @@ func scrape(t *testing.T, cl *client) string {
 		t.Fatal(w.Code)
 	}
 	return w.Body.String()
+}
+
+// The loop finds what changes while the daemon runs, and does nothing where the configuration says so.
+func TestScrubLoop(t *testing.T) {
+	cl, m := inside(t, flavours[1], func(*config.Config) {})
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	a := file{"a", random(1, 300_000)}
+	_, err := m.pull(ctx, true, []file{a})
+	m.must(err)
+	m.must(cl.sn.Flush(ctx))
+	cl.harm(t, a.body)
+	cl.scrubLoop(ctx, 0, 0, 0)
+	if d := cl.pool().Damaged(); len(d) > 0 {
+		t.Errorf("found without a scrub: %+v", d)
+	}
+	lctx, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		cl.scrubLoop(lctx, 1<<30, time.Millisecond, time.Millisecond)
+	}()
+	for deadline := time.Now().Add(patience); len(cl.pool().Damaged()) == 0 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	<-done
+	if d := cl.pool().Damaged(); len(d) != 1 {
+		t.Errorf("damaged: %+v", d)
+	}
 }
 
 // Bits flip one after another in the contents of an image that a container runs from: one scrub finds each, and nobody is

@@ -46,7 +46,7 @@ func (d *Daemon) Serve(ctx context.Context, ready func()) error {
 	scrubbed := make(chan struct{})
 	go func() {
 		defer close(scrubbed)
-		d.scrubLoop(sctx, int64(d.cfg.Pool.Scrub))
+		d.scrubLoop(sctx, int64(d.cfg.Pool.Scrub), scrubDelay, scrubInterval)
 	}()
 	defer func() { // before the pool is closed
 		stopScrub()
