@@ -27,8 +27,8 @@ type ScrubAnswer struct {
 	Lost string `json:"lost,omitempty"`
 }
 
-// scrubLoop scrubs the pool again and again, at most rate bytes a second, until ctx ends: for the first time after delay,
-// and then delay after the last one and interval after the last one began. It does nothing if rate is 0.
+// scrubLoop scrubs the pool again and again, at most rate bytes a second, until ctx ends: for the first time after
+// delay, and then delay after the last one and interval after the last one began. It does nothing if rate is 0.
 func (d *Daemon) scrubLoop(ctx context.Context, rate int64, delay, interval time.Duration) {
 	for wait := delay; rate > 0; {
 		select {
