@@ -225,8 +225,8 @@ func TestScrubLoop(t *testing.T) {
 	}
 }
 
-// Bits flip one after another in the contents of an image that a container runs from: one scrub finds each, and nobody is
-// given what it found. Containers of another image notice nothing.
+// Bits flip one after another in the contents of an image that a container runs from: one scrub finds each, and nobody
+// is given what it found. Containers of another image notice nothing.
 func TestScrubMany(t *testing.T) {
 	const flips = 12
 	for _, f := range flavours[:2] {

@@ -150,5 +150,6 @@ func TestDamagedBeforeMount(t *testing.T) {
 	k.expect(dir, a)
 	k.private = true
 	k.damaged = time.Time{}
-	k.must(k.Sweep(ctx, wants{bad.Key: InUse, good.Key: InUse, bad.Layers[0].Key: InUse, good.Layers[0].Key: InUse}, false))
+	need := wants{bad.Key: InUse, good.Key: InUse, bad.Layers[0].Key: InUse, good.Layers[0].Key: InUse}
+	k.must(k.Sweep(ctx, need, false))
 }
