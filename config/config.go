@@ -59,6 +59,8 @@ type Pool struct {
 	Phys uint64 `toml:"phys"`
 	// Windows says whether images have windows for the kernel module daxfs.
 	Windows string `toml:"windows"`
+	// Scrub is how many bytes of contents are read in a second in the background; 0 reads none.
+	Scrub Size `toml:"scrub"`
 }
 
 // Mount says how images and containers are mounted.
@@ -109,7 +111,7 @@ func Default() *Config {
 		Address:    "/run/daxfs-snapshotter/daxfs.sock",
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
-		Pool:       Pool{Kind: "file", Windows: "auto"},
+		Pool:       Pool{Kind: "file", Windows: "auto", Scrub: 4 << 20},
 		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
 		Layers: Layers{
 			Durability: DurabilityPack, Workers: 2, MaxSize: 1 << 40, MaxEntries: 4 << 20,
@@ -228,6 +230,9 @@ func (p *Pool) validate() []error {
 	var errs []error
 	if p.Size < 0 {
 		errs = append(errs, fmt.Errorf("key %q: %d is negative", "pool.size", int64(p.Size)))
+	}
+	if p.Scrub < 0 {
+		errs = append(errs, fmt.Errorf("key %q: %d is negative", "pool.scrub", int64(p.Scrub)))
 	}
 	if p.Path != "" && !filepath.IsAbs(p.Path) {
 		errs = append(errs, fmt.Errorf("key %q: %q is not an absolute path", "pool.path", p.Path))

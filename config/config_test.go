@@ -88,6 +88,7 @@ func TestRefused(t *testing.T) {
 		{"[pool]\nphys = 4096", `key "pool.phys"`},
 		{"[pool]\nsize = \"many\"", `size "many"`},
 		{"[pool]\nsize = -1", `key "pool.size"`},
+		{"[pool]\nscrub = -1", `key "pool.scrub": -1 is negative`},
 		{"[pool]\npath = \"pool\"", `key "pool.path"`},
 		{"[mount]\ndriver = \"erofs-tape\"", `key "mount.driver"`},
 		{"[mount]\nfuse_helper = \"daxfs\"", `key "mount.fuse_helper"`},

@@ -63,6 +63,26 @@ type Options struct {
 	Progress Progress
 }
 
+func (o Options) withDefaults() Options {
+	if o.Platform == (source.Platform{}) {
+		o.Platform = source.Host()
+	}
+	if o.Memory <= 0 {
+		o.Memory = DefaultMemory
+	}
+	if o.MaxSize <= 0 {
+		o.MaxSize = DefaultMaxSize
+	}
+	if o.MaxEntries <= 0 {
+		o.MaxEntries = DefaultMaxEntries
+	}
+	if o.Concurrency <= 0 {
+		o.Concurrency = runtime.GOMAXPROCS(0)
+	}
+	o.Concurrency = max(o.Concurrency, sink.Lanes)
+	return o
+}
+
 // Progress observes a conversion. Its methods are called from several goroutines, and should return soon.
 type Progress interface {
 	// Start is called once, when the layers are known.
@@ -95,27 +115,14 @@ type Result struct {
 	Dir layer.Stats
 	// UUID of the image.
 	UUID [16]byte
+	// RootHash authenticates the image: see daxfs.Prove.
+	RootHash daxfs.RootHash
 }
 
 // Convert writes the image that src holds to the file output, which it replaces. When it fails, or ctx ends, output is
 // as it was before.
 func Convert(ctx context.Context, src source.Source, output string, o Options) (*Result, error) {
-	if o.Platform == (source.Platform{}) {
-		o.Platform = source.Host()
-	}
-	if o.Memory <= 0 {
-		o.Memory = DefaultMemory
-	}
-	if o.MaxSize <= 0 {
-		o.MaxSize = DefaultMaxSize
-	}
-	if o.MaxEntries <= 0 {
-		o.MaxEntries = DefaultMaxEntries
-	}
-	if o.Concurrency <= 0 {
-		o.Concurrency = runtime.GOMAXPROCS(0)
-	}
-	o.Concurrency = max(o.Concurrency, sink.Lanes)
+	o = o.withDefaults()
 	f, err := newOutput(output) // first: looking for an image may take a while
 	if err != nil {
 		return nil, err
@@ -161,24 +168,16 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 		return nil, err
 	}
 	defer s.Abort()
-	c := &conversion{o: o, sink: s, img: img, tree: tree.NewMerger()}
-	if img.Tree != nil {
-		err = c.wholeTree(ctx)
-	} else {
-		err = c.read(ctx)
-	}
+	c := &conversion{o: o, store: func(i int) contents { return s.Layer(i) }, img: img, tree: tree.NewMerger()}
+	root, err := c.run(ctx)
 	if err != nil {
-		// What made the others stop is the reason, not that they stopped.
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
 		return nil, err
 	}
-	root := c.tree.Root()
 	placed, err := s.Finish(root)
 	if err != nil {
 		return nil, err
 	}
+	o.Image.Digests = true
 	plan, err := daxfs.NewPlan(root, o.Image)
 	if err != nil {
 		return nil, err
@@ -196,22 +195,46 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	if err := plan.WriteTo(f); err != nil {
 		return nil, fmt.Errorf("write image: %w", err)
 	}
+	hash, err := daxfs.ReadRootHash(f, size)
+	if err != nil {
+		return nil, fmt.Errorf("write image: %w", err)
+	}
 	return &Result{
 		Digest: img.Digest, Platform: img.Platform, Layers: len(img.Layers),
 		BytesIn: c.in.Load(), Unpacked: c.unpacked.Load(), BytesOut: size, Deduplicated: placed.Deduplicated,
-		Stats: plan.Stats(), LeftOut: plan.LeftOut(), Dir: c.dir, UUID: plan.UUID(),
+		Stats: plan.Stats(), LeftOut: plan.LeftOut(), Dir: c.dir, UUID: plan.UUID(), RootHash: hash,
 	}, nil
 }
 
-// conversion is the reading half of one Convert.
+// conversion is the reading half of one Convert or Compare.
 type conversion struct {
-	o    Options
-	sink *sink.Sink
-	img  *source.Image
-	tree *tree.Merger
-	dir  layer.Stats
+	o     Options
+	store func(layer int) contents
+	img   *source.Image
+	tree  *tree.Merger
+	dir   layer.Stats
 
 	in, unpacked, entries, names atomic.Int64
+}
+
+// contents takes the contents of one layer.
+type contents interface {
+	layer.Store
+	// Close says that the layer has no more.
+	Close() error
+}
+
+// run reads all that the image has, and returns the tree.
+func (c *conversion) run(ctx context.Context) (*daxfs.Node, error) {
+	read := c.read
+	if c.img.Tree != nil {
+		read = c.wholeTree
+	}
+	if err := read(ctx); err != nil {
+		// What made the others stop is the reason, not that they stopped.
+		return nil, cmp.Or(context.Cause(ctx), err)
+	}
+	return c.tree.Root(), nil
 }
 
 // read reads all layers, some of them at the same time, and merges them in their order.
@@ -271,7 +294,7 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) (*layer.L
 	if c.o.Progress != nil {
 		spec.Progress = func(n int) { c.o.Progress.Read(i, n) }
 	}
-	store := c.sink.Layer(i)
+	store := c.store(i)
 	b, err := layer.FromBlob(ctx, rc, spec, store, c.limits())
 	if err != nil {
 		return nil, err
@@ -294,7 +317,7 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) (*layer.L
 
 // wholeTree reads a source that has no layers.
 func (c *conversion) wholeTree(ctx context.Context) error {
-	store := c.sink.Layer(0)
+	store := c.store(0)
 	l, err := c.img.Tree(ctx, store, c.limits())
 	if err != nil {
 		return err

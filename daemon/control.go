@@ -32,6 +32,7 @@ import (
 //	POST   /v1/pins     {"source": SOURCE, "name": NAME}  puts an image into the pool and keeps it there
 //	DELETE /v1/pins     {"name": NAME}
 //	POST   /v1/sweep                                      frees what nobody holds
+//	POST   /v1/scrub                                      {"extents": …, "bytes": …, "findings": […]}: reads all contents
 //
 // An error is {"error": TEXT} with a status of 400 or higher.
 
@@ -158,6 +159,7 @@ func (d *Daemon) control() http.Handler {
 	handle("POST /v1/sweep", func(ctx context.Context, _ *json.Decoder) (any, error) {
 		return struct{}{}, d.sn.Cleanup(ctx)
 	})
+	handle("POST /v1/scrub", func(ctx context.Context, _ *json.Decoder) (any, error) { return d.scrub(ctx, 0) })
 	return mux
 }
 

@@ -54,8 +54,13 @@ func (l lowers) Plain(ctx context.Context, img snapshotter.Image) (string, error
 
 func imageOf(img snapshotter.Image) store.Image {
 	out := store.Image{Key: img.Key, Holder: store.ContainerdHolder(img.Namespace), Name: img.Name}
-	for _, f := range img.Layers {
-		out.Layers = append(out.Layers, store.Layer{Key: f.Key, Dir: f.Dir, Claim: store.Claim(f.Claim)})
+	out.Layers = layersOf(img.Layers)
+	return out
+}
+
+func layersOf(list []snapshotter.Layer) (out []store.Layer) {
+	for _, f := range list {
+		out = append(out, store.Layer{Key: f.Key, Dir: f.Dir, Claim: store.Claim(f.Claim)})
 	}
 	return out
 }

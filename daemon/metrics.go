@@ -23,6 +23,7 @@ type metrics struct {
 	phases    *prometheus.HistogramVec
 	failures  *prometheus.CounterVec
 	fallbacks *prometheus.CounterVec
+	scrubbed  prometheus.Counter
 }
 
 func newMetrics(d *Daemon) *metrics {
@@ -39,8 +40,11 @@ func newMetrics(d *Daemon) *metrics {
 		fallbacks: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "daxfs_fallbacks_total", Help: "Times that plain directories were used in place of a shared image.",
 		}, []string{"reason"}),
+		scrubbed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "daxfs_scrub_bytes_total", Help: "Bytes of contents that were held against their digests.",
+		}),
 	}
-	m.registry.MustRegister(m.phases, m.failures, m.fallbacks, (*gauges)(m),
+	m.registry.MustRegister(m.phases, m.failures, m.fallbacks, m.scrubbed, (*gauges)(m),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -64,6 +68,8 @@ var (
 		"Bytes that images would take besides if each had its own contents.", nil, nil)
 	deadCount = prometheus.NewDesc("daxfs_pool_dead_files",
 		"Distinct contents that nothing holds and that wait until nobody can read them.", nil, nil)
+	damagedCount = prometheus.NewDesc("daxfs_pool_damaged_files",
+		"Distinct contents that have changed and that somebody may still read.", nil, nil)
 	slotCount = prometheus.NewDesc("daxfs_pool_slots",
 		"Places for images in this epoch, by state.", []string{"state"}, nil)
 	epoch = prometheus.NewDesc("daxfs_pool_epoch_info",
@@ -76,7 +82,7 @@ var (
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		poolBytes, poolSize, savedBytes, deadCount, slotCount, epoch, layers, images, mounts,
+		poolBytes, poolSize, savedBytes, deadCount, damagedCount, slotCount, epoch, layers, images, mounts,
 	} {
 		ch <- d
 	}
@@ -98,6 +104,7 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	gauge(poolSize, float64(u.Size))
 	gauge(savedBytes, float64(u.Unshared-u.ImageExtents))
 	gauge(deadCount, float64(u.DeadCount))
+	gauge(damagedCount, float64(len(p.Damaged())))
 	for state, n := range map[string]int{"used": u.SlotsUsed, "free": u.Slots - u.SlotsUsed} {
 		gauge(slotCount, float64(n), state)
 	}

@@ -42,6 +42,16 @@ func (d *Daemon) Serve(ctx context.Context, ready func()) error {
 		return err
 	}
 	defer stopControl()
+	sctx, stopScrub := context.WithCancel(ctx)
+	scrubbed := make(chan struct{})
+	go func() {
+		defer close(scrubbed)
+		d.scrubLoop(sctx, int64(d.cfg.Pool.Scrub), scrubDelay, scrubInterval)
+	}()
+	defer func() { // before the pool is closed
+		stopScrub()
+		<-scrubbed
+	}()
 	log.G(ctx).WithField("address", d.cfg.Address).Info("serving")
 	if ready != nil {
 		ready()

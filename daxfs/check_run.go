@@ -74,6 +74,11 @@ func CheckWith(r io.ReaderAt, size int64, o CheckOptions, report func(Finding) b
 		c.max = defaultMaxInodes
 	}
 	c.run(r, size)
+	return c.result()
+}
+
+// result is what Check and Prove return.
+func (c *checker) result() error {
 	if c.err != nil && !errors.Is(c.err, errStop) {
 		return c.err
 	}

@@ -117,7 +117,7 @@ func TestKernel(t *testing.T) {
 			}
 			s := newStore(daxfs.BlockSize)
 			root := make(s)
-			_, img := s.fileImage(t, root, daxfs.Options{Label: "test"})
+			_, img := s.fileImage(t, root, daxfs.Options{Label: "test", Digests: true})
 			file := writeTemp(t, img)
 			for _, backing := range []string{"file", "loop"} {
 				t.Run(backing, func(t *testing.T) { compareMount(t, backing, file, 0, int64(len(img)), root, s) })

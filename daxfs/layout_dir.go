@@ -46,6 +46,16 @@ func dirSize(names []dirent) int64 {
 	}
 }
 
+// DirSize is the size that the writer gives to a directory in the EROFS half, in bytes.
+func DirSize(dir *Node) int64 {
+	names := append(make([]dirent, 0, len(dir.Entries)+2), dirent{name: "."}, dirent{name: ".."})
+	for name := range dir.Entries {
+		names = append(names, dirent{name: name})
+	}
+	slices.SortFunc(names, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
+	return dirSize(names)
+}
+
 // encodeDir writes one directory block of names to b, which is zeroed and as long as dirFill says, or longer. nid tells
 // which inode an entry leads to.
 func (p *Plan) encodeDir(b []byte, names []dirent, nid func(dirent) uint64) {

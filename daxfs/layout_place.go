@@ -41,6 +41,9 @@ func (p *Plan) Place(pl Placement) error {
 		return invalid("placement %+v: expected multiples of %d", pl, BlockSize)
 	case pl.Meta <= pl.Image || pl.End < pl.Meta || pl.End-pl.Meta < p.MetaSize():
 		return invalid("placement %+v: expected block 0, then %d bytes of metadata before the end", pl, p.MetaSize())
+	case p.digestSize > 0 && pl.End-pl.Meta != p.MetaSize():
+		return invalid("placement %+v: expected the end behind %d bytes of metadata: a digest table is found from there",
+			pl, p.MetaSize())
 	case end/BlockSize > math.MaxUint32:
 		return invalid("an image of %d bytes: expected at most %d, block numbers have 32 bits",
 			end, int64(math.MaxUint32)*BlockSize)
@@ -66,11 +69,14 @@ func (p *Plan) Place(pl Placement) error {
 	if below >= 0 && above >= 0 {
 		return p.misplaced(above, pl, "they are behind the metadata while those of "+p.path(below)+" are before it")
 	}
+	if above >= 0 && p.digestSize > 0 {
+		return p.misplaced(above, pl, "they are behind the metadata, expected them before it: the image has a digest table")
+	}
 	if above >= 0 {
 		s.overlay, s.core = s.meta, s.meta+disk.V8OverlaySize
 		s.base, s.baseEnd = s.core, end
 	} else {
-		s.core, s.overlay = s.meta, s.meta+p.coreSize
+		s.core, s.overlay = s.meta, s.meta+p.coreSize+p.digestSize
 		s.base, s.baseEnd = BlockSize, s.overlay
 	}
 	p.place = s

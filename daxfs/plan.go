@@ -23,6 +23,9 @@ const MaxLabel = disk.ErofsLabelSize - 1
 type Options struct {
 	// Label is the volume name of the EROFS half, up to MaxLabel bytes without NUL.
 	Label string
+	// Digests adds a digest table, by which Prove proves every byte of the image. It is for image files: a window, whose
+	// contents lie behind the metadata, cannot have one. Every Data.Sum has to be right.
+	Digests bool
 }
 
 // Plan is the layout of an image: every inode and every offset, before a byte is written. The same tree and options
@@ -46,6 +49,9 @@ type Plan struct {
 	v8Table  int64
 	v8Names  int64
 	coreSize int64
+	// The digest table follows the core, if there is one.
+	digests    []int32 // an inode for each distinct contents, in the order of their addresses
+	digestSize int64   // 0 without a table
 
 	place *spot
 }
@@ -171,6 +177,12 @@ func NewPlan(root *Node, o Options) (*Plan, error) {
 	if err := p.finish(); err != nil {
 		return nil, err
 	}
+	if o.Digests {
+		if err := p.layoutDigests(); err != nil {
+			return nil, err
+		}
+	}
+	p.stats.MetaBytes = p.MetaSize()
 	return p, nil
 }
 
@@ -201,11 +213,7 @@ func newTree(root *Node, o Options) (*Plan, error) {
 // finish numbers and lays out the inodes of a dual image.
 func (p *Plan) finish() error {
 	p.number()
-	if err := p.layout(); err != nil {
-		return err
-	}
-	p.stats.MetaBytes = p.MetaSize()
-	return nil
+	return p.layout()
 }
 
 // countNames returns n and the names below a directory, but stops at a million, and at the depth that paths have at most: the
@@ -437,8 +445,8 @@ func (p *Plan) hash() {
 }
 
 // MetaSize is the number of bytes of the metadata run, a multiple of BlockSize, wherever it is placed. Block 0 is not
-// counted. It includes the DAXFS overlay pair.
-func (p *Plan) MetaSize() int64 { return p.coreSize + disk.V8OverlaySize }
+// counted. It includes the digest table, if there is one, and the DAXFS overlay pair.
+func (p *Plan) MetaSize() int64 { return p.coreSize + p.digestSize + disk.V8OverlaySize }
 
 // UUID identifies the tree and its contents: it is derived from all that a reader of the image sees.
 func (p *Plan) UUID() [16]byte { return p.uuid }

@@ -4,15 +4,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 )
 
 // ReadCache is a reader of an image that keeps a few chunks of what it read last, 1 MiB in all. A walk through an image
 // reads metadata in small pieces that lie together: with a ReadCache most of them cost no system call.
 //
-// It is for one goroutine at a time, and for an image that does not change.
+// It is safe for concurrent use, and for an image that does not change.
 type ReadCache struct {
 	r    io.ReaderAt
 	size int64
+
+	mu   sync.Mutex
 	slot [16]struct {
 		off int64
 		b   []byte
@@ -32,6 +35,8 @@ func (c *ReadCache) ReadAt(p []byte, off int64) (int, error) {
 	if len(p) >= cacheChunk {
 		return c.r.ReadAt(p, off)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	n := 0
 	for n < len(p) {
 		if off >= c.size {
@@ -48,7 +53,7 @@ func (c *ReadCache) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// chunk returns the cached bytes from off (< size) to the end of its chunk.
+// chunk returns the cached bytes from off (< size) to the end of its chunk. Preconditions: mu is held.
 func (c *ReadCache) chunk(off int64) ([]byte, error) {
 	start := off &^ (cacheChunk - 1)
 	s := &c.slot[start/cacheChunk%int64(len(c.slot))]

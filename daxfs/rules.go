@@ -98,6 +98,15 @@ const (
 	RuleLiveDAX    Rule = "live-dax"
 )
 
+// Rules of images with a digest table, which Prove holds against their bytes.
+const (
+	RuleDigestTable Rule = "digest-table"
+	RuleDigestRoot  Rule = "digest-root"
+	RuleDigestMeta  Rule = "digest-meta"
+	RuleDigestData  Rule = "digest-data"
+	RuleDigestGap   Rule = "digest-gap"
+)
+
 // Rules returns all rules in the order of docs/format.md.
 func Rules() []Rule {
 	list := make([]Rule, len(meanings))
@@ -197,4 +206,9 @@ var meanings = []meaning{
 	{RuleLiveSlots, "the root of a live tree leads to its slots, and a slot holds an image or nothing"},
 	{RuleLiveShared, "images of a live tree share regular files only"},
 	{RuleLiveDAX, "with DAX, contents belong to one inode"},
+	{RuleDigestTable, "the digest table is whole and speaks of this image"},
+	{RuleDigestRoot, "the root hash is the expected one"},
+	{RuleDigestMeta, "the metadata has its digest"},
+	{RuleDigestData, "contents have their digest"},
+	{RuleDigestGap, "what lies between contents is zero"},
 }

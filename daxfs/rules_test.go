@@ -31,6 +31,10 @@ func TestRules(t *testing.T) {
 	for _, c := range corruptions {
 		tested[c.rule] = true
 	}
+	tested[daxfs.RuleDigestRoot] = true // TestRootHash
+	for _, c := range lies {
+		tested[c.rule] = true
+	}
 	for _, c := range liveCorruptions {
 		tested[c.rule] = true
 	}

@@ -1,8 +1,10 @@
 package daxfs
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
@@ -23,8 +25,20 @@ func (p *Plan) WriteTo(w io.WriterAt) error {
 	if s.overlay < s.core {
 		p.writeOverlay(&r)
 	}
+	var meta hash.Hash
+	if p.digestSize > 0 {
+		meta = sha256.New()
+		meta.Write(p.block0())
+		r.sum = meta
+	}
 	p.writeErofs(&r)
 	p.writeV8(&r)
+	if meta != nil {
+		r.at(s.core+p.coreSize, 0)
+		r.flush()
+		r.sum = nil
+		p.writeDigests(&r, meta)
+	}
 	if s.overlay > s.core {
 		p.writeOverlay(&r)
 	}
@@ -81,7 +95,8 @@ type runWriter struct {
 	w   io.WriterAt
 	pos int64 // offset of buf in w
 	buf []byte
-	err error // of the first failed write
+	sum hash.Hash // of what is written, if somebody wants it
+	err error     // of the first failed write
 }
 
 // at gives n zeroed bytes at off, which is not below the end of the last call; they are valid until the next call.
@@ -105,6 +120,9 @@ func (r *runWriter) at(off int64, n int) []byte {
 }
 
 func (r *runWriter) flush() {
+	if r.sum != nil {
+		r.sum.Write(r.buf)
+	}
 	if r.err == nil && len(r.buf) > 0 {
 		if _, err := r.w.WriteAt(r.buf, r.pos); err != nil {
 			r.err = fmt.Errorf("write %d bytes of metadata at %d: %w", len(r.buf), r.pos, err)

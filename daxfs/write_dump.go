@@ -18,6 +18,9 @@ func (p *Plan) Dump(w io.Writer) error {
 	fmt.Fprintf(b, "erofs inodes=%d names=%d root=%d end=%d\n", s.Inodes, s.Names, p.inodes[0].nid(), p.v8Table)
 	fmt.Fprintf(b, "daxfs inodes=%d names=%d table=%d entries=%d\n", s.V8Inodes, s.V8Names, p.v8Table, p.v8Names)
 	fmt.Fprintf(b, "core size=%d overlay=%d\n", p.coreSize, disk.V8OverlaySize)
+	if p.digestSize > 0 {
+		fmt.Fprintf(b, "digests contents=%d size=%d\n", len(p.digests), p.digestSize)
+	}
 	if pl := p.place; pl != nil {
 		fmt.Fprintf(b, "place image=%d meta=%d end=%d core=+%d overlay=+%d base=+%d..+%d\n",
 			pl.Image, pl.Meta, pl.End, pl.core, pl.overlay, pl.base, pl.baseEnd)

@@ -47,12 +47,15 @@ func (p *Plan) writeV8(r *runWriter) {
 
 // writeOverlay writes the overlay pair: an empty hash overlay, without which daxfs.ko refuses the private writable
 // mappings that every program needs.
-func (p *Plan) writeOverlay(r *runWriter) {
+func (p *Plan) writeOverlay(r *runWriter) { p.encodeOverlay(r.at(p.place.overlay, disk.V8OverlaySize)) }
+
+// encodeOverlay writes the overlay pair to b, which is zeroed.
+func (p *Plan) encodeOverlay(b []byte) {
 	const empty = ^uint64(0)
 	o := disk.V8Overlay{
 		Magic: disk.V8OverlayMagic, Version: disk.V8OverlayVersion,
 		BucketOff: disk.V8OverlayHdrSize, PoolOff: disk.V8OverlaySize,
 		NextIno: uint64(p.stats.V8Inodes) + 1, Free: [3]uint64{empty, empty, empty},
 	}
-	o.Marshal(r.at(p.place.overlay, disk.V8OverlaySize))
+	o.Marshal(b)
 }

@@ -15,6 +15,21 @@ import (
 // wraps ErrCheck and tells the first finding. A region that has no path cannot be checked here: its owner checks it
 // and says so in Source.Checked.
 func CheckImage(ctx context.Context, src Source) error {
+	return eachFinding(ctx, src, func(b []byte, report func(daxfs.Finding) bool) error {
+		return guard(func() error { return daxfs.Check(daxfs.Mem(b), int64(len(b)), report) })
+	})
+}
+
+// ProveImage proves by daxfs.Prove that src is, byte for byte, the image that a root hash stands for. Errors are those
+// of CheckImage.
+func ProveImage(ctx context.Context, src Source, root daxfs.RootHash) error {
+	return eachFinding(ctx, src, func(b []byte, report func(daxfs.Finding) bool) error {
+		return daxfs.Prove(ctx, guarded(b), int64(len(b)), daxfs.ProveOptions{Root: &root}, report)
+	})
+}
+
+// eachFinding maps the window of src, and makes one error of what check finds there.
+func eachFinding(ctx context.Context, src Source, check func(b []byte, report func(daxfs.Finding) bool) error) error {
 	path, off := src.Region.Path, src.Off
 	switch r := src.Region; {
 	case r.Kind == region.KindDMABuf && r.FD >= 0: // the path is that of the heap
@@ -53,8 +68,20 @@ func CheckImage(ctx context.Context, src Source) error {
 	return nil
 }
 
-// check is daxfs.Check of an image in memory that may vanish, as a mapped file does when it is truncated.
-func check(b []byte, report func(daxfs.Finding) bool) (err error) {
+// guarded reads memory that may vanish. Unlike daxfs.Mem it gives nobody the memory itself, so several goroutines may
+// read it.
+type guarded []byte
+
+func (g guarded) ReadAt(p []byte, off int64) (n int, err error) {
+	err = guard(func() (err error) {
+		n, err = daxfs.Mem(g).ReadAt(p, off)
+		return err
+	})
+	return n, err
+}
+
+// guard calls f, which reads memory that may vanish, as a mapped file does when it is truncated.
+func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
@@ -65,5 +92,5 @@ func check(b []byte, report func(daxfs.Finding) bool) (err error) {
 			err = fmt.Errorf("reading the image faulted at %#x: the file was truncated, or its memory or disk is broken", fault.Addr())
 		}
 	}()
-	return daxfs.Check(daxfs.Mem(b), int64(len(b)), report)
+	return f()
 }

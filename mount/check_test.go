@@ -15,7 +15,7 @@ import (
 )
 
 // daxfsImage makes an image with this project's writer.
-func daxfsImage(t *testing.T) mount.Source {
+func daxfsImage(t *testing.T, o daxfs.Options) mount.Source {
 	t.Helper()
 	contents := &treetest.Store{}
 	data, err := contents.Put(t.Context(), 4, strings.NewReader("ours"))
@@ -23,7 +23,7 @@ func daxfsImage(t *testing.T) mount.Source {
 		t.Fatal(err)
 	}
 	root := &daxfs.Node{Mode: 0o040755, Entries: map[string]*daxfs.Node{"file": {Mode: 0o100644, Data: data}}}
-	img, err := contents.Image(root, daxfs.Options{})
+	img, err := contents.Image(root, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,7 +35,7 @@ func daxfsImage(t *testing.T) mount.Source {
 }
 
 func TestCheckImage(t *testing.T) {
-	src := daxfsImage(t)
+	src := daxfsImage(t, daxfs.Options{})
 	if err := mount.CheckImage(t.Context(), src); err != nil {
 		t.Fatal(err)
 	}
@@ -81,5 +81,37 @@ func TestCheckImage(t *testing.T) {
 	}
 	if err := mount.CheckImage(ctx, src); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// TestProveImage proves an image by its root hash, and nothing else by it.
+func TestProveImage(t *testing.T) {
+	src := daxfsImage(t, daxfs.Options{Digests: true})
+	b, err := os.ReadFile(src.Region.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := daxfs.ReadRootHash(daxfs.Mem(b), src.Size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mount.ProveImage(t.Context(), src, root); err != nil {
+		t.Error(err)
+	}
+	if err := mount.ProveImage(t.Context(), src, daxfs.RootHash{1}); !errors.Is(err, mount.ErrCheck) {
+		t.Errorf("another hash: %v, expected ErrCheck", err)
+	}
+	if err := mount.ProveImage(t.Context(), daxfsImage(t, daxfs.Options{}), root); !errors.Is(err, mount.ErrCheck) {
+		t.Errorf("an image without digests: %v, expected ErrCheck", err)
+	}
+	for off := 0; off < len(b); off += 101 {
+		b[off] ^= 0x20
+		if err := os.WriteFile(src.Region.Path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		b[off] ^= 0x20
+		if err := mount.ProveImage(t.Context(), src, root); !errors.Is(err, mount.ErrCheck) {
+			t.Errorf("a flip at %d: %v, expected ErrCheck", off, err)
+		}
 	}
 }

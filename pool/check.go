@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +21,8 @@ type Finding struct {
 	Key  string `json:"key,omitempty"` // image or layer
 	Off  int64  `json:"offset"`        // in the pool
 	Msg  string `json:"message"`
+	// Known says that Scrub found it before: nobody is given those contents any more.
+	Known bool `json:"known,omitempty"`
 }
 
 // String is the finding in one line.
@@ -37,11 +38,16 @@ type checker struct {
 	p      *Pool
 	report func(Finding) bool
 	stop   bool
+	bad    map[string]bool // images whose metadata has findings; "" stands for all
 }
 
 func (c *checker) found(rule, key string, off int64, format string, args ...any) {
+	c.finding(Finding{Rule: rule, Key: key, Off: off, Msg: fmt.Sprintf(format, args...)})
+}
+
+func (c *checker) finding(f Finding) {
 	if !c.stop {
-		c.stop = !c.report(Finding{Rule: rule, Key: key, Off: off, Msg: fmt.Sprintf(format, args...)})
+		c.stop = !c.report(f)
 	}
 }
 
@@ -50,18 +56,19 @@ func (c *checker) found(rule, key string, off int64, format string, args ...any)
 // its digest, the rest of its last page with zero, the live tree by daxfs.CheckLive, and every window by daxfs.Check. It
 // reads the whole pool. Nothing is changed; adding and removing waits until it has finished. report returns false to stop.
 //
-// Rules: pool.header, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak, pool.sum, pool.tail, pool.inode (an
-// inode that is not what the index says), live.* and window.*. The error is that of a check that could not be made, not
-// of one that found something.
+// Rules: pool.header, pool.slot, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak, pool.sum, pool.tail,
+// pool.inode (an inode that is not what the index says), pool.image (an image that does not show the tree that was
+// added), live.* and window.*. The error is that of a check that could not be made, not of one that found something.
 func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	if err := p.index.unknown(); err != nil {
 		return fmt.Errorf("pool: check: index %q: %w", p.index.path, err)
 	}
-	c := &checker{p: p, report: report}
+	c := &checker{p: p, report: report, bad: map[string]bool{}}
 	steps := []func(context.Context) error{
-		c.checkCatalogue, c.checkIndex, c.checkSpace, c.checkExtents, c.checkLive, c.checkInodes, c.checkWindows,
+		c.checkCatalogue, c.checkIndex, c.checkSpace, c.checkExtents, c.checkLive, c.checkInodes, c.checkImages,
+		c.checkWindows,
 	}
 	for _, step := range steps {
 		if c.stop {
@@ -84,10 +91,23 @@ func (c *checker) checkCatalogue(context.Context) error {
 	if got, want := hs[0].encode(), p.header.encode(); !bytes.Equal(got, want) {
 		c.found("pool.header", "", headerOff(hs[0].generation), "%+v, expected %+v", *hs[0], p.header)
 	}
+	if g := p.header.generation; g > 1 && (len(hs) < 2 || hs[1].generation != g-1) {
+		c.found("pool.header", "", headerOff(g-1), "the copy of generation %d is not valid", g-1)
+	}
+	slot := make([]byte, daxfs.SlotSize)
+	for _, m := range p.images {
+		at := p.header.geo.SlotOff(m.Slot)
+		if n, err := p.region.ReadAt(slot, at); n < len(slot) {
+			return fmt.Errorf("read slot %d: %w", m.Slot, err)
+		}
+		if p.stale[m.Slot] == nil && !bytes.Equal(slot, m.slot) {
+			c.found("pool.slot", m.Key, at, "slot %d holds %x, expected %x", m.Slot, slot, m.slot)
+		}
+	}
 	want := make([]byte, int64(p.header.geo.Slots)*entrySize)
 	for _, m := range p.images {
 		if p.stale[m.Slot] == nil { // else writing it failed, and the next change publishes it
-			encodeImage(want[m.Slot*entrySize:], &m.Image)
+			copy(want[m.Slot*entrySize:], p.entry(m))
 		}
 	}
 	got := make([]byte, len(want))
@@ -207,49 +227,41 @@ func (c *checker) checkSpace(context.Context) error {
 	return nil
 }
 
-// checkExtents reads the contents of all extents that layers and images hold.
+// checkExtents reads the contents of all extents that somebody may be given, or was given.
 func (c *checker) checkExtents(ctx context.Context) error {
-	p := c.p
-	var all []*extent
-	p.mu.Lock()
-	for _, e := range p.extents {
-		if e.listed && e.ready == nil && e.refs > 0 {
-			e.refs++
-			all = append(all, e)
-		}
-	}
-	p.mu.Unlock()
-	defer p.unref(all...)
-	for _, e := range byOffset(all) {
+	for _, e := range c.p.readable() {
 		if err := ctx.Err(); err != nil || c.stop {
 			return err
 		}
-		if err := c.checkExtent(e); err != nil {
+		got, err := c.p.read(ctx, e)
+		if err != nil {
 			return err
+		}
+		c.p.mu.Lock()
+		freed, known := c.p.extents[e.off] != e, e.damaged
+		c.p.mu.Unlock()
+		if freed {
+			continue
+		}
+		if got.tail {
+			c.finding(Finding{
+				Rule: "pool.tail", Off: e.off + e.size, Known: known, Msg: "the rest of the last page is not zero",
+			})
+		}
+		if got.sum != e.sum {
+			c.finding(Finding{
+				Rule: "pool.sum", Off: e.off, Known: known,
+				Msg: fmt.Sprintf("%d bytes have sum %x, expected %x", e.size, got.sum, e.sum),
+			})
 		}
 	}
 	return nil
 }
 
-func (c *checker) checkExtent(e *extent) error {
-	buf := buffers.Get().(*[]byte)
-	defer buffers.Put(buf)
-	h := sha256.New()
-	for at := int64(0); at < e.span().Len; at += chunk {
-		part := (*buf)[:min(chunk, e.span().Len-at)]
-		if n, err := c.p.region.ReadAt(part, e.off+at); n < len(part) {
-			return fmt.Errorf("read %d bytes at %d: %w", len(part), e.off+at, err)
-		}
-		body := part[:min(int64(len(part)), e.size-at)]
-		_, _ = h.Write(body) // never fails
-		if !isZero(part[len(body):]) {
-			c.found("pool.tail", "", e.off+e.size, "the rest of the last page is not zero")
-		}
-	}
-	if sum := [32]byte(h.Sum(nil)); sum != e.sum {
-		c.found("pool.sum", "", e.off, "%d bytes have sum %x, expected %x", e.size, sum, e.sum)
-	}
-	return nil
+// ofFormat tells whether an error is about bytes, and not about reading them. What a reader calls unsupported is damage
+// here: the pool wrote it.
+func ofFormat(err error) bool {
+	return errors.Is(err, daxfs.ErrCorrupt) || errors.Is(err, daxfs.ErrUnsupported)
 }
 
 // checkLive checks the live tree. Slots that wait to be published or erased are left out.
@@ -266,11 +278,17 @@ func (c *checker) checkLive(ctx context.Context) error {
 	opts.SkipTails = true // checkExtents has looked at all of them
 	err := daxfs.CheckLive(p.region, p.header.size, opts, func(f daxfs.Finding) bool {
 		slot, _, _ := strings.Cut(strings.TrimPrefix(f.Path, "/"), "/")
+		c.bad[names["/"+slot]] = true
 		c.found("live."+string(f.Rule), names["/"+slot], max(0, f.Off), "%v", f)
 		return !c.stop
 	})
-	if err != nil && !errors.Is(err, daxfs.ErrCorrupt) {
+	switch {
+	case err == nil:
+	case !ofFormat(err):
 		return fmt.Errorf("live tree: %w", err)
+	case len(c.bad) == 0:
+		c.bad[""] = true
+		c.found("live."+string(daxfs.RuleLiveSuper), "", 0, "%v", err)
 	}
 	return ctx.Err()
 }
@@ -316,12 +334,18 @@ func (c *checker) checkWindows(ctx context.Context) error {
 			continue
 		}
 		section := io.NewSectionReader(c.p.region, m.Window, m.WindowSize)
+		sound := true
 		err := daxfs.Check(section, m.WindowSize, func(f daxfs.Finding) bool {
+			sound = false
 			c.found("window."+string(f.Rule), m.Key, m.Window+max(0, f.Off), "%v", f)
 			return !c.stop
 		})
-		if err != nil && !errors.Is(err, daxfs.ErrCorrupt) {
+		if err != nil && !ofFormat(err) {
 			return fmt.Errorf("window of image %q: %w", m.Key, err)
+		}
+		if sound {
+			img, err := daxfs.Open(section, m.WindowSize)
+			c.shows(m, m.Window, img, err)
 		}
 	}
 	return nil

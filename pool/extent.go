@@ -32,6 +32,9 @@ type extent struct {
 	byKey  map[daxfs.InodeKey][]uint64
 	died   int64 // when the last reference went; 0 while there is one
 	erased bool  // inodes may be zero already, so the extent never comes to life again
+	// damaged is set when the bytes were found not to be those that were put. The extent is not listed then.
+	damaged bool
+	got     string // the digest of what was read then, in hexadecimal; empty if an earlier owner read it
 }
 
 // sharedInode is the inode of a regular file in the live tree.
@@ -194,6 +197,10 @@ func (e *extent) ref() {
 func (p *Pool) forgetExtent(e *extent) {
 	p.unlist(e)
 	delete(p.extents, e.off)
+	if e.damaged { // with the change that gives the place to others
+		p.damaged.Add(-1)
+		p.index.noteLast(noted{kindDamaged, damagedKey(e), nil})
+	}
 }
 
 // release frees the space of extents that were forgotten: first the bytes, then the space, so that nobody writes where

@@ -81,6 +81,9 @@ func (p *Pool) startAdding(ctx context.Context, key string) (m Image, done func(
 }
 
 func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
+	if opt != (daxfs.Options{}) {
+		return Image{}, fmt.Errorf("options %+v, expected none: images of a pool have no label: %w", opt, ErrInvalid)
+	}
 	plan, err := daxfs.NewLivePlan(root, opt, p.header.windows)
 	if err != nil {
 		return Image{}, err
@@ -106,7 +109,7 @@ func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt d
 	if err := a.run(); err != nil {
 		return Image{}, errors.Join(err, a.undo())
 	}
-	if err := p.publish(a.m); err != nil {
+	if err := p.publish(p.images[key]); err != nil {
 		// What can not be taken back stays an image: the index has it, and publishStale comes back to it.
 		return Image{}, errors.Join(err, p.removeImage(key))
 	}
@@ -192,6 +195,10 @@ func (a *addition) resolve(f daxfs.LiveFile) (nid uint64, d daxfs.Data, err erro
 	}
 	p.mu.Lock()
 	e := p.extents[f.Data.Off] // held since addImage looked at the tree
+	if e.damaged {
+		p.mu.Unlock()
+		return 0, f.Data, fmt.Errorf("contents of %d bytes at %d are damaged: %w", e.size, e.off, ErrNotFound)
+	}
 	if !p.header.dax {
 		a.use(e)
 		nid = e.nth(f.Key, f.Seq)
@@ -421,23 +428,21 @@ func entryOff(slot int) int64 { return tableOff + int64(slot)*entrySize }
 
 // publish makes an image that the index has visible: its slot, then its entry of the slot table, then a header. If that
 // fails the image is there all the same, and publishStale comes back to it. Preconditions: commit is held.
-func (p *Pool) publish(m *storedImage) error {
+func (p *Pool) publish(m *image) error {
 	if err := p.publishSlot(m); err != nil {
 		return fmt.Errorf("publish at slot %d: %w", m.Slot, err)
 	}
 	return p.writeHeader(p.header.generation + 1)
 }
 
-func (p *Pool) publishSlot(m *storedImage) error {
+func (p *Pool) publishSlot(m *image) error {
 	g := p.header.geo
 	w := window{p, 0, p.header.size}
 	sync := func() error { return p.region.Sync(g.SlotOff(m.Slot), daxfs.SlotSize) }
 	if err := daxfs.PublishSlot(w, g, m.Slot, m.slot, sync); err != nil {
 		return err
 	}
-	b := make([]byte, entrySize)
-	encodeImage(b, &m.Image)
-	if _, err := w.WriteAt(b, entryOff(m.Slot)); err != nil {
+	if _, err := w.WriteAt(p.entry(m), entryOff(m.Slot)); err != nil {
 		return err
 	}
 	if err := p.region.Sync(entryOff(m.Slot), entrySize); err != nil {
@@ -453,7 +458,7 @@ func (p *Pool) publishStale() error {
 		if p.stale[m.Slot] == nil {
 			continue
 		}
-		if err := p.publishSlot(m.storedImage); err != nil {
+		if err := p.publishSlot(m); err != nil {
 			return fmt.Errorf("publish image %q at slot %d: %w", m.Key, m.Slot, err)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -79,6 +80,8 @@ type Pool struct {
 	adding  map[string]chan struct{} // images that are being added; closed when done
 	dead    int64                    // counts extents that died, to tell which is the oldest
 	freeing int                      // calls that have dropped extents but not yet freed their space
+
+	damaged atomic.Int64 // number of damaged extents: there are none nearly always
 }
 
 // Create makes an empty pool in a region that holds nothing, with a new index, and opens it. The region stays the
@@ -397,7 +400,7 @@ func (p *Pool) load(h *header) error {
 		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, the region is an older copy: %w", h.generation, p.index.path, c.gen, ErrWiped)
 	}
 	p.header = *h
-	if err := p.adopt(c); err != nil {
+	if err := cmp.Or(p.adopt(c), p.adoptDamaged()); err != nil {
 		return fmt.Errorf("pool: index %q: %w: %w", p.index.path, ErrCorrupt, err)
 	}
 	// Each opening is a generation of its own: that tells copies of the index or the region that were taken in between.
@@ -532,12 +535,11 @@ func (p *Pool) repair(gen uint64) error {
 		if _, err := p.region.ReadAt(have, p.header.geo.SlotOff(m.Slot)); err != nil {
 			return err
 		}
-		entry, want := make([]byte, entrySize), make([]byte, entrySize)
+		entry := make([]byte, entrySize)
 		if _, err := p.region.ReadAt(entry, entryOff(m.Slot)); err != nil {
 			return err
 		}
-		encodeImage(want, &m.Image)
-		if !bytes.Equal(have, m.slot) || !bytes.Equal(entry, want) {
+		if !bytes.Equal(have, m.slot) || !bytes.Equal(entry, p.entry(m)) {
 			p.stale[m.Slot] = m.slot
 		}
 	}

@@ -426,6 +426,8 @@ func TestCheckFinds(t *testing.T) {
 		"pool.sum":       func(p *Pool, m Image) { flip(p, p.images["a"].used[0].off+5) },
 		"pool.tail":      func(p *Pool, m Image) { flip(p, p.images["a"].used[0].off+101) },
 		"pool.catalogue": func(p *Pool, m Image) { flip(p, entryOff(m.Slot)+30) },
+		"pool.slot":      func(p *Pool, m Image) { flip(p, p.header.geo.SlotOff(m.Slot)+9) },
+		"pool.image":     func(p *Pool, m Image) { flip(p, p.header.geo.NidOff(p.images["a"].used[0].inodes[0].nid)+24) },
 		"pool.header":    func(p *Pool, m Image) { flip(p, headerOff(p.header.generation)+40) },
 		"pool.index":     func(p *Pool, m Image) { _ = p.index.removeLayer("a") },
 		"pool.refs":      func(p *Pool, m Image) { p.images["a"].used[0].refs = 1 },

@@ -61,7 +61,7 @@ func (w *sweep) checkStored(images map[string][]Layer, report func(string)) {
 		}
 	}
 	for _, img := range w.pool.Images() {
-		if w.needOfImage(img.Key) == Unused {
+		if w.needOfImage(img.Key) == Unused && !w.retired(img.Key) {
 			bad("image %q in the pool is left over", img.Key)
 		}
 	}
@@ -131,7 +131,7 @@ func (w *sweep) checkMounts(report func(string)) error {
 		if _, err := w.pool.Image(m.Key); err != nil {
 			bad("image %q is mounted, but: %v", m.Key, err)
 		}
-		if w.needOfImage(m.Key) == Unused {
+		if w.needOfImage(m.Key) == Unused && !w.retired(m.Key) {
 			bad("mount of image %q is left over", m.Key)
 		}
 		if _, err := os.ReadDir(m.Dir); err != nil {

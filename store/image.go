@@ -56,6 +56,9 @@ func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 	}
 	defer unlock()
 	m, err := s.mount(ctx, img)
+	if err == nil && s.pool.ImageDamaged(m.Key) { // found while the pool was mounted
+		m, err = s.mount(ctx, img)
+	}
 	if errors.Is(err, mount.ErrCheck) {
 		// The memory no longer holds what was written there. The index does not lie in it: the tree is made again.
 		log.G(ctx).WithError(err).Error("the pool is damaged, making its metadata again")
@@ -96,7 +99,7 @@ func (s *Store) mountable(m pool.Image) mount.Image {
 // add returns the image of the pool, which it builds if there is none, and records who wants it. Preconditions: the
 // image is locked, and epoch is held for reading.
 func (s *Store) add(ctx context.Context, img Image) (pool.Image, error) {
-	m, err := s.pool.Image(img.Key)
+	m, err := s.pool.Image(s.poolKey(img.Key))
 	if errors.Is(err, pool.ErrNotFound) {
 		m, err = s.build(ctx, img)
 	}
@@ -125,7 +128,7 @@ func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
 	if err := s.noteImage(img); err != nil {
 		return pool.Image{}, err
 	}
-	return s.pool.AddImage(ctx, img.Key, root, daxfs.Options{})
+	return s.pool.AddImage(ctx, s.poolKey(img.Key), root, daxfs.Options{})
 }
 
 // mergeLayers merges what get returns for layers, bottom first.
@@ -157,14 +160,10 @@ func (s *Store) rebuild(ctx context.Context) error {
 		if !slices.ContainsFunc(r.Holders, lasting) {
 			continue
 		}
-		if _, err := s.pool.Image(key); err == nil {
+		if _, err := s.pool.Image(s.poolKey(key)); err == nil {
 			continue
 		}
-		img := Image{Key: key}
-		for _, l := range r.Layers {
-			img.Layers = append(img.Layers, Layer{Key: l})
-		}
-		if err := s.rebuildOne(ctx, img); err != nil {
+		if err := s.rebuildOne(ctx, s.recorded(key)); err != nil {
 			errs = append(errs, fmt.Errorf("image %q: %w", key, err))
 		}
 	}

@@ -126,8 +126,8 @@ func (s *Store) readTree(ctx context.Context, holder, key string, read treeReade
 }
 
 // commit makes a layer of a batch, in the place of one that cannot be read: another version of the program may have
-// stored it. Of the blob that it was read from its record has the digest and the holder. The payload is the size of the
-// layer's tar, then the layer. Preconditions: the layer is locked, or not known yet.
+// stored it, or it is damaged. Of the blob that it was read from its record has the digest and the holder. The payload
+// is the size of the layer's tar, then the layer. Preconditions: the layer is locked, or not known yet.
 func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64, of Blob) error {
 	raw, err := made.MarshalBinary()
 	if err != nil {
@@ -159,6 +159,10 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 	if !s.pool.HasLayer(key) {
 		s.decoded.drop(key)
 		return nil, 0, fmt.Errorf("layer %q: %w", key, pool.ErrNotFound)
+	}
+	if s.pool.LayerDamaged(key) {
+		s.decoded.drop(key)
+		return nil, 0, fmt.Errorf("layer %q: its contents were found to be damaged: %w", key, pool.ErrCorrupt)
 	}
 	if made, size, ok := s.decoded.get(key); ok {
 		return made, size, nil

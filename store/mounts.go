@@ -25,14 +25,18 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	if err != nil {
 		return Info{}, err
 	}
-	unlock, err := s.images.lock(ctx, info.Key)
+	key := canonical(info.Key)
+	unlock, err := s.images.lock(ctx, key)
 	if err != nil {
 		return Info{}, err
 	}
 	defer unlock()
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
-	m, err := s.pool.Image(info.Key) // a sweep may have been faster
+	m, err := s.pool.Image(s.poolKey(key)) // a sweep may have been faster
+	if s.pool.ImageDamaged(info.Key) && errors.Is(err, pool.ErrNotFound) {
+		m, err = s.build(ctx, s.recorded(key))
+	}
 	if err != nil {
 		return Info{}, err
 	}
@@ -42,16 +46,16 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	// The holder comes first: a crash leaves a holder without a mount, which the next sweep drops.
 	holder := holderMount + dir
 	err = errors.Join(
-		s.amendImage(m.Key, func(r *imageRecord) { r.Holders = add(r.Holders, holder) }), s.pool.FlushRecords())
+		s.amendImage(key, func(r *imageRecord) { r.Holders = add(r.Holders, holder) }), s.pool.FlushRecords())
 	if err != nil {
 		return Info{}, err
 	}
 	// What its user lays over it, nothing tells us: an overlay keeps a mount of its own of what lies below it.
 	if err := s.noteLoose(); err != nil {
-		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
+		return Info{}, errors.Join(err, s.dropHolder(key, holder))
 	}
 	if err := s.table.Bind(ctx, m.Key, dir, restrict); err != nil {
-		return Info{}, errors.Join(err, s.dropHolder(m.Key, holder))
+		return Info{}, errors.Join(err, s.dropHolder(key, holder))
 	}
 	return s.info(m), nil
 }

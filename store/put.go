@@ -28,13 +28,16 @@ type Info struct {
 func (s *Store) Images() []Info {
 	var out []Info
 	for _, m := range s.pool.Images() {
+		if _, err := s.pool.Image(s.poolKey(canonical(m.Key))); err == nil && s.retired(m.Key) {
+			continue // there is a better one
+		}
 		out = append(out, s.info(m))
 	}
 	return out
 }
 
 func (s *Store) info(m pool.Image) Info {
-	r := s.imageRecord(m.Key)
+	r := s.imageRecord(canonical(m.Key))
 	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders}
 }
 
@@ -98,7 +101,7 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 	if err := s.unpin(name, img.Key); err != nil {
 		return Info{}, err
 	}
-	m, err := s.pool.Image(img.Key)
+	m, err := s.pool.Image(s.poolKey(img.Key))
 	return s.info(m), err
 }
 

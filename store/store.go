@@ -7,6 +7,7 @@ import (
 	"io"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -72,7 +73,9 @@ type Store struct {
 
 	mu      sync.Mutex
 	records records
-	old     *oldPool // what is left of version 1; nil if there is nothing
+	damaged time.Time        // when damage was found the last time
+	lost    map[string]error // images that hold damaged contents and could not be made again
+	old     *oldPool         // what is left of version 1; nil if there is nothing
 }
 
 // Open opens the store below a root directory, and makes its pool if there is none. It waits for nothing but the disk.
@@ -168,11 +171,11 @@ func (s *Store) Region() region.Info { return s.region.Info() }
 // Pool returns the pool, to be looked at.
 func (s *Store) Pool() *pool.Pool { return s.pool }
 
-// Healthy returns nil if what is mounted answers.
+// Healthy returns nil if what is mounted answers, and no image is damaged for good.
 func (s *Store) Healthy(ctx context.Context) error {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
-	return s.table.Healthy(ctx)
+	return errors.Join(s.table.Healthy(ctx), s.damage())
 }
 
 // private tells whether the memory of a region belongs to this machine's root alone. Devices may be shared with others.
@@ -193,8 +196,13 @@ func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 		return mount.CheckImage(ctx, src)
 	}
 	var first error
-	n := 0
+	n, contents := 0, false
 	err := s.pool.Check(ctx, func(f pool.Finding) bool {
+		switch f.Rule {
+		case "pool.sum", "pool.tail": // nobody has to get those
+			contents = contents || !f.Known
+			return true
+		}
 		if n++; first == nil {
 			first = errors.New(f.String())
 		}
@@ -203,6 +211,9 @@ func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 	if err == nil && first != nil {
 		err = fmt.Errorf("%w: pool %s: %w (%d findings; `daxfs pool check` prints all)",
 			mount.ErrCheck, src.Where(), first, n)
+	}
+	if err == nil && contents {
+		_, err = s.Scrub(ctx, 0)
 	}
 	return err
 }

@@ -116,6 +116,14 @@ func needOf(holders []string, containerd bool) Use {
 }
 
 func (w *sweep) needOfImage(key string) Use {
+	if w.retired(key) {
+		return Unused
+	}
+	return w.needOf(canonical(key))
+}
+
+// needOf returns how much an image is needed, in whatever form it is in the pool.
+func (w *sweep) needOf(key string) Use {
 	need := needOf(w.imageRecord(key).Holders, w.use == nil)
 	if w.use != nil {
 		need = max(need, w.use.Image(key))
@@ -181,7 +189,7 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	if w.needOfImage(key) == InUse {
 		return nil // and it may be in the making: do not wait for that
 	}
-	unlock, err := w.images.lock(ctx, key)
+	unlock, err := w.images.lock(ctx, canonical(key))
 	if err != nil {
 		return err
 	}
@@ -192,7 +200,11 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	if need == InUse || need == Ready && !w.short {
 		return nil
 	}
-	pinned := slices.ContainsFunc(w.imageRecord(key).Holders, lasting)
+	retired := w.retired(key)
+	if retired && !w.mayRetire() && w.needOf(canonical(key)) > Unused {
+		return nil
+	}
+	pinned := slices.ContainsFunc(w.imageRecord(canonical(key)).Holders, lasting)
 	keep := need > Unused && (!w.short || pinned)
 	_, mounted := w.table.Get(key)
 	if !mounted && keep {
@@ -206,8 +218,8 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	if keep {
 		return nil
 	}
-	if need == Unused {
-		if err := w.forgetImage(key); err != nil {
+	if need == Unused && !retired {
+		if err := w.forgetImage(canonical(key)); err != nil {
 			return err
 		}
 	}

@@ -105,6 +105,15 @@ func (d *daemonKeeper) Sweep(ctx context.Context) error {
 	return d.ask(ctx, http.MethodPost, "sweep", nil, nil)
 }
 
+func (d *daemonKeeper) Scrub(ctx context.Context) (found []pool.Finding, lost string, err error) {
+	var a struct {
+		Findings []pool.Finding `json:"findings"`
+		Lost     string         `json:"lost"`
+	}
+	err = d.ask(ctx, http.MethodPost, "scrub", nil, &a)
+	return a.Findings, a.Lost, err
+}
+
 func (d *daemonKeeper) Mount(ctx context.Context, name, dir string, suid bool) (string, error) {
 	return "by the daemon", d.ask(ctx, http.MethodPost, "mounts", mountRequest{Image: name, Dir: dir, Suid: suid}, nil)
 }

@@ -63,6 +63,8 @@ func (d *fakeDaemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		out = d.images
 	case "GET /v1/mounts":
 		out = d.mounts
+	case "POST /v1/scrub":
+		out = daemon.ScrubAnswer{Findings: []pool.Finding{{Rule: "pool.sum", Key: "image/ff", Off: 4096, Msg: "changed"}}}
 	case "POST /v1/pins":
 		out = d.images[0]
 	case "POST /v1/mounts":
@@ -134,6 +136,9 @@ func TestDaemonOwnsPool(t *testing.T) {
 	}
 	if asked := ask(statusOK, "8KiB wait", "pool", "gc", p); asked != "POST /v1/sweep" {
 		t.Errorf("gc asked %s", asked)
+	}
+	if asked := ask(statusFailed, `pool.sum: "image/ff" at 4096: changed`, "pool", "check", "--contents", p); asked != "POST /v1/scrub" {
+		t.Errorf("check --contents asked %s", asked)
 	}
 	ask(statusUsage, "a daemon owns the pool", "mount", "--driver", "fuse", "--pool", p, "one", dir)
 	want = fmt.Sprintf(`POST /v1/mounts {"image":"one","dir":%q,"suid":true}`, dir)

@@ -63,7 +63,7 @@ const sourceHelp = `SOURCE is one of
    docker://REF               an image in a registry, with the credentials of docker login
    containerd:REF             an image in containerd's image store
    rootfs:DIR                 a directory, as it is; with --overlay-upper without what overlayfs notes in it
-   daxfs:FILE                 an image that daxfs convert wrote; it is checked first
+   daxfs:FILE                 an image that daxfs convert wrote; it is verified first
 oci and oci-archive take @DIGEST in the place of :TAG, too. Without any of these there has to be one image, for each platform
 at most; what else stands beside it is passed over. docs/sources.md has the rules.`
 
@@ -180,6 +180,7 @@ func sizeFlag(c *cli.Context, name string) (int64, error) {
 type summary struct {
 	Image        string    `json:"image"`
 	UUID         string    `json:"uuid"`
+	RootHash     string    `json:"rootHash"`
 	Digest       string    `json:"digest,omitempty"`
 	Platform     string    `json:"platform,omitempty"`
 	Layers       int       `json:"layers"`
@@ -219,7 +220,8 @@ func countsOf(s daxfs.Stats) counts {
 
 func summaryOf(image string, r *converter.Result) summary {
 	s := summary{
-		Image: image, UUID: uuid(r.UUID), Digest: r.Digest.String(), Layers: r.Layers, BytesIn: r.BytesIn,
+		Image: image, UUID: uuid(r.UUID), RootHash: r.RootHash.String(), Digest: r.Digest.String(),
+		Layers: r.Layers, BytesIn: r.BytesIn,
 		Unpacked: r.Unpacked, BytesOut: r.BytesOut, Deduplicated: r.Deduplicated, Counts: countsOf(r.Stats),
 		LeftOut: []leftOut{}, Whiteouts: r.Dir.Whiteouts, Overlay: r.Dir.OverlayXattrs, Ignored: r.Dir.IgnoredXattrs,
 	}

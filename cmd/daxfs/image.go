@@ -45,7 +45,7 @@ func openImage(name string) (*image, error) {
 	return &image{f, size}, nil
 }
 
-// fs opens the EROFS half, which holds everything. It is for one goroutine.
+// fs opens the EROFS half, which holds everything.
 func (i *image) fs() (*daxfs.FS, error) {
 	f, err := daxfs.Open(daxfs.NewReadCache(i.File, i.size), i.size)
 	if err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -32,13 +33,15 @@ const maxLeftOut = 16 << 20
 
 // inspection is what inspect --json writes. All sizes and offsets are bytes.
 type inspection struct {
-	Image  string `json:"image"`
-	Size   int64  `json:"size"`
-	UUID   string `json:"uuid"`
-	Label  string `json:"label"`
-	EROFS  erofs  `json:"erofs"`
-	DAXFS  v8     `json:"daxfs"`
-	Counts counts `json:"counts"`
+	Image string `json:"image"`
+	Size  int64  `json:"size"`
+	UUID  string `json:"uuid"`
+	// RootHash is the one that the image says to have; empty if it has no digest table.
+	RootHash string `json:"rootHash,omitempty"`
+	Label    string `json:"label"`
+	EROFS    erofs  `json:"erofs"`
+	DAXFS    v8     `json:"daxfs"`
+	Counts   counts `json:"counts"`
 	// DataBytes are the blocks of distinct contents; Huge are the files of 2 MiB and more, Aligned those of them that
 	// start at a multiple of 2 MiB.
 	DataBytes int64 `json:"dataBytes"`
@@ -94,9 +97,16 @@ func inspect(c *cli.Context, img *image) (*inspection, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", img.Name(), err)
 	}
+	hash := ""
+	root, err := daxfs.ReadRootHash(img, img.size)
+	if err == nil {
+		hash = root.String()
+	} else if !errors.Is(err, daxfs.ErrNoDigests) {
+		return nil, fmt.Errorf("%s: %w", img.Name(), err)
+	}
 	sb := f.Super()
 	r := &inspection{
-		Image: img.Name(), Size: img.size, UUID: uuid(sb.UUID), Label: sb.Label,
+		Image: img.Name(), Size: img.size, UUID: uuid(sb.UUID), RootHash: hash, Label: sb.Label,
 		EROFS: erofs{
 			Bytes: int64(sb.Blocks) * daxfs.BlockSize, Inodes: sb.Inodes, Root: sb.Root,
 			Compat: uint64(sb.Compat), Incompat: uint64(sb.Incompat),
@@ -190,6 +200,9 @@ func leftOutReason(mode uint32) string {
 func (r *inspection) print(w io.Writer) {
 	fmt.Fprintf(w, "image      %s, %s\n", printable(r.Image), human(r.Size))
 	fmt.Fprintf(w, "uuid       %s\n", r.UUID)
+	if r.RootHash != "" {
+		fmt.Fprintf(w, "root hash  %s\n", r.RootHash)
+	}
 	if r.Label != "" {
 		fmt.Fprintf(w, "label      %s\n", printable(r.Label))
 	}

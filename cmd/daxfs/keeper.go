@@ -34,6 +34,8 @@ type keeper interface {
 	Put(ctx context.Context, src putSource, name string) (store.Info, error)
 	Unpin(ctx context.Context, name string) error
 	Sweep(ctx context.Context) error
+	// Scrub reads all contents. lost says which images cannot be made again.
+	Scrub(ctx context.Context) (found []pool.Finding, lost string, err error)
 }
 
 // putSource is an image to be put: as it was found, and as a user wrote it.
@@ -150,6 +152,18 @@ func (k *localKeeper) Sweep(ctx context.Context) error {
 		return err
 	}
 	return k.store.UnmountIdle(ctx)
+}
+
+func (k *localKeeper) Scrub(ctx context.Context) (found []pool.Finding, lost string, err error) {
+	found = []pool.Finding{}
+	_, err = k.store.Scrub(ctx, 0)
+	for _, d := range k.store.Pool().Damaged() {
+		found = append(found, d.Finding())
+	}
+	if herr := k.store.Heal(ctx, nil); herr != nil {
+		lost = herr.Error()
+	}
+	return found, lost, err
 }
 
 func (k *localKeeper) Mount(ctx context.Context, name, dir string, suid bool) (string, error) {

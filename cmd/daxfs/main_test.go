@@ -3,6 +3,9 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,7 +44,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"status": wantStatus, "json": wantField, "sametar": sameTar, "layout": newLayout, "flip": flipBit, "interrupt": interrupt,
-			"setxattr": setXattr,
+			"setxattr": setXattr, "hash": rootHashOf, "strip": stripDigests,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "root" {
@@ -155,6 +158,29 @@ func flipBit(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	b[off] ^= 1
 	ts.Check(os.WriteFile(name, b, 0o644))
+}
+
+// footerOff is where docs/format.md says that the footer of the digest table is, from the end of an image.
+const footerOff = 8192 + 160
+
+// rootHashOf computes the root hash of an image as docs/format.md says: hash FILE VARIABLE
+func rootHashOf(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: hash FILE VARIABLE")
+	}
+	b := []byte(ts.ReadFile(args[0]))
+	sum := sha256.Sum256(b[len(b)-footerOff:][:128])
+	ts.Setenv(args[1], hex.EncodeToString(sum[:]))
+}
+
+// stripDigests makes an image one without a digest table: strip FILE NEW
+func stripDigests(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: strip FILE NEW")
+	}
+	b := []byte(ts.ReadFile(args[0]))
+	clear(b[binary.LittleEndian.Uint64(b[len(b)-footerOff+16:]) : len(b)-8192])
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b, 0o644))
 }
 
 // TestReorder: options may stand before and after arguments.

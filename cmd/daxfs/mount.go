@@ -34,6 +34,9 @@ Drivers: auto takes the first that works, in the order shown by daxfs doctor; er
 daxfs (the kernel module), fuse. The image is checked first: what a stranger wrote is not for a kernel to find out. Of a pool, what only root can have
 written is not checked again.
 
+With --root-hash the image is mounted only if it is, byte for byte, the one that this hash stands for: inspect shows the hash
+that an image says to have. All of the image is read first.
+
 Setuid programs and device nodes of the image do nothing unless --suid is given.
 
 With --driver fuse --foreground the command serves the image itself until it is unmounted; otherwise it starts a process
@@ -42,6 +45,7 @@ that does. SIGUSR1 makes a server write its counters to its standard error.
 Examples:
    daxfs mount debian.daxfs /mnt
    daxfs mount --driver fuse debian.daxfs /mnt
+   daxfs mount --root-hash "$(cat debian.hash)" debian.daxfs /mnt
    daxfs mount --pool /var/lib/pool docker.io/library/debian:12 /mnt
    daxfs mount --driver daxfs --pool 0x400000000+4294967296 6859 /mnt`,
 		Flags: append([]cli.Flag{
@@ -51,6 +55,7 @@ Examples:
 			&cli.Int64Flag{Name: "offset", Usage: "the image starts at byte `N` of the file"},
 			&cli.Int64Flag{Name: "size", Usage: "the image, or its window, has `N` bytes; 0 is the rest of the file"},
 			&cli.BoolFlag{Name: "suid", Usage: "let setuid programs and device nodes of the image work"},
+			&cli.StringFlag{Name: "root-hash", Usage: "mount only the image of `HASH`, 64 hexadecimal digits"},
 			&cli.BoolFlag{Name: "no-check", Usage: "do not check the image first: only for those that were checked and cannot have changed"},
 			&cli.BoolFlag{Name: "foreground", Usage: "serve in this process (fuse only)"},
 			// Those two belong to the driver that starts this command as its server.
@@ -86,10 +91,8 @@ func (e *env) mount(c *cli.Context) error {
 	if err := isDir(dir); err != nil {
 		return err
 	}
-	if !c.Bool("no-check") {
-		if err := mount.CheckImage(c.Context, src); err != nil {
-			return err
-		}
+	if err := checkMount(c, src); err != nil {
+		return err
 	}
 	d, err := mount.Auto(c.Context, list, src, dir, e.warn)
 	if err != nil {
@@ -97,6 +100,24 @@ func (e *env) mount(c *cli.Context) error {
 	}
 	_, err = fmt.Fprintf(e.stderr, "mounted on %s with %s: %s\n", dir, d.Name(), d.Sharing())
 	return err
+}
+
+// checkMount checks what is to be mounted as far as the flags want it.
+func checkMount(c *cli.Context, src mount.Source) error {
+	root, err := rootHash(c)
+	switch {
+	case err != nil:
+		return err
+	case root != nil && c.Bool("no-check"):
+		return wrongUse(c, "--root-hash and --no-check contradict each other")
+	case root != nil:
+		if err := mount.ProveImage(c.Context, src, *root); err != nil {
+			return err
+		}
+	case c.Bool("no-check"):
+		return nil
+	}
+	return mount.CheckImage(c.Context, src)
 }
 
 func isDir(dir string) error {
@@ -158,10 +179,8 @@ func (e *env) serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if !c.Bool("no-check") {
-		if err := mount.CheckImage(c.Context, src); err != nil {
-			return err
-		}
+	if err := checkMount(c, src); err != nil {
+		return err
 	}
 	if conf.Dir, err = drivers.Resolve(conf.Dir); err != nil {
 		return err

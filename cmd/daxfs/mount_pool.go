@@ -26,7 +26,7 @@ import (
 
 // mountFromPool is mount --pool: it asks the owner of the pool, so that what is mounted is known to be in use.
 func (e *env) mountFromPool(c *cli.Context) error {
-	for _, flag := range []string{"offset", "size", "foreground"} {
+	for _, flag := range []string{"offset", "size", "foreground", "root-hash"} {
 		if c.IsSet(flag) {
 			return wrongUse(c, "--%s does not go with --pool: the pool is mounted as a whole", flag)
 		}

@@ -52,8 +52,31 @@ func TestMount(t *testing.T) {
 		"rm leaves what is mounted":     removeLeavesWhatIsMounted,
 		"umount leaves the snapshotter": umountLeavesTheSnapshotter,
 		"larger device":                 readsLargerDevice,
+		"root hash":                     mountsByRootHash,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, bin) })
+	}
+}
+
+// mountsByRootHash mounts the image of a root hash, also from memory that is larger, and no other one.
+func mountsByRootHash(t *testing.T, bin string) {
+	out := inNamespace(t, bin, `
+		mkdir tree mnt; echo hello >tree/greeting
+		daxfs convert -o image rootfs:tree >/dev/null 2>&1
+		hash=$(daxfs inspect image | sed -n 's/^root hash *//p')
+		truncate -s 2M image
+		daxfs mount --root-hash $hash image mnt 2>/dev/null
+		cat mnt/greeting
+		daxfs umount mnt
+		printf j | dd of=image bs=1 seek=4096 conv=notrunc 2>/dev/null
+		daxfs mount image mnt 2>/dev/null
+		cat mnt/greeting
+		daxfs umount mnt
+		! daxfs mount --root-hash $hash image mnt`)
+	for _, want := range []string{"hello\n", "jello\n", `rule digest-data at offset 4096, path "/greeting"`} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
 	}
 }
 

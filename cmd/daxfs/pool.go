@@ -34,7 +34,8 @@ POOL is a file on a disk, on tmpfs or on hugetlbfs, a /dev/pmem or /dev/dax devi
 as ADDRESS+SIZE. The kind follows from it, unless --kind says so.
 
 A pool has one owner at a time, usually the snapshotter daemon. ls and show read, whoever owns the pool; put, rm and gc ask
-the daemon if it owns the pool, and become the owner if nobody does; init and check need the pool to be free.
+the daemon if it owns the pool, and become the owner if nobody does; so does check --contents. init and check need the pool
+to be free.
 
 The index says who holds what. Without --index it is POOL.index beside a file, or that of a daemon; a device needs --index.
 
@@ -100,9 +101,15 @@ Example:
 Reads all contents and metadata. Writes every finding with its rule (docs/pool.md and docs/format.md explain the rules), and
 ends with status 3 if there are any; 1 means that it could not be read.
 
+With --contents it reads all contents and nothing else, while the pool is in use: a daemon that owns it does so. Contents that
+have changed are given to nobody from then on. Images that hold them are made again where that is possible.
+
 Examples:
    daxfs pool check /var/lib/pool
-   daxfs pool check --json /var/lib/pool | jq '.findings[].rule'`, Flags: with()},
+   daxfs pool check --contents /var/lib/pool
+   daxfs pool check --json /var/lib/pool | jq '.findings[].rule'`, Flags: with(append([]cli.Flag{
+				&cli.BoolFlag{Name: "contents", Usage: "read contents only, also while the pool is in use"},
+			}, keeperFlags()...)...)},
 		},
 	}
 }
@@ -189,6 +196,8 @@ type poolMade struct {
 type poolChecked struct {
 	OK       bool           `json:"ok"`
 	Findings []pool.Finding `json:"findings"`
+	// Lost says which images cannot be made again, and why.
+	Lost string `json:"lost,omitempty"`
 }
 
 func (e *env) poolCheck(c *cli.Context) error {
@@ -196,6 +205,9 @@ func (e *env) poolCheck(c *cli.Context) error {
 		return err
 	}
 	a := poolArgsOf(c)
+	if c.Bool("contents") {
+		return e.poolScrub(c, a)
+	}
 	rc, err := a.region(false)
 	if err != nil {
 		return err
@@ -213,10 +225,30 @@ func (e *env) poolCheck(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	return e.tellFindings(c, findings, "")
+}
+
+// poolScrub is pool check --contents.
+func (e *env) poolScrub(c *cli.Context, a poolArgs) error {
+	k, err := e.openKeeper(c, a, "auto")
+	if err != nil {
+		return err
+	}
+	findings, lost, err := k.Scrub(c.Context)
+	if err = errors.Join(err, k.Close()); err != nil {
+		return err
+	}
+	return e.tellFindings(c, findings, lost)
+}
+
+func (e *env) tellFindings(c *cli.Context, findings []pool.Finding, lost string) (err error) {
 	if c.Bool("json") {
-		err = writeJSON(e.stdout, poolChecked{len(findings) == 0, findings})
+		err = writeJSON(e.stdout, poolChecked{len(findings) == 0, findings, lost})
 	} else {
 		err = printFindings(e.stdout, findings)
+	}
+	if lost != "" {
+		fmt.Fprintf(e.stderr, "daxfs: %s\n", message(errors.New(lost)))
 	}
 	if err == nil && len(findings) > 0 {
 		return errFindings

@@ -160,6 +160,29 @@ func TestPoolCheckFindsDamage(t *testing.T) {
 	if status != statusFindings || !strings.Contains(stdout, "pool.sum") || stderr != "" {
 		t.Errorf("check of damaged contents: status %d, %s%s", status, stdout, stderr)
 	}
+	var got poolChecked
+	status, stdout, stderr = runPool(t, "check", "--contents", "--json", p)
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
+		t.Fatal(err)
+	}
+	if status != statusFailed || got.OK || len(got.Findings) != 1 || got.Findings[0].Rule != "pool.sum" || got.Findings[0].Known ||
+		!strings.Contains(got.Lost, "pull the image again") || !strings.Contains(stderr, "cannot be made again") {
+		t.Errorf("check --contents: status %d, %s%s", status, stdout, stderr)
+	}
+	// Nobody gets it, until it is put again.
+	if state := showPool(t, p); len(state.Images) != 0 {
+		t.Errorf("the catalogue lists %+v", state.Images)
+	}
+	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"f": text}))
+	if state := showPool(t, p); len(state.Images) != 1 {
+		t.Errorf("put again: the catalogue lists %+v", state.Images)
+	}
+	mustPool(t, "gc", p)
+	for _, args := range [][]string{{"check", p}, {"check", "--contents", p}} {
+		if out := mustPool(t, args...); out != "the pool is consistent\n" {
+			t.Errorf("%q: %q", args, out)
+		}
+	}
 }
 
 func TestPoolErrors(t *testing.T) {

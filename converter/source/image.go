@@ -2,6 +2,7 @@ package source
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -50,7 +51,8 @@ func (s *imageFile) Close() error {
 	return s.f.Close()
 }
 
-// Image checks the whole image before anything of it is used: it may come from anywhere.
+// Image checks the whole image before anything of it is used, and proves its contents if it has a digest table: it may
+// come from anywhere.
 func (s *imageFile) Image(ctx context.Context, _ Platform) (*Image, error) {
 	if s.f == nil {
 		f, err := openFile(s.file)
@@ -69,6 +71,13 @@ func (s *imageFile) Image(ctx context.Context, _ Platform) (*Image, error) {
 	}
 	stop := func(daxfs.Finding) bool { return false }
 	if err := daxfs.Check(readerAt{ctx, s.f}, fi.Size(), stop); err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("%s: the image is damaged: %w (daxfs verify %s lists everything)", s.name, err, s.file)
+	}
+	err = daxfs.Prove(ctx, s.f, fi.Size(), daxfs.ProveOptions{}, stop)
+	if err != nil && !errors.Is(err, daxfs.ErrNoDigests) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}

@@ -75,6 +75,18 @@ func TestOffsets(t *testing.T) {
 			"erofs xattr entry", fieldBytes(t, ErofsXattrEntSize, (*ErofsXattrEntry).Marshal, (*ErofsXattrEntry).Unmarshal),
 			map[string][2]int{"NameLen": {0, 1}, "Index": {1, 1}, "ValueLen": {2, 2}},
 		},
+		{
+			"digest entry", fieldBytes(t, DigestEntrySize, (*DigestEntry).Marshal, (*DigestEntry).Unmarshal),
+			map[string][2]int{"Off": {0, 8}, "Size": {8, 8}, "Sum": {16, 32}},
+		},
+		{
+			"digest footer", fieldBytes(t, DigestFooterSize, (*DigestFooter).Marshal, (*DigestFooter).Unmarshal),
+			map[string][2]int{
+				"Magic": {0, 8}, "Version": {8, 4}, "Algorithm": {12, 4}, "TableOff": {16, 8}, "Count": {24, 8},
+				"MetaOff": {32, 8}, "ImageSize": {40, 8}, "Reserved": {48, 16}, "Table": {64, 32}, "Meta": {96, 32},
+				"Root": {DigestRootOff, 32},
+			},
+		},
 		{"daxfs super", fieldBytes(t, V8SuperSize, (*V8Super).Marshal, (*V8Super).Unmarshal), map[string][2]int{
 			"Magic": {0, 4}, "Version": {4, 4}, "BlockSize": {8, 4}, "Reserved": {12, 4}, "TotalSize": {16, 8},
 			"BaseOff": {24, 8}, "BaseSize": {32, 8}, "InodeOff": {40, 8}, "InodeCount": {48, 4}, "RootIno": {52, 4},

@@ -1,0 +1,319 @@
+package pool
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// kindDamaged is the kind of the records that remember damaged extents: offset -> digest.
+const kindDamaged = "pool/damaged"
+
+// Damage is contents that are not what was put, or whose last page shows something behind them.
+type Damage struct {
+	Off  int64 `json:"offset"` // in the pool
+	Size int64 `json:"size"`
+	// Sum is the SHA-256 of what was put, in hexadecimal; Found that of what Scrub read. Found is empty if an earlier
+	// owner of the pool read it.
+	Sum   string `json:"expected"`
+	Found string `json:"found,omitempty"`
+	// Images and Layers are the keys of those that hold the contents, sorted.
+	Images []string `json:"images"`
+	Layers []string `json:"layers"`
+}
+
+// Finding is the damage as Check reports it.
+func (d Damage) Finding() Finding {
+	f := Finding{Rule: "pool.sum", Off: d.Off, Known: d.Found == ""}
+	f.Msg = fmt.Sprintf("%d bytes are not those of sum %s", d.Size, d.Sum)
+	if d.Found != "" {
+		f.Msg = fmt.Sprintf("%d bytes have sum %s, expected %s", d.Size, d.Found, d.Sum)
+		if d.Found == d.Sum {
+			f.Rule, f.Msg = "pool.tail", fmt.Sprintf("the rest of the last page of %d bytes is not zero", d.Size)
+		}
+	}
+	for _, keys := range [][]string{d.Layers, d.Images} {
+		if len(keys) > 0 {
+			f.Key = keys[0]
+		}
+	}
+	f.Msg += fmt.Sprintf("; they are in images %q and layers %q", d.Images, d.Layers)
+	return f
+}
+
+// ScrubOptions are the choices of Scrub. The zero value is as fast as one processor can be.
+type ScrubOptions struct {
+	// Rate is how many bytes of contents are read in a second; 0 sets no limit.
+	Rate int64
+}
+
+// Scrubbed says what a Scrub has read.
+type Scrubbed struct {
+	Extents int   `json:"extents"`
+	Bytes   int64 `json:"bytes"` // whole pages
+	Damaged int   `json:"damaged"`
+}
+
+// Scrub reads the contents of all extents, and holds them against their digests. Whoever uses the pool goes on
+// meanwhile.
+//
+// What is not what was put is damaged from then on, also after the pool was opened anew, and report is told. A damaged
+// extent is never shared again: contents that are put again get another one, AddImage refuses trees that lead to it,
+// and the catalogue lists no image that holds it. It stays where it is, with whoever reads it, until nothing holds it.
+//
+// Scrub reads the region, not through a mount of it. So it sees the memory of DAX devices. Of a file it sees what the
+// page cache of that file holds, or the disk: it drops the pages that it has read. It does not see the page cache of a
+// mounted live tree.
+//
+// The error is that of a scrub that could not be finished.
+func (p *Pool) Scrub(ctx context.Context, o ScrubOptions, report func(Damage)) (Scrubbed, error) {
+	var done Scrubbed
+	began := time.Now()
+	for _, e := range p.readable() {
+		err := ctx.Err()
+		if err == nil {
+			err = p.scrubOne(ctx, e, &done, report)
+		}
+		if err != nil {
+			return done, fmt.Errorf("pool: scrub: %w", err)
+		}
+		if o.Rate > 0 {
+			due := time.Duration(float64(done.Bytes) / float64(o.Rate) * float64(time.Second))
+			if ahead := due - time.Since(began); ahead >= scrubPause {
+				if err := pause(ctx, ahead); err != nil {
+					return done, fmt.Errorf("pool: scrub: %w", err)
+				}
+			}
+		}
+	}
+	return done, nil
+}
+
+// scrubPause is how far a scrub is ahead of its rate before it waits: waking up costs more than reading a small file.
+const scrubPause = 100 * time.Millisecond
+
+func pause(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// readable returns the extents that somebody may be given, by offset.
+func (p *Pool) readable() []*extent {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []*extent
+	for _, e := range p.extents {
+		if e.ready == nil && (e.listed || e.damaged) && !e.erased {
+			all = append(all, e)
+		}
+	}
+	return byOffset(all)
+}
+
+func (p *Pool) scrubOne(ctx context.Context, e *extent, done *Scrubbed, report func(Damage)) error {
+	p.mu.Lock()
+	known := e.damaged
+	p.mu.Unlock()
+	if known {
+		return nil
+	}
+	c, err := p.read(ctx, e)
+	if err != nil {
+		return err
+	}
+	done.Extents++
+	done.Bytes += e.span().Len
+	if c.intact(e) {
+		return nil
+	}
+	marked, err := p.markDamaged(e, fmt.Sprintf("%x", c.sum))
+	if marked {
+		done.Damaged++
+		report(p.damage(e))
+	}
+	return err
+}
+
+// found is what was read of an extent.
+type found struct {
+	sum  [sha256.Size]byte
+	tail bool // the rest of the last page is not zero
+}
+
+func (c found) intact(e *extent) bool { return c.sum == e.sum && !c.tail }
+
+// read reads an extent. It takes no lock: an extent that was freed meanwhile may hold anything.
+func (p *Pool) read(ctx context.Context, e *extent) (found, error) {
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	var c found
+	h := sha256.New()
+	for at := int64(0); at < e.span().Len; at += chunk {
+		part := (*buf)[:min(chunk, e.span().Len-at)]
+		if n, err := p.region.ReadAt(part, e.off+at); n < len(part) {
+			return c, fmt.Errorf("read %d bytes at %d: %w", len(part), e.off+at, err)
+		}
+		p.uncache(e.off+at, int64(len(part)))
+		body := part[:min(int64(len(part)), e.size-at)]
+		h.Write(body)
+		c.tail = c.tail || !isZero(part[len(body):])
+		if err := ctx.Err(); err != nil {
+			return c, err
+		}
+	}
+	h.Sum(c.sum[:0])
+	return c, nil
+}
+
+// uncache drops pages of a file that were read for a scrub: kernels that mount the file do not use them, and the next
+// scrub shall read the disk.
+func (p *Pool) uncache(off, n int64) {
+	if info := p.region.Info(); info.Kind == region.KindFile && info.FD >= 0 {
+		_ = unix.Fadvise(info.FD, off, n, unix.FADV_DONTNEED) // an advice
+	}
+}
+
+// markDamaged makes an extent one that is given to nobody. It reports false if it is one already, or was
+// freed meanwhile.
+func (p *Pool) markDamaged(e *extent, got string) (bool, error) {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	p.mu.Lock()
+	if p.extents[e.off] != e || e.damaged {
+		p.mu.Unlock()
+		return false, nil
+	}
+	e.damaged, e.got = true, got
+	p.damaged.Add(1)
+	p.unlist(e)
+	p.mu.Unlock()
+	err := p.index.setRecord(kindDamaged, damagedKey(e), e.sum[:])
+	return true, errors.Join(err, p.hideDamaged())
+}
+
+func damagedKey(e *extent) string { return strconv.FormatInt(e.off, 10) }
+
+// hideDamaged takes images that hold damaged extents out of the catalogue. Preconditions: commit is held.
+func (p *Pool) hideDamaged() error {
+	w := window{p, 0, p.header.size}
+	for _, m := range p.images {
+		if p.stale[m.Slot] != nil || !p.isDamaged(m.used) {
+			continue
+		}
+		if _, err := w.WriteAt(p.entry(m), entryOff(m.Slot)); err != nil {
+			return err
+		}
+		if err := p.region.Sync(entryOff(m.Slot), entrySize); err != nil {
+			return err
+		}
+	}
+	gen := p.header.generation + 1
+	if err := p.index.setGeneration(gen); err != nil {
+		return err
+	}
+	return p.writeHeader(gen)
+}
+
+// entry is what the slot table says of an image: nothing if it holds damaged extents.
+func (p *Pool) entry(m *image) []byte {
+	b := make([]byte, entrySize)
+	if !p.isDamaged(m.used) {
+		encodeImage(b, &m.Image)
+	}
+	return b
+}
+
+func (p *Pool) isDamaged(es []*extent) bool {
+	return p.damaged.Load() > 0 && slices.ContainsFunc(es, func(e *extent) bool { return e.damaged })
+}
+
+// adoptDamaged marks the extents that an earlier owner found to be damaged.
+func (p *Pool) adoptDamaged() error {
+	records, err := p.index.records(kindDamaged)
+	if err != nil {
+		return err
+	}
+	for key, sum := range records {
+		off, err := strconv.ParseInt(key, 10, 64)
+		e := p.extents[off]
+		if err != nil || e == nil || string(sum) != string(e.sum[:]) {
+			p.index.noteLast(noted{kindDamaged, key, nil})
+			continue
+		}
+		e.damaged = true
+		p.damaged.Add(1)
+		p.unlist(e)
+	}
+	return nil
+}
+
+// damage describes a damaged extent.
+func (p *Pool) damage(e *extent) Damage {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.damageOf(e)
+}
+
+func (p *Pool) damageOf(e *extent) Damage {
+	d := Damage{Off: e.off, Size: e.size, Sum: fmt.Sprintf("%x", e.sum), Found: e.got}
+	d.Images, d.Layers = []string{}, []string{}
+	for _, key := range slices.Sorted(maps.Keys(p.images)) {
+		if slices.Contains(p.images[key].used, e) {
+			d.Images = append(d.Images, key)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(p.layers)) {
+		if slices.Contains(p.layers[key], e) {
+			d.Layers = append(d.Layers, key)
+		}
+	}
+	return d
+}
+
+// Damaged returns the extents that were found to be damaged and that something holds or may still read, by offset.
+func (p *Pool) Damaged() []Damage {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := []Damage{}
+	for _, e := range p.extents {
+		if e.damaged {
+			out = append(out, p.damageOf(e))
+		}
+	}
+	slices.SortFunc(out, func(a, b Damage) int { return cmp.Compare(a.Off, b.Off) })
+	return out
+}
+
+// ImageDamaged reports whether an image holds damaged contents.
+func (p *Pool) ImageDamaged(key string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	m := p.images[key]
+	return m != nil && p.isDamaged(m.used)
+}
+
+// LayerDamaged reports whether a layer holds damaged contents.
+func (p *Pool) LayerDamaged(key string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.isDamaged(p.layers[key])
+}
