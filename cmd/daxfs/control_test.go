@@ -137,7 +137,7 @@ func TestDaemonOwnsPool(t *testing.T) {
 	if asked := ask(statusOK, "8KiB wait", "pool", "gc", p); asked != "POST /v1/sweep" {
 		t.Errorf("gc asked %s", asked)
 	}
-	if asked := ask(statusFailed, `pool.sum: "image/ff" at 4096: changed`, "pool", "check", "--contents", p); asked != "POST /v1/scrub" {
+	if asked := ask(statusFindings, `pool.sum: "image/ff" at 4096: changed`, "pool", "check", "--contents", p); asked != "POST /v1/scrub" {
 		t.Errorf("check --contents asked %s", asked)
 	}
 	ask(statusUsage, "a daemon owns the pool", "mount", "--driver", "fuse", "--pool", p, "one", dir)
