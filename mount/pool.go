@@ -73,6 +73,9 @@ func (t *Table) answers(ctx context.Context, l *live) error {
 
 // lockPool takes the token for work on the mount of the pool.
 func (t *Table) lockPool(ctx context.Context) (unlock func(), err error) {
+	if err := ctx.Err(); err != nil { // select takes either if both are ready
+		return nil, err
+	}
 	select {
 	case t.poolWork <- struct{}{}:
 		return func() { <-t.poolWork }, nil

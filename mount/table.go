@@ -179,6 +179,9 @@ func (t *Table) Dir(key string) string { return mountDir(t.imageDir(key)) }
 
 // acquire returns the entry of key with its work token taken.
 func (t *Table) acquire(ctx context.Context, key string) (*entry, error) {
+	if err := ctx.Err(); err != nil { // select takes either if both are ready
+		return nil, err
+	}
 	t.mu.Lock()
 	e := t.entries[key]
 	if e == nil {
