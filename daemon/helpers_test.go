@@ -77,8 +77,8 @@ var flavours = []flavour{
 	{"fuse", "tmpfs", "fuse"},
 }
 
-// fewFlavours are the flavours of tests of what kernels do. With -short, as the race detector runs them, it is one: the
-// code of the daemon is the same in all.
+// fewFlavours are the flavours of tests that take long. With -short, as the race detector runs them, it is one: the code
+// of the daemon is the same in all, and the drivers have tests of their own.
 func fewFlavours() []flavour {
 	if testing.Short() {
 		return flavours[:1]
