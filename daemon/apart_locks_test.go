@@ -254,7 +254,7 @@ func maskText(mask uint64) string {
 
 // TestApartLocks takes locks and sets watches in each place on files that all places share.
 func TestApartLocks(t *testing.T) {
-	for _, f := range fewFlavours() {
+	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			stages := []string{"lower", "upper"}
 			ours, plain := twoScenes(t, f, stages)

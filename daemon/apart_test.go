@@ -353,7 +353,7 @@ func now(start time.Time) treetest.Exempt {
 
 // TestApart does in every place all that a container can do to a file.
 func TestApart(t *testing.T) {
-	for _, f := range fewFlavours() {
+	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			var stages []string
 			for _, a := range acts {

@@ -260,7 +260,7 @@ func listing(t *testing.T, tar string) string {
 
 // TestApartTools looks at containers that changed nothing; TestApart does at those that changed much.
 func TestApartTools(t *testing.T) {
-	for _, f := range fewFlavours() {
+	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			ours, plain := twoScenes(t, f, []string{"a", "b"})
 			settleTimes(t, time.Now().Add(-time.Minute), ours, plain)

@@ -26,7 +26,7 @@ func TestChurn(t *testing.T) {
 	if testing.Short() {
 		rounds = 3
 	}
-	for _, f := range []flavour{flavours[0], flavours[1]} {
+	for _, f := range fewFlavours(2) {
 		t.Run(f.name, func(t *testing.T) {
 			cl, m := inside(t, f, func(c *config.Config) {
 				c.Pool.Size = 24 << 20

@@ -44,7 +44,7 @@ func smallDisk(t *testing.T) string {
 // pool is in memory, and packs or directories fill the disk; or it is a file on that disk, sparse and larger than what
 // it may grow to.
 func TestFullDisk(t *testing.T) {
-	for _, f := range flavours[:2] {
+	for _, f := range fewFlavours(2) {
 		for _, stream := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/stream=%v", f.name, stream), func(t *testing.T) {
 				f.need(t)
@@ -85,7 +85,7 @@ func TestFullDisk(t *testing.T) {
 // A container that fills the disk to the last block and inode, and is removed, gives everything back; the next one
 // starts.
 func TestFullDiskGetsFree(t *testing.T) {
-	for _, f := range flavours[:2] {
+	for _, f := range fewFlavours(2) {
 		t.Run(f.name, func(t *testing.T) {
 			f.need(t)
 			disk := smallDisk(t)

@@ -77,13 +77,13 @@ var flavours = []flavour{
 	{"fuse", "tmpfs", "fuse"},
 }
 
-// fewFlavours are the flavours of tests that take long. With -short, as the race detector runs them, it is one: the code
-// of the daemon is the same in all, and the drivers have tests of their own.
-func fewFlavours() []flavour {
+// fewFlavours are the first n flavours, for tests that take long. With -short, as the race detector runs them, it is one:
+// the code of the daemon is the same in all, and the drivers have tests of their own.
+func fewFlavours(n int) []flavour {
 	if testing.Short() {
-		return flavours[:1]
+		n = 1
 	}
-	return flavours
+	return flavours[:n]
 }
 
 // config returns the configuration of a daemon below root.

@@ -109,7 +109,7 @@ func (s *streaming) unpack(ctx context.Context, desc ocispec.Descriptor, diffID 
 
 // TestSuiteStreaming runs containerd's conformance tests with every commit streamed.
 func TestSuiteStreaming(t *testing.T) {
-	for _, f := range fewFlavours() {
+	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			f.need(t)

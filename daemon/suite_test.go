@@ -34,7 +34,7 @@ func suite(t *testing.T, open testsuite.SnapshotterFunc) {
 
 // TestSuite runs containerd's conformance tests through the socket, with a real pool and real mounts.
 func TestSuite(t *testing.T) {
-	for _, f := range fewFlavours() {
+	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			f.need(t)
