@@ -104,7 +104,7 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	gauge(poolSize, float64(u.Size))
 	gauge(savedBytes, float64(u.Unshared-u.ImageExtents))
 	gauge(deadCount, float64(u.DeadCount))
-	gauge(damagedCount, float64(len(p.Damaged())))
+	gauge(damagedCount, float64(p.DamagedCount()))
 	for state, n := range map[string]int{"used": u.SlotsUsed, "free": u.Slots - u.SlotsUsed} {
 		gauge(slotCount, float64(n), state)
 	}

@@ -303,6 +303,9 @@ func (p *Pool) Damaged() []Damage {
 	return out
 }
 
+// DamagedCount is how many extents Damaged returns. It costs nothing.
+func (p *Pool) DamagedCount() int { return int(p.damaged.Load()) }
+
 // ImageDamaged reports whether an image holds damaged contents.
 func (p *Pool) ImageDamaged(key string) bool {
 	p.mu.Lock()
