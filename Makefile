@@ -21,8 +21,9 @@ DAXFS_TEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/daxfs-test
 export DAXFS_TEST_CACHE
 
 GO           ?= go
+MODULE       := github.com/daxfs/daxfs-snapshotter
 # Static binaries: one file serves every distribution, and the same bytes come out on every machine (-trimpath).
-GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X "main.linkedVersion=$(VERSION) (commit $(COMMIT))"'
+GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X "$(MODULE)/internal/version.linked=$(VERSION) (commit $(COMMIT))"'
 GOTEST        = $(GO) run ./integration/testreport $(if $(SKIPS),-skips $(SKIPS)) --
 # How long each fuzz target runs in "make fuzz"; "make test" gives each 10 s.
 FUZZTIME     ?= 60s
@@ -34,10 +35,13 @@ STATICCHECK  := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 KUSTOMIZE    := sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
 ERRORLINT    := github.com/polyfloyd/go-errorlint@v1.8.0
 
+NFPM         := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2
+CYCLONEDX    := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
+
 COMMANDS     := daxfs daxfs-snapshotter
 UNIT_PKGS     = $$($(GO) list ./... | grep -v '/integration')
 
-.PHONY: help build test test-deps test-unit test-integration test-race test-short race fuzz fuzz-smoke lint bench demo install uninstall man reproducible clean
+.PHONY: help build test test-deps test-unit test-integration test-kubernetes test-dist test-versions test-race test-short race fuzz fuzz-smoke lint bench demo demo-vm install uninstall dist man reproducible clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,17 +65,33 @@ test: test-deps ## All that CI runs: lint, unit, race, fuzz smoke, real containe
 test-deps: ## Install the Debian packages that the tests use (root)
 	.ci/deps test
 
-test-unit: ## Test every package but integration/
+test-unit: ## Test every package but integration/, and the reader of layers against podman's library
 	$(GOTEST) -timeout 30m $(UNIT_PKGS)
+	cd integration/podman && $(GO) test -tags exclude_graphdriver_btrfs ./...
 
-test-integration: build $(TOOLS)/kustomize ## Test on real containerd, and kernels in QEMU
+test-integration: build $(TOOLS)/kustomize $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Test on real containerd, and kernels in QEMU
 	$(GOTEST) -count 1 -timeout 40m -p 1 ./integration/...
+
+# Not part of "make test": it takes as long as all of that.
+test-kubernetes: test-deps $(TOOLS)/kustomize ## Run critest beside overlayfs, a kubelet, and an API server (root; 20 minutes)
+	.ci/deps kubernetes
+	$(GOTEST) -tags kubernetes -count 1 -timeout 60m ./integration/kubernetes
+
+# Not part of "make test": it downloads two Debian systems, and builds all twice.
+test-dist: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Install packages in clean Debian systems, play the operator (root; installs packages)
+	.ci/deps dist
+	$(GOTEST) -tags dist -count 1 -timeout 60m ./integration/packages
+
+# Builds four versions of containerd the first time.
+test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Try packages on versions of containerd, 1.7 to 2.4 (root; installs packages)
+	.ci/deps dist
+	$(GOTEST) -tags dist,versions -count 1 -timeout 60m -run TestVersions ./integration/packages
 
 test-short: ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
 
 # What runs on several processors at once. The rest of "make race" is single-threaded, or has its time in the kernel.
-RACE_PKGS     = ./converter/blob ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store
+RACE_PKGS     = ./converter/blob ./converter/chunked ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store/...
 
 test-race: ## Test the concurrent packages with the race detector, briefly (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 30m $(RACE_PKGS)
@@ -92,11 +112,17 @@ $(TOOLS)/gofumpt: TOOL = $(GOFUMPT)
 $(TOOLS)/staticcheck: TOOL = $(STATICCHECK)
 $(TOOLS)/go-errorlint: TOOL = $(ERRORLINT)
 $(TOOLS)/kustomize: TOOL = $(KUSTOMIZE)
+$(TOOLS)/nfpm: TOOL = $(NFPM)
+$(TOOLS)/cyclonedx-gomod: TOOL = $(CYCLONEDX)
 
 lint: $(TOOLS)/gofumpt $(TOOLS)/staticcheck $(TOOLS)/go-errorlint ## Check format, vet, staticcheck, error wrapping
 	@out=$$($(TOOLS)/gofumpt -l .); [ -z "$$out" ] || { echo "gofumpt: run $(TOOLS)/gofumpt -w on:"; echo "$$out"; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags kubernetes ./integration/kubernetes
 	$(TOOLS)/staticcheck ./...
+	$(TOOLS)/staticcheck -tags kubernetes ./integration/kubernetes
+	$(GO) vet -tags dist,versions ./integration/packages
+	$(TOOLS)/staticcheck -tags dist,versions ./integration/packages
 	$(TOOLS)/go-errorlint -test=false ./...
 
 bench: ## Compare with other snapshotters, converters and filesystems into bench-out/, then run the Go benchmarks (root)
@@ -111,31 +137,58 @@ demo: ## Show the sharing: a private containerd, two images, the proof (root; in
 	$(MAKE) build
 	$(GO) run ./integration/demo $(if $(POOL),-pool $(POOL))
 
+demo-vm: ## Show kernels that share a pool: two virtual machines start containers from it (root; installs packages)
+	.ci/deps demo-vm
+	$(MAKE) build
+	$(GO) run ./integration/demovm
+
 # Shell completion, by where each shell looks for it.
 COMPLETION   := bash-completion/completions/daxfs zsh/site-functions/_daxfs fish/vendor_completions.d/daxfs.fish
 
-install: build ## Install programs, manual pages, completion, unit and sample configuration (DESTDIR, PREFIX)
+# Where install finds the programs that build made: root installs, and need not have Go.
+FROM         ?= bin
+# The program that writes completion; another one than is installed where that is for another machine.
+DAXFS        ?= $(FROM)/daxfs
+
+install: ## Install programs that were built, manual pages, completion, units and sample configuration (DESTDIR, PREFIX)
+	@for c in $(COMMANDS); do [ -x $(FROM)/$$c ] || { echo "$(FROM)/$$c is not there: run \"make build\" first, as any user"; exit 1; }; done
 	install -d $(DESTDIR)$(BINDIR)
-	install -m 0755 $(COMMANDS:%=bin/%) $(DESTDIR)$(BINDIR)/
+	install -m 0755 $(COMMANDS:%=$(FROM)/%) $(DESTDIR)$(BINDIR)/
 	for page in docs/man/*.[0-9]; do \
 		install -D -m 0644 "$$page" "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; \
 	done
 	for file in $(COMPLETION); do \
 		install -d "$(DESTDIR)$(DATADIR)/$${file%/*}"; \
-		bin/daxfs completion "$${file%%[-/]*}" >"$(DESTDIR)$(DATADIR)/$$file"; \
+		$(DAXFS) completion "$${file%%[-/]*}" >"$(DESTDIR)$(DATADIR)/$$file"; \
 		chmod 0644 "$(DESTDIR)$(DATADIR)/$$file"; \
 	done
-	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/daxfs/containerd config/containerd/*.toml
+	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/daxfs/containerd config/containerd/*.toml
 	install -d $(DESTDIR)$(UNITDIR)
 	sed 's|^ExecStart=/usr/local/bin/|ExecStart=$(BINDIR)/|' docs/systemd/daxfs-snapshotter.service >$(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
 	chmod 0644 $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service
+	install -m 0644 docs/systemd/daxfs-snapshotter.socket $(DESTDIR)$(UNITDIR)/
 	[ -e $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml ] || \
 		install -D -m 0644 config/sample.toml $(DESTDIR)$(SYSCONFDIR)/daxfs-snapshotter/config.toml
 
 uninstall: ## Remove what install put there; configuration and data stay
-	rm -f $(COMMANDS:%=$(DESTDIR)$(BINDIR)/%) $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service $(COMPLETION:%=$(DESTDIR)$(DATADIR)/%)
+	rm -f $(COMMANDS:%=$(DESTDIR)$(BINDIR)/%) $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.service $(DESTDIR)$(UNITDIR)/daxfs-snapshotter.socket $(COMPLETION:%=$(DESTDIR)$(DATADIR)/%)
 	for page in docs/man/*.[0-9]; do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; done
-	rm -rf $(DESTDIR)$(DATADIR)/doc/daxfs
+	rm -rf $(DESTDIR)$(DATADIR)/daxfs
+
+# What a release consists of, for each of these.
+ARCHITECTURES ?= amd64 arm64
+# Made anew.
+DIST          ?= dist
+# The time that everything in it gets. Tests must not see it: mkfs.erofs and others obey it.
+dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+
+dist: build $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Make archives, .deb, .rpm, container image, SBOMs and checksums into dist/
+	rm -rf $(DIST)
+	for arch in $(ARCHITECTURES); do for c in $(COMMANDS); do \
+		GOARCH=$$arch $(GOBUILD) -o $(DIST)/programs/$$arch/$$c ./cmd/$$c; \
+	done; done
+	GO="$(GO)" packaging/dist $(DIST) $(TOOLS) "$(VERSION)" $(DIST)/programs
+	rm -r $(DIST)/programs
 
 man: ## Make the manual pages anew from the commands and flags
 	UPDATE_MAN=1 $(GO) test -count=1 -run TestManPage ./cmd/...

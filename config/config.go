@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -35,8 +36,11 @@ type Config struct {
 	Log        Log        `toml:"log"`
 	Containerd Containerd `toml:"containerd"`
 	Pool       Pool       `toml:"pool"`
+	Shared     Shared     `toml:"shared"`
 	Mount      Mount      `toml:"mount"`
 	Layers     Layers     `toml:"layers"`
+	Registries Registries `toml:"registries"`
+	Partial    Partial    `toml:"partial"`
 	Metrics    Metrics    `toml:"metrics"`
 }
 
@@ -59,8 +63,13 @@ type Pool struct {
 	Phys uint64 `toml:"phys"`
 	// Windows says whether images have windows for the kernel module daxfs.
 	Windows string `toml:"windows"`
+	// DAX says whether kernels mount the pool with DAX.
+	DAX string `toml:"dax"`
 	// Scrub is how many bytes of contents are read in a second in the background; 0 reads none.
 	Scrub Size `toml:"scrub"`
+	// Readers says what keeps images for others that read the pool, and Leases where they say what they use.
+	Readers string   `toml:"readers"`
+	Leases  []string `toml:"leases"`
 }
 
 // Mount says how images and containers are mounted.
@@ -77,6 +86,8 @@ type Layers struct {
 	Workers    int    `toml:"workers"`
 	MaxSize    Size   `toml:"max_size"`
 	MaxEntries int64  `toml:"max_entries"`
+	// Registries lets the daemon ask registries for layers that nothing on this machine has any more.
+	Registries bool `toml:"registries"`
 }
 
 // Metrics says where the daemon can be watched.
@@ -98,8 +109,9 @@ const (
 var (
 	kinds        = []string{"file", "tmpfs", "hugetlbfs", "pmem", "devdax", "dmabuf", "phys"}
 	drivers      = []string{"auto", "erofs", "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse"}
-	windows      = []string{"auto", "yes", "no"}
+	choices      = []string{"auto", "yes", "no"}
 	durabilities = []string{DurabilityPack, DurabilityContent}
+	readers      = []string{"none", "keep", "leases"}
 	levels       = []string{"trace", "debug", "info", "warn", "error", "fatal"}
 	formats      = []string{"text", "json"}
 )
@@ -111,10 +123,16 @@ func Default() *Config {
 		Address:    "/run/daxfs-snapshotter/daxfs.sock",
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
-		Pool:       Pool{Kind: "file", Windows: "auto", Scrub: 4 << 20},
+		Pool:       Pool{Kind: "file", Windows: "auto", DAX: "auto", Scrub: 2 << 20, Readers: "none", Leases: []string{}},
+		Shared:     Shared{Pools: []string{}, Leases: map[string]string{}, Attach: []string{}, Snapshotter: "daxfs"},
 		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
 		Layers: Layers{
 			Durability: DurabilityPack, Workers: 2, MaxSize: 1 << 40, MaxEntries: 4 << 20,
+		},
+		Registries: Registries{HostsDirs: []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}},
+		Partial: Partial{
+			Enabled: true, Exclude: []string{}, Requests: 8,
+			AnswerTimeout: Duration(10 * time.Second), LayerTimeout: Duration(2 * time.Minute),
 		},
 	}
 }
@@ -204,10 +222,15 @@ func (c *Config) Validate() error {
 	oneOf("log.level", c.Log.Level, levels)
 	oneOf("log.format", c.Log.Format, formats)
 	oneOf("pool.kind", c.Pool.Kind, kinds)
-	oneOf("pool.windows", c.Pool.Windows, windows)
+	oneOf("pool.windows", c.Pool.Windows, choices)
+	oneOf("pool.dax", c.Pool.DAX, choices)
+	oneOf("pool.readers", c.Pool.Readers, readers)
 	oneOf("mount.driver", c.Mount.Driver, drivers)
 	oneOf("layers.durability", c.Layers.Durability, durabilities)
 	errs = append(errs, c.Pool.validate()...)
+	errs = append(errs, c.Registries.validate()...)
+	errs = append(errs, c.Partial.validate()...)
+	errs = append(errs, c.Shared.validate()...)
 	if h := c.Mount.FUSEHelper; h != "" && !filepath.IsAbs(h) {
 		bad("mount.fuse_helper", "%q is not an absolute path", h)
 	}
@@ -234,6 +257,15 @@ func (p *Pool) validate() []error {
 	if p.Scrub < 0 {
 		errs = append(errs, fmt.Errorf("key %q: %d is negative", "pool.scrub", int64(p.Scrub)))
 	}
+	if p.Readers == "leases" != (len(p.Leases) > 0) {
+		errs = append(errs, fmt.Errorf("keys %q and %q: lease regions go with \"leases\", and it needs some", "pool.readers", "pool.leases"))
+	}
+	for _, l := range p.Leases {
+		path := strings.TrimPrefix(l, "flock:")
+		if !filepath.IsAbs(path) && (path != l || !strings.Contains(l, "+")) {
+			errs = append(errs, fmt.Errorf("key %q: %q is neither an absolute path, flock:PATH nor ADDRESS+SIZE", "pool.leases", l))
+		}
+	}
 	if p.Path != "" && !filepath.IsAbs(p.Path) {
 		errs = append(errs, fmt.Errorf("key %q: %q is not an absolute path", "pool.path", p.Path))
 	}
@@ -247,6 +279,10 @@ func (p *Pool) validate() []error {
 	}
 	if p.Kind == "phys" && (p.Phys == 0 || p.Size == 0) {
 		errs = append(errs, fmt.Errorf("keys %q and %q: a pool of kind %q needs both", "pool.phys", "pool.size", p.Kind))
+	}
+	if p.Kind == "phys" && p.Path != "" {
+		errs = append(errs, fmt.Errorf("key %q: a pool of kind %q has none, it is a range of addresses; for a device set "+
+			"another pool.kind", "pool.path", p.Kind))
 	}
 	if p.Kind != "phys" && p.Phys != 0 {
 		errs = append(errs, fmt.Errorf("key %q: a pool of kind %q has none", "pool.phys", p.Kind))

@@ -11,6 +11,8 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 func TestSampleIsDefault(t *testing.T) {
@@ -23,10 +25,14 @@ func TestSampleIsDefault(t *testing.T) {
 	}
 }
 
-// TestSampleIsComplete finds the keys that the sample forgot.
+// TestSampleIsComplete finds the keys that the sample or the document forgot.
 func TestSampleIsComplete(t *testing.T) {
 	var sample map[string]any
 	if err := toml.Unmarshal(config.Sample, &sample); err != nil {
+		t.Fatal(err)
+	}
+	document, err := os.ReadFile("../docs/config.md")
+	if err != nil {
 		t.Fatal(err)
 	}
 	var check func(prefix string, typ reflect.Type, have map[string]any)
@@ -40,6 +46,8 @@ func TestSampleIsComplete(t *testing.T) {
 			}
 			if f.Type.Kind() == reflect.Struct {
 				check(prefix+key+".", f.Type, v.(map[string]any))
+			} else if !strings.Contains(string(document), "`"+prefix+key+"`") {
+				t.Errorf("docs/config.md lacks %s%s", prefix, key)
 			}
 		}
 	}
@@ -86,6 +94,7 @@ func TestRefused(t *testing.T) {
 		{"[pool]\nkind = \"pmem\"", `key "pool.path": is empty, a pool of kind "pmem" needs it`},
 		{"[pool]\nkind = \"phys\"\nsize = \"1GiB\"", `"pool.phys"`},
 		{"[pool]\nphys = 4096", `key "pool.phys"`},
+		{"[pool]\nkind = \"phys\"\nphys = 4294967296\nsize = \"1GiB\"\npath = \"/dev/mem\"", `"pool.path"`},
 		{"[pool]\nsize = \"many\"", `size "many"`},
 		{"[pool]\nsize = -1", `key "pool.size"`},
 		{"[pool]\nscrub = -1", `key "pool.scrub": -1 is negative`},
@@ -96,8 +105,18 @@ func TestRefused(t *testing.T) {
 		{"[layers]\nworkers = 0", `key "layers.workers"`},
 		{"[layers]\nsettle = \"3s\"", `line 2: key "layers.settle" was removed`},
 		{"[pool]\nwindows = \"maybe\"", `key "pool.windows": "maybe" is not one of`},
+		{"[pool]\ndax = \"maybe\"", `key "pool.dax": "maybe" is not one of`},
 		{"[layers]\nmax_size = 0", `key "layers.max_size"`},
 		{"[layers]\nmax_entries = 0", `key "layers.max_entries"`},
+		{"[shared]\npools = [\"pmem0\"]", `key "shared.pools": "pmem0" is neither`},
+		{"[shared]\npools = [\"/a\", \"/a\"]", `key "shared.pools": "/a" stands there twice`},
+		{"[shared]\nleases = { \"/a\" = \"/b\" }", `key "shared.leases": "/a" is not in shared.pools`},
+		{"[shared]\npools = [\"/a\"]\nleases = { \"/a\" = \"b\" }", `key "shared.leases": "b" is neither`},
+		{
+			"[shared]\npools = [\"/a\", \"/b\"]\nleases = { \"/a\" = \"/c\", \"/b\" = \"/c\" }",
+			`key "shared.leases": "/c" is that of two pools`,
+		},
+		{"[shared]\nattach = [\"k8s.io\"]", `key "shared.attach": needs shared.pools`},
 		{"[metrics]\npprof = true", `key "metrics.pprof"`},
 		{"[metrics\n", `line 1`},
 	} {
@@ -141,4 +160,25 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A configuration names kinds of region and drivers without importing them; it knows those that there are.
+func TestKnowsKindsAndDrivers(t *testing.T) {
+	for _, kind := range region.Kinds() {
+		c := config.Default()
+		c.Pool.Kind, c.Pool.Path = kind, "/dev/something"
+		if kind == region.KindPhys {
+			c.Pool.Path, c.Pool.Phys, c.Pool.Size = "", 1<<32, 1<<30
+		}
+		if err := c.Validate(); err != nil {
+			t.Errorf("kind %q: %v", kind, err)
+		}
+	}
+	for _, d := range drivers.All() {
+		c := config.Default()
+		c.Mount.Driver = d.Name()
+		if err := c.Validate(); err != nil {
+			t.Errorf("driver %q: %v", d.Name(), err)
+		}
+	}
 }

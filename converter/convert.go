@@ -51,12 +51,15 @@ type Options struct {
 	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
 	// DefaultMaxSize. It is what stops a decompression bomb.
 	MaxSize int64
-	// MaxEntries bounds the entries of all layers, each of which takes about 1 KiB of memory; 0 means DefaultMaxEntries. Behind
+	// MaxEntries bounds the entries of all layers, each of which takes about 400 bytes of memory; 0 means DefaultMaxEntries. Behind
 	// the second xattr of an entry, every two count as one more.
 	MaxEntries int64
 	// NoAlign places files of 2 MiB and more at any block instead of at multiples of 2 MiB. Images get a little
 	// smaller, and cannot be mapped with huge pages.
 	NoAlign bool
+	// NoXattrs leaves out all extended attributes, for readers that refuse inodes with any, such as gVisor. Result.LostXattrs
+	// says which.
+	NoXattrs bool
 	// Sync makes Convert return only when the image is on disk.
 	Sync bool
 	// Progress is told what happens; nil means nobody.
@@ -111,6 +114,8 @@ type Result struct {
 	Stats daxfs.Stats
 	// LeftOut are the names that the DAXFS half cannot hold, see daxfs.Plan.LeftOut.
 	LeftOut []daxfs.LeftOut
+	// LostXattrs are the extended attributes that Options.NoXattrs left out, sorted by name.
+	LostXattrs []tree.LostXattr
 	// Dir counts what the layer of a source without layers has; zero for others.
 	Dir layer.Stats
 	// UUID of the image.
@@ -173,11 +178,15 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	if err != nil {
 		return nil, err
 	}
+	var lost []tree.LostXattr
+	if o.NoXattrs {
+		lost = tree.StripXattrs(root)
+	}
 	placed, err := s.Finish(root)
 	if err != nil {
 		return nil, err
 	}
-	o.Image.Digests = true
+	o.Image.Digests, o.Image.Take = true, true
 	plan, err := daxfs.NewPlan(root, o.Image)
 	if err != nil {
 		return nil, err
@@ -202,7 +211,7 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	return &Result{
 		Digest: img.Digest, Platform: img.Platform, Layers: len(img.Layers),
 		BytesIn: c.in.Load(), Unpacked: c.unpacked.Load(), BytesOut: size, Deduplicated: placed.Deduplicated,
-		Stats: plan.Stats(), LeftOut: plan.LeftOut(), Dir: c.dir, UUID: plan.UUID(), RootHash: hash,
+		Stats: plan.Stats(), LeftOut: plan.LeftOut(), LostXattrs: lost, Dir: c.dir, UUID: plan.UUID(), RootHash: hash,
 	}, nil
 }
 
@@ -344,19 +353,7 @@ func (c *conversion) count(l *layer.Layer) error {
 	if n := c.entries.Add(l.Cost()); n > c.o.MaxEntries {
 		return fmt.Errorf("%w: more than %d entries in all layers", ErrTooLarge, c.o.MaxEntries)
 	}
-	var names int64
-	for i := range l.Changes {
-		ch := &l.Changes[i]
-		names += int64(len(ch.Path) + len(ch.LinkTo))
-		if ch.Node == nil {
-			continue
-		}
-		names += int64(len(ch.Node.Target))
-		for _, x := range ch.Node.Xattrs {
-			names += int64(len(x.Name) + len(x.Value))
-		}
-	}
-	if c.names.Add(names) > maxNames {
+	if c.names.Add(l.Names()) > maxNames {
 		return fmt.Errorf("%w: more than %d bytes of names and attributes in all layers", ErrTooLarge, maxNames)
 	}
 	return nil

@@ -1,6 +1,7 @@
 package converter_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -20,6 +22,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/converter/tree"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
@@ -222,4 +225,51 @@ func checkOnly(t *testing.T, dir string, want ...string) {
 	if strings.Join(got, " ") != strings.Join(want, " ") {
 		t.Errorf("the directory holds %q, expected %q", got, want)
 	}
+}
+
+// TestNoXattrs: the image is the one of layers without extended attributes, and what it lacks is told.
+func TestNoXattrs(t *testing.T) {
+	with := exampleLayers()
+	got, res := mustConvert(t, "oci:"+newLayout(t, packed(with, ocitest.None)...).Dir, converter.Options{NoXattrs: true})
+	want := []tree.LostXattr{{Name: "security.capability", Inodes: 1, Path: "opt/ping"}, {Name: "user.note", Inodes: 1, Path: "opt/user"}}
+	if !slices.Equal(res.LostXattrs, want) {
+		t.Errorf("lost %+v, expected %+v", res.LostXattrs, want)
+	}
+	without := exampleLayers()
+	for i, l := range without {
+		without[i] = tarWithoutXattrs(t, l)
+	}
+	expected, res := mustConvert(t, "oci:"+newLayout(t, packed(without, ocitest.None)...).Dir, converter.Options{})
+	if !bytes.Equal(got, expected) || len(res.LostXattrs) > 0 {
+		t.Errorf("the image is not that of layers without attributes, or of those something was lost: %+v", res.LostXattrs)
+	}
+}
+
+// tarWithoutXattrs packs a tar anew with headers that have no extended attributes.
+func tarWithoutXattrs(t *testing.T, old []byte) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	r, w := tar.NewReader(bytes.NewReader(old)), tar.NewWriter(&out)
+	for {
+		h, err := r.Next()
+		if err == io.EOF {
+			break
+		}
+		if err == nil {
+			err = w.WriteHeader(&tar.Header{
+				Typeflag: h.Typeflag, Name: h.Name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode, Uid: h.Uid, Gid: h.Gid,
+				ModTime: h.ModTime, Devmajor: h.Devmajor, Devminor: h.Devminor, Format: tar.FormatPAX,
+			})
+		}
+		if err == nil {
+			_, err = io.Copy(w, r)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
 }

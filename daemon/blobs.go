@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"time"
 
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
+	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/containerd/containerd/v2/pkg/labels"
@@ -28,10 +30,12 @@ var _ store.Blobs = (*blobs)(nil)
 
 // blobs reads containerd's content store: the files of it where we see them, else through its API.
 type blobs struct {
+	address string
 	conn    *grpc.ClientConn
 	store   content.Store
 	spaces  namespacesapi.NamespacesClient
 	plugins introspection.IntrospectionClient
+	version versionapi.VersionClient
 }
 
 // maxMessage is what containerd itself allows for a message.
@@ -49,12 +53,23 @@ func dialBlobs(address string) (*blobs, error) {
 		return nil, fmt.Errorf("containerd at %q: %w", address, err)
 	}
 	return &blobs{
-		conn: conn, store: proxy.NewContentStore(conn),
+		address: address, conn: conn, store: proxy.NewContentStore(conn),
 		spaces: namespacesapi.NewNamespacesClient(conn), plugins: introspection.NewIntrospectionClient(conn),
+		version: versionapi.NewVersionClient(conn),
 	}, nil
 }
 
 func (b *blobs) Close() error { return b.conn.Close() }
+
+// up reports whether containerd takes connections. Whoever has time asks first: after a connection that failed the next
+// ones fail without being tried, for a second and more, and those of a pull would, too.
+func (b *blobs) up() bool {
+	c, err := net.Dial("unix", b.address)
+	if err != nil {
+		return false
+	}
+	return c.Close() == nil
+}
 
 // ReaderAt implements content.Provider in the namespace of whoever calls us: what came in as a header has to go out as
 // one again.

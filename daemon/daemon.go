@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
+	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -16,28 +19,39 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 	"github.com/daxfs/daxfs-snapshotter/store"
+	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
 // Daemon is an open daemon that does not listen yet.
 type Daemon struct {
 	cfg     *config.Config
 	store   *store.Store
+	shared  *shared.Pools // nil if none is configured
+	offers  *offers
 	sn      *snapshotter.Snapshotter
 	differ  *snapshotter.Differ
 	blobs   *blobs
 	metrics *metrics
+	drivers []mount.Driver // that may mount, in the order of preference
+	started time.Time
+	sockets map[string]net.Listener // that systemd made, by address
+
+	recording sync.Mutex // held while images of shared pools get their names in containerd, or lose them
 }
 
 // Open opens everything below the configured root. It waits for nothing but the disk; images are made later. The caller
 // closes the daemon.
 func Open(ctx context.Context, c *config.Config) (_ *Daemon, err error) {
-	d := &Daemon{cfg: c}
+	d := &Daemon{cfg: c, started: time.Now()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
 		}
 	}()
 	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	if err := checkHelper(c.Mount.FUSEHelper); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
@@ -50,15 +64,22 @@ func Open(ctx context.Context, c *config.Config) (_ *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
+	d.drivers = sc.Drivers
+	d.metrics = newMetrics(d, sc.Drivers)
+	sc.Observe, sc.Evicted = d.metrics.observe, d.metrics.evicted
 	if d.store, err = store.Open(ctx, sc); err != nil {
 		return nil, err
 	}
-	d.metrics = newMetrics(d)
+	if err := d.openShared(ctx, sc); err != nil {
+		return nil, err
+	}
 	d.sn, err = snapshotter.New(ctx, c.Root, lowers{d.store}, snapshotter.Options{
 		MountOptions: c.Mount.OverlayOptions,
 		RemapIDs:     c.Mount.RemapIDs,
+		Shared:       d.sharedImages(),
 		Durable:      d.store.Durable(),
 		Workers:      c.Layers.Workers,
+		Remotes:      newRemotes(d),
 		Observe:      d.metrics.observe,
 		Fallback:     d.metrics.fallback,
 	})
@@ -70,6 +91,21 @@ func Open(ctx context.Context, c *config.Config) (_ *Daemon, err error) {
 	return d, nil
 }
 
+// checkHelper returns an error if a program that was configured cannot be run: containers would fail one by one.
+func checkHelper(path string) error {
+	if path == "" {
+		return nil
+	}
+	st, err := os.Stat(path)
+	if err == nil && (st.IsDir() || st.Mode().Perm()&0o111 == 0) {
+		err = fmt.Errorf("%q is no program", path)
+	}
+	if err != nil {
+		return fmt.Errorf("key %q: %w; it names the program daxfs", "mount.fuse_helper", err)
+	}
+	return nil
+}
+
 // storeConfig is what the configuration says about the store.
 func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 	all := allDrivers(c)
@@ -78,12 +114,15 @@ func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 		Root: c.Root,
 		Pool: store.Pool{
 			Kind: c.Pool.Kind, Path: c.Pool.Path, Size: int64(c.Pool.Size), Phys: c.Pool.Phys, Windows: c.Pool.Windows,
+			DAX: c.Pool.DAX,
 		},
-		Drivers: drivers,
-		Adopt:   all, // those of another mount.driver than now
-		Limits:  layer.Limits{MaxBytes: int64(c.Layers.MaxSize), MaxEntries: c.Layers.MaxEntries},
-		Packs:   c.Layers.Durability == config.DurabilityPack,
-		Blobs:   b,
+		Drivers:  drivers,
+		Adopt:    all, // those of another mount.driver than now
+		Limits:   layer.Limits{MaxBytes: int64(c.Layers.MaxSize), MaxEntries: c.Layers.MaxEntries},
+		Packs:    c.Layers.Durability == config.DurabilityPack,
+		Blobs:    b,
+		Registry: registries(c),
+		Readers:  &store.Readers{Mode: c.Pool.Readers, Leases: c.Pool.Leases},
 	}, err
 }
 
@@ -101,6 +140,9 @@ func (d *Daemon) Close() error {
 	if d.sn != nil {
 		errs = append(errs, d.sn.Close())
 	}
+	if d.shared != nil {
+		errs = append(errs, d.shared.Close())
+	}
 	if d.blobs != nil {
 		errs = append(errs, d.blobs.Close())
 	}
@@ -110,12 +152,14 @@ func (d *Daemon) Close() error {
 	return errors.Join(errs...)
 }
 
-// Healthy returns nil if the daemon can do its work: its metadata answers, and so does what is mounted.
+// Healthy returns nil if the daemon can do its work: its metadata answers, and so do what is mounted and the pools of
+// other owners that something stands on.
 func (d *Daemon) Healthy(ctx context.Context) error {
 	if err := d.sn.Walk(ctx, func(context.Context, snapshots.Info) error { return ctx.Err() }); err != nil {
 		return fmt.Errorf("metadata: %w", err)
 	}
-	return d.store.Healthy(ctx)
+	used, _ := d.sharedTrouble()
+	return errors.Join(d.store.Healthy(ctx), used)
 }
 
 // logUse tells the log once how memory will be shared.

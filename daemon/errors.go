@@ -14,10 +14,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/store"
+	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
 // kinds says what an error of the packages below is to containerd. The first match counts.
 var kinds = []struct{ err, kind error }{
+	{shared.ErrNotFound, errdefs.ErrNotFound}, // whatever else the other pools say
 	{pool.ErrFull, errdefs.ErrResourceExhausted},
 	{syscall.ENOSPC, errdefs.ErrResourceExhausted},
 	{syscall.EDQUOT, errdefs.ErrResourceExhausted},
@@ -26,6 +28,10 @@ var kinds = []struct{ err, kind error }{
 	{mount.ErrCheck, errdefs.ErrDataLoss},
 	{store.ErrDamaged, errdefs.ErrDataLoss},
 	{store.ErrLost, errdefs.ErrNotFound},
+	{shared.ErrReset, errdefs.ErrFailedPrecondition},
+	{shared.ErrOwn, errdefs.ErrFailedPrecondition},
+	{shared.ErrSize, errdefs.ErrFailedPrecondition},
+
 	{blob.ErrMismatch, errdefs.ErrDataLoss},
 	{blob.ErrMediaType, errdefs.ErrNotImplemented},
 	{blob.ErrEncrypted, errdefs.ErrNotImplemented},

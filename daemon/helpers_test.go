@@ -215,7 +215,7 @@ func (c *client) pool() *pool.Pool { return c.store.Pool() }
 
 // patience is how long a mount may be held by others. On a machine where containers are started at the same time, each
 // start copies all mounts for a moment, and what is mounted is rightly not given away.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // settle waits for background work, cleans up, and checks that all agrees.
 func (c *client) settle(ctx context.Context) error {

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 )
 
 // Whoever shows an image to others keeps it: a mount that the daemon made for a user, one that he made by hand, and a
@@ -371,7 +372,7 @@ func TestControl(t *testing.T) {
 	m.must(err)
 	_, err = m.sn.Prepare(namespaces.WithNamespace(ctx, "default"), "default/100/c", top)
 	m.must(err)
-	socket := ControlSocket(m.cfg.Address)
+	socket := api.Socket(m.cfg.Address)
 	if st, err := os.Stat(socket); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("control socket: %v, %v", st, err)
 	}

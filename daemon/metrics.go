@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"runtime"
+	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -14,6 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/version"
+	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
 // metrics is what the daemon counts. Its names begin with "daxfs_".
@@ -23,15 +27,22 @@ type metrics struct {
 	phases    *prometheus.HistogramVec
 	failures  *prometheus.CounterVec
 	fallbacks *prometheus.CounterVec
+	evictions *prometheus.CounterVec
 	scrubbed  prometheus.Counter
+	pulls     *prometheus.CounterVec
+	pullBytes *prometheus.CounterVec
+	ranges    prometheus.Counter
+	drivers   []string // that may mount
 }
 
-func newMetrics(d *Daemon) *metrics {
+// newMetrics returns the metrics of a daemon whose pool may be mounted by some drivers. Every value that can be named
+// ahead is there from the beginning, with 0: a rate over a counter that appears with its first event misses that event.
+func newMetrics(d *Daemon, drivers []mount.Driver) *metrics {
 	m := &metrics{
 		d:        d,
 		registry: prometheus.NewRegistry(),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "daxfs_phase_seconds", Help: "Time that a phase took: ingest, stream, build, prepare or sweep.",
+			Name: "daxfs_phase_seconds", Help: "Time that a phase took: " + strings.Join(phases, ", ") + ".",
 			Buckets: prometheus.ExponentialBuckets(0.001, 4, 9),
 		}, []string{"phase"}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -40,13 +51,57 @@ func newMetrics(d *Daemon) *metrics {
 		fallbacks: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "daxfs_fallbacks_total", Help: "Times that plain directories were used in place of a shared image.",
 		}, []string{"reason"}),
+		evictions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "daxfs_evictions_total", Help: "Images and layers that left the pool to make room although they are needed.",
+		}, []string{"what"}),
 		scrubbed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "daxfs_scrub_bytes_total", Help: "Bytes of contents that were held against their digests.",
 		}),
+		pulls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "daxfs_partial_pulls_total", Help: "Layers that were pulled by their files, or tried to, by result.",
+		}, []string{"result"}),
+		pullBytes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "daxfs_partial_bytes_total",
+			Help: "Bytes of such layers: fetched ones as the registry sent them, and contents that the pool had.",
+		}, []string{"from"}),
+		ranges: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "daxfs_partial_ranges_total", Help: "Byte ranges of blobs that registries were asked for.",
+		}),
 	}
-	m.registry.MustRegister(m.phases, m.failures, m.fallbacks, m.scrubbed, (*gauges)(m),
+	for _, drv := range drivers {
+		m.drivers = append(m.drivers, drv.Name())
+	}
+	for _, phase := range phases {
+		m.phases.WithLabelValues(phase)
+		m.failures.WithLabelValues(phase)
+	}
+	for _, reason := range []string{"full", "error"} {
+		m.fallbacks.WithLabelValues(reason)
+	}
+	for _, what := range []string{"image", "layer"} {
+		m.evictions.WithLabelValues(what)
+	}
+	for _, result := range []string{"pulled", "failed"} {
+		m.pulls.WithLabelValues(result)
+	}
+	for _, from := range []string{"registry", "pool"} {
+		m.pullBytes.WithLabelValues(from)
+	}
+	m.registry.MustRegister(m.phases, m.failures, m.fallbacks, m.evictions, m.scrubbed,
+		m.pulls, m.pullBytes, m.ranges, buildInfo(), (*gauges)(m),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
+}
+
+// phases are the values of the label phase.
+var phases = []string{"ingest", "stream", "pull", "build", "plain", "prepare", "sweep"}
+
+// buildInfo is 1, with the build of the daemon as labels.
+func buildInfo() prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "daxfs_build_info", Help: "The build of the daemon; its value is 1.",
+		ConstLabels: prometheus.Labels{"version": version.String(), "goversion": runtime.Version()},
+	}, func() float64 { return 1 })
 }
 
 func (m *metrics) observe(phase string, took time.Duration, err error) {
@@ -57,6 +112,20 @@ func (m *metrics) observe(phase string, took time.Duration, err error) {
 }
 
 func (m *metrics) fallback(reason string) { m.fallbacks.WithLabelValues(reason).Inc() }
+
+func (m *metrics) evicted(what string) { m.evictions.WithLabelValues(what).Inc() }
+
+// pulled counts a layer that was pulled by its files, or tried to.
+func (m *metrics) pulled(c *counts, err error) {
+	m.ranges.Add(float64(c.ranges.Load()))
+	m.pullBytes.WithLabelValues("registry").Add(float64(c.fetched.Load()))
+	if err != nil {
+		m.pulls.WithLabelValues("failed").Inc()
+		return
+	}
+	m.pullBytes.WithLabelValues("pool").Add(float64(c.have))
+	m.pulls.WithLabelValues("pulled").Inc()
+}
 
 // gauges collects what is in the pool when it is asked.
 type gauges metrics
@@ -74,18 +143,21 @@ var (
 		"Places for images in this epoch, by state.", []string{"state"}, nil)
 	epoch = prometheus.NewDesc("daxfs_pool_epoch_info",
 		"The epoch of the pool; its value is 1.", []string{"uuid"}, nil)
-	layers = prometheus.NewDesc("daxfs_layers", "Layers in the pool.", nil, nil)
-	images = prometheus.NewDesc("daxfs_images", "Images in the pool.", nil, nil)
+	layers     = prometheus.NewDesc("daxfs_layers", "Layers in the pool.", nil, nil)
+	images     = prometheus.NewDesc("daxfs_images", "Images in the pool.", nil, nil)
+	imageBytes = prometheus.NewDesc("daxfs_image_bytes",
+		"Contents of an image: its own, and those that it shares with other images.", []string{"image", "name", "kind"}, nil)
 	mounts = prometheus.NewDesc("daxfs_mounts", "Mounted images by driver.", []string{"driver"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (g *gauges) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		poolBytes, poolSize, savedBytes, deadCount, damagedCount, slotCount, epoch, layers, images, mounts,
+		poolBytes, poolSize, savedBytes, deadCount, damagedCount, slotCount, epoch, layers, images, imageBytes, mounts,
 	} {
 		ch <- d
 	}
+	describeShared(ch)
 }
 
 // Collect implements prometheus.Collector.
@@ -95,9 +167,14 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	}
 	p := g.d.store.Pool()
 	u := p.Usage()
+	// Room of the pool is no room where the disk below it has none.
+	free := u.Free
+	if room, err := g.d.store.Room(); err == nil {
+		free = min(free, room.Free())
+	}
 	for kind, n := range map[string]int64{
 		"head": u.Head, "tree": u.Tree, "segments": u.Segments, "meta_free": u.MetaFree, "extents": u.Extents,
-		"dead": u.Dead, "free": u.Free,
+		"dead": u.Dead, "free": free, "unbacked": u.Free - free,
 	} {
 		gauge(poolBytes, float64(n), kind)
 	}
@@ -111,14 +188,33 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	gauge(epoch, 1, fmt.Sprintf("%x", p.UUID()))
 	gauge(layers, float64(u.Layers))
 	gauge(images, float64(u.Images))
+	for _, info := range g.d.store.Images() {
+		u, err := p.ImageUsage(info.Key)
+		if err != nil {
+			continue // it was removed meanwhile
+		}
+		name := ""
+		if len(info.Names) > 0 {
+			name = valid(info.Names[0])
+		}
+		gauge(imageBytes, float64(u.Extents-u.Shared), info.Key, name, "own")
+		gauge(imageBytes, float64(u.Shared), info.Key, name, "shared")
+	}
 	drivers := map[string]int{}
+	for _, name := range g.drivers {
+		drivers[name] = 0
+	}
 	for _, m := range g.d.store.Mounted() {
 		drivers[m.Driver]++
 	}
 	for driver, n := range drivers {
 		gauge(mounts, float64(n), driver)
 	}
+	collectShared(g.d, gauge)
 }
+
+// valid is a text as the value of a label, which is UTF-8.
+func valid(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
 
 // serve answers HTTP on the configured address, if there is one, until stop is called.
 func (m *metrics) serve(ctx context.Context, c config.Metrics) (stop func(), err error) {
@@ -136,6 +232,10 @@ func (m *metrics) serve(ctx context.Context, c config.Metrics) (stop func(), err
 		}
 	}()
 	log.G(ctx).WithField("address", l.Addr()).Info("serving metrics")
+	if host, _, err := net.SplitHostPort(l.Addr().String()); err == nil && net.ParseIP(host).IsUnspecified() {
+		log.G(ctx).WithField("address", c.Address).Warn("metrics are served on all interfaces, without a password; " +
+			"metrics.address = \"127.0.0.1:PORT\" keeps them on this machine")
+	}
 	return func() { srv.Close() }, nil
 }
 
@@ -148,6 +248,9 @@ func (m *metrics) handler(withPprof bool) http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ok")
+		if _, unused := m.d.sharedTrouble(); unused != nil {
+			fmt.Fprintln(w, unused)
+		}
 	})
 	if withPprof {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)

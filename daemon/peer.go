@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -39,20 +40,27 @@ func (peerInfo) AuthType() string { return "unix" }
 // ServerHandshake implements credentials.TransportCredentials.
 func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	info := peerInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}
-	sc, ok := conn.(syscall.Conn)
-	if !ok {
-		return conn, info, nil
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return nil, nil, err
-	}
-	var cred *unix.Ucred
-	cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	if cerr == nil && err == nil {
+	if cred := callerOf(conn); cred != nil {
 		info.pid = int(cred.Pid) // 0 if it is not to be seen from here
 	}
 	return conn, info, nil
+}
+
+// callerOf returns who is at the other end of a unix socket; nil if the kernel does not tell.
+func callerOf(conn net.Conn) (cred *unix.Ucred) {
+	sc, ok := conn.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if cerr != nil || err != nil {
+		return nil
+	}
+	return cred
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
@@ -92,7 +100,7 @@ func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerI
 	}
 	if p, ok := peer.FromContext(ctx); ok {
 		if info, ok := p.AuthInfo.(peerInfo); ok && info.pid > 0 {
-			err = visible(info.pid, filepath.Join(d.cfg.Root, "images"), mounts)
+			err = visible(info.pid, []string{filepath.Join(d.cfg.Root, "images"), d.sharedRoot()}, mounts)
 		}
 	}
 	if err == nil {
@@ -106,8 +114,8 @@ func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerI
 	return nil, status.Error(codes.FailedPrecondition, err.Error())
 }
 
-// visible returns an error if a process does not see an image, mounted below a directory, that mounts stand on.
-func visible(pid int, images string, mounts []*types.Mount) error {
+// visible returns an error if a process does not see an image, mounted below one of the directories, that mounts stand on.
+func visible(pid int, images []string, mounts []*types.Mount) error {
 	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
 		return nil // without /proc nothing can be told
@@ -128,9 +136,10 @@ func visible(pid int, images string, mounts []*types.Mount) error {
 	}
 	for _, m := range mounts {
 		for _, dir := range lowerdirs(m) {
-			if strings.HasPrefix(dir, images+"/") && !seen[dir] {
+			below := slices.ContainsFunc(images, func(root string) bool { return strings.HasPrefix(dir, root+"/") })
+			if below && !seen[dir] {
 				return fmt.Errorf("image %q is mounted here and not in the mount namespace of the caller (process %d, %s): "+
-					"run both in one mount namespace, or let mounts below %q propagate to it", dir, pid, its, filepath.Dir(images))
+					"run both in one mount namespace, or let mounts below %q propagate to it", dir, pid, its, filepath.Dir(images[0]))
 			}
 		}
 	}

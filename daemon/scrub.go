@@ -7,6 +7,7 @@ import (
 
 	"github.com/containerd/log"
 
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
@@ -17,15 +18,6 @@ const (
 	// scrubInterval is the least time from the beginning of a scrub to that of the next one.
 	scrubInterval = time.Hour
 )
-
-// ScrubAnswer is the answer of /v1/scrub.
-type ScrubAnswer struct {
-	pool.Scrubbed
-	// Findings are the contents that are damaged, those that were found before included.
-	Findings []pool.Finding `json:"findings"`
-	// Lost says which images cannot be made again, and why; empty if all can.
-	Lost string `json:"lost,omitempty"`
-}
 
 // scrubLoop scrubs the pool again and again, at most rate bytes a second, until ctx ends: for the first time after
 // delay, and then delay after the last one and interval after the last one began. It does nothing if rate is 0.
@@ -45,9 +37,9 @@ func (d *Daemon) scrubLoop(ctx context.Context, rate int64, delay, interval time
 }
 
 // scrub reads the contents of the pool, and makes images again that hold damaged ones.
-func (d *Daemon) scrub(ctx context.Context, rate int64) (ScrubAnswer, error) {
+func (d *Daemon) scrub(ctx context.Context, rate int64) (api.Scrub, error) {
 	done, err := d.store.Scrub(ctx, rate)
-	a := ScrubAnswer{Scrubbed: done, Findings: []pool.Finding{}}
+	a := api.Scrub{Scrubbed: done, Findings: []pool.Finding{}}
 	d.metrics.scrubbed.Add(float64(done.Bytes))
 	for _, damage := range d.store.Pool().Damaged() {
 		a.Findings = append(a.Findings, damage.Finding())

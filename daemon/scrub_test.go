@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -225,49 +226,68 @@ func TestScrubLoop(t *testing.T) {
 	}
 }
 
+// flipsEnv makes TestScrubMany longer: how many bits flip below each daemon.
+const flipsEnv = "DAXFS_TEST_FLIPS"
+
 // Bits flip one after another in the contents of an image that a container runs from: one scrub finds each, and nobody
 // is given what it found. Containers of another image notice nothing.
 func TestScrubMany(t *testing.T) {
-	const flips = 12
+	flips := 12
+	if s := os.Getenv(flipsEnv); s != "" {
+		var err error
+		if flips, err = strconv.Atoi(s); err != nil {
+			t.Fatalf("%s: %v", flipsEnv, err)
+		}
+	}
 	for _, f := range flavours[:2] {
-		t.Run(f.name, func(t *testing.T) {
-			address := filepath.Join(t.TempDir(), "c.sock")
-			cl, m := inside(t, f, func(cfg *config.Config) { cfg.Containerd.Address = address })
-			ctx := namespaces.WithNamespace(t.Context(), "default")
-			blobs := serveContents(t, m, address)
-			other := file{"other", random(9, 200_000)}
-			var files []file
-			for i, size := range []int{1, 4096, 10_000, 300_000, 1 << 20} {
-				files = append(files, file{fmt.Sprint(i), random(uint64(i), size)})
-			}
-			m.offer(ctx, blobs, makeTar(files...))
-			first, err := m.pull(ctx, true, files)
-			m.must(err)
-			second, err := m.pull(ctx, true, []file{other})
-			m.must(err)
-			m.must(cl.sn.Flush(ctx))
-			m.run(ctx, "default/100/c", first)
-			dir, _, _ := m.run(ctx, "default/101/c", second)
-			rng := rand.New(rand.NewPCG(7, 8))
-			for i := range flips {
-				victim := files[rng.IntN(len(files))]
-				off := cl.place(t, victim.name)
-				at := off + rng.Int64N((int64(len(victim.body))+4095)/4096*4096)
-				flipBit(t, cl.pool().Region(), at, rng.IntN(8))
-				got, err := cl.scrub(ctx, 0)
-				if err != nil || got.Damaged != 1 || got.Lost != "" {
-					t.Fatalf("flip %d, at %d: %+v, %v", i, at, got, err)
-				}
-				if now := cl.place(t, victim.name); now == off {
-					t.Fatalf("flip %d: the image still leads to the contents at %d", i, off)
-				}
-				mounts, err := m.sn.Prepare(ctx, "default/102/c", first)
-				m.must(err)
-				m.compare(mounts, files...)
-				m.must(m.sn.Remove(ctx, "default/102/c"))
-				m.holds(dir, other)
-			}
-		})
+		for done := 0; done < flips; done += mostFlips {
+			t.Run(fmt.Sprintf("%s/%d", f.name, done), func(t *testing.T) {
+				scrubMany(t, f, min(flips-done, mostFlips), uint64(8+done))
+			})
+		}
+	}
+}
+
+// mostFlips is how many bits flip below one daemon: the images that hold them stay as long as the container runs, and each
+// scrub looks at all of them.
+const mostFlips = 100
+
+func scrubMany(t *testing.T, f flavour, flips int, seed uint64) {
+	address := filepath.Join(t.TempDir(), "c.sock")
+	cl, m := inside(t, f, func(cfg *config.Config) { cfg.Containerd.Address = address })
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	blobs := serveContents(t, m, address)
+	other := file{"other", random(9, 200_000)}
+	var files []file
+	for i, size := range []int{1, 4096, 10_000, 300_000, 1 << 20} {
+		files = append(files, file{fmt.Sprint(i), random(uint64(i), size)})
+	}
+	m.offer(ctx, blobs, makeTar(files...))
+	first, err := m.pull(ctx, true, files)
+	m.must(err)
+	second, err := m.pull(ctx, true, []file{other})
+	m.must(err)
+	m.must(cl.sn.Flush(ctx))
+	m.run(ctx, "default/100/c", first)
+	dir, _, _ := m.run(ctx, "default/101/c", second)
+	rng := rand.New(rand.NewPCG(7, seed))
+	for i := range flips {
+		victim := files[rng.IntN(len(files))]
+		off := cl.place(t, victim.name)
+		at := off + rng.Int64N((int64(len(victim.body))+4095)/4096*4096)
+		flipBit(t, cl.pool().Region(), at, rng.IntN(8))
+		got, err := cl.scrub(ctx, 0)
+		if err != nil || got.Damaged != 1 || got.Lost != "" {
+			t.Fatalf("flip %d, at %d: %+v, %v", i, at, got, err)
+		}
+		if now := cl.place(t, victim.name); now == off {
+			t.Fatalf("flip %d: the image still leads to the contents at %d", i, off)
+		}
+		mounts, err := m.sn.Prepare(ctx, "default/102/c", first)
+		m.must(err)
+		m.compare(mounts, files...)
+		m.must(m.sn.Remove(ctx, "default/102/c"))
+		m.holds(dir, other)
 	}
 }
 

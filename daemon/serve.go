@@ -16,10 +16,13 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/activation"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthapi "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 )
 
 // stopTimeout is how long calls may go on after the daemon was told to stop. A pull that is cut off is tried again.
@@ -27,7 +30,10 @@ const stopTimeout = 5 * time.Second
 
 // Serve answers on the configured addresses until ctx ends. ready is called once when it listens; it may be nil.
 func (d *Daemon) Serve(ctx context.Context, ready func()) error {
-	l, err := listen(d.cfg.Address)
+	if err := d.takeSockets(ctx); err != nil {
+		return err
+	}
+	l, err := d.listen(d.cfg.Address)
 	if err != nil {
 		return err
 	}
@@ -48,10 +54,18 @@ func (d *Daemon) Serve(ctx context.Context, ready func()) error {
 		defer close(scrubbed)
 		d.scrubLoop(sctx, int64(d.cfg.Pool.Scrub), scrubDelay, scrubInterval)
 	}()
+	published := make(chan struct{})
+	go func() {
+		defer close(published)
+		d.publishLoop(sctx)
+	}()
 	defer func() { // before the pool is closed
 		stopScrub()
 		<-scrubbed
+		<-published
 	}()
+	stopShared := d.watchShared(ctx)
+	defer stopShared()
 	log.G(ctx).WithField("address", d.cfg.Address).Info("serving")
 	if ready != nil {
 		ready()
@@ -67,7 +81,7 @@ func (d *Daemon) grpcServer(differ interface {
 ) *grpc.Server {
 	// Handlers have to end before the pool below them is closed.
 	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true),
-		grpc.Creds(peerCredentials{}), grpc.UnaryInterceptor(d.checkVisible))
+		grpc.Creds(peerCredentials{}), grpc.ChainUnaryInterceptor(plainError, logFailure, d.checkVisible))
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(d.sn))
 	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(differ, differ))
 	healthapi.RegisterHealthServer(srv, health.NewServer())
@@ -90,6 +104,38 @@ func serveGRPC(ctx context.Context, l net.Listener, srv *grpc.Server) error {
 		return err
 	}
 	return nil
+}
+
+// takeSockets takes over the sockets that systemd made for the daemon, if it made any. They stay while the daemon is away:
+// whoever calls meanwhile waits.
+func (d *Daemon) takeSockets(ctx context.Context) error {
+	list, err := activation.Listeners()
+	if err != nil {
+		return fmt.Errorf("sockets of systemd: %w", err)
+	}
+	d.sockets = map[string]net.Listener{}
+	for _, l := range list {
+		if l == nil {
+			continue // it is no stream socket
+		}
+		address := l.Addr().String()
+		if address != d.cfg.Address && address != api.Socket(d.cfg.Address) {
+			log.G(ctx).WithField("socket", address).WithField("address", d.cfg.Address).
+				Warn("systemd made a socket that nothing is served on; make the unit and the configuration agree")
+			l.Close()
+			continue
+		}
+		d.sockets[address] = l
+	}
+	return nil
+}
+
+// listen returns a socket that systemd made, or makes one.
+func (d *Daemon) listen(address string) (net.Listener, error) {
+	if l := d.sockets[address]; l != nil {
+		return l, nil
+	}
+	return listen(address)
 }
 
 // listen makes the socket, for root alone. The socket file of a process that died is replaced; that of one that lives

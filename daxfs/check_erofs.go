@@ -12,8 +12,8 @@ import (
 
 // erofsState is what a check remembers of the EROFS half.
 type erofsState struct {
-	nodes []node
-	byNid map[uint64]int32 // index in nodes
+	nodes parts[node]
+	byNid nidTable // of nodes
 	dirs  []dirRef
 	todo  []int32 // indexes in dirs that are to be read
 	full  bool    // there are more inodes than wanted: nothing can be said about links
@@ -46,11 +46,8 @@ func (c *checker) checkErofs() {
 	if c.ero == nil {
 		return
 	}
-	c.byNid = make(map[uint64]int32)
 	c.sharedSeen = make(map[uint32]bool)
-	c.reserve()
-	c.nodes = append(c.nodes, node{nid: c.ero.Root(), dir: -1})
-	c.byNid[c.ero.Root()] = 0
+	c.addNode(node{nid: c.ero.Root(), dir: -1})
 	c.dirs = append(c.dirs, dirRef{})
 	c.checkInode(0, "/")
 	if c.v8 != nil {
@@ -64,34 +61,35 @@ func (c *checker) checkErofs() {
 	if c.full {
 		return
 	}
-	for i := range c.nodes {
+	for i := range c.nodes.len() {
 		if c.err != nil {
 			return
 		}
-		n := &c.nodes[i]
+		n := c.nodes.at(i)
 		want := n.names
 		if n.mode&unix.S_IFMT == unix.S_IFDIR {
 			want += 2
 		}
 		if n.ok && n.nlink != want {
-			c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(int32(i)), "link count is %d, expected %d", n.nlink, want)
+			c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(i), "link count is %d, expected %d", n.nlink, want)
 		}
 	}
-	if !c.live.on && c.ero.sb.Inodes != uint64(len(c.nodes)) {
-		c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, len(c.nodes))
+	if !c.live.on && c.ero.sb.Inodes != uint64(c.nodes.len()) {
+		c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, c.nodes.len())
 	}
 }
 
-// reserve makes room for as many inodes as the superblock counts: growing step by step takes more than twice the memory.
-// Room that is not used costs none. The count may be a lie, so the size of the image bounds it, and a constant.
-func (c *checker) reserve() {
-	if c.live.on { // its superblock counts no inodes
-		return
-	}
-	const most = 4 << 20
-	n := int(min(c.ero.sb.Inodes, uint64(c.s.size/disk.ErofsSlot), c.max, most))
-	c.nodes = make([]node, 0, n+1)
-	c.extents = slices.Grow(c.extents, 2*n)
+// node returns the number of the node of an inode, if there is one.
+func (c *checker) node(nid uint64) (int32, bool) {
+	return c.byNid.find(nid, func(i int32) uint64 { return c.nodes.at(i).nid })
+}
+
+// addNode adds a node, and returns its number.
+func (c *checker) addNode(n node) int32 {
+	i := c.nodes.len()
+	c.nodes.add(n)
+	c.byNid.add(i, func(i int32) uint64 { return c.nodes.at(i).nid })
+	return i
 }
 
 // maxParts bounds how many names of a path a finding shows: many findings in a deep tree would take forever.
@@ -101,8 +99,8 @@ const maxParts = 64
 // Of a very deep one it is only the end, after "...".
 func (c *checker) nodePath(i int32) string {
 	var parts []string
-	n := &c.nodes[i]
-	for ; n.dir >= 0 && len(parts) < maxParts; n = &c.nodes[c.dirs[n.dir].node] {
+	n := c.nodes.at(i)
+	for ; n.dir >= 0 && len(parts) < maxParts; n = c.nodes.at(c.dirs[n.dir].node) {
 		parts = append(parts, c.nodeName(n))
 	}
 	switch {
@@ -120,7 +118,7 @@ func (c *checker) nodePath(i int32) string {
 // nodeName reads the first name of a node.
 func (c *checker) nodeName(n *node) string {
 	name := "?" // only if the bytes have changed since
-	dir, err := c.ero.inode(c.nodes[c.dirs[n.dir].node].nid)
+	dir, err := c.ero.inode(c.nodes.at(c.dirs[n.dir].node).nid)
 	if err == nil && dir.IsDir() {
 		_ = c.ero.entries(&dir, n.cursor, func(e Dirent) bool {
 			name = e.Name
@@ -140,8 +138,8 @@ func childPath(dir string, name []byte) string {
 // checkDir checks one directory and every inode that it leads to first.
 func (c *checker) checkDir(d int32) {
 	ref := c.dirs[d]
-	self := c.nodes[ref.node]
-	up := c.nodes[c.dirs[ref.parent].node].nid
+	self := *c.nodes.at(ref.node)
+	up := c.nodes.at(c.dirs[ref.parent].node).nid
 	if c.live.on && d == 0 {
 		up = liveRoot
 	}
@@ -215,10 +213,10 @@ func (c *checker) checkDot(dir *Inode, e *rawDirent, want uint64, off int64, pat
 
 // checkEntry checks one entry, and the inode if it is the first entry that leads there.
 func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, e *rawDirent, other *peerDir) {
-	dirNid := c.nodes[c.dirs[d].node].nid
-	i, seen := c.byNid[e.nid]
+	dirNid := c.nodes.at(c.dirs[d].node).nid
+	i, seen := c.node(e.nid)
 	if !seen {
-		if uint64(len(c.nodes)) >= c.max {
+		if uint64(c.nodes.len()) >= c.max {
 			c.todo = nil
 			if c.full {
 				return
@@ -227,15 +225,13 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 			c.emit(unsupported(RuleInodes, -1, 0, "more than %d inodes", c.max), "")
 			return
 		}
-		i = int32(len(c.nodes))
-		c.nodes = append(c.nodes, node{nid: e.nid, dir: d, cursor: cursor})
-		c.byNid[e.nid] = i
+		i = c.addNode(node{nid: e.nid, dir: d, cursor: cursor})
 		c.checkInode(i, "")
 	}
-	n := &c.nodes[i]
+	n := c.nodes.at(i)
 	if !n.ok {
 		if e.typ == unix.S_IFDIR {
-			c.nodes[c.dirs[d].node].names++
+			c.nodes.at(c.dirs[d].node).names++
 		}
 		c.skipPeer(other, e.name)
 		return
@@ -248,7 +244,7 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 			c.finding(RuleDirLoop, off, dirNid, dirPath(), "entry %q leads to directory %d, which has another name", e.name, e.nid)
 			return
 		}
-		c.nodes[c.dirs[d].node].names++
+		c.nodes.at(c.dirs[d].node).names++
 		depth := c.dirs[d].depth + 1 + int32(len(e.name))
 		if depth > maxPath {
 			c.finding(RuleDirDepth, off, dirNid, "", "path of %d bytes, expected at most %d", depth, maxPath)
@@ -266,7 +262,7 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 
 // checkInode reads and checks a node. path is only known for the root, else it is worked out.
 func (c *checker) checkInode(i int32, path string) {
-	n := &c.nodes[i]
+	n := c.nodes.at(i)
 	where := func() string {
 		if path == "" {
 			path = c.nodePath(i)
@@ -277,7 +273,7 @@ func (c *checker) checkInode(i int32, path string) {
 		if c.liveInode(n, where) {
 			return
 		}
-		defer func() { c.liveSaw(&c.nodes[i]) }()
+		defer func() { c.liveSaw(c.nodes.at(i)) }()
 	}
 	in, raw, err := c.ero.readInode(n.nid)
 	if err != nil {

@@ -82,7 +82,7 @@ func (c *checker) match(p *peerDir, i int32, name []byte, dirPath func() string)
 		return
 	}
 	e := p.find(name)
-	n := &c.nodes[i]
+	n := c.nodes.at(i)
 	switch {
 	case e != nil:
 		e.matched = true
@@ -120,7 +120,7 @@ func (c *checker) unmatched(p *peerDir, dirPath func() string) {
 
 // pair notes that node i is the same inode as ino of the DAXFS half, and compares them the first time.
 func (c *checker) pair(i int32, ino uint64, path string) {
-	n := &c.nodes[i]
+	n := c.nodes.at(i)
 	where := func() string {
 		if path == "" {
 			path = c.nodePath(i)

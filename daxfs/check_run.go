@@ -105,7 +105,7 @@ type checker struct {
 
 	erofsState
 	v8State
-	extents []extent
+	extents parts[extent]
 	page    [BlockSize]byte // scratch
 	// budget is how many bytes of directories and xattrs may still be read, pairing how many of directories of the DAXFS half
 	// beside those of the EROFS half. Each begins with the size of the image: who needs more has structures that overlap.

@@ -6,12 +6,17 @@ import (
 	"slices"
 )
 
-// extent is a range of the image that one structure uses.
+// extent is a range of the image that one structure uses. There may be millions.
 type extent struct {
 	off, size int64
-	ino       uint64
-	kind      useKind
+	by        uint64 // inode, and in the lowest bits what for
 }
+
+// kindBits are enough for a useKind. Numbers of inodes have that many to spare: an inode takes 32 bytes.
+const kindBits = 3
+
+func (e *extent) kind() useKind { return useKind(e.by & (1<<kindBits - 1)) }
+func (e *extent) ino() uint64   { return e.by >> kindBits }
 
 type useKind uint8
 
@@ -19,19 +24,19 @@ const (
 	useMeta   useKind = iota // nothing else may lie here
 	useTarget                // target of a symbolic link: both halves, and several links, may share it as a whole
 	useData                  // contents of a regular file, which may be shared as a whole
-	useV8     = 0x80         // ino is of the DAXFS half
+	useV8     = 0x04         // ino is of the DAXFS half
 )
 
 // use notes that a structure uses a range of the image.
 func (c *checker) use(off, size int64, kind useKind, ino uint64) {
 	if size > 0 {
-		c.extents = append(c.extents, extent{off, size, ino, kind})
+		c.extents.add(extent{off, size, ino<<kindBits | uint64(kind)})
 	}
 }
 
 // end is the end of the range: contents take whole pages, because a direct mapping shows whole pages.
 func (e *extent) end() int64 {
-	if e.kind&^useV8 == useData {
+	if e.kind()&^useV8 == useData {
 		return roundUp(e.off+e.size, BlockSize)
 	}
 	return e.off + e.size
@@ -39,25 +44,26 @@ func (e *extent) end() int64 {
 
 // checkSpace checks that no two structures overlap unless they share everything, and that contents end with zeros.
 func (c *checker) checkSpace() {
-	slices.SortFunc(c.extents, func(a, b extent) int {
-		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind, b.kind), cmp.Compare(a.ino, b.ino))
+	extents := c.extents.take()
+	slices.SortFunc(extents, func(a, b extent) int {
+		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind(), b.kind()), cmp.Compare(a.ino(), b.ino()))
 	})
 	var last, high extent // last one, and the one that ends highest
 	told := false         // that something overlaps high: one finding is enough for all that one wrong size covers
-	for _, e := range c.extents {
+	for _, e := range extents {
 		if c.err != nil {
 			return
 		}
-		kind := e.kind &^ useV8
-		same := kind != useMeta && kind == last.kind&^useV8 && e.off == last.off && e.size == last.size
+		kind := e.kind() &^ useV8
+		same := kind != useMeta && kind == last.kind()&^useV8 && e.off == last.off && e.size == last.size
 		if !same {
 			if e.off < high.end() && !told {
 				told = true
 				c.overlap(&e, &high)
 			}
 			c.checkTail(&e)
-		} else if c.live.one && kind == useData && e.ino != last.ino {
-			c.finding(RuleLiveDAX, e.off, e.ino, "", "contents of %d bytes belong to inodes %d and %d", e.size, last.ino, e.ino)
+		} else if c.live.one && kind == useData && e.ino() != last.ino() {
+			c.finding(RuleLiveDAX, e.off, e.ino(), "", "contents of %d bytes belong to inodes %d and %d", e.size, last.ino(), e.ino())
 		}
 		last = e
 		if e.end() > high.end() {
@@ -69,7 +75,7 @@ func (c *checker) checkSpace() {
 // overlap reports that e begins before high ends.
 func (c *checker) overlap(e, high *extent) {
 	rule := RuleMetaOverlap
-	if e.kind&^useV8 == useData && high.kind&^useV8 == useData {
+	if e.kind()&^useV8 == useData && high.kind()&^useV8 == useData {
 		rule = RuleDataOverlap
 	}
 	c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
@@ -77,7 +83,7 @@ func (c *checker) overlap(e, high *extent) {
 
 // checkTail checks that the last page of contents ends with zeros: a direct mapping shows it.
 func (c *checker) checkTail(e *extent) {
-	if e.kind&^useV8 != useData || !c.tails {
+	if e.kind()&^useV8 != useData || !c.tails {
 		return
 	}
 	tail := e.off + e.size
@@ -96,30 +102,30 @@ func (c *checker) checkTail(e *extent) {
 
 // nid is the inode for a finding whose rule is not about the DAXFS half.
 func (e *extent) nid() uint64 {
-	if e.kind&useV8 != 0 {
+	if e.kind()&useV8 != 0 {
 		return 0
 	}
-	return e.ino
+	return e.ino()
 }
 
 // what names the structure.
 func (e *extent) what() string {
-	name := [...]string{"metadata", "target", "contents"}[e.kind&^useV8]
+	name := [...]string{"metadata", "target", "contents"}[e.kind()&^useV8]
 	switch {
-	case e.ino == 0:
+	case e.ino() == 0:
 		return name
-	case e.kind&useV8 != 0:
-		return fmt.Sprintf("%s of DAXFS inode %d", name, e.ino)
+	case e.kind()&useV8 != 0:
+		return fmt.Sprintf("%s of DAXFS inode %d", name, e.ino())
 	}
-	return fmt.Sprintf("%s of inode %d", name, e.ino)
+	return fmt.Sprintf("%s of inode %d", name, e.ino())
 }
 
 // extentPath is the path of the inode of a range, if it is known.
 func (c *checker) extentPath(e *extent) string {
-	if e.kind&useV8 != 0 {
-		return c.v8Path(e.ino)
+	if e.kind()&useV8 != 0 {
+		return c.v8Path(e.ino())
 	}
-	if i, ok := c.byNid[e.ino]; ok && e.ino != 0 {
+	if i, ok := c.node(e.ino()); ok && e.ino() != 0 {
 		return c.nodePath(i)
 	}
 	return ""

@@ -36,8 +36,8 @@ func (p *Plan) layout() error {
 		return err
 	}
 	var names []dirent
-	for i := range p.inodes {
-		if in := &p.inodes[i]; in.isDir() {
+	for i := range p.inodes.len() {
+		if in := p.inodes.at(i); in.isDir() {
 			names = p.dirents(names[:0], int32(i))
 			in.size = dirSize(names)
 		}
@@ -46,9 +46,9 @@ func (p *Plan) layout() error {
 
 	space := packer{}
 	space.take(disk.ErofsSlot) // a nid of 0 would be an inode number of 0
-	p.pieces = make([]piece, 0, len(p.inodes)+len(p.inodes)/8)
-	for i := range p.inodes {
-		in := &p.inodes[i]
+	p.pieces = make([]piece, 0, p.inodes.len()+p.inodes.len()/8)
+	for i := range p.inodes.len() {
+		in := p.inodes.at(i)
 		head := int64(in.headerSize() + in.xbytes)
 		tail := int64(0)
 		if in.isSymlink() {
@@ -77,15 +77,15 @@ func (p *Plan) layout() error {
 		return err
 	}
 	slices.SortFunc(p.pieces, func(a, b piece) int { return cmp.Compare(a.off, b.off) })
-	if nid := p.inodes[0].off / disk.ErofsSlot; nid > disk.ErofsMaxRootNid {
+	if nid := p.inodes.at(0).off / disk.ErofsSlot; nid > disk.ErofsMaxRootNid {
 		return &TreeError{"/", invalid("the root inode has nid %d, expected at most %d", nid, disk.ErofsMaxRootNid)}
 	}
 
 	p.v8Table = roundUp(space.end(), disk.V8InodeSize)
 	p.v8Names = p.v8Table + int64(p.stats.V8Inodes)*disk.V8InodeSize
 	next := p.v8Names
-	for i := range p.inodes {
-		if in := &p.inodes[i]; in.v8Entries > 0 {
+	for i := range p.inodes.len() {
+		if in := p.inodes.at(i); in.v8Entries > 0 {
 			in.v8Off = next
 			next += int64(in.v8Entries) * disk.V8DirentSize
 		}
@@ -122,9 +122,9 @@ func (i *inode) wholeBlocks() int64 {
 // time of its own. Images that are built reproducibly have one time for most files.
 func (p *Plan) chooseEpoch() {
 	uses := map[Time]int{}
-	for i := range p.inodes {
-		if in := &p.inodes[i]; in.fitsCompact() {
-			uses[in.mtime]++
+	for i := range p.inodes.len() {
+		if in := p.inodes.at(i); in.fitsCompact() {
+			uses[in.mtime()]++
 		}
 	}
 	best := 0
@@ -133,9 +133,9 @@ func (p *Plan) chooseEpoch() {
 			best, p.epoch = n, t
 		}
 	}
-	for i := range p.inodes {
-		in := &p.inodes[i]
-		in.extended = !in.fitsCompact() || in.mtime != p.epoch
+	for i := range p.inodes.len() {
+		in := p.inodes.at(i)
+		in.extended = !in.fitsCompact() || in.mtime() != p.epoch
 	}
 }
 
@@ -149,8 +149,8 @@ func (p *Plan) layoutXattrs() error {
 		a := &p.xattrs[x]
 		a.shared = a.uses*len(a.enc) > a.uses*disk.ErofsXattrIDSize+len(a.enc)
 	}
-	for i := range p.inodes {
-		in := &p.inodes[i]
+	for i := range p.inodes.len() {
+		in := p.inodes.at(i)
 		if len(in.xattrs) == 0 {
 			continue
 		}

@@ -10,7 +10,7 @@ import (
 
 // dirents appends the EROFS entries of directory idx to dst: "." and ".." among the others in bytewise order.
 func (p *Plan) dirents(dst []dirent, idx int32) []dirent {
-	in := &p.inodes[idx]
+	in := p.inodes.at(idx)
 	dst = append(dst, in.kids...)
 	for _, d := range [...]dirent{{".", idx}, {"..", in.parent}} {
 		at, _ := slices.BinarySearchFunc(dst, d.name, func(a dirent, name string) int {
@@ -46,22 +46,12 @@ func dirSize(names []dirent) int64 {
 	}
 }
 
-// DirSize is the size that the writer gives to a directory in the EROFS half, in bytes.
-func DirSize(dir *Node) int64 {
-	names := append(make([]dirent, 0, len(dir.Entries)+2), dirent{name: "."}, dirent{name: ".."})
-	for name := range dir.Entries {
-		names = append(names, dirent{name: name})
-	}
-	slices.SortFunc(names, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
-	return dirSize(names)
-}
-
 // encodeDir writes one directory block of names to b, which is zeroed and as long as dirFill says, or longer. nid tells
 // which inode an entry leads to.
 func (p *Plan) encodeDir(b []byte, names []dirent, nid func(dirent) uint64) {
 	at := len(names) * disk.ErofsDirentSize
 	for i, d := range names {
-		c := &p.inodes[d.child]
+		c := p.inodes.at(d.child)
 		e := disk.ErofsDirent{Nid: nid(d), NameOff: uint16(at), Type: erofsType(c.mode)}
 		e.Marshal(b[i*disk.ErofsDirentSize:])
 		at += copy(b[at:], d.name)
@@ -69,7 +59,7 @@ func (p *Plan) encodeDir(b []byte, names []dirent, nid func(dirent) uint64) {
 }
 
 // dualNid is the nid of an entry in a dual image.
-func (p *Plan) dualNid(d dirent) uint64 { return p.inodes[d.child].nid() }
+func (p *Plan) dualNid(d dirent) uint64 { return p.inodes.at(d.child).nid() }
 
 // nid is the number of an inode in the EROFS half, which tells where it is.
 func (i *inode) nid() uint64 { return uint64(i.off) / disk.ErofsSlot }

@@ -49,8 +49,8 @@ func (p *Plan) Place(pl Placement) error {
 			end, int64(math.MaxUint32)*BlockSize)
 	}
 	below, above := int32(-1), int32(-1) // a file on that side of the metadata
-	for i := range p.inodes {
-		in := &p.inodes[i]
+	for i := range p.inodes.len() {
+		in := p.inodes.at(i)
 		if !in.hasData() {
 			continue
 		}
@@ -84,7 +84,7 @@ func (p *Plan) Place(pl Placement) error {
 }
 
 func (p *Plan) misplaced(idx int32, pl Placement, why string) error {
-	d := p.data(&p.inodes[idx])
+	d := p.data(p.inodes.at(idx))
 	return &TreeError{p.path(idx), invalid("contents of %d bytes at %d, image placed at %+v, metadata of %d bytes: %s",
 		d.Size, d.Off, pl, p.MetaSize(), why)}
 }

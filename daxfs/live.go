@@ -167,6 +167,16 @@ func (g Geometry) writeRootDir(r *runWriter) {
 	}
 }
 
+// GrowLive writes the superblock of a live tree that covers more blocks than before. All else of g is as it was. The tree
+// is not mounted: a kernel remembers the number of blocks.
+func GrowLive(w io.WriterAt, g Geometry) error {
+	if err := g.Validate(); err != nil {
+		return err
+	}
+	_, err := w.WriteAt(g.block0(), 0)
+	return err
+}
+
 // block0 is the first block of a live tree.
 func (g Geometry) block0() []byte {
 	b := make([]byte, BlockSize)

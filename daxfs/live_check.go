@@ -22,16 +22,17 @@ type LiveCheckOptions struct {
 type liveState struct {
 	on   bool
 	slot int
-	seen map[uint64]liveSeen
-	one  bool // see LiveCheckOptions.OneInode
+	seen parts[liveSeen]
+	by   nidTable // of seen
+	one  bool     // see LiveCheckOptions.OneInode
 }
 
 // liveSeen is an inode that an image was found to have.
 type liveSeen struct {
+	nid   uint64
 	nlink uint32
-	slot  int32
-	mode  uint16
-	ok    bool
+	slot  uint16 // MaxSlots are fewer
+	mode  uint16 // 0 if the inode could not be read
 }
 
 // CheckLive proves a live tree of size bytes: its superblock, its slots, and every image that is published. What passes is
@@ -44,7 +45,7 @@ func CheckLive(r io.ReaderAt, size int64, o LiveCheckOptions, report func(Findin
 	if c.max == 0 {
 		c.max = defaultMaxInodes
 	}
-	c.live = liveState{on: true, seen: map[uint64]liveSeen{}, one: o.OneInode}
+	c.live = liveState{on: true, one: o.OneInode}
 	if report != nil {
 		c.report = func(f Finding) bool { return report(c.live.prefix(f)) }
 	}
@@ -90,7 +91,8 @@ func (c *checker) runLive(r io.ReaderAt, size int64, o LiveCheckOptions) {
 		}
 	}
 	c.live.slot = -1
-	c.byNid = nil // paths belong to one image
+	c.erofsState = erofsState{} // paths belong to one image
+	c.live.seen, c.live.by = parts[liveSeen]{}, nidTable{}
 	c.checkSpace()
 }
 
@@ -156,12 +158,13 @@ func (c *checker) checkSlot(l *Live, i int) {
 
 // liveInode looks up an inode that another image has, too, and reports whether everything about it was checked there.
 func (c *checker) liveInode(n *node, path func() string) (seen bool) {
-	s, ok := c.live.seen[n.nid]
+	i, ok := c.live.by.find(n.nid, c.live.nid)
 	if !ok {
 		return false
 	}
-	n.ok, n.mode, n.nlink = s.ok, s.mode, s.nlink
-	if s.ok && s.mode&unix.S_IFMT != unix.S_IFREG {
+	s := c.live.seen.at(i)
+	n.ok, n.mode, n.nlink = s.mode != 0, s.mode, s.nlink
+	if n.ok && s.mode&unix.S_IFMT != unix.S_IFREG {
 		c.finding(RuleLiveShared, c.ero.inodeOff(n.nid), n.nid, path(), "inode of mode %#o belongs to the image at slot %d, too", s.mode, s.slot)
 		n.ok = false // what is in it was checked
 	}
@@ -170,5 +173,12 @@ func (c *checker) liveInode(n *node, path func() string) (seen bool) {
 
 // liveSaw notes that an image has the inode.
 func (c *checker) liveSaw(n *node) {
-	c.live.seen[n.nid] = liveSeen{n.nlink, int32(c.live.slot), n.mode, n.ok}
+	s := liveSeen{nid: n.nid, nlink: n.nlink, slot: uint16(c.live.slot)}
+	if n.ok {
+		s.mode = n.mode
+	}
+	c.live.seen.add(s)
+	c.live.by.add(c.live.seen.len()-1, c.live.nid)
 }
+
+func (s *liveState) nid(i int32) uint64 { return s.seen.at(i).nid }

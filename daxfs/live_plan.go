@@ -1,7 +1,6 @@
 package daxfs
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
@@ -42,6 +41,8 @@ type LivePlan struct {
 	live  []liveInode
 	files []liveFile // in the order of the tree
 
+	scratch []byte // for key
+
 	fileBlocks int64 // blocks of the run that hold inodes of regular files
 	dirBlocks  int64 // blocks behind them: everything that is the image's alone
 	xattrOff   int64 // of the root's xattrs in the run, if it has any
@@ -51,28 +52,38 @@ type LivePlan struct {
 	slot int
 }
 
-// liveFile is what makes a LiveFile together with its inode. There may be millions.
+// liveFile is what makes a LiveFile together with its inode. There may be millions: keys are made when somebody asks.
 type liveFile struct {
-	key InodeKey
 	seq int32
 	ino int32 // index in inodes
 }
 
 // file is the LiveFile of one of files. Whether its inode is new, and where, is known after Resolve and PlaceLive.
 func (l *LivePlan) file(f *liveFile) LiveFile {
-	li := &l.live[f.ino]
-	return LiveFile{Key: f.key, Seq: int(f.seq), Data: l.data(&l.inodes[f.ino]), Nid: li.nid, New: !li.shared}
+	in := l.inodes.at(f.ino)
+	return LiveFile{Key: l.key(in), Seq: int(f.seq), Data: l.data(in), Nid: l.nid(f.ino), New: !l.live[f.ino].shared}
 }
 
-// liveInode is what the live tree adds to a planned inode. Offsets count from the start of the run.
+// liveInode is what the live tree adds to a planned inode.
 type liveInode struct {
-	nid    uint64
-	off    int64
-	blocks int64 // of the whole blocks of a directory or symlink; -1 = none
-	size   int64 // of a directory in bytes
-	xbytes int   // of the xattrs behind the inode
+	at     int64 // of a new inode, its offset in the run; of a shared one, its nid
+	xbytes int32 // of the xattrs behind the inode
 	inline bool
 	shared bool // the inode is in the tree already
+}
+
+// nid is that of an inode, once the plan is placed.
+func (l *LivePlan) nid(i int32) uint64 {
+	switch li := &l.live[i]; {
+	case li.shared:
+		return uint64(li.at)
+	case l.g.Slots == 0: // not placed
+		return 0
+	case i == 0:
+		return l.g.SlotNid(l.slot)
+	default:
+		return l.g.nid(l.off + li.at)
+	}
 }
 
 // NewLivePlan lays out the tree below root for a live tree. With window set it can be placed as a dual image as well,
@@ -87,7 +98,7 @@ func NewLivePlan(root *Node, o Options, window bool) (*LivePlan, error) {
 			return nil, err
 		}
 	}
-	l := &LivePlan{Plan: p, live: make([]liveInode, len(p.inodes))}
+	l := &LivePlan{Plan: p, live: make([]liveInode, p.inodes.len())}
 	if err := l.sizes(); err != nil {
 		return nil, err
 	}
@@ -98,64 +109,82 @@ func NewLivePlan(root *Node, o Options, window bool) (*LivePlan, error) {
 // sizes computes what does not depend on the place.
 func (l *LivePlan) sizes() error {
 	var names []dirent
-	for i := range l.inodes {
-		in, li := &l.inodes[i], &l.live[i]
+	for i := range l.inodes.len() {
+		in, li := l.inodes.at(i), &l.live[i]
 		if len(in.xattrs) > 0 {
-			li.xbytes = disk.ErofsXattrHdrSize
+			size := disk.ErofsXattrHdrSize
 			for _, x := range in.xattrs {
-				li.xbytes += len(l.xattrs[x].enc)
+				size += len(l.xattrs[x].enc)
 			}
-			if limit := disk.ErofsXattrBytes(disk.ErofsXattrCountMax); li.xbytes > limit {
-				return &TreeError{l.path(int32(i)), invalid("xattrs take %d bytes, expected at most %d", li.xbytes, limit)}
+			if limit := disk.ErofsXattrBytes(disk.ErofsXattrCountMax); size > limit {
+				return &TreeError{l.path(int32(i)), invalid("xattrs take %d bytes, expected at most %d", size, limit)}
 			}
+			li.xbytes = int32(size)
 		}
 		if in.isDir() {
 			names = l.dirents(names[:0], int32(i))
-			li.size = dirSize(names)
+			in.liveSize = dirSize(names)
 		}
 	}
-	if n := len(l.inodes[0].xattrs); n > slotXattrs {
+	if n := len(l.inodes.at(0).xattrs); n > slotXattrs {
 		return &TreeError{"/", invalid("the root has %d xattrs, expected at most %d", n, slotXattrs)}
 	}
 	return nil
 }
 
-// keys finds the regular files and gives each its key and number.
+// keys finds the regular files and numbers those of one key.
 func (l *LivePlan) keys() {
 	l.files = make([]liveFile, 0, l.stats.Files)
-	b := make([]byte, 0, 512)
-	le := binary.LittleEndian
-	for i := range l.inodes {
-		in := &l.inodes[i]
+	// By the beginnings of keys, then in the order of the tree: a map of all keys would take more memory than the files.
+	type begin struct {
+		key  uint64
+		file int32
+	}
+	order := make([]begin, 0, l.stats.Files)
+	for i := range l.inodes.len() {
+		in := l.inodes.at(i)
 		if !in.isRegular() {
 			continue
 		}
-		d := l.data(in)
-		b = append(b[:0], d.Sum[:]...)
-		b = le.AppendUint64(b, uint64(d.Size))
-		for _, v := range [...]uint32{in.mode, in.uid, in.gid, in.nlink, in.mtime.Nsec} {
-			b = le.AppendUint32(b, v)
-		}
-		b = le.AppendUint64(b, uint64(in.mtime.Sec))
-		for _, x := range in.xattrs {
-			b = le.AppendUint32(b, uint32(len(l.xattrs[x].enc)))
-			b = append(b, l.xattrs[x].enc...)
-		}
-		l.files = append(l.files, liveFile{key: sha256.Sum256(b), ino: int32(i)})
+		key := l.key(in)
+		order = append(order, begin{binary.LittleEndian.Uint64(key[:]), int32(len(l.files))})
+		l.files = append(l.files, liveFile{ino: i})
 	}
-	// By key, then in the order of the tree: a map of all keys would take more memory than the files.
-	order := make([]int32, len(l.files))
-	for k := range order {
-		order[k] = int32(k)
-	}
-	slices.SortFunc(order, func(a, b int32) int {
-		return cmp.Or(bytes.Compare(l.files[a].key[:], l.files[b].key[:]), cmp.Compare(a, b))
-	})
-	for k := 1; k < len(order); k++ {
-		if f, before := &l.files[order[k]], &l.files[order[k-1]]; f.key == before.key {
-			f.seq = before.seq + 1
+	slices.SortFunc(order, func(a, b begin) int { return cmp.Or(cmp.Compare(a.key, b.key), cmp.Compare(a.file, b.file)) })
+	for len(order) > 0 {
+		n := 1
+		for n < len(order) && order[n].key == order[0].key {
+			n++
 		}
+		if n > 1 {
+			seen := map[InodeKey]int32{}
+			for _, o := range order[:n] {
+				f := &l.files[o.file]
+				key := l.key(l.inodes.at(f.ino))
+				f.seq = seen[key]
+				seen[key]++
+			}
+		}
+		order = order[n:]
 	}
+}
+
+// key makes the key of a regular file.
+func (l *LivePlan) key(in *inode) InodeKey {
+	d, b := l.data(in), l.scratch[:0]
+	le := binary.LittleEndian
+	b = append(b, d.Sum[:]...)
+	b = le.AppendUint64(b, uint64(d.Size))
+	for _, v := range [...]uint32{in.mode, in.uid, in.gid, in.nlink, in.nsec} {
+		b = le.AppendUint32(b, v)
+	}
+	b = le.AppendUint64(b, uint64(in.sec))
+	for _, x := range in.xattrs {
+		b = le.AppendUint32(b, uint32(len(l.xattrs[x].enc)))
+		b = append(b, l.xattrs[x].enc...)
+	}
+	l.scratch = b
+	return sha256.Sum256(b)
 }
 
 // Resolve asks find for every regular file, in the order of the tree: for the nid of the inode that it shares and where
@@ -168,8 +197,8 @@ func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)
 		if err != nil {
 			return &TreeError{l.path(idx), err}
 		}
-		l.inodes[idx].addr = d.Off
-		l.live[idx].nid, l.live[idx].shared = nid, nid != 0
+		l.inodes.at(idx).addr = d.Off
+		l.live[idx].at, l.live[idx].shared = int64(nid), nid != 0
 	}
 	return l.pack()
 }
@@ -178,14 +207,14 @@ func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)
 // that the second can be given up as a whole when the image is removed.
 func (l *LivePlan) pack() error {
 	var files, dirs packer
-	for i := range l.inodes {
-		in, li := &l.inodes[i], &l.live[i]
-		head := int64(disk.ErofsExtendedSize + li.xbytes)
-		li.blocks, li.inline = -1, false
+	for i := range l.inodes.len() {
+		in, li := l.inodes.at(i), &l.live[i]
+		head := int64(disk.ErofsExtendedSize) + int64(li.xbytes)
+		li.inline = false
 		switch {
 		case in.isRegular():
 			if !li.shared {
-				li.off = files.take(head)
+				li.at = files.take(head)
 			}
 			continue
 		case in.isSymlink():
@@ -194,17 +223,17 @@ func (l *LivePlan) pack() error {
 				head += in.size
 			}
 		case in.isDir():
-			tail := li.size % BlockSize
+			tail := in.liveSize % BlockSize
 			li.inline = i != 0 && tail > 0 && head+tail <= BlockSize
 			if li.inline {
 				head += tail
 			}
 		}
 		if i != 0 { // the root's inode is the slot
-			li.off = dirs.take(head)
+			li.at = dirs.take(head)
 		}
 		if n := li.wholeBlocks(in); n > 0 {
-			li.blocks = dirs.takeBlocks(n)
+			in.liveBlocks = dirs.takeBlocks(n)
 		}
 	}
 	if n := l.live[0].xbytes; n > 0 {
@@ -213,11 +242,11 @@ func (l *LivePlan) pack() error {
 	l.fileBlocks, l.dirBlocks = files.blocks, dirs.blocks
 	// What is the image's alone lies behind the inodes of files.
 	shift := l.fileBlocks * BlockSize
-	for i := range l.inodes {
-		if in, li := &l.inodes[i], &l.live[i]; !in.isRegular() {
-			li.off += shift
-			if li.blocks >= 0 {
-				li.blocks += shift
+	for i := range l.inodes.len() {
+		if in, li := l.inodes.at(i), &l.live[i]; !in.isRegular() {
+			li.at += shift
+			if li.wholeBlocks(in) > 0 {
+				in.liveBlocks += shift
 			}
 		}
 	}
@@ -232,9 +261,9 @@ func (l *LivePlan) pack() error {
 func (li *liveInode) wholeBlocks(in *inode) int64 {
 	switch {
 	case in.isDir() && li.inline:
-		return li.size / BlockSize
+		return in.liveSize / BlockSize
 	case in.isDir():
-		return roundUp(li.size, BlockSize) / BlockSize
+		return roundUp(in.liveSize, BlockSize) / BlockSize
 	case in.isSymlink() && !li.inline:
 		return 1
 	}
@@ -248,12 +277,21 @@ func (l *LivePlan) Size() int64 { return (l.fileBlocks + l.dirBlocks) * BlockSiz
 // What lies behind it belongs to this image alone.
 func (l *LivePlan) FileSize() int64 { return l.fileBlocks * BlockSize }
 
-// Files calls f for every regular file in the order of the tree. Nids of new inodes are known after Place.
-func (l *LivePlan) Files(f func(LiveFile)) {
-	for k := range l.files {
-		f(l.file(&l.files[k]))
-	}
+// FileCount is the number of regular files, hard links counted once.
+func (l *LivePlan) FileCount() int { return len(l.files) }
+
+// File returns the i-th regular file in the order of the tree, from 0. Nids of new inodes are known after Place.
+func (l *LivePlan) File(i int) LiveFile { return l.file(&l.files[i]) }
+
+// FileData returns the contents of the i-th regular file, which are of size 0 if it has none, and whether the image
+// brings the inode.
+func (l *LivePlan) FileData(i int) (d Data, isNew bool) {
+	f := &l.files[i]
+	return l.data(l.inodes.at(f.ino)), !l.live[f.ino].shared
 }
+
+// FilePath returns the first name of the i-th regular file.
+func (l *LivePlan) FilePath(i int) string { return l.path(l.files[i].ino) }
 
 // PlaceLive puts the run at off and the root at a slot. It refuses a place outside of the tree, or one whose nids or
 // blocks cannot be stored, with an error that wraps ErrInvalid.
@@ -271,16 +309,12 @@ func (l *LivePlan) PlaceLive(g Geometry, off int64, slot int) error {
 	case l.live[0].xbytes > 0 && (off+l.Size()-g.Head)/disk.ErofsXattrIDSize > math.MaxUint32:
 		return &TreeError{"/", invalid("xattrs of the root at %d: the slot cannot refer to them", off)}
 	}
-	for i := range l.inodes {
-		in, li := &l.inodes[i], &l.live[i]
+	for i := range l.inodes.len() {
+		in := l.inodes.at(i)
 		if in.hasData() && (in.addr < 0 || in.addr > end-roundUp(in.size, BlockSize)) {
 			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", in.size, in.addr, end)}
 		}
-		if !li.shared {
-			li.nid = g.nid(off + li.off)
-		}
 	}
-	l.live[0].nid = g.SlotNid(slot)
 	l.g, l.off, l.slot = g, off, slot
 	return nil
 }

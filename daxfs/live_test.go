@@ -71,11 +71,11 @@ func (p *livePool) write(t testing.TB, root *daxfs.Node) (slot int, bytes []byte
 	if err := plan.WriteRun(&p.s.f); err != nil {
 		t.Fatal(err)
 	}
-	plan.Files(func(f daxfs.LiveFile) {
-		if f.New {
+	for i := range plan.FileCount() {
+		if f := plan.File(i); f.New {
 			p.have[f.Key] = append(p.have[f.Key], f.Nid)
 		}
-	})
+	}
 	return slot, plan.Slot(), plan
 }
 

@@ -20,14 +20,14 @@ func (l *LivePlan) WriteRun(w io.WriterAt) error {
 	r := runWriter{w: w, pos: l.off, buf: make([]byte, 0, min(writeBuffer, max(BlockSize, l.Size())))}
 	var names []dirent
 	for _, pc := range l.order() {
-		in, li := &l.inodes[pc.ino], &l.live[pc.ino]
+		in, li := l.inodes.at(pc.ino), &l.live[pc.ino]
 		if in.isDir() {
 			names = l.dirents(names[:0], pc.ino)
 		}
 		at := l.off + pc.off
 		switch {
 		case pc.kind == pieceShared:
-			b := r.at(at, li.xbytes)
+			b := r.at(at, int(li.xbytes))
 			for _, x := range in.xattrs {
 				b = b[copy(b, l.xattrs[x].enc):]
 			}
@@ -51,14 +51,14 @@ func (l *LivePlan) WriteRun(w io.WriterAt) error {
 
 // order returns what is to be written, in ascending order.
 func (l *LivePlan) order() []piece {
-	var out []piece
-	for i := range l.inodes {
-		in, li := &l.inodes[i], &l.live[i]
+	out := make([]piece, 0, int(l.inodes.len())+l.stats.Directories+1)
+	for i := range l.inodes.len() {
+		in, li := l.inodes.at(i), &l.live[i]
 		if i != 0 && !li.shared {
-			out = append(out, piece{li.off, int32(i), pieceInode})
+			out = append(out, piece{li.at, int32(i), pieceInode})
 		}
-		if !in.isRegular() && li.blocks >= 0 {
-			out = append(out, piece{li.blocks, int32(i), pieceBlocks})
+		if li.wholeBlocks(in) > 0 {
+			out = append(out, piece{in.liveBlocks, int32(i), pieceBlocks})
 		}
 	}
 	if l.live[0].xbytes > 0 {
@@ -74,19 +74,19 @@ func (l *LivePlan) liveNid(dir int32) func(d dirent) uint64 {
 		if dir == 0 && d.name == ".." {
 			return liveRoot
 		}
-		return l.live[d.child].nid
+		return l.nid(d.child)
 	}
 }
 
 // inode returns the inode as it is stored, without xattrs.
 func (l *LivePlan) inode(idx int32) disk.ErofsInode {
-	in, li := &l.inodes[idx], &l.live[idx]
+	in, li := l.inodes.at(idx), &l.live[idx]
 	e := disk.ErofsInode{
 		Extended: true, Layout: disk.ErofsLayoutPlain, Mode: uint16(in.mode), Nlink: in.nlink, Size: uint64(in.size),
-		Union: in.rdev, Ino: uint32(li.nid), UID: in.uid, GID: in.gid, MtimeSec: in.mtime.Sec, MtimeNsec: in.mtime.Nsec,
+		Union: in.rdev, Ino: uint32(l.nid(idx)), UID: in.uid, GID: in.gid, MtimeSec: in.sec, MtimeNsec: in.nsec,
 	}
 	if in.isDir() {
-		e.Size = uint64(li.size)
+		e.Size = uint64(in.liveSize)
 	}
 	if li.inline {
 		e.Layout = disk.ErofsLayoutInline
@@ -94,34 +94,34 @@ func (l *LivePlan) inode(idx int32) disk.ErofsInode {
 	switch {
 	case in.hasData():
 		e.Union = uint32(in.addr / BlockSize)
-	case !in.isRegular() && li.blocks >= 0:
-		e.Union = uint32((l.off + li.blocks) / BlockSize)
+	case li.wholeBlocks(in) > 0:
+		e.Union = uint32((l.off + in.liveBlocks) / BlockSize)
 	}
 	return e
 }
 
 // writeInode writes one inode with its xattrs and its inline tail. names are the entries if it is a directory.
 func (l *LivePlan) writeInode(r *runWriter, at int64, idx int32, names []dirent) {
-	in, li := &l.inodes[idx], &l.live[idx]
-	head := disk.ErofsExtendedSize
+	in, li := l.inodes.at(idx), &l.live[idx]
+	head, xbytes := disk.ErofsExtendedSize, int(li.xbytes)
 	tail := 0
 	if li.inline {
 		tail = int(in.size)
 		if in.isDir() {
-			tail = int(li.size % BlockSize)
+			tail = int(in.liveSize % BlockSize)
 		}
 	}
-	b := r.at(at, head+li.xbytes+tail)
+	b := r.at(at, head+xbytes+tail)
 	e := l.inode(idx)
-	if li.xbytes > 0 {
-		e.XattrCount = uint16(1 + (li.xbytes-disk.ErofsXattrHdrSize)/disk.ErofsXattrIDSize)
+	if xbytes > 0 {
+		e.XattrCount = uint16(1 + (xbytes-disk.ErofsXattrHdrSize)/disk.ErofsXattrIDSize)
 		x := b[head+disk.ErofsXattrHdrSize:]
 		for _, id := range in.xattrs {
 			x = x[copy(x, l.xattrs[id].enc):]
 		}
 	}
 	e.Marshal(b)
-	b = b[head+li.xbytes:]
+	b = b[head+xbytes:]
 	switch {
 	case tail == 0:
 	case in.isSymlink():
@@ -139,7 +139,7 @@ func (l *LivePlan) writeInode(r *runWriter, at int64, idx int32, names []dirent)
 // xattrs. They go to Geometry.SlotOff. PublishSlot and RetractSlot write them in the order that a reader needs.
 func (l *LivePlan) Slot() []byte {
 	b := make([]byte, slotSize)
-	in := &l.inodes[0]
+	in := l.inodes.at(0)
 	e := l.inode(0)
 	if n := len(in.xattrs); n > 0 {
 		e.XattrCount = uint16(1 + n)

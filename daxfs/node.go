@@ -1,12 +1,14 @@
 package daxfs
 
 // Node is one inode of a tree that is to become an image. Two names of one directory tree that hold the same
-// *Node are hard links. A tree is not safe for concurrent change; a Plan made from it keeps no reference to it.
+// *Node are hard links. A tree is not safe for concurrent use, not even by several plans: planning marks its nodes. A Plan
+// made from it keeps no reference to it.
 type Node struct {
 	// Mode holds the file type (S_IFMT) and the permission bits exactly as stat(2) reports them.
 	Mode uint32
 	// UID and GID are 32 bit ids; 2^32-1 is refused by Plan because chown(2) reserves it.
 	UID, GID uint32
+	planned  int32 // 1 + the index in the plan that is being made, else 0
 	// Rdev is the device number of a character or block device, in the encoding of unix.Mkdev; else 0.
 	Rdev uint64
 	// Mtime is the modification time, in seconds and nanoseconds since 1970; before 1970 Sec is negative.

@@ -3,11 +3,10 @@ package daxfs
 import (
 	"bytes"
 	"cmp"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -26,6 +25,9 @@ type Options struct {
 	// Digests adds a digest table, by which Prove proves every byte of the image. It is for image files: a window, whose
 	// contents lie behind the metadata, cannot have one. Every Data.Sum has to be right.
 	Digests bool
+	// Take uses the tree up while it is planned, also if that fails: directories lose their entries. A tree of millions of
+	// files is then not in memory beside its plan.
+	Take bool
 }
 
 // Plan is the layout of an image: every inode and every offset, before a byte is written. The same tree and options
@@ -35,8 +37,8 @@ type Options struct {
 // by several goroutines as long as none calls Place.
 type Plan struct {
 	label  string
-	inodes []inode // depth first, names sorted; the root is the first
-	sums   [][32]byte
+	inodes parts[inode] // depth first, names sorted; the root is the first
+	sums   parts[[32]byte]
 	xattrs []xattr
 	stats  Stats
 	left   []LeftOut
@@ -61,23 +63,26 @@ type inode struct {
 	mode     uint32
 	uid, gid uint32
 	nlink    uint32
-	rdev     uint32 // as EROFS stores it
 	ino      uint32 // from 1; those of the DAXFS half come first
 	parent   int32  // the directory of the first name; the root is its own
 	nth      int32  // the entry of parent that is the first name
 	sum      int32  // of the contents of a regular file with any, in Plan.sums
+	nsec     uint32 // of the modification time
 	extended bool
 	inline   bool // the last block follows inode and xattrs
-	mtime    Time
+	sec      int64
 	size     int64 // as the EROFS half stores it; of a regular file, the size of its contents
 	addr     int64 // of the contents
 	off      int64 // of the inode in the core
 	*inodeMore
 }
 
-// inodeMore is what a directory, a symbolic link and an inode with xattrs have besides. The others share noMore, which
-// is never written to.
+func (i *inode) mtime() Time { return Time{i.sec, i.nsec} }
+
+// inodeMore is what a directory, a symbolic link, a device and an inode with xattrs have besides. The others share
+// noMore, which is never written to.
 type inodeMore struct {
+	rdev      uint32 // as EROFS stores it
 	target    string
 	kids      []dirent
 	xattrs    []int32 // numbers of Plan.xattrs, sorted by name
@@ -86,6 +91,9 @@ type inodeMore struct {
 	blocks    int64   // of the whole blocks of a directory or symlink in the core; 0 = none
 	v8Off     int64   // of the DAXFS entries or target in the core
 	v8Entries int     // entries of a directory in the DAXFS half
+	// Of a directory or symlink in a live tree, whose directories have other bytes; see LivePlan.
+	liveBlocks int64 // of its whole blocks in the run, if it has any
+	liveSize   int64 // of a directory in bytes
 }
 
 var noMore inodeMore
@@ -116,11 +124,11 @@ func (p *Plan) data(i *inode) Data {
 	if !i.hasData() {
 		return Data{}
 	}
-	return Data{Off: i.addr, Size: i.size, Sum: p.sums[i.sum]}
+	return Data{Off: i.addr, Size: i.size, Sum: *p.sums.at(i.sum)}
 }
 
 // name is the first name of an inode that is not the root.
-func (p *Plan) name(i *inode) string { return p.inodes[i.parent].kids[i.nth].name }
+func (p *Plan) name(i *inode) string { return p.inodes.at(i.parent).kids[i.nth].name }
 
 // inV8 tells whether the DAXFS half can hold the inode.
 func (i *inode) inV8() bool { return i.isDir() || i.isSymlink() || i.isRegular() }
@@ -168,7 +176,8 @@ func invalid(format string, args ...any) error {
 }
 
 // NewPlan lays out the tree below root, which is a directory. It refuses what an image cannot hold with a *TreeError,
-// and bad options with an error that wraps ErrInvalid. The tree is not changed and may be changed afterwards.
+// and bad options with an error that wraps ErrInvalid. Without Options.Take the tree is as it was afterwards, and may be
+// changed.
 func NewPlan(root *Node, o Options) (*Plan, error) {
 	p, err := newTree(root, o)
 	if err != nil {
@@ -191,21 +200,25 @@ func newTree(root *Node, o Options) (*Plan, error) {
 	if len(o.Label) > MaxLabel || strings.IndexByte(o.Label, 0) >= 0 {
 		return nil, invalid("label %q: expected at most %d bytes without NUL", o.Label, MaxLabel)
 	}
-	w := walker{plan: &Plan{label: o.Label}, seen: map[*Node]int32{}, entries: map[string]int32{}}
+	w := walker{plan: &Plan{label: o.Label}, take: o.Take, entries: map[string]int32{}}
 	if root == nil || root.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return nil, &TreeError{"/", invalid("the root is not a directory")}
 	}
-	// At once where that can be told: inodes are large, and growing step by step takes three times their memory.
-	n := countNames(root, 1, maxPath)
-	w.plan.inodes, w.plan.sums = make([]inode, 0, n), make([][32]byte, 0, n)
-	if _, err := w.add(root, 0, 0, 0); err != nil {
+	_, err := w.add(root, 0, 0, 0)
+	if !o.Take {
+		unmark(root)
+	}
+	if err != nil {
 		return nil, err
 	}
 	p := w.plan
+	if o.Take && p.inodes.len() >= collectEvery {
+		debug.FreeOSMemory() // what follows needs memory, too
+	}
 	if err := p.checkContents(); err != nil {
 		return nil, err
 	}
-	p.stats.Inodes = len(p.inodes)
+	p.stats.Inodes = int(p.inodes.len())
 	p.hash()
 	return p, nil
 }
@@ -216,40 +229,35 @@ func (p *Plan) finish() error {
 	return p.layout()
 }
 
-// countNames returns n and the names below a directory, but stops at a million, and at the depth that paths have at most: the
-// tree has not been checked yet, and may be none.
-func countNames(root *Node, n, depth int) int {
-	for _, e := range root.Entries {
-		if n >= 1<<20 || depth == 0 || e == nil {
-			return n
-		}
-		n = countNames(e, n+1, depth-1)
-	}
-	return n
-}
-
 // walker turns nodes into planned inodes.
 type walker struct {
 	plan    *Plan
-	seen    map[*Node]int32
+	take    bool
 	entries map[string]int32 // xattr entries by their bytes
 	scratch []byte
 }
 
+// collectEvery is how many nodes of a tree that is used up are planned before their memory is given back. Else the
+// collector would come when all memory has grown by a part of it, and the plan would come to lie beside the tree after all.
+const collectEvery = 1 << 18
+
 // add plans n, its first name being entry nth of the directory parent, and everything below it. n's path has depth bytes.
 func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 	p := w.plan
-	idx := int32(len(p.inodes))
-	p.inodes = append(p.inodes, inode{parent: parent, nth: int32(nth), inodeMore: &noMore})
-	if len(p.inodes) == math.MaxInt32 {
+	idx := p.inodes.len()
+	p.inodes.add(inode{parent: parent, nth: int32(nth), inodeMore: &noMore})
+	if p.inodes.len() == math.MaxInt32 {
 		return 0, w.fail(idx, invalid("too many inodes: expected fewer than %d", math.MaxInt32))
 	}
 	if err := checkNode(n); err != nil {
 		return 0, w.fail(idx, err)
 	}
-	w.seen[n] = idx
+	n.planned = idx + 1
+	if w.take && p.inodes.len()%collectEvery == 0 {
+		debug.FreeOSMemory()
+	}
 	i := inode{
-		mode: n.Mode, uid: n.UID, gid: n.GID, nlink: 1, parent: parent, nth: int32(nth), mtime: n.Mtime,
+		mode: n.Mode, uid: n.UID, gid: n.GID, nlink: 1, parent: parent, nth: int32(nth), sec: n.Mtime.Sec, nsec: n.Mtime.Nsec,
 		size: n.Data.Size, inodeMore: &noMore,
 	}
 	xattrs, err := w.addXattrs(n.Mode, n.Xattrs)
@@ -259,8 +267,9 @@ func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 	if len(xattrs) > 0 {
 		p.stats.Xattrs++
 	}
-	if i.isDir() || i.isSymlink() || len(xattrs) > 0 {
-		i.inodeMore = &inodeMore{target: n.Target, xattrs: xattrs}
+	rdev := disk.ErofsEncodeDev(unix.Major(n.Rdev), unix.Minor(n.Rdev))
+	if i.isDir() || i.isSymlink() || len(xattrs) > 0 || rdev != 0 {
+		i.inodeMore = &inodeMore{target: n.Target, xattrs: xattrs, rdev: rdev}
 	}
 	switch n.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
@@ -277,13 +286,12 @@ func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 		i.size = int64(len(n.Target))
 	default:
 		p.stats.Others++
-		i.rdev = disk.ErofsEncodeDev(unix.Major(n.Rdev), unix.Minor(n.Rdev))
 	}
 	if i.hasData() {
-		i.addr, i.sum = n.Data.Off, int32(len(p.sums))
-		p.sums = append(p.sums, n.Data.Sum)
+		i.addr, i.sum = n.Data.Off, p.sums.len()
+		p.sums.add(n.Data.Sum)
 	}
-	p.inodes[idx] = i
+	*p.inodes.at(idx) = i
 	if len(n.Entries) == 0 {
 		return idx, nil
 	}
@@ -293,32 +301,49 @@ func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 		kids = append(kids, dirent{name: name})
 	}
 	slices.SortFunc(kids, func(a, b dirent) int { return cmp.Compare(a.name, b.name) })
-	p.inodes[idx].kids = kids
+	p.inodes.at(idx).kids = kids
 	p.stats.Names += len(kids)
 	for k := range kids {
 		name := kids[k].name
 		if err := checkName(name); err != nil {
 			return 0, w.fail(idx, err)
 		}
-		n := n.Entries[name]
-		if c, ok := w.seen[n]; ok {
-			if p.inodes[c].isDir() {
+		kid := n.Entries[name]
+		if w.take {
+			n.Entries[name] = nil
+		}
+		if kid != nil && kid.planned > 0 {
+			c := kid.planned - 1
+			if p.inodes.at(c).isDir() {
 				return 0, w.fail(idx, invalid("entry %q is the directory %q: a directory has one name", name, p.path(c)))
 			}
-			p.inodes[c].nlink++
+			p.inodes.at(c).nlink++
 			kids[k].child = c
 			continue
 		}
-		c, err := w.add(n, idx, k, depth+1+len(name))
+		c, err := w.add(kid, idx, k, depth+1+len(name))
 		if err != nil {
 			return 0, err
 		}
-		if p.inodes[c].isDir() {
-			p.inodes[idx].nlink++
+		if p.inodes.at(c).isDir() {
+			p.inodes.at(idx).nlink++
 		}
 		kids[k].child = c
 	}
+	if w.take {
+		n.Entries = nil
+	}
 	return idx, nil
+}
+
+// unmark makes the nodes of a tree, which may be none, what they were before they were planned.
+func unmark(n *Node) {
+	n.planned = 0
+	for _, kid := range n.Entries {
+		if kid != nil && kid.planned > 0 {
+			unmark(kid)
+		}
+	}
 }
 
 func (w *walker) fail(idx int32, err error) error { return &TreeError{w.plan.path(idx), err} }
@@ -329,8 +354,8 @@ func (p *Plan) path(idx int32) string {
 		return "/"
 	}
 	var names []string
-	for ; idx != 0; idx = p.inodes[idx].parent {
-		names = append(names, p.name(&p.inodes[idx]))
+	for ; idx != 0; idx = p.inodes.at(idx).parent {
+		names = append(names, p.name(p.inodes.at(idx)))
 	}
 	slices.Reverse(names)
 	return "/" + strings.Join(names, "/")
@@ -341,22 +366,22 @@ func (p *Plan) path(idx int32) string {
 func (p *Plan) number() {
 	listed := 0
 	next := uint32(0)
-	for i := range p.inodes {
-		if p.inodes[i].inV8() {
+	for i := range p.inodes.len() {
+		if p.inodes.at(i).inV8() {
 			next++
-			p.inodes[i].ino = next
+			p.inodes.at(i).ino = next
 		}
 	}
 	p.stats.V8Inodes = int(next)
-	for i := range p.inodes {
-		in := &p.inodes[i]
+	for i := range p.inodes.len() {
+		in := p.inodes.at(i)
 		if !in.inV8() {
 			next++
 			in.ino = next
 		}
 		dir := ""
 		for _, k := range in.kids {
-			c := &p.inodes[k.child]
+			c := p.inodes.at(k.child)
 			if c.inV8() {
 				in.v8Entries++
 				continue
@@ -402,48 +427,6 @@ func typeName(mode uint32) string {
 	return fmt.Sprintf("file type %#o", mode&unix.S_IFMT)
 }
 
-// hash derives the UUID from everything that a reader of the image can see, and from nothing else: not from where the
-// contents lie. Every field has a fixed width or its length before it, so that no two trees have one description.
-func (p *Plan) hash() {
-	h := sha256.New()
-	b := make([]byte, 0, 64<<10)
-	le := binary.LittleEndian
-	str := func(s string) {
-		b = le.AppendUint32(b, uint32(len(s)))
-		b = append(b, s...)
-	}
-	str("daxfs dual image 2")
-	str(p.label)
-	for idx := range p.inodes {
-		i := &p.inodes[idx]
-		for _, v := range [...]uint32{i.mode, i.uid, i.gid, i.rdev, i.mtime.Nsec} {
-			b = le.AppendUint32(b, v)
-		}
-		b = le.AppendUint64(b, uint64(i.mtime.Sec))
-		d := p.data(i)
-		b = le.AppendUint64(b, uint64(d.Size))
-		b = append(b, d.Sum[:]...)
-		str(i.target)
-		b = le.AppendUint32(b, uint32(len(i.xattrs)))
-		for _, x := range i.xattrs {
-			str(p.xattrs[x].enc)
-		}
-		b = le.AppendUint32(b, uint32(len(i.kids)))
-		for _, k := range i.kids {
-			str(k.name)
-			b = le.AppendUint32(b, uint32(k.child))
-		}
-		if len(b) > 60<<10 {
-			h.Write(b)
-			b = b[:0]
-		}
-	}
-	h.Write(b)
-	copy(p.uuid[:], h.Sum(nil))
-	p.uuid[6] = p.uuid[6]&0x0f | 0x80 // version 8: made by a rule of our own
-	p.uuid[8] = p.uuid[8]&0x3f | 0x80 // the RFC 9562 variant
-}
-
 // MetaSize is the number of bytes of the metadata run, a multiple of BlockSize, wherever it is placed. Block 0 is not
 // counted. It includes the digest table, if there is one, and the DAXFS overlay pair.
 func (p *Plan) MetaSize() int64 { return p.coreSize + p.digestSize + disk.V8OverlaySize }
@@ -461,8 +444,8 @@ func (p *Plan) LeftOut() []LeftOut { return slices.Clone(p.left) }
 // Contents calls f for the contents of every regular file that has any, hard links once, in the order of the tree.
 // Contents that several files share are named once for each file.
 func (p *Plan) Contents(f func(Data)) {
-	for i := range p.inodes {
-		if in := &p.inodes[i]; in.hasData() {
+	for i := range p.inodes.len() {
+		if in := p.inodes.at(i); in.hasData() {
 			f(p.data(in))
 		}
 	}

@@ -105,8 +105,8 @@ func (p *Plan) checkContents() error {
 		ino       int32
 	}
 	files := make([]contents, 0, p.stats.Files) // small, so that sorting stays in the processor's cache
-	for i := range p.inodes {
-		if in := &p.inodes[i]; in.hasData() {
+	for i := range p.inodes.len() {
+		if in := p.inodes.at(i); in.hasData() {
 			files = append(files, contents{in.addr, in.size, int32(i)})
 		}
 	}
@@ -157,6 +157,17 @@ func splitXattr(name string) (uint8, string) {
 	return 0, ""
 }
 
+// appendXattr appends an attribute as an image stores it.
+func appendXattr(b []byte, x Xattr) []byte {
+	index, rest := splitXattr(x.Name)
+	e := disk.ErofsXattrEntry{NameLen: uint8(len(rest)), Index: index, ValueLen: uint16(len(x.Value))}
+	start := len(b)
+	b = slices.Grow(b, e.Size())[:start+disk.ErofsXattrEntSize]
+	e.Marshal(b[start:])
+	b = append(append(b, rest...), x.Value...)
+	return append(b, make([]byte, e.Size()-(len(b)-start))...)
+}
+
 // addXattrs plans the xattrs of one inode, sorted by name: equal entries of all inodes have one number.
 func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 	if len(xs) == 0 {
@@ -168,16 +179,12 @@ func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 		if err := CheckXattr(x); err != nil {
 			return nil, err
 		}
-		index, rest := splitXattr(x.Name)
+		index, _ := splitXattr(x.Name)
 		if err := checkXattrType(index, x.Name, mode); err != nil {
 			return nil, err
 		}
 		list += len(x.Name) + 1
-		e := disk.ErofsXattrEntry{NameLen: uint8(len(rest)), Index: index, ValueLen: uint16(len(x.Value))}
-		b := slices.Grow(w.scratch[:0], e.Size())[:disk.ErofsXattrEntSize]
-		e.Marshal(b)
-		b = append(append(b, rest...), x.Value...)
-		b = append(b, make([]byte, e.Size()-len(b))...)
+		b := appendXattr(w.scratch[:0], x)
 		w.scratch = b
 		id, ok := w.entries[string(b)]
 		if !ok {

@@ -12,12 +12,12 @@ import (
 // layoutDigests plans the digest table: an entry for each distinct contents.
 func (p *Plan) layoutDigests() error {
 	p.digests = make([]int32, 0, p.stats.Files)
-	for i := range p.inodes {
-		if p.inodes[i].hasData() {
+	for i := range p.inodes.len() {
+		if p.inodes.at(i).hasData() {
 			p.digests = append(p.digests, int32(i))
 		}
 	}
-	data := func(i int32) Data { return p.data(&p.inodes[i]) }
+	data := func(i int32) Data { return p.data(p.inodes.at(i)) }
 	slices.SortStableFunc(p.digests, func(a, b int32) int { return cmp.Compare(data(a).Off, data(b).Off) })
 	for k, i := range p.digests {
 		if d := data(i); d.Sum == [32]byte{} {
@@ -43,7 +43,7 @@ func (p *Plan) writeDigests(r *runWriter, meta hash.Hash) {
 	copy(f.Magic[:], disk.DigestMagic)
 	table := sha256.New()
 	for _, i := range p.digests {
-		d := p.data(&p.inodes[i])
+		d := p.data(p.inodes.at(i))
 		e := disk.DigestEntry{Off: uint64(d.Off - s.Image), Size: uint64(d.Size), Sum: d.Sum}
 		b := r.at(at, disk.DigestEntrySize)
 		e.Marshal(b)

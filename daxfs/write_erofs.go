@@ -13,7 +13,7 @@ func (p *Plan) writeErofs(r *runWriter) {
 			}
 			continue
 		}
-		in := &p.inodes[pc.ino]
+		in := p.inodes.at(pc.ino)
 		if in.isDir() {
 			names = p.dirents(names[:0], pc.ino)
 		}
@@ -35,7 +35,7 @@ func (p *Plan) writeErofs(r *runWriter) {
 
 // encodeInode writes one inode with its xattrs and its inline tail. names are the entries if it is a directory.
 func (p *Plan) encodeInode(r *runWriter, at int64, idx int32, names []dirent) {
-	in := &p.inodes[idx]
+	in := p.inodes.at(idx)
 	head := in.headerSize()
 	tail := 0
 	if in.inline {
@@ -47,7 +47,7 @@ func (p *Plan) encodeInode(r *runWriter, at int64, idx int32, names []dirent) {
 		Size: uint64(in.size), Union: in.rdev, Ino: in.ino, UID: in.uid, GID: in.gid,
 	}
 	if in.extended {
-		e.MtimeSec, e.MtimeNsec = in.mtime.Sec, in.mtime.Nsec
+		e.MtimeSec, e.MtimeNsec = in.sec, in.nsec
 	}
 	if in.inline {
 		e.Layout = disk.ErofsLayoutInline

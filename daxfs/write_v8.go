@@ -8,8 +8,8 @@ func (p *Plan) writeV8(r *runWriter) {
 	s := p.place
 	toBase := s.core - s.base // from an offset in the core to one in the base region
 	at := s.core + p.v8Table
-	for i := range p.inodes {
-		in := &p.inodes[i]
+	for i := range p.inodes.len() {
+		in := p.inodes.at(i)
 		if !in.inV8() {
 			continue
 		}
@@ -30,9 +30,9 @@ func (p *Plan) writeV8(r *runWriter) {
 		e.Marshal(r.at(at, disk.V8InodeSize))
 		at += disk.V8InodeSize
 	}
-	for i := range p.inodes {
-		for _, k := range p.inodes[i].kids {
-			c := &p.inodes[k.child]
+	for i := range p.inodes.len() {
+		for _, k := range p.inodes.at(i).kids {
+			c := p.inodes.at(k.child)
 			if !c.inV8() {
 				continue
 			}

@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// crashes is how often the daemon is killed: DAXFS_TEST_CRASHES, or as often as every run has time for.
+// crashes is how often something is killed: DAXFS_TEST_CRASHES, or as often as every run has time for.
 func crashes(t *testing.T) int {
 	v := os.Getenv("DAXFS_TEST_CRASHES")
 	if v == "" {
@@ -31,9 +31,10 @@ func crashes(t *testing.T) int {
 	return n
 }
 
-// The daemon is killed at random moments while clients pull, run and remove, and a container that was there before runs on.
-// What clients ask for may fail when the daemon dies; what succeeds is right. In the end containerd, the daemon and the pool
-// agree, every committed snapshot and every image shows the right tree, and after everything was removed nothing is left.
+// The daemon, containerd, or both are killed at random moments while clients pull, run and remove, and a container that was
+// there before runs on. What clients ask for may fail when one of them dies; what succeeds is right. In the end containerd,
+// the daemon and the pool agree, every committed snapshot and every image shows the right tree, and after everything was
+// removed nothing is left.
 func TestCrashLoop(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m, ParallelUnpacks: 2, Patient: true})
@@ -47,7 +48,11 @@ func TestCrashLoop(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			img, err := testimage.Image(base, files, []testimage.Entry{
+			build := testimage.Image
+			if i%2 == 1 { // the daemon pulls those by itself: the image that stays has most of their files
+				build, files = testimage.Chunked, testimage.Updated(testimage.SmallFiles(300, 0), 7+i)
+			}
+			img, err := build(base, files, []testimage.Entry{
 				testimage.Dir("node_modules", 0o755),
 				testimage.File("own", 0o644, fmt.Appendf(nil, "%d\n", i)), testimage.Whiteout("node_modules/package-0002"),
 			})
@@ -58,6 +63,10 @@ func TestCrashLoop(t *testing.T) {
 			wants[i] = fmt.Sprintf("%d\n%s  /node_modules/package-0001/lib/file-50.js\n", i,
 				sumOf(files, "node_modules/package-0001/lib/file-50.js"))
 		}
+		kept, err := testimage.Image(testimage.SmallFiles(300, 0))
+		s.Must(err)
+		stays := s.Push("crash-stays", kept)
+		s.Pull(stays, "daxfs")
 		witness := push(t, s, "special")
 		s.Pull(witness, "daxfs")
 		s.Ctr("run", "--detach", "--snapshotter", "daxfs", witness, "witness", "sleep", "1000000")
@@ -93,8 +102,7 @@ func TestCrashLoop(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, count))
 		for range crashes(t) {
 			time.Sleep(lifetime(random))
-			s.Must(s.StopDaemon(syscall.SIGKILL))
-			s.Must(s.StartDaemon())
+			kill(s, random)
 		}
 		await(t, "a round of the clients succeeds", func() bool {
 			mu.Lock()
@@ -103,7 +111,11 @@ func TestCrashLoop(t *testing.T) {
 		})
 		close(stop)
 		wg.Wait()
-		t.Logf("%d rounds of clients, %d met a dead daemon", done, failed)
+		t.Logf("%d rounds of clients, %d met a dead daemon; %d layers were pulled by their files", done, failed, pulledByFiles(t, s))
+		// Pulls that containerd did not survive keep what they had for a day.
+		for _, lease := range strings.Fields(s.Ctr("leases", "ls", "-q")) {
+			s.Ctr("leases", "rm", lease)
+		}
 
 		// Nothing of this was read before: it comes through the mount of the first daemon now.
 		if out, err := s.Exec("witness", "sha256sum", "/s/size-5242880"); err != nil ||
@@ -119,6 +131,7 @@ func TestCrashLoop(t *testing.T) {
 			}
 		}
 		s.Pull(witness, "overlayfs")
+		s.Pull(stays, "overlayfs")
 		// A crash between containerd and daemon can leave snapshots that only the daemon knows; the next collection
 		// that has something to remove takes them along.
 		tiny := push(t, s, "tiny")
@@ -130,11 +143,39 @@ func TestCrashLoop(t *testing.T) {
 			s.Try("ctr", "task", "rm", "--force", id) // there may be none
 			s.Ctr("container", "rm", id)
 		}
-		for _, ref := range append(refs, witness) {
+		s.Must(s.EndLostShims())
+		for _, ref := range append(refs, witness, stays) {
 			s.Ctr("image", "rm", "--sync", ref)
 		}
 		nothingLeft(t, s)
 	})
+}
+
+// kill ends the daemon, containerd, or both, and starts them again.
+func kill(s *stack.T, random *rand.Rand) {
+	victim := random.IntN(10) // 0: containerd, 1: both, else the daemon
+	if victim != 0 {
+		s.Must(s.StopDaemon(syscall.SIGKILL))
+	}
+	if victim <= 1 {
+		s.Must(s.StopContainerd(syscall.SIGKILL))
+	}
+	if victim != 0 {
+		s.Must(s.StartDaemon())
+	}
+	if victim <= 1 {
+		s.Must(s.StartContainerd())
+	}
+}
+
+// pulledByFiles is how many layers the daemon says to have pulled by their files.
+func pulledByFiles(t *testing.T, s *stack.T) int {
+	t.Helper()
+	log, err := os.ReadFile(s.DaemonLog())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(log), "pulled the files of a layer that the pool had not")
 }
 
 // lifetime is how long a daemon lives before it is killed. Half of them die while they still take up what the last one left,

@@ -2,13 +2,20 @@ package integration
 
 import (
 	"fmt"
+	"net"
+	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"golang.org/x/sys/unix"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -16,7 +23,6 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/config"
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
-	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
 // The pod of the DaemonSet, with its mounts, its propagation, its namespaces and its configuration, serves the containerd of
@@ -39,7 +45,16 @@ func TestDaemonSet(t *testing.T) {
 		_, err := s.Try("nerdctl", append(append(append([]string{"--snapshotter", "overlayfs", "run", "--detach", "--name", id}, flags...), pod), args...)...)
 		s.Must(err)
 		for range 200 { // containerd waits for seconds after a failure before it connects again
-			if _, err = s.Try("ctr", "snapshot", "--snapshotter", "daxfs", "ls"); err == nil {
+			// Of no snapshots containerd asks nobody.
+			var c net.Conn
+			if c, err = net.Dial("unix", s.Stack.Run+"/daxfs.sock"); err == nil {
+				c.Close()
+				_, err = s.Try("ctr", "snapshot", "--snapshotter", "daxfs", "ls")
+			}
+			if err == nil {
+				err = healthy()
+			}
+			if err == nil {
 				return
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -82,30 +97,50 @@ func TestDaemonSet(t *testing.T) {
 	}
 }
 
-// podImage pushes what docs/kubernetes/Dockerfile makes, on busybox in place of Debian.
+// healthy asks what the probes of the DaemonSet ask; TestKubernetes compares the address with theirs.
+func healthy() error {
+	resp, err := http.Get("http://127.0.0.1:9760/healthz")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("/healthz answers %s", resp.Status)
+	}
+	return nil
+}
+
+// podImage pushes the image of a release, with the programs under test.
 func podImage(t *testing.T, s *stack.T) string {
 	t.Helper()
 	cache, err := stack.CacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	base, err := testimage.Busybox()
+	dir := t.TempDir()
+	out, err := exec.Command("sh", "-e", "-c", `go run ../packaging/image -output "$0/image.tar" "$2=$1"; tar --extract --file "$0/image.tar" --directory "$0"`,
+		dir, filepath.Join(cache, "own"), runtime.GOARCH).CombinedOutput()
+	if err != nil {
+		t.Fatalf("make the image: %v\n%s", err, out)
+	}
+	index, err := layout.ImageIndexFromPath(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	programs := []testimage.Entry{testimage.Dir("usr/local", 0o755), testimage.Dir("usr/local/bin", 0o755)}
-	for _, name := range []string{"daxfs", "daxfs-snapshotter"} {
-		body, err := os.ReadFile(filepath.Join(cache, "own", name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		programs = append(programs, testimage.File("usr/local/bin/"+name, 0o755, body))
+	images, err := platformImages(index)
+	if err != nil || len(images) != 1 {
+		t.Fatalf("%d images in the archive, expected 1: %v", len(images), err)
 	}
-	img, err := testimage.Image(base, programs)
-	if err != nil {
-		t.Fatal(err)
+	return s.Push("daxfs-snapshotter", images[0])
+}
+
+// platformImages returns the images of the only index in an index.
+func platformImages(index v1.ImageIndex) ([]v1.Image, error) {
+	inner, err := partial.FindIndexes(index, func(v1.Descriptor) bool { return true })
+	if err != nil || len(inner) != 1 {
+		return nil, fmt.Errorf("%d indexes, expected 1: %w", len(inner), err)
 	}
-	return s.Push("daxfs-snapshotter", img)
+	return partial.FindImages(inner[0], func(v1.Descriptor) bool { return true })
 }
 
 // podFlags translates the pod of the DaemonSet for nerdctl, as containerd's CRI would. Its paths on the node become those of the
@@ -160,6 +195,7 @@ func podFlags(t *testing.T, s *stack.T) (flags, args []string) {
 		}
 		flags = append(flags, "-v", fmt.Sprintf("%s:%s:%s", host[m.Name], node.Replace(m.MountPath), options))
 	}
-	args = append(append(args, c.Command...), c.Args...)
+	flags = append(flags, "--entrypoint", c.Command[0])
+	args = append(append(args, c.Command[1:]...), c.Args...)
 	return flags, append(args, "--root", s.DaemonRoot(), "--address", s.Stack.Run+"/daxfs.sock", "--containerd-address", s.Stack.Run+"/containerd.sock")
 }

@@ -1,8 +1,6 @@
 package integration
 
 import (
-	"archive/tar"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -14,8 +12,6 @@ import (
 	"testing/fstest"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
@@ -23,15 +19,25 @@ import (
 
 // notRun are the commands in documents that are not run by TestDocs, by how they begin, and why.
 var notRun = map[string]string{
+	"dpkg":             "needs a system of its own; TestOperator in integration/packages runs it in one",
+	"rpm":              "as dpkg; TestRPM runs it",
+	"tar --extract":    "as dpkg",
+	"ulimit":           "as dpkg, with what follows it",
+	"setsid":           "as dpkg",
+	"mkdir -p /run":    "as dpkg",
+	"install -D":       "writes to this machine; TestOperator runs it in a system of its own",
 	"make build":       "every target here is built by the stack",
 	"make demo":        "has tests of its own in integration/demo",
+	"go run ./integra": "makes the two images that are there; TestImages of integration/demo runs it",
+	"daxfs doctor --f": "writes beside the configuration of this machine's containerd; TestDoctorCases runs it elsewhere",
 	"make test":        "is what runs this test",
 	"make install":     "writes to this machine; TestInstall runs it with DESTDIR",
 	"make uninstall":   "as make install",
 	"systemctl":        "needs systemd, and a unit that was installed",
 	"kubectl":          "needs a cluster; TestKubernetes checks the files",
-	"docker":           "needs docker, Debian's image and a registry; TestDaemonSet runs what comes out on another base",
+	"docker":           "needs docker and a registry; TestDaemonSet runs what packaging/image makes of the same",
 	"rm -r /var/lib":   "removes the state of this machine's daemon",
+	"rm -r /etc/daxfs": "as rm -r /var/lib",
 	"daxfs umount --f": "unmounts what this machine's daemon has mounted",
 }
 
@@ -171,7 +177,7 @@ func sandbox(t *testing.T, web, jobs v1.Image) string {
 		}
 	}
 	for name, img := range map[string]v1.Image{"web": web, "jobs": jobs} {
-		if err := writeArchive(filepath.Join(dir, name+".tar"), img); err != nil {
+		if err := testimage.WriteArchive(filepath.Join(dir, name+".tar"), img); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -183,28 +189,6 @@ func sandbox(t *testing.T, web, jobs v1.Image) string {
 	return dir
 }
 
-// writeArchive writes an OCI image layout as a tar file.
-func writeArchive(path string, img v1.Image) (err error) {
-	tmp, err := os.MkdirTemp("", "layout-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	l, err := layout.Write(tmp, empty.Index)
-	if err != nil {
-		return err
-	}
-	if err := l.AppendImage(img); err != nil {
-		return err
-	}
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	w := tar.NewWriter(f)
-	return errors.Join(w.AddFS(os.DirFS(tmp)), w.Close(), f.Close())
-}
-
 // sandboxPrograms is a directory with programs that talk to the stack where a user's would talk to the machine.
 func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 	t.Helper()
@@ -213,7 +197,7 @@ func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	config := fmt.Sprintf("root = %q\naddress = %q\n", s.DaemonRoot(), s.Run+"/daxfs.sock")
+	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(), s.Run+"/daxfs.sock", s.Run+"/containerd.sock")
 	if err := os.WriteFile(filepath.Join(dir, "daxfs.toml"), []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -284,7 +268,7 @@ func TestDocsMentions(t *testing.T) {
 			line, _, _ := strings.Cut(m[1], "    ") // what follows is an explanation
 			words := strings.Fields(strings.TrimRight(line, ".…"))[1:]
 			command := words[:1]
-			if command[0] == "pool" && len(words) > 1 {
+			if (command[0] == "pool" || command[0] == "vm") && len(words) > 1 {
 				command = words[:2]
 			}
 			usage := help(command...)

@@ -71,3 +71,54 @@ func TestDeadDaemon(t *testing.T) {
 		s.Compare(ref)
 	})
 }
+
+// A container fills the disk that containerd and the daemon have, with data and with names. Nothing else is harmed: both
+// daemons can be killed and start again; when the container is removed the space is there, and the next one runs.
+func TestFullDisk(t *testing.T) {
+	for _, snapshotter := range []string{"overlayfs", "daxfs"} {
+		t.Run(snapshotter, func(t *testing.T) {
+			s := stack.New(t, stack.Options{Mode: stack.Streaming, Disk: 160 << 20})
+			ref := push(t, s, "tiny")
+			s.Pull(ref, snapshotter)
+			s.Ctr("run", "--detach", "--snapshotter", snapshotter, ref, "bystander", "sleep", "1000000")
+			_, before, err := s.Disk()
+			s.Must(err)
+			s.Ctr("run", "--detach", "--snapshotter", snapshotter, ref, "hog", "sleep", "1000000")
+			const fill = "dd if=/dev/zero of=/fill bs=64k 2>/dev/null; mkdir /d; i=0; " +
+				"while echo x > /d/$i && mkdir /d/d$i; do i=$((i+1)); done 2>/dev/null; echo full"
+			if out, err := s.Exec("hog", "sh", "-c", fill); err != nil || out != "full\n" {
+				t.Fatalf("fill the disk: %q, %v", out, err)
+			}
+			_, full, err := s.Disk()
+			s.Must(err)
+			_, err = s.Try("ctr", "run", "--rm", "--snapshotter", snapshotter, ref, "meanwhile", "true")
+			t.Logf("%d bytes were free, now %d; another container: %v", before, full, err)
+			for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+				s.Must(s.StopContainerd(sig))
+				s.Must(s.StopDaemon(sig))
+				s.Must(s.StartDaemon())
+				s.Must(s.StartContainerd())
+			}
+			for _, id := range []string{"bystander", "hog"} {
+				if out, err := s.Exec(id, "cat", "/etc/hostname"); err != nil || out != "tiny\n" {
+					t.Errorf("container %q on a full disk: %q, %v", id, out, err)
+				}
+			}
+
+			s.Ctr("task", "rm", "--force", "hog")
+			s.Ctr("container", "rm", "hog")
+			s.Must(s.Collect())
+			await(t, "the space of the container is free", func() bool {
+				_, after, err := s.Disk()
+				s.Must(err)
+				return after+4<<20 > before
+			})
+			if out := s.Run(ref, snapshotter, "next", "cat", "/etc/hostname"); out != "tiny\n" {
+				t.Errorf("the next container printed %q", out)
+			}
+			if out, err := s.Exec("bystander", "cat", "/etc/hostname"); err != nil || out != "tiny\n" {
+				t.Errorf("the container beside it: %q, %v", out, err)
+			}
+		})
+	}
+}

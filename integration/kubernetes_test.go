@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,7 +23,8 @@ func TestKubernetes(t *testing.T) {
 	dir := "../docs/kubernetes/"
 	daemonSet := &appsv1.DaemonSet{}
 	for file, object := range map[string]any{
-		"daemonset.yaml": daemonSet, "namespace.yaml": &corev1.Namespace{}, "runtimeclass.yaml": &nodev1.RuntimeClass{},
+		"daemonset.yaml": daemonSet, "namespace.yaml": &corev1.Namespace{},
+		"runtimeclass.yaml": &nodev1.RuntimeClass{}, "runtimeclass-gvisor.yaml": &nodev1.RuntimeClass{},
 	} {
 		text, err := os.ReadFile(dir + file)
 		if err != nil {
@@ -65,8 +67,19 @@ func TestKubernetes(t *testing.T) {
 			t.Errorf("no volume for %q of the node", want)
 		}
 	}
-	if _, err := config.Load(dir + "config.toml"); err != nil {
-		t.Error(err)
+	conf, err := config.Load(dir + "config.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Ports) != 1 || c.StartupProbe == nil || c.ReadinessProbe == nil {
+		t.Fatalf("ports %v, startup probe %v, readiness probe %v", c.Ports, c.StartupProbe, c.ReadinessProbe)
+	}
+	for _, p := range []*corev1.Probe{c.StartupProbe, c.ReadinessProbe} {
+		get := p.HTTPGet
+		address := fmt.Sprintf("%s:%d", get.Host, c.Ports[0].ContainerPort)
+		if address != conf.Metrics.Address || get.Port.StrVal != c.Ports[0].Name || get.Path != "/healthz" {
+			t.Errorf("a probe asks %q for %q, the daemon listens at %q", address, get.Path, conf.Metrics.Address)
+		}
 	}
 }
 
@@ -82,7 +95,8 @@ func kustomize(cache string) string {
 	return path
 }
 
-// The kustomization builds, and names the generated configuration in the DaemonSet.
+// The kustomization builds, and names the generated configuration in the DaemonSet. With the line for k3s the pod has the
+// directory of that containerd, which its configuration names.
 func TestKustomize(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {
@@ -114,5 +128,37 @@ func TestKustomize(t *testing.T) {
 	}
 	if len(names) != 1 || strings.Count(string(out), names[0]) < 2 {
 		t.Errorf("config maps %q; one is expected, with a user:\n%s", names, out)
+	}
+
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS("../docs/kubernetes")); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "kustomization.yaml")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.Replace(text, []byte("# components: [k3s]"), []byte("components: [k3s]"), 1)
+	if err := os.WriteFile(file, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err = exec.Command(program, "build", dir).Output(); err != nil {
+		t.Fatal(err)
+	}
+	c, err := config.Load(filepath.Join(dir, "k3s/config.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Dir(c.Containerd.Address)
+	for _, want := range []string{
+		"address = \"" + c.Containerd.Address, "mountPath: " + socket + "\n", "path: " + socket + "\n",
+	} {
+		if !bytes.Contains(out, []byte(want)) {
+			t.Errorf("no %q for k3s in\n%s", want, out)
+		}
+	}
+	if def := filepath.Dir(config.Default().Containerd.Address); bytes.Contains(out, []byte("ath: "+def+"\n")) {
+		t.Errorf("%q is still there for k3s:\n%s", def, out)
 	}
 }

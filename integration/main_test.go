@@ -7,4 +7,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-func TestMain(m *testing.M) { os.Exit(stack.Main(m)) }
+func TestMain(m *testing.M) {
+	os.Exit(stack.Main(m, stack.BuildGVisor, stack.BuildDistribution, stack.BuildPodman))
+}

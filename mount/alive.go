@@ -46,8 +46,7 @@ func (t *Table) Alive(ctx context.Context) (bool, error) {
 			return alive, err
 		}
 	}
-	switch r.Kind {
-	case region.KindDevDAX, region.KindDMABuf, region.KindPhys:
+	if t := r.Traits(); t.MapOnly && t.ByAddress {
 		return false, nil // only the module and a server mount those
 	}
 	if r.BlockDevice != "" {

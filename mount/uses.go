@@ -148,7 +148,7 @@ func (u *uses) overlay(m sys.NamespaceMount) {
 	if m.FSType != "overlay" {
 		return
 	}
-	for _, lower := range lowers(m.VFSOptions) {
+	for _, lower := range Lowers(m.VFSOptions) {
 		for dir := lower; ; dir = filepath.Dir(dir) {
 			for _, s := range u.dirs[dir] {
 				u.use(s.tree.of(filepath.Join(s.root, strings.TrimPrefix(lower, dir))), m, "overlay")
@@ -160,8 +160,8 @@ func (u *uses) overlay(m sys.NamespaceMount) {
 	}
 }
 
-// lowers returns the lower directories of the options of an overlay: "lowerdir=/a:/b" or several "lowerdir+=/a".
-func lowers(options string) []string {
+// Lowers returns the lower directories of the options of an overlay: "lowerdir=/a:/b" or several "lowerdir+=/a".
+func Lowers(options string) []string {
 	var out []string
 	for o := range strings.SplitSeq(options, ",") {
 		key, value, _ := strings.Cut(o, "=")

@@ -20,12 +20,12 @@ type Batch struct {
 	p *Pool
 
 	mu   sync.Mutex
-	held map[*extent]bool
+	held []*extent // some of them several times, each with a reference
 	done bool
 }
 
 // Begin starts a batch. Discard it when done with it, also after CommitLayer, where that does nothing.
-func (p *Pool) Begin() *Batch { return &Batch{p: p, held: map[*extent]bool{}} }
+func (p *Pool) Begin() *Batch { return &Batch{p: p} }
 
 // Put stores exactly size bytes from r, or finds them stored already, and returns where they are: Data.Off is an
 // address in the pool. The batch holds them. The rest of their last page is zero. Contents of size 0 have no place.
@@ -52,15 +52,13 @@ func (b *Batch) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, e
 		return daxfs.Data{}, err
 	}
 	b.mu.Lock()
-	done, again := b.done, b.held[e]
+	done := b.done
 	if !done {
-		b.held[e] = true
+		b.held = append(b.held, e)
 	}
 	b.mu.Unlock()
-	if done || again {
-		b.p.unref(e)
-	}
 	if done {
+		b.p.unref(e)
 		return daxfs.Data{}, fmt.Errorf("pool: put into a finished batch: %w", ErrClosed)
 	}
 	return daxfs.Data{Off: e.off, Size: e.size, Sum: e.sum}, nil
@@ -78,7 +76,8 @@ func (p *Pool) putSmall(ctx context.Context, size int, r io.Reader) (*extent, er
 	e, shared, err := p.share(ctx, key, func() (*extent, error) {
 		e, err := p.newExtent(int64(size))
 		if err == nil {
-			e.ready = make(chan struct{})
+			e.pending = true
+			p.pending[e] = make(chan struct{})
 		}
 		return e, err
 	})
@@ -209,7 +208,7 @@ func (p *Pool) alike(key headKey) []*extent {
 		if len(out) == maxAlike {
 			break
 		}
-		if e.ready == nil {
+		if !e.pending {
 			e.ref()
 			out = append(out, e)
 		}
@@ -304,7 +303,7 @@ func (p *Pool) commitLayer(key string, payload []byte, held []*extent) error {
 	if err := p.sync(held); err != nil {
 		return err
 	}
-	if err := p.index.putLayer(key, payload, ids(held)); err != nil {
+	if err := p.index.putLayer(key, payload, held); err != nil {
 		return err
 	}
 	p.mu.Lock()
@@ -327,20 +326,24 @@ func (b *Batch) finish() ([]*extent, error) {
 		return nil, fmt.Errorf("pool: batch: %w", ErrClosed)
 	}
 	b.done = true
-	held := make([]*extent, 0, len(b.held))
-	for e := range b.held {
-		held = append(held, e)
-	}
+	held := byOffset(b.held)
 	b.held = nil
-	return byOffset(held), nil
+	once := held[:0]
+	var again []*extent
+	for i, e := range held {
+		if i > 0 && e == held[i-1] {
+			again = append(again, e)
+		} else {
+			once = append(once, e)
+		}
+	}
+	b.p.unref(again...)
+	return slices.Clip(once), nil
 }
 
 func (b *Batch) reopen(held []*extent) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.done = false
-	b.held = make(map[*extent]bool, len(held))
-	for _, e := range held {
-		b.held[e] = true
-	}
+	b.held = held
 }

@@ -3,6 +3,7 @@ package pool
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -24,6 +25,8 @@ type Image struct {
 	Window     int64 `json:"window,omitempty"`
 	WindowSize int64 `json:"windowSize,omitempty"`
 	Segment    int64 `json:"segment,omitempty"`
+	// Document is where the store's document about the image lies: see ReadDocument.
+	Document Document `json:"-"`
 }
 
 // Name returns the name of the image in the root directory of the mounted pool.
@@ -55,7 +58,10 @@ func encodeImage(b []byte, m *Image) {
 	copy(b[32:48], m.UUID[:])
 	le.PutUint64(b[48:], uint64(m.Created.UnixNano()))
 	le.PutUint16(b[56:], uint16(len(m.Key)))
-	copy(b[64:], m.Key)
+	le.PutUint64(b[docOff:], uint64(m.Document.Off))
+	le.PutUint64(b[docOff+8:], uint64(m.Document.Size))
+	copy(b[docOff+16:], m.Document.Sum[:])
+	copy(b[keyOff:], m.Key)
 	le.PutUint32(b[4:], entrySum(b))
 }
 
@@ -84,14 +90,19 @@ func decodeImage(b []byte, slot int, size int64) (Image, error) {
 	if n == 0 || n > MaxKey {
 		return m, fmt.Errorf("slot %d: key of %d bytes, expected 1 to %d", slot, n, MaxKey)
 	}
-	m.Key = string(b[64 : 64+n])
+	m.Key = string(b[keyOff : keyOff+n])
 	if err := checkKey(m.Key); err != nil {
 		return m, fmt.Errorf("slot %d: %w", slot, err)
+	}
+	m.Document = Document{Off: int64(le.Uint64(b[docOff:])), Size: int64(le.Uint64(b[docOff+8:]))}
+	copy(m.Document.Sum[:], b[docOff+16:])
+	if err := m.Document.check(size); err != nil {
+		return m, fmt.Errorf("image %q: %w", m.Key, err)
 	}
 	aligned := m.Window%alloc.Align == 0 && m.WindowSize%alloc.Align == 0 && m.Segment%alloc.Align == 0
 	none := m.Window == 0 && m.WindowSize == 0 && m.Segment == 0
 	switch {
-	case !isZero(b[58:64]) || !isZero(b[64+n:entrySize]):
+	case !isZero(b[58:64]) || !isZero(b[keyOff+n:entrySize]):
 		return m, fmt.Errorf("image %q: reserved bytes are not zero", m.Key)
 	case none:
 	case !aligned || m.Window <= 0 || m.WindowSize <= 0 || m.Window > size || m.WindowSize > size-m.Window:
@@ -114,28 +125,37 @@ func checkKey(key string) error {
 // while the owner works it is read again until nothing changes, a bounded number of times.
 //
 // Errors: ErrWiped where there is no pool, ErrVersion where there is one of another version, ErrCorrupt where there is one
-// that can not be true.
+// that can not be true. With ErrCorrupt the catalogue is nil if the pool itself is at fault. If single entries are, it
+// has the images of all others, and the error names the damaged ones.
 func ReadCatalogue(r io.ReaderAt) (*Catalogue, error) {
 	var c *Catalogue
 	var last error
-	// A change may overtake the reader; many times in a row only if changes never stop.
-	for range 100 {
+	// A change may overtake the reader; many times in a row only if changes never stop. An entry that is being written is
+	// damaged for a moment, before the generation rises.
+	for try, damaged := 0, 0; try < 100 && damaged < 10; try++ {
 		hs, err := readHeaders(r)
 		if err != nil {
 			return nil, missing(err)
 		}
 		c, last = readSlots(r, hs[0])
-		if again, err := readHeaders(r); err == nil && again[0].generation == hs[0].generation {
+		again, err := readHeaders(r)
+		same := err == nil && again[0].generation == hs[0].generation
+		if same && last == nil {
 			break
+		}
+		if same {
+			damaged++
+			time.Sleep(100 * time.Microsecond)
 		}
 	}
 	if last != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, last)
+		return c, fmt.Errorf("%w: %w", ErrCorrupt, last)
 	}
 	return c, nil
 }
 
-// readSlots reads the entries of all slots that a header says were used.
+// readSlots reads the entries of all slots that a header says were used. What it returns with an error lacks the entries
+// that the error names, or is nil.
 func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
 	c := &Catalogue{
 		PoolID: h.id, Generation: h.generation, Size: h.size, Geometry: h.geo, SlotsUsed: h.used, Windows: h.windows, DAX: h.dax,
@@ -143,6 +163,7 @@ func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
 	const part = 256 // entries at a time
 	b := make([]byte, part*entrySize)
 	keys := map[string]bool{}
+	var errs []error
 	for first := 0; first < h.used; first += part {
 		n := min(part, h.used-first)
 		if k, err := r.ReadAt(b[:n*entrySize], tableOff+int64(first)*entrySize); k < n*entrySize {
@@ -154,18 +175,24 @@ func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
 				continue
 			}
 			m, err := decodeImage(e, first+i, h.size)
-			if err != nil {
-				return nil, err
+			if err == nil && keys[m.Key] {
+				err = fmt.Errorf("slot %d: image %q twice", m.Slot, m.Key)
 			}
-			if keys[m.Key] {
-				return nil, fmt.Errorf("image %q twice", m.Key)
+			if err != nil {
+				if len(errs) < maxNamed {
+					errs = append(errs, err)
+				}
+				continue
 			}
 			keys[m.Key] = true
 			c.Images = append(c.Images, m)
 		}
 	}
-	return c, nil
+	return c, errors.Join(errs...)
 }
+
+// maxNamed is how many damaged entries an error names.
+const maxNamed = 8
 
 func isZero(b []byte) bool {
 	for _, c := range b {

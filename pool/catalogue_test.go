@@ -32,6 +32,7 @@ func someImages(n int) []Image {
 		out = append(out, Image{
 			Key: fmt.Sprintf("sha256:%064x", i), Slot: 2 * i, Window: int64(i+1) * (2 << 20), WindowSize: 8 << 20, Segment: 2 << 20,
 			UUID: [16]byte{byte(i)}, Created: time.Unix(1700000000, int64(i)).UTC(),
+			Document: Document{Off: int64(i+1) * 4096, Size: int64(5000 + i), Sum: [32]byte{7, byte(i)}},
 		})
 	}
 	return out
@@ -57,7 +58,7 @@ func TestCatalogueRoundTrip(t *testing.T) {
 
 // TestFormatIsPinned holds the numbers of docs/pool-format.md.
 func TestFormatIsPinned(t *testing.T) {
-	if headerSize != 4096 || entrySize != 256 || tableOff != 16384 || MaxKey != 192 || daxfs.SlotSize != 128 || daxfs.MaxSlots != 65472 {
+	if headerSize != 4096 || entrySize != 256 || tableOff != 16384 || MaxKey != 144 || daxfs.SlotSize != 128 || daxfs.MaxSlots != 65472 {
 		t.Error("a size of the format has changed: that is a new version")
 	}
 	if headerOff(1) != 8192 || headerOff(2) != 4096 || entryOff(3) != 16384+768 {
@@ -87,6 +88,9 @@ func TestFormatIsPinned(t *testing.T) {
 		"segment":     {le.Uint64(entry[24:]), 2 << 20},
 		"UUID":        {uint64(entry[32]), 1},
 		"created":     {le.Uint64(entry[48:]), 1700000000e9 + 1},
+		"document":    {le.Uint64(entry[64:]), 8192},
+		"its size":    {le.Uint64(entry[72:]), 5001},
+		"its digest":  {uint64(le.Uint16(entry[80:])), 7 + 256},
 		"key length":  {uint64(le.Uint16(entry[56:])), 71},
 		"first of id": {uint64(h[16]), 1},
 	} {
@@ -94,8 +98,8 @@ func TestFormatIsPinned(t *testing.T) {
 			t.Errorf("%s is %d, expected %d", name, got[0], got[1])
 		}
 	}
-	if string(h[:8]) != "DAXFSPL\x01" || string(entry[64:71]) != "sha256:" {
-		t.Errorf("magic %q, key %q", h[:8], entry[64:71])
+	if string(h[:8]) != "DAXFSPL\x01" || string(entry[112:119]) != "sha256:" {
+		t.Errorf("magic %q, key %q", h[:8], entry[112:119])
 	}
 }
 
@@ -123,24 +127,37 @@ func TestCatalogueRefuses(t *testing.T) {
 	}
 	good := someImages(3)
 	for name, change := range map[string]func(m []Image){
-		"key twice":            func(m []Image) { m[1].Key = m[0].Key },
-		"no key":               func(m []Image) { m[1].Key = "" },
-		"key is not UTF-8":     func(m []Image) { m[1].Key = "\xff" },
-		"key with NUL":         func(m []Image) { m[1].Key = "a\x00b" },
-		"misaligned":           func(m []Image) { m[1].Window += 4096 },
-		"window over the end":  func(m []Image) { m[2].WindowSize = 1 << 30 },
-		"huge window":          func(m []Image) { m[2].WindowSize = -2 << 20 },
-		"empty window":         func(m []Image) { m[2].WindowSize = 0 },
-		"segment over window":  func(m []Image) { m[2].Segment = 10 << 20 },
-		"no segment":           func(m []Image) { m[2].Segment = 0 },
-		"window at the end":    func(m []Image) { m[2].Window = 64 << 20 },
-		"window wraps":         func(m []Image) { m[2].Window = -2 << 20 },
-		"segment without more": func(m []Image) { m[2].Window, m[2].WindowSize = 0, 0 },
+		"key twice":                func(m []Image) { m[1].Key = m[0].Key },
+		"no key":                   func(m []Image) { m[1].Key = "" },
+		"key is not UTF-8":         func(m []Image) { m[1].Key = "\xff" },
+		"key with NUL":             func(m []Image) { m[1].Key = "a\x00b" },
+		"misaligned":               func(m []Image) { m[1].Window += 4096 },
+		"window over the end":      func(m []Image) { m[2].WindowSize = 1 << 30 },
+		"huge window":              func(m []Image) { m[2].WindowSize = -2 << 20 },
+		"empty window":             func(m []Image) { m[2].WindowSize = 0 },
+		"segment over window":      func(m []Image) { m[2].Segment = 10 << 20 },
+		"no segment":               func(m []Image) { m[2].Segment = 0 },
+		"window at the end":        func(m []Image) { m[2].Window = 64 << 20 },
+		"window wraps":             func(m []Image) { m[2].Window = -2 << 20 },
+		"document over the end":    func(m []Image) { m[1].Document.Off = 64<<20 - 4096 },
+		"document wraps":           func(m []Image) { m[1].Document.Off = 1<<63 - 4096 },
+		"document before the pool": func(m []Image) { m[1].Document.Off = -4096 },
+		"document at 0":            func(m []Image) { m[1].Document.Off = 0 },
+		"document misaligned":      func(m []Image) { m[1].Document.Off += 8 },
+		"empty document":           func(m []Image) { m[1].Document.Size = 0 },
+		"document too large":       func(m []Image) { m[1].Document.Size = MaxDocument + 1 },
+		"digest of no document":    func(m []Image) { m[1].Document = Document{Sum: [32]byte{1}} },
+		"segment without more":     func(m []Image) { m[2].Window, m[2].WindowSize = 0, 0 },
 	} {
 		images := slices.Clone(good)
 		change(images)
-		if c, err := ReadCatalogue(bytes.NewReader(catalogueBytes(t, images))); !errors.Is(err, ErrCorrupt) {
+		c, err := ReadCatalogue(bytes.NewReader(catalogueBytes(t, images)))
+		if !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: %+v, %v; expected ErrCorrupt", name, c, err)
+		}
+		// The other images are usable.
+		if c == nil || len(c.Images) != 2 || c.Images[0].Key != good[0].Key {
+			t.Errorf("%s: read %+v beside the damaged entry, expected two images", name, c)
 		}
 	}
 }
@@ -212,7 +229,8 @@ func FuzzCatalogue(f *testing.F) {
 			return
 		}
 		for _, m := range c.Images {
-			if m.Slot >= c.SlotsUsed || m.Window < 0 || m.Window+m.WindowSize > c.Size || m.Segment > m.WindowSize || checkKey(m.Key) != nil {
+			if m.Slot >= c.SlotsUsed || m.Window < 0 || m.Window+m.WindowSize > c.Size || m.Segment > m.WindowSize || checkKey(m.Key) != nil ||
+				m.Document.Size > MaxDocument || m.Document.Off+m.Document.Size > c.Size {
 				t.Fatalf("accepted %+v of a pool of %d bytes", m, c.Size)
 			}
 			again := make([]byte, entrySize)
@@ -224,14 +242,22 @@ func FuzzCatalogue(f *testing.F) {
 	})
 }
 
+func extentsOf(ids ...extentID) []*extent {
+	var out []*extent
+	for _, id := range ids {
+		out = append(out, &extent{extentID: id})
+	}
+	return out
+}
+
 // FuzzExtents decodes lists of extents and inodes: no panic, bounded memory, and what is accepted encodes to the same list.
 func FuzzExtents(f *testing.F) {
 	f.Add(encodeExtents(nil))
-	f.Add(encodeExtents([]extentID{{off: 4096, size: 5}, {off: 1 << 40, size: 1 << 30, sum: [32]byte{9}, head: [8]byte{1}}}))
+	f.Add(encodeExtents(extentsOf(extentID{off: 4096, size: 5}, extentID{off: 1 << 40, size: 1 << 30, sum: [32]byte{9}, head: [8]byte{1}})))
 	f.Add(encodeRun([]runInode{{nid: 7}, {off: 4096, size: 5, nid: 1 << 40, key: daxfs.InodeKey{1}}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if ids, err := decodeExtents(b); err == nil {
-			again, err := decodeExtents(encodeExtents(ids))
+			again, err := decodeExtents(encodeExtents(extentsOf(ids...)))
 			if err != nil || !slices.Equal(ids, again) {
 				t.Fatalf("%v, %v after a round trip, %v", again, err, ids)
 			}

@@ -58,7 +58,7 @@ func (c *checker) finding(f Finding) {
 //
 // Rules: pool.header, pool.slot, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak, pool.sum, pool.tail,
 // pool.inode (an inode that is not what the index says), pool.image (an image that does not show the tree that was
-// added), live.* and window.*. The error is that of a check that could not be made, not of one that found something.
+// added), pool.document (a document that is not what was set), live.* and window.*. The error is that of a check that could not be made, not of one that found something.
 func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -67,7 +67,7 @@ func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	}
 	c := &checker{p: p, report: report, bad: map[string]bool{}}
 	steps := []func(context.Context) error{
-		c.checkCatalogue, c.checkIndex, c.checkSpace, c.checkExtents, c.checkLive, c.checkInodes, c.checkImages,
+		c.checkCatalogue, c.checkIndex, c.checkDocuments, c.checkSpace, c.checkExtents, c.checkLive, c.checkInodes, c.checkImages,
 		c.checkWindows,
 	}
 	for _, step := range steps {
@@ -138,8 +138,7 @@ func (c *checker) checkIndex(context.Context) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	refs := map[*extent]int{}
-	images := map[*extent]int{}
+	refs, images := map[*extent]int32{}, map[*extent]int32{}
 	for key, m := range p.images {
 		if stored := have.images[key]; stored == nil || !bytes.Equal(stored.encode(), m.encode()) {
 			c.found("pool.index", key, 0, "image is stored as %+v", stored)
@@ -148,6 +147,9 @@ func (c *checker) checkIndex(context.Context) error {
 		for _, e := range m.used {
 			refs[e]++
 			images[e]++
+		}
+		if m.doc != nil {
+			refs[m.doc]++
 		}
 	}
 	for key, held := range p.layers {
@@ -163,13 +165,13 @@ func (c *checker) checkIndex(context.Context) error {
 	for _, list := range have.runs {
 		inodes += len(list)
 	}
-	known := len(p.empty.inodes)
+	known := p.empty.inodeCount()
 	for _, e := range p.extents {
-		known += len(e.inodes)
+		known += e.inodeCount()
 		// Batches and puts in progress hold extents too.
-		if e.refs < refs[e] || (e.refs == 0) != (e.died != 0) || e.images != images[e] || e.died != 0 && len(e.inodes) == 0 {
+		if e.refs < refs[e] || (e.refs == 0) != (e.died != 0) || e.images != images[e] || e.died != 0 && !e.hasInodes() {
 			c.found("pool.refs", "", e.off, "extent has %d references, %d of images, %d inodes and died at %d; its holders are %d and %d",
-				e.refs, e.images, len(e.inodes), e.died, refs[e], images[e])
+				e.refs, e.images, e.inodeCount(), e.died, refs[e], images[e])
 		}
 	}
 	if inodes != known {
@@ -179,7 +181,7 @@ func (c *checker) checkIndex(context.Context) error {
 }
 
 func (c *checker) sameList(key string, es []*extent, stored []extentID) {
-	if !slices.Equal(ids(es), stored) {
+	if !slices.EqualFunc(es, stored, func(e *extent, id extentID) bool { return e.extentID == id }) {
 		c.found("pool.index", key, 0, "holds %d extents, stored are %d others", len(es), len(stored))
 		return
 	}
@@ -249,8 +251,12 @@ func (c *checker) checkExtents(ctx context.Context) error {
 			})
 		}
 		if got.sum != e.sum {
+			rule := "pool.sum"
+			if e.document {
+				rule = "pool.document"
+			}
 			c.finding(Finding{
-				Rule: "pool.sum", Off: e.off, Known: known,
+				Rule: rule, Off: e.off, Known: known,
 				Msg: fmt.Sprintf("%d bytes have sum %x, expected %x", e.size, got.sum, e.sum),
 			})
 		}
@@ -306,7 +312,7 @@ func (c *checker) checkInodes(ctx context.Context) error {
 	defer p.mu.Unlock()
 	seen := map[uint64]int64{}
 	for _, e := range p.extents {
-		for _, in := range e.inodes {
+		for in := range e.inodes() {
 			if other, ok := seen[in.nid]; ok {
 				c.found("pool.inode", "", e.off, "inode %d is that of contents at %d, too", in.nid, other)
 			}

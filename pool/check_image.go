@@ -1,11 +1,8 @@
 package pool
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
@@ -46,88 +43,20 @@ func (c *checker) shows(m Image, base int64, img *daxfs.FS, err error) {
 	}
 }
 
-// treeUUID returns the UUID of what an image shows, with the digests that the index has for its contents.
+// treeUUID returns the UUID of what an image at base shows, with the digests that the index has for its contents.
 func (p *Pool) treeUUID(img *daxfs.FS, base int64) ([16]byte, error) {
-	t := shown{p: p, img: img, base: base, nodes: map[uint64]*daxfs.Node{}}
-	root, err := t.node(img.Root())
-	if err != nil {
-		return [16]byte{}, err
-	}
-	plan, err := daxfs.NewLivePlan(root, daxfs.Options{}, false)
-	if err != nil {
-		return [16]byte{}, err
-	}
-	return plan.UUID(), nil
-}
-
-// shown is the tree of an image as a reader sees it.
-type shown struct {
-	p     *Pool
-	img   *daxfs.FS
-	base  int64 // of the image in the pool
-	nodes map[uint64]*daxfs.Node
-}
-
-func (t *shown) node(nid uint64) (*daxfs.Node, error) {
-	in, err := t.img.Inode(nid)
-	if err != nil {
-		return nil, err
-	}
-	n := &daxfs.Node{Mode: in.Mode, UID: in.UID, GID: in.GID, Rdev: in.Rdev, Mtime: in.Mtime}
-	t.nodes[nid] = n
-	if n.Xattrs, err = in.Xattrs(); err != nil {
-		return nil, err
-	}
-	switch in.Mode & unix.S_IFMT {
-	case unix.S_IFDIR:
-		return n, t.entries(n, in)
-	case unix.S_IFLNK:
-		n.Target, err = in.Target()
-		return n, err
-	case unix.S_IFREG:
-		n.Data, err = t.data(in)
-		return n, err
-	}
-	return n, nil
-}
-
-func (t *shown) entries(n *daxfs.Node, dir daxfs.Inode) error {
-	n.Entries = map[string]*daxfs.Node{}
-	var failed error
-	err := dir.Entries(0, func(e daxfs.Dirent) bool {
-		kid := t.nodes[e.Nid]
-		if kid != nil && kid.Mode&unix.S_IFMT == unix.S_IFDIR {
-			failed = fmt.Errorf("%q leads to directory %d, which has another name", e.Name, e.Nid)
-			return false
+	return daxfs.TreeUUID(img, func(in daxfs.Inode) (daxfs.Data, error) {
+		off, size, ok := in.Data()
+		if !ok {
+			return daxfs.Data{}, nil
 		}
-		if kid == nil {
-			if kid, failed = t.node(e.Nid); failed != nil {
-				return false
-			}
+		off += base
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		e := p.extents[off]
+		if e == nil || e.size != size {
+			return daxfs.Data{}, fmt.Errorf("inode %d has %d bytes at %d, where no contents of that size are", in.Nid, size, off)
 		}
-		n.Entries[e.Name] = kid
-		return true
+		return daxfs.Data{Off: off, Size: size, Sum: e.sum}, nil
 	})
-	if err = cmp.Or(failed, err); err != nil {
-		return err
-	}
-	if want := daxfs.DirSize(n); dir.Size != want {
-		return fmt.Errorf("directory %d has %d bytes, expected %d", dir.Nid, dir.Size, want)
-	}
-	return nil
-}
-
-func (t *shown) data(in daxfs.Inode) (daxfs.Data, error) {
-	off, size, ok := in.Data()
-	if !ok || size == 0 {
-		return daxfs.Data{}, nil
-	}
-	t.p.mu.Lock()
-	defer t.p.mu.Unlock()
-	off += t.base
-	e := t.p.extents[off]
-	if e == nil || e.size != size {
-		return daxfs.Data{}, fmt.Errorf("inode %d has %d bytes at %d, where no contents of that size are", in.Nid, size, off)
-	}
-	return daxfs.Data{Off: off, Size: size, Sum: e.sum}, nil
 }

@@ -11,19 +11,23 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
 // model is what a pool should hold: bodies by key.
 type model struct {
 	layers map[string][][]byte
 	images map[string][][]byte
+	docs   map[string][]byte // of images
 }
 
 func newModel() *model {
-	return &model{layers: map[string][][]byte{}, images: map[string][][]byte{}}
+	return &model{layers: map[string][][]byte{}, images: map[string][][]byte{}, docs: map[string][]byte{}}
 }
 
-func (m *model) clone() *model { return &model{maps.Clone(m.layers), maps.Clone(m.images)} }
+func (m *model) clone() *model {
+	return &model{maps.Clone(m.layers), maps.Clone(m.images), maps.Clone(m.docs)}
+}
 
 // world is a pool with the model of what was committed. A step may change the pool and then, if it succeeded, the model.
 type world struct {
@@ -85,7 +89,16 @@ func (w *world) removeLayer(key string) error {
 
 func (w *world) removeImage(key string) error {
 	delete(w.next.images, key)
+	delete(w.next.docs, key)
 	return w.p.RemoveImage(ctx, key)
+}
+
+func (w *world) document(key string, doc []byte) error {
+	w.next.docs[key] = doc
+	if len(doc) == 0 {
+		delete(w.next.docs, key)
+	}
+	return w.p.SetDocument(ctx, key, doc)
 }
 
 func (w *world) discard(bodies ...[]byte) error {
@@ -102,6 +115,7 @@ func (w *world) discard(bodies ...[]byte) error {
 // turn begins a new epoch: there are enough removed images in this one.
 func (w *world) turn() error {
 	clear(w.next.images)
+	clear(w.next.docs)
 	turned, err := w.p.NothingMounted(ctx)
 	if err == nil && !turned {
 		return errors.New("the epoch did not turn")
@@ -132,15 +146,22 @@ func steps(f *faults) []func(w *world) error {
 		},
 		func(w *world) error { return w.layer("A", a, b, c) },
 		func(w *world) error { return w.image("A", a, b, c) },
+		func(w *world) error { return w.document("A", b) },
 		func(w *world) error { return w.layer("B", a, c, d) },
 		func(w *world) error { return w.image("B", a, c, d) },
+		func(w *world) error { return w.document("B", c) },
+		func(w *world) error { return w.document("B", a) },
+		func(w *world) error { return w.document("A", nil) },
+		func(w *world) error { return w.document("A", g) },
 		func(w *world) error { return w.discard(e, g, a) },
 		func(w *world) error { return w.removeLayer("A") },
 		func(w *world) error { return w.removeImage("A") },
 		func(w *world) error { return reap(w.p) },
 		func(w *world) error { return w.layer("C", e, b, g) },
 		func(w *world) error { return w.image("C", e, b, g) },
+		func(w *world) error { return w.document("C", d) },
 		func(w *world) error { return w.reopen(f) },
+		func(w *world) error { return w.document("C", b) },
 		func(w *world) error { return w.removeImage("B") },
 		func(w *world) error { return w.removeLayer("B") },
 		func(w *world) error { return w.layer("D", c, a) },
@@ -150,6 +171,14 @@ func steps(f *faults) []func(w *world) error {
 		func(w *world) error { return w.image("E", c, d) },
 	}
 }
+
+// Places in steps.
+const (
+	reopenStep = 17
+	turnStep   = 24
+)
+
+var documentSteps = []int{3, 6, 7, 8, 9, 16, 18}
 
 // matches tells how the pool differs from a model, and nil if it does not.
 func (m *model) matches(p *Pool) error {
@@ -179,6 +208,16 @@ func (m *model) matches(p *Pool) error {
 			}
 		}
 	}
+	if err := m.sameDocuments(p); err != nil {
+		return err
+	}
+	documents := int64(0)
+	for key := range m.images {
+		documents += alloc.RoundUnit(int64(len(m.docs[key])))
+	}
+	if n := p.Usage().Documents; n != documents {
+		return fmt.Errorf("%d bytes of documents, expected %d", n, documents)
+	}
 	held := map[string]bool{}
 	for _, holders := range []map[string][][]byte{m.layers, m.images} {
 		for _, bodies := range holders {
@@ -191,6 +230,32 @@ func (m *model) matches(p *Pool) error {
 		return fmt.Errorf("%d extents, expected %d: a leak or a loss", n, len(held))
 	}
 	return nil
+}
+
+// sameDocuments tells whose document differs from the model. One that was replaced may still be there.
+func (m *model) sameDocuments(p *Pool) error {
+	for key := range m.images {
+		if err := m.sameDocument(p, key); err != nil {
+			return fmt.Errorf("image %q: %w", key, err)
+		}
+	}
+	return nil
+}
+
+// sameDocument tells how the document of an image differs from the model.
+func (m *model) sameDocument(p *Pool, key string) error {
+	img, err := p.Image(key)
+	if err != nil {
+		return err
+	}
+	doc, err := ReadDocument(p.Region(), img)
+	if errors.Is(err, ErrNotFound) && m.docs[key] == nil {
+		return nil
+	}
+	if err == nil && !bytes.Equal(doc, m.docs[key]) {
+		err = fmt.Errorf("its document has %d other bytes than the %d expected", len(doc), len(m.docs[key]))
+	}
+	return err
 }
 
 // TestCrash cuts the power at every operation on the region and the index in turn. What was committed must be there
@@ -327,7 +392,7 @@ func faultAt(t *testing.T, at int) (finished bool) {
 
 // settle looks at the pool after a step that failed and tries it again.
 func (w *world) settle(i int, f *faults, cause error) {
-	isOpen := i == 0 || i == 11
+	isOpen := i == 0 || i == reopenStep
 	if isOpen {
 		// A pool that could not be opened is opened again; a half-made one is wiped.
 		if err := w.open(f, func() (*Pool, error) { return Open(w.r, w.index, Options{}) }); err != nil {
@@ -339,8 +404,13 @@ func (w *world) settle(i int, f *faults, cause error) {
 			}
 		}
 	}
-	if i == 17 && w.next.matches(w.p) == nil {
+	if i == turnStep && w.next.matches(w.p) == nil {
 		w.m = w.next // the epoch has turned, and the next image writes its tree
+		return
+	}
+	if slices.Contains(documentSteps, i) && w.next.sameDocuments(w.p) == nil {
+		w.again(i, f, cause) // the index has the document, and the same call publishes it
+		mustCheck(w.t, w.p)
 		return
 	}
 	if err := w.m.matches(w.p); err != nil {
@@ -350,6 +420,11 @@ func (w *world) settle(i int, f *faults, cause error) {
 	if isOpen {
 		return
 	}
+	w.again(i, f, cause)
+}
+
+// again tries a step again that failed, which must succeed.
+func (w *world) again(i int, f *faults, cause error) {
 	w.next = w.m.clone()
 	if err := steps(f)[i](w); err != nil {
 		w.t.Fatalf("step %d again after %v: %v", i, cause, err)

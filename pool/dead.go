@@ -3,6 +3,7 @@ package pool
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -32,9 +33,9 @@ func (p *Pool) Dead() []Dead {
 	slices.SortFunc(es, func(a, b *extent) int { return cmp.Compare(a.died, b.died) })
 	out := make([]Dead, len(es))
 	for i, e := range es {
-		out[i] = Dead{Off: e.off, Size: e.size, Nids: make([]uint64, len(e.inodes))}
-		for k, in := range e.inodes {
-			out[i].Nids[k] = in.nid
+		out[i] = Dead{Off: e.off, Size: e.size, Nids: make([]uint64, 0, e.inodeCount())}
+		for in := range e.inodes() {
+			out[i].Nids = append(out[i].Nids, in.nid)
 		}
 	}
 	return out
@@ -111,13 +112,13 @@ func (p *Pool) free(es []*extent) error {
 	gone := map[*extent]bool{}
 	for _, e := range es {
 		gone[e] = true
-		for _, in := range e.inodes {
+		for in := range e.inodes() {
 			runs[in.run] = nil
 		}
 	}
 	p.mu.Lock()
 	keep := func(e *extent) {
-		for _, in := range e.inodes {
+		for in := range e.inodes() {
 			if list, ok := runs[in.run]; ok && !gone[e] {
 				runs[in.run] = append(list, runInode{off: e.off, size: e.size, nid: in.nid, key: in.key})
 			}
@@ -189,11 +190,28 @@ func (p *Pool) nothingMounted(ctx context.Context, always bool) (turned bool, er
 	if closed {
 		return false, fmt.Errorf("pool: %w", ErrClosed)
 	}
-	if busy || !always && !p.worthTurning() && !(waiting && p.header.dax) {
+	turn := !busy && (always || p.worthTurning() || waiting && p.header.dax)
+	if turn {
+		err := p.unleasedPool()
+		if err != nil && always {
+			return false, err
+		}
+		if err != nil && !errors.Is(err, ErrLeased) {
+			p.warn(fmt.Errorf("pool: no epoch begins: %w", err))
+		}
+		turn = err == nil
+	}
+	if !turn {
 		// Nobody has the inodes in memory; the next mount must not read them.
 		return false, p.eraseAndFree(es)
 	}
-	return true, p.turn(es)
+	if err := p.turn(es); err != nil {
+		if p.hidden { // the epoch goes on
+			err = errors.Join(err, p.hide(false))
+		}
+		return true, err
+	}
+	return true, nil
 }
 
 // worthTurning tells whether a new epoch would gain much: half of the slots, or half of what the tree area has taken.
@@ -214,7 +232,7 @@ func (p *Pool) worthTurning() bool {
 		if e.died != 0 {
 			continue
 		}
-		for _, in := range e.inodes {
+		for in := range e.inodes() {
 			runs[in.run] = true
 			inodes += daxfs.InodeSize
 		}
@@ -226,7 +244,7 @@ func (p *Pool) worthTurning() bool {
 func (p *Pool) eraseAndFree(es []*extent) error {
 	w := window{p, 0, p.header.size}
 	for _, e := range es {
-		for _, in := range e.inodes {
+		for in := range e.inodes() {
 			if err := daxfs.EraseInode(w, p.header.geo, in.nid); err != nil {
 				return fmt.Errorf("pool: erase inode %d: %w", in.nid, err)
 			}
@@ -254,7 +272,13 @@ func (p *Pool) turn(dead []*extent) error {
 			e.images--
 		}
 		used = append(used, m.used...)
+		if m.doc != nil {
+			used = append(used, m.doc)
+		}
 	}
+	used = append(used, p.retired...)
+	p.retired = nil
+	p.hidden = false
 	clear(p.images)
 	clear(p.stale)
 	clear(p.erase)

@@ -24,11 +24,29 @@ var (
 	ErrWiped = errors.New("pool was wiped")
 	// ErrCorrupt reports a header, catalogue or index that can not be true.
 	ErrCorrupt = errors.New("pool is corrupt")
+	// ErrLeased reports an image, or a pool, that readers use; see LeasedError.
+	ErrLeased = errors.New("in use by readers")
 	// ErrClosed reports the use of a batch that was committed or discarded, or of a closed pool.
 	ErrClosed = errors.New("closed")
+	// ErrReadOnly reports a region that takes writes and does not keep them.
+	ErrReadOnly = errors.New("read-only memory")
 	// ErrInvalid reports an argument that is never valid, such as a key that is too long.
 	ErrInvalid = errors.New("invalid argument")
 )
+
+// LeasedError is the ErrLeased that says who uses it.
+type LeasedError struct {
+	What  string   // "image KEY" or "pool"
+	Users []string // names of readers
+}
+
+// Error names the readers.
+func (e *LeasedError) Error() string {
+	return fmt.Sprintf("%s is in use by the readers %q", e.What, e.Users)
+}
+
+// Is makes errors.Is(err, ErrLeased) true.
+func (e *LeasedError) Is(target error) bool { return target == ErrLeased }
 
 // missing is the error of a region that readHeaders found no pool in.
 func missing(err error) error {

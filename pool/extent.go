@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,74 +15,51 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// extent is the contents of one file. All fields but the identity are guarded by Pool.mu, except as noted.
+// extent is the contents of one file. All fields but the identity are guarded by Pool.mu. There may be millions, so what
+// few of them have is elsewhere.
 type extent struct {
 	extentID
-	refs   int  // batches, layers, images, and operations that look at it
-	images int  // those of refs that are images
-	synced bool // the bytes survive what the region survives
-	// ready is closed when the bytes are in place or failed is set; nil if they always were.
-	ready  chan struct{}
-	failed bool
-	listed bool // in Pool.sums and Pool.heads
+	refs     int32 // batches, layers, images, and operations that look at it
+	images   int32 // those of refs that are images
+	firstRun uint32
+	synced   bool // the bytes survive what the region survives
+	pending  bool // the bytes are not in place yet, see Pool.pending
+	failed   bool // they never came
+	listed   bool // in Pool.sums and Pool.heads
+	added    bool // the image that is being added will hold it
+	erased   bool // inodes may be zero already, so the extent never comes to life again
+	damaged  bool // the bytes were found not to be those that were put. The extent is not listed then.
+	document bool // it is the document of an image, which no file shares: it is never listed.
 
-	// inodes are those of regular files that have these contents. They stay as long as the extent: while one may be in a
-	// kernel's memory, the bytes that it points to must not become another file's.
-	inodes []sharedInode
-	// byKey holds the nids of inodes, once there are many: those of empty files become more and more in an epoch.
-	byKey  map[daxfs.InodeKey][]uint64
-	died   int64 // when the last reference went; 0 while there is one
-	erased bool  // inodes may be zero already, so the extent never comes to life again
-	// damaged is set when the bytes were found not to be those that were put. The extent is not listed then.
-	damaged bool
-	got     string // the digest of what was read then, in hexadecimal; empty if an earlier owner read it
+	// Inodes are those of regular files that have these contents. They stay as long as the extent: while one may be in a
+	// kernel's memory, the bytes that it points to must not become another file's. The first one is here: key, nid and the
+	// number of the page where its run begins; nid is 0 if there is none.
+	firstKey daxfs.InodeKey
+	firstNid uint64
+	others   *inodes
+	next     *extent // the next one in the list of Pool.sums
+	died     int64   // when the last reference went; 0 while there is one
 }
 
-// sharedInode is the inode of a regular file in the live tree.
-type sharedInode struct {
-	key daxfs.InodeKey
-	nid uint64
-	run int64
+// find returns an extent with these contents, or nil. Preconditions: mu is held.
+func (p *Pool) find(key sumKey) *extent {
+	for e := p.sums[key.short()]; e != nil; e = e.next {
+		if e.key() == key && !e.failed {
+			return e
+		}
+	}
+	return nil
 }
 
-// fewInodes are looked through one by one.
-const fewInodes = 16
-
-// addInode notes an inode that points to the extent. Preconditions: mu is held.
-func (e *extent) addInode(in sharedInode) {
-	e.inodes = append(e.inodes, in)
-	switch {
-	case e.byKey != nil:
-		e.byKey[in.key] = append(e.byKey[in.key], in.nid)
-	case len(e.inodes) > fewInodes:
-		e.byKey = map[daxfs.InodeKey][]uint64{}
-		for _, in := range e.inodes {
-			e.byKey[in.key] = append(e.byKey[in.key], in.nid)
+// equal returns all extents with these contents, in the order in which they were listed. Preconditions: mu is held.
+func (p *Pool) equal(key sumKey) (all []*extent) {
+	for e := p.sums[key.short()]; e != nil; e = e.next {
+		if e.key() == key {
+			all = append(all, e)
 		}
 	}
-}
-
-// dropInodes forgets all inodes. Preconditions: mu is held.
-func (e *extent) dropInodes() { e.inodes, e.byKey = nil, nil }
-
-// nth returns the inode of the seq-th file with a key, or 0. Preconditions: mu is held.
-func (e *extent) nth(key daxfs.InodeKey, seq int) uint64 {
-	if e.byKey != nil {
-		if nids := e.byKey[key]; seq < len(nids) {
-			return nids[seq]
-		}
-		return 0
-	}
-	for _, in := range e.inodes {
-		if in.key != key {
-			continue
-		}
-		if seq == 0 {
-			return in.nid
-		}
-		seq--
-	}
-	return 0
+	slices.Reverse(all)
+	return all
 }
 
 func (e *extent) span() alloc.Span { return alloc.Span{Off: e.off, Len: alloc.RoundUnit(e.size)} }
@@ -93,6 +71,9 @@ type sumKey struct {
 }
 
 func (e *extent) key() sumKey { return sumKey{e.sum, e.size} }
+
+// short is by what Pool.sums finds extents: whole keys would be most of the memory that a pool takes.
+func (k sumKey) short() uint64 { return binary.LittleEndian.Uint64(k.sum[:]) }
 
 // headKey finds large contents that begin alike.
 type headKey struct {
@@ -113,7 +94,9 @@ var buffers = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
 // list makes an extent known to those that look for its contents. Preconditions: mu is held, the sum is set.
 func (p *Pool) list(e *extent) {
-	p.sums[e.key()] = append(p.sums[e.key()], e)
+	k := e.key().short()
+	e.next = p.sums[k]
+	p.sums[k] = e
 	if e.size > smallMax {
 		p.heads[e.headKey()] = append(p.heads[e.headKey()], e)
 	}
@@ -125,20 +108,27 @@ func (p *Pool) unlist(e *extent) {
 		return
 	}
 	e.listed = false
-	drop(p.sums, e.key(), e)
-	if e.size > smallMax {
-		drop(p.heads, e.headKey(), e)
+	k := e.key().short()
+	if first := p.sums[k]; first != e {
+		for first.next != e {
+			first = first.next
+		}
+		first.next = e.next
+	} else if e.next != nil {
+		p.sums[k] = e.next
+	} else {
+		delete(p.sums, k)
 	}
-}
-
-func drop[K comparable](m map[K][]*extent, k K, e *extent) {
-	// A new slice: others range over the old one without the lock.
-	rest := slices.DeleteFunc(slices.Clone(m[k]), func(x *extent) bool { return x == e })
-	if len(rest) == 0 {
-		delete(m, k)
+	e.next = nil
+	if e.size <= smallMax {
 		return
 	}
-	m[k] = rest
+	rest := slices.DeleteFunc(p.heads[e.headKey()], func(x *extent) bool { return x == e })
+	if len(rest) == 0 {
+		delete(p.heads, e.headKey())
+	} else {
+		p.heads[e.headKey()] = rest
+	}
 }
 
 // newExtent takes space for size bytes. The extent has one reference and is not listed. Preconditions: mu is held.
@@ -170,7 +160,7 @@ func (p *Pool) unref(es ...*extent) {
 		if e.refs > 0 {
 			continue
 		}
-		if len(e.inodes) > 0 {
+		if e.hasInodes() {
 			p.dead++
 			e.died = p.dead
 			continue
@@ -197,6 +187,7 @@ func (e *extent) ref() {
 func (p *Pool) forgetExtent(e *extent) {
 	p.unlist(e)
 	delete(p.extents, e.off)
+	delete(p.found, e)
 	if e.damaged { // with the change that gives the place to others
 		p.damaged.Add(-1)
 		p.index.noteLast(noted{kindDamaged, damagedKey(e), nil})
@@ -273,7 +264,7 @@ func (p *Pool) share(ctx context.Context, key sumKey, insert func() (*extent, er
 			return e, false, nil
 		}
 		e.ref()
-		ready := e.ready
+		ready := p.pending[e]
 		p.mu.Unlock()
 		ok, err := p.await(ctx, e, ready)
 		if ok {
@@ -284,16 +275,6 @@ func (p *Pool) share(ctx context.Context, key sumKey, insert func() (*extent, er
 			return nil, false, err
 		}
 	}
-}
-
-// find returns an extent with these contents, or nil. Preconditions: mu is held.
-func (p *Pool) find(key sumKey) *extent {
-	for _, e := range p.sums[key] {
-		if !e.failed {
-			return e
-		}
-	}
-	return nil
 }
 
 // await waits until the bytes of an extent are in place, and reports whether they are.
@@ -319,9 +300,10 @@ func (p *Pool) finish(e *extent, err error) {
 		e.failed = true
 		p.unlist(e)
 	}
-	if e.ready != nil {
-		close(e.ready)
-		e.ready = nil
+	if e.pending {
+		close(p.pending[e])
+		delete(p.pending, e)
+		e.pending = false
 	}
 }
 

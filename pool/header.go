@@ -19,7 +19,9 @@ const (
 	tableOff      = 4 * headerSize // of the slot table
 	entrySize     = 256            // of one slot in it
 	// MaxKey is the length of the longest key of an image or layer, in bytes.
-	MaxKey = entrySize - 64
+	MaxKey = entrySize - keyOff
+	docOff = 64  // of the place of the document in an entry
+	keyOff = 112 // of the key
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -88,7 +90,7 @@ func decodeHeader(b []byte, at int64) (*header, error) {
 	}
 	h := &header{generation: le.Uint64(b[32:]), size: int64(le.Uint64(b[40:])), used: int(le.Uint32(b[80:]))}
 	copy(h.id[:], b[16:])
-	if h.size <= 0 || h.size%alloc.Align != 0 || h.size > maxSize {
+	if h.size <= 0 || h.size%alloc.Align != 0 || h.size > MaxSize {
 		return nil, fmt.Errorf("pool size %d", h.size)
 	}
 	h.geo = geometry(h.size, int(le.Uint32(b[64:])), int(le.Uint32(b[68:])))
@@ -112,8 +114,8 @@ func decodeHeader(b []byte, at int64) (*header, error) {
 	return h, nil
 }
 
-// maxSize is what block addresses of 32 bits reach.
-const maxSize = (1<<32 - 512) * daxfs.BlockSize
+// MaxSize is the size of the largest pool, in bytes: what block addresses of 32 bits reach.
+const MaxSize = (1<<32 - 512) * daxfs.BlockSize
 
 // geometry is that of a pool of size bytes; the UUID is the caller's to fill in.
 func geometry(size int64, slots, perBlock int) daxfs.Geometry {

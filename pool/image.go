@@ -1,15 +1,15 @@
 package pool
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -19,12 +19,14 @@ import (
 type image struct {
 	*storedImage
 	used    []*extent
-	leaving bool // being removed
+	doc     *extent // its document; nil if there is none
+	leaving bool    // being removed
 }
 
 // AddImage makes the image key of a tree whose files' contents are in this pool: every Data is one that Put returned and
 // that a layer, an image or an open batch holds. When it returns, the image is durable, published at its slot and in the
 // catalogue, and holds the contents by itself. If there is such an image already it is returned as it is, whatever the tree.
+// Of the options only Take may be set.
 //
 // On memory that kernels read through a block device, whoever has it mounted makes the kernel forget what it cached there
 // before it looks at the slot.
@@ -81,14 +83,14 @@ func (p *Pool) startAdding(ctx context.Context, key string) (m Image, done func(
 }
 
 func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
-	if opt != (daxfs.Options{}) {
-		return Image{}, fmt.Errorf("options %+v, expected none: images of a pool have no label: %w", opt, ErrInvalid)
+	if opt != (daxfs.Options{Take: opt.Take}) {
+		return Image{}, fmt.Errorf("options %+v, expected none: images of a pool have no label and no digest table: %w", opt, ErrInvalid)
 	}
 	plan, err := daxfs.NewLivePlan(root, opt, p.header.windows)
 	if err != nil {
 		return Image{}, err
 	}
-	used, err := p.hold(root)
+	used, err := p.hold(plan)
 	if err != nil {
 		return Image{}, err
 	}
@@ -104,7 +106,8 @@ func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt d
 	if err != nil {
 		return Image{}, err
 	}
-	a := &addition{p: p, plan: plan, taken: map[*extent]bool{}, before: p.tree}
+	a := &addition{p: p, plan: plan, before: p.tree, used: make([]*extent, 0, len(used))}
+	defer a.finish()
 	a.m = &storedImage{Image: Image{Key: key, Slot: p.header.used, UUID: plan.UUID(), Created: time.Now().UTC()}}
 	if err := a.run(); err != nil {
 		return Image{}, errors.Join(err, a.undo())
@@ -121,12 +124,20 @@ type addition struct {
 	p      *Pool
 	plan   *daxfs.LivePlan
 	m      *storedImage
-	used   []*extent        // what the image will hold, referenced
-	taken  map[*extent]bool // the same
-	run0   int64            // where the run is
-	before treeArea         // before this image
-	after  treeArea         // after it; unset until it took something
-	done   bool             // the index has the image
+	used   []*extent // what the image will hold, referenced and marked
+	run0   int64     // where the run is
+	before treeArea  // before this image
+	after  treeArea  // after it; unset until it took something
+	done   bool      // the index has the image
+}
+
+// finish removes the marks.
+func (a *addition) finish() {
+	a.p.mu.Lock()
+	defer a.p.mu.Unlock()
+	for _, e := range a.used {
+		e.added = false
+	}
 }
 
 // run does everything up to the index: what comes after it only makes visible what is there.
@@ -150,14 +161,22 @@ func (a *addition) run() error {
 	}
 	m.slot = a.plan.Slot()
 	m.own = alloc.Span{Off: a.run0 + a.plan.FileSize(), Len: a.plan.Size() - a.plan.FileSize()}
-	brought := a.brought()
-	if err := p.index.putImage(m, ids(byOffset(a.used)), a.run0, brought, a.after, p.header.generation+1); err != nil {
+	files := a.plan.FileCount()
+	list := a.brought()
+	a.plan = nil
+	if files > manyFiles {
+		debug.FreeOSMemory() // the plan takes more memory than all that follows
+	}
+	if err := p.index.putImage(m, byOffset(a.used), a.run0, list, a.after, p.header.generation+1); err != nil {
 		return err
 	}
 	a.done = true
-	a.keep(brought)
+	a.keep(list)
 	return nil
 }
+
+// manyFiles is from how many files on it pays to give back the memory of their plan.
+const manyFiles = 100_000
 
 // place finds room for the run and, if there are windows, for the segment, and writes the latter.
 func (a *addition) place() error {
@@ -207,19 +226,19 @@ func (a *addition) resolve(f daxfs.LiveFile) (nid uint64, d daxfs.Data, err erro
 	}
 	seq := f.Seq
 	var free *extent
-	for _, c := range p.sums[e.key()] {
+	for _, c := range p.equal(e.key()) {
 		switch {
-		case c.failed || c.ready != nil || a.taken[c] && len(c.inodes) == 0:
-		case len(c.inodes) == 0:
+		case c.failed || c.pending || c.added && !c.hasInodes():
+		case !c.hasInodes():
 			if free == nil {
 				free = c
 			}
-		case c.inodes[0].key == f.Key:
+		case c.firstKey == f.Key:
 			if seq == 0 {
 				a.use(c)
 				p.mu.Unlock()
 				f.Data.Off = c.off
-				return c.inodes[0].nid, f.Data, nil
+				return c.firstNid, f.Data, nil
 			}
 			seq--
 		}
@@ -239,8 +258,8 @@ func (a *addition) resolve(f daxfs.LiveFile) (nid uint64, d daxfs.Data, err erro
 
 // use makes the image hold an extent. Preconditions: mu is held.
 func (a *addition) use(e *extent) {
-	if !a.taken[e] {
-		a.taken[e] = true
+	if !e.added {
+		e.added = true
 		e.ref()
 		a.used = append(a.used, e)
 	}
@@ -263,39 +282,55 @@ func (a *addition) variant(from *extent) (*extent, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.list(e)
-	a.taken[e] = true
+	e.added = true
 	a.used = append(a.used, e)
 	return e, nil
 }
 
-// brought lists the inodes that the run brings, by the offset of what they point to.
-func (a *addition) brought() []runInode {
-	var out []runInode
-	a.plan.Files(func(f daxfs.LiveFile) {
-		if !f.New {
-			return
+// brought lists the inodes that the run brings, by the offset of what they point to, as the index has them. There is
+// nothing if there are none.
+func (a *addition) brought() []byte {
+	place := func(i int32) int64 {
+		d, _ := a.plan.FileData(int(i))
+		if d.Size == 0 {
+			return 0
 		}
-		in := runInode{off: f.Data.Off, size: f.Data.Size, nid: f.Nid, key: f.Key}
-		if in.size == 0 {
-			in.off = 0
+		return d.Off
+	}
+	order := make([]int32, 0, a.plan.FileCount())
+	for i := range a.plan.FileCount() {
+		if _, isNew := a.plan.FileData(i); isNew {
+			order = append(order, int32(i))
 		}
-		out = append(out, in)
-	})
-	slices.SortStableFunc(out, func(a, b runInode) int { return cmp.Compare(a.off, b.off) })
-	return out
+	}
+	if len(order) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(order, func(a, b int32) int { return cmp.Compare(place(a), place(b)) })
+	list := newRunList(len(order))
+	for _, i := range order {
+		f := a.plan.File(int(i))
+		list.add(runInode{off: place(i), size: f.Data.Size, nid: f.Nid, key: f.Key})
+	}
+	return list.b
 }
 
-// keep notes in memory what the index has.
-func (a *addition) keep(brought []runInode) {
+// keep notes in memory what the index has, with the inodes that the run brought.
+func (a *addition) keep(brought []byte) {
 	p, m := a.p, a.m
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, in := range brought {
-		e := p.empty
-		if in.size > 0 {
-			e = p.extents[in.off]
+	if brought != nil {
+		err := eachInode(brought, func(in runInode) {
+			e := p.empty
+			if in.size > 0 {
+				e = p.extents[in.off]
+			}
+			e.addInode(sharedInode{key: in.key, nid: in.nid, run: a.run0})
+		})
+		if err != nil {
+			panic("pool: its own list of inodes: " + err.Error())
 		}
-		e.addInode(sharedInode{key: in.key, nid: in.nid, run: a.run0})
 	}
 	p.images[m.Key] = &image{storedImage: m, used: a.used}
 	for _, e := range a.used {
@@ -336,42 +371,28 @@ func windowSize(m Image, used []*extent) int64 {
 
 func roundUp(n int64) int64 { return (n + alloc.Align - 1) &^ (alloc.Align - 1) }
 
-// hold references the extents of all files of a tree.
-func (p *Pool) hold(root *daxfs.Node) ([]*extent, error) {
-	seen := map[*extent]bool{}
+// hold references the extents of all files of a plan.
+func (p *Pool) hold(plan *daxfs.LivePlan) ([]*extent, error) {
 	p.mu.Lock()
-	err := p.holdTree(root, seen)
-	p.mu.Unlock()
-	used := make([]*extent, 0, len(seen))
-	for e := range seen {
-		used = append(used, e)
-	}
-	if err != nil {
-		p.unref(used...)
-		return nil, err
-	}
-	return used, nil
-}
-
-// holdTree adds the extents below n to seen. Preconditions: mu is held; n has no loops, as daxfs.NewLivePlan has checked.
-func (p *Pool) holdTree(n *daxfs.Node, seen map[*extent]bool) error {
-	if n.Mode&unix.S_IFMT == unix.S_IFREG && n.Data.Size > 0 {
-		d := n.Data
+	defer p.mu.Unlock()
+	// There may be millions: a list that grows step by step would take several times its memory.
+	used := make([]*extent, 0, plan.FileCount())
+	for i := range plan.FileCount() {
+		d, _ := plan.FileData(i)
+		if d.Size == 0 {
+			continue
+		}
 		e := p.extents[d.Off]
 		if e == nil || e.size != d.Size || e.sum != d.Sum || !e.listed {
-			return fmt.Errorf("contents of %d bytes at %d, sum %x: %w", d.Size, d.Off, d.Sum, ErrNotFound)
+			return nil, fmt.Errorf("%q: contents of %d bytes at %d, sum %x: %w", plan.FilePath(i), d.Size, d.Off, d.Sum, ErrNotFound)
 		}
-		if !seen[e] {
-			seen[e] = true
-			e.ref()
-		}
+		used = append(used, e)
 	}
-	for name, kid := range n.Entries {
-		if err := p.holdTree(kid, seen); err != nil {
-			return fmt.Errorf("%q: %w", name, err)
-		}
+	used = slices.Compact(byOffset(used))
+	for _, e := range used {
+		e.ref()
 	}
-	return nil
+	return used, nil
 }
 
 func (p *Pool) newSegment(n int64) (int64, error) {
@@ -432,14 +453,28 @@ func (p *Pool) publish(m *image) error {
 	if err := p.publishSlot(m); err != nil {
 		return fmt.Errorf("publish at slot %d: %w", m.Slot, err)
 	}
-	return p.writeHeader(p.header.generation + 1)
+	if err := p.writeHeader(p.header.generation + 1); err != nil {
+		return err
+	}
+	p.freeRetired()
+	return nil
 }
 
+// publishSlot writes the slot of an image, unless it is there: while it is being written, nobody finds the image by its
+// name. Then it writes the entry.
 func (p *Pool) publishSlot(m *image) error {
 	g := p.header.geo
 	w := window{p, 0, p.header.size}
+	have := make([]byte, daxfs.SlotSize)
+	if n, err := p.region.ReadAt(have, g.SlotOff(m.Slot)); n < len(have) {
+		return err
+	}
 	sync := func() error { return p.region.Sync(g.SlotOff(m.Slot), daxfs.SlotSize) }
-	if err := daxfs.PublishSlot(w, g, m.Slot, m.slot, sync); err != nil {
+	if !bytes.Equal(have, m.slot) {
+		if err := daxfs.PublishSlot(w, g, m.Slot, m.slot, sync); err != nil {
+			return err
+		}
+	} else if err := sync(); err != nil {
 		return err
 	}
 	if _, err := w.WriteAt(p.entry(m), entryOff(m.Slot)); err != nil {
@@ -472,6 +507,11 @@ func (p *Pool) republish() error {
 	if len(p.stale) == 0 {
 		return nil
 	}
+	return p.republishStale()
+}
+
+// republishStale is republish. Preconditions: commit is held.
+func (p *Pool) republishStale() error {
 	gen := p.header.generation + 1
 	if err := p.index.setGeneration(gen); err != nil {
 		return err
@@ -479,7 +519,11 @@ func (p *Pool) republish() error {
 	if err := p.publishStale(); err != nil {
 		return err
 	}
-	return p.writeHeader(gen)
+	if err := p.writeHeader(gen); err != nil {
+		return err
+	}
+	p.freeRetired()
+	return nil
 }
 
 // Image returns an image. Errors: ErrNotFound.
@@ -508,9 +552,9 @@ func (p *Pool) Images() []Image {
 // nothing else holds are dead then: see Dead. After an error the image is as it was, or it is gone.
 //
 // Preconditions: nothing stands on the image, in any kernel: what has a directory of it in memory could see it empty or
-// damaged, though never another image's bytes.
+// damaged, though never another image's bytes. Readers that have leases are asked here.
 //
-// Errors: ErrNotFound.
+// Errors: ErrNotFound; ErrLeased if readers use it: then the catalogue lists it no more, and it is removed by a later call.
 func (p *Pool) RemoveImage(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -529,7 +573,9 @@ func (p *Pool) removeImage(key string) error {
 	if err != nil {
 		return err
 	}
-	err = p.index.removeImage(m.storedImage, p.header.generation+1)
+	if err = p.unleased(m); err == nil {
+		err = p.index.removeImage(m.storedImage, p.header.generation+1)
+	}
 	p.mu.Lock()
 	if err != nil {
 		m.leaving = false
@@ -549,6 +595,9 @@ func (p *Pool) removeImage(key string) error {
 		p.freeSegment(m.Image)
 	}
 	p.unref(m.used...)
+	if m.doc != nil {
+		p.unref(m.doc)
+	}
 	return nil
 }
 

@@ -8,9 +8,11 @@ import (
 	"os"
 	"sync"
 	"time"
+	"unsafe"
 
 	"go.etcd.io/bbolt"
 	bberrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
@@ -211,7 +213,7 @@ func (x *index) setGeneration(gen uint64) error {
 	return x.update("generation", func(tx *bbolt.Tx) error { return putGeneration(tx, gen) })
 }
 
-func (x *index) putLayer(key string, payload []byte, held []extentID) error {
+func (x *index) putLayer(key string, payload []byte, held []*extent) error {
 	return x.update("put layer", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketLayers).Put([]byte(key), payload); err != nil {
 			return err
@@ -237,9 +239,22 @@ func (x *index) payload(key string) ([]byte, error) {
 			return fmt.Errorf("layer %q: %w", key, ErrNotFound)
 		}
 		out = append(make([]byte, 0, len(v)), v...)
+		letGo(v)
 		return nil
 	})
 	return out, err
+}
+
+// letGo takes a value that was read out of the memory of this process: lists of a million extents would stay in there beside
+// what was made of them. The page cache keeps them. v is a part of the mapped file, and stays one.
+func letGo(v []byte) {
+	page := uintptr(os.Getpagesize())
+	skip := -uintptr(unsafe.Pointer(unsafe.SliceData(v))) & (page - 1)
+	if uintptr(len(v)) < skip+page {
+		return
+	}
+	whole := v[skip:][:(uintptr(len(v))-skip)&^(page-1)]
+	_ = unix.Madvise(whole, unix.MADV_DONTNEED) // an advice
 }
 
 // storedImage is what the index knows of an image.
@@ -247,9 +262,11 @@ type storedImage struct {
 	Image
 	slot []byte     // as it is published
 	own  alloc.Span // of the run: what is the image's alone
+	// unlisted is set when the image was removed while readers used it.
+	unlisted bool
 }
 
-const storedSize = 4 + entrySize + daxfs.SlotSize + 16
+const storedSize = 4 + entrySize + daxfs.SlotSize + 16 + 1
 
 func (m *storedImage) encode() []byte {
 	b := make([]byte, storedSize)
@@ -258,6 +275,9 @@ func (m *storedImage) encode() []byte {
 	encodeImage(b[4:], &m.Image)
 	copy(b[4+entrySize:], m.slot)
 	putSpan(b[4+entrySize+daxfs.SlotSize:], m.own)
+	if m.unlisted {
+		b[storedSize-1] = 1
+	}
 	return b
 }
 
@@ -282,13 +302,13 @@ func decodeStored(b []byte, size int64) (*storedImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &storedImage{Image: img, slot: bytes.Clone(b[4+entrySize:][:daxfs.SlotSize])}
+	m := &storedImage{Image: img, slot: bytes.Clone(b[4+entrySize:][:daxfs.SlotSize]), unlisted: b[storedSize-1] != 0}
 	m.own, err = getSpan(b[4+entrySize+daxfs.SlotSize:], size)
 	return m, err
 }
 
-// putImage records an image, the inodes that its run brought, and how far the tree area is used.
-func (x *index) putImage(m *storedImage, used []extentID, run int64, brought []runInode, t treeArea, gen uint64) error {
+// putImage records an image, the encoded inodes that its run brought, if there are any, and how far the tree area is used.
+func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []byte, t treeArea, gen uint64) error {
 	return x.update("put image", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
 			return err
@@ -297,11 +317,21 @@ func (x *index) putImage(m *storedImage, used []extentID, run int64, brought []r
 			return err
 		}
 		if len(brought) > 0 {
-			if err := tx.Bucket(bucketRuns).Put(runKey(run), encodeRun(brought)); err != nil {
+			if err := tx.Bucket(bucketRuns).Put(runKey(run), brought); err != nil {
 				return err
 			}
 		}
 		return errors.Join(t.put(tx), putGeneration(tx, gen))
+	})
+}
+
+// putStored records what has changed of an image: its document, or whether the catalogue lists it.
+func (x *index) putStored(m *storedImage, gen uint64) error {
+	return x.update("change image", func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
+			return err
+		}
+		return putGeneration(tx, gen)
 	})
 }
 
@@ -479,6 +509,7 @@ func (c *contents) loadTree(tx *bbolt.Tx, size int64) error {
 		if err != nil || len(k) != 8 {
 			return fmt.Errorf("run %x: %w", k, err)
 		}
+		letGo(v)
 		c.runs[int64(binary.BigEndian.Uint64(k))] = inodes
 		return nil
 	})
@@ -505,6 +536,7 @@ func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error
 		if err != nil {
 			return fmt.Errorf("extents of %q: %w", k, err)
 		}
+		letGo(v)
 		if holders.Get(k) == nil {
 			return fmt.Errorf("extents of %q, which does not exist", k)
 		}

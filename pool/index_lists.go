@@ -22,12 +22,12 @@ const extentsVersion = 2
 
 // encodeExtents packs a list, which is sorted by offset: a version byte, the count, then for each the distance from
 // the one before in pages, the size, the digest, and the head if it is large.
-func encodeExtents(ids []extentID) []byte {
-	b := make([]byte, 0, 16+len(ids)*40)
+func encodeExtents(es []*extent) []byte {
+	b := make([]byte, 0, 16+len(es)*40)
 	b = append(b, extentsVersion)
-	b = binary.AppendUvarint(b, uint64(len(ids)))
+	b = binary.AppendUvarint(b, uint64(len(es)))
 	var at int64
-	for _, e := range ids {
+	for _, e := range es {
 		b = binary.AppendUvarint(b, uint64(e.off-at)/alloc.Unit)
 		b = binary.AppendUvarint(b, uint64(e.size))
 		b = append(b, e.sum[:]...)
@@ -108,45 +108,67 @@ type runInode struct {
 
 const runVersion = 1
 
-// encodeRun packs the inodes of a run, which are sorted by the offset of their extent.
-func encodeRun(inodes []runInode) []byte {
-	b := make([]byte, 0, 16+len(inodes)*44)
-	b = append(b, runVersion)
-	b = binary.AppendUvarint(b, uint64(len(inodes)))
-	var at int64
-	for _, in := range inodes {
-		b = binary.AppendUvarint(b, uint64(in.off-at)/alloc.Unit)
-		b = binary.AppendUvarint(b, uint64(in.size))
-		b = binary.AppendUvarint(b, in.nid)
-		b = append(b, in.key[:]...)
-		at = in.off
-	}
-	return b
+// runList packs the inodes of a run, which are added sorted by the offset of their extent.
+type runList struct {
+	b  []byte
+	at int64 // of the extent of the last one
 }
 
-func decodeRun(b []byte) ([]runInode, error) {
-	count, b, err := countOf(b, runVersion, 35)
+// newRunList begins the list of n inodes.
+func newRunList(n int) *runList {
+	b := append(make([]byte, 0, 16+n*44), runVersion)
+	return &runList{b: binary.AppendUvarint(b, uint64(n))}
+}
+
+func (l *runList) add(in runInode) {
+	l.b = binary.AppendUvarint(l.b, uint64(in.off-l.at)/alloc.Unit)
+	l.b = binary.AppendUvarint(l.b, uint64(in.size))
+	l.b = binary.AppendUvarint(l.b, in.nid)
+	l.b = append(l.b, in.key[:]...)
+	l.at = in.off
+}
+
+func encodeRun(inodes []runInode) []byte {
+	l := newRunList(len(inodes))
+	for _, in := range inodes {
+		l.add(in)
+	}
+	return l.b
+}
+
+func decodeRun(b []byte) (out []runInode, err error) {
+	count, _, err := countOf(b, runVersion, 35)
 	if err != nil {
 		return nil, err
 	}
-	out := make([]runInode, 0, count)
+	out = make([]runInode, 0, count)
+	err = eachInode(b, func(in runInode) { out = append(out, in) })
+	return out, err
+}
+
+// eachInode calls fn for each inode of a list, until the list turns out to be damaged.
+func eachInode(b []byte, fn func(runInode)) error {
+	count, b, err := countOf(b, runVersion, 35)
+	if err != nil {
+		return err
+	}
 	var at uint64
 	for range count {
 		var in runInode
 		if at, in.size, b, err = placeOf(b, at); err != nil {
-			return nil, err
+			return err
 		}
 		nid, n := binary.Uvarint(b)
 		if n <= 0 || len(b) < n+len(in.key) {
-			return nil, errors.New("bad inode")
+			return errors.New("bad inode")
 		}
 		in.off, in.nid = int64(at), nid
 		copy(in.key[:], b[n:])
-		out = append(out, in)
+		fn(in)
 		b = b[n+len(in.key):]
 	}
 	if len(b) != 0 {
-		return nil, fmt.Errorf("%d bytes after the last inode", len(b))
+		return fmt.Errorf("%d bytes after the last inode", len(b))
 	}
-	return out, nil
+	return nil
 }

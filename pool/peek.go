@@ -19,7 +19,9 @@ type Peek struct {
 	ID         [16]byte // of the pool
 	Generation uint64
 	Layers     int
-	Metadata   int64 // of the live tree and of windows
+	// Images are those of the pool, without an order. Some may wait for readers and be in the catalogue no more.
+	Images   []Image
+	Metadata int64 // of the live tree and of windows, and documents
 	// Extents are the bytes of contents that layers and images hold, each once, in whole pages.
 	Extents     int64
 	ExtentCount int
@@ -51,7 +53,11 @@ func ReadIndex(path string, size int64) (*Peek, error) {
 		return nil, fmt.Errorf("index %q: %w: %w", path, ErrCorrupt, err)
 	}
 	defer db.Close()
-	p, err := peek(&index{db: db, path: path}, size)
+	var p *Peek
+	err = safely(path, func() error {
+		p, err = peek(&index{db: db, path: path}, size)
+		return err
+	})
 	after, serr := f.Stat()
 	pid := region.LockHolder(path)
 	if serr != nil {
@@ -79,14 +85,18 @@ func openCopy(f *os.File) (*bbolt.DB, error) {
 	return bbolt.Open(f.Name(), 0o600, &bbolt.Options{ReadOnly: true, OpenFile: open})
 }
 
-// peek reads a database that may have been copied while it changed.
-func peek(x *index, size int64) (p *Peek, err error) {
+// safely reads a database that may have been copied while it changed.
+func safely(path string, read func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {
-			p, err = nil, fmt.Errorf("index %q: %w: %v", x.path, ErrCorrupt, r)
+			err = fmt.Errorf("index %q: %w: %v", path, ErrCorrupt, r)
 		}
 	}()
+	return read()
+}
+
+func peek(x *index, size int64) (p *Peek, err error) {
 	c, err := x.load(size)
 	if err != nil {
 		return nil, err
@@ -94,7 +104,8 @@ func peek(x *index, size int64) (p *Peek, err error) {
 	p = &Peek{ID: c.id, Generation: c.gen, Layers: len(c.layers), Records: map[string]map[string][]byte{}}
 	p.Metadata = c.tree.used()
 	for _, m := range c.images {
-		p.Metadata += m.Segment
+		p.Images = append(p.Images, m.Image)
+		p.Metadata += m.Segment + alloc.RoundUnit(m.Document.Size)
 	}
 	p.count(c)
 	var kinds []string

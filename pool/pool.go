@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -66,15 +67,22 @@ type Pool struct {
 	stale  map[int][]byte // slots that the index holds and that could not be published yet
 	tree   treeArea
 	erase  map[int]alloc.Span // slots of removed images, and what else has to be erased
-	begun  *[16]byte          // UUID of an epoch whose live tree could not be written yet
+	// retired are documents that were replaced, until no entry names them.
+	retired []*extent
+	behind  bool      // an entry has changed, and no generation tells of it yet
+	hidden  bool      // the catalogue lists no image: see unleasedPool
+	leases  Leases    // nil if no reader has to be asked
+	begun   *[16]byte // UUID of an epoch whose live tree could not be written yet
 
 	mu      sync.Mutex
 	closed  bool
 	space   *alloc.Space
 	empty   *extent // stands for the contents of empty files
 	extents map[int64]*extent
-	sums    map[sumKey][]*extent
-	heads   map[headKey][]*extent // large ones
+	sums    map[uint64]*extent            // by the beginning of their sums, each the first of a list
+	heads   map[headKey][]*extent         // large ones
+	pending map[*extent]chan struct{}     // those whose bytes are not in place yet; closed when they are, or never will be
+	found   map[*extent][sha256.Size]byte // what was read of those that were found to be damaged since the pool was opened
 	layers  map[string][]*extent
 	images  map[string]*image
 	adding  map[string]chan struct{} // images that are being added; closed when done
@@ -130,6 +138,19 @@ func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 // Errors: ErrWiped if the region has no pool header, ErrForeign if it has that of a pool with another or an older
 // index, or that of another version of this program, or holds something else; ErrBusy if another process owns it; ErrCorrupt.
 func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
+	return open(r, indexPath, o, false)
+}
+
+// Grow opens a pool whose region was made larger, and makes all of the region the pool's. Nothing of the pool is mounted, in
+// no kernel, because each remembers how large it was. A crash leaves a pool of the old size or of the new one.
+//
+// Errors are those of Open; ErrBusy also if something is mounted from the region; region.ErrSize if a pool cannot be that
+// large.
+func Grow(r region.Region, indexPath string, o Options) (*Pool, error) {
+	return open(r, indexPath, o, true)
+}
+
+func open(r region.Region, indexPath string, o Options, grow bool) (*Pool, error) {
 	if err := lock(r); err != nil {
 		return nil, err
 	}
@@ -144,8 +165,8 @@ func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 		return nil, fmt.Errorf("pool: %w", missing(err))
 	}
 	h := hs[0]
-	if h.size != r.Size() {
-		return nil, fmt.Errorf("pool: has %d bytes, the region has %d: %w", h.size, r.Size(), ErrCorrupt)
+	if err := fit(h, r, grow); err != nil {
+		return nil, err
 	}
 	if _, err := os.Stat(indexPath); err != nil {
 		return nil, fmt.Errorf("pool: region holds pool %x, but its index: %w: %w", h.id, ErrForeign, err)
@@ -159,6 +180,27 @@ func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 		return nil, errors.Join(err, x.close())
 	}
 	return p, nil
+}
+
+// fit compares the sizes of a pool and its region. With grow it makes the pool as large as the region.
+func fit(h *header, r region.Region, grow bool) error {
+	switch size := r.Size(); {
+	case size == h.size:
+		return nil
+	case size < h.size:
+		return fmt.Errorf("pool: has %d bytes, the region has %d, was it cut off: %w", h.size, size, ErrCorrupt)
+	case size > MaxSize:
+		return fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(MaxSize), region.ErrSize)
+	case !grow:
+		return fmt.Errorf("pool: has %d bytes, the region has %d: %w; was it made larger? `daxfs pool grow` gives the pool all of it",
+			h.size, size, region.ErrSize)
+	default:
+		if err := region.InUse(r); err != nil {
+			return fmt.Errorf("pool: make it larger: %w", err)
+		}
+		h.size, h.geo.Blocks = size, geometry(size, h.geo.Slots, h.geo.PerBlock).Blocks
+		return nil
+	}
 }
 
 func newPool(r region.Region, x *index, o Options) *Pool {
@@ -176,17 +218,14 @@ func newPool(r region.Region, x *index, o Options) *Pool {
 // forgetExtents empties what is known of contents.
 func (p *Pool) forgetExtents() {
 	p.empty = &extent{refs: 1, synced: true}
-	p.extents, p.sums, p.heads = map[int64]*extent{}, map[sumKey][]*extent{}, map[headKey][]*extent{}
+	p.extents, p.sums, p.heads = map[int64]*extent{}, map[uint64]*extent{}, map[headKey][]*extent{}
+	p.pending, p.found = map[*extent]chan struct{}{}, map[*extent][sha256.Size]byte{}
 }
 
 // durable tells whether the index must be synced to disk: not if the region ends with the kernel whose page cache holds
 // the index.
 func durable(r region.Region) bool {
-	switch r.Info().Kind {
-	case region.KindTmpfs, region.KindHugetlbfs, region.KindDMABuf:
-		return false
-	}
-	return true
+	return !r.Info().Traits().Volatile
 }
 
 func lock(r region.Region) error {
@@ -237,15 +276,10 @@ func hasMagic(r region.Region) bool {
 // newHeader decides about everything that a pool keeps for ever.
 func newHeader(r region.Region, o Options) (header, error) {
 	info, size := r.Info(), r.Size()
-	if size > maxSize {
-		return header{}, fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(maxSize), region.ErrSize)
+	if size > MaxSize {
+		return header{}, fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(MaxSize), region.ErrSize)
 	}
-	byAddress := false
-	switch info.Kind {
-	case region.KindPmem, region.KindDevDAX, region.KindDMABuf, region.KindPhys:
-		byAddress = true
-	}
-	h := header{size: size, dax: o.DAX.or(info.DAX), windows: o.Windows.or(byAddress)}
+	h := header{size: size, dax: o.DAX.or(info.DAX), windows: o.Windows.or(info.Traits().ByAddress)}
 	device := h.dax || o.Device.or(info.Kind != region.KindFile && info.Kind != region.KindHugetlbfs)
 	perBlock, slots := daxfs.SlotsPerBlock, o.Slots
 	per := int64(slotShare)
@@ -303,6 +337,10 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := r.Sync(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
+	// Before the old index goes.
+	if err := readBack(r, half, headerOff(0)); err != nil {
+		return nil, fmt.Errorf("pool: clear: %w", err)
+	}
 	if err := removeIndex(indexPath); err != nil {
 		return nil, fmt.Errorf("pool: old index: %w", err)
 	}
@@ -327,6 +365,20 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 		return nil, errors.Join(fmt.Errorf("pool: format: %w", err), x.close())
 	}
 	return p, nil
+}
+
+// readBack proves that a region keeps what is written to it. Persistent memory that a virtual machine has read-only takes
+// every write without an error and drops it.
+func readBack(r region.Region, written []byte, off int64) error {
+	got := make([]byte, len(written))
+	if _, err := r.ReadAt(got, off); err != nil {
+		return fmt.Errorf("read back what was written at %d: %w", off, err)
+	}
+	if !bytes.Equal(got, written) {
+		return fmt.Errorf("region %q does not keep what is written at %d: %w; a virtual machine may have it read-only",
+			r.Info().Path, off, ErrReadOnly)
+	}
+	return nil
 }
 
 func newUUID() (id [16]byte) {
@@ -482,6 +534,11 @@ func (p *Pool) adopt(c *contents) error {
 	if err := p.adoptRuns(c.runs); err != nil {
 		return err
 	}
+	for _, m := range p.images {
+		if err := p.adoptDocument(m); err != nil {
+			return err
+		}
+	}
 	var extents []alloc.Span
 	for _, e := range p.extents {
 		extents = append(extents, e.span())
@@ -527,7 +584,12 @@ func (p *Pool) repair(gen uint64) error {
 	if err != nil {
 		return err
 	}
-	if l.Geometry() != p.header.geo {
+	have := l.Geometry()
+	grown := have.Blocks < p.header.geo.Blocks // by this process, or by one that ended before it was done
+	if grown {
+		have.Blocks = p.header.geo.Blocks
+	}
+	if have != p.header.geo {
 		return fmt.Errorf("live tree %+v, the header says %+v: %w", l.Geometry(), p.header.geo, ErrCorrupt)
 	}
 	for _, m := range p.images {
@@ -549,7 +611,14 @@ func (p *Pool) repair(gen uint64) error {
 	if err := p.eraseRemoved(); err != nil {
 		p.warn(fmt.Errorf("pool: erase removed images: %w", err)) // a full disk must not keep the pool closed
 	}
-	return p.writeHeader(gen)
+	if err := p.writeHeader(gen); err != nil || !grown {
+		return err
+	}
+	// The superblock comes last: it never counts blocks that the header does not.
+	if err := daxfs.GrowLive(p.region, p.header.geo); err != nil {
+		return err
+	}
+	return p.region.Sync(0, daxfs.BlockSize)
 }
 
 // writeHeader makes a generation known to readers. It goes over the generation before the newest one, which stays whole.
@@ -672,12 +741,4 @@ func (p *Pool) Close() error {
 func byOffset(es []*extent) []*extent {
 	slices.SortFunc(es, func(a, b *extent) int { return cmp.Compare(a.off, b.off) })
 	return es
-}
-
-func ids(es []*extent) []extentID {
-	out := make([]extentID, len(es))
-	for i, e := range es {
-		out[i] = e.extentID
-	}
-	return out
 }

@@ -30,6 +30,8 @@ type Damage struct {
 	// Images and Layers are the keys of those that hold the contents, sorted.
 	Images []string `json:"images"`
 	Layers []string `json:"layers"`
+	// Document says that it is the document of an image, not contents of a file.
+	Document bool `json:"document,omitempty"`
 }
 
 // Finding is the damage as Check reports it.
@@ -41,6 +43,9 @@ func (d Damage) Finding() Finding {
 		if d.Found == d.Sum {
 			f.Rule, f.Msg = "pool.tail", fmt.Sprintf("the rest of the last page of %d bytes is not zero", d.Size)
 		}
+	}
+	if d.Document {
+		f.Rule = "pool.document"
 	}
 	for _, keys := range [][]string{d.Layers, d.Images} {
 		if len(keys) > 0 {
@@ -122,7 +127,7 @@ func (p *Pool) readable() []*extent {
 	defer p.mu.Unlock()
 	var all []*extent
 	for _, e := range p.extents {
-		if e.ready == nil && (e.listed || e.damaged) && !e.erased {
+		if !e.pending && (e.listed || e.damaged || e.document) && !e.erased {
 			all = append(all, e)
 		}
 	}
@@ -145,7 +150,7 @@ func (p *Pool) scrubOne(ctx context.Context, e *extent, done *Scrubbed, report f
 	if c.intact(e) {
 		return nil
 	}
-	marked, err := p.markDamaged(e, fmt.Sprintf("%x", c.sum))
+	marked, err := p.markDamaged(e, c.sum)
 	if marked {
 		done.Damaged++
 		report(p.damage(e))
@@ -194,7 +199,7 @@ func (p *Pool) uncache(off, n int64) {
 
 // markDamaged makes an extent one that is given to nobody. It reports false if it is one already, or was
 // freed meanwhile.
-func (p *Pool) markDamaged(e *extent, got string) (bool, error) {
+func (p *Pool) markDamaged(e *extent, got [sha256.Size]byte) (bool, error) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	p.mu.Lock()
@@ -202,7 +207,7 @@ func (p *Pool) markDamaged(e *extent, got string) (bool, error) {
 		p.mu.Unlock()
 		return false, nil
 	}
-	e.damaged, e.got = true, got
+	e.damaged, p.found[e] = true, got
 	p.damaged.Add(1)
 	p.unlist(e)
 	p.mu.Unlock()
@@ -216,7 +221,7 @@ func damagedKey(e *extent) string { return strconv.FormatInt(e.off, 10) }
 func (p *Pool) hideDamaged() error {
 	w := window{p, 0, p.header.size}
 	for _, m := range p.images {
-		if p.stale[m.Slot] != nil || !p.isDamaged(m.used) {
+		if p.stale[m.Slot] != nil || !p.isDamaged(m.used) && !p.isDamaged([]*extent{m.doc}) {
 			continue
 		}
 		if _, err := w.WriteAt(p.entry(m), entryOff(m.Slot)); err != nil {
@@ -233,17 +238,23 @@ func (p *Pool) hideDamaged() error {
 	return p.writeHeader(gen)
 }
 
-// entry is what the slot table says of an image: nothing if it holds damaged extents.
+// entry is what the slot table says of an image: nothing if it holds damaged extents or waits for readers that use it, and
+// nothing of a damaged document.
 func (p *Pool) entry(m *image) []byte {
 	b := make([]byte, entrySize)
-	if !p.isDamaged(m.used) {
-		encodeImage(b, &m.Image)
+	if p.hidden || m.unlisted || p.isDamaged(m.used) {
+		return b
 	}
+	shown := m.Image
+	if p.isDamaged([]*extent{m.doc}) {
+		shown.Document = Document{}
+	}
+	encodeImage(b, &shown)
 	return b
 }
 
 func (p *Pool) isDamaged(es []*extent) bool {
-	return p.damaged.Load() > 0 && slices.ContainsFunc(es, func(e *extent) bool { return e.damaged })
+	return p.damaged.Load() > 0 && slices.ContainsFunc(es, func(e *extent) bool { return e != nil && e.damaged })
 }
 
 // adoptDamaged marks the extents that an earlier owner found to be damaged.
@@ -274,10 +285,13 @@ func (p *Pool) damage(e *extent) Damage {
 }
 
 func (p *Pool) damageOf(e *extent) Damage {
-	d := Damage{Off: e.off, Size: e.size, Sum: fmt.Sprintf("%x", e.sum), Found: e.got}
+	d := Damage{Off: e.off, Size: e.size, Sum: fmt.Sprintf("%x", e.sum), Document: e.document}
+	if got, ok := p.found[e]; ok {
+		d.Found = fmt.Sprintf("%x", got)
+	}
 	d.Images, d.Layers = []string{}, []string{}
 	for _, key := range slices.Sorted(maps.Keys(p.images)) {
-		if slices.Contains(p.images[key].used, e) {
+		if m := p.images[key]; m.doc == e || slices.Contains(m.used, e) {
 			d.Images = append(d.Images, key)
 		}
 	}

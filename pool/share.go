@@ -60,16 +60,33 @@ func ReadShared(r io.ReaderAt, c *Catalogue) (*Shared, error) {
 
 // imageSpans finds where the contents of an image lie in the pool.
 func imageSpans(live *daxfs.Live, m Image) (map[alloc.Span]bool, error) {
+	spans := map[alloc.Span]bool{}
+	err := walkFiles(live, m, func(_ string, off, n int64) {
+		spans[alloc.Span{Off: off, Len: n}] = true
+	})
+	return spans, err
+}
+
+// WalkFiles calls fn for every name in an image that has contents: with its path, "." being the root, and with the place of
+// the contents in the pool, in whole pages. What is at one place is one copy, in whatever image. Like ReadCatalogue it
+// needs neither the index nor a lock, and trusts no byte.
+func WalkFiles(r io.ReaderAt, c *Catalogue, m Image, fn func(path string, off, n int64)) error {
+	live, err := daxfs.OpenLive(r, c.Size)
+	if err != nil {
+		return err
+	}
+	return walkFiles(live, m, fn)
+}
+
+func walkFiles(live *daxfs.Live, m Image, fn func(path string, off, n int64)) error {
 	img, err := live.Image(m.Slot)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	spans := map[alloc.Span]bool{}
-	err = img.Walk(func(_ string, in daxfs.Inode) error {
+	return img.Walk(func(path string, in daxfs.Inode) error {
 		if off, n, ok := in.Data(); ok && n > 0 {
-			spans[alloc.Span{Off: off, Len: alloc.RoundUnit(n)}] = true
+			fn(path, off, alloc.RoundUnit(n))
 		}
 		return nil
 	})
-	return spans, err
 }

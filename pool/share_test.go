@@ -427,7 +427,7 @@ func TestCheckFinds(t *testing.T) {
 		"pool.tail":      func(p *Pool, m Image) { flip(p, p.images["a"].used[0].off+101) },
 		"pool.catalogue": func(p *Pool, m Image) { flip(p, entryOff(m.Slot)+30) },
 		"pool.slot":      func(p *Pool, m Image) { flip(p, p.header.geo.SlotOff(m.Slot)+9) },
-		"pool.image":     func(p *Pool, m Image) { flip(p, p.header.geo.NidOff(p.images["a"].used[0].inodes[0].nid)+24) },
+		"pool.image":     func(p *Pool, m Image) { flip(p, p.header.geo.NidOff(p.images["a"].used[0].firstNid)+24) },
 		"pool.header":    func(p *Pool, m Image) { flip(p, headerOff(p.header.generation)+40) },
 		"pool.index":     func(p *Pool, m Image) { _ = p.index.removeLayer("a") },
 		"pool.refs":      func(p *Pool, m Image) { p.images["a"].used[0].refs = 1 },
@@ -435,7 +435,7 @@ func TestCheckFinds(t *testing.T) {
 		"pool.overlap":   func(p *Pool, m Image) { p.space.FreeExtent(p.images["a"].used[0].off, 4096) },
 		"live.":          func(p *Pool, m Image) { flip(p, 1024) },
 		"window.":        func(p *Pool, m Image) { flip(p, m.Window+1024) },
-		"pool.inode":     func(p *Pool, m Image) { flip(p, p.header.geo.NidOff(p.images["a"].used[0].inodes[0].nid)+16) },
+		"pool.inode":     func(p *Pool, m Image) { flip(p, p.header.geo.NidOff(p.images["a"].used[0].firstNid)+16) },
 	} {
 		t.Run(rule, func(t *testing.T) {
 			dir := t.TempDir()

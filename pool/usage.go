@@ -10,6 +10,7 @@ type Usage struct {
 	Segments    int64 `json:"segments"`    // metadata of windows
 	MetaFree    int64 `json:"metaFree"`    // kept for the tree area and segments, unused
 	Extents     int64 `json:"extents"`     // file contents, each distinct file once
+	Documents   int64 `json:"documents"`   // what the store wrote about images, in whole pages
 	Dead        int64 `json:"dead"`        // contents that nothing holds, waiting until nobody can read them
 	DeadCount   int   `json:"deadCount"`   // number of such extents
 	Free        int64 `json:"free"`        // for extents
@@ -43,6 +44,9 @@ func (p *Pool) Usage() Usage {
 	for _, e := range p.extents {
 		n := e.span().Len
 		switch {
+		case e.document:
+			u.Documents += n
+			continue
 		case e.died != 0:
 			u.Dead += n
 			u.DeadCount++

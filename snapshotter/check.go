@@ -88,10 +88,15 @@ func (s *Snapshotter) checkOne(ctx context.Context, tx *bolt.Tx, info snapshots.
 		if want := s.imageKey(s.st, links); rec.Image != want {
 			bad("its image is on record as %q, expected %q", rec.Image, want)
 		}
+		if rec.Shared != "" {
+			return nil
+		}
 		if !rec.Dir && len(rec.Streamed) == 0 {
 			bad("it has neither a directory nor a streamed layer")
 		}
-		facts.Images[rec.Image] = s.layers(links)
+		if rec.Image != "" {
+			facts.Images[rec.Image] = s.layers(links)
+		}
 		return nil
 	}
 	low := rec.Lower

@@ -32,12 +32,29 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	opts []snapshots.Opt,
 ) (_ []mount.Mount, err error) {
 	began := time.Now()
-	defer func() { s.opts.Observe("prepare", time.Since(began), err) }()
+	defer func() {
+		failed := err
+		if errdefs.IsAlreadyExists(err) {
+			failed = nil // an answer: the layer is there
+		}
+		s.opts.Observe("prepare", time.Since(began), failed)
+	}()
 
 	want := snapshots.Info{Name: key, Kind: kind, Parent: parent}
 	for _, opt := range opts {
 		if err := opt(&want); err != nil {
 			return nil, err
+		}
+	}
+	if claimed, err := s.claim(ctx, want, opts); claimed || err != nil {
+		if err == nil {
+			err = fmt.Errorf("chain %s is in a shared pool: %w", want.Labels[snapshots.LabelSnapshotRef], errdefs.ErrAlreadyExists)
+		}
+		return nil, err
+	}
+	if kind == snapshots.KindActive {
+		if mounts, done, err := s.pull(ctx, want, opts); done {
+			return mounts, err
 		}
 	}
 	for {
@@ -80,7 +97,7 @@ func (s *Snapshotter) tryCreate(ctx context.Context, want snapshots.Info, opts [
 		return nil, err
 	}
 	unpacks := want.Kind == snapshots.KindActive && isExtract(want.Name, want.Labels)
-	if len(links) > 0 && low.Image == links[0].rec.Image && !low.Plain && !links[0].rec.Built && !unpacks {
+	if len(links) > 0 && low.Image != "" && low.Image == links[0].rec.Image && !low.Plain && !links[0].rec.Built && !unpacks {
 		s.work.add(task{name: want.Parent, started: true})
 	}
 	return s.describe(id, info, low, lowerdirs), nil

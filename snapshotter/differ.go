@@ -71,6 +71,10 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		}
 		return d.unpack(ctx, id, desc, opts)
 	}
+	if rec.Lower.onShared() {
+		// A streamed layer shows only as part of an image in our pool, which would need a copy of all that is below it.
+		return d.unpack(ctx, id, desc, opts)
+	}
 	added, err := d.stream(ctx, id, info, desc)
 	if errdefs.IsResourceExhausted(err) && len(rec.Streamed) == 0 {
 		log.G(ctx).WithError(err).WithField("snapshot", info.Name).

@@ -29,7 +29,7 @@ func (s *Snapshotter) dropDirs(ctx context.Context) error {
 		}
 		seen := map[string]bool{}
 		for name, top := range all {
-			if top.info.Kind != snapshots.KindCommitted || !top.rec.Built {
+			if top.info.Kind != snapshots.KindCommitted || !top.rec.Built || top.rec.Shared != "" {
 				continue
 			}
 			for _, l := range all.chain(name) {

@@ -7,11 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/overlay"
 )
 
 // A snapshot that is removed or committed may still be mounted: nothing forces a client to unmount first, and a mount
@@ -40,8 +41,11 @@ func goneLowers(tx *bolt.Tx) (map[string]*lower, error) {
 	return gone, err
 }
 
-// forgetDead removes the records of overlays that are dead.
+// forgetDead removes the records of overlays that are dead. One call runs at a time: another one that still tried an
+// overlay of its own on a directory whose record is gone would meet whoever removes that directory.
 func (s *Snapshotter) forgetDead(ctx context.Context) error {
+	s.trials.Lock()
+	defer s.trials.Unlock()
 	var gone map[string]*lower
 	err := s.st.view(ctx, func(_ context.Context, tx *bolt.Tx) (err error) {
 		gone, err = goneLowers(tx)
@@ -92,14 +96,14 @@ func (s *Snapshotter) alive(id string) (bool, error) {
 			options = append(options, o)
 		}
 	}
-	err := tryOverlay(options)
+	err := overlay.Try(options)
 	if errors.Is(err, unix.EINVAL) {
 		// The kernel does not take up the work directory of a volatile mount. By now the upper directory was found free,
 		// or the options are wrong; the second answer tells.
 		if rerr := os.RemoveAll(filepath.Join(s.workdir(id), "work", "incompat")); rerr != nil {
 			return false, rerr
 		}
-		err = tryOverlay(options)
+		err = overlay.Try(options)
 	}
 	switch {
 	case errors.Is(err, unix.EBUSY):
@@ -113,27 +117,3 @@ func (s *Snapshotter) alive(id string) (bool, error) {
 
 // emptyDir is the lower directory of trials. New makes it: a trial must succeed on a full disk.
 func (s *Snapshotter) emptyDir() string { return filepath.Join(s.root, "empty") }
-
-// tryOverlay makes an overlay that is mounted nowhere, and drops it.
-func tryOverlay(options []string) error {
-	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("fsopen overlay: %w", err)
-	}
-	defer unix.Close(fd)
-	for _, o := range options {
-		key, value, isString := strings.Cut(o, "=")
-		if isString {
-			err = unix.FsconfigSetString(fd, key, value)
-		} else {
-			err = unix.FsconfigSetFlag(fd, key)
-		}
-		if err != nil {
-			return fmt.Errorf("overlay option %q: %w", o, err)
-		}
-	}
-	if err := unix.FsconfigCreate(fd); err != nil {
-		return fmt.Errorf("trial overlay: %w", err)
-	}
-	return nil
-}

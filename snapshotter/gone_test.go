@@ -1,12 +1,14 @@
 package snapshotter_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
@@ -81,6 +83,25 @@ func TestRemovedWhileMounted(t *testing.T) {
 				return ""
 			})
 		})
+	}
+}
+
+// Cleanups that run at once find the same overlays dead, and none minds that another has removed their directories.
+func TestCleanupsAtOnce(t *testing.T) {
+	e := newEnv(t, snapshotter.Options{})
+	e.layer("default/1/a", "", "a")
+	for round := range 10 {
+		for i := range 10 {
+			e.prepare(fmt.Sprintf("default/%d/c", 100*round+i+2), "default/1/a")
+		}
+		for i := range 10 {
+			e.must(e.Remove(t.Context(), fmt.Sprintf("default/%d/c", 100*round+i+2)))
+		}
+		var cleanups errgroup.Group
+		for range 8 {
+			cleanups.Go(func() error { return e.Cleanup(t.Context()) })
+		}
+		e.must(cleanups.Wait())
 	}
 }
 

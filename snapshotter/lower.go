@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -16,16 +16,26 @@ import (
 func (s *Snapshotter) chooseLower(ctx context.Context, want snapshots.Info, links []link) (*lower, []string, error) {
 	if len(links) == 0 {
 		// In parallel unpacking the parent is only named at Commit.
-		return &lower{Blind: want.Labels[labelParentChainID] != ""}, nil, nil
+		low := &lower{Blind: want.Labels[labelParentChainID] != ""}
+		err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+			low.OverShared, err = overShared(ctx, tx, want.Labels[labelParentChainID])
+			return err
+		})
+		return low, nil, err
 	}
 	if want.Kind == snapshots.KindActive && isExtract(want.Name, want.Labels) {
 		return s.chooseForUnpack(ctx, want, links)
+	}
+	if mixed(links) {
+		low := directories(links)
+		dirs, err := s.directoriesOf(ctx, low, links)
+		return low, dirs, err
 	}
 	dir, err := s.image(ctx, links)
 	if err == nil {
 		return &lower{Image: links[0].rec.Image}, []string{dir}, nil
 	}
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || links[0].rec.Shared != "" {
 		return nil, nil, err
 	}
 	low := directories(links)
@@ -36,7 +46,18 @@ func (s *Snapshotter) chooseLower(ctx context.Context, want snapshots.Info, link
 	log.G(ctx).WithError(err).WithField("snapshot", want.Name).
 		Warn("the shared image is not available, using plain directories, which share less memory")
 	s.opts.Fallback(reason(err))
+	low.Why = shortened(err.Error())
 	return low, dirs, nil
+}
+
+// maxWhy bounds a reason that is recorded, in bytes.
+const maxWhy = 1000
+
+func shortened(text string) string {
+	if len(text) <= maxWhy {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxWhy], "") + "…"
 }
 
 // reason names the cause of a fallback, for the metrics.
@@ -83,7 +104,7 @@ func directories(links []link) *lower {
 // in low it becomes a plain copy.
 func (s *Snapshotter) directoriesOf(ctx context.Context, low *lower, links []link) ([]string, error) {
 	dirs, err := s.lowerdirs(ctx, low, links)
-	if low.Image == "" || !errdefs.IsResourceExhausted(err) {
+	if low.Image == "" || low.onShared() || !errdefs.IsResourceExhausted(err) {
 		return dirs, err
 	}
 	low.Plain = true
@@ -123,6 +144,9 @@ func (s *Snapshotter) lowerdirs(ctx context.Context, low *lower, links []link) (
 // image makes the image of the chain links, top first, available and returns where it is mounted. The work goes on if
 // the caller gives up: one that comes back after its deadline finds it further on, or done.
 func (s *Snapshotter) image(ctx context.Context, links []link) (string, error) {
+	if links[0].rec.Shared != "" {
+		return s.sharedLower(ctx, links[0])
+	}
 	type result struct {
 		dir string
 		err error
@@ -151,8 +175,6 @@ func (s *Snapshotter) plain(ctx context.Context, links []link) (string, error) {
 func (s *Snapshotter) build(ctx context.Context, links []link,
 	get func(context.Context, Image) (string, error),
 ) (dir string, err error) {
-	began := time.Now()
-	defer func() { s.opts.Observe("build", time.Since(began), err) }()
 	links, release, err := s.hold(ctx, links)
 	if err != nil {
 		return "", err
@@ -232,8 +254,14 @@ func (s *Snapshotter) dirKey(id string) string { return dirKey(s.st, id) }
 
 func dirKey(st *store, id string) string { return "dir/" + st.id + "/" + id }
 
-// imageKey is the key of the image of the chain links, top first.
+// imageKey is the key of the image of the chain links, top first; empty if a pool can not have it as a whole.
 func (s *Snapshotter) imageKey(st *store, links []link) string {
+	if len(links) > 0 && links[0].rec.Shared != "" {
+		return sharedKey(links[0].rec.Shared)
+	}
+	if mixed(links) {
+		return ""
+	}
 	var keys []string
 	for i := len(links) - 1; i >= 0; i-- {
 		l := links[i]

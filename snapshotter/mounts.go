@@ -2,8 +2,10 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -11,6 +13,8 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/overlay"
 )
 
 // overlayDefaults completes the configured overlay options with those that this kernel needs.
@@ -59,6 +63,30 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 		}
 	}
 	return options, nil
+}
+
+// tryOptions has the kernel try the configured overlay options: a misspelt one would fail each container by itself.
+func (s *Snapshotter) tryOptions() error {
+	if len(s.opts.MountOptions) == 0 {
+		return nil
+	}
+	dir, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), doomed+"trial-") // a cleanup removes what a crash leaves
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	upper, work := filepath.Join(dir, "fs"), filepath.Join(dir, "work")
+	if err := errors.Join(os.Mkdir(upper, 0o700), os.Mkdir(work, 0o700)); err != nil {
+		return err
+	}
+	places := []string{"lowerdir=" + s.emptyDir(), "upperdir=" + upper, "workdir=" + work}
+	if overlay.Try(places) != nil {
+		return nil // nothing can be tried here, so it is not known to be the options
+	}
+	if err := overlay.Try(append(places, s.opts.MountOptions...)); err != nil {
+		return fmt.Errorf("the kernel refuses the configured overlay options %q: %w", s.opts.MountOptions, err)
+	}
+	return nil
 }
 
 // mountsOf returns the mounts of a snapshot whose parent chain is links, after it made the image below it available.

@@ -27,9 +27,13 @@ type Options struct {
 	// Durable says that what Lowers stored survives a reboot. The directory of an unpacked layer is then removed once
 	// Lowers has it.
 	Durable bool
+	// Shared finds images in pools of other owners; nil if there are none.
+	Shared Shared
 	// Workers is how many snapshots are stored and built at once in the background. 0 means 2.
 	Workers int
-	// Observe, if set, is told how long a phase took: "ingest", "stream", "build", "prepare", "sweep".
+	// Remotes, if set, pulls layers before containerd fetches their blobs.
+	Remotes Remotes
+	// Observe, if set, is told how long a phase took: "ingest", "stream", "pull", "prepare", "sweep".
 	// It may be called concurrently.
 	Observe func(phase string, took time.Duration, err error)
 	// Fallback, if set, is told each time that something other than the shared image was used, and why.
@@ -48,8 +52,10 @@ type Snapshotter struct {
 
 	overlayOptions []string
 
-	// sweeping is held by the one sweep or cleanup that is under way.
+	// sweeping is held by the one sweep that is under way.
 	sweeping sync.Mutex
+	// trials is held while the kernel is asked which removed snapshots are still mounted: see forgetDead.
+	trials sync.Mutex
 
 	closeOnce sync.Once
 	closeErr  error
@@ -92,6 +98,9 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 	}
 	s := &Snapshotter{root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions}
 	if err := os.MkdirAll(s.emptyDir(), 0o700); err != nil {
+		return nil, err
+	}
+	if err := s.tryOptions(); err != nil {
 		return nil, err
 	}
 	if s.st, err = openStore(ctx, filepath.Join(root, "metadata.db"), s.migrate); err != nil {
@@ -159,13 +168,6 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	usage = rec.StreamedUsage
 	usage.Add(snapshots.Usage(du))
 	return usage, nil
-}
-
-// Walk calls fn for each snapshot that matches a filter.
-func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	return s.st.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
-		return storage.WalkInfo(ctx, fn, filters...)
-	})
 }
 
 // Mounts returns the mounts of an active snapshot or a view, and sees to it that what they stand on is there.

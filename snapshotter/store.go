@@ -7,10 +7,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 )
@@ -54,6 +56,9 @@ type record struct {
 	Ingested bool `json:"ingested,omitempty"`
 	// Dropped says that the directory was removed because Lowers keeps its contents durably.
 	Dropped bool `json:"dropped,omitempty"`
+	// Shared is the chain whose image a pool of another owner has, for which this committed snapshot stands. It has no
+	// layer of its own then.
+	Shared digest.Digest `json:"shared,omitempty"`
 	// Top says that the chain ends an OCI image, as far as that is known: its image is worth being kept mounted.
 	Top bool `json:"top,omitempty"`
 	// Built says that the image was built once. It may have been dropped since.
@@ -75,13 +80,23 @@ type lower struct {
 	// Blind says that the snapshot has a parent but was given no lower: it is a layer that will be streamed, or one
 	// that is unpacked out of order. Its mount can not be mounted, only written below its upper directory.
 	Blind bool `json:"blind,omitempty"`
+	// OverShared says that Blind was chosen for a layer of a chain with a claimed snapshot. Such a layer has to become a
+	// directory.
+	OverShared bool `json:"overShared,omitempty"`
 	// Streaming says that Blind was chosen because the layer is expected to be streamed. An unpacker that walks would
 	// have needed to see the directories below; see record.Claim.
 	Streaming bool `json:"streaming,omitempty"`
+	// Why says why the shared image was not to be had, if that is why this is something else. It is for people.
+	Why string `json:"why,omitempty"`
 }
 
 // stands reports whether an overlay that stands on something can have been mounted.
 func (l *lower) stands() bool { return l != nil && !l.Blind && (l.Image != "" || len(l.Dirs) > 0) }
+
+// onShared reports whether the snapshot stands on an image of another owner's pool, or will.
+func (l *lower) onShared() bool {
+	return l != nil && (l.OverShared || strings.HasPrefix(l.Image, sharedPrefix))
+}
 
 // store is the metadata file.
 type store struct {

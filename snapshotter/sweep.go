@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 )
@@ -119,7 +120,12 @@ func (s *Snapshotter) sweep(ctx context.Context, short bool) (err error) {
 	if err != nil {
 		return err
 	}
-	return s.lowers.Sweep(ctx, u, short)
+	err = s.lowers.Sweep(ctx, u, short)
+	if s.opts.Shared != nil {
+		needed := func(chain digest.Digest) bool { return u.Image(sharedKey(chain)) != Unused }
+		err = errors.Join(err, s.opts.Shared.Sweep(ctx, needed))
+	}
+	return err
 }
 
 // pins are the images and layers that operations under way need, although no record says so yet. The zero value is

@@ -141,6 +141,9 @@ func (s *Snapshotter) process(ctx context.Context, t task) error {
 		return ignoreGone(err)
 	}
 	top := links[0]
+	if top.rec.Shared != "" || mixed(links) {
+		return nil // no pool of ours ever needs it
+	}
 	if err := s.ingest(ctx, top); err != nil {
 		return s.unlessGone(ctx, t.name, err)
 	}
@@ -254,6 +257,9 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 	})
 	for _, name := range names {
 		s.work.committed(name)
+	}
+	if err := s.reclaim(ctx); err != nil {
+		return err
 	}
 	// Directories without a record, and whatever else is left over. Not now: removing can take longer than a service
 	// manager waits for a start. containerd calls Cleanup only after it removed something.

@@ -6,7 +6,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
-// maxCached bounds the layers that are kept decoded, in entries; each takes some 200 bytes. The layers of a pull are
+// maxCached bounds the layers that are kept in memory, in entries; each takes some 50 bytes. The layers of a pull are
 // merged right after they were read, and images have their lower layers in common.
 const maxCached = 100_000
 

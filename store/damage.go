@@ -19,6 +19,10 @@ import (
 // gets it. The same image is made again beside it, with another key in the pool: its own, a "+" and a number. A sweep
 // removes the damaged one when nothing uses it any more.
 
+// CanonicalKey returns the key of the image that a key in the pool stands for: an image with damaged contents, and the one
+// that was made again beside it, have different keys in the pool.
+func CanonicalKey(key string) string { return canonical(key) }
+
 // canonical is the key of the image that a key in the pool stands for.
 func canonical(key string) string {
 	key, _, _ = strings.Cut(key, "+")

@@ -33,6 +33,8 @@ type Pool struct {
 	Phys uint64
 	// Windows is "auto", "yes" or "no"; empty means "auto".
 	Windows string
+	// DAX is "auto", "yes" or "no"; empty means "auto": whether kernels mount the pool with DAX.
+	DAX string
 }
 
 // ShmDir is the directory of a pool of kind tmpfs without a path.
@@ -65,8 +67,11 @@ func openPool(ctx context.Context, c Config) (_ region.Region, _ *pool.Pool, err
 		return nil, nil, err
 	}
 	r, err := region.Open(rc)
+	if errors.Is(err, region.ErrForeign) {
+		return nil, nil, err // it says what to do; making a pool there is not it
+	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w%s", err, advice(err))
+		return nil, nil, fmt.Errorf("%w%s", err, advice(err, rc.Kind))
 	}
 	defer func() {
 		if err != nil {
@@ -80,7 +85,7 @@ func openPool(ctx context.Context, c Config) (_ region.Region, _ *pool.Pool, err
 	x := indexes{ctx: ctx, region: r, dir: dir, name: indexName(rc), config: c}
 	p, err := x.open()
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w (pool.kind %q, pool.path %q)%s", err, rc.Kind, rc.Path, advice(err))
+		return nil, nil, fmt.Errorf("%w (pool.kind %q, pool.path %q)%s", err, rc.Kind, rc.Path, advice(err, rc.Kind))
 	}
 	return r, p, nil
 }
@@ -185,7 +190,7 @@ func (x indexes) warnWiped() {
 // make makes a pool with an index of its own.
 func (x indexes) make(opts pool.Options) (*pool.Pool, error) {
 	made := PoolOptions(x.ctx, x.config.Drivers, x.region.Info(), x.config.Pool.Windows)
-	opts.Windows, opts.Device = made.Windows, made.Device
+	opts.Windows, opts.Device, opts.DAX = made.Windows, made.Device, choices[x.config.Pool.DAX]
 	var random [4]byte
 	rand.Read(random[:])
 	path := filepath.Join(x.dir, x.name+"-"+hex.EncodeToString(random[:])+newSuffix)
@@ -223,11 +228,16 @@ var choices = map[string]pool.Choice{"": pool.Auto, "auto": pool.Auto, "yes": po
 
 // advice says what to do about the errors of opening a pool that a change of the configuration, or of the program,
 // causes.
-func advice(err error) string {
+func advice(err error, kind string) string {
+	files := region.TraitsOf(kind).Regular
 	switch {
+	case errors.Is(err, region.ErrSize) && files:
+		return "; set pool.size to the size that the pool has or leave it out, or stop all containers and make the pool larger with " +
+			"`daxfs pool grow`; a smaller one is a new one: end all containers and remove the file"
+	case errors.Is(err, region.ErrSize) && kind == region.KindPhys:
+		return "; set pool.phys and pool.size to a range that the kernel was told to reserve, in whole 2 MiB"
 	case errors.Is(err, region.ErrSize):
-		return "; a pool keeps the size that it was made with: set pool.size back or leave it out, " +
-			"or end all containers and remove the file to start with an empty pool"
+		return "; set pool.size to the size that the pool has, or leave it out"
 	case errors.Is(err, pool.ErrVersion):
 		return "; end all containers that run from it, then `daxfs pool init --force` makes an empty pool"
 	case errors.Is(err, pool.ErrForeign):
@@ -241,10 +251,7 @@ func advice(err error) string {
 // region fills in what the configuration leaves open.
 func (p Pool) region(root string) (region.Config, error) {
 	rc := region.Config{Kind: p.Kind, Path: p.File(root), Size: p.Size, Phys: p.Phys}
-	switch rc.Kind {
-	case region.KindFile, region.KindTmpfs, region.KindHugetlbfs:
-		rc.Create = true
-	default:
+	if rc.Create = slices.Contains(region.Kinds(), rc.Kind) && !region.TraitsOf(rc.Kind).ByAddress; !rc.Create {
 		return rc, nil
 	}
 	dir := filepath.Dir(rc.Path)

@@ -17,11 +17,33 @@ import (
 func TestPoolAdvice(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(k *kit)
+		back   func(path string) error // what change did to the file, undone
 		want   []string
+		not    string // in the error
 	}{
 		"another size": {
-			func(k *kit) { k.cfg.Pool.Size = 64 << 20 },
-			[]string{"has 33554432 bytes, configured are 67108864", "set pool.size back"},
+			func(k *kit) { k.cfg.Pool.Size = 64 << 20 }, nil,
+			[]string{"has 33554432 bytes, configured are 67108864", "set pool.size to the size that the pool has", "daxfs pool grow"},
+			"",
+		},
+		"made larger by hand": {
+			func(k *kit) {
+				k.cfg.Pool.Size = 0
+				k.must(os.Truncate(filepath.Join(k.cfg.Root, "pool/live"), 64<<20))
+			},
+			func(path string) error { return os.Truncate(path, 32<<20) },
+			[]string{"has 33554432 bytes, the region has 67108864", "daxfs pool grow"},
+			"corrupt",
+		},
+		"link": {
+			func(k *kit) {
+				path := filepath.Join(k.cfg.Root, "pool/live")
+				k.must(os.Rename(path, path+"2"))
+				k.must(os.Symlink(path+"2", path))
+			},
+			func(path string) error { return os.Rename(path+"2", path) },
+			[]string{"name the file that it leads to"},
+			"pool init",
 		},
 		"no index": {
 			func(k *kit) {
@@ -31,7 +53,9 @@ func TestPoolAdvice(t *testing.T) {
 				}
 				k.must(os.Remove(all[0]))
 			},
+			os.Remove,
 			[]string{"the region holds pool", "daxfs pool init --force"},
+			"",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -50,8 +74,11 @@ func TestPoolAdvice(t *testing.T) {
 					t.Errorf("error %v, expected %q in it", err, want)
 				}
 			}
-			if name == "no index" {
-				k.must(os.Remove(path))
+			if tc.not != "" && err != nil && strings.Contains(err.Error(), tc.not) {
+				t.Errorf("error %v, expected no %q in it", err, tc.not)
+			}
+			if tc.back != nil {
+				k.must(tc.back(path))
 			}
 			k.cfg = before
 			k.open()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/containerd/log"
 
@@ -77,11 +78,16 @@ func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 func (s *Store) mount(ctx context.Context, img Image) (mount.Mounted, error) {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
-	m, err := s.add(ctx, img)
+	m, added, err := s.add(ctx, img)
 	if err != nil {
 		return mount.Mounted{}, err
 	}
-	return s.table.Mount(ctx, s.mountable(m))
+	began := time.Now()
+	mounted, err := s.table.Mount(ctx, s.mountable(m))
+	if err == nil && added != nil {
+		s.logMade(ctx, added, &mounted, time.Since(began))
+	}
+	return mounted, err
 }
 
 // mountable describes an image of the pool to the table.
@@ -96,17 +102,20 @@ func (s *Store) mountable(m pool.Image) mount.Image {
 	return img
 }
 
-// add returns the image of the pool, which it builds if there is none, and records who wants it. Preconditions: the
-// image is locked, and epoch is held for reading.
-func (s *Store) add(ctx context.Context, img Image) (pool.Image, error) {
-	m, err := s.pool.Image(s.poolKey(img.Key))
+// add returns the image of the pool, which it builds if there is none, and records who wants it. built is nil if the image
+// was there. Preconditions: the image is locked, and epoch is held for reading.
+func (s *Store) add(ctx context.Context, img Image) (m pool.Image, built *addition, err error) {
+	m, err = s.pool.Image(s.poolKey(img.Key))
 	if errors.Is(err, pool.ErrNotFound) {
-		m, err = s.build(ctx, img)
+		m, built, err = s.build(ctx, img)
+	}
+	if err == nil && s.pool.Unlisted(m.Key) {
+		err = s.pool.Relist(ctx, m.Key)
 	}
 	if err != nil {
-		return m, err
+		return m, nil, err
 	}
-	return m, errors.Join(s.noteImage(img), s.pool.FlushRecords())
+	return m, built, errors.Join(s.noteImage(img), s.pool.FlushRecords())
 }
 
 // noteImage notes what an image is made of, and who wants it.
@@ -117,18 +126,32 @@ func (s *Store) noteImage(img Image) error {
 	})
 }
 
-func (s *Store) build(ctx context.Context, img Image) (pool.Image, error) {
+func (s *Store) build(ctx context.Context, img Image) (m pool.Image, added *addition, err error) {
+	began := time.Now()
+	defer func() {
+		if !IsFull(err) {
+			s.cfg.Observe("build", time.Since(began), err)
+		}
+	}()
 	if want := ImageKey(img.layerKeys()); img.Key != want {
-		return pool.Image{}, fmt.Errorf("key of %d layers, expected %q: %w", len(img.Layers), want, pool.ErrInvalid)
+		return m, nil, fmt.Errorf("key of %d layers, expected %q: %w", len(img.Layers), want, pool.ErrInvalid)
 	}
+	keys := img.layerKeys()
+	before := s.readTime(keys)
 	root, err := mergeLayers(ctx, img.Layers, s.ensure)
 	if err != nil {
-		return pool.Image{}, err
+		return m, nil, err
 	}
 	if err := s.noteImage(img); err != nil {
-		return pool.Image{}, err
+		return m, nil, err
 	}
-	return s.pool.AddImage(ctx, s.poolKey(img.Key), root, daxfs.Options{})
+	if m, err = s.pool.AddImage(ctx, s.poolKey(img.Key), root, daxfs.Options{Take: true}); err != nil {
+		return m, nil, err
+	}
+	added = &addition{image: m, layers: keys, name: img.Name, read: s.readTime(keys)}
+	added.build = max(0, time.Since(began)-(added.read-before)) // layers that were missing were read meanwhile
+	s.forgetRead(keys)
+	return m, added, s.noteMade(added)
 }
 
 // mergeLayers merges what get returns for layers, bottom first.
@@ -178,6 +201,9 @@ func (s *Store) rebuildOne(ctx context.Context, img Image) error {
 	defer unlock()
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
-	_, err = s.add(ctx, img)
+	_, added, err := s.add(ctx, img)
+	if err == nil && added != nil {
+		s.logMade(ctx, added, nil, 0)
+	}
 	return err
 }

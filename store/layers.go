@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"strings"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -21,6 +23,12 @@ const blobPrefix = "blob/"
 
 // BlobKey returns the key of the streamed layer with a diff ID.
 func BlobKey(diffID digest.Digest) string { return blobPrefix + diffID.String() }
+
+// blobDiffID returns the diff ID of a streamed layer, which the store computed. ok is false for another key.
+func blobDiffID(key string) (id digest.Digest, ok bool) {
+	name, ok := strings.CutPrefix(key, blobPrefix)
+	return digest.Digest(name), ok
+}
 
 // Layer is one layer of a chain.
 type Layer struct {
@@ -116,20 +124,29 @@ func (s *Store) addTree(ctx context.Context, holder, key string, read treeReader
 
 // readTree stores what read reads. Preconditions: the layer is locked.
 func (s *Store) readTree(ctx context.Context, holder, key string, read treeReader) error {
+	began := time.Now()
 	b := s.pool.Begin()
 	defer b.Discard()
 	made, err := read(ctx, b, s.cfg.Limits)
 	if err != nil {
 		return err
 	}
-	return s.commit(ctx, b, key, made, 0, Blob{Holder: holder})
+	return s.commit(ctx, b, key, made, 0, Blob{Holder: holder}, began)
 }
 
 // commit makes a layer of a batch, in the place of one that cannot be read: another version of the program may have
 // stored it, or it is damaged. Of the blob that it was read from its record has the digest and the holder. The payload
-// is the size of the layer's tar, then the layer. Preconditions: the layer is locked, or not known yet.
-func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64, of Blob) error {
-	raw, err := made.MarshalBinary()
+// is the size of the layer's tar, then the layer. Reading it began at began. Preconditions: the layer is locked, or not
+// known yet.
+func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64, of Blob,
+	began time.Time,
+) error {
+	encode, large := made.AppendBinary, made.Cost() > maxCached
+	if large { // the cache keeps none that large
+		encode = made.DrainBinary
+		debug.FreeOSMemory() // the index copies the payload, in one piece
+	}
+	payload, err := encode(binary.AppendUvarint(nil, uint64(size)))
 	if err != nil {
 		return err
 	}
@@ -143,10 +160,18 @@ func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *lay
 		return err
 	}
 	existed := s.pool.HasLayer(key)
-	if err := b.CommitLayer(ctx, key, append(binary.AppendUvarint(nil, uint64(size)), raw...)); err != nil {
+	if err := b.CommitLayer(ctx, key, payload); err != nil {
 		return err
 	}
-	if locked := of.DiffID != "" || !strings.HasPrefix(key, blobPrefix); locked && !existed {
+	if large {
+		debug.FreeOSMemory() // all that was in memory at once
+	}
+	if !existed {
+		if err := s.noteBrought(key, began); err != nil {
+			return err
+		}
+	}
+	if locked := of.DiffID != "" || !strings.HasPrefix(key, blobPrefix); locked && !existed && !large {
 		s.decoded.add(key, made, size)
 	} else {
 		s.decoded.drop(key) // a layer that was there already stays as it is
@@ -244,6 +269,7 @@ func (s *Store) find(ctx context.Context, b Blob) (Stored, bool) {
 
 // stream reads a blob into the pool, and into a pack if packs are to be kept.
 func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err error) {
+	began := time.Now()
 	rc, err := b.Open(ctx)
 	if err != nil {
 		return st, err
@@ -270,7 +296,7 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 			return st, err
 		}
 	}
-	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size, b)
+	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size, b, began)
 }
 
 // read reads and verifies a blob, and puts the contents of its files into to.

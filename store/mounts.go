@@ -21,21 +21,17 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	if err != nil {
 		return Info{}, err
 	}
-	info, err := s.Find(name)
-	if err != nil {
-		return Info{}, err
-	}
-	key := canonical(info.Key)
-	unlock, err := s.images.lock(ctx, key)
+	info, unlock, err := s.findLocked(ctx, name)
 	if err != nil {
 		return Info{}, err
 	}
 	defer unlock()
+	key := canonical(info.Key)
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
 	m, err := s.pool.Image(s.poolKey(key)) // a sweep may have been faster
 	if s.pool.ImageDamaged(info.Key) && errors.Is(err, pool.ErrNotFound) {
-		m, err = s.build(ctx, s.recorded(key))
+		m, _, err = s.build(ctx, s.recorded(key))
 	}
 	if err != nil {
 		return Info{}, err

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -61,6 +62,8 @@ func (s *Store) Plain(ctx context.Context, img Image) (_ string, err error) {
 	if want := ImageKey(img.layerKeys()); img.Key != want {
 		return "", fmt.Errorf("image %q: key of %d layers, expected %q", img.Key, len(img.Layers), want)
 	}
+	began := time.Now()
+	defer func() { s.cfg.Observe("plain", time.Since(began), err) }()
 	if err := os.MkdirAll(s.plainDir(), 0o711); err != nil { // containers with mapped owners pass through it
 		return "", err
 	}

@@ -22,6 +22,8 @@ type Info struct {
 	Layers  []string `json:"layers"`
 	Names   []string `json:"names,omitempty"`
 	Holders []string `json:"holders,omitempty"`
+	// Brought is how many bytes the pool holds because of the image that it did not hold before it.
+	Brought int64 `json:"brought"`
 }
 
 // Images returns the images that are in the pool, by slot.
@@ -38,7 +40,7 @@ func (s *Store) Images() []Info {
 
 func (s *Store) info(m pool.Image) Info {
 	r := s.imageRecord(canonical(m.Key))
-	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders}
+	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders, Brought: r.Brought}
 }
 
 // Find returns the image that a user means: by its key or the beginning of that, a name of the OCI image, or the name
@@ -98,14 +100,44 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 	if err := s.rebuildOne(ctx, img); err != nil {
 		return Info{}, fmt.Errorf("image %q: %w", img.Key, err)
 	}
-	if err := s.unpin(name, img.Key); err != nil {
+	if err := errors.Join(s.notePut(name, img.Key, src), s.unpin(name, img.Key)); err != nil {
 		return Info{}, err
 	}
 	m, err := s.pool.Image(s.poolKey(img.Key))
 	return s.info(m), err
 }
 
-// Unpin ends what Put began. Sweep frees what nobody else holds. Errors: pool.ErrNotFound.
+// Pin lets pin/<name> hold an image that is in the pool, named as for Find, until Unpin. A pin of that name moves from the
+// image that it held before. Errors: pool.ErrNotFound, pool.ErrInvalid.
+func (s *Store) Pin(ctx context.Context, image, name string) (Info, error) {
+	if name == "" {
+		return Info{}, fmt.Errorf("an image is pinned under a name, found none: %w", pool.ErrInvalid)
+	}
+	info, unlock, err := s.findLocked(ctx, image)
+	if err != nil {
+		return Info{}, err
+	}
+	defer unlock()
+	key := canonical(info.Key)
+	m, err := s.pool.Image(s.poolKey(key)) // a sweep may have been faster
+	if err != nil {
+		return Info{}, err
+	}
+	err = s.amendImage(key, func(r *imageRecord) { r.Holders = add(r.Holders, holderPin+name) })
+	return s.info(m), errors.Join(err, s.unpin(name, key))
+}
+
+// findLocked finds an image and takes its lock. A sweep may have removed the image in between.
+func (s *Store) findLocked(ctx context.Context, name string) (_ Info, unlock func(), _ error) {
+	info, err := s.Find(name)
+	if err != nil {
+		return Info{}, nil, err
+	}
+	unlock, err = s.images.lock(ctx, canonical(info.Key))
+	return info, unlock, err
+}
+
+// Unpin ends what Put or Pin began. Sweep frees what nobody else holds. Errors: pool.ErrNotFound.
 func (s *Store) Unpin(name string) error {
 	pinned := false
 	for _, r := range s.imageRecords() {
@@ -114,7 +146,7 @@ func (s *Store) Unpin(name string) error {
 	if !pinned {
 		return fmt.Errorf("no image is pinned as %q: %w", name, pool.ErrNotFound)
 	}
-	return s.unpin(name, "")
+	return errors.Join(s.notePut(name, "", nil), s.unpin(name, ""))
 }
 
 // unpin takes a pin from all images but one, and from their layers.

@@ -104,7 +104,7 @@ func (s *Store) noteLoose() error {
 // turn frees everything that waits if nothing is mounted, and lets the pool begin a new epoch if that is worth it. It
 // does nothing while images are added or mounted.
 func (s *Store) turn(ctx context.Context) error {
-	if !s.epoch.TryLock() {
+	if s.keeps(ctx) || !s.epoch.TryLock() {
 		return nil
 	}
 	defer s.epoch.Unlock()

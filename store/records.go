@@ -32,6 +32,8 @@ type imageRecord struct {
 	Names []string `json:"names,omitempty"`
 	// Holders, sorted.
 	Holders []string `json:"holders,omitempty"`
+	// Brought is how many bytes the pool holds because of the image that it did not hold before.
+	Brought int64 `json:"brought,omitempty"`
 }
 
 // layerRecord is what the store knows of a layer.
@@ -39,6 +41,8 @@ type layerRecord struct {
 	Holders []string `json:"holders,omitempty"`
 	// Blobs are the digests of the blobs of which the layer was once read, sorted.
 	Blobs []digest.Digest `json:"blobs,omitempty"`
+	// Brought is how many bytes of contents came with the layer that were not in the pool before.
+	Brought int64 `json:"brought,omitempty"`
 }
 
 // records is the store's copy of its records in the index. Store.mu guards it.
@@ -122,10 +126,11 @@ func (s *Store) amendImage(key string, change func(*imageRecord)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old, had := s.records.images[key]
-	now := imageRecord{Layers: old.Layers, Names: slices.Clone(old.Names), Holders: slices.Clone(old.Holders)}
+	now := old
+	now.Names, now.Holders = slices.Clone(old.Names), slices.Clone(old.Holders)
 	change(&now)
 	if had && slices.Equal(old.Layers, now.Layers) && slices.Equal(old.Names, now.Names) &&
-		slices.Equal(old.Holders, now.Holders) {
+		slices.Equal(old.Holders, now.Holders) && old.Brought == now.Brought {
 		return nil
 	}
 	if err := s.note(kindImage, key, now); err != nil {
@@ -140,9 +145,11 @@ func (s *Store) amendLayer(key string, change func(*layerRecord)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old, had := s.records.layers[key]
-	now := layerRecord{Holders: slices.Clone(old.Holders), Blobs: slices.Clone(old.Blobs)}
+	now := old
+	now.Holders, now.Blobs = slices.Clone(old.Holders), slices.Clone(old.Blobs)
 	change(&now)
-	if had && slices.Equal(old.Holders, now.Holders) && slices.Equal(old.Blobs, now.Blobs) {
+	if had && slices.Equal(old.Holders, now.Holders) && slices.Equal(old.Blobs, now.Blobs) &&
+		old.Brought == now.Brought {
 		return nil
 	}
 	if err := s.note(kindLayer, key, now); err != nil {
@@ -179,6 +186,7 @@ func (s *Store) forgetLayer(key string) error {
 		return err
 	}
 	delete(s.records.layers, key)
+	delete(s.reading, key)
 	for _, d := range r.Blobs {
 		delete(s.records.proven, d)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -62,6 +63,7 @@ func (s *Store) restore(ctx context.Context, f Layer) error {
 
 // again stores a layer under key from a blob, which need not be what it should be.
 func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Blob, keep *packs) error {
+	began := time.Now()
 	var copied *pack
 	if keep != nil {
 		var err error
@@ -82,18 +84,20 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{DiffID: made.DiffID})
+	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{DiffID: made.DiffID}, began)
 }
 
 // eachSource calls use with one blob after another that may be a layer, until one succeeds: its pack, then what
-// containerd has. keep is nil if no pack is to be made of the blob.
+// containerd has, then what registries have. keep is nil if no pack is to be made of the blob.
 func (s *Store) eachSource(ctx context.Context, f Layer,
 	use func(rc io.ReadCloser, spec Blob, keep *packs) error,
 ) error {
 	// A layer whose diff ID this store computed may be restored from anybody's blob: the bytes are proven to be those.
-	// What only its owner says to have that diff ID must be the owner's.
+	// What only its owner says to have that diff ID must be the owner's, and is asked of no registry: that would be done
+	// with this machine's credentials.
 	id, namespace, keep := f.Claim.DiffID, f.Claim.Namespace, (*packs)(nil)
-	if name, isBlob := strings.CutPrefix(f.Key, blobPrefix); isBlob {
+	name, isBlob := strings.CutPrefix(f.Key, blobPrefix)
+	if isBlob {
 		id, namespace, keep = digest.Digest(name), "", s.packs
 	}
 	if err := id.Validate(); err != nil {
@@ -111,12 +115,19 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 			return perr
 		}
 	}
-	berr := s.fromBlobs(ctx, namespace, id, func(rc io.ReadCloser) error { return use(rc, spec, keep) })
-	switch {
-	case berr == nil:
+	verified := func(rc io.ReadCloser) error { return use(rc, spec, keep) }
+	berr := s.fromBlobs(ctx, namespace, id, verified)
+	if berr == nil {
 		log.G(ctx).WithField("layer", f.Key).Info("restored a layer from the blob in containerd")
-		return nil
-	case ctx.Err() != nil, IsFull(berr):
+	} else if isBlob && ctx.Err() == nil && !IsFull(berr) {
+		rerr := s.fromRegistry(ctx, f.Key, id, verified)
+		if rerr != nil {
+			rerr = fmt.Errorf("%w; %w", berr, rerr)
+		}
+		berr = rerr
+	}
+	switch {
+	case berr == nil, ctx.Err() != nil, IsFull(berr):
 		return berr
 	case errors.Is(perr, os.ErrNotExist):
 		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not to be had (%v): %w",

@@ -7,6 +7,7 @@ import (
 	"io"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -16,6 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/pool/lease"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -33,6 +35,17 @@ type Config struct {
 	Packs bool
 	// Blobs is containerd's content store; nil if there is none to restore layers from.
 	Blobs Blobs
+	// Observe, if set, is told how long it took to make an image: "build" in the pool, "plain" a copy in a directory. A
+	// build for which there was no room is not told of: the caller makes room and comes again, or does without. It may be
+	// called concurrently.
+	Observe func(phase string, took time.Duration, err error)
+	// Evicted, if set, is told each time that an image or a layer leaves the pool to make room, although it is needed:
+	// "image" or "layer". It may be called concurrently.
+	Evicted func(what string)
+	// Registry finds images to restore layers from that nothing on this machine has; nil if no registry is to be asked.
+	Registry Registry
+	// Readers says who else reads the pool; nil leaves it as the last owner with a configuration had it.
+	Readers *Readers
 }
 
 // Blobs finds blobs in containerd.
@@ -65,6 +78,11 @@ type Store struct {
 	images, layers keyLock
 	decoded        cache
 	sweeping       sync.Mutex // held by the one Sweep or Reclaim under way
+	publishing     sync.Mutex // held by the one Publish under way
+	puts           atomic.Uint64
+
+	readers Readers
+	leases  *lease.Regions // nil if there are none
 
 	// epoch is held for reading while an image is added or mounted, and for writing while the pool begins a new epoch. It
 	// guards table, which belongs to one epoch.
@@ -73,15 +91,26 @@ type Store struct {
 
 	mu      sync.Mutex
 	records records
-	damaged time.Time        // when damage was found the last time
-	lost    map[string]error // images that hold damaged contents and could not be made again
-	old     *oldPool         // what is left of version 1; nil if there is nothing
+	damaged time.Time                // when damage was found the last time
+	lost    map[string]error         // images that hold damaged contents and could not be made again
+	reading map[string]time.Duration // how long reading took, of layers that belong to no image yet
+	old     *oldPool                 // what is left of version 1; nil if there is nothing
+}
+
+func (c Config) withDefaults() Config {
+	if c.Observe == nil {
+		c.Observe = func(string, time.Duration, error) {}
+	}
+	if c.Evicted == nil {
+		c.Evicted = func(string) {}
+	}
+	return c
 }
 
 // Open opens the store below a root directory, and makes its pool if there is none. It waits for nothing but the disk.
 // The caller closes the store.
 func Open(ctx context.Context, c Config) (_ *Store, err error) {
-	s := &Store{cfg: c}
+	s := &Store{cfg: c.withDefaults(), reading: map[string]time.Duration{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -102,7 +131,7 @@ func Open(ctx context.Context, c Config) (_ *Store, err error) {
 // New opens the store of a pool that the caller opened. The store closes it and its region, also when New fails.
 // Config.Pool is ignored, and what an earlier version left below the root is left alone.
 func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, error) {
-	s := &Store{cfg: c, region: r, pool: p}
+	s := &Store{cfg: c.withDefaults(), region: r, pool: p, reading: map[string]time.Duration{}}
 	if err := s.open(ctx); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -111,8 +140,8 @@ func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, 
 
 // open opens what belongs to the pool.
 func (s *Store) open(ctx context.Context) (err error) {
-	s.private = private(s.region.Info())
-	if err := s.loadRecords(); err != nil {
+	s.private = !s.region.Info().Traits().ByAddress
+	if err := errors.Join(s.loadRecords(), s.loadReaders()); err != nil {
 		return err
 	}
 	if s.cfg.Packs && !s.Durable() {
@@ -178,15 +207,6 @@ func (s *Store) Healthy(ctx context.Context) error {
 	return errors.Join(s.table.Healthy(ctx), s.damage())
 }
 
-// private tells whether the memory of a region belongs to this machine's root alone. Devices may be shared with others.
-func private(info region.Info) bool {
-	switch info.Kind {
-	case region.KindFile, region.KindTmpfs, region.KindHugetlbfs:
-		return true
-	}
-	return false
-}
-
 // checkSource proves what others can have written, before the kernel parses it.
 func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 	if s.private {
@@ -199,7 +219,7 @@ func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 	n, contents := 0, false
 	err := s.pool.Check(ctx, func(f pool.Finding) bool {
 		switch f.Rule {
-		case "pool.sum", "pool.tail": // nobody has to get those
+		case "pool.sum", "pool.tail", "pool.document": // nobody has to get those
 			contents = contents || !f.Known
 			return true
 		}

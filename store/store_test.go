@@ -1,7 +1,9 @@
 package store
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -154,6 +156,41 @@ func TestPut(t *testing.T) {
 	k.must(k.Sweep(ctx, wants{}, false))
 	if u := k.pool.Usage(); u.Images+u.Layers != 0 || u.Extents+u.Dead != 0 {
 		t.Errorf("left over: %+v", u)
+	}
+}
+
+// A layer that is too large for the cache is encoded while it is forgotten, and read again from the pool.
+func TestLargeLayer(t *testing.T) {
+	k := newKit(t, nil)
+	ctx := t.Context()
+	var files []file
+	for i := range maxCached + 10 {
+		f := file{fmt.Sprintf("%06d", i), nil}
+		if i%500 == 0 {
+			f.body = random(uint64(i%3000), 100+i%7)
+		}
+		files = append(files, f)
+	}
+	layer := k.stream(files...)
+	if _, _, ok := k.decoded.get(layer.Key); ok {
+		t.Error("the layer is in the cache")
+	}
+	_, err := k.Lower(ctx, image(layer))
+	k.must(err)
+	other := file{"other", random(1, 5000)}
+	dir, err := k.Lower(ctx, image(layer, k.stream(other)))
+	k.must(err)
+	names, err := os.ReadDir(dir)
+	if k.must(err); len(names) != len(files)+1 {
+		t.Errorf("%d names, expected %d", len(names), len(files)+1)
+	}
+	for _, f := range append(files, other) {
+		if len(f.body) == 0 {
+			continue
+		}
+		if got, err := os.ReadFile(filepath.Join(dir, f.name)); err != nil || !bytes.Equal(got, f.body) {
+			t.Errorf("%s: %d bytes, %v, expected %d others", f.name, len(got), err, len(f.body))
+		}
 	}
 }
 

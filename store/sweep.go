@@ -50,6 +50,7 @@ func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
 	w := &sweep{Store: s, use: use, short: short}
 	var errs []error
 	errs = append(errs, s.dropMounts(ctx), w.reconcile())
+	w.findPrefixes()
 	images := map[string]bool{}
 	for key := range s.imageRecords() {
 		images[key] = true
@@ -90,6 +91,8 @@ type sweep struct {
 	use   Uses
 	short bool
 	held  map[string]bool // layers of images that somebody else than containerd holds
+	// prefixes are images that readers need as bases beside the one that is needed.
+	prefixes map[string]bool
 }
 
 // lasting reports whether a holder wants an image to be in the pool, although nothing of this host may use it.
@@ -127,6 +130,9 @@ func (w *sweep) needOf(key string) Use {
 	need := needOf(w.imageRecord(key).Holders, w.use == nil)
 	if w.use != nil {
 		need = max(need, w.use.Image(key))
+	}
+	if w.prefixes[key] {
+		need = max(need, Kept)
 	}
 	return need
 }
@@ -205,7 +211,7 @@ func (w *sweep) image(ctx context.Context, key string) error {
 		return nil
 	}
 	pinned := slices.ContainsFunc(w.imageRecord(canonical(key)).Holders, lasting)
-	keep := need > Unused && (!w.short || pinned)
+	keep := need > Unused && (!w.short || pinned || w.prefixes[canonical(key)]) || w.keeps(ctx)
 	_, mounted := w.table.Get(key)
 	if !mounted && keep {
 		return nil // as it should be
@@ -218,13 +224,31 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	if keep {
 		return nil
 	}
+	names := w.imageRecord(canonical(key)).Names
+	u, _ := w.pool.ImageUsage(key)
+	err = w.pool.RemoveImage(ctx, key)
+	if errors.Is(err, pool.ErrLeased) {
+		log.G(ctx).WithError(err).WithField("image", key).Info("an image that was removed waits for readers")
+		return nil
+	}
+	gone := errors.Is(err, pool.ErrNotFound)
+	if err != nil && !gone {
+		return err
+	}
 	if need == Unused && !retired {
 		if err := w.forgetImage(canonical(key)); err != nil {
 			return err
 		}
 	}
-	if err := w.pool.RemoveImage(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
-		return err
+	if gone {
+		return nil
+	}
+	logger := log.G(ctx).WithField("image", key).WithField("names", names).WithField("unshared", u.Extents-u.Shared)
+	if need > Unused {
+		w.cfg.Evicted("image")
+		logger.Info("evicted an image to make room; it is made again when it is needed")
+	} else {
+		logger.Info("removed an image that nothing holds")
 	}
 	return nil
 }
@@ -270,8 +294,20 @@ func (w *sweep) layer(ctx context.Context, key string) error {
 		}
 	}
 	w.decoded.drop(key)
-	if err := w.pool.RemoveLayer(ctx, key); err != nil && !errors.Is(err, pool.ErrNotFound) {
+	held, alone, _ := w.pool.LayerUsage(key)
+	err = w.pool.RemoveLayer(ctx, key)
+	if errors.Is(err, pool.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
 		return err
+	}
+	logger := log.G(ctx).WithField("layer", key).WithField("bytes", held).WithField("unshared", alone)
+	if need > Unused {
+		w.cfg.Evicted("layer")
+		logger.Info("evicted a layer to make room; it is restored when it is needed")
+	} else {
+		logger.Debug("removed a layer that nothing holds")
 	}
 	return nil
 }

@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 
 	"github.com/containerd/log"
@@ -21,6 +20,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/config"
 	"github.com/daxfs/daxfs-snapshotter/daemon"
+	"github.com/daxfs/daxfs-snapshotter/internal/version"
 )
 
 func main() {
@@ -50,11 +50,11 @@ func usage(format string, args ...any) error {
 }
 
 func app(stdout, stderr io.Writer) *cli.App {
-	cli.VersionPrinter = func(c *cli.Context) { fmt.Fprintf(c.App.Writer, "daxfs-snapshotter %s\n", version()) }
+	cli.VersionPrinter = func(c *cli.Context) { fmt.Fprintf(c.App.Writer, "daxfs-snapshotter %s\n", version.String()) }
 	a := cli.NewApp()
 	a.Name = "daxfs-snapshotter"
 	a.Usage = "containerd snapshotter whose containers share one image in memory"
-	a.Version = version()
+	a.Version = version.String()
 	a.Writer, a.ErrWriter = stdout, stderr
 	a.HideHelpCommand = true
 	a.ExitErrHandler = func(*cli.Context, error) {} // run reports
@@ -145,7 +145,7 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	ctx := c.Context
-	log.G(ctx).WithField("version", version()).WithField("root", cfg.Root).Info("starting daxfs-snapshotter")
+	log.G(ctx).WithField("version", version.String()).WithField("root", cfg.Root).Info("starting daxfs-snapshotter")
 	s, err := daemon.Open(ctx, cfg)
 	if err != nil {
 		return err
@@ -160,27 +160,4 @@ func notify(ctx context.Context, state string) {
 	if _, err := systemd.SdNotify(false, state); err != nil {
 		log.G(ctx).WithError(err).Warnf("can not tell systemd %q", strings.TrimSpace(state))
 	}
-}
-
-// linkedVersion is set by release builds with -ldflags "-X main.linkedVersion=v1.2.3".
-var linkedVersion string
-
-// version is that of the module, or of the commit that was built.
-func version() string {
-	if linkedVersion != "" {
-		return linkedVersion
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	if v := info.Main.Version; v != "" && v != "(devel)" {
-		return v
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return s.Value
-		}
-	}
-	return "devel"
 }

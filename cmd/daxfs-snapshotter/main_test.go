@@ -3,15 +3,30 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net"
+	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
+
+// runEnv makes the test program the daemon itself.
+const runEnv = "DAXFS_TEST_RUN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runEnv) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
 
 // call runs the program in this process.
 func call(t *testing.T, args ...string) (code int, stdout, stderr string) {
@@ -122,5 +137,77 @@ func TestServe(t *testing.T) {
 	expect("STOPPING=1")
 	if code := <-ended; code != 0 {
 		t.Errorf("code %d, stderr %q", code, &errs)
+	}
+}
+
+// With sockets of systemd, a call that comes while the daemon is away is answered when it is back.
+func TestSocketActivation(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("the daemon needs root")
+	}
+	dir := t.TempDir()
+	file, socket := filepath.Join(dir, "c.toml"), filepath.Join(dir, "daxfs.sock")
+	text := fmt.Sprintf("root = %q\naddress = %q\n[pool]\nsize = \"64MiB\"\n", filepath.Join(dir, "root"), socket)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var sockets []*os.File
+	for _, name := range []string{"daxfs.sock", "control.sock"} { // as systemd does
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, name), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		f, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		sockets = append(sockets, f)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func() *exec.Cmd {
+		t.Helper()
+		cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, self, "--config", file)
+		cmd.Env = append(os.Environ(), runEnv+"=1", "LISTEN_FDS=2")
+		cmd.ExtraFiles, cmd.Stderr = sockets, t.Output()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		return cmd
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return net.Dial("unix", filepath.Join(dir, "control.sock"))
+	}}}
+	ask := func() error {
+		resp, err := client.Get("http://d/v1/pool")
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("status %s", resp.Status)
+		}
+		return nil
+	}
+	for range 2 {
+		answered := make(chan error, 1)
+		go func() { answered <- ask() }() // nobody is there yet
+		cmd := start()
+		if err := <-answered; err != nil {
+			t.Error(err)
+		}
+		if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+		if st, err := os.Stat(socket); err != nil || st.Mode().Type() != os.ModeSocket {
+			t.Errorf("the socket after the daemon has gone: %v, %v", st, err)
+		}
 	}
 }

@@ -4,11 +4,12 @@ import (
 	"cmp"
 	"fmt"
 	"io"
-	"runtime/debug"
 	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/version"
 )
 
 // env is what a command may touch of the world besides the files it is given.
@@ -36,9 +37,10 @@ func newApp(e *env) *cli.App {
 		Name:     "daxfs",
 		HelpName: "daxfs",
 		Usage:    "container images that machines, kernels and processes share in memory",
-		Version:  version(),
+		Version:  version.String(),
 		Description: "Exit status: 0 done; 1 an error; 2 wrong use; 3 verify, pool check or doctor found something wrong; 130\n" +
-			"interrupted. Flags may stand before and after arguments. Every command has examples: daxfs COMMAND --help",
+			"interrupted. Flags may stand before and after arguments. Every command has examples: daxfs help COMMAND,\n" +
+			"or daxfs COMMAND --help",
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,
 		BashComplete:         suggest,
@@ -130,30 +132,6 @@ func needArgs(c *cli.Context, names ...string) error {
 		return wrongUse(c, "%d arguments, expected %s", n, strings.Join(names, " "))
 	}
 	return nil
-}
-
-// linkedVersion is set by release builds with -ldflags "-X main.linkedVersion=v1.2.3".
-var linkedVersion string
-
-// version is that of the build: what was linked in, the module's, or the commit's.
-func version() string {
-	if linkedVersion != "" {
-		return linkedVersion
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	if v == "" || v == "(devel)" {
-		v = "devel"
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" && len(s.Value) >= 12 {
-				v += "-" + s.Value[:12]
-			}
-		}
-	}
-	return v
 }
 
 // reorder moves flags before arguments, so that "convert SOURCE -o IMAGE" works: the flag parser of Go stops at the first

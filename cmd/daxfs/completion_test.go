@@ -26,7 +26,7 @@ var completions = []struct{ typed, args string }{
 	{"daxfs mount --pool im", "<mount><--pool><image>"},
 	{"daxfs umount -- lay", "<umount><--><layout>"},
 	{"daxfs completion fi", "<completion><fish>"},
-	{"daxfs export --", "<export><--help>"},
+	{"daxfs version --", "<version><--help>"},
 }
 
 // TestCompletion presses TAB in real shells.

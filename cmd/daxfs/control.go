@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
@@ -19,7 +20,7 @@ import (
 // defaultControl is where the daemon answers unless its address was changed.
 const defaultControl = "/run/daxfs-snapshotter/control.sock"
 
-// daemonKeeper is a daemon, by its control socket. docs/operations.md describes what it answers.
+// daemonKeeper is a daemon, by its control socket. docs/control-api.md describes what it answers.
 type daemonKeeper struct {
 	socket string
 	client http.Client
@@ -42,32 +43,8 @@ func (d *daemonKeeper) owns(ctx context.Context, id string) bool {
 	return err == nil && answer.ID == id
 }
 
-// poolAnswer is what GET /v1/pool says.
-type poolAnswer struct {
-	ID    string     `json:"id"`
-	Usage pool.Usage `json:"usage"`
-}
-
-func (d *daemonKeeper) pool(ctx context.Context) (a poolAnswer, err error) {
+func (d *daemonKeeper) pool(ctx context.Context) (a api.Pool, err error) {
 	return a, d.ask(ctx, http.MethodGet, "pool", nil, &a)
-}
-
-// mountRequest is the body of requests to /v1/mounts, and an element of its list.
-type mountRequest struct {
-	Image string `json:"image,omitempty"`
-	Dir   string `json:"dir"`
-	Suid  bool   `json:"suid,omitempty"`
-}
-
-// pinRequest is the body of requests to /v1/pins.
-type pinRequest struct {
-	Name      string   `json:"name"`
-	Source    string   `json:"source,omitempty"`
-	PlainHTTP bool     `json:"plainHTTP,omitempty"`
-	HostDirs  []string `json:"hostDirs,omitempty"`
-	Namespace string   `json:"namespace,omitempty"`
-	Platform  string   `json:"platform,omitempty"`
-	Upper     bool     `json:"overlayUpper,omitempty"`
 }
 
 func (d *daemonKeeper) Images(ctx context.Context) (list []store.Info, err error) {
@@ -84,9 +61,9 @@ func (d *daemonKeeper) Put(ctx context.Context, src putSource, name string) (inf
 	if err != nil {
 		return info, err
 	}
-	req := pinRequest{
+	req := api.PinRequest{
 		Name: name, Source: from, PlainHTTP: src.plainHTTP, Namespace: src.namespace, Platform: src.platform,
-		Upper: src.overlayUpper,
+		OverlayUpper: src.overlayUpper,
 	}
 	for _, dir := range src.hostDirs {
 		if dir, err = filepath.Abs(dir); err != nil {
@@ -97,34 +74,64 @@ func (d *daemonKeeper) Put(ctx context.Context, src putSource, name string) (inf
 	return info, d.ask(ctx, http.MethodPost, "pins", req, &info)
 }
 
+func (d *daemonKeeper) Pin(ctx context.Context, image, name string) (info store.Info, err error) {
+	return info, d.ask(ctx, http.MethodPost, "pins", api.PinRequest{Name: name, Image: image}, &info)
+}
+
 func (d *daemonKeeper) Unpin(ctx context.Context, name string) error {
-	return d.ask(ctx, http.MethodDelete, "pins", pinRequest{Name: name}, nil)
+	return d.ask(ctx, http.MethodDelete, "pins", api.PinRequest{Name: name}, nil)
 }
 
 func (d *daemonKeeper) Sweep(ctx context.Context) error {
 	return d.ask(ctx, http.MethodPost, "sweep", nil, nil)
 }
 
+func (d *daemonKeeper) Readers(ctx context.Context) (list []store.LeaseUser, err error) {
+	return list, d.ask(ctx, http.MethodGet, "readers", nil, &list)
+}
+
+func (d *daemonKeeper) Release(ctx context.Context, reader string, earlier bool) (int, error) {
+	var a api.Released
+	err := d.ask(ctx, http.MethodDelete, "readers", api.ReaderRequest{Reader: reader, Earlier: earlier}, &a)
+	return a.Claims, err
+}
+
 func (d *daemonKeeper) Scrub(ctx context.Context) (found []pool.Finding, lost string, err error) {
-	var a struct {
-		Findings []pool.Finding `json:"findings"`
-		Lost     string         `json:"lost"`
-	}
+	var a api.Scrub
 	err = d.ask(ctx, http.MethodPost, "scrub", nil, &a)
 	return a.Findings, a.Lost, err
 }
 
+// check has the daemon check its pool while it is in use.
+func (d *daemonKeeper) check(ctx context.Context) ([]pool.Finding, error) {
+	var a api.Check
+	err := d.ask(ctx, http.MethodPost, "check", nil, &a)
+	return a.Findings, err
+}
+
+func (d *daemonKeeper) status(ctx context.Context) (a api.Status, err error) {
+	return a, d.ask(ctx, http.MethodGet, "status", nil, &a)
+}
+
+func (d *daemonKeeper) images(ctx context.Context) (list []api.Image, err error) {
+	return list, d.ask(ctx, http.MethodGet, "images", nil, &list)
+}
+
+func (d *daemonKeeper) containers(ctx context.Context) (list []api.Container, err error) {
+	return list, d.ask(ctx, http.MethodGet, "containers", nil, &list)
+}
+
 func (d *daemonKeeper) Mount(ctx context.Context, name, dir string, suid bool) (string, error) {
-	return "by the daemon", d.ask(ctx, http.MethodPost, "mounts", mountRequest{Image: name, Dir: dir, Suid: suid}, nil)
+	return "by the daemon", d.ask(ctx, http.MethodPost, "mounts", api.MountRequest{Image: name, Dir: dir, Suid: suid}, nil)
 }
 
 func (d *daemonKeeper) Unmount(ctx context.Context, dir string) error {
-	return d.ask(ctx, http.MethodDelete, "mounts", mountRequest{Dir: dir}, nil)
+	return d.ask(ctx, http.MethodDelete, "mounts", api.MountRequest{Dir: dir}, nil)
 }
 
 // mounted tells whether the daemon mounted an image on a directory for a user.
 func (d *daemonKeeper) mounted(ctx context.Context, dir string) bool {
-	var list []mountRequest
+	var list []api.MountRequest
 	if d.socket == "" || d.ask(ctx, http.MethodGet, "mounts", nil, &list) != nil {
 		return false
 	}
@@ -160,9 +167,7 @@ func (d *daemonKeeper) ask(ctx context.Context, method, what string, body, out a
 	defer resp.Body.Close()
 	text := io.LimitReader(resp.Body, maxAnswer)
 	if resp.StatusCode != http.StatusOK {
-		var failed struct {
-			Error string `json:"error"`
-		}
+		var failed api.Error
 		if json.NewDecoder(text).Decode(&failed) != nil || failed.Error == "" {
 			failed.Error = resp.Status
 		}

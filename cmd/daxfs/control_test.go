@@ -13,7 +13,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/daxfs/daxfs-snapshotter/daemon"
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
@@ -23,10 +23,13 @@ type fakeDaemon struct {
 	socket string
 	id     string
 	images []store.Info
+	// shared and attached are its answers about pools of other owners.
+	shared   api.SharedAnswer
+	attached []api.Attached
 
 	mu     sync.Mutex
 	asked  []string
-	mounts []daemon.MountRequest
+	mounts []api.MountRequest
 }
 
 func startDaemon(t *testing.T, id string, images ...store.Info) *fakeDaemon {
@@ -58,20 +61,24 @@ func (d *fakeDaemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var out any = struct{}{}
 	switch what {
 	case "GET /v1/pool":
-		out = daemon.PoolAnswer{ID: d.id, Usage: pool.Usage{Layers: 7, Dead: 8192}}
+		out = api.Pool{ID: d.id, Usage: pool.Usage{Layers: 7, Dead: 8192}}
+	case "GET /v1/shared":
+		out = d.shared
+	case "POST /v1/attach", "DELETE /v1/attach":
+		out = d.attached
 	case "GET /v1/images":
 		out = d.images
 	case "GET /v1/mounts":
 		out = d.mounts
 	case "POST /v1/scrub":
-		out = daemon.ScrubAnswer{Findings: []pool.Finding{{Rule: "pool.sum", Key: "image/ff", Off: 4096, Msg: "changed"}}}
+		out = api.Scrub{Findings: []pool.Finding{{Rule: "pool.sum", Key: "image/ff", Off: 4096, Msg: "changed"}}}
 	case "POST /v1/pins":
 		out = d.images[0]
 	case "POST /v1/mounts":
-		var req daemon.MountRequest
+		var req api.MountRequest
 		if json.Unmarshal(body, &req) != nil || req.Image == "none" {
 			w.WriteHeader(http.StatusNotFound)
-			out = daemon.ErrorAnswer{Error: `image "none": not found`}
+			out = api.Error{Error: `image "none": not found`}
 		}
 		d.mounts = append(d.mounts, req)
 	}

@@ -13,8 +13,10 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/converter/recompress"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
+	"github.com/daxfs/daxfs-snapshotter/converter/tree"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
@@ -23,7 +25,7 @@ func init() { register(10, convertCommand) }
 func convertCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "convert",
-		Usage:     "make an image out of an OCI image",
+		Usage:     "make an image out of an OCI image, or an OCI image whose files can be pulled alone",
 		ArgsUsage: "SOURCE",
 		Description: `
 ` + sourceHelp + `
@@ -31,15 +33,23 @@ func convertCommand(e *env) *cli.Command {
 Archives may be compressed with gzip or zstd; such a one is unpacked to a file in $TMPDIR first. All digests are verified.
 The same layers give the same bytes, whatever the source. When the command fails or is interrupted, IMAGE is as it was before.
 
+With --to DESTINATION the result is an OCI image with the same layers in zstd:chunked, of which a daxfs host and podman fetch only the
+files that they lack. DESTINATION is ` + recompress.Kinds + `. Configurations stay as they are, and so do
+indexes with all their images unless --platform chooses one. What cannot be zstd:chunked is kept, with the reason.
+
 ` + sizeHelp + `
 
 Examples:
    daxfs convert docker://debian:12 -o debian.daxfs
+   daxfs convert docker://debian:12 --to docker://registry.example.com/debian:12
    daxfs convert --platform linux/arm64 oci:layout:v1 -o app.daxfs
    daxfs convert containerd:docker.io/library/redis:7 --namespace k8s.io -o redis.daxfs
+   daxfs convert --no-xattrs docker://debian:12 -o gvisor.daxfs
    mount -t erofs -o ro debian.daxfs /mnt`,
 		Flags: append(append([]cli.Flag{
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the image to `IMAGE`"},
+			&cli.StringFlag{Name: "to", Usage: "write an OCI image to `DESTINATION`"},
+			&cli.StringFlag{Name: "format", Usage: "`FORMAT` of the layers of an OCI image", Value: formatChunked},
 		}, sourceFlags()...),
 			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 15 bytes"},
 			&cli.IntFlag{Name: "concurrency", Usage: "read `N` layers at the same time, at least 4", DefaultText: "one for each core"},
@@ -47,6 +57,7 @@ Examples:
 			&cli.StringFlag{Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers", Value: size(converter.DefaultMaxSize)},
 			&cli.Int64Flag{Name: "max-entries", Usage: "refuse images with more than `N` files in all layers", Value: converter.DefaultMaxEntries},
 			&cli.BoolFlag{Name: "no-align", Usage: "do not start files of 2 MiB and more at multiples of 2 MiB: for many big files and no DAX"},
+			&cli.BoolFlag{Name: "no-xattrs", Usage: "leave out extended attributes, and say which: gVisor reads no inode that has any"},
 			&cli.BoolFlag{Name: "sync", Usage: "return only when the image is on disk"},
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "show no progress and no summary"},
 			&cli.BoolFlag{Name: "json", Usage: "write the summary as JSON, also with --quiet"},
@@ -107,13 +118,20 @@ func (e *env) convert(c *cli.Context) error {
 	if err := needArgs(c, "SOURCE"); err != nil {
 		return err
 	}
+	if c.IsSet("to") {
+		return e.recompress(c)
+	}
+	if c.IsSet("format") {
+		return wrongUse(c, "--format is that of an OCI image, expected --to DESTINATION beside it")
+	}
 	if c.String("output") == "" {
-		return wrongUse(c, "no output, expected -o IMAGE")
+		return wrongUse(c, "no output, expected -o IMAGE or --to DESTINATION")
 	}
 	o := converter.Options{
 		Image:       daxfs.Options{Label: c.String("label")},
 		Concurrency: c.Int("concurrency"),
 		NoAlign:     c.Bool("no-align"),
+		NoXattrs:    c.Bool("no-xattrs"),
 		Sync:        c.Bool("sync"),
 	}
 	if label := o.Image.Label; len(label) > daxfs.MaxLabel { // said before layers are read
@@ -157,6 +175,7 @@ func (e *env) convert(c *cli.Context) error {
 		fmt.Fprintf(e.stderr, "daxfs: left out %d extended attributes: "+
 			"an image holds user.*, trusted.*, security.* and POSIX ACLs\n", n)
 	}
+	printLostXattrs(e.stderr, res.LostXattrs)
 	if err = errors.Join(err, w.Flush()); err != nil {
 		return fmt.Errorf("%s is complete, but the summary is not: %w", c.String("output"), err)
 	}
@@ -193,6 +212,17 @@ type summary struct {
 	Whiteouts    int64     `json:"overlayWhiteouts,omitempty"`
 	Overlay      int64     `json:"overlayXattrs,omitempty"`
 	Ignored      int64     `json:"ignoredXattrs,omitempty"`
+
+	LostXattrs []lostXattr `json:"lostXattrs,omitempty"`
+}
+
+// lostXattr is an attribute that --no-xattrs left out, and the first inode that had it.
+type lostXattr struct {
+	Name      string `json:"name"`
+	NameBytes []byte `json:"nameBytes,omitempty"`
+	Inodes    int    `json:"inodes"`
+	Path      string `json:"path"`
+	Bytes     []byte `json:"pathBytes,omitempty"`
 }
 
 // counts of an image, as convert and inspect show them.
@@ -231,6 +261,10 @@ func summaryOf(image string, r *converter.Result) summary {
 	for _, l := range r.LeftOut {
 		s.LeftOut = append(s.LeftOut, leftOut{l.Path, bytesOf(l.Path), l.Reason})
 	}
+	for _, l := range r.LostXattrs {
+		path := "/" + l.Path
+		s.LostXattrs = append(s.LostXattrs, lostXattr{l.Name, bytesOf(l.Name), l.Inodes, path, bytesOf(path)})
+	}
 	return s
 }
 
@@ -267,6 +301,19 @@ func printLosses(w io.Writer, xattrs int, left []leftOut, all int) {
 			break
 		}
 		fmt.Fprintf(w, "  %s (%s)\n", printable(l.Path), l.Reason)
+	}
+}
+
+// printLostXattrs says what --no-xattrs left out: a loss, which --quiet is not meant to hide.
+func printLostXattrs(w io.Writer, lost []tree.LostXattr) {
+	const most = 10
+	for i, l := range lost {
+		if i == most {
+			fmt.Fprintf(w, "daxfs: left out %d more extended attributes\n", len(lost)-most)
+			break
+		}
+		fmt.Fprintf(w, "daxfs: left out the extended attribute %s of %d inodes, the first is %s\n",
+			printable(l.Name), l.Inodes, printable("/"+l.Path))
 	}
 }
 

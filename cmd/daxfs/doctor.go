@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -29,15 +30,21 @@ func doctorCommand(e *env) *cli.Command {
 		ArgsUsage: "[PATH...]",
 		Description: `
 PATH is an image, a pool or a directory for one; without any, all memory of the machine that could hold a pool is looked
-at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. If containerd runs, its
-configuration is checked, too, and what has to be added to it is printed. The exit status is 3 if there is memory for
-which no driver works, or if containerd and the daemon do not fit together.
+at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. containerd, its configuration and the
+daemon are checked, too, and what has to be added to that configuration is printed. The last line is the verdict. The exit status
+is 3 if there is memory for which no driver works, or if containerd and the daemon do not fit together or do not run.
+
+With --fix, what containerd's configuration lacks is written into a file of its own in a directory that it imports, after asking. A
+file that is replaced is kept. If containerd does not read the result, it is taken back.
 
 Examples:
    daxfs doctor
+   daxfs doctor --fix
    daxfs doctor --json /var/lib/daxfs-snapshotter | jq '.memory[0].drivers[] | select(.picked) | .driver'`,
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "json", Usage: "write JSON"},
+			&cli.BoolFlag{Name: "fix", Usage: "put what containerd's configuration lacks where it belongs, after asking"},
+			&cli.BoolFlag{Name: "yes", Usage: "with --fix, do not ask"},
 			&cli.StringFlag{Name: "containerd", Value: "/run/containerd/containerd.sock", Usage: "also check the containerd at `SOCKET`; empty: none"},
 			&cli.StringFlag{Name: "containerd-config", Value: "/etc/containerd/config.toml", Usage: "its configuration `FILE`"},
 			&cli.StringFlag{Name: "config", Value: "/etc/daxfs-snapshotter/config.toml", Usage: "the daemon's configuration `FILE`; if there is none, its defaults"},
@@ -55,6 +62,43 @@ type report struct {
 	Memory  []memoryReport `json:"memory"`
 	// Containerd is missing if no containerd was asked.
 	Containerd *containerdReport `json:"containerd,omitempty"`
+	// Daemon is missing if neither containerd nor the daemon was asked.
+	Daemon *daemonReport `json:"daemon,omitempty"`
+	// Wrong are the names of what is wrong; empty if nothing is.
+	Wrong []string `json:"wrong"`
+}
+
+// judge finds what is wrong.
+func (r *report) judge() {
+	r.Wrong = []string{}
+	for _, m := range r.Memory {
+		if !slices.ContainsFunc(m.Drivers, func(d mount.Explanation) bool { return d.Usable }) {
+			r.Wrong = append(r.Wrong, strings.TrimSpace(m.Info.Kind+" "+m.Info.Path))
+		}
+	}
+	var checks []support
+	if r.Containerd != nil {
+		checks = append(checks, r.Containerd.Checks...)
+	}
+	if r.Daemon != nil {
+		checks = append(checks, r.Daemon.Checks...)
+	}
+	for _, s := range checks {
+		if !s.OK {
+			r.Wrong = append(r.Wrong, s.Name)
+		}
+	}
+}
+
+// verdict is what is wrong in one line.
+func (r *report) verdict() string {
+	switch len(r.Wrong) {
+	case 0:
+		return "verdict: nothing is wrong"
+	case 1:
+		return "verdict: 1 thing is wrong: " + r.Wrong[0]
+	}
+	return fmt.Sprintf("verdict: %d things are wrong: %s", len(r.Wrong), strings.Join(r.Wrong, "; "))
 }
 
 type support struct {
@@ -65,6 +109,8 @@ type support struct {
 
 type memoryReport struct {
 	memory
+	// Limit is what containers cannot do with the picked driver and could do elsewhere.
+	Limit   string              `json:"limit,omitempty"`
 	Drivers []mount.Explanation `json:"drivers"`
 }
 
@@ -76,32 +122,45 @@ func (e *env) doctor(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	usable := true
 	for _, m := range places {
 		r := memoryReport{memory: m, Drivers: explain(c.Context, m.Info)}
-		works := false
 		for _, d := range r.Drivers {
-			works = works || d.Usable
+			if d.Picked && strings.HasPrefix(d.Driver, "erofs") {
+				r.Limit = aclLimit
+			}
 		}
-		usable = usable && works
 		rep.Memory = append(rep.Memory, r)
 	}
-	if socket := c.String("containerd"); socket != "" && (c.IsSet("containerd") || exists(socket)) {
-		rep.Containerd = checkContainerd(c.Context, containerdFiles{
-			socket: socket, config: c.String("containerd-config"), daemonConfig: c.String("config"), name: c.String("snapshotter"),
-		})
-		usable = usable && !rep.Containerd.failed()
+	files := containerdFiles{
+		socket: c.String("containerd"), config: c.String("containerd-config"), daemonConfig: c.String("config"),
+		name: c.String("snapshotter"),
 	}
+	// A machine that has neither containerd nor a daemon need not have them.
+	if files.socket != "" && (c.IsSet("containerd") || exists(files.socket) || exists(files.config) || exists(files.daemonConfig)) {
+		rep.Containerd = checkContainerd(c.Context, files)
+		rep.Daemon = checkDaemon(c.Context, files, rep.Containerd.process)
+	}
+	rep.judge()
 	if c.Bool("json") {
 		err = writeJSON(e.stdout, rep)
 	} else {
 		err = e.show(rep)
 	}
-	if err == nil && !usable {
+	if err == nil && c.Bool("fix") && rep.Containerd != nil {
+		err = e.fix(c, rep.Containerd)
+	}
+	if err == nil && !c.Bool("json") {
+		_, err = fmt.Fprintln(e.stdout, "\n"+rep.verdict())
+	}
+	if err == nil && len(rep.Wrong) > 0 {
 		return errFindings
 	}
 	return err
 }
+
+// aclLimit is what the kernel cannot do for containers on EROFS.
+const aclLimit = "setfacl fails on files of the image that a container has not changed yet, because EROFS cannot set ACLs; " +
+	"touch them first. The fuse driver has not got that limit"
 
 func exists(path string) bool {
 	_, err := os.Stat(path)
@@ -141,9 +200,14 @@ func memoryOf(paths []string) ([]memory, error) {
 
 // explain asks the drivers. A directory stands for a pool file in it, so one is made for the question.
 func explain(ctx context.Context, info region.Info) []mount.Explanation {
+	return explainWith(ctx, drivers.All(), info)
+}
+
+// explainWith is explain for some drivers.
+func explainWith(ctx context.Context, list []mount.Driver, info region.Info) []mount.Explanation {
 	st, err := os.Stat(info.Path)
 	if err != nil || !st.IsDir() {
-		return mount.Explain(ctx, drivers.All(), info)
+		return mount.Explain(ctx, list, info)
 	}
 	dir := info.Path
 	f, err := os.CreateTemp(dir, ".daxfs-doctor-*")
@@ -152,7 +216,7 @@ func explain(ctx context.Context, info region.Info) []mount.Explanation {
 		f.Close()
 		info.Path = f.Name()
 	}
-	out := mount.Explain(ctx, drivers.All(), info)
+	out := mount.Explain(ctx, list, info)
 	for i := range out {
 		out[i].Why = strings.ReplaceAll(out[i].Why, info.Path, dir)
 		// Who may not write there is asking for somebody who may.
@@ -233,10 +297,17 @@ func (e *env) show(r report) error {
 			}
 			fmt.Fprintf(w, "%s%s\t%s\n", mark, d.Driver, text)
 		}
+		if m.Limit != "" {
+			fmt.Fprintf(w, "  limit: %s\n", m.Limit)
+		}
 	}
 	if r.Containerd != nil {
 		fmt.Fprintf(w, "\ncontainerd %s at %s\n", r.Containerd.Version, r.Containerd.Address)
 		showSupport(w, r.Containerd.Checks)
+	}
+	if r.Daemon != nil {
+		fmt.Fprintf(w, "\ndaxfs-snapshotter\n")
+		showSupport(w, r.Daemon.Checks)
 	}
 	if err := w.Flush(); err != nil {
 		return err

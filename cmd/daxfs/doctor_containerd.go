@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"slices"
@@ -16,6 +15,7 @@ import (
 	snapshots "github.com/containerd/containerd/api/services/snapshots/v1"
 	versions "github.com/containerd/containerd/api/services/version/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/platforms"
 	"github.com/pelletier/go-toml/v2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -33,11 +33,8 @@ type containerdReport struct {
 	Checks  []support `json:"checks"`
 	// Snippet is what to add to containerd's configuration; empty if nothing is missing there.
 	Snippet string `json:"snippet,omitempty"`
-}
 
-// failed tells whether any check failed.
-func (r *containerdReport) failed() bool {
-	return slices.ContainsFunc(r.Checks, func(s support) bool { return !s.OK })
+	process int // that listens; 0 if it cannot be seen
 }
 
 // containerdFiles says where the parties keep their configuration.
@@ -67,6 +64,9 @@ func checkContainerd(ctx context.Context, files containerdFiles) *containerdRepo
 	if !add("containerd answers", err == nil, "%v; is it running, and are you root?", err) {
 		return r
 	}
+	if pid, _, err := socketOwner(files.socket); err == nil {
+		r.process = pid
+	}
 	add("containerd is 2.0 or later", minor >= 0, "found %q, which has no transfer service", r.Version)
 
 	before := len(r.Checks)
@@ -74,17 +74,32 @@ func checkContainerd(ctx context.Context, files containerdFiles) *containerdRepo
 	if !add("plugin list", err == nil, "%v", err) {
 		return r
 	}
-	sn, ok := plugins["io.containerd.snapshotter.v1/"+files.name]
+	sn, ok := plugins[snapshotterPlugin+files.name]
 	if add("snapshotter "+files.name+" registered", ok, "no [proxy_plugins.%s] in containerd's configuration, or containerd was not restarted since", files.name) {
 		r.checkPlugin(sn, add)
 	}
-	r.checkUnpack(ctx, files, plugins, add)
+	r.checkConfig(ctx, files, plugins, add)
 	if slices.ContainsFunc(r.Checks[before:], func(s support) bool { return !s.OK }) {
-		r.Snippet = config.ContainerdSnippet(minor)
+		r.Snippet = snippetFor(minor, files.daemonConfig)
 	}
-	r.checkDaemon(ctx, files, sn, add)
+	if sn != nil {
+		r.checkSocket(files, sn, add)
+	}
 	return r
 }
+
+// snippetFor is what has to be added for the daemon that a file configures.
+func snippetFor(minor int, daemonConfig string) string {
+	text, usual := config.ContainerdSnippet(minor), config.Default()
+	if c, err := loadDaemonConfig(daemonConfig); err == nil {
+		text = strings.ReplaceAll(text, strconv.Quote(usual.Address), strconv.Quote(c.Address))
+		text = strings.ReplaceAll(text, strconv.Quote(usual.Root), strconv.Quote(c.Root))
+	}
+	return text
+}
+
+// snapshotterPlugin begins the names of snapshotters among containerd's plugins.
+const snapshotterPlugin = "io.containerd.snapshotter.v1/"
 
 type adder func(name string, ok bool, format string, args ...any) bool
 
@@ -97,48 +112,81 @@ func (r *containerdReport) checkPlugin(p *introspection.Plugin, add adder) {
 		"without it a container with a user namespace gets a copy of the whole image")
 }
 
-// checkUnpack looks at the pairs of snapshotter and differ, which only the configuration tells.
-func (r *containerdReport) checkUnpack(ctx context.Context, files containerdFiles, plugins map[string]*introspection.Plugin, add adder) {
-	pairs, err := unpackConfig(ctx, files.config)
+// checkConfig looks at what only containerd's configuration tells: pairs of snapshotter and differ, defaults, CRI.
+func (r *containerdReport) checkConfig(ctx context.Context, files containerdFiles, plugins map[string]*introspection.Plugin, add adder) {
+	d, err := dumpConfig(ctx, files.config)
 	if err != nil {
-		add("unpack_config", false, "can not read containerd's configuration: %v", err)
+		add("containerd's configuration", false, "can not be read: %v", err)
 		return
 	}
-	differ, ok := pairs[files.name]
-	add("unpack_config lists "+files.name, ok, "without it every pull ends with \"no unpack platforms defined\"")
-	if ok && differ != "walking" {
-		add("differ "+differ+" registered", plugins["io.containerd.differ.v1/"+differ] != nil, "no [proxy_plugins.%s] in containerd's configuration", differ)
+	// Our differs are those that lead to the snapshotter's own socket, and those that are called as if they did.
+	address := ""
+	if p := plugins[snapshotterPlugin+files.name]; p != nil {
+		address = strings.TrimPrefix(p.Exports["address"], "unix://")
 	}
-	_, ok = pairs["overlayfs"]
-	add("unpack_config lists overlayfs", ok, "a list of one's own replaces the built-in one: pulls for overlayfs end with \"no unpack platforms defined\"")
+	ours := map[string]bool{}
+	for name, p := range d.Proxy {
+		if p.Type == "diff" && (p.Address == address || name == files.name+"-diff") {
+			ours[name] = true
+			add("differ "+name+" socket", p.Address == address,
+				"[proxy_plugins.%s] has the address %q and the snapshotter %q; layers cannot be applied: make them the same",
+				name, p.Address, address)
+		}
+	}
+	found := map[string]bool{}
+	for _, u := range d.unpack() {
+		found[u.Snapshotter] = found[u.Snapshotter] || platformFits(u.Platform)
+		switch {
+		case u.Snapshotter != files.name:
+			add("differ of "+u.Snapshotter, !ours[u.Differ],
+				"unpack_config gives it %q, which knows only snapshots of %s; make it \"walking\"", u.Differ, files.name)
+			continue
+		case !platformFits(u.Platform):
+			add("unpack_config platform", false, "the entry of %s is for %q, which is not this machine's; make it \"linux\"",
+				files.name, u.Platform)
+		}
+		if u.Differ != "walking" {
+			add("differ "+u.Differ+" registered", plugins["io.containerd.differ.v1/"+u.Differ] != nil,
+				"no [proxy_plugins.%s] in containerd's configuration", u.Differ)
+		}
+	}
+	add("unpack_config lists "+files.name, found[files.name], "without it every pull ends with \"no unpack platforms defined\"")
+	add("unpack_config lists overlayfs", found["overlayfs"],
+		"a list of one's own replaces the built-in one: pulls for overlayfs end with \"no unpack platforms defined\"")
+	for _, name := range d.Plugins.Diff.Default {
+		if ours[name] {
+			add("differs of the diff service", false, "default = %q has our %q: it belongs into unpack_config alone; take it out",
+				d.Plugins.Diff.Default, name)
+		}
+	}
+	for where, name := range d.criSnapshotters() {
+		add("CRI "+where, plugins[snapshotterPlugin+name] != nil,
+			"its snapshotter is %q, which is none of containerd's; is %q meant?", name, files.name)
+	}
 }
 
-// checkDaemon looks at the socket that containerd will call, and at the daemon behind it.
-func (r *containerdReport) checkDaemon(ctx context.Context, files containerdFiles, p *introspection.Plugin, add adder) {
-	if p == nil {
-		return
-	}
+// platformFits tells whether an entry of unpack_config is for this machine.
+func platformFits(name string) bool {
+	p, err := platforms.Parse(name)
+	return err == nil && platforms.Only(platforms.DefaultSpec()).Match(p)
+}
+
+// checkSocket compares what containerd was told of the daemon with the daemon's own configuration.
+func (r *containerdReport) checkSocket(files containerdFiles, p *introspection.Plugin, add adder) {
 	address := strings.TrimPrefix(p.Exports["address"], "unix://")
 	st, err := os.Stat(address)
-	if !add("socket "+address, err == nil, "%v; start daxfs-snapshotter, or correct the address", err) {
-		return
+	if add("socket "+address, err == nil, "%v; start daxfs-snapshotter, or correct the address", err) {
+		add("socket is root's alone", st.Mode().Perm()&0o077 == 0, "its mode is %04o, expected 0600: whoever can connect has root's power", st.Mode().Perm())
 	}
-	add("socket is root's alone", st.Mode().Perm()&0o077 == 0, "its mode is %04o, expected 0600: whoever can connect has root's power", st.Mode().Perm())
-	err = askDaemon(ctx, address)
-	if !add("daxfs-snapshotter answers", err == nil, "%v", err) {
-		return
+	c, err := loadDaemonConfig(files.daemonConfig)
+	if err != nil {
+		return // said with the daemon
 	}
-	c, err := config.Load(files.daemonConfig)
-	if errors.Is(err, fs.ErrNotExist) {
-		c, err = config.Default(), nil
-	}
-	if !add("configuration "+files.daemonConfig, err == nil, "%v", err) {
-		return
-	}
-	add("address agrees", c.Address == address, "%s says %q, containerd says %q", files.daemonConfig, c.Address, address)
-	add("root agrees", c.Root == p.Exports["root"], "%s says %q, containerd's export says %q", files.daemonConfig, c.Root, p.Exports["root"])
+	add("address agrees", c.Address == address, "%s says %q, containerd says %q; make them the same", files.daemonConfig, c.Address, address)
+	add("root agrees", c.Root == p.Exports["root"], "%s says %q, containerd's export says %q; make them the same", files.daemonConfig, c.Root, p.Exports["root"])
 	has := slices.Contains(p.Capabilities, "remap-ids")
-	add("remap-ids agrees", has == c.Mount.RemapIDs, "%s has mount.remap_ids = %v, containerd has the capability: %v", files.daemonConfig, c.Mount.RemapIDs, has)
+	add("remap-ids agrees", has == c.Mount.RemapIDs, "%s has mount.remap_ids = %v, containerd has the capability: %v; make them the same",
+		files.daemonConfig, c.Mount.RemapIDs, has)
 }
 
 func dialUnix(path string) (*grpc.ClientConn, error) {
@@ -192,9 +240,55 @@ func askDaemon(ctx context.Context, address string) error {
 	return fmt.Errorf("asked for a snapshot that does not exist, expected NotFound, found: %w", err)
 }
 
-// unpackConfig returns the differ of each snapshotter. containerd itself puts its files together: they may import others,
-// and a version older than its own is translated.
-func unpackConfig(ctx context.Context, file string) (map[string]string, error) {
+// dumped is what doctor needs of containerd's configuration.
+type dumped struct {
+	Imports []string
+	Proxy   map[string]struct{ Type, Address string } `toml:"proxy_plugins"`
+	Plugins struct {
+		Transfer struct {
+			Unpack []unpackEntry `toml:"unpack_config"`
+		} `toml:"io.containerd.transfer.v1.local"`
+		Diff struct {
+			Default []string
+		} `toml:"io.containerd.service.v1.diff-service"`
+		Images struct {
+			Snapshotter string
+		} `toml:"io.containerd.cri.v1.images"`
+		Runtime struct {
+			Containerd struct {
+				Runtimes map[string]struct{ Snapshotter string }
+			}
+		} `toml:"io.containerd.cri.v1.runtime"`
+	}
+}
+
+type unpackEntry struct{ Platform, Snapshotter, Differ string }
+
+// unpack returns the entries of unpack_config, or those that are built in.
+func (d *dumped) unpack() []unpackEntry {
+	if d.Plugins.Transfer.Unpack == nil {
+		return []unpackEntry{{"linux", "overlayfs", "walking"}}
+	}
+	return d.Plugins.Transfer.Unpack
+}
+
+// criSnapshotters returns the snapshotters that CRI names, by where it does.
+func (d *dumped) criSnapshotters() map[string]string {
+	all := map[string]string{}
+	if s := d.Plugins.Images.Snapshotter; s != "" {
+		all["images"] = s
+	}
+	for name, r := range d.Plugins.Runtime.Containerd.Runtimes {
+		if r.Snapshotter != "" {
+			all["runtime "+name] = r.Snapshotter
+		}
+	}
+	return all
+}
+
+// dumpConfig reads containerd's configuration. containerd itself puts its files together: they may import others, and a
+// version older than its own is translated.
+func dumpConfig(ctx context.Context, file string) (*dumped, error) {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "containerd", "--config", file, "config", "dump").Output()
@@ -205,20 +299,6 @@ func unpackConfig(ctx context.Context, file string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	var parsed struct {
-		Plugins map[string]struct {
-			Unpack []struct{ Snapshotter, Differ string } `toml:"unpack_config"`
-		}
-	}
-	if err := toml.Unmarshal(out, &parsed); err != nil {
-		return nil, err
-	}
-	pairs := map[string]string{}
-	if unpack := parsed.Plugins["io.containerd.transfer.v1.local"].Unpack; unpack != nil {
-		for _, u := range unpack {
-			pairs[u.Snapshotter] = u.Differ
-		}
-		return pairs, nil
-	}
-	return map[string]string{"overlayfs": "walking"}, nil // what is built in
+	d := &dumped{}
+	return d, toml.Unmarshal(out, d)
 }

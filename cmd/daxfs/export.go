@@ -3,11 +3,13 @@ package main
 import (
 	"archive/tar"
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
 	"time"
 
+	"github.com/google/renameio/v2"
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
@@ -22,13 +24,15 @@ func exportCommand(e *env) *cli.Command {
 		Usage:     "write the tree of an image as a tar archive",
 		ArgsUsage: "IMAGE",
 		Description: `
-The archive goes to standard output, in PAX format: times in nanoseconds, extended attributes, hard links, devices. Sockets,
-and attributes with a "=" in their name, cannot be in a tar; they are named on standard error. The same image gives the same
-archive.
+The archive goes to standard output, or to the file after -o, which is there when all of it is. It is in PAX format: times in
+nanoseconds, extended attributes, hard links, devices. Sockets, and attributes with a "=" in their name, cannot be in a tar;
+they are named on standard error. The same image gives the same archive.
 
 Examples:
+   daxfs export -o debian.tar debian.daxfs
    daxfs export debian.daxfs | tar -tv
    daxfs export debian.daxfs | docker import - debian:again`,
+		Flags:  []cli.Flag{&cli.StringFlag{Name: "o", Aliases: []string{"output"}, Usage: "write the archive to `FILE`"}},
 		Action: e.export,
 	}
 }
@@ -37,9 +41,24 @@ func (e *env) export(c *cli.Context) error {
 	if err := needArgs(c, "IMAGE"); err != nil {
 		return err
 	}
-	if isTerminal(e.stdout) {
-		return wrongUse(c, "standard output is a terminal, expected a file or a pipe")
+	if file := c.String("o"); file != "" {
+		out, err := renameio.NewPendingFile(file, renameio.WithPermissions(0o644))
+		if err != nil {
+			return err
+		}
+		err = e.exportTo(c, out)
+		if err == nil {
+			err = out.CloseAtomicallyReplace()
+		}
+		return errors.Join(err, out.Cleanup()) // which does nothing to a file that is complete
 	}
+	if isTerminal(e.stdout) {
+		return wrongUse(c, "standard output is a terminal, expected a file, a pipe or -o FILE")
+	}
+	return e.exportTo(c, e.stdout)
+}
+
+func (e *env) exportTo(c *cli.Context, out io.Writer) error {
 	img, err := openImage(c.Args().First())
 	if err != nil {
 		return err
@@ -49,7 +68,7 @@ func (e *env) export(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	w := bufio.NewWriterSize(e.stdout, 256<<10)
+	w := bufio.NewWriterSize(out, 256<<10)
 	x := exporter{
 		ctx: c, w: tar.NewWriter(w), warn: e.stderr, first: map[uint64]string{}, buf: make([]byte, copyBuffer),
 	}

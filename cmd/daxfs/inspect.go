@@ -99,9 +99,13 @@ func inspect(c *cli.Context, img *image) (*inspection, error) {
 	}
 	hash := ""
 	root, err := daxfs.ReadRootHash(img, img.size)
-	if err == nil {
+	switch {
+	case err == nil:
 		hash = root.String()
-	} else if !errors.Is(err, daxfs.ErrNoDigests) {
+	case errors.Is(err, daxfs.ErrNoDigests):
+	case errors.Is(err, daxfs.ErrUnsupported): // the image can be read as one without a table
+		fmt.Fprintf(c.App.ErrWriter, "daxfs: %s: its root hash is not known: %v\n", printable(img.Name()), err)
+	default:
 		return nil, fmt.Errorf("%s: %w", img.Name(), err)
 	}
 	sb := f.Super()

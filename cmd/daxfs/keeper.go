@@ -32,8 +32,13 @@ type keeper interface {
 	Images(ctx context.Context) ([]store.Info, error)
 	Usage(ctx context.Context) (pool.Usage, error)
 	Put(ctx context.Context, src putSource, name string) (store.Info, error)
+	// Pin holds an image that is in the pool, under a name, until Unpin.
+	Pin(ctx context.Context, image, name string) (store.Info, error)
 	Unpin(ctx context.Context, name string) error
 	Sweep(ctx context.Context) error
+	// Readers returns who uses images in other kernels, and Release ends the claims of one that is gone.
+	Readers(ctx context.Context) ([]store.LeaseUser, error)
+	Release(ctx context.Context, reader string, earlier bool) (claims int, err error)
 	// Scrub reads all contents. lost says which images cannot be made again.
 	Scrub(ctx context.Context) (found []pool.Finding, lost string, err error)
 }
@@ -142,12 +147,35 @@ func (k *localKeeper) Images(context.Context) ([]store.Info, error) { return k.s
 func (k *localKeeper) Usage(context.Context) (pool.Usage, error) { return k.store.Pool().Usage(), nil }
 
 func (k *localKeeper) Put(ctx context.Context, src putSource, name string) (store.Info, error) {
-	return k.store.Put(ctx, src.image, name)
+	info, err := k.store.Put(ctx, src.image, name)
+	if err != nil {
+		return info, err
+	}
+	return info, k.store.Publish(ctx, nil)
 }
 
-func (k *localKeeper) Unpin(_ context.Context, name string) error { return k.store.Unpin(name) }
+func (k *localKeeper) Pin(ctx context.Context, image, name string) (store.Info, error) {
+	return k.store.Pin(ctx, image, name)
+}
 
-func (k *localKeeper) Sweep(ctx context.Context) error {
+func (k *localKeeper) Unpin(ctx context.Context, name string) error {
+	if err := k.store.Unpin(name); err != nil {
+		return err
+	}
+	return k.store.Publish(ctx, nil)
+}
+
+func (k *localKeeper) Readers(context.Context) ([]store.LeaseUser, error) {
+	return k.store.LeaseUsers()
+}
+
+func (k *localKeeper) Release(_ context.Context, reader string, earlier bool) (int, error) {
+	return k.store.Release(reader, earlier)
+}
+
+func (k *localKeeper) Sweep(ctx context.Context) error { return k.sweep(store.ByCommand(ctx)) }
+
+func (k *localKeeper) sweep(ctx context.Context) error {
 	if err := k.store.Sweep(ctx, nil, false); err != nil {
 		return err
 	}
@@ -184,7 +212,7 @@ func (k *localKeeper) Unmount(ctx context.Context, dir string) error {
 	if err := k.store.UnmountAt(ctx, dir); err != nil {
 		return err
 	}
-	return k.Sweep(ctx)
+	return k.sweep(ctx)
 }
 
 // Close leaves no directories behind where nothing is mounted.

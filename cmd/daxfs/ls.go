@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,16 +32,45 @@ and --json only if a / stands behind it.
 
 Examples:
    daxfs ls debian.daxfs /etc
-   daxfs ls -lR debian.daxfs
+   daxfs ls -lRh debian.daxfs
    daxfs ls --json -R debian.daxfs | jq -r 'select(.size > 10000000) | .path'`,
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "l", Usage: "show attributes"},
+			&cli.BoolFlag{Name: "human-readable", Usage: "with -l, write sizes as 4KiB; -h beside -l does so, too"},
 			&cli.BoolFlag{Name: "R", Usage: "list directories below, too"},
 			&cli.BoolFlag{Name: "json", Usage: "write a line of JSON for each name"},
 		},
 		UseShortOptionHandling: true,
 		Action:                 e.ls,
 	}
+}
+
+// humanSizes turns the -h of "ls -lh" into --human-readable. Everywhere else -h asks for help, which the library sees
+// before the command does.
+func humanSizes(args []string) []string {
+	short := func(a string) bool { return len(a) > 1 && a[0] == '-' && strings.Trim(a[1:], "lRh") == "" }
+	end := slices.Index(args, "--")
+	if end < 0 {
+		end = len(args)
+	}
+	if end < 2 || args[1] != "ls" {
+		return args
+	}
+	flags := args[2:end]
+	if !slices.ContainsFunc(flags, func(a string) bool { return short(a) && strings.Contains(a, "l") }) ||
+		!slices.ContainsFunc(flags, func(a string) bool { return short(a) && strings.Contains(a, "h") }) {
+		return args
+	}
+	out := []string{args[0], args[1], "--human-readable"}
+	for _, a := range flags {
+		if short(a) {
+			a = strings.ReplaceAll(a, "h", "")
+		}
+		if a != "-" {
+			out = append(out, a)
+		}
+	}
+	return append(out, args[end:]...)
 }
 
 // entry is a line of ls --json. Values of xattrs are base64.
@@ -160,6 +190,9 @@ func (l *lister) show(full, name string, in daxfs.Inode) error {
 		return err
 	}
 	what := fmt.Sprint(in.Size)
+	if l.ctx.Bool("human-readable") {
+		what = human(in.Size)
+	}
 	if m := in.Mode & unix.S_IFMT; m == unix.S_IFCHR || m == unix.S_IFBLK {
 		what = device(in.Rdev)
 	}

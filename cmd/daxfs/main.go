@@ -60,6 +60,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	}
 	out := &output{Writer: stdout}
 	app := newApp(&env{stdin: stdin, stdout: out, stderr: stderr})
+	args = humanSizes(askHelp(args, app.Commands))
 	err := app.RunContext(ctx, reorder(args, app.Flags, app.Commands))
 	if err == nil {
 		err = out.err

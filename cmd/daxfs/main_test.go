@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -44,7 +45,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"status": wantStatus, "json": wantField, "sametar": sameTar, "layout": newLayout, "flip": flipBit, "interrupt": interrupt,
-			"setxattr": setXattr, "hash": rootHashOf, "strip": stripDigests,
+			"setxattr": setXattr, "hash": rootHashOf, "strip": stripDigests, "lie": lieInFooter, "truncate": truncate,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "root" {
@@ -61,7 +62,8 @@ func setup(t *testing.T, dir string) {
 		Tar(Dir("etc").Own(1, 2), Reg("etc/passwd", "root:x:0:0::/:/bin/sh\n").Perm(0o600), Reg("bin", strings.Repeat("x", 3<<20)),
 			Sym("link", "etc/passwd"), Special(tar.TypeChar, "null", 1, 3), Special(tar.TypeFifo, "fifo", 0, 0),
 			Hard("etc/passwd-", "etc/passwd").Perm(0o600), Reg("etc/gone", "gone")),
-		Tar(Reg("etc/.wh.gone", ""), Reg("a\nb", "strange name"), Reg("cap", "c").X("user.note", "hello")),
+		Tar(Dir("etc").Own(1, 2), Reg("etc/.wh.gone", ""), Reg("a\nb", "strange name"),
+			Reg("cap", "c").X("user.note", "hello")),
 	}
 	layers := []ocitest.Layer{{Tar: tars[0], Compression: ocitest.Gzip}, {Tar: tars[1], Compression: ocitest.Zstd}}
 	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
@@ -181,6 +183,34 @@ func stripDigests(ts *testscript.TestScript, neg bool, args []string) {
 	b := []byte(ts.ReadFile(args[0]))
 	clear(b[binary.LittleEndian.Uint64(b[len(b)-footerOff+16:]) : len(b)-8192])
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b, 0o644))
+}
+
+// lieInFooter changes a field of 4 bytes of the footer of a digest table, and seals it: lie FILE NEW OFFSET VALUE
+func lieInFooter(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 4 {
+		ts.Fatalf("usage: lie FILE NEW OFFSET VALUE")
+	}
+	b := []byte(ts.ReadFile(args[0]))
+	off, err := strconv.Atoi(args[2])
+	ts.Check(err)
+	value, err := strconv.ParseUint(args[3], 10, 32)
+	ts.Check(err)
+	foot := b[len(b)-footerOff:][:160]
+	binary.LittleEndian.PutUint32(foot[off:], uint32(value))
+	sum := sha256.Sum256(foot[:128])
+	copy(foot[128:], sum[:])
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b, 0o644))
+}
+
+// truncate copies a file without its last bytes: truncate FILE NEW BYTES
+func truncate(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: truncate FILE NEW BYTES")
+	}
+	b := ts.ReadFile(args[0])
+	n, err := strconv.Atoi(args[2])
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(b[:len(b)-n]), 0o644))
 }
 
 // TestReorder: options may stand before and after arguments.

@@ -81,7 +81,7 @@ func openMemory(arg string, info *region.Info) (_ memoryFile, size int64, err er
 	if err != nil {
 		return nil, 0, err
 	}
-	if rc.Kind == region.KindPhys || rc.Kind == region.KindDevDAX {
+	if t := region.TraitsOf(rc.Kind); t.ByAddress && t.MapOnly {
 		// This memory can only be mapped: read(2) knows nothing of it.
 		rc.ReadOnly = true
 		r, err := region.Open(rc)

@@ -245,6 +245,14 @@ func sharesWithDaemon(t *testing.T, bin string) {
 		cat mnt/file
 		! daxfs pool rm $control $pool one || echo removed while mounted
 		! daxfs pool check $pool || echo checked beside the daemon
+		daxfs pool check $control $pool
+		daxfs status $control
+		daxfs images $control
+		daxfs du $control one
+		cat mnt/file >/dev/null; daxfs top $control
+		daxfs pool pin $control $pool one uno
+		daxfs images $control uno | grep -c pin/uno
+		daxfs pool unpin $control $pool uno
 		stop
 		! daxfs pool rm $pool one || echo removed while mounted
 		echo later >tree/file
@@ -261,7 +269,10 @@ func sharesWithDaemon(t *testing.T, bin string) {
 		daxfs pool gc $pool
 		daxfs pool check $pool
 		! grep -q daxfs /proc/self/mountinfo || echo something is left`)
-	for _, want := range []string{"by the daemon", "in use; unmount it first", "in use by process", "after the restart: 2\n", "at the end: 1\n", "is consistent"} {
+	for _, want := range []string{
+		"by the daemon", "in use; unmount it first", "in use by process", "after the restart: 2\n", "at the end: 1\n", "is consistent", "is pinned as uno",
+		"1, 1 mounted", "mount/", "FILES  DIRECTORY",
+	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}

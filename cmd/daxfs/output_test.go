@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 )
 
 // TestJSONIsDocumented: docs/json.md has every field, in the section of the command that writes it.
@@ -23,7 +25,7 @@ func TestJSONIsDocumented(t *testing.T) {
 		sections[title] = body
 	}
 	pools := sections["`pool ls`, `pool show`"]
-	others := sections["`pool init`, `put`, `rm`, `gc`, `check`"]
+	others := sections["`pool init`, `put`, `rm`, `gc`, `release`, `check`"]
 	for _, c := range []struct {
 		name string
 		v    any
@@ -37,6 +39,14 @@ func TestJSONIsDocumented(t *testing.T) {
 		{"pool init", poolMade{}, others + pools},
 		{"pool rm", poolFreed{}, others + pools},
 		{"pool check", poolChecked{}, others},
+		{"pool move", poolMoved{}, others},
+		{"status", api.Status{}, sections["`status`"] + others + pools + sections["`doctor`"]},
+		{"images", api.Image{}, sections["`images`, `explain`"] + pools},
+		{"explain", api.Container{}, sections["`images`, `explain`"]},
+		{"top", residentImage{}, sections["`top`"]},
+		{"estimate", estimation{}, sections["`estimate`"]},
+		{"du", imageSpace{}, sections["`du`, `diff`"]},
+		{"diff", imageDiff{}, sections["`du`, `diff`"]},
 		{"doctor", report{}, sections["`doctor`"] + others},
 	} {
 		fields := 0
@@ -151,7 +161,8 @@ func TestFullOutput(t *testing.T) {
 	for _, args := range []string{
 		"convert -o image oci:layout:v1", "convert -q --json -o image oci:layout:v1", "inspect image", "inspect --json image", "ls image", "ls -lR image",
 		"cat image /link", "export image", "pool init --size 16m pool", "pool put --name k pool oci:layout:v1", "pool ls pool", "pool show pool",
-		"pool show pool k", "pool check pool", "pool rm pool k", "pool gc pool", "doctor --containerd= .", "completion bash", "convert --help", "--help", "--version",
+		"pool show pool k", "pool check pool", "pool rm pool k", "pool gc pool", "pool put --name k pool oci:layout:v1", "images --pool pool", "du --pool pool k",
+		"diff --pool pool k k", "status --pool pool", "doctor --containerd= .", "completion bash", "convert --help", "--help", "--version",
 	} {
 		var stderr bytes.Buffer
 		status := run(t.Context(), append([]string{"daxfs"}, strings.Fields(args)...), nil, full, &stderr)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -33,9 +34,8 @@ func poolCommand(e *env) *cli.Command {
 POOL is a file on a disk, on tmpfs or on hugetlbfs, a /dev/pmem or /dev/dax device, or a reserved range of physical memory
 as ADDRESS+SIZE. The kind follows from it, unless --kind says so.
 
-A pool has one owner at a time, usually the snapshotter daemon. ls and show read, whoever owns the pool; put, rm and gc ask
-the daemon if it owns the pool, and become the owner if nobody does; so does check --contents. init and check need the pool
-to be free.
+A pool has one owner at a time, usually the snapshotter daemon. ls and show read, whoever owns the pool; the others ask
+the daemon if it owns the pool, and become the owner if nobody does. init needs the pool to be free.
 
 The index says who holds what. Without --index it is POOL.index beside a file, or that of a daemon; a device needs --index.
 
@@ -55,11 +55,20 @@ not overwritten without --force. When the command fails, no file is left that wa
 
 Examples:
    daxfs pool init --size 64g /var/lib/pool
+   daxfs pool init --size 1g --dax yes --readers leases --lease /var/lib/guest1.lease /var/lib/pool
    daxfs pool init --index /var/lib/pmem0.index --windows no /dev/pmem0
    daxfs pool init --index /var/lib/range.index 0x300000000+4294967296`, Flags: with(
 				&cli.StringFlag{Name: "dax", Value: "auto", Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device here; say yes for a file that virtual machines get as virtio-pmem"},
 				&cli.StringFlag{Name: "windows", Value: "auto", Usage: "give every image a window for daxfs.ko: `YES|NO`, or auto: for memory that other kernels may reach by address"},
 				&cli.StringFlag{Name: "size", Usage: "make it `SIZE` large, as 64g; a device may be used whole"},
+				&cli.StringFlag{
+					Name: "readers", Value: store.ReadersNone,
+					Usage: "others read the pool: `MODE` none, keep (all images stay until they are removed) or leases",
+				},
+				&cli.StringSliceFlag{
+					Name:  "lease",
+					Usage: "with --readers leases, a reader says in `REGION` what it uses: a file, a device, a directory, or flock:FILE",
+				},
 				&cli.BoolFlag{Name: "force", Usage: "destroy what the region holds, and an old index"})},
 			{Name: "ls", Usage: "list the images in a pool", ArgsUsage: "POOL", Action: e.poolList, Description: `
 For each image: the beginning of its key, its slot (the name of its directory in the pool, when all of that is mounted), its
@@ -86,19 +95,55 @@ Examples:
    daxfs pool put --name llama /var/lib/pool rootfs:llama`, Flags: with(append(append([]cli.Flag{
 				&cli.StringFlag{Name: "name", Usage: "call it `NAME`", DefaultText: "its reference, else its key"},
 			}, keeperFlags()...), sourceFlags()...)...)},
+			poolDiffCommand(e, with()),
 			{Name: "rm", Usage: "remove images that were put; they must not be mounted", ArgsUsage: "POOL IMAGE...", Action: e.poolRemove, Description: `
 If one of the images is not there or is mounted, none is removed. What containers use, or another name holds, stays. What
 somebody has open stays until he closes it: its space comes back by itself.
 
 Example:
    daxfs pool rm /var/lib/pool web jobs`, Flags: read()},
+			{Name: "pin", Usage: "keep an image that is in the pool", ArgsUsage: "POOL IMAGE [NAME]", Action: e.poolPin, Description: `
+The image stays, whatever containerd does, until unpin or rm. NAME is what it is called then; without one, the name that it has.
+A NAME that another image has moves to this one.
+
+Example:
+   daxfs pool pin /var/lib/pool docker.io/library/debian:12`, Flags: read()},
+			{Name: "unpin", Usage: "no longer keep an image", ArgsUsage: "POOL NAME", Action: e.poolUnpin, Description: `
+Nothing is removed at once: gc, or the daemon when it next looks, frees the image if nothing else holds it.
+
+Example:
+   daxfs pool unpin /var/lib/pool docker.io/library/debian:12`, Flags: read()},
+			{Name: "move", Usage: "move the file of a pool", ArgsUsage: "POOL PATH", Action: e.poolMove, Description: `
+The pool has no owner and is not mounted meanwhile: stop the daemon and its containers first. An index beside the pool goes with it;
+that of a daemon stays where it is and is found. PATH is on a file system of the same kind. What cannot be moved as a whole stays.
+
+Example:
+   daxfs pool move /var/lib/pool /srv/pool`, Flags: with()},
+			{Name: "grow", Usage: "make the file of a pool larger", ArgsUsage: "POOL SIZE", Action: e.poolGrow, Description: `
+SIZE is what the pool has then. The file is sparse: it takes no more of the disk than before. The pool has no owner and is not
+mounted meanwhile: stop the daemon and its containers first. Images, holders and names stay. A pool does not shrink. The number
+of slots stays as well.
+
+` + sizeHelp + `
+
+Example:
+   daxfs pool grow /var/lib/pool 128g`, Flags: with(keeperFlags()...)},
 			{Name: "gc", Usage: "free what nothing holds", ArgsUsage: "POOL", Action: e.poolCollect, Description: `
 Images and layers that nothing holds, and contents that waited until nobody could read them.
 
 Example:
    daxfs pool gc /var/lib/pool`, Flags: read()},
+			{Name: "release", Usage: "say that a reader on another machine is gone", ArgsUsage: "POOL READER", Action: e.poolRelease, Description: `
+READER is the name of the reader, as pool ls shows it, or its lease region. What it had claimed is freed by the next gc, or by
+the daemon. A reader that lives after all may read other bytes than before: only say so when its machine is off.
+
+Examples:
+   daxfs pool release /var/lib/pool guest1
+   daxfs pool release --earlier /var/lib/pool guest1`, Flags: with(append([]cli.Flag{
+				&cli.BoolFlag{Name: "earlier", Usage: "end only what it claimed before it booted the last time"},
+			}, keeperFlags()...)...)},
 			{Name: "check", Usage: "prove that everything in a pool is consistent", ArgsUsage: "POOL", Action: e.poolCheck, Description: `
-Reads all contents and metadata. Writes every finding with its rule (docs/pool.md and docs/format.md explain the rules), and
+Reads all contents and metadata; a daemon that owns the pool does so, and adds and removes no image meanwhile. Writes every finding with its rule (docs/pool.md and docs/format.md explain the rules), and
 ends with status 3 if there are any; 1 means that it could not be read.
 
 With --contents it reads all contents and nothing else, while the pool is in use: a daemon that owns it does so. Contents that
@@ -137,12 +182,13 @@ func (e *env) poolInit(c *cli.Context) error {
 			return err
 		}
 	}
+	readers, err := readersFlags(c)
+	if err != nil {
+		return err
+	}
 	made := !fileExists(rc.Path)
-	rc.Create, rc.Force = true, c.Bool("force")
-	switch rc.Kind {
-	case region.KindPmem, region.KindDevDAX, region.KindPhys:
-		rc.Create = false
-	case region.KindDMABuf:
+	rc.Create, rc.Force = !region.TraitsOf(rc.Kind).ByAddress, c.Bool("force")
+	if rc.Kind == region.KindDMABuf {
 		return wrongUse(c, "a DMA buffer ends with the process that has it open: only the daemon can make such a pool")
 	}
 	if made && rc.Create && rc.Size == 0 {
@@ -173,6 +219,11 @@ func (e *env) poolInit(c *cli.Context) error {
 	}
 	defer r.Close()
 	defer p.Close()
+	if readers.Mode != store.ReadersNone {
+		if err := store.SetReaders(p, readers); err != nil {
+			return errors.Join(err, unmake())
+		}
+	}
 	u := p.Usage()
 	if c.Bool("json") {
 		id := p.ID()
@@ -180,6 +231,29 @@ func (e *env) poolInit(c *cli.Context) error {
 	}
 	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", printable(c.Args().First()), human(u.Size), printable(index))
 	return nil
+}
+
+// readersFlags says who reads a new pool. A daemon that has one says so in its configuration.
+func readersFlags(c *cli.Context) (store.Readers, error) {
+	r := store.Readers{Mode: c.String("readers")}
+	for _, spec := range c.StringSlice("lease") {
+		path, launched := strings.CutPrefix(spec, "flock:")
+		if _, isRange, _ := region.PhysRange(path); !isRange {
+			abs, err := filepath.Abs(path)
+			if err != nil {
+				return r, err
+			}
+			path = abs
+		}
+		if launched {
+			path = "flock:" + path
+		}
+		r.Leases = append(r.Leases, path)
+	}
+	if err := r.Validate(); err != nil {
+		return r, wrongUse(c, "--readers, --lease: %v", err)
+	}
+	return r, nil
 }
 
 var choices = map[string]pool.Choice{"auto": pool.Auto, "yes": pool.Yes, "no": pool.No}
@@ -211,6 +285,15 @@ func (e *env) poolCheck(c *cli.Context) error {
 	rc, err := a.region(false)
 	if err != nil {
 		return err
+	}
+	if cat, cerr := catalogue(rc); cerr == nil {
+		if d := dialControl(c.String("control")); d.owns(c.Context, hex.EncodeToString(cat.PoolID[:])) {
+			findings, err := d.check(c.Context)
+			if err != nil {
+				return err
+			}
+			return e.tellFindings(c, findings, "")
+		}
 	}
 	index, err := a.newIndex(rc)
 	if cat, cerr := catalogue(rc); cerr == nil {

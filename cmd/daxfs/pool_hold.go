@@ -113,7 +113,7 @@ func (e *env) showPut(c *cli.Context, info store.Info, pin string, added int64) 
 	m := cat.Images[i]
 	u := shared.Images[m.Key]
 	if c.Bool("json") {
-		return writeJSON(e.stdout, poolImage{m, uuid(m.UUID), info.Names, info.Holders, &u})
+		return writeJSON(e.stdout, poolImage{m, uuid(m.UUID), info.Names, info.Holders, info.Brought, &u})
 	}
 	_, err = fmt.Fprintf(e.stdout, "%s: %s in %d distinct files, %s of them new\n",
 		printable(pin), human(u.Extents), u.Files, human(added))
@@ -191,6 +191,78 @@ func (e *env) poolCollect(c *cli.Context) error {
 	}
 	return e.withKeeper(c, func(k keeper) error {
 		return e.freeing(c, k, func(context.Context) error { return nil })
+	})
+}
+
+func (e *env) poolPin(c *cli.Context) error {
+	if err := needArgs(c, "POOL", "IMAGE", "[NAME]"); err != nil {
+		return err
+	}
+	return e.withKeeper(c, func(k keeper) error {
+		images, err := k.Images(c.Context)
+		if err != nil {
+			return err
+		}
+		info, err := store.Match(images, c.Args().Get(1))
+		if err != nil {
+			return err
+		}
+		name := c.Args().Get(2)
+		if name == "" && len(info.Names) > 0 {
+			name = info.Names[0]
+		}
+		if name == "" {
+			return wrongUse(c, "image %q has no name of its own: a NAME is needed", c.Args().Get(1))
+		}
+		if info, err = k.Pin(c.Context, info.Key, name); err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			return writeJSON(e.stdout, info)
+		}
+		_, err = fmt.Fprintf(e.stdout, "%s is pinned as %s\n", shortKey(info.Key), printable(name))
+		return err
+	})
+}
+
+func (e *env) poolUnpin(c *cli.Context) error {
+	if err := needArgs(c, "POOL", "NAME"); err != nil {
+		return err
+	}
+	return e.withKeeper(c, func(k keeper) error {
+		name := c.Args().Get(1)
+		if err := k.Unpin(c.Context, name); err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			return writeJSON(e.stdout, struct {
+				Unpinned string `json:"unpinned"`
+			}{name})
+		}
+		_, err := fmt.Fprintf(e.stdout, "%s is no longer pinned\n", printable(name))
+		return err
+	})
+}
+
+// poolReleased is what pool release --json writes.
+type poolReleased struct {
+	Claims int `json:"claims"` // how many ended
+}
+
+func (e *env) poolRelease(c *cli.Context) error {
+	if err := needArgs(c, "POOL", "READER"); err != nil {
+		return err
+	}
+	return e.withKeeper(c, func(k keeper) error {
+		n, err := k.Release(c.Context, c.Args().Get(1), c.Bool("earlier"))
+		if err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			return writeJSON(e.stdout, poolReleased{n})
+		}
+		_, err = fmt.Fprintf(e.stdout, "ended %d claims of %s\n", n, printable(c.Args().Get(1)))
+		return err
 	})
 }
 

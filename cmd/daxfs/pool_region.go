@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -37,15 +36,14 @@ func (a poolArgs) region(readOnly bool) (region.Config, error) {
 // regionAt is the region that a POOL argument stands for, of the kind that follows from it unless one is given.
 func regionAt(kind, arg string) (region.Config, error) {
 	rc := region.Config{Kind: kind, Path: arg}
-	addr, size, ok := strings.Cut(arg, "+")
-	if ok && (kind == "" || kind == region.KindPhys) && !strings.Contains(arg, "/") {
-		phys, err1 := strconv.ParseUint(addr, 0, 64)
-		n, err2 := strconv.ParseInt(size, 0, 64)
-		if err := errors.Join(err1, err2); err != nil {
-			return rc, &usageError{"pool", fmt.Sprintf("physical range %q, expected ADDRESS+SIZE: %v", arg, err)}
+	if kind == "" || kind == region.KindPhys {
+		if phys, ok, err := region.PhysRange(arg); err != nil {
+			return rc, &usageError{"pool", err.Error()}
+		} else if ok {
+			// Whoever opens a pool does not take the range: init did, and had to be forced where the kernel does not reserve it.
+			phys.Force = true
+			return phys, nil
 		}
-		// Whoever opens a pool does not take the range: init did, and had to be forced where the kernel does not reserve it.
-		return region.Config{Kind: region.KindPhys, Phys: phys, Size: n, Force: true}, nil
 	}
 	if kind != "" {
 		if !slices.Contains(region.Kinds(), kind) {
@@ -72,33 +70,65 @@ func (a poolArgs) newIndex(rc region.Config) (string, error) {
 	switch {
 	case a.Index != "":
 		return a.Index, nil
-	case rc.Kind == region.KindFile || rc.Kind == region.KindTmpfs:
+	case region.TraitsOf(rc.Kind).Regular:
 		return rc.Path + ".index", nil
 	}
 	return "", &usageError{"pool", fmt.Sprintf("a pool of kind %q needs --index", rc.Kind)}
 }
 
+// needIndex is findIndex for a command that becomes the owner of the pool. The error names who owns it, if it is that.
+func (a poolArgs) needIndex(rc region.Config, cat *pool.Catalogue) (string, error) {
+	index := a.findIndex(rc, cat)
+	if index != "" {
+		return index, nil
+	}
+	if pid := ownerOf(rc); pid != 0 {
+		return "", fmt.Errorf("%s: %w; stop it first", a.Pool, &region.BusyError{Path: rc.Path, PID: pid})
+	}
+	return "", fmt.Errorf("%s: %w", a.Pool, errNoIndex)
+}
+
+// ownUnused becomes the owner of a pool for a moment, and fails if something uses the pool. The lock on r stays.
+func (e *env) ownUnused(r region.Region, index string) error {
+	p, err := pool.Open(r, index, e.poolOptions())
+	if err != nil {
+		return err
+	}
+	if err := region.InUse(r); err != nil {
+		return errors.Join(fmt.Errorf("%w; unmount it first", err), p.Close())
+	}
+	return p.Close()
+}
+
 // findIndex is the index of a pool that there is: the one that was named, that beside the pool, or that of a daemon.
 // It is empty if there is none: another machine has it, or another directory.
 func (a poolArgs) findIndex(rc region.Config, cat *pool.Catalogue) string {
-	if a.Index != "" {
-		return a.Index
+	sure, candidates := a.indexes(rc)
+	if sure != "" {
+		return sure
 	}
-	var candidates []string
-	if rc.Path != "" {
-		if beside := rc.Path + ".index"; fileExists(beside) {
-			return beside
-		}
-		candidates, _ = filepath.Glob(filepath.Join(filepath.Dir(rc.Path), "*.db"))
-	}
-	daemons, _ := filepath.Glob(filepath.Join(defaultRoot, "pool", "*.db"))
-	for _, path := range append(candidates, daemons...) {
+	for _, path := range candidates {
 		peeked, err := pool.ReadIndex(path, cat.Size)
 		if err == nil && peeked.ID == cat.PoolID {
 			return path
 		}
 	}
 	return ""
+}
+
+// indexes are where the index of a pool may be: in one place that is named or beside the pool, or in several.
+func (a poolArgs) indexes(rc region.Config) (sure string, candidates []string) {
+	if a.Index != "" {
+		return a.Index, nil
+	}
+	if rc.Path != "" {
+		if beside := rc.Path + ".index"; fileExists(beside) {
+			return beside, nil
+		}
+		candidates, _ = filepath.Glob(filepath.Join(filepath.Dir(rc.Path), "*.db"))
+	}
+	daemons, _ := filepath.Glob(filepath.Join(defaultRoot, "pool", "*.db"))
+	return "", append(candidates, daemons...)
 }
 
 // storeRoot is the directory of the state of a pool's store. An index that lies where a daemon puts it belongs to that

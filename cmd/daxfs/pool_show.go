@@ -20,9 +20,11 @@ import (
 // poolImage is an image in pool ls --json and pool show --json, and what pool put --json writes.
 type poolImage struct {
 	pool.Image
-	UUID    string           `json:"uuid"`
-	Names   []string         `json:"names,omitempty"`
-	Holders []string         `json:"holders,omitempty"`
+	UUID    string   `json:"uuid"`
+	Names   []string `json:"names,omitempty"`
+	Holders []string `json:"holders,omitempty"`
+	// Brought is how many bytes the pool holds because of the image that it did not hold before; 0 if it is not known.
+	Brought int64            `json:"brought,omitempty"`
 	Usage   *pool.ImageUsage `json:"usage,omitempty"`
 }
 
@@ -41,6 +43,8 @@ type poolState struct {
 	Saved      int64       `json:"saved"`
 	Index      *poolHolds  `json:"index,omitempty"` // what the pool itself does not say
 	Images     []poolImage `json:"images"`
+	// Readers are the readers with lease regions.
+	Readers []store.LeaseUser `json:"readers,omitempty"`
 }
 
 // poolHolds is what the index of a pool says, in bytes.
@@ -56,8 +60,7 @@ type poolHolds struct {
 // state reads what the pool itself says. It takes no lock and writes nothing: any process and any machine may do
 // that, at any time. What is in the index is told by the daemon that has it open, or read from the file while nobody
 // has.
-func (e *env) state(c *cli.Context) (*poolState, error) {
-	a := poolArgsOf(c)
+func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 	rc, err := a.region(true)
 	if err != nil {
 		return nil, err
@@ -92,7 +95,11 @@ func (e *env) state(c *cli.Context) (*poolState, error) {
 		s.Unshared, s.Contents, s.Saved = shared.Unshared, shared.ImageExtents, shared.Unshared-shared.ImageExtents
 	}
 	if err := e.addIndex(c, s, a, rc, cat); err != nil {
-		fmt.Fprintf(e.stderr, "daxfs: names, layers and free space are not known: %s\n", message(err))
+		what := "names, layers and free space are not known"
+		if s.Index != nil {
+			what = "not all readers are known"
+		}
+		fmt.Fprintf(e.stderr, "daxfs: %s: %s\n", what, message(err))
 	}
 	return s, nil
 }
@@ -108,11 +115,12 @@ func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, rc region.Confi
 		if err != nil {
 			return err
 		}
-		s.Index = &poolHolds{u.Layers, u.Extents, u.ExtentCount, u.Tree + u.Segments, u.Dead, u.Free + u.MetaFree}
+		s.Index = &poolHolds{u.Layers, u.Extents, u.ExtentCount, u.Tree + u.Segments + u.Documents, u.Dead, u.Free + u.MetaFree}
 		for _, info := range list {
-			s.name(info.Key, info.Names, info.Holders)
+			s.name(info)
 		}
-		return nil
+		s.Readers, err = d.Readers(c.Context)
+		return err
 	}
 	index := a.findIndex(rc, cat)
 	if index == "" {
@@ -135,15 +143,18 @@ func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, rc region.Confi
 		if err := json.Unmarshal(raw, &info); err != nil {
 			return fmt.Errorf("record of image %q: %w", key, err)
 		}
-		s.name(key, info.Names, info.Holders)
+		info.Key = key
+		s.name(info)
 	}
-	return nil
+	s.Readers, err = store.PeekReaders(peeked)
+	return err
 }
 
-func (s *poolState) name(key string, names, holders []string) {
+// name adds what the index says of an image.
+func (s *poolState) name(info store.Info) {
 	for i := range s.Images {
-		if s.Images[i].Key == key {
-			s.Images[i].Names, s.Images[i].Holders = names, holders
+		if s.Images[i].Key == info.Key {
+			s.Images[i].Names, s.Images[i].Holders, s.Images[i].Brought = info.Names, info.Holders, info.Brought
 		}
 	}
 }
@@ -197,7 +208,7 @@ func (e *env) poolList(c *cli.Context) error {
 	if err := needArgs(c, "POOL"); err != nil {
 		return err
 	}
-	s, err := e.state(c)
+	s, err := e.state(c, poolArgsOf(c))
 	if err != nil {
 		return err
 	}
@@ -214,6 +225,40 @@ func (e *env) poolList(c *cli.Context) error {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", shortKey(m.Key), m.Name(), contents, shared,
 			m.Created.Local().Format(time.DateTime), m.label())
 	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	return s.showReaders(e.stdout)
+}
+
+// showReaders lists who uses which images in other kernels, those included that were removed and wait for it.
+func (s *poolState) showReaders(out io.Writer) error {
+	if len(s.Readers) == 0 {
+		return nil
+	}
+	listed := map[string]bool{}
+	for _, m := range s.Images {
+		listed[m.Key] = true
+	}
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "\nREADER\tREGION\tIMAGE\tSTATE")
+	line := func(u store.LeaseUser, key, state string) {
+		if !listed[key] {
+			state = strings.TrimPrefix(state+", removed", ", ")
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", printable(u.Reader), printable(u.Region), shortKey(key), state)
+	}
+	for _, u := range s.Readers {
+		for _, key := range u.Images {
+			line(u, key, "")
+		}
+		for _, key := range u.Earlier {
+			line(u, key, "before its last boot")
+		}
+		if u.Torn > 0 {
+			fmt.Fprintf(w, "%s\t%s\tall\t%d entries cannot be read\n", printable(u.Reader), printable(u.Region), u.Torn)
+		}
+	}
 	return w.Flush()
 }
 
@@ -221,7 +266,7 @@ func (e *env) poolShow(c *cli.Context) error {
 	if err := needArgs(c, "POOL", "[IMAGE]"); err != nil {
 		return err
 	}
-	s, err := e.state(c)
+	s, err := e.state(c, poolArgsOf(c))
 	if err != nil {
 		return err
 	}

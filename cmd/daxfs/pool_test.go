@@ -2,13 +2,17 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
@@ -328,5 +332,65 @@ func TestPoolKeepsWhatItHas(t *testing.T) {
 	names, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(names) != 2 {
 		t.Errorf("files beside the pool and its index: %q, %v", names, err)
+	}
+}
+
+// TestPoolMove: a pool that was moved, within a file system or to another one, is the same; one that cannot be moved stays.
+func TestPoolMove(t *testing.T) {
+	dir, shm := t.TempDir(), "/dev/shm"
+	p := filepath.Join(dir, "pool")
+	mustPool(t, "init", "--size", "64m", p)
+	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"f": strings.Repeat("contents ", 5000)}))
+	before := showPool(t, p)
+	there := filepath.Join(dir, "there")
+	for _, c := range []struct{ args, want string }{
+		{p + " " + p, "exists"},
+		{p + " " + filepath.Join(dir, "no/where"), "no such file"},
+		{p + " " + filepath.Join(shm, "pool-that-moved"), `kind "tmpfs"`},
+		{filepath.Join(dir, "none") + " " + there, "no such file"},
+	} {
+		if status, _, errs := runPool(t, append([]string{"move"}, strings.Fields(c.args)...)...); status != statusFailed || !strings.Contains(errs, c.want) {
+			t.Errorf("move %s: status %d, %s; expected %q", c.args, status, errs, c.want)
+		}
+	}
+	r, err := region.Open(region.Config{Kind: region.KindFile, Path: p})
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner, err := pool.Open(r, p+".index", pool.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status, _, errs := runPool(t, "move", p, there); status != statusFailed || !strings.Contains(errs, "in use") {
+		t.Errorf("move of a pool with an owner: status %d, %s", status, errs)
+	}
+	if err := errors.Join(owner.Close(), r.Close()); err != nil {
+		t.Fatal(err)
+	}
+	mustPool(t, "move", p, there)
+	// To another file system, as that does which the kernel cannot rename to.
+	m := move{from: there, to: filepath.Join(dir, "copy"), index: there + ".index"}
+	if err := m.copy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, old := range []string{p, p + ".index", there, there + ".index"} {
+		if fileExists(old) {
+			t.Errorf("%q is still there", old)
+		}
+	}
+	var is unix.Stat_t
+	if err := unix.Stat(m.to, &is); err != nil || is.Blocks*512 > is.Size/2 {
+		t.Errorf("the copy takes %d bytes of %d, %v", is.Blocks*512, is.Size, err)
+	}
+	mustPool(t, "check", m.to)
+	after := showPool(t, m.to)
+	if after.ID != before.ID || len(after.Images) != 1 || after.Images[0].Key != before.Images[0].Key || after.Index == nil {
+		t.Errorf("after: %+v; before: %+v", after, before)
+	}
+	// A copy that is cut off leaves all where it was.
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if err := (move{from: m.to, to: p, index: m.to + ".index"}).copy(ctx); err == nil || fileExists(p) || fileExists(p+".index") || !fileExists(m.to) {
+		t.Errorf("a copy that was interrupted: %v", err)
 	}
 }

@@ -15,16 +15,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// progress shows a conversion: a bar for each layer on a terminal, a line for each elsewhere, or nothing.
+// progress shows a conversion: on a terminal a bar for each layer that is read and one for each that is sent, elsewhere a
+// line for each layer that is done, or nothing.
 type progress struct {
 	w      io.Writer
 	quiet  bool
 	layers []source.Layer
 	done   atomic.Int32
 
-	mu   sync.Mutex // guards the lines; bars have their own lock
+	mu   sync.Mutex // guards the lines and sent; bars have their own lock
 	bars *mpb.Progress
 	bar  []*mpb.Bar
+	sent map[int]*mpb.Bar // by layer
 }
 
 func newProgress(w io.Writer, quiet bool) *progress {
@@ -56,14 +58,53 @@ func (p *progress) Start(layers []source.Layer) {
 	if p.bars == nil {
 		return
 	}
-	for _, l := range layers {
-		p.bar = append(p.bar, p.bars.AddBar(l.Desc.Size,
-			mpb.PrependDecorators(decor.Name(short(l), decor.WCSyncSpaceR)),
-			mpb.AppendDecorators(
-				decor.CountersKibiByte("% .1f / % .1f", decor.WCSyncSpace),
-				decor.OnComplete(decor.EwmaETA(decor.ET_STYLE_GO, 30, decor.WCSyncSpace), "done"),
-			)))
+	for i, l := range layers {
+		p.bar = append(p.bar, p.add(short(l), l.Desc.Size, 2*i))
 	}
+}
+
+// add adds a bar. Those of a lower priority stand above it.
+func (p *progress) add(name string, total int64, priority int) *mpb.Bar {
+	return p.bars.AddBar(total, mpb.BarPriority(priority),
+		mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR)),
+		mpb.AppendDecorators(
+			decor.CountersKibiByte("% .1f / % .1f", decor.WCSyncSpace),
+			decor.OnComplete(decor.AverageETA(decor.ET_STYLE_GO, decor.WCSyncSpace), "done"),
+		))
+}
+
+// Send implements recompress.Progress.
+func (p *progress) Send(layer int, size int64) {
+	if p.bars == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	bar := p.sent[layer]
+	if bar == nil {
+		// It has no total yet, so it does not end when all is sent: the registry may want to have it again.
+		bar = p.add(short(p.layers[layer])+" push", 0, 2*layer+1)
+		if p.sent == nil {
+			p.sent = map[int]*mpb.Bar{}
+		}
+		p.sent[layer] = bar
+	}
+	bar.SetCurrent(0)
+	bar.SetTotal(size, false)
+}
+
+// Sent implements recompress.Progress.
+func (p *progress) Sent(layer, n int) {
+	if bar := p.push(layer); bar != nil {
+		bar.IncrBy(n)
+	}
+}
+
+// push is the bar of a layer that is sent, or nil.
+func (p *progress) push(layer int) *mpb.Bar {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sent[layer]
 }
 
 func (p *progress) Read(layer, n int) {
@@ -79,6 +120,9 @@ func (p *progress) Done(layer int) {
 	}
 	if p.bars != nil {
 		p.bar[layer].SetTotal(-1, true)
+		if bar := p.push(layer); bar != nil {
+			bar.SetTotal(-1, true)
+		}
 		return
 	}
 	p.mu.Lock()
@@ -107,8 +151,11 @@ func (p *progress) end(ok bool) {
 		return
 	}
 	if !ok {
-		for _, b := range p.bar {
+		for i, b := range p.bar {
 			b.Abort(false)
+			if sent := p.push(i); sent != nil {
+				sent.Abort(false)
+			}
 		}
 	}
 	p.bars.Wait()

@@ -5,14 +5,18 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
 
+	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -180,4 +184,55 @@ func TestHostsDir(t *testing.T) {
 			t.Errorf("%q: status %d: %s", args, got, &errs)
 		}
 	}
+}
+
+// TestPushOnTerminal: a bar for each layer that is sent, which begins anew when the registry wants to have the layer again.
+func TestPushOnTerminal(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	setup(t, dir)
+	var lost atomic.Int64
+	next := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/blobs/uploads/") && lost.Add(1) == 1 {
+			_, _ = io.Copy(io.Discard, r.Body)
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		next.ServeHTTP(w, r)
+	}))
+	defer srv.Close()
+	to := "docker://" + strings.TrimPrefix(srv.URL, "http://") + "/some/image:v1"
+	tty, text := terminal(t)
+	got := run(context.Background(), []string{"daxfs", "convert", "--to", to, "oci:layout:v1"}, nil, io.Discard, tty)
+	seen := text()
+	if got != statusOK {
+		t.Fatalf("status %d: %s", got, seen)
+	}
+	bars := regexp.MustCompile(`(sha256:[0-9a-f]{12}) push +\[[^\]]*\] +([0-9.]+) \w+ / ([0-9.]+) \w+`).FindAllStringSubmatch(seen, -1)
+	last := map[string][]string{}
+	for _, m := range bars {
+		sent, total := number(t, m[2]), number(t, m[3])
+		if sent > total {
+			t.Errorf("%s: more was sent than there is", m[0])
+		}
+		last[m[1]] = m
+	}
+	if len(last) != 2 {
+		t.Errorf("bars for %d layers that are sent, expected 2: %q", len(last), seen)
+	}
+	for layer, m := range last {
+		if m[2] != m[3] {
+			t.Errorf("layer %s ends with %q", layer, m[0])
+		}
+	}
+}
+
+func number(t *testing.T, text string) float64 {
+	t.Helper()
+	v, err := strconv.ParseFloat(text, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"mime"
 	"strings"
 )
 
@@ -49,6 +50,9 @@ func packingOf(mediaType string) (packing, error) {
 	if mediaType == "" {
 		return sniffed, nil
 	}
+	if t, _, err := mime.ParseMediaType(mediaType); err == nil {
+		mediaType = t // in small letters, without parameters
+	}
 	if strings.HasSuffix(mediaType, "+encrypted") {
 		return 0, fmt.Errorf("%w (media type %q): decrypt the image first, for instance with skopeo copy --decryption-key",
 			ErrEncrypted, mediaType)
@@ -82,6 +86,10 @@ var magics = []struct{ name, magic string }{
 	{"compress", "\x1f\x9d"},
 	{"zip", "PK\x03\x04"},
 	{"7z", "7z\xbc\xaf\x27\x1c"},
+	{"zlib", "\x78\x01"},
+	{"zlib", "\x78\x5e"},
+	{"zlib", "\x78\x9c"},
+	{"zlib", "\x78\xda"},
 	{"Snappy", "\xff\x06\x00\x00sNaPpY"},
 }
 

@@ -186,6 +186,9 @@ func TestMediaTypes(t *testing.T) {
 		{"application/vnd.docker.image.rootfs.diff.tar", gz, nil},
 		{"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", gz, nil},
 		{"", gz, nil},
+		{"Application/Vnd.OCI.Image.Layer.v1.Tar+Gzip", gz, nil},
+		{"application/vnd.docker.image.rootfs.diff.tar.gzip; charset=binary", gz, nil},
+		{"application/vnd.oci.image.layer.v1.tar; x=y", tar, nil},
 		{"application/vnd.oci.image.layer.v1.tar+gzip+encrypted", gz, ErrEncrypted},
 		{"application/vnd.oci.image.layer.v1.tar+lzma", gz, ErrMediaType},
 		{"application/vnd.oci.image.layer.v1.tarball", gz, ErrMediaType},
@@ -213,6 +216,7 @@ func TestOtherCompression(t *testing.T) {
 	}{
 		{"", []byte("BZh91AY&SY..."), "looks like bzip2"},
 		{plainType + "+gzip", []byte("\xfd7zXZ\x00..."), "looks like xz"},
+		{plainType + "+gzip", []byte("\x78\x9c..."), "looks like zlib"},
 		{plainType, pack(t, text(100), gzipped), "looks like gzip"},
 		{plainType, pack(t, text(100), zstandard), "looks like zstd"},
 		{plainType, text(100), "no tar"},

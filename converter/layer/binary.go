@@ -1,11 +1,13 @@
 package layer
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"math"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +32,6 @@ const (
 	binaryMagic   = "DXLY"
 	binaryVersion = 2
 
-	opMask  = 0x07
 	hasNode = 0x08
 
 	minHeader = len(binaryMagic) + 2 + 5
@@ -41,36 +42,61 @@ const (
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // MarshalBinary returns the layer as bytes, some 50 for an entry. Equal layers give equal bytes.
-func (l *Layer) MarshalBinary() ([]byte, error) {
-	b := make([]byte, 0, 256+64*len(l.Changes))
+func (l *Layer) MarshalBinary() ([]byte, error) { return l.AppendBinary(nil) }
+
+// AppendBinary appends what MarshalBinary returns to b.
+func (l *Layer) AppendBinary(b []byte) ([]byte, error) { return l.appendBinary(b, false) }
+
+// DrainBinary is AppendBinary, but forgets changes as Drain does, unless it fails.
+func (l *Layer) DrainBinary(b []byte) ([]byte, error) {
+	b, err := l.appendBinary(b, true)
+	if err == nil {
+		l.changes = changes{}
+	}
+	return b, err
+}
+
+func (l *Layer) appendBinary(b []byte, forget bool) ([]byte, error) {
+	if l.paths > maxMeta {
+		return nil, limitError("bytes of paths", maxMeta)
+	}
+	size := 64
+	for _, p := range l.parts {
+		size += len(p)
+	}
+	b = slices.Grow(b, size)
+	start := len(b)
 	b = append(b, binaryMagic...)
 	b = append(b, binaryVersion, byte(l.Source))
-	for _, v := range []int64{l.Stats.Entries, l.Stats.Files, l.Stats.Bytes, l.Stats.IgnoredXattrs, int64(len(l.Changes))} {
+	for _, v := range []int64{l.Stats.Entries, l.Stats.Files, l.Stats.Bytes, l.Stats.IgnoredXattrs, int64(l.count)} {
 		b = binary.AppendUvarint(b, uint64(v))
 	}
-	last, total := "", 0
-	for i := range l.Changes {
-		c := &l.Changes[i]
-		if total += len(c.Path); total > maxMeta {
-			return nil, limitError("bytes of paths", maxMeta)
-		}
-		op := byte(c.Op)
-		if c.Node != nil {
-			op |= hasNode
-		}
-		b = append(b, op)
-		shared := sharedPrefix(last, c.Path)
-		b = binary.AppendUvarint(b, uint64(shared))
-		b = appendString(b, c.Path[shared:])
-		last = c.Path
-		if c.Op == OpLink {
-			b = appendString(b, c.LinkTo)
-		}
-		if c.Node != nil {
-			b = appendNode(b, c.Node)
+	for i, p := range l.parts {
+		b = append(b, p...)
+		if forget {
+			l.parts[i] = nil
 		}
 	}
-	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli)), nil
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b[start:], castagnoli)), nil
+}
+
+// appendChange appends a change behind one with the path last.
+func appendChange(b []byte, last string, c *Change) []byte {
+	op := byte(c.Op)
+	if c.Node != nil {
+		op |= hasNode
+	}
+	b = append(b, op)
+	shared := sharedPrefix(last, c.Path)
+	b = binary.AppendUvarint(b, uint64(shared))
+	b = appendString(b, c.Path[shared:])
+	if c.Op == OpLink {
+		b = appendString(b, c.LinkTo)
+	}
+	if c.Node != nil {
+		b = appendNode(b, c.Node)
+	}
+	return b
 }
 
 func appendNode(b []byte, n *daxfs.Node) []byte {
@@ -114,7 +140,7 @@ func sharedPrefix(a, b string) int {
 }
 
 // UnmarshalBinary sets the layer to what MarshalBinary was given. It takes bytes from anywhere: damaged ones are
-// ErrInvalid, those of another version ErrUnsupported. It keeps no reference to data.
+// ErrInvalid, those of another version ErrUnsupported. The layer keeps no reference to data.
 func (l *Layer) UnmarshalBinary(data []byte) error {
 	if len(data) < minHeader+sumSize || string(data[:len(binaryMagic)]) != binaryMagic {
 		return fmt.Errorf("stored layer of %d bytes: %w", len(data), invalidf("does not start with %q", binaryMagic))
@@ -127,7 +153,7 @@ func (l *Layer) UnmarshalBinary(data []byte) error {
 	if got := crc32.Checksum(body, castagnoli); got != sum {
 		return fmt.Errorf("stored layer: %w", invalidf("checksum is %#x, expected %#x", got, sum))
 	}
-	d := decoder{rest: body[len(binaryMagic)+1:], lim: Limits{}.withDefaults()}
+	d := decoder{rest: body[len(binaryMagic)+1 : len(body) : len(body)], lim: Limits{}.withDefaults()}
 	made, err := d.layer()
 	if err != nil {
 		return fmt.Errorf("stored layer at byte %d: %w", len(body)-len(d.rest), err)
@@ -141,6 +167,7 @@ type decoder struct {
 	rest []byte
 	err  error
 	lim  Limits
+	own  bool // rest was checked before, or is of a layer that is made
 }
 
 var errShort = errors.New("ends early")
@@ -168,7 +195,7 @@ func (d *decoder) uint(limit uint64) uint64 {
 	v, n := binary.Uvarint(d.rest)
 	if n <= 0 {
 		d.fail(errShort)
-	} else if v > limit {
+	} else if v > limit && !d.own {
 		d.fail(fmt.Errorf("number %d, expected at most %d", v, limit))
 	}
 	if d.err != nil {
@@ -193,8 +220,7 @@ func (d *decoder) int() int64 {
 func (d *decoder) string(limit uint64) string { return string(d.bytes(d.uint(limit))) }
 
 func (d *decoder) layer() (*Layer, error) {
-	b := builder{layer: &Layer{}}
-	l := b.layer
+	l := &Layer{}
 	if src := d.bytes(1); len(src) == 1 {
 		l.Source = Source(src[0])
 	}
@@ -204,35 +230,48 @@ func (d *decoder) layer() (*Layer, error) {
 	for _, p := range []*int64{&l.Stats.Entries, &l.Stats.Files, &l.Stats.Bytes, &l.Stats.IgnoredXattrs} {
 		*p = int64(d.uint(math.MaxInt64))
 	}
-	// Before memory is spent on the number of changes: each takes some bytes of what is left.
+	// Each change takes some bytes of what is left.
 	count := d.uint(uint64(len(d.rest)) / minChange)
-	l.Changes = make([]Change, 0, count)
-	last, total := "", 0
+	part := d.rest // from the first change that is in no part yet
+	var node daxfs.Node
 	for range count {
-		c := d.change(last, &b)
-		last = c.Path
+		node = daxfs.Node{}
+		c := d.change(l.last, &node)
+		if d.err == nil {
+			d.check(&c)
+		}
 		// Paths are stored without what they share with the one before, and could unfold to much more than data.
-		if total += len(c.Path); total > maxMeta {
+		if l.paths+int64(len(c.Path)) > maxMeta {
 			d.fail(fmt.Errorf("more than %d bytes of paths", maxMeta))
 		}
 		if d.err != nil {
 			return nil, d.err
 		}
-		l.Changes = append(l.Changes, c)
+		l.note(&c)
+		if n := len(part) - len(d.rest); n >= partSize {
+			l.parts, part = append(l.parts, bytes.Clone(part[:n])), d.rest
+		}
 	}
 	if len(d.rest) > 0 {
 		d.fail(fmt.Errorf("%d bytes behind the last change", len(d.rest)))
 	}
+	if len(part) > 0 {
+		l.parts = append(l.parts, bytes.Clone(part))
+	}
 	return l, d.err
 }
 
-func (d *decoder) change(last string, b *builder) (c Change) {
+// change takes a change whose node, if it has one, becomes node.
+func (d *decoder) change(last string, node *daxfs.Node) (c Change) {
 	op := d.bytes(1)
 	if d.err != nil {
 		return c
 	}
-	c.Op = Op(op[0] & opMask)
+	c.Op = Op(op[0] &^ hasNode)
 	shared := d.uint(uint64(len(last)))
+	if d.err != nil {
+		return c
+	}
 	c.Path = last[:shared] // costs no memory if nothing follows
 	if rest := d.string(maxPath); rest != "" {
 		c.Path += rest
@@ -241,24 +280,21 @@ func (d *decoder) change(last string, b *builder) (c Change) {
 		c.LinkTo = d.string(maxPath)
 	}
 	if op[0]&hasNode != 0 {
-		c.Node = b.node()
+		c.Node = node
 		d.node(c.Node)
-	}
-	if d.err == nil {
-		d.check(op[0], &c)
 	}
 	return c
 }
 
 // check refuses what no layer holds.
-func (d *decoder) check(op byte, c *Change) {
+func (d *decoder) check(c *Change) {
 	kind := uint32(0)
 	if c.Node != nil {
 		kind = c.Node.Mode & unix.S_IFMT
 	}
 	switch {
-	case op&^(opMask|hasNode) != 0 || c.Op < OpAdd || c.Op > OpOpaque:
-		d.fail(fmt.Errorf("operation %#x", op))
+	case c.Op < OpAdd || c.Op > OpOpaque:
+		d.fail(fmt.Errorf("operation %#x", c.Op))
 	case (c.Op == OpAdd) != (kind != 0), c.Node != nil && c.Op != OpAdd && c.Op != OpLink:
 		d.fail(fmt.Errorf("%v %q with attributes of type %#o", c.Op, c.Path, kind))
 	case c.Path == "":
@@ -287,7 +323,7 @@ func (d *decoder) node(n *daxfs.Node) {
 		if d.err != nil {
 			return
 		}
-		if x.Name <= lastName || strings.IndexByte(x.Name, 0) >= 0 {
+		if !d.own && (x.Name <= lastName || strings.IndexByte(x.Name, 0) >= 0) {
 			d.fail(fmt.Errorf("xattr %q behind %q", x.Name, lastName))
 			return
 		}
@@ -297,7 +333,8 @@ func (d *decoder) node(n *daxfs.Node) {
 	switch n.Mode & unix.S_IFMT {
 	case 0, unix.S_IFDIR, unix.S_IFIFO, unix.S_IFSOCK:
 	case unix.S_IFLNK:
-		if n.Target = d.string(maxTarget); n.Target == "" || strings.IndexByte(n.Target, 0) >= 0 {
+		n.Target = d.string(maxTarget)
+		if !d.own && (n.Target == "" || strings.IndexByte(n.Target, 0) >= 0) {
 			d.fail(fmt.Errorf("symbolic link to %q", n.Target))
 		}
 	case unix.S_IFCHR, unix.S_IFBLK:
@@ -309,6 +346,8 @@ func (d *decoder) node(n *daxfs.Node) {
 			copy(n.Data.Sum[:], d.bytes(uint64(len(n.Data.Sum))))
 		}
 	default:
-		d.fail(fmt.Errorf("mode %#o", n.Mode))
+		if !d.own {
+			d.fail(fmt.Errorf("mode %#o", n.Mode))
+		}
 	}
 }

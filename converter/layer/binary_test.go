@@ -13,7 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
@@ -42,7 +45,7 @@ func TestBinary(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !equal(l, &back) {
-			t.Errorf("layer of %d changes is not what it was:\n%v", len(l.Changes), back.Changes)
+			t.Errorf("layer of %d changes is not what it was:\n%v", l.Len(), treetest.Changes(&back))
 		}
 		for i := 0; i < len(b); i += 1 + i/100 {
 			if err := back.UnmarshalBinary(b[:i]); !errors.Is(err, layer.ErrInvalid) {
@@ -57,10 +60,51 @@ func TestBinary(t *testing.T) {
 	}
 }
 
-// equal compares layers; no changes and a nil list of them are the same.
+// A layer of many changes is what it was, and stays that when the bytes that it was read from change.
+func TestBinaryMany(t *testing.T) {
+	l := &layer.Layer{}
+	for i := range 5000 {
+		n := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: int64(i) * 4096, Size: 7, Sum: [32]byte{byte(i)}}}
+		l.Append(layer.Change{Op: layer.OpAdd, Path: fmt.Sprintf("directory-%d/file-%d", i/100, i), Node: n})
+	}
+	b, err := l.MarshalBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := bytes.Clone(b)
+	var back layer.Layer
+	if err := back.UnmarshalBinary(again); err != nil {
+		t.Fatal(err)
+	}
+	clear(again)
+	if !equal(l, &back) {
+		t.Error("the layer is not what it was")
+	}
+	if c, err := back.MarshalBinary(); err != nil || !bytes.Equal(b, c) {
+		t.Errorf("the layer has other bytes than before: %v", err)
+	}
+	var used layer.Layer
+	if err := used.UnmarshalBinary(b); err != nil {
+		t.Fatal(err)
+	}
+	c, err := used.DrainBinary([]byte("before"))
+	if err != nil || string(c) != "before"+string(b) || used.Len() != 0 {
+		t.Errorf("%d bytes and %d changes left, %v, expected %d and none", len(c), used.Len(), err, len(b)+6)
+	}
+	n := 0
+	for range back.Drain() {
+		n++
+	}
+	if n != l.Len() || back.Len() != 0 {
+		t.Errorf("%d changes, and %d left, expected %d", n, back.Len(), l.Len())
+	}
+}
+
+// equal compares layers.
 func equal(a, b *layer.Layer) bool {
-	return a.Source == b.Source && a.Stats == b.Stats && len(a.Changes) == len(b.Changes) &&
-		(len(a.Changes) == 0 || reflect.DeepEqual(a.Changes, b.Changes))
+	return a.Source == b.Source && a.Stats == b.Stats && a.Len() == b.Len() && a.Cost() == b.Cost() &&
+		a.Names() == b.Names() && a.HasOpaque() == b.HasOpaque() &&
+		reflect.DeepEqual(treetest.Changes(a), treetest.Changes(b))
 }
 
 func TestBinaryVersion(t *testing.T) {

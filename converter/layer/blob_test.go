@@ -49,9 +49,9 @@ func TestFromBlob(t *testing.T) {
 		t.Fatal(err)
 	}
 	size, want := int64(len(raw)), digest.FromBytes(raw)
-	if b.DiffID != want || b.Size != size || b.BytesRead != size || len(b.Changes) != 2 {
+	if b.DiffID != want || b.Size != size || b.BytesRead != size || b.Len() != 2 {
 		t.Errorf("diff ID %s, %d of %d bytes, %d changes; expected %s, %d bytes and 2 changes",
-			b.DiffID, b.BytesRead, b.Size, len(b.Changes), want, size)
+			b.DiffID, b.BytesRead, b.Size, b.Len(), want, size)
 	}
 	if !src.closed {
 		t.Error("the source is still open")

@@ -38,7 +38,7 @@ func dirWithTraps(t *testing.T) string {
 
 func TestDirOrder(t *testing.T) {
 	got := ""
-	for _, c := range fromDirOf(t).Changes {
+	for _, c := range treetest.Changes(fromDirOf(t)) {
 		got += fmt.Sprintf("%v %q", c.Op, c.Path)
 		if c.Op == layer.OpLink {
 			got += fmt.Sprintf(" to %q", c.LinkTo)
@@ -128,14 +128,15 @@ func TestDirXattrs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	changes := treetest.Changes(l)
 	got := ""
-	for _, x := range l.Changes[0].Node.Xattrs {
+	for _, x := range changes[0].Node.Xattrs {
 		got += fmt.Sprintf("%s=%.10s ", x.Name, x.Value)
 	}
 	if want := "user.a= user.b=2 user.big=xxxxxxxxxx user.overlay.origin=inner "; got != want {
 		t.Errorf("xattrs %q, want %q", got, want)
 	}
-	if len(l.Changes) != 2 || l.Changes[1].Op != layer.OpOpaque || l.Stats.OverlayXattrs != 2 {
-		t.Errorf("changes %v, stats %+v, want the directory opaque and two xattrs of overlayfs", l.Changes, l.Stats)
+	if len(changes) != 2 || changes[1].Op != layer.OpOpaque || l.Stats.OverlayXattrs != 2 {
+		t.Errorf("changes %v, stats %+v, want the directory opaque and two xattrs of overlayfs", changes, l.Stats)
 	}
 }

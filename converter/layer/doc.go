@@ -4,7 +4,7 @@
 // A layer arrives in one of three forms: as a blob ([FromBlob] verifies and unpacks it, [FromTar] parses the tar in it), as
 // a directory ([FromDir]: the upper directory of an overlay mount, or a plain root directory), or as the tree of an image
 // ([FromImage]). All become the same thing, a [Layer]: attributes, names, and references to contents that are already
-// stored. A Layer is small (some 200 bytes per entry), can be kept as bytes (MarshalBinary), and is what package tree merges:
+// stored. A Layer is small (some 50 bytes per entry), can be kept as bytes (MarshalBinary), and is what package tree merges:
 //
 //	blob, err := layer.FromBlob(ctx, blobReader, spec, store, layer.Limits{})
 //	root, err := tree.Merge([]*layer.Layer{base, blob.Layer})

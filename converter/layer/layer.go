@@ -68,12 +68,12 @@ const (
 	FromDirectory
 )
 
-// Layer is one layer as a list of changes. It is not changed after it was made and may be read concurrently.
+// Layer is one layer as a list of changes, which All reads. Their order matters: see the package comment. A layer that is not
+// being changed by Append, Drain or UnmarshalBinary may be read concurrently. The zero value is a layer without changes.
 type Layer struct {
 	Source Source
-	// Changes in the order of the layer. The order matters: see the package comment.
-	Changes []Change
-	Stats   Stats
+	Stats  Stats
+	changes
 }
 
 // Stats counts what a layer holds.
@@ -96,15 +96,7 @@ type Stats struct {
 }
 
 // Cost is what the layer counts as against Limits.MaxEntries.
-func (l *Layer) Cost() int64 {
-	cost := l.Stats.Entries
-	for i := range l.Changes {
-		if n := l.Changes[i].Node; n != nil {
-			cost += xattrCost(len(n.Xattrs))
-		}
-	}
-	return cost
-}
+func (l *Layer) Cost() int64 { return l.Stats.Entries + l.xattrCost }
 
 // xattrCost is what n xattrs of an entry count as, beside the entry.
 func xattrCost(n int) int64 { return int64(max(n-1, 0) / 2) }
@@ -122,24 +114,17 @@ type builder struct {
 	lim   Limits
 	meta  int64 // bytes of paths, link targets and xattrs so far
 	cost  int64 // see Limits.MaxEntries
-	slab  []daxfs.Node
+	cur   daxfs.Node
 }
 
 func newBuilder(src Source, lim Limits) *builder {
 	return &builder{layer: &Layer{Source: src}, lim: lim.withDefaults()}
 }
 
-// slabNodes is how many nodes are allocated at once: what just fits a size class of the Go runtime, 8 KiB.
-const slabNodes = 60
-
-// node returns a zero node. Nodes are allocated many at a time: a layer lives and dies as a whole.
+// node returns a zero node, which lasts until its change was added.
 func (b *builder) node() *daxfs.Node {
-	if len(b.slab) == 0 {
-		b.slab = make([]daxfs.Node, slabNodes)
-	}
-	n := &b.slab[0]
-	b.slab = b.slab[1:]
-	return n
+	b.cur = daxfs.Node{}
+	return &b.cur
 }
 
 // entry counts one entry that was read.
@@ -184,6 +169,6 @@ func (b *builder) add(c Change) error {
 	if err := b.keep(len(c.Path) + len(c.LinkTo)); err != nil {
 		return err
 	}
-	b.layer.Changes = append(b.layer.Changes, c)
+	b.layer.Append(c)
 	return nil
 }

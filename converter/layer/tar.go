@@ -22,6 +22,9 @@ const (
 	xattrRecord    = "SCHILY.xattr."
 )
 
+// IsWhiteout tells whether the name of a file in a directory says that the layer removes something.
+func IsWhiteout(base string) bool { return strings.HasPrefix(base, whiteoutPrefix) }
+
 // onlyReader hides a Seek method: skipped contents must be read, or a hash over the stream would miss them.
 type onlyReader struct{ io.Reader }
 
@@ -85,12 +88,8 @@ func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 		// containerd leaves the root directory alone whatever a "./" entry says.
 		return nil
 	}
-	if hdr.PAXRecords != nil {
-		// Names out of PAX records are slices of all records of the entry, which may be a megabyte.
-		name = strings.Clone(name)
-	}
 	dir, base := path.Split(name)
-	if strings.HasPrefix(base, whiteoutPrefix) {
+	if IsWhiteout(base) {
 		return t.whiteout(dir, base)
 	}
 	if err := t.lim.checkPath(name); err != nil {
@@ -166,14 +165,14 @@ func (t *tarReader) contents(ctx context.Context, hdr *tar.Header, c *Change) er
 		if err := checkTarget(hdr.Linkname); err != nil {
 			return err
 		}
-		n.Target = strings.Clone(hdr.Linkname)
+		n.Target = hdr.Linkname
 		return t.keep(len(n.Target))
 	case tar.TypeLink:
 		c.Op = OpLink
 		if len(hdr.Linkname) > maxPath {
 			return limitError("bytes of a link target", maxPath)
 		}
-		c.LinkTo = strings.Clone(hdr.Linkname)
+		c.LinkTo = hdr.Linkname
 	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
 		if hdr.Devmajor < 0 || hdr.Devmajor > math.MaxUint32 || hdr.Devminor < 0 || hdr.Devminor > math.MaxUint32 {
 			return invalidf("device number %d:%d is out of range", hdr.Devmajor, hdr.Devminor)

@@ -35,7 +35,7 @@ func (t *tarReader) xattrs(hdr *tar.Header, n *daxfs.Node) error {
 			return err
 		}
 		total += int64(len(name) + len(value))
-		n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: strings.Clone(name), Value: []byte(value)})
+		n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: name, Value: []byte(value)})
 	}
 	return t.sealXattrs(n, total)
 }

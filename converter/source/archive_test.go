@@ -272,7 +272,7 @@ func TestOtherArchives(t *testing.T) {
 	for want, head := range map[string]string{
 		"bzip2": "BZh91AY&SY", "xz": "\xfd7zXZ\x00\x00\x04", "lzma": "\x5d\x00\x00\x80\x00", "lz4": "\x04\x22\x4d\x18",
 		"lzip": "LZIP\x01", "compress": "\x1f\x9d\x90", "zip": "PK\x03\x04", "7z": "7z\xbc\xaf\x27\x1c", "lzop": "\x89LZO\x00",
-		"Snappy": "\xff\x06\x00\x00sNaPpY",
+		"Snappy": "\xff\x06\x00\x00sNaPpY", "zlib": "\x78\x9c",
 	} {
 		file := []byte(head + strings.Repeat("x", 2000))
 		for _, kind := range []string{"oci-archive", "docker-archive"} {

@@ -160,7 +160,8 @@ func (s *search) one(ctx context.Context, rank []candidate) (*Image, error) {
 	case len(order) == 1:
 		return s.image(ctx, order[0].desc)
 	case missing != nil: // it would be taken, and what suits less must not take its place unasked
-		return nil, fmt.Errorf("%w (the index lists it for %s)%s", missing, s.platform.name, others(s.found))
+		_, why := s.passedOver()
+		return nil, fmt.Errorf("%w (the index lists it for %s)%s%s", missing, s.platform.name, others(s.found), why)
 	}
 	return nil, nil
 }
@@ -208,19 +209,26 @@ func (s *search) nothing() error {
 	} else {
 		e.msg += ": the index has no container image"
 	}
+	why, text := s.passedOver()
+	e.why, e.msg = why, e.msg+text
+	return e
+}
+
+// passedOver returns why manifests were passed over, and the same as the end of a message.
+func (s *search) passedOver() (why []error, message string) {
 	var list []string
 	for _, p := range s.passed {
-		e.why = append(e.why, p.why)
+		why = append(why, p.why)
 		text := p.why.Error()
 		if !strings.Contains(text, string(p.desc.Digest)) || p.desc.Digest == "" {
 			text = fmt.Sprintf("%s: %s", p.desc.Digest, text)
 		}
 		list = append(list, text)
 	}
-	if len(list) > 0 {
-		e.msg += "; passed over: " + capped(list, "; ")
+	if len(list) == 0 {
+		return why, ""
 	}
-	return e
+	return why, "; passed over: " + capped(list, "; ")
 }
 
 // noImageError wraps ErrPlatform and the reasons for which manifests were passed over.

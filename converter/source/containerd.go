@@ -9,8 +9,10 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -49,16 +51,29 @@ func (s *store) Close() error {
 }
 
 func (s *store) Image(ctx context.Context, p Platform) (*Image, error) {
+	found, err := s.find(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	img, err := resolve(namespaces.WithNamespace(ctx, s.namespace), s, found.Target, p)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	img.Name = found.Name
+	return img, nil
+}
+
+func (s *store) whole(ctx context.Context) (ocispec.Descriptor, error) {
+	found, err := s.find(ctx)
+	return found.Target, err
+}
+
+// find looks an image up in containerd.
+func (s *store) find(ctx context.Context) (none images.Image, err error) {
 	if s.client == nil {
-		// The client would wait ten seconds for a socket that is not there, and then not say so.
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", s.address)
+		c, err := dialContainerd(ctx, s.address, s.namespace)
 		if err != nil {
-			return nil, fmt.Errorf("%s: containerd does not answer: %w (does it run? --address and CONTAINERD_ADDRESS name its socket)", s.name, err)
-		}
-		conn.Close()
-		c, err := containerd.New(s.address, containerd.WithDefaultNamespace(s.namespace))
-		if err != nil {
-			return nil, fmt.Errorf("%s: containerd at %q: %w", s.name, s.address, err)
+			return none, err
 		}
 		s.client = c
 	}
@@ -68,17 +83,46 @@ func (s *store) Image(ctx context.Context, p Platform) (*Image, error) {
 		found, err = s.client.ImageService().Get(ctx, normal(s.ref))
 	}
 	if errdefs.IsNotFound(err) {
-		return nil, fmt.Errorf("%s: %w in namespace %q of containerd at %q", s.name, ErrNotFound, s.namespace, s.address)
+		return none, fmt.Errorf("%w in namespace %q of containerd at %q", ErrNotFound, s.namespace, s.address)
 	}
+	return found, err
+}
+
+func dialContainerd(ctx context.Context, address, namespace string) (*containerd.Client, error) {
+	// The client would wait ten seconds for a socket that is not there, and then not say so.
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", address)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.name, err)
+		return nil, fmt.Errorf("containerd does not answer: %w (does it run? --address and CONTAINERD_ADDRESS name its socket)", err)
 	}
-	img, err := resolve(ctx, s, found.Target, p)
+	conn.Close()
+	c, err := containerd.New(address, containerd.WithDefaultNamespace(namespace))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.name, err)
+		return nil, fmt.Errorf("containerd at %q: %w", address, err)
 	}
-	img.Name = found.Name
-	return img, nil
+	return c, nil
+}
+
+// ContainerdImages returns the names of the images in a namespace of containerd, one for each distinct image: several
+// names of the same are one.
+func ContainerdImages(ctx context.Context, address, namespace string) ([]string, error) {
+	c, err := dialContainerd(ctx, strings.TrimPrefix(address, "unix://"), namespace)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	list, err := c.ImageService().List(namespaces.WithNamespace(ctx, namespace))
+	if err != nil {
+		return nil, fmt.Errorf("images of namespace %q in containerd at %q: %w", namespace, address, err)
+	}
+	var names []string
+	seen := map[digest.Digest]bool{}
+	for _, img := range list {
+		if !seen[img.Target.Digest] {
+			seen[img.Target.Digest] = true
+			names = append(names, img.Name)
+		}
+	}
+	return names, nil
 }
 
 func (s *store) open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {

@@ -81,7 +81,11 @@ func (s *imageFile) Image(ctx context.Context, _ Platform) (*Image, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("%s: the image is damaged: %w (daxfs verify %s lists everything)", s.name, err, s.file)
+		what := "the image is damaged"
+		if errors.Is(err, daxfs.ErrUnsupported) {
+			what = "its contents cannot be proven"
+		}
+		return nil, fmt.Errorf("%s: %s: %w (daxfs verify %s lists everything)", s.name, what, err, s.file)
 	}
 	return &Image{Tree: func(ctx context.Context, st layer.Store, lim layer.Limits) (*layer.Layer, error) {
 		return layer.FromImage(ctx, img, st, lim)

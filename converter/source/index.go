@@ -25,16 +25,9 @@ func nameOf(d ocispec.Descriptor) string {
 
 // fromIndexFile finds an image from the index.json of a layout.
 func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p Platform) (*Image, error) {
-	doc, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
+	index, err := readIndexFile(r)
 	if err != nil {
 		return nil, err
-	}
-	if len(doc) > maxDocument {
-		return nil, fmt.Errorf("%s: more than %d bytes", ocispec.ImageIndexFile, maxDocument)
-	}
-	var index ocispec.Index
-	if err := decode(doc, &index); err != nil {
-		return nil, fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err)
 	}
 	list, err := pick(index.Manifests, tag)
 	if err != nil {
@@ -51,6 +44,22 @@ func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p 
 		return nil, fmt.Errorf("%w: no tag given, and %w: %s", ErrNotFound, err, names(list))
 	}
 	return img, err
+}
+
+// readIndexFile reads the index.json of a layout.
+func readIndexFile(r io.Reader) (*ocispec.Index, error) {
+	doc, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(doc) > maxDocument {
+		return nil, fmt.Errorf("%s: more than %d bytes", ocispec.ImageIndexFile, maxDocument)
+	}
+	index := new(ocispec.Index)
+	if err := decode(doc, index); err != nil {
+		return nil, fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err)
+	}
+	return index, nil
 }
 
 // pick finds the entries of an index.json that a tag or digest names, or all if there is none. Nothing means that only
@@ -154,7 +163,12 @@ func among(ctx context.Context, store blobs, list []ocispec.Descriptor, p Platfo
 		return nil, fmt.Errorf("%w: no tag given and several images: %s", ErrNotFound, capped(images, ", "))
 	}
 	if !p.explicit && s.alone(list) {
-		return s.image(ctx, s.found[0].desc)
+		img, err := s.image(ctx, s.found[0].desc)
+		if errors.Is(err, errMissing) {
+			_, why := s.passedOver()
+			return nil, fmt.Errorf("%w%s", err, why)
+		}
+		return img, err
 	}
 	return s.choose(ctx)
 }
@@ -193,3 +207,15 @@ func (s *search) named(ctx context.Context) ([]string, error) {
 	s.found = kept
 	return images, nil
 }
+
+// ParseIndex reads the bytes of an index of a media type. It refuses what can also be read as a manifest.
+func ParseIndex(p []byte, mediaType string) (ocispec.Index, error) {
+	var index ocispec.Index
+	if !isIndex(mediaType) {
+		return index, fmt.Errorf("%w %q: expected an OCI or Docker index", ErrMediaType, mediaType)
+	}
+	return index, unmarshal(p, mediaType, &index)
+}
+
+// IsIndex tells the media type of an index from others.
+func IsIndex(mediaType string) bool { return isIndex(mediaType) }

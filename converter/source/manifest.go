@@ -23,10 +23,7 @@ func (b *finder) manifest(ctx context.Context, d ocispec.Descriptor) (ocispec.Ma
 	if err != nil {
 		return m, fmt.Errorf("manifest: %w", err)
 	}
-	if err := unmarshal(p, d.MediaType, &m); err != nil {
-		return m, fmt.Errorf("manifest %s: %w", d.Digest, err)
-	}
-	if err := isImage(d.MediaType, m); err != nil {
+	if m, err = ParseManifest(p, d.MediaType); err != nil {
 		return m, fmt.Errorf("manifest %s: %w", d.Digest, err)
 	}
 	return m, nil
@@ -79,7 +76,7 @@ func (b *finder) image(ctx context.Context, d ocispec.Descriptor) (*Image, error
 	if err != nil {
 		return nil, err
 	}
-	img.Digest = d.Digest
+	img.Digest, img.Manifest, img.ManifestType = d.Digest, b.read[d.Digest], d.MediaType
 	if declared(d) {
 		img.Platform = *d.Platform // of which variants and features are often missing in the configuration
 	}
@@ -95,25 +92,52 @@ func (b *finder) image(ctx context.Context, d ocispec.Descriptor) (*Image, error
 		}
 		img.Layers[i].Desc = l
 		img.Layers[i].Open = func(ctx context.Context) (io.ReadCloser, error) { return b.open(ctx, l) }
+		if r, ok := b.blobs.(*registry); ok {
+			img.Layers[i].parts = func(ctx context.Context) (Parts, error) { return r.repo.Parts(ctx, l) }
+		}
 	}
 	return img, nil
 }
 
 // fromConfig makes an image with n layers of which only the diff IDs are known.
 func fromConfig(p []byte, d digest.Digest, n int) (*Image, error) {
-	var config ocispec.Image
-	if err := decode(p, &config); err != nil {
+	config, err := ParseConfig(p)
+	if err != nil {
 		return nil, fmt.Errorf("config %s: %w", d, err)
 	}
 	if len(config.RootFS.DiffIDs) != n {
 		return nil, fmt.Errorf("config %s: %w: %d diff IDs for %d layers", d, errDamaged, len(config.RootFS.DiffIDs), n)
 	}
-	img := &Image{Digest: d, Platform: config.Platform, Layers: make([]Layer, n)}
+	img := &Image{Digest: d, Platform: config.Platform, Layers: make([]Layer, n), Config: p}
 	for i, id := range config.RootFS.DiffIDs {
-		if err := id.Validate(); err != nil {
-			return nil, fmt.Errorf("config %s: %w: diff ID %q of layer %d: %w", d, errDamaged, id, i, err)
-		}
 		img.Layers[i].DiffID = id
 	}
 	return img, nil
+}
+
+// ParseManifest reads the bytes of the manifest of a container image. The error wraps ErrMediaType if they are those of
+// something else.
+func ParseManifest(p []byte, mediaType string) (ocispec.Manifest, error) {
+	var m ocispec.Manifest
+	if !isManifest(mediaType) {
+		return m, notManifest(ocispec.Descriptor{MediaType: mediaType})
+	}
+	if err := unmarshal(p, mediaType, &m); err != nil {
+		return m, err
+	}
+	return m, isImage(mediaType, m)
+}
+
+// ParseConfig reads the bytes of a configuration. All diff IDs that it returns are valid.
+func ParseConfig(p []byte) (ocispec.Image, error) {
+	var config ocispec.Image
+	if err := decode(p, &config); err != nil {
+		return config, err
+	}
+	for i, id := range config.RootFS.DiffIDs {
+		if err := id.Validate(); err != nil {
+			return config, fmt.Errorf("%w: diff ID %q of layer %d: %w", errDamaged, id, i, err)
+		}
+	}
+	return config, nil
 }

@@ -247,11 +247,21 @@ func TestMissingImage(t *testing.T) {
 	amd, i386 := l.Manifest(platform("amd64", ""), oneFile("a")), l.Manifest(platform("386", ""), oneFile("b"))
 	gone := amd
 	gone.Digest = digest.FromString("gone")
-	l.Tag("gone", l.Index(gone, i386))
+	l.Tag("gone", l.Index(artifact(l, ocispec.MediaTypeImageConfig, "application/vnd.in-toto+json"), gone, i386))
 	_, err := find(t, mustParse(t, "oci:"+l.Dir+":gone", Config{}), "linux/amd64")
 	if !errors.Is(err, errMissing) || !strings.Contains(err.Error(), string(gone.Digest)) ||
-		!strings.Contains(err.Error(), "linux/386") {
-		t.Errorf("error %v, expected one that names what is missing, and what there is", err)
+		!strings.Contains(err.Error(), "linux/386") || !strings.Contains(err.Error(), "passed over: manifest sha256:") ||
+		!strings.Contains(err.Error(), "in-toto") {
+		t.Errorf("error %v, expected one that names what is missing, what there is, and what was passed over", err)
+	}
+	// The same in index.json, with nothing else that could be meant.
+	dir := layoutOf(t, l, artifact(l, ocispec.MediaTypeImageConfig, "application/vnd.in-toto+json"), gone)
+	for _, p := range []string{"", "linux/amd64"} {
+		_, err := find(t, mustParse(t, "oci:"+dir, Config{}), p)
+		if !errors.Is(err, errMissing) || !strings.Contains(err.Error(), string(gone.Digest)) ||
+			!strings.Contains(err.Error(), "in-toto") {
+			t.Errorf("for %q: error %v, expected one that names what is missing, and what was passed over", p, err)
+		}
 	}
 	host := hostOf(ocitest.LinuxAMD64, "v1")
 	if _, err := mustParse(t, "oci:"+l.Dir+":gone", Config{}).Image(t.Context(), host); !errors.Is(err, errMissing) {

@@ -49,18 +49,27 @@ func (s *registry) Image(ctx context.Context, p Platform) (*Image, error) {
 }
 
 func (s *registry) find(ctx context.Context, p Platform) (*Image, error) {
-	m, err := s.repo.Manifest(ctx)
-	if errors.Is(err, remote.ErrNotFound) {
-		return nil, fmt.Errorf("%w: %w", ErrNotFound, err)
-	}
+	d, err := s.whole(ctx)
 	if err != nil {
 		return nil, err
 	}
-	d := ocispec.Descriptor{MediaType: m.MediaType, Digest: m.Digest, Size: int64(len(m.Doc)), Data: m.Doc}
+	return resolve(ctx, s, d, p)
+}
+
+// whole is what the reference names, with the document itself.
+func (s *registry) whole(ctx context.Context) (d ocispec.Descriptor, err error) {
+	m, err := s.repo.Manifest(ctx)
+	if errors.Is(err, remote.ErrNotFound) {
+		return d, fmt.Errorf("%w: %w", ErrNotFound, err)
+	}
+	if err != nil {
+		return d, err
+	}
+	d = ocispec.Descriptor{MediaType: m.MediaType, Digest: m.Digest, Size: int64(len(m.Doc)), Data: m.Doc}
 	if t := mediaTypeOf(m.Doc); t != "" {
 		d.MediaType = t
 	}
-	return resolve(ctx, s, d, p)
+	return d, nil
 }
 
 func (s *registry) open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {

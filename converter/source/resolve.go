@@ -219,6 +219,9 @@ func (b *finder) index(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Des
 // decode reads JSON. Editors and shells on Windows put a byte order mark before it.
 func decode(p []byte, v any) error {
 	if err := json.Unmarshal(bytes.TrimPrefix(p, []byte("\xef\xbb\xbf")), v); err != nil {
+		if pack := blob.LooksLike(p); pack != "" {
+			return fmt.Errorf("%w: it looks like %s, expected JSON", errDamaged, pack)
+		}
 		return fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	return nil

@@ -33,6 +33,8 @@ type Layer struct {
 	DiffID digest.Digest
 	// Open starts to read the blob. The caller closes the result, and verifies what it reads.
 	Open func(ctx context.Context) (io.ReadCloser, error)
+
+	parts func(ctx context.Context) (Parts, error) // nil: Open does
 }
 
 // Name is how messages call the layer: its digest, or its diff ID where the source knows no digest.
@@ -58,6 +60,11 @@ type Image struct {
 	Name string
 	// Layers, bottom first.
 	Layers []Layer
+	// Manifest is the document with that Digest, of the media type ManifestType; nil where there is none. Config is the
+	// configuration; nil for a tree.
+	Manifest     []byte
+	ManifestType string
+	Config       []byte
 	// Remote says that the layers come over a network: whoever stops to read one for long may lose it.
 	Remote bool
 	// Tree reads the tree of a source that has no layers (rootfs, daxfs) as one layer, until the source is closed; nil where

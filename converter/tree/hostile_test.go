@@ -10,6 +10,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 // Layers that are small and ask for very much. Each test would need hours or all memory without the bound it is about.
@@ -27,13 +28,13 @@ func TestInheritedACLsAreBounded(t *testing.T) {
 	big = append(big, ace{aclGroupObj, 5, aclNoID}, ace{aclMask, 7, aclNoID}, ace{aclOther, 0, aclNoID})
 	dir := add("d", unix.S_IFDIR|0o755)
 	dir.Node.Xattrs = []daxfs.Xattr{{Name: aclDefault, Value: big.value()}}
-	few := &layer.Layer{Changes: []layer.Change{dir}}
-	many := &layer.Layer{}
-	for i := range 100_000 {
-		few.Changes = append(few.Changes, add(fmt.Sprintf("d/%d", i%100), unix.S_IFREG|0o644))
-		many.Changes = append(many.Changes, add(fmt.Sprintf("d/%d", i), unix.S_IFREG|0o644))
+	few, many := treetest.LayerOf(dir), &layer.Layer{}
+	for i := range 100 {
+		few.Append(add(fmt.Sprintf("d/%d", i), unix.S_IFREG|0o644))
 	}
-	few.Changes = few.Changes[:101]
+	for i := range 100_000 {
+		many.Append(add(fmt.Sprintf("d/%d", i), unix.S_IFREG|0o644))
+	}
 	root, err := Merge([]*layer.Layer{few})
 	if err != nil {
 		t.Fatal(err)
@@ -45,9 +46,9 @@ func TestInheritedACLsAreBounded(t *testing.T) {
 		t.Errorf("%v, expected ErrLimit", err)
 	}
 	// Directories that are made on the way inherit as well.
-	many.Changes = nil
+	many = &layer.Layer{}
 	for i := range 100_000 {
-		many.Changes = append(many.Changes, add(fmt.Sprintf("d/%d/x", 1000+i), unix.S_IFREG|0o644))
+		many.Append(add(fmt.Sprintf("d/%d/x", 1000+i), unix.S_IFREG|0o644))
 	}
 	if _, err := Merge([]*layer.Layer{few, many}); !errors.Is(err, layer.ErrLimit) {
 		t.Errorf("%v, expected ErrLimit", err)
@@ -61,13 +62,14 @@ func TestResolutionIsBounded(t *testing.T) {
 	for i := range 200 {
 		l := add(fmt.Sprintf("%sl%d", deep, i), unix.S_IFLNK|0o777)
 		l.Node.Target = fmt.Sprintf("l%d", i+1)
-		links.Changes = append(links.Changes, l)
+		links.Append(l)
 	}
-	links.Changes = append(links.Changes, add(deep+"l200", unix.S_IFDIR|0o755), add("other", unix.S_IFDIR|0o755))
+	links.Append(add(deep+"l200", unix.S_IFDIR|0o755))
+	links.Append(add("other", unix.S_IFDIR|0o755))
 	through := &layer.Layer{}
 	for i := range 50 {
-		through.Changes = append(through.Changes,
-			add(fmt.Sprintf("%sl0/%d", deep, i), unix.S_IFREG|0o644), add(fmt.Sprintf("other/%d", i), unix.S_IFREG|0o644))
+		through.Append(add(fmt.Sprintf("%sl0/%d", deep, i), unix.S_IFREG|0o644))
+		through.Append(add(fmt.Sprintf("other/%d", i), unix.S_IFREG|0o644))
 	}
 	stack := []*layer.Layer{links, through}
 	if _, err := Merge(stack); err != nil {
@@ -83,19 +85,14 @@ func TestResolutionIsBounded(t *testing.T) {
 
 // TestManyXattrs: attributes of one inode that come in the worst order, from two layers.
 func TestManyXattrs(t *testing.T) {
-	one := func(prefix string) *layer.Layer {
+	some := func(n int, prefix, value string) *layer.Layer {
 		d := add("d", unix.S_IFDIR|0o755)
-		for i := range 2000 {
-			d.Node.Xattrs = append(d.Node.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.%s%04d", prefix, i), Value: []byte(prefix)})
+		for i := range n {
+			d.Node.Xattrs = append(d.Node.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.%s%04d", prefix, i), Value: []byte(value)})
 		}
-		return &layer.Layer{Changes: []layer.Change{d}}
+		return treetest.LayerOf(d)
 	}
-	z, a := one("z"), one("a")
-	again := one("z")
-	again.Changes[0].Node.Xattrs = again.Changes[0].Node.Xattrs[:1000]
-	for i := range again.Changes[0].Node.Xattrs {
-		again.Changes[0].Node.Xattrs[i].Value = []byte("new")
-	}
+	z, a, again := some(2000, "z", "z"), some(2000, "a", "a"), some(1000, "z", "new")
 	// z, then a before it, then half of z again.
 	stack := []*layer.Layer{z}
 	for range 100 {
@@ -121,7 +118,7 @@ func TestManyXattrs(t *testing.T) {
 			t.Fatalf("xattr %d is %q=%q, expected the value %q", i, x.Name, x.Value, want)
 		}
 	}
-	if string(z.Changes[0].Node.Xattrs[0].Value) != "z" {
+	if string(treetest.Changes(z)[0].Node.Xattrs[0].Value) != "z" {
 		t.Error("a layer was changed")
 	}
 }
@@ -131,14 +128,14 @@ func TestOpaqueIsLinear(t *testing.T) {
 	deep := strings.TrimSuffix(strings.Repeat("d/", 1000), "/")
 	lower, upper := &layer.Layer{}, &layer.Layer{}
 	for i := range 50_000 {
-		lower.Changes = append(lower.Changes, add(fmt.Sprintf("%s/%d", deep, i), unix.S_IFREG|0o644))
+		lower.Append(add(fmt.Sprintf("%s/%d", deep, i), unix.S_IFREG|0o644))
 	}
 	for n := len(deep); n > 0; n -= 2 {
-		upper.Changes = append(upper.Changes, layer.Change{Op: layer.OpOpaque, Path: deep[:n]})
+		upper.Append(layer.Change{Op: layer.OpOpaque, Path: deep[:n]})
 	}
 	for n := 1; n <= len(deep); n += 2 {
 		for range 20 {
-			upper.Changes = append(upper.Changes, layer.Change{Op: layer.OpOpaque, Path: deep[:n]})
+			upper.Append(layer.Change{Op: layer.OpOpaque, Path: deep[:n]})
 		}
 	}
 	root, err := Merge([]*layer.Layer{lower, upper})

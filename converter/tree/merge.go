@@ -3,6 +3,8 @@ package tree
 import (
 	"errors"
 	"fmt"
+	"hash/maphash"
+	"iter"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +17,7 @@ import (
 type Error struct {
 	// Layer counts from 0, the bottom layer.
 	Layer int
-	// Change is the index in the layer's Changes.
+	// Change is the number of the change in the layer.
 	Change int
 	Op     layer.Op
 	Path   string
@@ -59,7 +61,6 @@ func Merge(layers []*layer.Layer) (*daxfs.Node, error) {
 type Merger struct {
 	root  *daxfs.Node
 	layer int
-	own   bool // the present layer is the merger's own, see Take
 	exact bool // attributes are complete, see layer.FromDirectory
 	steps int  // what path resolution may still cost
 	// inherited is the size of the ACLs that inodes inherited, in all layers.
@@ -78,7 +79,8 @@ type Merger struct {
 	lastPath string
 	lastDir  *daxfs.Node
 
-	slab []daxfs.Node
+	slab  []daxfs.Node
+	names [1024]string // see keep
 }
 
 // entry is a name in a directory.
@@ -95,57 +97,47 @@ func NewMerger() *Merger {
 // Root returns the root of the tree, which the next Apply may change.
 func (m *Merger) Root() *daxfs.Node { return m.root }
 
-// Take is Apply of a layer that nobody else has: its nodes become the tree's, and what was applied of it is forgotten at
-// once, so that a large layer is not in memory beside its tree. The layer is empty afterwards.
-func (m *Merger) Take(l *layer.Layer) error {
-	m.own = true
-	defer func() { m.own = false }()
-	err := m.Apply(l)
-	l.Changes = nil
-	return err
-}
+// Take is Apply of a layer that nobody else has. What was applied of it is forgotten at once, so that a large layer is not
+// in memory beside its tree. The layer is empty afterwards.
+func (m *Merger) Take(l *layer.Layer) error { return m.apply(l, l.Drain()) }
 
 // Apply applies the next layer. After an error, which is an *Error, the tree is of no use.
-func (m *Merger) Apply(l *layer.Layer) error {
+func (m *Merger) Apply(l *layer.Layer) error { return m.apply(l, l.All()) }
+
+func (m *Merger) apply(l *layer.Layer, changes iter.Seq2[int, *layer.Change]) error {
 	defer func() { m.layer++ }()
 	m.exact = l.Source == layer.FromDirectory
-	m.steps += 200 * len(l.Changes)
+	m.steps += 200 * l.Len()
 	m.fresh, m.opaque, m.implied = nil, nil, 0
-	for i := range l.Changes {
-		if l.Changes[i].Op == layer.OpOpaque {
-			m.fresh = make(map[entry]struct{})
-			m.opaque = make(map[*daxfs.Node]struct{})
-			break
-		}
+	if l.HasOpaque() {
+		m.fresh = make(map[entry]struct{})
+		m.opaque = make(map[*daxfs.Node]struct{})
 	}
-	for i := range l.Changes {
-		c := &l.Changes[i]
+	type dirTime struct {
+		change int
+		path   string
+		mtime  daxfs.Time
+	}
+	var times []dirTime
+	for i, c := range changes {
+		isDir := c.Op == layer.OpAdd && c.Node != nil && c.Node.Mode&unix.S_IFMT == unix.S_IFDIR
 		if err := m.change(c); err != nil {
-			return m.error(l, i, err)
+			return &Error{Layer: m.layer, Change: i, Op: c.Op, Path: c.Path, Err: err}
 		}
-		if m.own && (c.Op != layer.OpAdd || c.Node.Mode&unix.S_IFMT != unix.S_IFDIR) {
-			*c = layer.Change{}
+		if isDir {
+			times = append(times, dirTime{i, c.Path, c.Node.Mtime})
 		}
 	}
 	// Making entries changes the time of a directory, so these times come last. By name: meanwhile the name may
 	// stand for something else.
-	for i := range l.Changes {
-		c := &l.Changes[i]
-		if c.Op != layer.OpAdd || c.Node.Mode&unix.S_IFMT != unix.S_IFDIR {
-			continue
-		}
-		n, err := m.lookup(c.Path)
+	for _, t := range times {
+		n, err := m.lookup(t.path)
 		if err != nil {
-			return m.error(l, i, err)
+			return &Error{Layer: m.layer, Change: t.change, Op: layer.OpAdd, Path: t.path, Err: err}
 		}
-		n.Mtime = c.Node.Mtime
+		n.Mtime = t.mtime
 	}
 	return nil
-}
-
-func (m *Merger) error(l *layer.Layer, i int, err error) error {
-	c := &l.Changes[i]
-	return &Error{Layer: m.layer, Change: i, Op: c.Op, Path: c.Path, Err: err}
 }
 
 func (m *Merger) change(c *layer.Change) error {
@@ -175,7 +167,7 @@ func (m *Merger) change(c *layer.Change) error {
 	case layer.OpLink:
 		return m.link(dir, name, c)
 	default:
-		return m.addNode(dir, name, c.Node)
+		return m.addNode(dir, name, c)
 	}
 }
 
@@ -200,14 +192,16 @@ func checkChange(c *layer.Change) error {
 }
 
 // addNode makes an inode at a name. A directory stays a directory; anything else makes room.
-func (m *Merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
+func (m *Merger) addNode(dir *daxfs.Node, name string, c *layer.Change) error {
+	from := c.Node
 	kind := from.Mode & unix.S_IFMT
 	n := dir.Entries[name]
 	if n == nil || kind != unix.S_IFDIR || n.Mode&unix.S_IFMT != unix.S_IFDIR {
 		if n != nil {
 			m.remove(dir, name)
 		}
-		if m.own && m.takesOver(dir, from) {
+		if m.takesOver(dir, from) {
+			c.Node = nil
 			from.Mode = kind | from.Mode&permissions
 			m.enter(dir, name, from)
 			m.touch(dir, name)
@@ -224,7 +218,7 @@ func (m *Merger) addNode(dir *daxfs.Node, name string, from *daxfs.Node) error {
 }
 
 // takesOver tells whether a node of a layer is, as it is, the inode that it makes in a directory: nothing is inherited, and no
-// attribute changes another. The node of a directory stays the layer's, which needs its time in the end.
+// attribute changes another. Directories are not taken over: their times come last.
 func (m *Merger) takesOver(dir, from *daxfs.Node) bool {
 	kind := from.Mode & unix.S_IFMT
 	if kind == unix.S_IFDIR || len(from.Xattrs) > 0 {
@@ -279,14 +273,23 @@ func (m *Merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
 	if dir.Entries == nil {
 		dir.Entries = make(map[string]*daxfs.Node)
 	}
-	if m.own {
-		name = strings.Clone(name) // or the tree would keep the whole path
-	}
-	dir.Entries[name] = n
+	dir.Entries[m.keep(name)] = n
 	if n.Mode&unix.S_IFMT == unix.S_IFLNK {
 		m.lastDir = nil
 	}
 }
+
+// keep returns a copy of a name: the tree would else keep the whole path. Names that come again and again, as __init__.py
+// and package.json do, are copied once as long as no other takes their place.
+func (m *Merger) keep(name string) string {
+	kept := &m.names[maphash.String(nameSeed, name)%uint64(len(m.names))]
+	if *kept != name {
+		*kept = strings.Clone(name)
+	}
+	return *kept
+}
+
+var nameSeed = maphash.MakeSeed()
 
 // remove removes a name and all below it.
 func (m *Merger) remove(dir *daxfs.Node, name string) {

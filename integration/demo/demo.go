@@ -13,6 +13,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/daxfs/daxfs-snapshotter/integration/pagemap"
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
@@ -198,12 +199,11 @@ func (d *demo) processes(ids []string) ([]*process, error) {
 		if !ok {
 			return nil, fmt.Errorf("container %q does not run; ctr task ls printed:\n%s", id, out)
 		}
-		p, err := readProcess(pid)
+		p, err := pagemap.Read(pid)
 		if err != nil {
 			return nil, fmt.Errorf("container %q: %w", id, err)
 		}
-		p.container, p.image = id, i/d.containers
-		list = append(list, p)
+		list = append(list, &process{Process: p, container: id, image: i / d.containers})
 	}
 	return list, nil
 }

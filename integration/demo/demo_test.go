@@ -13,9 +13,13 @@ import (
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/validate"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/daxfs/daxfs-snapshotter/integration/pagemap"
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
@@ -211,39 +215,13 @@ func kernelState(t *testing.T) (list []string) {
 	return list
 }
 
-// Addresses and counts of a mapping are read from lines as the kernel prints them.
-func TestReadOwnPages(t *testing.T) {
-	p, err := readProcess(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	exe, err := os.Readlink("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(p.text[exe]) == 0 {
-		t.Errorf("no page of this program's text found; found %d files", len(p.text))
-	}
-	if p.mapped < len(p.frames) {
-		t.Errorf("%d pages mapped on %d physical pages", p.mapped, len(p.frames))
-	}
-	if os.Getuid() == 0 {
-		for _, frame := range p.text[exe] {
-			if frame == 0 {
-				t.Error("root cannot see page frame numbers")
-			}
-			break
-		}
-	}
-}
-
 func TestCompareLibraries(t *testing.T) {
 	at := func(image int, frames ...uint64) *process {
-		p := &process{image: image, text: map[string]map[uint64]uint64{"/lib/x.so": {}}}
+		text := map[uint64]uint64{}
 		for i, f := range frames {
-			p.text["/lib/x.so"][uint64(i)*pageSize] = f
+			text[uint64(i)*pageSize] = f
 		}
-		return p
+		return &process{Process: &pagemap.Process{Text: map[string]map[uint64]uint64{"/lib/x.so": text}}, image: image}
 	}
 	for name, c := range map[string]struct {
 		ps   []*process
@@ -282,5 +260,39 @@ func TestOptions(t *testing.T) {
 		if err := o.check(); err == nil || !strings.Contains(err.Error(), "expected") {
 			t.Errorf("%+v: %v", o, err)
 		}
+	}
+}
+
+// The images that README.md puts into a pool can be had.
+func TestImages(t *testing.T) {
+	dir := t.TempDir()
+	if err := writeImages(dir); err != nil {
+		t.Fatal(err)
+	}
+	digests := map[v1.Hash]bool{}
+	for _, name := range []string{"web.tar", "jobs.tar"} {
+		fsys := t.TempDir()
+		if out, err := exec.Command("tar", "-xf", filepath.Join(dir, name), "-C", fsys).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		l, err := layout.FromPath(fsys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		index, err := l.ImageIndex()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := validate.Index(index, validate.Fast); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		m, err := index.IndexManifest()
+		if err != nil || len(m.Manifests) != 1 {
+			t.Fatalf("%s: %+v, %v; expected one image", name, m, err)
+		}
+		digests[m.Manifests[0].Digest] = true
+	}
+	if len(digests) != 2 {
+		t.Errorf("both archives hold the image %v", digests)
 	}
 }

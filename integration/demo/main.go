@@ -4,6 +4,9 @@
 //
 //	make demo
 //	make demo POOL=tmpfs
+//	go run ./integration/demo -images DIR
+//
+// The last one only writes the two images, as web.tar and jobs.tar, into a directory.
 //
 // It runs in namespaces of its own, with state below DAXFS_TEST_CACHE (see package stack), and leaves nothing behind but the
 // programs there. It needs root.
@@ -16,18 +19,25 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
-
-	"golang.org/x/sys/unix"
+	"path/filepath"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
 func main() {
 	o := options{out: os.Stdout}
 	flag.StringVar(&o.pool, "pool", "file", "what the shared memory is made of: file or tmpfs")
 	flag.IntVar(&o.containers, "containers", 4, "containers of each image")
+	images := flag.String("images", "", "write the two images into this directory, and do nothing else")
 	flag.Parse()
+	if *images != "" {
+		if err := writeImages(*images); err != nil {
+			fmt.Fprintln(os.Stderr, "demo:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if err := o.check(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(2)
@@ -35,22 +45,7 @@ func main() {
 	if stack.Outermost() {
 		introduce(os.Stdout)
 	}
-	os.Exit(stack.Isolated(func() int {
-		// Twice ^C changes nothing: what was started has to be ended. A terminal sends it to everyone, and the outer
-		// processes pass it on as well.
-		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
-		defer stop()
-		err := show(ctx, o)
-		switch {
-		case ctx.Err() != nil:
-			fmt.Fprintln(os.Stderr, "demo: interrupted, everything was cleaned up")
-			return 130
-		case err != nil:
-			fmt.Fprintln(os.Stderr, "demo:", err)
-			return 1
-		}
-		return 0
-	}))
+	os.Exit(stack.Show("demo", func(ctx context.Context) error { return show(ctx, o) }))
 }
 
 // options of a run.
@@ -84,6 +79,16 @@ Programs that are missing in %s/bin are built first: %s.
 The first time that takes about ten minutes on two cores. They stay there; nothing else does.
 
 `, cache, stack.Versions())
+}
+
+// writeImages writes the two images as OCI archives.
+func writeImages(dir string) error {
+	web, jobs, err := testimage.Twins()
+	if err != nil {
+		return err
+	}
+	return errors.Join(testimage.WriteArchive(filepath.Join(dir, "web.tar"), web),
+		testimage.WriteArchive(filepath.Join(dir, "jobs.tar"), jobs))
 }
 
 // config is the daemon's configuration for a kind of pool: nothing for the default.

@@ -26,8 +26,8 @@ type figures struct {
 func (f *figures) add(d *demo, ps []*process) error {
 	frames := map[uint64]bool{}
 	for _, p := range ps {
-		f.mapped += int64(p.mapped) * pageSize
-		for frame := range p.frames {
+		f.mapped += int64(p.Mapped) * pageSize
+		for frame := range p.Frames {
 			frames[frame] = true
 		}
 	}

@@ -76,7 +76,7 @@ func (d *demo) printFrames(f *facts, ps []*process) {
 		if i%d.containers >= maxShown {
 			continue
 		}
-		fmt.Fprintf(w, "     %s\t%d", p.container, p.pid)
+		fmt.Fprintf(w, "     %s\t%d", p.container, p.PID)
 		for _, l := range shown {
 			fmt.Fprintf(w, "\t%#x", l.frames[i])
 		}
@@ -119,7 +119,7 @@ func (d *demo) compare(f *facts) {
 	d.say(`How to read this: with overlayfs, containers share the page cache of the layers that their images have in common.
 These two images have none in common, so overlayfs caches their equal files twice. With daxfs an equal file is one file in
 all images. With DAX memory the pool's pages are mapped without any page cache: by every image, container and virtual
-machine. See README.md, "When not to use it".`)
+machine. See README.md, "When it pays".`)
 }
 
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

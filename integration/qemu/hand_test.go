@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -24,10 +25,9 @@ type hand struct {
 	machine      Machine
 }
 
-// do runs the commands in a guest.
-func (h hand) do(t *testing.T) {
+// handMachine gives a machine empty memory, and busybox and daxfs in its initramfs.
+func handMachine(t *testing.T, m Machine) Machine {
 	t.Helper()
-	m := h.machine
 	m.RAM = ramMiB
 	m.Memory = filepath.Join(t.TempDir(), "memory")
 	if err := os.WriteFile(m.Memory, nil, 0o644); err != nil {
@@ -58,6 +58,13 @@ func (h hand) do(t *testing.T) {
 	if m.Files["bin/daxfs"], err = os.ReadFile(program); err != nil {
 		t.Fatal(err)
 	}
+	return m
+}
+
+// do runs the commands in a guest.
+func (h hand) do(t *testing.T) {
+	t.Helper()
+	m := handMachine(t, h.machine)
 	m.Task.Name, m.Task.Program = "script", []string{"/bin/busybox", "sh", "-euc", `
 		/bin/busybox --install -s /bin
 		` + h.before + `
@@ -130,5 +137,32 @@ func TestKernelModuleByHand(t *testing.T) {
 			h.machine.Kernel, h.machine.Files, h.machine.Task.Module = k, files, "/daxfs.ko"
 			h.do(t)
 		})
+	}
+}
+
+// A pool is not made on memory that the guest has read-only: the kernel takes the writes, and they are lost.
+func TestByHandReadOnly(t *testing.T) {
+	m := handMachine(t, Machine{Kernel: need(t)[0], Via: VirtioPmem, ReadOnly: true})
+	m.Task.Name, m.Task.Program = "script", []string{"/bin/busybox", "sh", "-euc", `
+		/bin/busybox --install -s /bin
+		dd if=/bin/busybox of=/dev/pmem0 bs=4096 count=1 conv=fsync
+		! daxfs pool init --index /tmp/index --force /dev/pmem0
+		! ls /tmp/index
+		! daxfs pool ls /dev/pmem0`}
+	answer, err := boot(t, m).Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := answer.Output[0]
+	t.Log(out)
+	if !strings.Contains(out, "does not keep what is written at 4096: read-only memory; a virtual machine may have it read-only") {
+		t.Error("the output does not say that the memory is read-only")
+	}
+	left, err := os.ReadFile(m.Memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.ContainsFunc(left, func(b byte) bool { return b != 0 }) {
+		t.Error("the guest has changed the file")
 	}
 }

@@ -2,7 +2,7 @@ package qemu
 
 import (
 	"bytes"
-	"compress/gzip"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,12 +11,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
+	"github.com/daxfs/daxfs-snapshotter/internal/vmm"
 )
 
 // Program is the emulator.
@@ -54,10 +56,23 @@ type Machine struct {
 	// Task is what /init does; Files are further files for the initramfs, by path without leading slash.
 	Task  task.Task
 	Files map[string][]byte
+	// ReadOnly keeps the guest from changing Memory. It is for VirtioPmem.
+	ReadOnly bool
+	// More are further files that the guest gets as persistent memory, behind Memory. They are for VirtioPmem.
+	More []vmm.Device
+	// Network lets the guest reach this machine: 127.0.0.1 here is 10.0.2.2 there, and the guest is 10.0.2.15.
+	Network bool
 	// Modules are loaded besides those that every machine has.
 	Modules []string
+	// UUID is what the firmware calls the machine; empty gives it none.
+	UUID string
+	// CPUs of the guest; 0 means 2. An emulator that runs several at once can trip over code that the guest's kernel changes
+	// while it runs ("Oops: int3"): what runs for long has one.
+	CPUs int
 	// RAM of the guest in MiB, without Memory; 0 means 512.
 	RAM int
+	// Launcher is a command that becomes (exec) the emulator, whose command line is added to it. Empty starts that at once.
+	Launcher []string
 }
 
 // Running is a machine that was started.
@@ -67,6 +82,9 @@ type Running struct {
 	output bytes.Buffer
 	done   chan struct{} // closed when the machine has ended, with err
 	err    error
+
+	commands sync.Mutex // one Command at a time
+	count    int        // of commands
 }
 
 // Start boots a machine. dir is an empty directory for what host and guest exchange; the guest program is built from
@@ -93,14 +111,24 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 	}
 	// The log is large enough for all that a task makes the kernel say: warnings are looked for at its end.
 	params := "console=ttyS0 quiet panic=-1 oops=panic nokaslr random.trust_cpu=on log_buf_len=4M rdinit=/init"
-	memory, extra := m.memory(ram, info.Size())
+	memory, extra, err := m.memory(ram, info.Size())
+	if err != nil {
+		return nil, err
+	}
+	if m.UUID != "" {
+		memory = append(memory, "-uuid", m.UUID)
+	}
+	if m.Network {
+		memory = append(memory, "-nic", "user,model=virtio-net-pci")
+	}
 	args := append([]string{
-		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
+		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cmp.Or(m.CPUs, 2)),
 		"-nographic", "-no-reboot", "-nodefaults", "-serial", "file:" + filepath.Join(dir, "console"), "-monitor", "none",
 		"-kernel", m.Kernel.Image, "-initrd", initramfs, "-append", params + extra,
 		"-virtfs", "local,path=" + share + ",mount_tag=host,security_model=none,multidevs=remap",
 	}, memory...)
-	r := &Running{dir: dir, cmd: exec.CommandContext(ctx, Program, args...), done: make(chan struct{})}
+	argv := slices.Concat(m.Launcher, []string{Program}, args)
+	r := &Running{dir: dir, cmd: exec.CommandContext(ctx, argv[0], argv[1:]...), done: make(chan struct{})}
 	r.cmd.Stdout, r.cmd.Stderr = &r.output, &r.output
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := r.cmd.Start(); err != nil {
@@ -114,7 +142,7 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 }
 
 // memory returns the arguments that give the guest its RAM and the shared file, and what its kernel must be told.
-func (m Machine) memory(ram int, size int64) (args []string, params string) {
+func (m Machine) memory(ram int, size int64) (args []string, params string, err error) {
 	mib := size >> 20
 	switch m.Via {
 	case Memmap, Reserved:
@@ -128,13 +156,11 @@ func (m Machine) memory(ram int, size int64) (args []string, params string) {
 			"-object", fmt.Sprintf("memory-backend-file,id=m1,share=on,mem-path=%s,size=%dM", m.Memory, mib),
 			"-object", fmt.Sprintf("memory-backend-ram,id=m2,size=%dM", tail),
 			"-numa", "node,nodeid=0,memdev=m0", "-numa", "node,nodeid=1,memdev=m1", "-numa", "node,nodeid=2,memdev=m2",
-		}, fmt.Sprintf(" memmap=%dM%s%dM", mib, mark, ram)
+		}, fmt.Sprintf(" memmap=%dM%s%dM", mib, mark, ram), nil
 	default:
-		return []string{
-			"-machine", "q35", "-m", fmt.Sprintf("%dM,slots=4,maxmem=%dM", ram, int64(ram)+8192+mib),
-			"-object", fmt.Sprintf("memory-backend-file,id=vp0,share=on,mem-path=%s,size=%dM,align=2M", m.Memory, mib),
-			"-device", "virtio-pmem-pci,memdev=vp0,id=vpm0",
-		}, ""
+		first := vmm.Device{ID: "memory", Path: m.Memory, Size: size, ReadOnly: m.ReadOnly}
+		args, err = vmm.Args("qemu", int64(ram)<<20, append([]vmm.Device{first}, m.More...))
+		return args, "", err
 	}
 }
 
@@ -173,12 +199,9 @@ func (m Machine) writeInitramfs(path string) error {
 	}
 	a.add("modules/order", typeFile|0o644, []byte(order.String()))
 
+	// Not compressed: an emulated processor takes seconds to unpack it.
 	var packed bytes.Buffer
-	zw, err := gzip.NewWriterLevel(&packed, gzip.BestSpeed)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(a.write(zw), zw.Close()); err != nil {
+	if err := a.write(&packed); err != nil {
 		return err
 	}
 	return os.WriteFile(path, packed.Bytes(), 0o644)
@@ -200,9 +223,6 @@ var guestProgram = sync.OnceValues(func() ([]byte, error) {
 	}
 	return os.ReadFile(program)
 })
-
-// PID is the emulator's process.
-func (r *Running) PID() int { return r.cmd.Process.Pid }
 
 // AwaitReady waits until the task called Pause, and Resume lets it go on.
 func (r *Running) AwaitReady() error {
@@ -275,6 +295,13 @@ func (r *Running) Wait() (task.Answer, error) {
 		return a, r.explain(fmt.Errorf("the kernel warned while the task ran:\n%s", strings.Join(a.Warnings, "\n")))
 	}
 	return a, nil
+}
+
+// Kill ends the machine at once, as a failure of the monitor does.
+func (r *Running) Kill() error {
+	err := r.cmd.Process.Kill()
+	<-r.done
+	return err
 }
 
 // Run starts a machine and waits for its end.

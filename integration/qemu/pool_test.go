@@ -55,7 +55,8 @@ func onEach(t *testing.T, test func(t *testing.T, k Kernel)) {
 // boot runs a machine with a time limit that only a hung one reaches.
 func boot(t *testing.T, m Machine) *Running {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	limit := 10*time.Minute + time.Duration(m.Task.Rounds)*5*time.Second
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	t.Cleanup(cancel)
 	r, err := Start(ctx, m, t.TempDir())
 	if err != nil {

@@ -52,7 +52,7 @@ func (s *Stack) ClientSuite(args ...string) (*exec.Cmd, error) {
 		return nil, err
 	}
 	script := fmt.Sprintf("#!/bin/sh\ncase \" $* \" in *\" --root /var/lib/containerd-test \"*) set -- \"$@\" --config %q ;; esac\nexec %q \"$@\"\n",
-		s.containerdConfig(), s.tools.path("containerd"))
+		s.ContainerdConfig(), s.tools.path("containerd"))
 	if err := os.WriteFile(filepath.Join(bin, "containerd"), []byte(script), 0o755); err != nil {
 		return nil, err
 	}

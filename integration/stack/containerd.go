@@ -14,17 +14,19 @@ import (
 )
 
 // containerdTemplate is the configuration of the private containerd. What containerd does for Kubernetes is off: it
-// wants devices and directories that tests have no use for.
+// wants devices and directories that most tests have no use for.
 var containerdTemplate = template.Must(template.New("config.toml").Parse(`version = 3
 root = "{{.Dir}}/containerd/root"
 state = "{{.Run}}/state"
 temp = "{{.Dir}}/containerd/temp"
 imports = []
 disabled_plugins = [
+{{- if not .Kubernetes}}
   "io.containerd.grpc.v1.cri",
   "io.containerd.cri.v1.images",
   "io.containerd.cri.v1.runtime",
   "io.containerd.podsandbox.controller.v1.podsandbox",
+{{- end}}
   "io.containerd.nri.v1.nri",
   "io.containerd.tracing.processor.v1.otlp",
   "io.containerd.internal.v1.tracing",
@@ -39,7 +41,7 @@ disabled_plugins = [
   address = "{{.Daemon}}"
   capabilities = ["remap-ids", "only-remap-ids", "rebase"]
   [proxy_plugins.daxfs.exports]
-    root = "{{.Dir}}/daxfs"
+    root = "{{.Root}}"
     enable_remote_snapshot_annotations = "true"
 {{- if eq .Mode "streaming"}}
 [proxy_plugins.daxfs-diff]
@@ -60,29 +62,56 @@ disabled_plugins = [
   optional = true
 {{.More}}`))
 
-// containerdConfig is where StartContainerd leaves the configuration.
-func (s *Stack) containerdConfig() string { return filepath.Join(s.Dir, "containerd.toml") }
+// ContainerdConfig is where StartContainerd leaves the configuration.
+func (s *Stack) ContainerdConfig() string { return filepath.Join(s.Dir, "containerd.toml") }
+
+// ContainerdConfig returns the configuration of a containerd that keeps its state in dir, has its sockets in run, and
+// asks the daxfs-snapshotter at the socket daemon, which keeps its state in root.
+func (o Options) ContainerdConfig(dir, run, daemon, root string) ([]byte, error) {
+	var text bytes.Buffer
+	err := containerdTemplate.Execute(&text, map[string]any{
+		"Dir": dir, "Run": run, "Mode": o.Mode, "Unpacks": max(1, o.ParallelUnpacks), "More": o.Containerd, "Daemon": daemon,
+		"Root": root, "Kubernetes": o.Kubernetes,
+	})
+	return text.Bytes(), err
+}
 
 // StartContainerd starts the private containerd and waits until it answers.
-func (s *Stack) StartContainerd() error {
-	var text bytes.Buffer
+func (s *Stack) StartContainerd() error { return s.startContainerd(nil) }
+
+// RestartContainerd ends containerd if it runs, and starts it with a configuration that edit changes; nil changes nothing.
+func (s *Stack) RestartContainerd(edit func(config string) string) error {
+	if err := s.containerd.stop(syscall.SIGTERM); err != nil {
+		return err
+	}
+	return s.startContainerd(edit)
+}
+
+// StartContainerdApart starts containerd in a mount namespace of its own, which no mount of the daemon comes to.
+func (s *Stack) StartContainerdApart() error {
+	return s.startContainerd(nil, "unshare", "--mount", "--propagation", "private")
+}
+
+func (s *Stack) startContainerd(edit func(string) string, with ...string) error {
 	daemon := s.daemonSocket()
 	if s.front != nil {
 		daemon = s.front.listener.Addr().String()
 	}
-	err := containerdTemplate.Execute(&text, map[string]any{
-		"Dir": s.Dir, "Run": s.Run, "Mode": s.options.Mode, "Unpacks": max(1, s.options.ParallelUnpacks),
-		"More": s.options.Containerd, "Daemon": daemon,
-	})
+	o := s.options
+	o.Containerd = strings.NewReplacer("{{run}}", s.Run, "{{dir}}", s.Dir, "{{bin}}", s.tools.bin).Replace(o.Containerd)
+	text, err := o.ContainerdConfig(s.Dir, s.Run, daemon, s.DaemonRoot())
 	if err != nil {
 		return err
 	}
-	config := s.containerdConfig()
-	if err := os.WriteFile(config, text.Bytes(), 0o644); err != nil {
+	config, lines := s.ContainerdConfig(), string(text)
+	if edit != nil {
+		lines = edit(lines)
+	}
+	if err := os.WriteFile(config, []byte(lines), 0o644); err != nil {
 		return err
 	}
-	s.containerd, err = startProcess("containerd", filepath.Join(s.Dir, "containerd.log"), s.env(),
-		s.tools.path("containerd"), "--config", config, "--log-level", "warn")
+	argv := append(with, s.tools.path("containerd"), "--config", config, "--log-level", "warn")
+	s.containerd, err = startProcess("containerd", filepath.Join(s.Dir, "containerd.log"), s.env(), argv...)
 	if err != nil {
 		return err
 	}
@@ -120,7 +149,7 @@ func (s *Stack) command(name string, args ...string) *exec.Cmd {
 	case "nerdctl":
 		flags = []string{
 			"--address", s.Run + "/containerd.sock", "--namespace", Namespace, "--data-root", s.Dir + "/nerdctl",
-			"--cni-path", s.tools.bin, "--cni-netconfpath", s.Dir + "/cni", "--hosts-dir", s.Dir + "/hosts",
+			"--cni-path", s.tools.bin, "--cni-netconfpath", s.Dir + "/cni", "--hosts-dir", s.HostsDir(),
 			"--insecure-registry", "--cgroup-manager", "cgroupfs",
 		}
 	}

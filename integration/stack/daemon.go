@@ -12,12 +12,12 @@ import (
 // about, until that is connected to it again: after a failure containerd waits for seconds before it tries the next time.
 func (s *Stack) StartDaemon() error {
 	config := filepath.Join(s.Dir, "daxfs.toml")
-	text := strings.ReplaceAll(s.options.Config, "{{run}}", s.Run)
+	text := strings.NewReplacer("{{run}}", s.Run, "{{dir}}", s.Dir).Replace(s.options.Config)
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return err
 	}
 	var err error
-	s.daemon, err = startProcess("daxfs-snapshotter", filepath.Join(s.Dir, "daxfs-snapshotter.log"), s.env(),
+	s.daemon, err = startProcess("daxfs-snapshotter", s.DaemonLog(), s.env(),
 		s.tools.path("daxfs-snapshotter"), "--config", config, "--log-level", "debug", "--root", s.DaemonRoot(),
 		"--address", s.daemonSocket(), "--containerd-address", s.Run+"/containerd.sock")
 	if err != nil {
@@ -42,8 +42,14 @@ func (s *Stack) daemonSocket() string { return s.Run + "/daxfs.sock" }
 // DaemonRoot is the state directory of the daemon.
 func (s *Stack) DaemonRoot() string { return filepath.Join(s.Dir, "daxfs") }
 
+// DaemonLog is the file that the daemon logs to.
+func (s *Stack) DaemonLog() string { return filepath.Join(s.Dir, "daxfs-snapshotter.log") }
+
 // StopDaemon ends the daemon with sig: SIGTERM as an upgrade would, SIGKILL as a crash.
 func (s *Stack) StopDaemon(sig syscall.Signal) error { return s.daemon.stop(sig) }
+
+// SignalDaemon sends sig to the daemon and waits for nothing.
+func (s *Stack) SignalDaemon(sig syscall.Signal) error { return s.daemon.cmd.Process.Signal(sig) }
 
 // SetConfig replaces the TOML that the next StartDaemon uses.
 func (s *Stack) SetConfig(text string) { s.options.Config = text }

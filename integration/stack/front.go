@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -15,11 +16,12 @@ type front struct {
 	server   string
 	closing  chan struct{}
 	running  sync.WaitGroup
+	sent     atomic.Int64 // bytes that the server sent
 }
 
-// newFront listens at address. The caller closes it.
-func newFront(address, server string) (*front, error) {
-	l, err := net.Listen("unix", address)
+// newFront listens at an address of a network ("unix", "tcp"), for a server with a Unix socket. The caller closes it.
+func newFront(network, address, server string) (*front, error) {
+	l, err := net.Listen(network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -53,9 +55,12 @@ func (f *front) pass(c net.Conn) {
 	}
 	defer s.Close()
 	ended := make(chan struct{}, 2)
-	for _, way := range [][2]net.Conn{{c, s}, {s, c}} {
+	for _, way := range []struct {
+		to   io.Writer
+		from io.Reader
+	}{{&counting{c, &f.sent}, s}, {s, c}} {
 		go func() {
-			io.Copy(way[0], way[1]) // its error is that of a connection that ended
+			io.Copy(way.to, way.from) // its error is that of a connection that ended
 			ended <- struct{}{}
 		}()
 	}
@@ -63,6 +68,18 @@ func (f *front) pass(c net.Conn) {
 	case <-ended:
 	case <-f.closing:
 	}
+}
+
+// counting counts what is written.
+type counting struct {
+	io.Writer
+	n *atomic.Int64
+}
+
+func (c *counting) Write(b []byte) (int, error) {
+	n, err := c.Writer.Write(b)
+	c.n.Add(int64(n))
+	return n, err
 }
 
 // Close ends all connections.

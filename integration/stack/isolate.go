@@ -1,12 +1,14 @@
 package stack
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -39,6 +41,27 @@ func Main(m interface{ Run() int }, more ...Build) int {
 // Isolated runs f as the tests are run, for programs that are no test. It does not return in the outer processes
 // before f has ended in the inner one.
 func Isolated(f func() int) int { return Main(runFunc(f)) }
+
+// Show runs a demonstration as Isolated does, with a context that a signal ends, and returns the exit status of the
+// program. What goes wrong is told on standard error after the program's name.
+func Show(name string, f func(context.Context) error) int {
+	return Isolated(func() int {
+		// Twice ^C changes nothing: what was started has to be ended. A terminal sends it to everyone, and the outer
+		// processes pass it on as well.
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+		defer stop()
+		err := f(ctx)
+		switch {
+		case ctx.Err() != nil:
+			fmt.Fprintln(os.Stderr, name+": interrupted, everything was cleaned up")
+			return 130
+		case err != nil:
+			fmt.Fprintln(os.Stderr, name+":", err)
+			return 1
+		}
+		return 0
+	})
+}
 
 type runFunc func() int
 
@@ -125,14 +148,16 @@ func claimRunDir() (release func(), err error) {
 	}, nil
 }
 
-// removeCgroups removes the control groups of the containers' namespace, which runc makes and nobody removes, and those of
-// containers that were interrupted while they were made. One that is in use stays.
+// removeCgroups removes the control groups of the containers' namespaces, which runc makes and nobody removes, and those
+// of containers that were interrupted while they were made. One that is in use stays.
 func removeCgroups() {
-	for _, pattern := range []string{"/sys/fs/cgroup/" + Namespace, "/sys/fs/cgroup/*/" + Namespace} {
-		for _, glob := range []string{pattern + "/*", pattern} {
-			dirs, _ := filepath.Glob(glob) // the pattern is right
-			for _, dir := range dirs {
-				unix.Rmdir(dir) // fails for files, and for what is in use
+	for _, namespace := range []string{Namespace, "k8s.io"} {
+		for _, pattern := range []string{"/sys/fs/cgroup/" + namespace, "/sys/fs/cgroup/*/" + namespace} {
+			for _, glob := range []string{pattern + "/*", pattern} {
+				dirs, _ := filepath.Glob(glob) // the pattern is right
+				for _, dir := range dirs {
+					unix.Rmdir(dir) // fails for files, and for what is in use
+				}
 			}
 		}
 	}
@@ -225,6 +250,30 @@ func loopbackUp() error {
 	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
 	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr); err != nil {
 		return fmt.Errorf("bring up lo: %w", err)
+	}
+	return nil
+}
+
+// EndLostShims ends the shims that containerd forgot: one that dies after it started a shim, and before it has noted that,
+// leaves it running for good. It is for when no container is left.
+func (s *Stack) EndLostShims() error {
+	all, err := ownProcesses()
+	if err != nil {
+		return err
+	}
+	for _, p := range all {
+		pid, command, _ := strings.Cut(p, " ")
+		program, _, _ := strings.Cut(command, " ")
+		if filepath.Base(program) != "containerd-shim-runc-v2" {
+			continue
+		}
+		n, err := strconv.Atoi(pid)
+		if err != nil {
+			return err
+		}
+		if err := syscall.Kill(n, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("kill %s: %w", p, err)
+		}
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package stack
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -60,6 +61,26 @@ func (s *Stack) CheckPool() (report PoolReport, err error) {
 		report.ImageKeys = append(report.ImageKeys, m.Key)
 	}
 	return report, errors.Join(findings...)
+}
+
+// CollectPool has the running daemon free what nobody needs in its pool, which a user calls by name, and returns the bytes of
+// contents that are left, used or not yet free.
+func (s *Stack) CollectPool(name string) (int64, error) {
+	control := s.Run + "/control.sock"
+	if _, err := s.output("daxfs", "pool", "gc", "--control", control, name); err != nil {
+		return 0, err
+	}
+	out, err := s.output("daxfs", "pool", "show", "--json", "--control", control, name)
+	if err != nil {
+		return 0, err
+	}
+	var state struct {
+		Index struct{ Extents, Waiting int64 }
+	}
+	if err := json.Unmarshal([]byte(out), &state); err != nil {
+		return 0, err
+	}
+	return state.Index.Extents + state.Index.Waiting, nil
 }
 
 // SnapshotDirs lists the directories in which the daemon keeps what snapshots wrote.

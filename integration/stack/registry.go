@@ -6,6 +6,8 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +23,19 @@ type Registry struct {
 	addr    string
 	server  *http.Server
 	served  atomic.Int64 // nanoseconds of the clock
+	sent    atomic.Int64 // bytes of blobs and manifests
+	rate    atomic.Int64 // bytes in a second that all answers share; 0 is no limit
+	line    sync.Mutex   // held while bytes are sent, with a limit
+
+	mu      sync.Mutex
+	fetched []string
+	hold    *hold // nil unless a range is to be held
+}
+
+// hold keeps one answer back.
+type hold struct {
+	left          int // requests before that
+	held, release chan struct{}
 }
 
 // NewRegistry starts an empty registry. The caller ends it with Off.
@@ -41,12 +56,20 @@ func (r *Registry) On() error {
 	return nil
 }
 
+// Addr is where it listens, HOST:PORT.
+func (r *Registry) Addr() string { return r.addr }
+
 // Off refuses connections until On; those that are open are cut.
 func (r *Registry) Off() error { return r.server.Close() }
 
 // Push uploads an image under repository:latest and returns its reference.
 func (r *Registry) Push(repository string, img v1.Image) (string, error) {
-	ref, err := name.ParseReference(r.addr+"/"+repository+":latest", name.Insecure)
+	return r.PushTag(repository, "latest", img)
+}
+
+// PushTag uploads an image under a tag and returns its reference.
+func (r *Registry) PushTag(repository, tag string, img v1.Image) (string, error) {
+	ref, err := name.ParseReference(r.addr+"/"+repository+":"+tag, name.Insecure)
 	if err != nil {
 		return "", err
 	}
@@ -56,10 +79,85 @@ func (r *Registry) Push(repository string, img v1.Image) (string, error) {
 	return ref.Name(), nil
 }
 
+// Fetched returns the digests of the blobs that were asked for since the last call, manifests not counted.
+func (r *Registry) Fetched() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	list := r.fetched
+	r.fetched = nil
+	return list
+}
+
+// HoldRange keeps the answer to the n-th request for a part of a blob back, until release is called or who asked is
+// gone. held is closed when it is asked for.
+func (r *Registry) HoldRange(n int) (held <-chan struct{}, release func()) {
+	h := &hold{n - 1, make(chan struct{}), make(chan struct{})}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.hold = h
+	return h.held, sync.OnceFunc(func() { close(h.release) })
+}
+
+// maybeHold returns when a request for a part may be answered.
+func (r *Registry) maybeHold(req *http.Request) {
+	r.mu.Lock()
+	h := r.hold
+	if h == nil || h.left > 0 {
+		if h != nil {
+			h.left--
+		}
+		r.mu.Unlock()
+		return
+	}
+	r.hold = nil
+	r.mu.Unlock()
+	close(h.held)
+	select {
+	case <-h.release:
+	case <-req.Context().Done():
+	}
+}
+
 func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
-	r.handler.ServeHTTP(w, req)
+	if _, digest, ok := strings.Cut(req.URL.Path, "/blobs/sha256:"); ok && req.Method == http.MethodGet {
+		r.mu.Lock()
+		r.fetched = append(r.fetched, "sha256:"+digest)
+		r.mu.Unlock()
+	}
+	// The handler refuses a range without an end, with which containerd goes on after a pull that was cut off. An answer
+	// with all of the blob will do as well.
+	if strings.HasSuffix(req.Header.Get("Range"), "-") {
+		req.Header.Del("Range")
+	}
+	if req.Header.Get("Range") != "" {
+		r.maybeHold(req)
+	}
+	r.handler.ServeHTTP(&sending{w, r}, req)
 	r.served.Store(time.Now().UnixNano())
 }
 
 // Served is when the registry had answered the last request.
 func (r *Registry) Served() time.Time { return time.Unix(0, r.served.Load()) }
+
+// Sent is how many bytes the registry has sent in bodies of answers.
+func (r *Registry) Sent() int64 { return r.sent.Load() }
+
+// Throttle makes all answers share a line of that many bytes in a second. 0 ends it.
+func (r *Registry) Throttle(rate int64) { r.rate.Store(rate) }
+
+// sending counts the bytes of a body, and takes its time for them.
+type sending struct {
+	http.ResponseWriter
+	r *Registry
+}
+
+func (s *sending) Write(b []byte) (int, error) {
+	if rate := s.r.rate.Load(); rate > 0 {
+		s.r.line.Lock()
+		time.Sleep(time.Duration(len(b)) * time.Second / time.Duration(rate))
+		s.r.line.Unlock()
+	}
+	n, err := s.ResponseWriter.Write(b)
+	s.r.sent.Add(int64(n))
+	return n, err
+}

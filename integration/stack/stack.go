@@ -33,10 +33,13 @@ type Options struct {
 	Mode Mode
 	// ParallelUnpacks is how many layers containerd unpacks at once; 0 and 1 mean one after the other.
 	ParallelUnpacks int
-	// Config is the daemon's configuration, as TOML. "{{run}}" in it is replaced with the Run of the stack.
+	// Config is the daemon's configuration, as TOML. "{{run}}" and "{{dir}}" in it are replaced with Run and Dir of the stack.
 	Config string
 	// Containerd is TOML that is appended to containerd's configuration.
 	Containerd string
+	// Kubernetes leaves on what containerd does for Kubernetes, with the keys of Containerd. "{{run}}", "{{dir}}" and "{{bin}}" in
+	// these are replaced with the Run and Dir of the stack, and the directory of the programs of containerd and CNI.
+	Kubernetes bool
 	// Peer is the command line of another snapshotter, to which PeerSocket and PeerRoot are added. It runs from before
 	// containerd until after it. Empty runs none.
 	Peer []string
@@ -47,6 +50,9 @@ type Options struct {
 	Patient bool
 	// Registry is one that serves already, for stacks that follow one another. It is the caller's; nil makes a new one.
 	Registry *Registry
+	// Disk is the size in bytes of a file system for the directory of the stack alone, which Reboot would take
+	// away. 0 shares the one of the cache.
+	Disk int64
 }
 
 // Stack is a running registry, containerd and daxfs-snapshotter.
@@ -64,8 +70,13 @@ type Stack struct {
 	daemon     *process
 	peer       *process
 	front      *front // nil unless Patient
-	before     footprint
-	execs      int
+
+	distribution      *process // nil unless started
+	distributionFront *front
+
+	before footprint
+	execs  int
+	closed bool
 }
 
 // New starts a stack and stops it when the test ends. The test fails if anything is left behind then: a mount, a loop
@@ -117,6 +128,11 @@ func Start(o Options) (_ *Stack, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	if o.Disk > 0 {
+		if err := s.makeDisk(o.Disk); err != nil {
+			return nil, err
+		}
+	}
 	// The root of a user namespace has to pass through on its way to the container.
 	for _, dir := range []string{s.Dir, s.Run} {
 		if err := os.Chmod(dir, 0o711); err != nil {
@@ -132,7 +148,7 @@ func Start(o Options) (_ *Stack, err error) {
 		}
 	}
 	if o.Patient {
-		if s.front, err = newFront(s.Run+"/front.sock", s.daemonSocket()); err != nil {
+		if s.front, err = newFront("unix", s.Run+"/front.sock", s.daemonSocket()); err != nil {
 			return nil, err
 		}
 	}
@@ -142,7 +158,7 @@ func Start(o Options) (_ *Stack, err error) {
 		}
 	}
 	if len(o.Peer) > 0 {
-		if err := s.startPeer(); err != nil {
+		if err := s.StartPeer(); err != nil {
 			return nil, err
 		}
 	}
@@ -155,8 +171,13 @@ func (s *Stack) Push(repository string, img v1.Image) (string, error) {
 }
 
 // Close ends everything in the order in which a machine shuts down: containers, containerd, daemon, mounts. Its error
-// says what had to be cleaned that should not have been there.
+// says what had to be cleaned that should not have been there. A second call does nothing. It ends every process of the
+// namespaces that Main made, so stacks follow one another.
 func (s *Stack) Close() error {
+	if s.closed {
+		return nil
+	}
+	s.closed = true
 	var errs []error
 	if s.containerd != nil {
 		errs = append(errs, s.removeContainers(), s.containerd.stop(syscall.SIGTERM))
@@ -170,12 +191,12 @@ func (s *Stack) Close() error {
 	if s.front != nil {
 		errs = append(errs, s.front.Close())
 	}
-	errs = append(errs, s.unmountAll())
+	errs = append(errs, s.stopDistribution(), s.unmountAll())
 	if s.Registry != nil && s.options.Registry == nil {
 		errs = append(errs, s.Registry.Off())
 	}
 	// What is left counts against this stack and not against the next one.
-	errs = append(errs, s.leaks(), killOwn(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir))
+	errs = append(errs, s.leaks(), killOwn(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir), os.RemoveAll(s.diskFile()))
 	return errors.Join(errs...)
 }
 

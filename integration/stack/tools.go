@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 
@@ -26,10 +27,12 @@ const (
 	nerdctlModule    = "github.com/containerd/nerdctl/v2"
 )
 
-// program is one thing that "go install" can make.
+// program is one thing that "go install" can make. An empty pkg is the module's root.
 type program struct {
 	module, version, pkg string
 }
+
+func (p program) path() string { return path.Join(p.module, p.pkg) }
 
 var programs = []program{
 	{containerdModule, containerdVersion, "cmd/containerd"},
@@ -53,6 +56,20 @@ func CacheDir() (string, error) {
 		return "", fmt.Errorf("no cache directory, set DAXFS_TEST_CACHE: %w", err)
 	}
 	return filepath.Join(dir, "daxfs-test"), nil
+}
+
+// Program is the path of a program of the cache: one of this tree, containerd's or nerdctl. Main has built it.
+func Program(name string) (string, error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	t := tools{bin: filepath.Join(cache, "bin"), own: filepath.Join(cache, "own")}
+	path := t.path(name)
+	if path == name {
+		return "", fmt.Errorf("no program %q below %q", name, cache)
+	}
+	return path, nil
 }
 
 // Build makes something that not every test needs in the cache, where the network is at hand.
@@ -112,17 +129,17 @@ func buildTools(more ...Build) (tools, error) {
 	return t, nil
 }
 
-// install makes the program in bin unless it is there in the right version.
-func (p program) install(bin string) error {
-	info, err := buildinfo.ReadFile(filepath.Join(bin, filepath.Base(p.pkg)))
+// install makes the program in bin unless it is there in the right version. Env is added to the environment of go.
+func (p program) install(bin string, env ...string) error {
+	info, err := buildinfo.ReadFile(filepath.Join(bin, path.Base(p.path())))
 	if err == nil && info.Main.Path == p.module && info.Main.Version == p.version {
 		return nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("read the version of %q: %w", p.pkg, err)
+		return fmt.Errorf("read the version of %q: %w", p.path(), err)
 	}
-	cmd := goCommand("", "install", "-ldflags", "-s -w", p.module+"/"+p.pkg+"@"+p.version)
-	cmd.Env = append(cmd.Env, "GOBIN="+bin)
+	cmd := goCommand("", "install", "-ldflags", "-s -w", p.path()+"@"+p.version)
+	cmd.Env = append(append(cmd.Env, "GOBIN="+bin), env...)
 	return run(cmd)
 }
 
@@ -139,26 +156,8 @@ func installNerdctl(bin string) error {
 	}
 	defer os.RemoveAll(src)
 
-	module, err := moduleDir(nerdctlModule, nerdctlVersion)
-	if err != nil {
-		return err
-	}
 	tree := filepath.Join(src, "tree")
-	if err := os.CopyFS(tree, os.DirFS(module)); err != nil {
-		return fmt.Errorf("copy the source of nerdctl: %w", err)
-	}
-	// The module cache is read-only, and so is the copy.
-	err = filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		mode := fs.FileMode(0o644)
-		if d.IsDir() {
-			mode = 0o755
-		}
-		return os.Chmod(path, mode)
-	})
-	if err != nil {
+	if err := copyModule(tree, nerdctlModule, nerdctlVersion); err != nil {
 		return err
 	}
 	helpers, err := filepath.Glob(filepath.Join(tree, "cmd/nerdctl/helpers/testing*.go"))
@@ -204,6 +203,28 @@ func moduleDir(module, version string) (string, error) {
 		return "", fmt.Errorf("read what go mod download printed: %w", err)
 	}
 	return mod.Dir, nil
+}
+
+// copyModule makes a copy of a module in tree that can be changed.
+func copyModule(tree, module, version string) error {
+	dir, err := moduleDir(module, version)
+	if err != nil {
+		return err
+	}
+	if err := os.CopyFS(tree, os.DirFS(dir)); err != nil {
+		return fmt.Errorf("copy the source of %s: %w", module, err)
+	}
+	// The module cache is read-only, and so is the copy.
+	return filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		mode := fs.FileMode(0o644)
+		if d.IsDir() {
+			mode = 0o755
+		}
+		return os.Chmod(path, mode)
+	})
 }
 
 // buildOwn makes the programs of this tree, as a release would be made.

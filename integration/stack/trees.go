@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,18 +23,22 @@ func (s *Stack) Rootfs(id string) string {
 // unpacking, and link counts are those of a lower layer.
 var Comparable = listing.Options{NoRootTime: true, NoLinkCounts: true}
 
-// ImageTree mounts an image by a view of a snapshotter and lists it.
-func (s *Stack) ImageTree(ref, snapshotter string) (lines []string, err error) {
+// ImageTree mounts an image by a view of a snapshotter and lists it. Flags are for ctr, such as another namespace.
+func (s *Stack) ImageTree(ref, snapshotter string, flags ...string) (lines []string, err error) {
 	dir, err := os.MkdirTemp(s.Run, "tree-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.Remove(dir)
-	if _, err := s.output("ctr", "image", "mount", "--snapshotter", snapshotter, ref, dir); err != nil {
+	ctr := func(args ...string) error {
+		_, err := s.output("ctr", slices.Concat(flags, []string{"image"}, args)...)
+		return err
+	}
+	if err := ctr("mount", "--snapshotter", snapshotter, ref, dir); err != nil {
 		return nil, err
 	}
 	defer func() {
-		_, e := s.output("ctr", "image", "unmount", "--rm", "--snapshotter", snapshotter, dir)
+		e := ctr("unmount", "--rm", "--snapshotter", snapshotter, dir)
 		err = errors.Join(err, e)
 	}()
 	return listing.Tree(dir, Comparable)
@@ -75,12 +80,12 @@ func (s *Stack) OverlayTree(name string) (lines []string, err error) {
 }
 
 // Compare fails unless an image, which both snapshotters have, shows the same tree with daxfs as with overlayfs.
-func (s *Stack) Compare(ref string) error {
-	want, err := s.ImageTree(ref, "overlayfs")
+func (s *Stack) Compare(ref string, flags ...string) error {
+	want, err := s.ImageTree(ref, "overlayfs", flags...)
 	if err != nil {
 		return err
 	}
-	got, err := s.ImageTree(ref, "daxfs")
+	got, err := s.ImageTree(ref, "daxfs", flags...)
 	if err != nil {
 		return err
 	}
@@ -91,9 +96,9 @@ func (s *Stack) Compare(ref string) error {
 }
 
 // Compare fails the test unless an image shows the same tree with daxfs as with overlayfs.
-func (s *T) Compare(ref string) {
+func (s *T) Compare(ref string, flags ...string) {
 	s.t.Helper()
-	if err := s.Stack.Compare(ref); err != nil {
+	if err := s.Stack.Compare(ref, flags...); err != nil {
 		s.t.Error(err)
 	}
 }

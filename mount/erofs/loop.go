@@ -55,7 +55,7 @@ func (Loop) Probe(_ context.Context, r region.Info) error {
 // backing returns the file or block device that holds the bytes of a region.
 func backing(r region.Info) (string, error) {
 	switch {
-	case r.Kind == "hugetlbfs" || r.Kind == "devdax" || r.Kind == "dmabuf" || r.Kind == "phys":
+	case r.Traits().MapOnly:
 		return "", fmt.Errorf("memory of kind %q cannot be read as a file or block device by the kernel: %w", r.Kind, mount.ErrUnsupported)
 	case r.BlockDevice != "":
 		return r.BlockDevice, nil

@@ -175,15 +175,8 @@ func TestPOSIXOnOverlay(t *testing.T) {
 	}
 	needFuse(t)
 	_, lower := start(t, source(t, mounttest.Tree(t)))
-	base := t.TempDir()
-	merged := filepath.Join(base, "merged")
-	for _, d := range []string{"upper", "work", "merged"} {
-		if err := os.Mkdir(filepath.Join(base, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, base, base)
-	if err := unix.Mount("overlay", merged, "overlay", 0, opts); err != nil {
+	merged, err := mountOverlay(lower, t.TempDir(), "")
+	if err != nil {
 		t.Fatal(err)
 	}
 	defer sys.Detach(merged)

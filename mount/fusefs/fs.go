@@ -146,7 +146,9 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 		return st
 	}
 	switch {
-	case name == ".": // the kernel looks for an inode that was opened by its handle
+	case name == "/":
+		// The kernel asks again about an inode that it found by its handle, and for which it has no name. An overlay
+		// finds the origin of a changed file so.
 		s.entry(out, &dir)
 		return fuse.OK
 	case s.live && h.NodeId == fuse.FUSE_ROOT_ID:

@@ -140,18 +140,26 @@ func readAll(t testing.TB, dirs ...string) {
 }
 
 // The kernel must not ask again for anything that it can keep: names, names that do not exist, attributes, listings,
-// link targets, contents. Only statfs has no cache.
+// link targets, contents. Only statfs has no cache. The kernel may drop what it keeps at any time, and other tests make
+// it do so, hence the second pass has a few tries: a kernel that keeps nothing asks in each.
 func TestSecondPassStaysInKernel(t *testing.T) {
 	needFuse(t)
 	s, dir := start(t, source(t, mounttest.Tree(t)))
 	readAll(t, dir)
-	first := s.Counters().Snapshot()
-	if first["readdir"] == 0 || first["readlink"] == 0 || first["read_bytes"] < 5<<20 {
-		t.Fatalf("the first pass asked for less than it needs: %v", first)
+	before := s.Counters().Snapshot()
+	if before["readdir"] == 0 || before["readlink"] == 0 || before["read_bytes"] < 5<<20 {
+		t.Fatalf("the first pass asked for less than it needs: %v", before)
 	}
-	readAll(t, dir)
-	if second := s.Counters().Snapshot(); !maps.Equal(first, second) {
-		t.Errorf("the second pass left the kernel:\n%v\n%v", first, second)
+	for try := 1; ; try++ {
+		readAll(t, dir)
+		after := s.Counters().Snapshot()
+		if maps.Equal(before, after) {
+			break
+		}
+		if try == 5 {
+			t.Fatalf("%d passes after the first left the kernel, the last one with:\n%v\n%v", try, before, after)
+		}
+		before = after
 	}
 	if s.Counters().Open.Load() > 1 || s.Counters().OpenDir.Load() > 1 {
 		t.Errorf("the kernel went on to ask for open or opendir: %v", s.Counters())
@@ -187,17 +195,23 @@ func TestNoXattrsIsLearnt(t *testing.T) {
 	}
 }
 
-// overlay is a helper: it mounts an overlay over the lower directory and changes files through it, as a container does.
-func overlay(args []string) error {
-	lower, base := args[0], args[1]
+// mountOverlay mounts an overlay over lower, with its other directories below base.
+func mountOverlay(lower, base, options string) (merged string, err error) {
 	for _, d := range []string{"upper", "work", "merged"} {
 		if err := os.MkdirAll(filepath.Join(base, d), 0o755); err != nil {
-			return err
+			return "", err
 		}
 	}
-	merged := filepath.Join(base, "merged")
-	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, base, base)
-	if err := unix.Mount("overlay", merged, "overlay", 0, opts); err != nil {
+	merged = filepath.Join(base, "merged")
+	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work%s", lower, base, base, options)
+	return merged, unix.Mount("overlay", merged, "overlay", 0, opts)
+}
+
+// overlay is a helper: it mounts an overlay over the lower directory and changes files through it, as a container does.
+func overlay(args []string) error {
+	lower := args[0]
+	merged, err := mountOverlay(lower, args[1], "")
+	if err != nil {
 		return err
 	}
 	defer unix.Unmount(merged, unix.MNT_DETACH)
@@ -236,6 +250,37 @@ func TestOverlay(t *testing.T) {
 	_, dir := start(t, source(t, mounttest.Tree(t)))
 	if out, err := mounttest.Command("overlay", dir, t.TempDir()).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// A file that a container changed is there also after the kernel forgot the names of the files below, as it does when
+// it needs memory. The overlay looks for the origin of its copy by a file handle then.
+func TestOverlayAfterNamesAreForgotten(t *testing.T) {
+	needFuse(t)
+	_, dir := start(t, source(t, mounttest.Tree(t)))
+	base := t.TempDir()
+	for round := range 2 {
+		if err := sys.ShrinkDentries(dir); err != nil {
+			t.Fatal(err)
+		}
+		merged, err := mountOverlay(dir, base, ",xino=on")
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed := filepath.Join(merged, "usr/bin/big")
+		for range 3 {
+			if _, err := os.Lstat(changed); err != nil {
+				t.Errorf("round %d: %v", round, err)
+			}
+		}
+		if round == 0 {
+			if err := os.Chmod(changed, 0o600); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := unix.Unmount(merged, 0); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -101,8 +101,11 @@ func (s *server) options(c Config) *fuse.MountOptions {
 		EnableSymlinkCaching: true, ExplicitDataCacheControl: true, EnableAcl: true, IDMappedMount: true,
 		// Replies come from the mapping. Splicing them from the file through a pipe was measured: 128 MiB from a cold
 		// cache took 1.2 to 1.9 times as long, 4 KiB reads 1.3 to 2.8 times.
-		DisableSplice:     true,
-		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT | fuse.CAP_EXPORT_SUPPORT,
+		DisableSplice: true,
+		// Not CAP_EXPORT_SUPPORT: an overlay looks for the origin of a changed file by a handle. Linux 6.16 and later call
+		// what they find so stale at once, and then the changed file itself cannot be reached. Without it a handle opens
+		// what is in memory, which is all that Table.Unused asks, and an overlay does without the origin.
+		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT,
 		Options:           []string{"default_permissions"},
 		PanicHandler:      s.panicked,
 	}

@@ -9,6 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// deviceSize is the size of the region on a device of size bytes. A pool is made before the labels that the end of the
+// memory may hold. Who reads a pool of another owner takes all: the owner may have it in a file, which has no labels, and
+// have handed that to a virtual machine.
+func deviceSize(size int64, c Config) (int64, error) {
+	if c.ReadOnly && c.Size == 0 {
+		return usable(size)
+	}
+	return beforeLabels(size, c.Size)
+}
+
 // beforeLabels is the usable size of memory whose end may hold labels.
 func beforeLabels(size, configured int64) (int64, error) {
 	most, err := usable(size - labelArea)
@@ -60,11 +70,11 @@ func openDevDAX(h host, c Config) (_ Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	size, err := beforeLabels(d.size, c.Size)
+	size, err := deviceSize(d.size, c)
 	if err != nil {
 		return nil, err
 	}
-	if d.hasPhys {
+	if d.hasPhys && !c.ReadOnly {
 		if err := h.checkPhys(d.phys, size, true); err != nil {
 			return nil, err
 		}

@@ -28,7 +28,7 @@ func InUse(r Region) error {
 // onlyOurs reports whether nothing has a region's file open but the region. A mount table goes on to name a path from
 // which a file was moved away; the kernel gives a write lease to the only one who has a file open.
 func onlyOurs(i Info) bool {
-	if i.Kind != KindFile && i.Kind != KindTmpfs {
+	if !i.Traits().Regular {
 		return false
 	}
 	if _, err := unix.FcntlInt(uintptr(i.FD), unix.F_SETLEASE, unix.F_WRLCK); err != nil {

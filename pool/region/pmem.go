@@ -62,11 +62,11 @@ func openPmem(h host, c Config) (_ Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	size, err := beforeLabels(d.size, c.Size)
+	size, err := deviceSize(d.size, c)
 	if err != nil {
 		return nil, err
 	}
-	if d.hasPhys {
+	if d.hasPhys && !c.ReadOnly {
 		if err := h.checkPhys(d.phys, size, true); err != nil {
 			return nil, err
 		}

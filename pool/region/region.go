@@ -23,29 +23,6 @@ import (
 	"os"
 )
 
-// The kinds of region.
-const (
-	// KindFile is a sparse file on a disk filesystem. The page cache is the shared memory.
-	KindFile = "file"
-	// KindTmpfs is a sparse file on a tmpfs.
-	KindTmpfs = "tmpfs"
-	// KindHugetlbfs is a file of huge pages, all of them reserved when the region is opened.
-	KindHugetlbfs = "hugetlbfs"
-	// KindPmem is a persistent memory block device, /dev/pmemN.
-	KindPmem = "pmem"
-	// KindDevDAX is a DAX character device, /dev/daxX.Y.
-	KindDevDAX = "devdax"
-	// KindDMABuf is a buffer from a DMA heap, which lives as long as anyone refers to it.
-	KindDMABuf = "dmabuf"
-	// KindPhys is a reserved range of physical memory, mapped through /dev/mem.
-	KindPhys = "phys"
-)
-
-// Kinds lists all kinds in the order of the documentation.
-func Kinds() []string {
-	return []string{KindFile, KindTmpfs, KindHugetlbfs, KindPmem, KindDevDAX, KindDMABuf, KindPhys}
-}
-
 // Persistence says what the bytes of a region survive.
 type Persistence int
 
@@ -74,6 +51,17 @@ func (p Persistence) String() string {
 
 // MarshalText returns String, so that JSON output shows the word.
 func (p Persistence) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (p *Persistence) UnmarshalText(text []byte) error {
+	for _, known := range []Persistence{PersistsNothing, PersistsProcess, PersistsReboot} {
+		if known.String() == string(text) {
+			*p = known
+			return nil
+		}
+	}
+	return fmt.Errorf("persistence %q is not known", text)
+}
 
 // Info describes a region to those that mount or explain it.
 type Info struct {
@@ -181,19 +169,10 @@ func open(c Config) (Region, error) {
 			return nil, fmt.Errorf("the size of a new region must be given: %w: %w", ErrSize, err)
 		}
 	}
-	switch c.Kind {
-	case KindFile, KindTmpfs:
-		return openFile(c)
-	case KindHugetlbfs:
-		return openHugetlbfs(c)
-	case KindPmem:
-		return openPmem(thisHost, c)
-	case KindDevDAX:
-		return openDevDAX(thisHost, c)
-	case KindDMABuf:
-		return openDMABuf(c)
-	case KindPhys:
-		return openPhys(thisHost, c)
+	for _, k := range kinds() {
+		if k.name == c.Kind {
+			return k.open(c)
+		}
 	}
 	return nil, fmt.Errorf("kind %q is not one of %q: %w", c.Kind, Kinds(), ErrKind)
 }

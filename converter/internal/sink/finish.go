@@ -32,21 +32,29 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 	s.spill.close()
 	p := &s.out
 	r := Result{Deduplicated: p.saved}
-	var nodes []*daxfs.Node
-	if err := s.collect(root, &nodes); err != nil {
+	p.known = nil // nothing comes any more
+	err := eachContent(root, func(d *daxfs.Data) error {
+		id := s.extentOf(d.Off)
+		if id < 0 {
+			return fmt.Errorf("address %#x is not one of this sink", d.Off)
+		}
+		p.extents[id].live = true
+		return nil
+	})
+	if err != nil {
 		return r, err
 	}
-	ids := make([]int32, len(nodes))
-	for i, n := range nodes {
-		ids[i] = s.extentOf(n.Data.Off)
-		p.extents[ids[i]].live = true
-	}
-	var err error
 	if r.Moved, err = p.compact(); err != nil {
 		return r, fmt.Errorf("write image: %w", err)
 	}
-	for i, n := range nodes {
-		n.Data.Off, n.Data.Sum = p.extents[ids[i]].off, p.extents[ids[i]].sum
+	err = eachContent(root, func(d *daxfs.Data) error {
+		if id := s.extentOf(d.Off); id >= 0 { // else done, by another name of the file
+			d.Off, d.Sum = p.extents[id].off, p.extents[id].sum
+		}
+		return nil
+	})
+	if err != nil {
+		return r, err
 	}
 	for _, e := range p.extents {
 		if e.live {
@@ -67,31 +75,22 @@ func (s *Sink) forget() {
 	}
 }
 
-// collect lists the nodes with contents, each once.
-func (s *Sink) collect(n *daxfs.Node, nodes *[]*daxfs.Node) error {
-	seen := map[*daxfs.Node]bool{}
-	var walk func(n *daxfs.Node) error
-	walk = func(n *daxfs.Node) error {
-		for _, c := range n.Entries {
-			switch c.Mode & unix.S_IFMT {
-			case unix.S_IFDIR:
-				if err := walk(c); err != nil {
-					return err
-				}
-			case unix.S_IFREG:
-				if c.Data.Size == 0 || seen[c] {
-					continue
-				}
-				if s.extentOf(c.Data.Off) < 0 {
-					return fmt.Errorf("address %#x is not one of this sink", c.Data.Off)
-				}
-				seen[c] = true
-				*nodes = append(*nodes, c)
-			}
+// eachContent calls f for the contents of every name of a regular file below n that has any. There may be millions, so
+// nobody remembers which files have several names.
+func eachContent(n *daxfs.Node, f func(d *daxfs.Data) error) error {
+	for _, c := range n.Entries {
+		var err error
+		switch kind := c.Mode & unix.S_IFMT; {
+		case kind == unix.S_IFDIR:
+			err = eachContent(c, f)
+		case kind == unix.S_IFREG && c.Data.Size > 0:
+			err = f(&c.Data)
 		}
-		return nil
+		if err != nil {
+			return err
+		}
 	}
-	return walk(n)
+	return nil
 }
 
 // extentOf resolves a placeholder; -1 if it is none.

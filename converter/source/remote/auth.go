@@ -21,21 +21,21 @@ import (
 // data race while it fetches a token (2.4.2), so one request after the other uses it.
 type authorization struct {
 	host, repo string
-	scope      string
+	scopes     []string
 	fresh      func() docker.Authorizer
 
 	turn      chan struct{} // holds a value while somebody uses the following; a lock would not end with a context
 	current   docker.Authorizer
 	challenge *http.Response    // what the endpoint asked for last, if it did
 	ctx       context.Context   // of the request for which credentials are looked up
-	known     *authn.AuthConfig // the credentials, once they were looked up
+	known     *authn.AuthConfig // the credentials, once they were looked up and until they are rejected
 
 	mu      sync.Mutex // guards failure
 	failure error      // why there are no credentials
 }
 
-func newAuthorization(e *endpoint, repo string, plain bool) *authorization {
-	a := &authorization{host: e.base.Host, repo: repo, scope: "repository:" + repo + ":pull", turn: make(chan struct{}, 1)}
+func newAuthorization(e *endpoint, repo string, scopes []string, plain bool) *authorization {
+	a := &authorization{host: e.base.Host, repo: repo, scopes: scopes, turn: make(chan struct{}, 1)}
 	c := &http.Client{Transport: &tokenTransport{e.client.Transport, e, plain}}
 	a.fresh = func() docker.Authorizer {
 		return docker.NewDockerAuthorizer(docker.WithAuthClient(c), docker.WithAuthHeader(e.header),
@@ -68,8 +68,11 @@ func (a *authorization) authorize(ctx context.Context, req *http.Request) (docke
 		req.Header.Set("Authorization", "Bearer "+a.known.RegistryToken)
 		return a.current, nil
 	}
-	if err := a.current.Authorize(docker.WithScope(ctx, a.scope), req); err != nil {
-		a.current = a.fresh()
+	for _, s := range a.scopes {
+		ctx = docker.WithScope(ctx, s)
+	}
+	if err := a.current.Authorize(ctx, req); err != nil {
+		a.current, a.known = a.fresh(), nil
 		if a.challenge != nil {
 			_ = a.learn(ctx) // did not fail before
 		}
@@ -88,8 +91,8 @@ func (a *authorization) challenged(ctx context.Context, used docker.Authorizer, 
 	if used != a.current {
 		return nil // another request has done this
 	}
-	if known { // the token has expired
-		a.current = a.fresh()
+	if known { // the token has expired, or the password is another one now
+		a.current, a.known = a.fresh(), nil
 	}
 	a.challenge = &http.Response{Header: resp.Header, Request: resp.Request}
 	return a.learn(ctx)

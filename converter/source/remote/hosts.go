@@ -58,11 +58,23 @@ func (r *Repository) configure(ctx context.Context) ([]*endpoint, error) {
 			e.base.RawQuery = url.Values{"ns": {r.domain}}.Encode() // tells a mirror whose repository it is
 		}
 		e.client.CheckRedirect = e.redirected
-		e.auth = newAuthorization(e, r.path, h.Scheme == "http" || docker.IsLocalhost(h.Host))
+		e.auth = newAuthorization(e, r.path, r.scopes(), h.Scheme == "http" || docker.IsLocalhost(h.Host))
 		endpoints = append(endpoints, e)
 	}
 	r.outside, err = r.outsideClient()
 	return endpoints, err
+}
+
+// scopes are what tokens must allow.
+func (r *Repository) scopes() []string {
+	if !r.conf.Push {
+		return []string{"repository:" + r.path + ":pull"}
+	}
+	all := []string{"repository:" + r.path + ":pull,push"}
+	if from := r.conf.MountFrom; from != "" && from != r.path {
+		all = append(all, "repository:"+from+":pull")
+	}
+	return all
 }
 
 // hostDir finds the directory that describes a registry.
@@ -80,11 +92,16 @@ func (r *Repository) hostDir(host string) (string, error) {
 func (r *Repository) guard(c *http.Client) error {
 	if t, ok := c.Transport.(*http.Transport); ok {
 		t.ResponseHeaderTimeout = r.pace.answer
+		// Where parts of a blob are fetched at once, Go's default of 2 closes most connections after each part.
+		t.MaxIdleConnsPerHost = maxIdleConns
 		r.transports = append(r.transports, t)
 		c.Transport = &stallGuard{t, r.pace.stall}
 	}
 	return nil
 }
+
+// maxIdleConns is how many connections to a host wait for the next request: as many as are used at once.
+const maxIdleConns = 8
 
 const maxRedirects = 10
 

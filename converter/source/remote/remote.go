@@ -31,6 +31,10 @@ type Config struct {
 	// Notify is told, in one line, that a request is made again and why. It may be called from several goroutines. Nil
 	// means the log.
 	Notify func(message string)
+	// Push says that the Repository is written to.
+	Push bool
+	// MountFrom is a repository of the same registry from which Push may take blobs; empty if there is none.
+	MountFrom string
 }
 
 // DefaultHostDirs returns the directories that containerd's and Docker's documentation name.
@@ -64,6 +68,9 @@ func New(ref string, c Config) (*Repository, error) {
 // String is the whole reference, with the parts that docker lets one leave out.
 func (r *Repository) String() string { return r.ref.String() }
 
+// Place is the registry and the repository in it, without tag and digest.
+func (r *Repository) Place() (registry, repository string) { return r.domain, r.path }
+
 // Close ends connections that wait for the next request. Readers that are open stay so.
 func (r *Repository) Close() error {
 	for _, t := range r.transports {
@@ -85,9 +92,16 @@ func (r *Repository) able(ctx context.Context, caps docker.HostCapabilities) ([]
 		}
 	}
 	if len(hosts) == 0 {
-		return nil, fmt.Errorf("hosts of registry %s: none may pull or resolve (capabilities in hosts.toml)", r.domain)
+		return nil, fmt.Errorf("hosts of registry %s: none may %s (capabilities in hosts.toml)", r.domain, capsName(caps))
 	}
 	return hosts, nil
+}
+
+func capsName(caps docker.HostCapabilities) string {
+	if caps.Has(docker.HostCapabilityPush) {
+		return "push"
+	}
+	return "pull or resolve"
 }
 
 // Manifest is what a reference names: an image manifest or an index.

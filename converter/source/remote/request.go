@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"bufio"
 	"compress/gzip"
 	"context"
 	"crypto/tls"
@@ -21,11 +22,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// get sends one request, and another one if the endpoint wants to know who asks. Any status but those in expected is a
-// *statusError.
+// get asks for what is at u. Any status but those in expected is a *statusError.
 func (e *endpoint) get(ctx context.Context, u *url.URL, h http.Header, expected ...int) (*http.Response, error) {
+	return e.send(ctx, http.MethodGet, u, h, nil, expected...)
+}
+
+// body opens what a request sends, and says how long that is. It is called for each request anew.
+type body func() (rc io.ReadCloser, size int64, err error)
+
+// send sends one request, and another one if the endpoint wants to know who asks. Any status but those in expected is a
+// *statusError.
+func (e *endpoint) send(
+	ctx context.Context, method string, u *url.URL, h http.Header, send body, expected ...int,
+) (*http.Response, error) {
 	for challenged := false; ; challenged = true {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+		req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 		if err != nil {
 			return nil, err
 		}
@@ -40,6 +51,17 @@ func (e *endpoint) get(ctx context.Context, u *url.URL, h http.Header, expected 
 		used, err := e.auth.authorize(ctx, req)
 		if err != nil {
 			return nil, e.tokenError(err)
+		}
+		if send != nil {
+			rc, size, err := send()
+			if err != nil {
+				return nil, err
+			}
+			if size == 0 {
+				rc.Close()
+				rc = http.NoBody
+			}
+			req.Body, req.ContentLength = rc, size // the client closes it
 		}
 		resp, err := e.client.Do(req)
 		if err != nil {
@@ -91,9 +113,7 @@ func (e *endpoint) blob(ctx context.Context, u *url.URL, accept []string, from, 
 // part asks for the bytes [from, to) of a blob of size bytes. It returns nil and no error if the endpoint does not
 // understand ranges as we do.
 func (e *endpoint) part(ctx context.Context, u *url.URL, accept []string, from, to, size int64) (io.ReadCloser, error) {
-	// Some registries understand no range without an end.
-	h := http.Header{"Accept": accept, "Range": {fmt.Sprintf("bytes=%d-%d", from, to-1)}}
-	resp, err := e.get(ctx, u, h, http.StatusPartialContent, http.StatusOK, http.StatusRequestedRangeNotSatisfiable)
+	resp, err := e.getRange(ctx, u, accept, from, to)
 	if err != nil {
 		return nil, err
 	}
@@ -107,6 +127,30 @@ func (e *endpoint) part(ctx context.Context, u *url.URL, accept []string, from, 
 	}
 	resp.Body.Close()
 	return nil, nil
+}
+
+// getRange asks for the bytes [from, to) of a blob.
+func (e *endpoint) getRange(ctx context.Context, u *url.URL, accept []string, from, to int64) (*http.Response, error) {
+	// Some registries understand no range without an end.
+	h := http.Header{"Accept": accept, "Range": {fmt.Sprintf("bytes=%d-%d", from, to-1)}}
+	return e.get(ctx, u, h, http.StatusPartialContent, http.StatusOK, http.StatusRequestedRangeNotSatisfiable)
+}
+
+// bytes returns the bytes [from, to) of a blob of size bytes. It reads nothing else.
+func (e *endpoint) bytes(ctx context.Context, u *url.URL, from, to, size int64) ([]byte, error) {
+	resp, err := e.getRange(ctx, u, nil, from, to)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusPartialContent || !isRange(resp, from, to, size) {
+		return nil, fmt.Errorf("%s answers %d %s: %w", e.name, resp.StatusCode, http.StatusText(resp.StatusCode), ErrNoRanges)
+	}
+	b := make([]byte, to-from)
+	if _, err := io.ReadFull(resp.Body, b); err != nil {
+		return nil, fmt.Errorf("%s: connection lost: %w", e.name, err)
+	}
+	return b, nil
 }
 
 // isRange tells whether an answer has the bytes [from, to) of a blob of size bytes as they are stored.
@@ -164,16 +208,48 @@ func sizeMismatch(want, got int64) error {
 	return &blob.MismatchError{What: "size", Want: fmt.Sprint(want, " bytes"), Got: fmt.Sprint(got, " bytes")}
 }
 
-// decoded removes the encoding that a proxy put around an answer.
+// decoded removes the encoding that a proxy put around an answer. Some say gzip of what they have unpacked themselves,
+// and object stores keep "aws-chunked", which is how an object came to them.
 func decoded(resp *http.Response) (io.Reader, error) {
-	switch enc := strings.ToLower(resp.Header.Get("Content-Encoding")); {
-	case enc == "" || enc == "identity":
-		return resp.Body, nil
-	case enc == "gzip" || enc == "x-gzip":
-		return gzip.NewReader(resp.Body)
-	default:
-		return nil, fmt.Errorf("answer with Content-Encoding %q, expected none or gzip", enc)
+	said := strings.Join(resp.Header.Values("Content-Encoding"), ", ")
+	gzips := 0
+	for enc := range strings.SplitSeq(strings.ToLower(said), ",") {
+		switch strings.TrimSpace(enc) {
+		case "", "identity", "aws-chunked":
+		case "gzip", "x-gzip":
+			gzips++
+		default:
+			gzips = 2
+		}
 	}
+	switch gzips {
+	case 0:
+		return resp.Body, nil
+	case 1:
+		body := bufio.NewReader(resp.Body)
+		if head, err := body.Peek(2); err != nil || head[0] != 0x1f || head[1] != 0x8b {
+			return body, nil
+		}
+		z, err := gzip.NewReader(body)
+		return encodedBody{z}, encodedError(err)
+	default:
+		return nil, fmt.Errorf("answer with Content-Encoding %q, expected none or gzip", said)
+	}
+}
+
+// encodedBody is what is in an answer with an encoding.
+type encodedBody struct{ r io.Reader }
+
+func (b encodedBody) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	return n, encodedError(err)
+}
+
+func encodedError(err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return err
+	}
+	return fmt.Errorf("answer with Content-Encoding gzip: %w", err)
 }
 
 // noWebPage refuses what login pages and proxies answer in the place of a registry.

@@ -330,22 +330,59 @@ func TestContentEncoding(t *testing.T) {
 		{"as stored", "gzip", bytes.Clone, ""},
 		{"packed", "gzip", pack, ""},
 		{"identity", "identity", bytes.Clone, ""},
+		{"in capitals", "GZIP", pack, ""},
+		{"a list", "gzip, identity", pack, ""},
+		{"of an object store", "aws-chunked,gzip", pack, ""},
+		{"how it was uploaded", "aws-chunked", bytes.Clone, ""},
+		{"unpacked by a proxy", "gzip", bytes.Clone, ""},
 		{"other", "br", pack, `Content-Encoding "br"`},
+		{"twice", "gzip, gzip", pack, `Content-Encoding "gzip, gzip"`},
+		{
+			"damaged", "gzip", func([]byte) []byte { return []byte("\x1f\x8b\x07 no gzip") },
+			"Content-Encoding gzip: gzip: invalid header",
+		},
 	} {
-		g := failing("blob", 1000, func(g *registry, w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get("Accept-Encoding") != "identity" {
-				t.Errorf("Accept-Encoding %q", r.Header.Get("Accept-Encoding"))
+		for _, kind := range []string{"manifest", "blob"} {
+			g := failing(kind, 1000, func(g *registry, w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Accept-Encoding") != "identity" {
+					t.Errorf("Accept-Encoding %q", r.Header.Get("Accept-Encoding"))
+				}
+				w.Header().Set("Content-Encoding", c.encoding)
+				b := g.doc
+				if kind == "blob" {
+					b = g.blobs[idOf(r)]
+				}
+				b = c.pack(b)
+				w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+				_, _ = w.Write(b)
+			})
+			g.locked = false
+			r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
+			_, err := r.Manifest(t.Context())
+			if kind == "blob" {
+				err = read(t.Context(), r, g.layers[0])
 			}
-			w.Header().Set("Content-Encoding", c.encoding)
-			b := c.pack(g.blobs[idOf(r)])
-			w.Header().Set("Content-Length", fmt.Sprint(len(b)))
-			_, _ = w.Write(b)
-		})
-		g.locked = false
-		r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
-		err := read(t.Context(), r, g.layers[0])
-		if c.holds == "" && err != nil || c.holds != "" && (err == nil || !strings.Contains(err.Error(), c.holds)) {
-			t.Errorf("%s: error %v, expected %q", c.name, err, c.holds)
+			if c.holds == "" && err != nil || c.holds != "" && (err == nil || !strings.Contains(err.Error(), c.holds)) {
+				t.Errorf("%s, %s: error %v, expected %q", c.name, kind, err, c.holds)
+			}
+		}
+	}
+}
+
+// TestStaticRegistry: files on a web server answer to /v2/ as to any directory.
+func TestStaticRegistry(t *testing.T) {
+	for _, status := range []int{204, 301, 403, 404, 418, 500} {
+		g := &registry{image: newImage(1000, 70_000)}
+		g.fault = func(w http.ResponseWriter, r *http.Request, _ string) bool {
+			if r.URL.Path != "/v2/" && r.URL.Path != "/v2" {
+				return false
+			}
+			w.WriteHeader(status)
+			return true
+		}
+		r, slept := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
+		if err := pull(t.Context(), r, g.image); err != nil || len(slept.all) > 0 {
+			t.Errorf("/v2/ answers %d: %v, waits %v", status, err, slept.all)
 		}
 	}
 }

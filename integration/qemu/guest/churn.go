@@ -58,9 +58,9 @@ func (g *guest) churn() error {
 
 // churn is what the goroutines of that task share.
 type churn struct {
+	hostLine
 	g        *guest
 	s        *shared
-	asked    int
 	verified atomic.Int64
 	failed   atomic.Bool
 
@@ -151,8 +151,11 @@ func (c *churn) remove(ctx context.Context, key string) error {
 	return err
 }
 
-// ask asks the owner of the pool.
-func (c *churn) ask(q task.Request) (reply task.Reply, err error) {
+// hostLine asks the host. It is for one goroutine at a time.
+type hostLine struct{ asked int }
+
+// ask has the host do something.
+func (c *hostLine) ask(q task.Request) (reply task.Reply, err error) {
 	c.asked++
 	b, err := json.Marshal(q)
 	if err != nil {

@@ -174,8 +174,9 @@ func (g *guest) mountSource(driver mount.Driver, src mount.Source, dir string) e
 // awaitDevice waits for the driver, which finds the memory some time after it was loaded.
 func awaitDevice() error {
 	for range 600 {
-		if _, err := os.Stat(device); err == nil {
-			return nil
+		// The node is there a moment before the device can be opened.
+		if f, err := os.Open(device); err == nil {
+			return f.Close()
 		}
 		time.Sleep(100 * time.Millisecond)
 	}

@@ -128,10 +128,13 @@ var tasks = map[string]func(*guest) error{
 	"list":   (*guest).list,
 	"share":  (*guest).share,
 	"churn":  (*guest).churn,
+	"flips":  (*guest).flips,
 	"large":  (*guest).large,
 	"daxfs":  (*guest).module,
 	"script": (*guest).script,
 	"dmabuf": (*guest).dmabuf,
+	"node":   (*guest).node,
+	"lease":  (*guest).lease,
 }
 
 // step ends one thing that a task began.

@@ -29,11 +29,16 @@ type Task struct {
 	File string
 	// Rounds is how often the guest does something.
 	Rounds int
+	// Seed makes what the guest does at random another on each machine.
+	Seed uint64
 	// Module is the path of daxfs.ko in the guest.
 	Module string
 	// Phys and Size are where the shared memory is, if it is not a block device.
 	Phys uint64
 	Size int64
+	// Lease is a lease region of the guest. With DevDAX the memory becomes the DAX device that it names first.
+	Lease  string
+	DevDAX bool
 	// ImageSize is the size of the image where the memory is one image; the memory may be larger.
 	ImageSize int64
 }
@@ -63,6 +68,9 @@ type Answer struct {
 	Output []string
 	// Verified counts the files whose contents were compared with their digest.
 	Verified int64
+	// Flips are the bits of contents that were flipped and found, MetaFlips those of metadata, and Silent those of them
+	// that are in bytes which nothing reads.
+	Flips, MetaFlips, Silent int
 }
 
 // Page is one page of a mapped file.
@@ -78,6 +86,7 @@ const (
 	OpRemove = "remove" // removes the image of Key, and replies what is dead in the pool
 	OpErase  = "erase"  // erases Dead, and replies those that were
 	OpFree   = "free"   // frees Dead
+	OpFlip   = "flip"   // flips bit Bit of the byte at Off of the memory
 )
 
 // Request is what a guest asks the owner of the pool for.
@@ -86,6 +95,8 @@ type Request struct {
 	Image int
 	Key   string
 	Dead  []pool.Dead
+	Off   int64
+	Bit   int
 }
 
 // Reply is what the host answers.

@@ -69,6 +69,19 @@ func (c Cgroup) ReadAll(t testing.TB, dirs ...string) {
 	}
 }
 
+// CacheAfter reads everything below the directories and returns the bytes of page cache of the group. While these are
+// fewer than least it reads again, a few times: another test may have made the kernel drop its caches meanwhile.
+func (c Cgroup) CacheAfter(t testing.TB, least int64, dirs ...string) (n int64) {
+	t.Helper()
+	for range 10 {
+		c.ReadAll(t, dirs...)
+		if n = c.Cache(t); n >= least {
+			break
+		}
+	}
+	return n
+}
+
 // readallIn is the helper behind ReadAll.
 func readallIn(args []string) error {
 	if err := os.WriteFile(filepath.Join(args[0], "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0); err != nil {

@@ -144,12 +144,13 @@ func (p *LivePool) Prepare(t testing.TB, files map[string]string) Prepared {
 		t.Fatal(err)
 	}
 	byOff := map[int64][]uint64{}
-	plan.Files(func(f daxfs.LiveFile) {
+	for i := range plan.FileCount() {
+		f := plan.File(i)
 		if f.New {
 			p.nids[f.Key] = append(p.nids[f.Key], f.Nid)
 		}
 		byOff[f.Data.Off] = append(byOff[f.Data.Off], f.Nid)
-	})
+	}
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		off := p.contents[sha256.Sum256([]byte(files[name]))]
 		s.Off[name], s.Nids[name] = off, byOff[off][0]

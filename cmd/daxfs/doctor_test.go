@@ -1,0 +1,123 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestDoctorSeesWhoServes: a daemon that is not root's is found, and so is a socket that nobody answers.
+func TestDoctorSeesWhoServes(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("takes another user's part, which needs root")
+	}
+	dir, err := os.MkdirTemp("", "daxfs") // a socket has a short name
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	socket, file := filepath.Join(dir, "daxfs.sock"), filepath.Join(dir, "config.toml")
+	text := "root = \"" + dir + "\"\naddress = \"" + socket + "\"\n"
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	check := func(name string) support {
+		t.Helper()
+		r := checkDaemon(t.Context(), containerdFiles{daemonConfig: file}, 0)
+		i := slices.IndexFunc(r.Checks, func(s support) bool { return s.Name == name })
+		if i < 0 {
+			t.Fatalf("doctor does not look at %q: %+v", name, r.Checks)
+		}
+		return r.Checks[i]
+	}
+	if s := check("daxfs-snapshotter runs"); s.OK || !strings.Contains(s.Note, "start it") {
+		t.Errorf("without a daemon: %+v", s)
+	}
+	listening := make(chan net.Listener)
+	go func() {
+		runtime.LockOSThread() // and never unlock: the thread ends with the goroutine, and its user with it
+		keep, nobody := ^uintptr(0), uintptr(65534)
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, nobody, keep); errno != 0 {
+			t.Error(errno)
+		}
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			t.Error(err)
+		}
+		listening <- l
+	}()
+	l := <-listening
+	if l == nil {
+		t.FailNow()
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	if s := check("daxfs-snapshotter is root"); s.OK || !strings.Contains(s.Note, "user 65534") || !strings.Contains(s.Note, "run it as root") {
+		t.Errorf("a daemon of nobody: %+v", s)
+	}
+	if s := check("daxfs-snapshotter answers"); s.OK {
+		t.Errorf("a daemon that hangs up: %+v", s)
+	}
+}
+
+// TestDoctorSharedPools: doctor finds lease regions that are not there, and pools of other owners that cannot be used, also
+// for a daemon that does not run.
+func TestDoctorSharedPools(t *testing.T) {
+	dir := t.TempDir()
+	good, away, place := filepath.Join(dir, "good"), filepath.Join(dir, "away"), filepath.Join(dir, "guest.lease")
+	mustPool(t, "init", "--size", "64m", good)
+	file := filepath.Join(dir, "config.toml")
+	text := fmt.Sprintf(`root = %q
+address = %q
+[pool]
+readers = "leases"
+leases = [%q, %q]
+[shared]
+pools = [%q, %q]
+leases = { %q = %q }
+`, dir, filepath.Join(dir, "s"), "flock:"+place, "0x300000000+8192", good, away, good, place)
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	wrong := func() (names []string) {
+		for _, s := range checkDaemon(t.Context(), containerdFiles{daemonConfig: file}, 0).Checks {
+			if strings.HasPrefix(s.Name, "shared pool") || strings.HasPrefix(s.Name, "lease") {
+				if !s.OK && s.Note == "" {
+					t.Errorf("%s: no word about what to do", s.Name)
+				}
+				if !s.OK {
+					names = append(names, s.Name)
+				}
+			}
+		}
+		return names
+	}
+	want := []string{"lease region flock:" + place, "lease for shared pool " + good, "shared pool " + away}
+	if got := wrong(); !slices.Equal(got, want) {
+		t.Errorf("doctor finds %q, expected %q", got, want)
+	}
+	if err := os.WriteFile(place, make([]byte, 8192), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := wrong(), []string{"shared pool " + away}; !slices.Equal(got, want) {
+		t.Errorf("with the lease region doctor finds %q, expected %q", got, want)
+	}
+}

@@ -1,0 +1,203 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+)
+
+// mappingProcess is a process that has files of an image mapped.
+type mappingProcess struct {
+	PID  int    `json:"pid"`
+	Name string `json:"name"`
+	// Mapped is the address space over files of the image, in bytes; not all of it is in memory.
+	Mapped int64 `json:"mapped"`
+}
+
+// mappers finds the processes that map files of images. What ends meanwhile is left out.
+type mappers struct {
+	proc   string         // where /proc is
+	dirs   map[string]int // images by the directory at which they are mounted
+	inodes map[inode][]int
+	spaces map[string]mountSpace // by mount namespace
+}
+
+// mountSpace is the overlays over images in a mount namespace, by device number as /proc/PID/maps writes it.
+type mountSpace map[string]overlayMount
+
+// overlayMount is an overlay with images below.
+type overlayMount struct {
+	images []int
+	points []string // where it is mounted
+	upper  string
+}
+
+// findMappers returns the processes by image, those that map most first. files are those of each image.
+func findMappers(proc string, dirs []string, files []map[inode]bool) ([][]mappingProcess, error) {
+	m := mappers{proc: proc, dirs: map[string]int{}, inodes: map[inode][]int{}, spaces: map[string]mountSpace{}}
+	for i, dir := range dirs {
+		if dir != "" {
+			m.dirs[dir] = i
+		}
+		for id := range files[i] {
+			m.inodes[id] = append(m.inodes[id], i)
+		}
+	}
+	entries, err := os.ReadDir(proc)
+	if err != nil {
+		return nil, err
+	}
+	out := make([][]mappingProcess, len(dirs))
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		mapped, err := m.mapped(e.Name())
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("process %d: %w", pid, err)
+		}
+		name, _ := os.ReadFile(filepath.Join(proc, e.Name(), "comm"))
+		for i, n := range mapped {
+			out[i] = append(out[i], mappingProcess{pid, strings.TrimSpace(string(name)), n})
+		}
+	}
+	for _, list := range out {
+		slices.SortStableFunc(list, func(a, b mappingProcess) int { return cmp.Compare(b.Mapped, a.Mapped) })
+	}
+	return out, nil
+}
+
+// gone reports whether an error says that a process has ended, or that it is not ours to look at.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrPermission)
+}
+
+// mapped returns how much a process maps of each image.
+func (m *mappers) mapped(pid string) (map[int]int64, error) {
+	ns, err := os.Readlink(filepath.Join(m.proc, pid, "ns/mnt"))
+	if err != nil {
+		return nil, err
+	}
+	space, known := m.spaces[ns]
+	if !known {
+		if space, err = m.space(pid); err != nil {
+			return nil, err
+		}
+		m.spaces[ns] = space
+	}
+	f, err := os.Open(filepath.Join(m.proc, pid, "maps"))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	out := map[int]int64{}
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		v, ok := parseMapping(s.Text())
+		if !ok {
+			continue
+		}
+		images := m.inodes[v.file]
+		if o, over := space[v.dev]; over && !o.changed(v.path) {
+			images = o.images
+		}
+		for _, i := range images {
+			out[i] += v.bytes
+		}
+	}
+	return out, s.Err()
+}
+
+// mapping is a line of /proc/PID/maps that is of a file.
+type mapping struct {
+	bytes int64
+	dev   string // MAJOR:MINOR, decimal
+	file  inode
+	path  string
+}
+
+func parseMapping(line string) (v mapping, ok bool) {
+	// 7f0e6c000000-7f0e6c021000 r-xp 00000000 00:1f 4711    /usr/bin/true
+	fields := strings.Fields(line)
+	if len(fields) < 6 || !strings.HasPrefix(fields[5], "/") {
+		return v, false
+	}
+	from, to, _ := strings.Cut(fields[0], "-")
+	first, err1 := strconv.ParseUint(from, 16, 64)
+	end, err2 := strconv.ParseUint(to, 16, 64)
+	major, minor, _ := strings.Cut(fields[3], ":")
+	maj, err3 := strconv.ParseUint(major, 16, 32)
+	mnr, err4 := strconv.ParseUint(minor, 16, 32)
+	ino, err5 := strconv.ParseUint(fields[4], 10, 64)
+	if errors.Join(err1, err2, err3, err4, err5) != nil {
+		return v, false
+	}
+	return mapping{
+		bytes: int64(end - first), dev: fmt.Sprintf("%d:%d", maj, mnr), file: inode{unix.Mkdev(uint32(maj), uint32(mnr)), ino},
+		path: line[strings.IndexByte(line, '/'):],
+	}, true
+}
+
+// space finds the overlays over images in the mount namespace of a process.
+func (m *mappers) space(pid string) (mountSpace, error) {
+	f, err := os.Open(filepath.Join(m.proc, pid, "mountinfo"))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	all, err := mountinfo.GetMountsFromReader(f, mountinfo.FSTypeFilter("overlay"))
+	if err != nil {
+		return nil, err
+	}
+	out := mountSpace{}
+	for _, mnt := range all {
+		var o overlayMount
+		for _, dir := range mount.Lowers(mnt.VFSOptions) {
+			if i, ok := m.dirs[dir]; ok {
+				o.images = append(o.images, i)
+			}
+		}
+		for option := range strings.SplitSeq(mnt.VFSOptions, ",") {
+			if upper, ok := strings.CutPrefix(option, "upperdir="); ok {
+				o.upper = upper
+			}
+		}
+		if len(o.images) == 0 {
+			continue
+		}
+		dev := fmt.Sprintf("%d:%d", mnt.Major, mnt.Minor)
+		o.points = append(out[dev].points, mnt.Mountpoint)
+		out[dev] = o
+	}
+	return out, nil
+}
+
+// changed reports whether a container has a file of its own in the place of that of the image.
+func (o overlayMount) changed(path string) bool {
+	if o.upper == "" {
+		return false
+	}
+	for _, p := range o.points {
+		rel, ok := strings.CutPrefix(path, strings.TrimSuffix(p, "/")+"/")
+		if ok && exists(filepath.Join(o.upper, rel)) {
+			return true
+		}
+	}
+	return false
+}

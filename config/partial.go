@@ -1,0 +1,40 @@
+package config
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Partial says how layers are pulled of which the pool has some files already.
+type Partial struct {
+	Enabled bool `toml:"enabled"`
+	// Exclude are registries that are left to containerd, as they stand in references: "registry.example.com:5000".
+	Exclude []string `toml:"exclude"`
+	// Requests is how many are made at once for one layer.
+	Requests int `toml:"requests"`
+	// AnswerTimeout bounds the time until the tables of a layer are there, LayerTimeout that until the layer is.
+	AnswerTimeout Duration `toml:"answer_timeout"`
+	LayerTimeout  Duration `toml:"layer_timeout"`
+}
+
+func (p *Partial) validate() []error {
+	var errs []error
+	bad := func(key string, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("key %q: "+format, append([]any{key}, args...)...))
+	}
+	for _, r := range p.Exclude {
+		if r == "" || strings.ContainsAny(r, "/ ") {
+			bad("partial.exclude", "%q is not a registry, such as %q", r, "registry.example.com:5000")
+		}
+	}
+	if p.Requests < 1 || p.Requests > 8 {
+		bad("partial.requests", "%d is not in 1 to 8", p.Requests)
+	}
+	if p.AnswerTimeout <= 0 {
+		bad("partial.answer_timeout", "is not positive")
+	}
+	if p.LayerTimeout <= 0 {
+		bad("partial.layer_timeout", "is not positive")
+	}
+	return errs
+}

@@ -1,0 +1,58 @@
+package chunked
+
+import (
+	"bytes"
+	"encoding/binary"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// table collects what is written to it, compressed.
+type table struct {
+	out bytes.Buffer
+	raw int64 // bytes that were written
+	z   *zstd.Encoder
+}
+
+// encoders have tables of some 10 MB that are worth keeping.
+var encoders = sync.Pool{New: func() any {
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		panic(err) // of an option that is wrong
+	}
+	return z
+}}
+
+func newTable() *table {
+	t := &table{z: encoders.Get().(*zstd.Encoder)}
+	t.z.Reset(&t.out)
+	return t
+}
+
+func (t *table) Write(p []byte) (int, error) {
+	n, err := t.z.Write(p)
+	t.raw += int64(n)
+	return n, err
+}
+
+// Close ends the compressed data. No bytes follow.
+func (t *table) Close() error {
+	defer encoders.Put(t.z)
+	return t.z.Close()
+}
+
+func skippableHeader(n int) []byte {
+	return binary.LittleEndian.AppendUint32([]byte(SkippableMagic), uint32(n))
+}
+
+// encode makes the payload of the last frame.
+func (f Footer) encode() []byte {
+	b := make([]byte, 0, FooterSize)
+	for _, n := range []int64{
+		f.TOC.Offset, f.TOC.Length, f.TOC.Raw, f.Type, f.TarSplit.Offset, f.TarSplit.Length, f.TarSplit.Raw,
+	} {
+		b = binary.LittleEndian.AppendUint64(b, uint64(n))
+	}
+	return append(b, FooterMagic...)
+}

@@ -1,0 +1,239 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	cimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/daemon/api"
+	"github.com/daxfs/daxfs-snapshotter/pool"
+	"github.com/daxfs/daxfs-snapshotter/store/shared"
+)
+
+// attachLabel marks images that were attached, with the name of the pool.
+const attachLabel = "daxfs.attached"
+
+// digestLabel marks the names with a digest that attaching made beside others. They go with them.
+const digestLabel = "daxfs.attached.digest"
+
+// criLabel tells Kubernetes' part of containerd that an image is its own, and criNamespace is where that looks for
+// images.
+const (
+	criLabel     = "io.cri-containerd.image"
+	criNamespace = "k8s.io"
+)
+
+var errNoShared = fmt.Errorf("no pool of another owner is configured (shared.pools): %w", errdefs.ErrFailedPrecondition)
+
+func (d *Daemon) listShared(ctx context.Context) api.SharedAnswer {
+	a := api.SharedAnswer{Pools: []shared.Status{}, Images: []api.SharedImage{}}
+	if d.shared == nil {
+		return a
+	}
+	d.shared.Refresh(ctx)
+	a.Pools = d.shared.Status()
+	for _, o := range d.shared.OCIImages() {
+		a.Images = append(a.Images, api.SharedImage{
+			Name: o.Name, Namespace: o.Namespace, Target: o.Target, Chain: o.Chain, Pool: o.Pool,
+		})
+	}
+	return a
+}
+
+// attachImages attaches the OCI images that a request names. It attaches those that it can.
+func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api.Attached, error) {
+	if d.shared == nil {
+		return nil, errNoShared
+	}
+	if err := validateAttach(req); err != nil {
+		return nil, err
+	}
+	d.shared.Refresh(ctx)
+	list, err := choose(d.shared.OCIImages(), req)
+	if err != nil {
+		return nil, err
+	}
+	done := []api.Attached{}
+	var errs []error
+	for _, o := range list {
+		a, err := d.attach(ctx, req.Namespace, o)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("image %q: %w", o.Name, err))
+			continue
+		}
+		done = append(done, a)
+	}
+	if len(errs) > 0 && len(done) > 0 {
+		errs = append(errs, fmt.Errorf("%d others were attached", len(done)))
+	}
+	return done, errors.Join(errs...)
+}
+
+func validateAttach(r api.AttachRequest) error {
+	if err := identifiers.Validate(r.Namespace); err != nil {
+		return fmt.Errorf("namespace %q: %w", r.Namespace, err)
+	}
+	if r.All == (len(r.Names) > 0) {
+		return fmt.Errorf("%d names, with all %v, expected either: %w", len(r.Names), r.All, pool.ErrInvalid)
+	}
+	return nil
+}
+
+// choose returns the images that a request names. Of one name in several namespaces of owners, that of the same
+// namespace wins, then the first.
+func choose(have []shared.OCIImage, req api.AttachRequest) ([]shared.OCIImage, error) {
+	byName := map[string]shared.OCIImage{}
+	var names []string
+	for _, o := range have {
+		old, ok := byName[o.Name]
+		if !ok {
+			names = append(names, o.Name)
+		}
+		if !ok || old.Namespace != req.Namespace && o.Namespace == req.Namespace {
+			byName[o.Name] = o
+		}
+	}
+	if !req.All {
+		names = req.Names
+	}
+	var out []shared.OCIImage
+	for _, name := range names {
+		o, ok := byName[name]
+		if !ok {
+			return nil, fmt.Errorf("image %q is in no shared pool: %w", name, errdefs.ErrNotFound)
+		}
+		out = append(out, o)
+	}
+	return out, nil
+}
+
+// attachNew attaches the images that were not attached before.
+func (d *Daemon) attachNew(ctx context.Context, namespace string) {
+	list, err := choose(d.shared.OCIImages(), api.AttachRequest{Namespace: namespace, All: true})
+	if err != nil || len(list) == 0 || !d.blobs.up() {
+		return
+	}
+	for _, o := range list {
+		if d.offers.has(namespace, o.Name, o.Target) {
+			continue
+		}
+		logger := log.G(ctx).WithField("image", o.Name).WithField("pool", o.Pool)
+		_, err := d.attach(ctx, namespace, o)
+		switch {
+		case err == nil:
+			logger.Info("attached an image of a shared pool")
+		case ctx.Err() != nil:
+			return
+		case errdefs.IsUnavailable(err):
+			logger.WithError(err).Debug("containerd does not answer yet")
+			return
+		default:
+			if d.offers.fails(namespace, o.Name, err) { // it is tried every two seconds
+				logger.WithError(err).Warn("an image of a shared pool can not be attached")
+			}
+			if errdefs.IsAlreadyExists(err) { // its user decides, and is not asked again
+				if err := d.offers.add(namespace, o.Name, o.Target); err != nil {
+					logger.WithError(err).Warn("that it was tried can not be recorded")
+				}
+			}
+		}
+	}
+}
+
+// detachImages removes images that were attached from a namespace. containerd's garbage collector then ends the claims.
+func (d *Daemon) detachImages(ctx context.Context, req api.AttachRequest) ([]api.Attached, error) {
+	if err := validateAttach(req); err != nil {
+		return nil, err
+	}
+	ctx = namespaces.WithNamespace(ctx, req.Namespace)
+	c, err := containerd.NewWithConn(d.blobs.conn)
+	if err != nil {
+		return nil, err
+	}
+	d.recording.Lock()
+	defer d.recording.Unlock()
+	all, err := c.ImageService().List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	done := []api.Attached{}
+	var errs []error
+	for _, img := range all {
+		if req.All && img.Labels[digestLabel] != "" || !req.All && !slices.Contains(req.Names, img.Name) {
+			continue
+		}
+		if img.Labels[attachLabel] == "" {
+			if !req.All {
+				errs = append(errs, fmt.Errorf("image %q was not attached: remove it as any other: %w", img.Name, errdefs.ErrFailedPrecondition))
+			}
+			continue
+		}
+		if err := c.ImageService().Delete(ctx, img.Name, cimages.SynchronousDelete()); err != nil {
+			errs = append(errs, fmt.Errorf("image %q: %w", img.Name, err))
+			continue
+		}
+		done = append(done, api.Attached{Name: img.Name, Target: img.Target.Digest, Pool: img.Labels[attachLabel]})
+	}
+	errs = append(errs, dropDigestNames(ctx, c.ImageService()))
+	for _, name := range req.Names {
+		if !slices.ContainsFunc(all, func(i cimages.Image) bool { return i.Name == name }) {
+			errs = append(errs, fmt.Errorf("image %q in namespace %q: %w", name, req.Namespace, errdefs.ErrNotFound))
+		}
+	}
+	return done, errors.Join(errs...)
+}
+
+// digestName is the name with a digest that Kubernetes' part of containerd gives to an image beside the one with a tag.
+// By it it knows the digest of the image, and finds it for a pod that names that. It is empty for other names.
+func digestName(name string, target digest.Digest) string {
+	ref, err := reference.ParseDockerRef(name)
+	if err != nil || ref.String() != name || reference.IsNameOnly(ref) {
+		return ""
+	}
+	if _, ok := ref.(reference.Digested); ok {
+		return ""
+	}
+	return ref.Name() + "@" + target.String()
+}
+
+// dropDigestNames removes the names with a digest that were made for images that are attached no more.
+func dropDigestNames(ctx context.Context, is cimages.Store) error {
+	all, err := is.List(ctx, fmt.Sprintf("labels.%q", attachLabel))
+	if err != nil {
+		return err
+	}
+	needed := map[string]bool{}
+	for _, img := range all {
+		if img.Labels[digestLabel] == "" {
+			needed[digestName(img.Name, img.Target.Digest)] = true
+		}
+	}
+	var errs []error
+	for _, img := range all {
+		if img.Labels[digestLabel] == "" || needed[img.Name] {
+			continue
+		}
+		if err := is.Delete(ctx, img.Name, cimages.SynchronousDelete()); err != nil && !errdefs.IsNotFound(err) {
+			errs = append(errs, fmt.Errorf("image %q: %w", img.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// poolLabel is the value of attachLabel for a pool: a label has a limited length.
+func poolLabel(name string) string {
+	const most = 1024
+	name = strings.ToValidUTF8(name, "?")
+	return name[:min(len(name), most)]
+}

@@ -1,0 +1,55 @@
+package daxfs
+
+import "hash/maphash"
+
+// nidTable finds items of a list by the number of their inode. It has the places of the items only, in a quarter of the
+// memory of a map: there may be millions. Numbers come from images, so they are mixed with a secret: see nidSeed.
+type nidTable struct {
+	slots []int32 // 1 + the place of an item, 0 if free; a power of two of them, of which at most three quarters are used
+	n     int
+}
+
+// find returns the place of the item of an inode. nid returns the inode of the item at a place.
+func (t *nidTable) find(want uint64, nid func(int32) uint64) (int32, bool) {
+	if t.n == 0 {
+		return 0, false
+	}
+	for k := t.first(want); t.slots[k] != 0; k = t.next(k) {
+		if i := t.slots[k] - 1; nid(i) == want {
+			return i, true
+		}
+	}
+	return 0, false
+}
+
+// add adds the item at a place, whose inode has none.
+func (t *nidTable) add(i int32, nid func(int32) uint64) {
+	if t.n+1 > len(t.slots)/4*3 {
+		old := t.slots
+		t.slots = make([]int32, max(64, 2*len(old)))
+		for _, s := range old {
+			if s != 0 {
+				t.put(s, nid(s-1))
+			}
+		}
+	}
+	t.put(i+1, nid(i))
+	t.n++
+}
+
+func (t *nidTable) put(s int32, nid uint64) {
+	k := t.first(nid)
+	for t.slots[k] != 0 {
+		k = t.next(k)
+	}
+	t.slots[k] = s
+}
+
+func (t *nidTable) first(nid uint64) uint64 {
+	return maphash.Comparable(nidSeed, nid) & uint64(len(t.slots)-1)
+}
+
+func (t *nidTable) next(k uint64) uint64 { return (k + 1) & uint64(len(t.slots)-1) }
+
+// nidSeed keeps images from being made so that all of their inodes meet at one place.
+var nidSeed = maphash.MakeSeed()

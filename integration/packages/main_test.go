@@ -1,0 +1,65 @@
+//go:build dist
+
+package packages
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+)
+
+// suites are the Debian releases, with what an operator's machine has beside Debian's minimal system.
+var suites = []string{"bookworm", "trixie"}
+
+const debianPackages = "systemd,systemd-sysv,dbus,runc,make,ca-certificates"
+
+// builds are what the tests need from the network.
+var builds = []stack.Build{makeRoots, makeDists}
+
+func TestMain(m *testing.M) { os.Exit(stack.Main(m, builds...)) }
+
+// makeRoots makes the roots of clean systems that the cache lacks, as archives.
+func makeRoots(cache string) error {
+	mirror, err := exec.Command("sh", "-c", `apt-get indextargets --format '$(CREATED_BY) $(LABEL) $(COMPONENT) $(REPO_URI)' |
+		awk '/^Packages Debian main / {print $4; exit}'`).Output()
+	if err != nil || len(mirror) == 0 {
+		return fmt.Errorf("apt has no mirror of Debian's packages (%w)", err)
+	}
+	if err := os.MkdirAll(filepath.Join(cache, "roots"), 0o755); err != nil {
+		return err
+	}
+	for _, suite := range suites {
+		file := rootFile(cache, suite)
+		if _, err := os.Stat(file); err == nil {
+			continue
+		}
+		temp := strings.TrimSuffix(file, ".tar") + ".new.tar"
+		cmd := exec.Command("mmdebstrap", "--quiet", "--variant=minbase", "--include="+debianPackages, suite, temp, strings.TrimSpace(string(mirror)))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("make a root of %s: %w\n%s", suite, err, out)
+		}
+		if err := os.Rename(temp, file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func rootFile(cache, suite string) string { return filepath.Join(cache, "roots", suite+".tar") }
+
+// makeDists makes the packages of two versions.
+func makeDists(cache string) error {
+	var errs []error
+	for _, version := range []string{oldVersion, newVersion} {
+		errs = append(errs, makeDist("../..", version, distDir(cache, version)))
+	}
+	return errors.Join(errs...)
+}
+
+func distDir(cache, version string) string { return filepath.Join(cache, "dist", version) }

@@ -1,0 +1,11 @@
+package task
+
+import "github.com/daxfs/daxfs-snapshotter/pool"
+
+// What the task "lease" claims, and as whom.
+const LeaseReader = "guest"
+
+var (
+	LeasePool  = [16]byte{0xa}
+	LeaseImage = pool.Image{Key: "image", Slot: 7, UUID: [16]byte{9}}
+)

@@ -1,0 +1,208 @@
+package pool
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
+)
+
+// readDocument reads the document of an image as a reader does.
+func readDocument(t testing.TB, p *Pool, key string) ([]byte, error) {
+	t.Helper()
+	c, err := ReadCatalogue(p.Region())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range c.Images {
+		if m.Key == key {
+			return ReadDocument(p.Region(), m)
+		}
+	}
+	return nil, ErrNotFound
+}
+
+func TestDocument(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	if err := p.SetDocument(ctx, "a", []byte("x")); !errors.Is(err, ErrNotFound) {
+		t.Errorf("document of no image: %v, expected ErrNotFound", err)
+	}
+	addImage(t, p, "a", random(1, 5000))
+	if _, err := readDocument(t, p, "a"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("no document: %v, expected ErrNotFound", err)
+	}
+	before := p.Usage()
+	for i, doc := range [][]byte{[]byte("{}"), random(2, 3<<20), random(2, 3<<20), random(3, MaxDocument), []byte("last")} {
+		if err := p.SetDocument(ctx, "a", doc); err != nil {
+			t.Fatal(err)
+		}
+		got, err := readDocument(t, p, "a")
+		if err != nil || !bytes.Equal(got, doc) {
+			t.Errorf("document %d: read %d other bytes, %v", i, len(got), err)
+		}
+		// The old one is freed.
+		if u := p.Usage(); u.Documents != alloc.RoundUnit(int64(len(doc))) || u.Extents != before.Extents {
+			t.Errorf("document %d: %+v, before it %+v", i, u, before)
+		}
+		mustCheck(t, p)
+	}
+	if err := p.SetDocument(ctx, "a", make([]byte, MaxDocument+1)); !errors.Is(err, ErrInvalid) {
+		t.Errorf("large document: %v, expected ErrInvalid", err)
+	}
+	if err := p.SetDocument(ctx, "a", nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readDocument(t, p, "a"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("removed document: %v, expected ErrNotFound", err)
+	}
+	if u := p.Usage(); u.Documents != 0 || u.Free != before.Free {
+		t.Errorf("after removing: %+v, before %+v", u, before)
+	}
+	if err := p.SetDocument(ctx, "a", []byte("again")); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.RemoveImage(ctx, "a"); err != nil {
+		t.Fatal(err)
+	}
+	if u := p.Usage(); u.Documents != 0 {
+		t.Errorf("%d bytes of documents without an image", u.Documents)
+	}
+}
+
+// TestDocumentSame sets the same document again, which changes nothing: the owner does it at each sweep.
+func TestDocumentSame(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	addImage(t, p, "a", random(1, 5000))
+	if err := p.SetDocument(ctx, "a", []byte("same")); err != nil {
+		t.Fatal(err)
+	}
+	before, err := ReadCatalogue(p.Region())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.SetDocument(ctx, "a", []byte("same")); err != nil {
+		t.Fatal(err)
+	}
+	after, err := ReadCatalogue(p.Region())
+	if err != nil || after.Generation != before.Generation {
+		t.Errorf("generation %d after the same document, expected %d: %v", after.Generation, before.Generation, err)
+	}
+}
+
+// TestDocumentReaders reads documents while the owner replaces them and adds contents in their place: a reader gets one
+// that was set, or learns that it has to look again.
+func TestDocumentReaders(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	addImage(t, p, "a", random(1, 5000))
+	set := func(i int) {
+		if err := p.SetDocument(ctx, "a", bytes.Repeat([]byte{byte(i)}, 1+i*997)); err != nil {
+			t.Error(err)
+		}
+	}
+	set(1)
+	var wg sync.WaitGroup
+	done := make(chan struct{})
+	for range 2 {
+		wg.Go(func() {
+			last := 0
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				c, err := ReadCatalogue(p.Region())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				b, err := ReadDocument(p.Region(), c.Images[0])
+				if errors.Is(err, ErrCorrupt) {
+					continue // it was replaced
+				}
+				if err != nil || len(b) != 1+int(b[0])*997 || int(b[0]) < last {
+					t.Errorf("%d bytes of document %d after document %d: %v", len(b), b[0], last, err)
+					return
+				}
+				last = int(b[0])
+			}
+		})
+	}
+	for i := range 100 {
+		set(i + 2)
+		b := p.Begin()
+		put(t, b, random(uint64(i), 4096))
+		b.Discard()
+	}
+	close(done)
+	wg.Wait()
+}
+
+func TestReadDocumentRefuses(t *testing.T) {
+	r := bytes.NewReader(make([]byte, 1<<20))
+	for name, d := range map[string]Document{
+		"huge":       {Off: 4096, Size: 1 << 40},
+		"negative":   {Off: 4096, Size: -1},
+		"misaligned": {Off: 1, Size: 1},
+		"digest":     {Off: 4096, Size: 10},
+	} {
+		if b, err := ReadDocument(r, Image{Key: "a", Document: d}); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %q, %v; expected ErrCorrupt", name, b, err)
+		}
+	}
+	if b, err := ReadDocument(r, Image{Key: "a", Document: Document{Off: 1 << 20, Size: 10}}); err == nil {
+		t.Errorf("behind the end: read %q", b)
+	}
+}
+
+// TestDocumentDamaged changes the bytes of a document. The checker names it, a scrub takes it out of the catalogue but
+// not its image, and setting it again mends it.
+func TestDocumentDamaged(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	addImage(t, p, "a", random(1, 5000))
+	doc := []byte("a document")
+	if err := p.SetDocument(ctx, "a", doc); err != nil {
+		t.Fatal(err)
+	}
+	m, err := p.Image("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Region().WriteAt([]byte{'A'}, m.Document.Off); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readDocument(t, p, "a"); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("read: %v, expected ErrCorrupt", err)
+	}
+	var rules []string
+	if err := p.Check(ctx, func(f Finding) bool { rules = append(rules, f.Rule); return true }); err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(rules) != "[pool.document]" {
+		t.Errorf("findings %q, expected pool.document alone", rules)
+	}
+	found := 0
+	if _, err := p.Scrub(ctx, ScrubOptions{}, func(d Damage) {
+		found++
+		if f := d.Finding(); f.Rule != "pool.document" || f.Key != "a" {
+			t.Errorf("scrub: %v", f)
+		}
+	}); err != nil || found != 1 {
+		t.Errorf("scrub found %d, %v", found, err)
+	}
+	if _, err := readDocument(t, p, "a"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("after the scrub: %v, expected ErrNotFound", err)
+	}
+	if p.ImageDamaged("a") {
+		t.Error("the image counts as damaged")
+	}
+	if err := p.SetDocument(ctx, "a", doc); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := readDocument(t, p, "a"); err != nil || !bytes.Equal(b, doc) || p.DamagedCount() != 0 {
+		t.Errorf("mended: %q, %v, %d damaged", b, err, p.DamagedCount())
+	}
+}

@@ -1,0 +1,147 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Leases tells what readers of the pool use: machines or processes that only read it. It is asked when the catalogue lists
+// the image no more, durably. A reader claims first and reads the catalogue then, so one of both sees the other.
+type Leases interface {
+	// Users names the readers that use an image of a pool. After an error nothing is freed.
+	Users(poolID [16]byte, m Image) ([]string, error)
+	// Any names the readers that use anything of a pool.
+	Any(poolID [16]byte) ([]string, error)
+}
+
+// SetLeases tells the pool whom to ask before it frees what readers may use; nil means nobody.
+func (p *Pool) SetLeases(l Leases) {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	p.leases = l
+}
+
+// Generation is that of the catalogue. It rises with every change that readers can see.
+func (p *Pool) Generation() uint64 {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	return p.header.generation
+}
+
+// Unlisted reports whether an image was removed while readers use it: the catalogue does not list it, so no other reader
+// begins to. RemoveImage removes it when they have released it.
+func (p *Pool) Unlisted(key string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	m := p.images[key]
+	return m != nil && m.unlisted
+}
+
+// Relist takes back the removal of an image that readers use. Errors: ErrNotFound.
+func (p *Pool) Relist(ctx context.Context, key string) error {
+	p.commit.Lock()
+	defer p.commit.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	m := p.images[key]
+	p.mu.Unlock()
+	err := ErrNotFound
+	if m != nil {
+		err = p.setUnlisted(m, false)
+	}
+	if err != nil {
+		return fmt.Errorf("pool: list image %q again: %w", key, err)
+	}
+	return nil
+}
+
+// setUnlisted makes the catalogue list an image or not, durably. Preconditions: commit is held.
+func (p *Pool) setUnlisted(m *image, unlisted bool) error {
+	if m.unlisted == unlisted && p.stale[m.Slot] == nil && !p.behind {
+		return nil
+	}
+	now := *m.storedImage
+	now.unlisted = unlisted
+	if err := p.index.putStored(&now, p.header.generation+1); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	m.storedImage = &now
+	p.mu.Unlock()
+	p.stale[m.Slot], p.behind = m.slot, true
+	return p.publish(m)
+}
+
+// unleased takes an image out of the catalogue, and returns nil if no reader uses it. Preconditions: commit is held.
+func (p *Pool) unleased(m *image) error {
+	if p.leases == nil {
+		return nil
+	}
+	if err := p.setUnlisted(m, true); err != nil {
+		return err
+	}
+	users, err := p.leases.Users(p.header.id, m.Image)
+	if err != nil {
+		return fmt.Errorf("which readers use it is not known: %w", err)
+	}
+	if len(users) > 0 {
+		return &LeasedError{What: "the image", Users: users}
+	}
+	return nil
+}
+
+// unleasedPool returns nil if no reader uses anything of the pool. Then the catalogue lists no image, so that none begins
+// to. Preconditions: commit is held.
+func (p *Pool) unleasedPool() error {
+	if p.leases == nil {
+		return nil
+	}
+	if err := p.anyLease(); err != nil { // before images disappear for a moment
+		return err
+	}
+	err := p.hide(true)
+	if err == nil {
+		err = p.anyLease()
+	}
+	if err != nil {
+		return errors.Join(err, p.hide(false))
+	}
+	return nil
+}
+
+func (p *Pool) anyLease() error {
+	users, err := p.leases.Any(p.header.id)
+	if err != nil {
+		return fmt.Errorf("which readers use the pool is not known: %w", err)
+	}
+	if len(users) > 0 {
+		return &LeasedError{What: "the pool", Users: users}
+	}
+	return nil
+}
+
+// hide takes all images out of the catalogue, or lists them again. If this process ends meanwhile, the next opening lists
+// them. Preconditions: commit is held.
+func (p *Pool) hide(hidden bool) error {
+	p.hidden = hidden
+	gen := p.header.generation + 1
+	if err := p.index.setGeneration(gen); err != nil {
+		return err
+	}
+	w := window{p, 0, p.header.size}
+	for _, m := range p.images {
+		if p.stale[m.Slot] != nil {
+			continue
+		}
+		if _, err := w.WriteAt(p.entry(m), entryOff(m.Slot)); err != nil {
+			return err
+		}
+	}
+	if err := p.region.Sync(tableOff, int64(p.header.geo.Slots)*entrySize); err != nil {
+		return err
+	}
+	return p.writeHeader(gen)
+}

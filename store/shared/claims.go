@@ -1,0 +1,210 @@
+package shared
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/pool"
+)
+
+// claim is an image that is claimed, as it stands in the file of claims. The file is written before the lease: whatever
+// the lease names is known here, so that it can be ended.
+type claim struct {
+	Key        string    `json:"key"`
+	Slot       int       `json:"slot"`
+	UUID       string    `json:"uuid"`
+	Created    time.Time `json:"created"`
+	Window     int64     `json:"window,omitempty"`
+	WindowSize int64     `json:"windowSize,omitempty"`
+	Epoch      string    `json:"epoch"`
+	Name       string    `json:"name,omitempty"` // of an OCI image that has it, for people
+}
+
+func claimOf(m pool.Image, epoch [16]byte) claim {
+	return claim{
+		Key: m.Key, Slot: m.Slot, UUID: hex.EncodeToString(m.UUID[:]), Created: m.Created, Window: m.Window,
+		WindowSize: m.WindowSize, Epoch: hex.EncodeToString(epoch[:]),
+	}
+}
+
+func (c claim) image() pool.Image {
+	m := pool.Image{Key: c.Key, Slot: c.Slot, Created: c.Created, Window: c.Window, WindowSize: c.WindowSize}
+	if b, err := hex.DecodeString(c.UUID); err == nil {
+		copy(m.UUID[:], b)
+	}
+	return m
+}
+
+// lockedClaim is claim, which it tells the log of a pool that can not be used. then is called while the pool is locked:
+// no other epoch of it begins meanwhile.
+func (m *member) lockedClaim(ctx context.Context, chain digest.Digest, then func()) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.refresh(ctx); err != nil {
+		m.complain(ctx, err)
+		return err
+	}
+	err := m.claim(ctx, chain)
+	if err == nil {
+		then()
+	}
+	return err
+}
+
+// claim claims the image of a chain. Preconditions: mu is held, and view is of now.
+func (m *member) claim(ctx context.Context, chain digest.Digest) error {
+	img, listed := m.view.chains[chain]
+	epoch := m.view.cat.Geometry.UUID
+	old, claimed := m.claims[chain]
+	claimed = claimed && old.Epoch == hex.EncodeToString(epoch[:])
+	switch {
+	case claimed && m.lease != nil && (!listed || idOf(old.image()) != idOf(img)):
+		return m.keepUnlisted(chain, old.image())
+	case !listed:
+		return ErrNotFound
+	case claimed && idOf(old.image()) == idOf(img):
+	case claimed:
+		if _, mounted := m.table.Get(chain.String()); mounted {
+			return fmt.Errorf("the owner has replaced the image, which is in use here, and there is no lease: %w", ErrReset)
+		}
+		fallthrough
+	default:
+		if err := m.release(chain); err != nil { // of another image, or of an earlier epoch
+			return err
+		}
+		c := claimOf(img, epoch)
+		if e := m.view.known[docID{idOf(img), img.Document}]; e != nil && len(e.names) > 0 {
+			c.Name = e.names[0].Name
+		}
+		if err := m.saveClaim(chain, c); err != nil {
+			return err
+		}
+	}
+	if err := m.takeLease(ctx, chain, img); err != nil {
+		return err
+	}
+	if err := m.superseded(chain); err != nil {
+		return err
+	}
+	return m.checkImage(img)
+}
+
+// keepUnlisted goes on with an image that the owner has removed from the catalogue, and keeps as long as it is leased.
+func (m *member) keepUnlisted(chain digest.Digest, img pool.Image) error {
+	held, err := m.lease.Claim(m.view.cat.PoolID, img)
+	if err != nil {
+		return err
+	}
+	if held {
+		return m.checkImage(img)
+	}
+	if _, mounted := m.table.Get(chain.String()); mounted {
+		return fmt.Errorf("the owner has removed the image, which is in use here, and its lease was taken away: %w", ErrReset)
+	}
+	return errors.Join(ErrNotFound, m.release(chain))
+}
+
+// takeLease tells the owner that an image is in use here, and makes sure that the owner knew before it removed the image.
+func (m *member) takeLease(ctx context.Context, chain digest.Digest, img pool.Image) error {
+	if m.lease == nil {
+		return nil
+	}
+	held, err := m.lease.Claim(m.view.cat.PoolID, img)
+	if err != nil || held {
+		return err
+	}
+	err = m.refresh(ctx)
+	if err == nil {
+		if now, ok := m.view.chains[chain]; !ok || idOf(now) != idOf(img) {
+			err = fmt.Errorf("the owner removed the image meanwhile: %w", ErrNotFound)
+		}
+	}
+	if err != nil {
+		return errors.Join(err, m.release(chain))
+	}
+	return nil
+}
+
+// release ends the claim of a chain. Preconditions: mu is held, and the image is not mounted.
+func (m *member) release(chain digest.Digest) error {
+	c, ok := m.claims[chain]
+	if !ok {
+		return nil
+	}
+	if err := m.unlease(m.mounted.pool, c.image()); err != nil {
+		return err
+	}
+	return m.dropClaim(chain)
+}
+
+// unlease tells the owner that an image of a pool is not in use here any more. While that can not be told the claim
+// stays.
+func (m *member) unlease(id [16]byte, img pool.Image) error {
+	switch {
+	case m.src.Lease == "":
+		return nil
+	case m.lease == nil:
+		return fmt.Errorf("lease region %q is not open, so its owner can not be told that image %q is not in use", m.src.Lease,
+			img.Key)
+	}
+	return m.lease.Release(id, img)
+}
+
+// claimsFile is in the directory of a pool.
+const claimsFile = "claims.json"
+
+// readClaims reads the file of claims in the directory of a pool.
+func readClaims(dir string) (map[digest.Digest]claim, error) {
+	claims := map[digest.Digest]claim{}
+	path := filepath.Join(dir, claimsFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return claims, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, &claims); err != nil {
+		return nil, fmt.Errorf("%q: %w", path, err)
+	}
+	return claims, nil
+}
+
+func writeClaims(dir string, claims map[digest.Digest]claim) error {
+	b, err := json.Marshal(claims)
+	if err != nil {
+		return err
+	}
+	return renameio.WriteFile(filepath.Join(dir, claimsFile), append(b, '\n'), 0o600)
+}
+
+func (m *member) saveClaim(chain digest.Digest, c claim) error {
+	claims := maps.Clone(m.claims)
+	claims[chain] = c
+	return m.saveClaims(claims)
+}
+
+func (m *member) dropClaim(chain digest.Digest) error {
+	claims := maps.Clone(m.claims)
+	delete(claims, chain)
+	return m.saveClaims(claims)
+}
+
+func (m *member) saveClaims(claims map[digest.Digest]claim) error {
+	if err := writeClaims(m.dir(m.mounted.pool), claims); err != nil {
+		return err
+	}
+	m.claims = claims
+	return nil
+}

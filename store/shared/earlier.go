@@ -1,0 +1,232 @@
+package shared
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/log"
+	"github.com/google/renameio/v2"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/mount"
+)
+
+// readers says which pool is read by which member: two that read one would share its directory.
+type readers struct {
+	mu sync.Mutex
+	by map[[16]byte]*member
+}
+
+// take makes a member the reader of a pool. Errors: ErrTwice.
+func (r *readers) take(id [16]byte, m *member) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if other := r.by[id]; other != nil && other != m {
+		return fmt.Errorf("%w: pool %x is read as %q: take one of both out of shared.pools", ErrTwice, id, other.src.Name)
+	}
+	r.by[id] = m
+	return nil
+}
+
+// leave ends what take began for all other pools of a member.
+func (r *readers) leave(m *member, but [16]byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, by := range r.by {
+		if by == m && id != but {
+			delete(r.by, id)
+		}
+	}
+}
+
+func (r *readers) has(id [16]byte) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.by[id] != nil
+}
+
+// earlier is a pool that was found under the name of a member, with what is still claimed in it.
+type earlier struct {
+	id     [16]byte
+	claims map[digest.Digest]claim
+}
+
+// sourceFile holds the name under which a pool was found the last time.
+const sourceFile = "source"
+
+// findEarlier reads what is left of pools that were found under the name of this one, and that nobody reads now.
+// Preconditions: mu is held.
+func (m *member) findEarlier() error {
+	m.earlier = nil
+	list, err := os.ReadDir(m.cfg.Root)
+	if err != nil {
+		return err
+	}
+	for _, de := range list {
+		e := &earlier{}
+		id, err := hex.DecodeString(de.Name())
+		if err != nil || len(id) != len(e.id) {
+			continue
+		}
+		copy(e.id[:], id)
+		name, err := os.ReadFile(filepath.Join(m.dir(e.id), sourceFile))
+		if err != nil || strings.TrimSuffix(string(name), "\n") != m.src.Name || m.readers.has(e.id) {
+			continue
+		}
+		if e.claims, err = readClaims(m.dir(e.id)); err != nil {
+			return err
+		}
+		m.earlier = append(m.earlier, e)
+	}
+	return nil
+}
+
+// replaced looks at the pools that were found under the name of this one before, while this process did not run:
+// nothing of them may be mounted. Preconditions: mu is held.
+func (m *member) replaced(ctx context.Context, now mount.Pool) error {
+	for _, e := range m.earlier {
+		t, err := mount.Open(ctx, m.dir(e.id), m.cfg.Drivers, now, mount.Options{Adopt: m.cfg.Adopt, Warn: m.warn(ctx)})
+		if err != nil {
+			return err
+		}
+		if err := unmountStale(ctx, t); err != nil {
+			return fmt.Errorf("expected pool %x: %w", e.id, err)
+		}
+	}
+	return nil
+}
+
+// unmountStale unmounts what an earlier pool or epoch has left mounted.
+func unmountStale(ctx context.Context, t *mount.Table) error {
+	left, err := t.RemoveStale(ctx, func(string) bool { return false })
+	if err != nil {
+		return err
+	}
+	if len(left) > 0 {
+		return fmt.Errorf("%w: %q is still in use (%s): stop the containers that run from it", ErrReset, left[0].Dir,
+			left[0].UsedBy)
+	}
+	return nil
+}
+
+// noteSource notes under which name a pool was found.
+func (m *member) noteSource(id [16]byte) error {
+	path, want := filepath.Join(m.dir(id), sourceFile), m.src.Name+"\n"
+	if have, err := os.ReadFile(path); err == nil && string(have) == want {
+		return nil
+	}
+	return renameio.WriteFile(path, []byte(want), 0o600)
+}
+
+// sweepEarlier ends the claims in earlier pools of all chains that nothing needs. Preconditions: mu is held, and the
+// table is open, so that nothing of them is mounted.
+func (m *member) sweepEarlier(needed func(digest.Digest) bool) error {
+	var errs []error
+	for _, e := range slices.Clone(m.earlier) {
+		for chain := range e.claims {
+			if !needed(chain) {
+				errs = append(errs, m.releaseEarlier(e, chain))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// superseded ends the claims of a chain in earlier pools: the pool of now has it. Preconditions are those of
+// sweepEarlier.
+func (m *member) superseded(chain digest.Digest) error {
+	var errs []error
+	for _, e := range slices.Clone(m.earlier) {
+		if _, ok := e.claims[chain]; ok {
+			errs = append(errs, m.releaseEarlier(e, chain))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// releaseEarlier ends a claim in an earlier pool. The last one takes the directory of the pool with it.
+func (m *member) releaseEarlier(e *earlier, chain digest.Digest) error {
+	if err := m.unlease(e.id, e.claims[chain].image()); err != nil {
+		return err
+	}
+	delete(e.claims, chain)
+	dir := m.dir(e.id)
+	if len(e.claims) > 0 {
+		return writeClaims(dir, e.claims)
+	}
+	m.earlier = slices.DeleteFunc(m.earlier, func(o *earlier) bool { return o == e })
+	for _, name := range []string{claimsFile, sourceFile, "images", "live"} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err // something is mounted there
+		}
+	}
+	return os.Remove(dir)
+}
+
+// lost says which images that were claimed no container can be started from any more, and what to do; empty if there
+// are none. Preconditions: mu is held.
+func (m *member) lost() string {
+	if m.view == nil {
+		return ""
+	}
+	chains, names, from := map[digest.Digest]bool{}, map[string]bool{}, map[string]bool{}
+	add := func(chain digest.Digest, c claim, where string) {
+		if _, listed := m.view.chains[chain]; listed {
+			return
+		}
+		chains[chain], from[where] = true, true
+		if c.Name != "" {
+			names[c.Name] = true
+		}
+	}
+	now := m.view.cat.Geometry.UUID
+	for chain, c := range m.claims {
+		if c.Epoch != hex.EncodeToString(now[:]) {
+			add(chain, c, "its epoch "+c.Epoch)
+		}
+	}
+	for _, e := range m.earlier {
+		for chain, c := range e.claims {
+			add(chain, c, fmt.Sprintf("pool %x", e.id))
+		}
+	}
+	if len(chains) == 0 {
+		return ""
+	}
+	text := fmt.Sprintf("no container starts from %d images that were in use here", len(chains))
+	if len(names) > 0 {
+		text += " (" + list(names, 3) + ")"
+	}
+	return text + fmt.Sprintf(": expected %s, found pool %x of epoch %x, which lacks them. A pool in memory is made anew when its "+
+		"owner reboots. Remove these OCI images and pull them, or attach what the pool has now", list(from, 3), m.view.cat.PoolID, now)
+}
+
+// list writes some of a set.
+func list(set map[string]bool, most int) string {
+	var all []string
+	for s := range set {
+		all = append(all, s)
+	}
+	slices.Sort(all)
+	if len(all) > most {
+		all = append(all[:most], fmt.Sprintf("and %d more", len(all)-most))
+	}
+	return strings.Join(all, ", ")
+}
+
+// mourn tells the log what was lost, once until it changes. Preconditions: mu is held.
+func (m *member) mourn(ctx context.Context) {
+	if text := m.lost(); text != m.mourned {
+		m.mourned = text
+		if text != "" {
+			log.G(ctx).WithField("pool", m.src.Name).Error("images of a shared pool are lost: " + text)
+		}
+	}
+}
