@@ -372,8 +372,9 @@ func (c *cutWriter) Write(b []byte) (int, error) {
 // pull, and nothing is left of those that failed. What is left is looked for when the test ends.
 func TestPullFaults(t *testing.T) {
 	b := newBed(t, func(c *config.Config) {
-		c.Partial.AnswerTimeout = config.Duration(500 * time.Millisecond)
-		c.Partial.LayerTimeout = config.Duration(time.Second)
+		// A busy machine must not be taken for a fault, and a fault for good should not last long.
+		c.Partial.AnswerTimeout = config.Duration(5 * time.Second)
+		c.Partial.LayerTimeout = config.Duration(15 * time.Second)
 	})
 	b.seed(layerOf(60, 1))
 	var images []*image

@@ -74,7 +74,7 @@ func TestStream(t *testing.T) {
 	p := newPull(e)
 	p.stream("default/1/"+chainA, "", tarOf("a", "gone"))
 	p.stream("default/2/"+chainB, "default/1/"+chainA, tarOf("b", ".wh.gone"))
-	if e.fake.builds[1] != 0 {
+	if e.fake.state().builds[1] != 0 {
 		t.Error("the image of an inner layer was built for a layer that was streamed")
 	}
 	entries, err := filepath.Glob(filepath.Join(e.root, "snapshots/*/fs/*"))
@@ -137,11 +137,11 @@ func TestForeignMounts(t *testing.T) {
 func TestStreamFallsBack(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	p := newPull(e)
-	e.fake.full = true
+	e.fake.setFull(true)
 	p.stream("default/1/"+chainA, "", tarOf("dir/", "gone"))
 	p.stream("default/2/"+chainB, "default/1/"+chainA, tarOf("dir/new", ".wh.gone"))
-	if strings.Join(e.fallbacks, " ") != "full full" {
-		t.Errorf("fallbacks %q", e.fallbacks)
+	if strings.Join(e.fallbacks(), " ") != "full full" {
+		t.Errorf("fallbacks %q", e.fallbacks())
 	}
 	c := e.prepare("default/3/c", "default/2/"+chainB)
 	e.expectFiles(c, "dir")
@@ -155,7 +155,7 @@ func TestStreamFallsBack(t *testing.T) {
 		return err
 	})
 	e.must(err)
-	e.fake.full = false
+	e.fake.setFull(false)
 }
 
 // A layer that was expected to be streamed and was walked may have got wrong attributes for the directories below, which
@@ -200,7 +200,7 @@ func TestDifferChanges(t *testing.T) {
 			e.must(mount.WithTempMount(t.Context(), c, func(root string) error {
 				return expectFile(filepath.Join(root, "dir/walked"), "dir/walked")
 			}))
-			for _, claim := range e.fake.claims {
+			for _, claim := range e.fake.state().claims {
 				if claim.Namespace != "default" || claim.DiffID != desc.Digest {
 					t.Errorf("asked for %+v", claim)
 				}
@@ -274,7 +274,7 @@ func TestBuildOutlivesCaller(t *testing.T) {
 		t.Fatalf("Prepare with a deadline: %v", err)
 	}
 	e.expectFiles(e.prepare("default/2/c", "default/1/"+chainA), "a")
-	if n := e.fake.builds[1]; n != 1 {
+	if n := e.fake.state().builds[1]; n != 1 {
 		t.Errorf("built %d times", n)
 	}
 }

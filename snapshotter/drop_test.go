@@ -66,9 +66,9 @@ func TestDirectoryInUseStays(t *testing.T) {
 	ctx := t.Context()
 	e.layer("default/1/a", "", "a")
 	e.must(e.Flush(ctx))
-	e.fake.full = true
+	e.fake.setFull(true)
 	plain := e.prepare("default/2/c", "default/1/a")
-	e.fake.full = false
+	e.fake.setFull(false)
 	e.prepare("default/3/c", "default/1/a")
 	e.must(e.Flush(ctx))
 	e.must(e.Cleanup(ctx))
@@ -103,10 +103,10 @@ func TestPlainCopy(t *testing.T) {
 	p := newPull(e)
 	p.stream("default/1/"+chainA, "", tarOf("a"))
 	p.stream("default/2/"+chainB, "default/1/"+chainA, tarOf("b"))
-	e.fake.full = true
+	e.fake.setFull(true)
 	c := e.prepare("default/3/c", "default/2/"+chainB)
 	e.expectFiles(c, "a b")
-	if got := strings.Join(e.fallbacks, " "); got != "full" {
+	if got := strings.Join(e.fallbacks(), " "); got != "full" {
 		t.Errorf("fallbacks %q", got)
 	}
 	e.restart()
@@ -115,7 +115,7 @@ func TestPlainCopy(t *testing.T) {
 		t.Errorf("after a restart %v, before %v", again, c)
 	}
 	e.must(e.Cleanup(ctx))
-	e.fake.full = false
+	e.fake.setFull(false)
 	shared := e.prepare("default/4/c", "default/2/"+chainB)
 	if option(shared, "lowerdir") == option(c, "lowerdir") {
 		t.Error("with room a container stands on the copy")

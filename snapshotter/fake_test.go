@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -45,6 +47,33 @@ func newFakeLowers(root string) *fakeLowers {
 		root: root, builds: map[int]int{}, images: map[string]bool{}, plains: map[string]bool{}, layers: map[string]bool{},
 		blobs: map[digest.Digest]snapshotter.Blob{},
 	}
+}
+
+// setFull says whether there is room from now on. The snapshotter may be at work.
+func (f *fakeLowers) setFull(full bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.full = full
+}
+
+// setFail says what fails from now on, or nil. The snapshotter may be at work.
+func (f *fakeLowers) setFail(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fail = err
+}
+
+// fakeState is what a fakeLowers has and did at one moment.
+type fakeState struct {
+	builds         map[int]int
+	images, layers map[string]bool
+	claims         []snapshotter.Claim
+}
+
+func (f *fakeLowers) state() fakeState {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fakeState{maps.Clone(f.builds), maps.Clone(f.images), maps.Clone(f.layers), slices.Clone(f.claims)}
 }
 
 func (f *fakeLowers) BlobKey(diffID digest.Digest) string { return "blob/" + diffID.String() }

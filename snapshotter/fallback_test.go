@@ -25,10 +25,10 @@ func TestFallbackKeepsRoot(t *testing.T) {
 	if want.Mode().Perm() == 0o755 {
 		t.Fatalf("the root below is %s, as it would be without one below", want.Mode())
 	}
-	e.fake.full = true
+	e.fake.setFull(true)
 	_, err = p.Apply(ctx, p.put(tarOf("y")), m)
 	e.must(err)
-	e.fake.full = false
+	e.fake.setFull(false)
 	e.must(e.Commit(ctx, top, extractKey(top)))
 	c := e.prepare("default/5/c", top)
 	e.expectFiles(c, "x y")

@@ -58,8 +58,8 @@ func TestRemovedWhileMounted(t *testing.T) {
 				t.Helper()
 				e.must(e.Flush(ctx))
 				e.must(e.Cleanup(ctx))
-				if _, err := os.Stat(upper); err != nil || len(e.fake.images) != 1 {
-					t.Fatalf("%s: images %v, directory: %v", when, e.fake.images, err)
+				if _, err := os.Stat(upper); err != nil || len(e.fake.state().images) != 1 {
+					t.Fatalf("%s: images %v, directory: %v", when, e.fake.state().images, err)
 				}
 			}
 			stays("mounted")
@@ -77,7 +77,7 @@ func TestRemovedWhileMounted(t *testing.T) {
 			e.eventually(func() string { // the kernel frees an overlay a moment after its last user is gone
 				e.must(e.Cleanup(ctx))
 				left, err := os.ReadDir(filepath.Join(e.root, "snapshots"))
-				if e.must(err); len(left) > 0 || len(e.fake.images)+len(e.fake.layers) > 0 {
+				if e.must(err); len(left) > 0 || len(e.fake.state().images)+len(e.fake.state().layers) > 0 {
 					return "directories, images or layers are left over"
 				}
 				return ""

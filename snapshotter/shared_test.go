@@ -237,8 +237,8 @@ func TestLayerOverClaim(t *testing.T) {
 			e.must(os.WriteFile(filepath.Join(option(c, "upperdir"), "w"), nil, 0o644))
 			e.must(e.Commit(t.Context(), "default/10/mine", "default/8/c"))
 			e.expectFiles(e.prepare("default/11/d", "default/10/mine"), "a b c d w")
-			if len(e.fake.builds)+len(e.fallbacks) > 0 {
-				t.Errorf("images %v were built, and fallbacks %q counted", e.fake.builds, e.fallbacks)
+			if len(e.fake.state().builds)+len(e.fallbacks()) > 0 {
+				t.Errorf("images %v were built, and fallbacks %q counted", e.fake.state().builds, e.fallbacks())
 			}
 			e.must(e.check())
 		})

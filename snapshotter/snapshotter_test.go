@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -25,7 +27,9 @@ type env struct {
 	root      string
 	fake      *fakeLowers
 	opts      snapshotter.Options
-	fallbacks []string
+
+	mu      sync.Mutex
+	reasons []string // of falling back to plain directories, as they come
 }
 
 func newEnv(t *testing.T, opts snapshotter.Options) *env {
@@ -33,7 +37,11 @@ func newEnv(t *testing.T, opts snapshotter.Options) *env {
 	needRoot(t)
 	e := &env{t: t, root: t.TempDir(), opts: opts}
 	e.fake = newFakeLowers(filepath.Join(e.root, "fake"))
-	e.opts.Fallback = func(reason string) { e.fallbacks = append(e.fallbacks, reason) }
+	e.opts.Fallback = func(reason string) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.reasons = append(e.reasons, reason)
+	}
 	e.open()
 	t.Cleanup(func() {
 		if err := errors.Join(e.Cleanup(context.Background()), e.check(), e.Close(), e.fake.reboot()); err != nil {
@@ -50,6 +58,13 @@ func (e *env) open() {
 		e.t.Fatal(err)
 	}
 	e.Snapshotter = s
+}
+
+// fallbacks returns the reasons for which containers stand on plain directories so far.
+func (e *env) fallbacks() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.reasons)
 }
 
 // restart closes the snapshotter and opens it again.
@@ -228,8 +243,8 @@ func TestNamespacesShare(t *testing.T) {
 	p.stream("two/2/"+chainA, "", tarOf("a"))
 	a := e.prepare("one/3/c", "one/1/"+chainA)
 	b := e.prepare("two/4/c", "two/2/"+chainA)
-	if option(a, "lowerdir") != option(b, "lowerdir") || e.fake.builds[1] != 1 {
-		t.Errorf("%q and %q, built %d times", option(a, "lowerdir"), option(b, "lowerdir"), e.fake.builds[1])
+	if option(a, "lowerdir") != option(b, "lowerdir") || e.fake.state().builds[1] != 1 {
+		t.Errorf("%q and %q, built %d times", option(a, "lowerdir"), option(b, "lowerdir"), e.fake.state().builds[1])
 	}
 	for _, key := range []string{"one/3/c", "one/1/" + chainA} {
 		e.must(e.Remove(t.Context(), key))
@@ -241,8 +256,8 @@ func TestNamespacesShare(t *testing.T) {
 	}
 	e.must(e.Flush(t.Context()))
 	e.must(e.Cleanup(t.Context()))
-	if len(e.fake.images)+len(e.fake.layers) != 0 {
-		t.Errorf("images %v and layers %v are left over", e.fake.images, e.fake.layers)
+	if len(e.fake.state().images)+len(e.fake.state().layers) != 0 {
+		t.Errorf("images %v and layers %v are left over", e.fake.state().images, e.fake.state().layers)
 	}
 }
 
@@ -268,14 +283,14 @@ func TestBuiltAheadOfContainers(t *testing.T) {
 	e.layer("plain/4/two", "plain/3/one", "b")
 	e.layer("plain/5/three", "plain/4/two", "c")
 	e.must(e.Flush(t.Context()))
-	if e.fake.builds[1] != 0 || e.fake.builds[2] != 1 {
-		t.Errorf("with labels: inner layer built %d times, top %d times", e.fake.builds[1], e.fake.builds[2])
+	if e.fake.state().builds[1] != 0 || e.fake.state().builds[2] != 1 {
+		t.Errorf("with labels: inner layer built %d times, top %d times", e.fake.state().builds[1], e.fake.state().builds[2])
 	}
-	if e.fake.builds[3] != 0 {
+	if e.fake.state().builds[3] != 0 {
 		t.Error("without labels an image was built that nobody asked for")
 	}
-	if len(e.fake.layers) != 5 {
-		t.Errorf("stored %v, expected five layers", e.fake.layers)
+	if len(e.fake.state().layers) != 5 {
+		t.Errorf("stored %v, expected five layers", e.fake.state().layers)
 	}
 }
 
@@ -284,12 +299,12 @@ func TestLowerIsKept(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.layer("default/1/"+chainA, "", "a")
 	before := e.prepare("default/2/c", "default/1/"+chainA)
-	e.fake.full = true
+	e.fake.setFull(true)
 	e.layer("default/3/"+chainB, "default/1/"+chainA, "b")
 	plain := e.prepare("default/4/c", "default/3/"+chainB)
-	e.fake.full = false
-	if strings.Count(option(plain, "lowerdir"), "/fs") != 2 || strings.Join(e.fallbacks, " ") != "full" {
-		t.Fatalf("without room a container stands on %v, fallbacks %q", plain, e.fallbacks)
+	e.fake.setFull(false)
+	if strings.Count(option(plain, "lowerdir"), "/fs") != 2 || strings.Join(e.fallbacks(), " ") != "full" {
+		t.Fatalf("without room a container stands on %v, fallbacks %q", plain, e.fallbacks())
 	}
 	e.expectFiles(plain, "a b")
 	e.must(e.Flush(t.Context()))
@@ -309,20 +324,20 @@ func TestLowerIsKept(t *testing.T) {
 
 func TestRestartTakesUpWork(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
-	e.fake.fail = errors.New("the disk is tired")
+	e.fake.setFail(errors.New("the disk is tired"))
 	top := labels("containerd.io/snapshot/cri.layer-digest", "d2", "containerd.io/snapshot/cri.image-layers", "d2")
 	e.layer("default/1/"+chainA, "", "a", top)
 	e.must(e.Flush(t.Context()))
-	if len(e.fake.layers) != 0 {
-		t.Fatalf("stored %v", e.fake.layers)
+	if len(e.fake.state().layers) != 0 {
+		t.Fatalf("stored %v", e.fake.state().layers)
 	}
 	e.must(os.MkdirAll(filepath.Join(e.root, "snapshots", "new-1234", "fs"), 0o700))
 	e.must(os.MkdirAll(filepath.Join(e.root, "snapshots", "77", "fs"), 0o700))
-	e.fake.fail = nil
+	e.fake.setFail(nil)
 	e.restart()
 	e.must(e.Flush(t.Context()))
-	if len(e.fake.layers) != 1 || e.fake.builds[1] != 1 {
-		t.Errorf("after a restart layers %v are stored and images %v built", e.fake.layers, e.fake.builds)
+	if len(e.fake.state().layers) != 1 || e.fake.state().builds[1] != 1 {
+		t.Errorf("after a restart layers %v are stored and images %v built", e.fake.state().layers, e.fake.state().builds)
 	}
 	e.must(e.check())
 }
