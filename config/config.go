@@ -123,9 +123,12 @@ func Default() *Config {
 		Address:    "/run/daxfs-snapshotter/daxfs.sock",
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock"},
-		Pool:       Pool{Kind: "file", Windows: "auto", DAX: "auto", Scrub: 2 << 20, Readers: "none", Leases: []string{}},
-		Shared:     Shared{Pools: []string{}, Leases: map[string]string{}, Attach: []string{}, Snapshotter: "daxfs"},
-		Mount:      Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
+		Pool: Pool{
+			Kind: "file", Windows: "auto", DAX: "auto", Scrub: 2 << 20, Readers: "none",
+			Leases: []string{},
+		},
+		Shared: Shared{Pools: []string{}, Leases: map[string]string{}, Attach: []string{}, Snapshotter: "daxfs"},
+		Mount:  Mount{Driver: "auto", OverlayOptions: []string{}, RemapIDs: true},
 		Layers: Layers{
 			Durability: DurabilityPack, Workers: 2, MaxSize: 1 << 40, MaxEntries: 4 << 20,
 		},
@@ -258,12 +261,14 @@ func (p *Pool) validate() []error {
 		errs = append(errs, fmt.Errorf("key %q: %d is negative", "pool.scrub", int64(p.Scrub)))
 	}
 	if p.Readers == "leases" != (len(p.Leases) > 0) {
-		errs = append(errs, fmt.Errorf("keys %q and %q: lease regions go with \"leases\", and it needs some", "pool.readers", "pool.leases"))
+		errs = append(errs, fmt.Errorf("keys %q and %q: lease regions go with \"leases\", and it needs some",
+			"pool.readers", "pool.leases"))
 	}
 	for _, l := range p.Leases {
 		path := strings.TrimPrefix(l, "flock:")
 		if !filepath.IsAbs(path) && (path != l || !strings.Contains(l, "+")) {
-			errs = append(errs, fmt.Errorf("key %q: %q is neither an absolute path, flock:PATH nor ADDRESS+SIZE", "pool.leases", l))
+			errs = append(errs,
+				fmt.Errorf("key %q: %q is neither an absolute path, flock:PATH nor ADDRESS+SIZE", "pool.leases", l))
 		}
 	}
 	if p.Path != "" && !filepath.IsAbs(p.Path) {
@@ -278,11 +283,13 @@ func (p *Pool) validate() []error {
 		}
 	}
 	if p.Kind == "phys" && (p.Phys == 0 || p.Size == 0) {
-		errs = append(errs, fmt.Errorf("keys %q and %q: a pool of kind %q needs both", "pool.phys", "pool.size", p.Kind))
+		errs = append(errs,
+			fmt.Errorf("keys %q and %q: a pool of kind %q needs both", "pool.phys", "pool.size", p.Kind))
 	}
 	if p.Kind == "phys" && p.Path != "" {
-		errs = append(errs, fmt.Errorf("key %q: a pool of kind %q has none, it is a range of addresses; for a device set "+
-			"another pool.kind", "pool.path", p.Kind))
+		errs = append(errs,
+			fmt.Errorf("key %q: a pool of kind %q has none, it is a range of addresses; for a device set "+
+				"another pool.kind", "pool.path", p.Kind))
 	}
 	if p.Kind != "phys" && p.Phys != 0 {
 		errs = append(errs, fmt.Errorf("key %q: a pool of kind %q has none", "pool.phys", p.Kind))

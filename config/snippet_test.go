@@ -27,13 +27,16 @@ func TestContainerdSnippet(t *testing.T) {
 		}
 		sn, differ := got.Proxy["daxfs"], got.Proxy["daxfs-diff"]
 		if got.Version != version || sn.Type != "snapshot" || differ.Type != "diff" {
-			t.Errorf("2.%d: version %d, types %q and %q, expected %d, snapshot, diff", minor, got.Version, sn.Type, differ.Type, version)
+			t.Errorf("2.%d: version %d, types %q and %q, expected %d, snapshot, diff", minor, got.Version, sn.Type,
+				differ.Type, version)
 		}
 		if sn.Address != def.Address || differ.Address != def.Address || sn.Exports["root"] != def.Root {
-			t.Errorf("2.%d: addresses %q and %q, root %q; the daemon's defaults are %q and %q", minor, sn.Address, differ.Address, sn.Exports["root"], def.Address, def.Root)
+			t.Errorf("2.%d: addresses %q and %q, root %q; the daemon's defaults are %q and %q", minor, sn.Address,
+				differ.Address, sn.Exports["root"], def.Address, def.Root)
 		}
 		if has := strings.Contains(strings.Join(sn.Capabilities, " ")+" ", "remap-ids "); has != def.Mount.RemapIDs {
-			t.Errorf("2.%d: capabilities %q, but mount.remap_ids is %v by default", minor, sn.Capabilities, def.Mount.RemapIDs)
+			t.Errorf("2.%d: capabilities %q, but mount.remap_ids is %v by default", minor, sn.Capabilities,
+				def.Mount.RemapIDs)
 		}
 		var pairs []string
 		for _, u := range got.Plugins["io.containerd.transfer.v1.local"].Unpack {

@@ -32,7 +32,10 @@ var benchImage = sync.OnceValue(func() []ocitest.Layer {
 		dirs []string
 	}{
 		{140 << 20, []string{"/usr/bin", "/usr/sbin", "/usr/lib/x86_64-linux-gnu"}},
-		{150 << 20, []string{"/usr/lib/python3", "/usr/lib/python3.11", "/usr/include", "/usr/src", "/usr/lib/gcc", "/usr/lib/git-core"}},
+		{150 << 20, []string{
+			"/usr/lib/python3", "/usr/lib/python3.11", "/usr/include", "/usr/src", "/usr/lib/gcc",
+			"/usr/lib/git-core",
+		}},
 		{110 << 20, []string{"/usr/share", "/usr/local"}},
 		{2 << 20, []string{"/etc"}},
 	} {

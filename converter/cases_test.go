@@ -160,40 +160,49 @@ func TestLayersOfOthers(t *testing.T) {
 		image imageCase
 		want  string
 	}{
-		"gzip type, plain tar":             {one(a, dockerLayer+".gzip"), "a"},
-		"plain type, gzip":                 {one(gz, ociLayer), "error: looks like gzip"},
-		"gzip type, zstd":                  {one(zs, ociLayer+"+gzip"), "a"},
-		"zstd type, gzip":                  {one(gz, ociLayer+"+zstd"), "a"},
-		"docker's zstd type":               {one(zs, dockerLayer+".zstd"), "a"},
-		"no type":                          {one(zs, ""), "a"},
-		"foreign, and there":               {one(gz, "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"), "a"},
-		"nondistributable, and there":      {one(gz, "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"), "a"},
-		"gzip with zeros":                  {one(append(bytes.Clone(gz), make([]byte, 17)...), ociLayer+"+gzip"), "a"},
-		"gzip with garbage":                {one(append(bytes.Clone(gz), "garbage!"...), ociLayer+"+gzip"), "a"},
-		"gzip, two members":                {one(twoMembers, ociLayer+"+gzip"), "a"},
-		"gzip, an empty member":            {one(append(bytes.Clone(gz), nothing.blob...), ociLayer+"+gzip"), "a"},
-		"gzip, cut":                        {one(gz[:len(gz)-8], ociLayer+"+gzip"), "error: EOF"},
-		"gzip with a name":                 {one(named, ociLayer+"+gzip"), "a"},
-		"zstd, a frame to skip first":      {one(slices.Concat(skip, zs), ociLayer+"+zstd"), "a"},
-		"zstd, a frame to skip last":       {one(slices.Concat(zs, skip), ociLayer+"+zstd"), "a"},
-		"zstd, two frames":                 {one(twoFrames, ociLayer+"+zstd"), "a"},
-		"zstd, cut":                        {one(zs[:len(zs)-4], ociLayer+"+zstd"), "error: zstd"},
-		"zstd with garbage":                {one(append(bytes.Clone(zs), "garbage!"...), ociLayer+"+zstd"), "a"},
-		"zstd with a window of 64 MiB":     {far(64 << 20), "a"},
-		"zstd with a window of 256 MiB":    {far(256 << 20), "error: window"},
-		"xz":                               {one([]byte("\xfd7zXZ\x00...."), dockerLayer), "error: xz"},
-		"bzip2":                            {one([]byte("BZh91AY&SY.."), ""), "error: bzip2"},
-		"no layers":                        {imageCase{}, ""},
-		"no layers, no rootfs":             {imageCase{config: without("rootfs")}, ""},
-		"a layer, no rootfs":               {imageCase{layers: []layerCase{la}, config: without("rootfs")}, "error: diff ID"},
-		"a layer three times":              {with(la, la, lb, la), "a b"},
-		"docker's empty layer":             {with(empty, la, empty), "a"},
-		"gzip of nothing":                  {with(nothing, la), "a"},
-		"a blob of nothing":                {with(layerCase{nil, nil, ociLayer, ""}, la), "error: size 0"},
-		"diff IDs of each other":           {with(as(digest.FromBytes(b).String()), lb), "error: diff ID mismatch"},
-		"a diff ID in capitals":            {with(as(strings.ToUpper(digest.FromBytes(a).String()))), "error: diff ID"},
-		"a diff ID of SHA-512":             {with(as(digest.SHA512.FromBytes(a).String())), "a"},
-		"2 diff IDs for a layer":           {imageCase{layers: []layerCase{la}, config: diffIDs(la, la)}, "error: 2 diff IDs"},
+		"gzip type, plain tar": {one(a, dockerLayer+".gzip"), "a"},
+		"plain type, gzip":     {one(gz, ociLayer), "error: looks like gzip"},
+		"gzip type, zstd":      {one(zs, ociLayer+"+gzip"), "a"},
+		"zstd type, gzip":      {one(gz, ociLayer+"+zstd"), "a"},
+		"docker's zstd type":   {one(zs, dockerLayer+".zstd"), "a"},
+		"no type":              {one(zs, ""), "a"},
+		"foreign, and there":   {one(gz, "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"), "a"},
+		"nondistributable, and there": {
+			one(gz, "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"),
+			"a",
+		},
+		"gzip with zeros":               {one(append(bytes.Clone(gz), make([]byte, 17)...), ociLayer+"+gzip"), "a"},
+		"gzip with garbage":             {one(append(bytes.Clone(gz), "garbage!"...), ociLayer+"+gzip"), "a"},
+		"gzip, two members":             {one(twoMembers, ociLayer+"+gzip"), "a"},
+		"gzip, an empty member":         {one(append(bytes.Clone(gz), nothing.blob...), ociLayer+"+gzip"), "a"},
+		"gzip, cut":                     {one(gz[:len(gz)-8], ociLayer+"+gzip"), "error: EOF"},
+		"gzip with a name":              {one(named, ociLayer+"+gzip"), "a"},
+		"zstd, a frame to skip first":   {one(slices.Concat(skip, zs), ociLayer+"+zstd"), "a"},
+		"zstd, a frame to skip last":    {one(slices.Concat(zs, skip), ociLayer+"+zstd"), "a"},
+		"zstd, two frames":              {one(twoFrames, ociLayer+"+zstd"), "a"},
+		"zstd, cut":                     {one(zs[:len(zs)-4], ociLayer+"+zstd"), "error: zstd"},
+		"zstd with garbage":             {one(append(bytes.Clone(zs), "garbage!"...), ociLayer+"+zstd"), "a"},
+		"zstd with a window of 64 MiB":  {far(64 << 20), "a"},
+		"zstd with a window of 256 MiB": {far(256 << 20), "error: window"},
+		"xz":                            {one([]byte("\xfd7zXZ\x00...."), dockerLayer), "error: xz"},
+		"bzip2":                         {one([]byte("BZh91AY&SY.."), ""), "error: bzip2"},
+		"no layers":                     {imageCase{}, ""},
+		"no layers, no rootfs":          {imageCase{config: without("rootfs")}, ""},
+		"a layer, no rootfs": {
+			imageCase{layers: []layerCase{la}, config: without("rootfs")},
+			"error: diff ID",
+		},
+		"a layer three times":    {with(la, la, lb, la), "a b"},
+		"docker's empty layer":   {with(empty, la, empty), "a"},
+		"gzip of nothing":        {with(nothing, la), "a"},
+		"a blob of nothing":      {with(layerCase{nil, nil, ociLayer, ""}, la), "error: size 0"},
+		"diff IDs of each other": {with(as(digest.FromBytes(b).String()), lb), "error: diff ID mismatch"},
+		"a diff ID in capitals":  {with(as(strings.ToUpper(digest.FromBytes(a).String()))), "error: diff ID"},
+		"a diff ID of SHA-512":   {with(as(digest.SHA512.FromBytes(a).String())), "a"},
+		"2 diff IDs for a layer": {
+			imageCase{layers: []layerCase{la}, config: diffIDs(la, la)},
+			"error: 2 diff IDs",
+		},
 		"artifactType, subject, and so on": {imageCase{layers: []layerCase{la}, manifest: referrer}, "a"},
 		"history with empty layers":        {imageCase{layers: []layerCase{la}, config: history}, "a"},
 	} {
@@ -244,7 +253,10 @@ func TestManifestsOfOthers(t *testing.T) {
 		image imageCase
 		want  string
 	}{
-		"octets":                  {imageCase{manifestType: dockerManifest, configType: "application/octet-stream"}, "a"},
+		"octets": {
+			imageCase{manifestType: dockerManifest, configType: "application/octet-stream"},
+			"a",
+		},
 		"HTML":                    {imageCase{manifestType: dockerManifest, configType: "text/html"}, "a"},
 		"JSON":                    {imageCase{manifestType: dockerManifest, configType: "application/json"}, "a"},
 		"an empty type":           {imageCase{manifestType: dockerManifest, manifest: noConfigType}, "a"},
@@ -256,8 +268,11 @@ func TestManifestsOfOthers(t *testing.T) {
 		"an entry without type": {imageCase{entry: without("mediaType")}, "a"},
 		"an entry of size 0":    {imageCase{entry: with("size", 0)}, "a"},
 		"a digest in capitals":  {imageCase{entry: capitals}, "error: digest"},
-		"a helm chart":          {imageCase{configType: "application/vnd.helm.config.v1+json"}, "error: not a container"},
-		"schema 1":              {imageCase{manifest: with("fsLayers", []doc{})}, "error: schema 1"},
+		"a helm chart": {
+			imageCase{configType: "application/vnd.helm.config.v1+json"},
+			"error: not a container",
+		},
+		"schema 1": {imageCase{manifest: with("fsLayers", []doc{})}, "error: schema 1"},
 	} {
 		c.image.layers = layers
 		l := ocitest.NewLayout(t, t.TempDir())
@@ -295,7 +310,8 @@ func TestLayoutsOfOthers(t *testing.T) {
 	const dockerIndex = "application/vnd.docker.distribution.manifest.list.v2+json"
 	wants(t, "a manifest list", "oci:"+written(t, l, index(dockerIndex, a)), "a")
 	b := image("b").add(t, l)
-	a["platform"], b["platform"] = doc{"os": "linux", "architecture": "s390x"}, doc{"os": "linux", "architecture": "amd64"}
+	a["platform"], b["platform"] = doc{"os": "linux", "architecture": "s390x"},
+		doc{"os": "linux", "architecture": "amd64"}
 	gone := doc{"mediaType": ociManifest, "digest": digest.FromString("gone"), "size": 7}
 	wants(t, "others missing", "oci:"+written(t, l, index(ocispec.MediaTypeImageIndex, gone, a, b)), "b")
 	windows := doc{"mediaType": ociManifest, "digest": a["digest"], "size": a["size"]}

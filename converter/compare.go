@@ -145,7 +145,8 @@ func (d *differ) attributes(path string, want *daxfs.Node, have *daxfs.Inode) er
 		unlike("mode", "%#o", have.Mode, want.Mode)
 	}
 	if have.UID != want.UID || have.GID != want.GID {
-		d.found(RuleSourceTree, path, have.Nid, "owner is %d:%d, expected %d:%d", have.UID, have.GID, want.UID, want.GID)
+		d.found(RuleSourceTree, path, have.Nid, "owner is %d:%d, expected %d:%d", have.UID, have.GID,
+			want.UID, want.GID)
 	}
 	if have.Mtime != want.Mtime {
 		unlike("modification time", "%+v", have.Mtime, want.Mtime)
@@ -257,7 +258,8 @@ func (d *differ) contents(ctx context.Context) error {
 	}
 	for k, f := range d.files {
 		if got[k] != f.sum {
-			d.found(RuleSourceData, f.path, f.nid, "%d bytes have SHA-256 %x, those of the source %x", f.size, got[k], f.sum)
+			d.found(RuleSourceData, f.path, f.nid, "%d bytes have SHA-256 %x, those of the source %x",
+				f.size, got[k], f.sum)
 		}
 	}
 	return nil

@@ -48,7 +48,8 @@ func TestCompare(t *testing.T) {
 		if err != nil || root != res.RootHash {
 			t.Errorf("root hash %v, %v; the result says %v", root, err, res.RootHash)
 		}
-		if err := daxfs.Prove(t.Context(), daxfs.Mem(b), int64(len(b)), daxfs.ProveOptions{Root: &root}, nil); err != nil {
+		if err := daxfs.Prove(t.Context(), daxfs.Mem(b), int64(len(b)), daxfs.ProveOptions{Root: &root},
+			nil); err != nil {
 			t.Error(err)
 		}
 		file := filepath.Join(t.TempDir(), "image")
@@ -92,10 +93,13 @@ func TestCompareDiffers(t *testing.T) {
 		"device":    {put(5, Special('3', "null", 1, 5)), "source-tree /null: device number is 0x103, expected 0x105"},
 		"type":      {put(4, Reg("sym", "dir/file")), "source-tree /sym: mode is"},
 		"attribute": {put(6, Reg("note", "n").X("user.note", "bye")), "source-tree /note: set of extended"},
-		"missing":   {func(f []File) []File { return append(f, Reg("dir/more", "")) }, "source-tree /dir/more: the image has no"},
-		"too many":  {func(f []File) []File { return f[:6] }, "source-tree /note: the source has no such"},
-		"no link":   {put(3, Reg("dir/link", noise(1, 10_000))), "source-tree /dir/link: it is a hard link to another"},
-		"link":      {put(2, Hard("same", "dir/file")), "source-tree /same: it is a file of its own"},
+		"missing": {
+			func(f []File) []File { return append(f, Reg("dir/more", "")) },
+			"source-tree /dir/more: the image has no",
+		},
+		"too many": {func(f []File) []File { return f[:6] }, "source-tree /note: the source has no such"},
+		"no link":  {put(3, Reg("dir/link", noise(1, 10_000))), "source-tree /dir/link: it is a hard link to another"},
+		"link":     {put(2, Hard("same", "dir/file")), "source-tree /same: it is a file of its own"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			list, err := compare(t, image(c.edit(base())), b, converter.Options{})

@@ -57,7 +57,8 @@ func TestSameBytes(t *testing.T) {
 	same("oci archive", "oci-archive:"+filepath.Join(dir, "oci.tar"), converter.Options{})
 	ocitest.DockerArchive(t, filepath.Join(dir, "docker.tar"), "example:1", packed(tars, ocitest.None)...)
 	same("docker archive", "docker-archive:"+filepath.Join(dir, "docker.tar"), converter.Options{})
-	same("docker archive by name", "docker-archive:"+filepath.Join(dir, "docker.tar:docker.io/library/example:1"), converter.Options{})
+	same("docker archive by name", "docker-archive:"+filepath.Join(dir, "docker.tar:docker.io/library/example:1"),
+		converter.Options{})
 	for _, name := range []string{"docker", "oci"} {
 		for _, c := range []ocitest.Compression{ocitest.Gzip, ocitest.Zstd} {
 			packed := filepath.Join(dir, name+"."+string(c))
@@ -111,7 +112,10 @@ func TestFromImageFile(t *testing.T) {
 			t.Errorf("%s: the output was changed", name)
 		}
 	}
-	for name, want := range map[string]string{"daxfs:" + t.TempDir(): "not a regular file", "daxfs:/nowhere": "no such file"} {
+	for name, want := range map[string]string{
+		"daxfs:" + t.TempDir(): "not a regular file",
+		"daxfs:/nowhere":       "no such file",
+	} {
 		if _, _, err := convert(t, name, converter.Options{}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: error %v, expected %q in it", name, err, want)
 		}
@@ -205,7 +209,8 @@ func TestLongName(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := converter.Convert(context.Background(), src, filepath.Join(dir, name), converter.Options{}); err != nil {
+	if _, err := converter.Convert(context.Background(), src, filepath.Join(dir, name),
+		converter.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	checkOnly(t, dir, name)
@@ -230,8 +235,12 @@ func checkOnly(t *testing.T, dir string, want ...string) {
 // TestNoXattrs: the image is the one of layers without extended attributes, and what it lacks is told.
 func TestNoXattrs(t *testing.T) {
 	with := exampleLayers()
-	got, res := mustConvert(t, "oci:"+newLayout(t, packed(with, ocitest.None)...).Dir, converter.Options{NoXattrs: true})
-	want := []tree.LostXattr{{Name: "security.capability", Inodes: 1, Path: "opt/ping"}, {Name: "user.note", Inodes: 1, Path: "opt/user"}}
+	got, res := mustConvert(t, "oci:"+newLayout(t, packed(with, ocitest.None)...).Dir,
+		converter.Options{NoXattrs: true})
+	want := []tree.LostXattr{
+		{Name: "security.capability", Inodes: 1, Path: "opt/ping"},
+		{Name: "user.note", Inodes: 1, Path: "opt/user"},
+	}
 	if !slices.Equal(res.LostXattrs, want) {
 		t.Errorf("lost %+v, expected %+v", res.LostXattrs, want)
 	}
@@ -241,7 +250,8 @@ func TestNoXattrs(t *testing.T) {
 	}
 	expected, res := mustConvert(t, "oci:"+newLayout(t, packed(without, ocitest.None)...).Dir, converter.Options{})
 	if !bytes.Equal(got, expected) || len(res.LostXattrs) > 0 {
-		t.Errorf("the image is not that of layers without attributes, or of those something was lost: %+v", res.LostXattrs)
+		t.Errorf("the image is not that of layers without attributes, or of those something was lost: %+v",
+			res.LostXattrs)
 	}
 }
 
@@ -257,7 +267,8 @@ func tarWithoutXattrs(t *testing.T, old []byte) []byte {
 		}
 		if err == nil {
 			err = w.WriteHeader(&tar.Header{
-				Typeflag: h.Typeflag, Name: h.Name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode, Uid: h.Uid, Gid: h.Gid,
+				Typeflag: h.Typeflag, Name: h.Name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode,
+				Uid: h.Uid, Gid: h.Gid,
 				ModTime: h.ModTime, Devmajor: h.Devmajor, Devminor: h.Devminor, Format: tar.FormatPAX,
 			})
 		}

@@ -123,9 +123,11 @@ func TestBadInput(t *testing.T) {
 		{
 			name: "a wrong diff ID",
 			make: func(t *testing.T) *ocitest.Layout {
-				return newLayout(t, ocitest.Layer{Tar: tars[0], Compression: ocitest.Zstd, DiffID: digest.FromString("x")})
+				return newLayout(t,
+					ocitest.Layer{Tar: tars[0], Compression: ocitest.Zstd, DiffID: digest.FromString("x")})
 			},
-			is: blob.ErrMismatch, holds: []string{"LAYER", "diff ID mismatch: expected " + digest.FromString("x").String()},
+			is:    blob.ErrMismatch,
+			holds: []string{"LAYER", "diff ID mismatch: expected " + digest.FromString("x").String()},
 		},
 		{
 			name: "a layer that is no tar",
@@ -144,7 +146,8 @@ func TestBadInput(t *testing.T) {
 		{
 			name: "an encrypted layer",
 			make: func(t *testing.T) *ocitest.Layout {
-				return newLayout(t, ocitest.Layer{Tar: tars[0], MediaType: ocispec.MediaTypeImageLayerGzip + "+encrypted"})
+				return newLayout(t,
+					ocitest.Layer{Tar: tars[0], MediaType: ocispec.MediaTypeImageLayerGzip + "+encrypted"})
 			},
 			is: blob.ErrEncrypted, holds: []string{"LAYER", "decrypt"},
 		},
@@ -158,7 +161,8 @@ func TestBadInput(t *testing.T) {
 		{
 			name: "a decompression bomb",
 			make: func(t *testing.T) *ocitest.Layout {
-				return newLayout(t, ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 64<<20))), Compression: ocitest.Gzip})
+				return newLayout(t,
+					ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 64<<20))), Compression: ocitest.Gzip})
 			},
 			opts: converter.Options{MaxSize: 16 << 20}, is: converter.ErrTooLarge, holds: []string{"LAYER", "16777216"},
 		},
@@ -167,7 +171,8 @@ func TestBadInput(t *testing.T) {
 			make: func(t *testing.T) *ocitest.Layout {
 				var l []ocitest.Layer
 				for range 5 {
-					l = append(l, ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 5<<20))), Compression: ocitest.Gzip})
+					l = append(l,
+						ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 5<<20))), Compression: ocitest.Gzip})
 				}
 				return newLayout(t, l...)
 			},
@@ -202,14 +207,16 @@ func TestBadInput(t *testing.T) {
 				return newLayout(t, ocitest.Layer{Tar: Tar(Reg("a", "a")), Compression: ocitest.Gzip},
 					ocitest.Layer{Tar: sparseTar(t, "huge", 17<<40, "end"), Compression: ocitest.Gzip})
 			},
-			opts: converter.Options{MaxSize: 1 << 50}, is: converter.ErrTooLarge, holds: []string{"LAYER", "17592186044416", `"huge"`},
+			opts: converter.Options{MaxSize: 1 << 50}, is: converter.ErrTooLarge,
+			holds: []string{"LAYER", "17592186044416", `"huge"`},
 		},
 		{
 			name: "a damaged manifest",
 			make: func(t *testing.T) *ocitest.Layout {
 				l := newLayout(t, packed(tars, ocitest.Gzip)...)
 				d, _ := manifestOf(t, l)
-				edit(t, l.BlobPath(d.Digest), func(b []byte) []byte { return bytes.Replace(b, []byte("config"), []byte("comfig"), 1) })
+				edit(t, l.BlobPath(d.Digest),
+					func(b []byte) []byte { return bytes.Replace(b, []byte("config"), []byte("comfig"), 1) })
 				return l
 			},
 			is: blob.ErrMismatch, holds: []string{"manifest"},
@@ -355,17 +362,19 @@ func TestOutputMustBeAFile(t *testing.T) {
 	}
 	dir := t.TempDir()
 	for out, want := range map[string]string{
-		dir:                               "is a directory, expected a regular file or nothing",
-		"/dev/null":                       "is a device",
-		fifo:                              "is a pipe",
-		filepath.Join(dir, "no", "image"): fmt.Sprintf("directory %q: no such file or directory", filepath.Join(dir, "no")),
-		filepath.Join(dir, "no") + "/":    "no such file or directory",
-		fifo + "/image":                   "not a directory",
+		dir:         "is a directory, expected a regular file or nothing",
+		"/dev/null": "is a device",
+		fifo:        "is a pipe",
+		filepath.Join(dir, "no", "image"): fmt.Sprintf("directory %q: no such file or directory",
+			filepath.Join(dir, "no")),
+		filepath.Join(dir, "no") + "/":               "no such file or directory",
+		fifo + "/image":                              "not a directory",
 		filepath.Join(dir, strings.Repeat("n", 256)): "file name too long",
 	} {
 		// It is said before layers are read: there is a long way to them.
 		unread := unread{t, src}
-		if _, err := converter.Convert(context.Background(), unread, out, converter.Options{}); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := converter.Convert(context.Background(), unread, out, converter.Options{}); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("output %q: error %v, expected it to say %q", out, err, want)
 		}
 	}
@@ -411,7 +420,8 @@ func TestOutputIsALink(t *testing.T) {
 	}
 	dir, links := t.TempDir(), t.TempDir()
 	for name, target := range map[string]string{
-		"good": filepath.Join(dir, "image"), "dangling": filepath.Join(dir, "nothing"), "device": "/dev/null", "directory": dir,
+		"good": filepath.Join(dir, "image"), "dangling": filepath.Join(dir, "nothing"), "device": "/dev/null",
+		"directory": dir,
 	} {
 		if err := os.Symlink(target, filepath.Join(links, name)); err != nil {
 			t.Fatal(err)
@@ -421,7 +431,8 @@ func TestOutputIsALink(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"dangling", "device", "directory"} {
-		if _, err := converter.Convert(context.Background(), src, filepath.Join(links, name), converter.Options{}); err == nil {
+		if _, err := converter.Convert(context.Background(), src, filepath.Join(links, name),
+			converter.Options{}); err == nil {
 			t.Errorf("converted to the link %q", name)
 		}
 	}

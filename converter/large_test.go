@@ -23,7 +23,8 @@ func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	body = append(body, end...)
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	pax := PAXRecord("GNU.sparse.major", "1") + PAXRecord("GNU.sparse.minor", "0") + PAXRecord("GNU.sparse.name", name) +
+	pax := PAXRecord("GNU.sparse.major", "1") + PAXRecord("GNU.sparse.minor", "0") +
+		PAXRecord("GNU.sparse.name", name) +
 		PAXRecord("GNU.sparse.realsize", fmt.Sprint(size))
 	// Go's writer refuses these records, so the extended header is written as the file that it is.
 	for _, e := range []struct {
@@ -31,7 +32,10 @@ func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 		name string
 		body []byte
 	}{{tar.TypeReg, "PaxHeaders", []byte(pax)}, {tar.TypeReg, "GNUSparseFile/" + name, body}} {
-		if err := w.WriteHeader(&tar.Header{Typeflag: e.typ, Name: e.name, Size: int64(len(e.body)), Mode: 0o644}); err != nil {
+		if err := w.WriteHeader(&tar.Header{
+			Typeflag: e.typ, Name: e.name, Size: int64(len(e.body)),
+			Mode: 0o644,
+		}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := w.Write(e.body); err != nil {

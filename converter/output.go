@@ -106,7 +106,8 @@ func (o *output) commit(sync bool) error {
 func (o *output) link() error {
 	for i := range 1000 {
 		name := filepath.Join(filepath.Dir(o.path), fmt.Sprintf(".daxfs-%d-%d", os.Getpid(), i))
-		err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, name, unix.AT_SYMLINK_FOLLOW)
+		err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, name,
+			unix.AT_SYMLINK_FOLLOW)
 		if err == nil {
 			o.temp = name
 			return nil

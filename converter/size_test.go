@@ -41,7 +41,8 @@ func TestSize(t *testing.T) {
 		}
 	}
 	for _, noAlign := range []bool{false, true} {
-		_, res := mustConvert(t, "oci:"+newLayout(t, packed(layers, ocitest.None)...).Dir, converter.Options{NoAlign: noAlign})
+		_, res := mustConvert(t, "oci:"+newLayout(t, packed(layers, ocitest.None)...).Dir,
+			converter.Options{NoAlign: noAlign})
 		bound := pages + pages/50 + 400*int64(res.Stats.Names)
 		t.Logf("unaligned %v: %d entries, contents %d bytes in pages, image %d bytes (%.3f x, %d for each entry), bound %d",
 			noAlign, res.Stats.Names, pages, res.BytesOut, float64(res.BytesOut)/float64(pages),

@@ -46,7 +46,8 @@ func newerMarks(t *testing.T, dir string) {
 	err := errors.Join(
 		mark(".", "trusted.overlay.opaque", "x"), os.Mkdir(in("x"), 0o755), mark("x", "trusted.overlay.opaque", "x"),
 		os.WriteFile(in("x/gone"), nil, 0o644), mark("x/gone", "trusted.overlay.whiteout", "y"),
-		os.WriteFile(in("x/stays"), []byte("contents"), 0o644), mark("x/stays", "trusted.overlay.overlay.whiteout", "y"),
+		os.WriteFile(in("x/stays"), []byte("contents"), 0o644),
+		mark("x/stays", "trusted.overlay.overlay.whiteout", "y"),
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +122,8 @@ func TestNotesOfOverlayfs(t *testing.T) {
 		if newer {
 			want.OverlayXattrs += 4
 		}
-		if s := res.Dir; s.Whiteouts != want.Whiteouts || s.OverlayXattrs != want.OverlayXattrs || s.IgnoredXattrs != 0 {
+		if s := res.Dir; s.Whiteouts != want.Whiteouts || s.OverlayXattrs != want.OverlayXattrs ||
+			s.IgnoredXattrs != 0 {
 			t.Errorf("newer marks %v: counts are %+v, expected %+v", newer, s, want)
 		}
 		mounted := mountErofs(t, plain)

@@ -120,7 +120,8 @@ func imagesOf(stages []string) (first, second [][]byte) {
 
 // unpackTar unpacks a layer as containerd does for overlayfs.
 func unpackTar(ctx context.Context, dir string, layer []byte) error {
-	_, err := archive.Apply(ctx, dir, bytes.NewReader(layer), archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
+	_, err := archive.Apply(ctx, dir, bytes.NewReader(layer),
+		archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
 	return err
 }
 
@@ -250,7 +251,8 @@ func wantShared(t *testing.T, first, second string, stages []string) {
 				continue
 			}
 			var a, b unix.Stat_t
-			err := errors.Join(unix.Lstat(filepath.Join(first, f.Name), &a), unix.Lstat(filepath.Join(second, f.Name), &b))
+			err := errors.Join(unix.Lstat(filepath.Join(first, f.Name), &a),
+				unix.Lstat(filepath.Join(second, f.Name), &b))
 			if err != nil {
 				t.Fatalf("%s: %v", f.Name, err)
 			}

@@ -85,7 +85,8 @@ var tools = []struct {
 	}},
 	{"find -xdev", func(t *testing.T, dir string) string {
 		return sorted(run(t, dir, "find", ".", "-xdev", "-mindepth", "1",
-			"(", "-type", "d", "-printf", "%p %y %m %U %G %T@\n", "-o", "-printf", "%p %y %m %U %G %s %n %l %T@\n", ")"))
+			"(", "-type", "d", "-printf", "%p %y %m %U %G %T@\n", "-o", "-printf",
+			"%p %y %m %U %G %s %n %l %T@\n", ")"))
 	}},
 	{"find -samefile", func(t *testing.T, dir string) string {
 		var out string
@@ -129,7 +130,8 @@ var tools = []struct {
 		}
 		to := t.TempDir()
 		run(t, dir, "rsync", "-aHAXx", "--numeric-ids", "--exclude=white", dir+"/", to+"/")
-		if again := run(t, dir, "rsync", "-aHAXxnic", "--numeric-ids", "--exclude=white", dir+"/", to+"/"); again != "" {
+		if again := run(t, dir, "rsync", "-aHAXxnic", "--numeric-ids", "--exclude=white", dir+"/",
+			to+"/"); again != "" {
 			t.Errorf("a second rsync would do again:\n%s", again)
 		}
 		return treeText(t, to)

@@ -175,7 +175,8 @@ func (d *Daemon) detachImages(ctx context.Context, req api.AttachRequest) ([]api
 		}
 		if img.Labels[attachLabel] == "" {
 			if !req.All {
-				errs = append(errs, fmt.Errorf("image %q was not attached: remove it as any other: %w", img.Name, errdefs.ErrFailedPrecondition))
+				errs = append(errs, fmt.Errorf("image %q was not attached: remove it as any other: %w", img.Name,
+					errdefs.ErrFailedPrecondition))
 			}
 			continue
 		}

@@ -105,7 +105,8 @@ func (d *Daemon) endAttaches(ctx context.Context) error {
 			if !strings.HasPrefix(run, d.attachRoot()+".") || run == d.attachRun() {
 				continue
 			}
-			if err := c.LeasesService().Delete(ctx, l, leases.SynchronousDelete); err != nil && !errdefs.IsNotFound(err) {
+			if err := c.LeasesService().Delete(ctx, l, leases.SynchronousDelete); err != nil &&
+				!errdefs.IsNotFound(err) {
 				return fmt.Errorf("lease %q: %w", l.ID, err)
 			}
 		}
@@ -154,7 +155,8 @@ func (w *attacher) snapshots(ctx context.Context) error {
 		_, err := sn.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
 		switch {
 		case err == nil:
-			err = fmt.Errorf("no shared pool has layers 1 to %d of %d as an image (chain %s): %w", i+1, len(chains), chain,
+			err = fmt.Errorf("no shared pool has layers 1 to %d of %d as an image (chain %s): %w", i+1,
+				len(chains), chain,
 				errdefs.ErrNotFound)
 			return errors.Join(err, sn.Remove(context.WithoutCancel(ctx), key))
 		case !errdefs.IsAlreadyExists(err):

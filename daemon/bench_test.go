@@ -46,7 +46,8 @@ func BenchmarkPull(b *testing.B) {
 			name, mediaType string
 			c               ocitest.Compression
 		}{
-			{"gzip", ocispec.MediaTypeImageLayerGzip, ocitest.Gzip}, {"plain", ocispec.MediaTypeImageLayer, ocitest.None},
+			{"gzip", ocispec.MediaTypeImageLayerGzip, ocitest.Gzip},
+			{"plain", ocispec.MediaTypeImageLayer, ocitest.None},
 		} {
 			b.Run(f.name+"/"+compression.name, func(b *testing.B) {
 				ctx := namespaces.WithNamespace(b.Context(), "bench")
@@ -59,8 +60,12 @@ func BenchmarkPull(b *testing.B) {
 				total := int64(0)
 				for _, tar := range benchLayers() {
 					raw := ocitest.Pack(b, tar, compression.c)
-					desc := ocispec.Descriptor{MediaType: compression.mediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
-					if err := content.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(raw), desc); err != nil {
+					desc := ocispec.Descriptor{
+						MediaType: compression.mediaType, Digest: digest.FromBytes(raw),
+						Size: int64(len(raw)),
+					}
+					if err := content.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(raw),
+						desc); err != nil {
 						b.Fatal(err)
 					}
 					blobs, diffIDs = append(blobs, desc), append(diffIDs, digest.FromBytes(tar))

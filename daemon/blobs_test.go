@@ -27,7 +27,10 @@ type plugins struct {
 }
 
 func (p plugins) Plugins(context.Context, *introspection.PluginsRequest) (*introspection.PluginsResponse, error) {
-	return &introspection.PluginsResponse{Plugins: []*introspection.Plugin{{ID: "content", Exports: map[string]string{"root": p.root}}}}, nil
+	return &introspection.PluginsResponse{Plugins: []*introspection.Plugin{{
+		ID:      "content",
+		Exports: map[string]string{"root": p.root},
+	}}}, nil
 }
 
 // A blob is read from its file where that is what containerd says it is, else through the API; the bytes are the same.

@@ -113,7 +113,8 @@ func (u *churner) cycle(ctx context.Context, rng *rand.Rand, files []file) error
 			return fmt.Errorf("prepare: %w", err)
 		default:
 			u.names = append(u.names, c)
-			if err := mount.WithTempMount(ctx, mounts, func(root string) error { return compareTree(root, files) }); err != nil {
+			if err := mount.WithTempMount(ctx, mounts,
+				func(root string) error { return compareTree(root, files) }); err != nil {
 				return fmt.Errorf("stream=%v %v: %w", stream, mounts, err)
 			}
 		}

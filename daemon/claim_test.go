@@ -52,7 +52,10 @@ func TestDifferChanges(t *testing.T) {
 	}
 	desc, _, err := (&streaming{store: store}).put(ctx, tar)
 	m.must(err)
-	label := content.Info{Digest: desc.Digest, Labels: map[string]string{labels.LabelUncompressed: digest.FromBytes(tar).String()}}
+	label := content.Info{
+		Digest: desc.Digest,
+		Labels: map[string]string{labels.LabelUncompressed: digest.FromBytes(tar).String()},
+	}
 	_, err = store.Update(ctx, label, "labels."+labels.LabelUncompressed)
 	m.must(err)
 	mounts, err = m.sn.Prepare(ctx, "default/60/c", top[0])

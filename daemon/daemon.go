@@ -166,7 +166,8 @@ func (d *Daemon) Healthy(ctx context.Context) error {
 func logUse(ctx context.Context, drivers []mount.Driver, info region.Info) {
 	for _, e := range mount.Explain(ctx, drivers, info) {
 		if e.Picked {
-			log.G(ctx).WithField("driver", e.Driver).WithField("pool", info.Kind).WithField("path", info.Path).Info(e.Sharing)
+			log.G(ctx).WithField("driver", e.Driver).WithField("pool", info.Kind).WithField("path",
+				info.Path).Info(e.Sharing)
 			return
 		}
 		if !e.Usable {

@@ -136,19 +136,25 @@ func (m *machine) boot() {
 	// The pause after a connection that failed is a second by default.
 	params := grpc.ConnectParams{
 		MinConnectTimeout: time.Minute,
-		Backoff:           backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1, MaxDelay: 5 * time.Millisecond},
+		Backoff: backoff.Config{
+			BaseDelay: 5 * time.Millisecond, Multiplier: 1,
+			MaxDelay: 5 * time.Millisecond,
+		},
 	}
 	m.conn, err = grpc.NewClient("unix://"+m.cfg.Address, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(params), grpc.WithUnaryInterceptor(m.call))
 	m.must(err)
 	m.sn = proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(m.conn), "daxfs")
 	m.ap = diffproxy.NewDiffApplier(diffapi.NewDiffClient(m.conn)).(diff.Applier)
-	if _, err := snapshotsapi.NewSnapshotsClient(m.conn).Cleanup(ctx, &snapshotsapi.CleanupRequest{}, grpc.WaitForReady(true)); err != nil {
+	if _, err := snapshotsapi.NewSnapshotsClient(m.conn).Cleanup(ctx, &snapshotsapi.CleanupRequest{},
+		grpc.WaitForReady(true)); err != nil {
 		m.t.Fatalf("the daemon does not answer: %v\n%s", err, out)
 	}
 }
 
-func (m *machine) call(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+func (m *machine) call(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn,
+	invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+) error {
 	if m.calls != nil {
 		m.calls()
 	}
@@ -242,7 +248,10 @@ func makeTar(files ...file) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, f := range files {
-		if err := w.WriteHeader(&tar.Header{Name: f.name, Mode: 0o644, Size: int64(len(f.body)), Typeflag: tar.TypeReg}); err != nil {
+		if err := w.WriteHeader(&tar.Header{
+			Name: f.name, Mode: 0o644, Size: int64(len(f.body)),
+			Typeflag: tar.TypeReg,
+		}); err != nil {
 			panic(err)
 		}
 		if _, err := w.Write(f.body); err != nil {

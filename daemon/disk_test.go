@@ -64,7 +64,8 @@ func TestFullDisk(t *testing.T) {
 				m.must(unix.Statfs(disk, &st))
 				ballast := filepath.Join(disk, "ballast")
 				m.must(os.WriteFile(ballast, make([]byte, int64(st.Bavail)*st.Bsize-(4<<20)), 0o600))
-				if _, err := m.pull(ctx, stream, []file{small}, []file{big}); err == nil || !strings.Contains(err.Error(), "no space left on device") {
+				if _, err := m.pull(ctx, stream, []file{small}, []file{big}); err == nil ||
+					!strings.Contains(err.Error(), "no space left on device") {
 					t.Errorf("a pull with a full disk: %v", err)
 				}
 				m.compare(running, small)

@@ -82,7 +82,8 @@ func TestFullPool(t *testing.T) {
 				mounts, err := m.sn.Prepare(ctx, key, top)
 				m.must(err)
 				// The kernel takes detached overlays apart a moment later. Until then images before this one are in use.
-				for try := 0; strings.Contains(strings.Join(mounts[0].Options, " "), "lowerdir="+m.cfg.Root+"/snapshots"); try++ {
+				for try := 0; strings.Contains(strings.Join(mounts[0].Options, " "),
+					"lowerdir="+m.cfg.Root+"/snapshots"); try++ {
 					if try == 100 {
 						t.Fatalf("image %d: %v", i, mounts)
 					}
@@ -229,7 +230,8 @@ func TestUnreadableBlob(t *testing.T) {
 		"containerd.io/snapshot/diff-id": "sha256:" + strings.Repeat("0", 64),
 	}))
 	m.must(err)
-	if _, err := m.ap.Apply(ctx, desc, mounts); !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "diff ID mismatch") {
+	if _, err := m.ap.Apply(ctx, desc, mounts); !errdefs.IsDataLoss(err) ||
+		!strings.Contains(err.Error(), "diff ID mismatch") {
 		t.Errorf("a blob that is not the expected layer: %v", err)
 	}
 	m.must(os.Truncate(filepath.Join(m.dir, "content/blobs/sha256", desc.Digest.Encoded()), 50_000))
@@ -294,8 +296,10 @@ func TestMetricsAndHealth(t *testing.T) {
 	}
 	_, before := get("/metrics", false)
 	for _, want := range []string{
-		`daxfs_phase_seconds_count{phase="build"} 0`, `daxfs_phase_failures_total{phase="stream"} 0`, "daxfs_build_info{",
-		`daxfs_fallbacks_total{reason="full"} 0`, `daxfs_evictions_total{what="image"} 0`, `daxfs_mounts{driver="erofs-loop"} 0`,
+		`daxfs_phase_seconds_count{phase="build"} 0`, `daxfs_phase_failures_total{phase="stream"} 0`,
+		"daxfs_build_info{",
+		`daxfs_fallbacks_total{reason="full"} 0`, `daxfs_evictions_total{what="image"} 0`,
+		`daxfs_mounts{driver="erofs-loop"} 0`,
 	} {
 		if !strings.Contains(before, want) {
 			t.Errorf("before anything happened the metrics lack %q", want)
@@ -310,8 +314,10 @@ func TestMetricsAndHealth(t *testing.T) {
 	m.must(cl.sn.Flush(ctx))
 	code, text := get("/metrics", false)
 	for _, want := range []string{
-		`daxfs_images 1`, `daxfs_layers 1`, `daxfs_mounts{driver="erofs-loop"} 1`, `daxfs_pool_bytes{kind="extents"} 8192`,
-		`daxfs_phase_seconds_count{phase="stream"} 1`, `daxfs_pool_saved_bytes 0`, `go_goroutines`, `,kind="own",name=""} 8192`,
+		`daxfs_images 1`, `daxfs_layers 1`, `daxfs_mounts{driver="erofs-loop"} 1`,
+		`daxfs_pool_bytes{kind="extents"} 8192`,
+		`daxfs_phase_seconds_count{phase="stream"} 1`, `daxfs_pool_saved_bytes 0`, `go_goroutines`,
+		`,kind="own",name=""} 8192`,
 		`daxfs_phase_seconds_count{phase="build"} 1`, `daxfs_phase_seconds_count{phase="prepare"} 3`,
 	} {
 		if !strings.Contains(text, want) {
@@ -359,7 +365,8 @@ func TestBlobsNeedNamespace(t *testing.T) {
 	if _, err := b.ReaderAt(t.Context(), ocispec.Descriptor{}); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("without a namespace: %v", err)
 	}
-	if _, err := b.ReaderAt(namespaces.WithNamespace(t.Context(), "x"), ocispec.Descriptor{}); !errdefs.IsUnavailable(err) {
+	if _, err := b.ReaderAt(namespaces.WithNamespace(t.Context(), "x"),
+		ocispec.Descriptor{}); !errdefs.IsUnavailable(err) {
 		t.Errorf("without containerd: %v", err)
 	}
 }

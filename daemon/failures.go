@@ -33,8 +33,9 @@ func plainError(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler g
 // kindTexts are the texts of containerd's kinds of errors, by their code.
 var kindTexts = map[codes.Code]string{
 	codes.InvalidArgument: errdefs.ErrInvalidArgument.Error(), codes.NotFound: errdefs.ErrNotFound.Error(),
-	codes.AlreadyExists: errdefs.ErrAlreadyExists.Error(), codes.FailedPrecondition: errdefs.ErrFailedPrecondition.Error(),
-	codes.ResourceExhausted: errdefs.ErrResourceExhausted.Error(), codes.DataLoss: errdefs.ErrDataLoss.Error(),
+	codes.AlreadyExists:      errdefs.ErrAlreadyExists.Error(),
+	codes.FailedPrecondition: errdefs.ErrFailedPrecondition.Error(),
+	codes.ResourceExhausted:  errdefs.ErrResourceExhausted.Error(), codes.DataLoss: errdefs.ErrDataLoss.Error(),
 	codes.Unavailable: errdefs.ErrUnavailable.Error(), codes.Unimplemented: errdefs.ErrNotImplemented.Error(),
 }
 

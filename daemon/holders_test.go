@@ -209,7 +209,8 @@ func sleepInNamespace(t *testing.T) *os.Process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := os.StartProcess(sleep, []string{"unshare", "-m", "--propagation", "private", "sleep", "1000"}, &os.ProcAttr{})
+	p, err := os.StartProcess(sleep,
+		[]string{"unshare", "-m", "--propagation", "private", "sleep", "1000"}, &os.ProcAttr{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,8 +253,14 @@ func TestClaimedDiffID(t *testing.T) {
 		return mounts
 	}
 	mounts := prepare(900)
-	fake := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromString("another"), Size: 17}
-	for name, desc := range map[string]ocispec.Descriptor{"a blob of something else": fake, "a blob that he does not have": blob} {
+	fake := ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageLayerGzip,
+		Digest:    digest.FromString("another"), Size: 17,
+	}
+	for name, desc := range map[string]ocispec.Descriptor{
+		"a blob of something else":     fake,
+		"a blob that he does not have": blob,
+	} {
 		if got, err := cl.Differ(noBlob{}).Apply(ctx, desc, mounts); !errdefs.IsNotFound(err) {
 			t.Errorf("with %s: %+v, %v", name, got, err)
 		}

@@ -29,7 +29,10 @@ func TestIDMapped(t *testing.T) {
 			m.must(err)
 			_, err = m.sn.Prepare(ctx, "default/99/other", other)
 			m.must(err)
-			for key, mapping := range map[string]string{"default/100/c": "0:100000:65536", "default/101/d": "0:300000:65536"} {
+			for key, mapping := range map[string]string{
+				"default/100/c": "0:100000:65536",
+				"default/101/d": "0:300000:65536",
+			} {
 				mounts, err := m.sn.Prepare(ctx, key, top, snapshots.WithLabels(map[string]string{
 					snapshots.LabelSnapshotUIDMapping: mapping, snapshots.LabelSnapshotGIDMapping: mapping,
 				}))

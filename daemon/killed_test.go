@@ -159,7 +159,8 @@ func (v *victim) cycle(ctx context.Context) error {
 	}
 	if v.rng.IntN(4) == 0 {
 		if err := mount.WithTempMount(ctx, mounts, func(root string) error {
-			return errors.Join(compareTree(root, files), os.WriteFile(filepath.Join(root, "written"), []byte(container), 0o644))
+			return errors.Join(compareTree(root, files),
+				os.WriteFile(filepath.Join(root, "written"), []byte(container), 0o644))
 		}); err != nil {
 			return err
 		}

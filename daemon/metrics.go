@@ -52,7 +52,8 @@ func newMetrics(d *Daemon, drivers []mount.Driver) *metrics {
 			Name: "daxfs_fallbacks_total", Help: "Times that plain directories were used in place of a shared image.",
 		}, []string{"reason"}),
 		evictions: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "daxfs_evictions_total", Help: "Images and layers that left the pool to make room although they are needed.",
+			Name: "daxfs_evictions_total",
+			Help: "Images and layers that left the pool to make room although they are needed.",
 		}, []string{"what"}),
 		scrubbed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "daxfs_scrub_bytes_total", Help: "Bytes of contents that were held against their digests.",
@@ -146,7 +147,8 @@ var (
 	layers     = prometheus.NewDesc("daxfs_layers", "Layers in the pool.", nil, nil)
 	images     = prometheus.NewDesc("daxfs_images", "Images in the pool.", nil, nil)
 	imageBytes = prometheus.NewDesc("daxfs_image_bytes",
-		"Contents of an image: its own, and those that it shares with other images.", []string{"image", "name", "kind"}, nil)
+		"Contents of an image: its own, and those that it shares with other images.",
+		[]string{"image", "name", "kind"}, nil)
 	mounts = prometheus.NewDesc("daxfs_mounts", "Mounted images by driver.", []string{"driver"}, nil)
 )
 

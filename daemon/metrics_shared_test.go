@@ -44,7 +44,8 @@ func lacks(t *testing.T, cl *client, lines ...string) (missing []string) {
 func TestReadersAreSeen(t *testing.T) {
 	place := filepath.Join(t.TempDir(), "guest.lease")
 	must(t, os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
-	cl, m := inside(t, flavours[0], func(c *config.Config) { c.Pool.Readers, c.Pool.Leases = "leases", []string{place} })
+	cl, m := inside(t, flavours[0],
+		func(c *config.Config) { c.Pool.Readers, c.Pool.Leases = "leases", []string{place} })
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	top, err := m.pull(ctx, true, []file{{"a", random(1, 5000)}})
 	m.must(err)
@@ -64,7 +65,8 @@ func TestReadersAreSeen(t *testing.T) {
 	img := cl.pool().Images()[0]
 	_, err = l.Claim(cl.pool().ID(), img)
 	m.must(err)
-	if miss := lacks(t, cl, claims("guest", "now", 1), claims("guest", "torn", 0), "daxfs_images_unlisted 0"); miss != nil {
+	if miss := lacks(t, cl, claims("guest", "now", 1), claims("guest", "torn", 0),
+		"daxfs_images_unlisted 0"); miss != nil {
 		t.Errorf("after a claim the metrics lack %q", miss)
 	}
 	if list, err := cl.images(ctx); err != nil || len(list) != 1 || !slices.Contains(list[0].Holders, "reader/guest") {
@@ -79,7 +81,8 @@ func TestReadersAreSeen(t *testing.T) {
 	}
 	s, err := cl.status(ctx)
 	m.must(err)
-	if r := s.Readers; r.Mode != store.ReadersLeases || r.Error != "" || len(r.List) != 1 || r.List[0].Reader != "guest" ||
+	if r := s.Readers; r.Mode != store.ReadersLeases || r.Error != "" || len(r.List) != 1 ||
+		r.List[0].Reader != "guest" ||
 		!slices.Equal(r.List[0].Images, []string{img.Key}) {
 		t.Errorf("status: %+v", r)
 	}
@@ -114,7 +117,10 @@ func otherPool(t *testing.T, path string) digest.Digest {
 	body := []byte("text")
 	d, err := b.Put(t.Context(), int64(len(body)), bytes.NewReader(body))
 	must(t, err)
-	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{"f": {Mode: unix.S_IFREG | 0o644, Data: d}}}
+	root := &daxfs.Node{
+		Mode:    unix.S_IFDIR | 0o755,
+		Entries: map[string]*daxfs.Node{"f": {Mode: unix.S_IFREG | 0o644, Data: d}},
+	}
 	ids := []digest.Digest{digest.FromString("layer")}
 	chain := identity.ChainID(ids)
 	_, err = p.AddImage(t.Context(), chain.String(), root, daxfs.Options{})
@@ -149,12 +155,14 @@ func TestSharedPoolsAreSeen(t *testing.T) {
 		cl.metrics.handler(false).ServeHTTP(w, httptest.NewRequest("GET", "/healthz", nil))
 		return w.Code, w.Body.String()
 	}
-	if miss := lacks(t, cl, value("up", there, 1), value("up", away, 0), value("generation", away, 0), value("leased", there, 1),
+	if miss := lacks(t, cl, value("up", there, 1), value("up", away, 0), value("generation", away, 0),
+		value("leased", there, 1),
 		value("leased", away, 0), count(there, "listed", 1), count(there, "claimed", 0), count(there, "mounted", 0),
 		count(away, "listed", 0)); miss != nil {
 		t.Errorf("before a claim the metrics lack %q", miss)
 	}
-	if code, text := health(); code != http.StatusOK || !strings.HasPrefix(text, "ok\n") || !strings.Contains(text, away) {
+	if code, text := health(); code != http.StatusOK || !strings.HasPrefix(text, "ok\n") ||
+		!strings.Contains(text, away) {
 		t.Errorf("health with a pool that is not there: %d %q", code, text)
 	}
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -176,7 +184,8 @@ func TestSharedPoolsAreSeen(t *testing.T) {
 		}
 		return s.Shared[0]
 	}
-	if s := find(); s.Name != there || s.Error != "" || s.Generation == 0 || s.Claimed != 1 || s.Driver != "erofs-file" ||
+	if s := find(); s.Name != there || s.Error != "" || s.Generation == 0 || s.Claimed != 1 ||
+		s.Driver != "erofs-file" ||
 		s.Lease != place {
 		t.Errorf("status %+v", s)
 	}
@@ -184,10 +193,12 @@ func TestSharedPoolsAreSeen(t *testing.T) {
 	// The pool is taken away below a container.
 	m.must(os.Rename(there, there+".gone"))
 	cl.shared.Refresh(t.Context())
-	if code, text := health(); code != http.StatusServiceUnavailable || !strings.Contains(text, "1 images are in use here") {
+	if code, text := health(); code != http.StatusServiceUnavailable ||
+		!strings.Contains(text, "1 images are in use here") {
 		t.Errorf("health without a pool that is in use: %d %q", code, text)
 	}
-	if miss := lacks(t, cl, value("up", there, 0), value("generation", there, 0), count(there, "claimed", 1)); miss != nil {
+	if miss := lacks(t, cl, value("up", there, 0), value("generation", there, 0),
+		count(there, "claimed", 1)); miss != nil {
 		t.Errorf("without the pool the metrics lack %q", miss)
 	}
 	if s := find(); s.Error == "" {
@@ -199,7 +210,8 @@ func TestSharedPoolsAreSeen(t *testing.T) {
 	m.must(m.sn.Remove(ctx, "default/2/container"))
 	m.must(m.sn.Remove(ctx, chain.String()))
 	m.must(cl.sn.Cleanup(t.Context()))
-	if miss := lacks(t, cl, value("up", there, 1), count(there, "claimed", 0), count(there, "mounted", 0)); miss != nil {
+	if miss := lacks(t, cl, value("up", there, 1), count(there, "claimed", 0),
+		count(there, "mounted", 0)); miss != nil {
 		t.Errorf("after the claim has ended the metrics lack %q", miss)
 	}
 }

@@ -94,12 +94,15 @@ func TestMonitoring(t *testing.T) {
 	for _, g := range rules.Groups {
 		for _, r := range g.Rules {
 			checkExpr(t, r.Alert, r.Expr, have)
-			if seen[r.Alert] || r.Labels["severity"] == "" || r.Annotations["summary"] == "" || r.Annotations["description"] == "" {
+			if seen[r.Alert] || r.Labels["severity"] == "" || r.Annotations["summary"] == "" ||
+				r.Annotations["description"] == "" {
 				t.Errorf("rule %q is there twice, or lacks something: %+v", r.Alert, r)
 			}
 			seen[r.Alert] = true
-			for _, l := range regexp.MustCompile(`\$labels\.([a-z]+)`).FindAllStringSubmatch(r.Annotations["summary"], -1) {
-				if metric := usedMetric.FindStringSubmatch(r.Expr)[1]; !strings.Contains(","+have[metric], ","+l[1]+",") {
+			for _, l := range regexp.MustCompile(`\$labels\.([a-z]+)`).FindAllStringSubmatch(r.Annotations["summary"],
+				-1) {
+				if metric := usedMetric.FindStringSubmatch(r.Expr)[1]; !strings.Contains(","+
+					have[metric], ","+l[1]+",") {
 					t.Errorf("%s: metric %s has no label %q for the summary", r.Alert, metric, l[1])
 				}
 			}

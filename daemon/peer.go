@@ -56,7 +56,10 @@ func callerOf(conn net.Conn) (cred *unix.Ucred) {
 	if err != nil {
 		return nil
 	}
-	cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	cerr := raw.Control(func(fd uintptr) {
+		cred,
+			err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
 	if cerr != nil || err != nil {
 		return nil
 	}
@@ -64,7 +67,9 @@ func callerOf(conn net.Conn) (cred *unix.Ucred) {
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
-func (peerCredentials) ClientHandshake(_ context.Context, _ string, c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (peerCredentials) ClientHandshake(_ context.Context, _ string,
+	c net.Conn,
+) (net.Conn, credentials.AuthInfo, error) {
 	return c, peerInfo{}, nil
 }
 
@@ -80,7 +85,9 @@ func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
 // checkVisible is a server interceptor that fails a call whose answer has mounts over an image that the caller can not see.
-func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
+	handler grpc.UnaryHandler,
+) (any, error) {
 	resp, err := handler(ctx, req)
 	if err != nil {
 		return resp, err
@@ -139,7 +146,8 @@ func visible(pid int, images []string, mounts []*types.Mount) error {
 			below := slices.ContainsFunc(images, func(root string) bool { return strings.HasPrefix(dir, root+"/") })
 			if below && !seen[dir] {
 				return fmt.Errorf("image %q is mounted here and not in the mount namespace of the caller (process %d, %s): "+
-					"run both in one mount namespace, or let mounts below %q propagate to it", dir, pid, its, filepath.Dir(images[0]))
+					"run both in one mount namespace, or let mounts below %q propagate to it", dir, pid, its,
+					filepath.Dir(images[0]))
 			}
 		}
 	}

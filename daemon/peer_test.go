@@ -59,7 +59,8 @@ func TestCallerSeesNoImages(t *testing.T) {
 		return string(out), err
 	}
 	out, err := ask(nsenter, "-t", strconv.Itoa(other.Pid), "-m", "--")
-	if err == nil || !strings.Contains(out, "not in the mount namespace of the caller") || !strings.Contains(out, m.cfg.Root) {
+	if err == nil || !strings.Contains(out, "not in the mount namespace of the caller") ||
+		!strings.Contains(out, m.cfg.Root) {
 		t.Errorf("from another mount namespace: %v\n%s", err, out)
 	}
 	if _, err := m.sn.Stat(ctx, "default/200/c"); !errdefs.IsNotFound(err) {

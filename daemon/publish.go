@@ -132,7 +132,8 @@ func (b *blobs) images(ctx context.Context) ([]store.OCIImage, error) {
 			return nil, fmt.Errorf("images of namespace %q: %w", ns.Name, err)
 		}
 		for _, rec := range list {
-			if rec.Labels[attachLabel] != "" { // the owner of that pool tells of it, and of what the name stands for by now
+			// the owner of that pool tells of it, and of what the name stands for by now
+			if rec.Labels[attachLabel] != "" {
 				continue
 			}
 			of, err := b.image(ctx, ns.Name, rec.Name, rec.Target)
@@ -147,7 +148,9 @@ func (b *blobs) images(ctx context.Context) ([]store.OCIImage, error) {
 }
 
 // image returns the OCI images that an image record stands for: one for each platform that is there.
-func (b *blobs) image(ctx context.Context, namespace, name string, target ocispec.Descriptor) ([]store.OCIImage, error) {
+func (b *blobs) image(ctx context.Context, namespace, name string,
+	target ocispec.Descriptor,
+) ([]store.OCIImage, error) {
 	top, err := b.small(ctx, target)
 	if err != nil {
 		return nil, err
@@ -192,7 +195,9 @@ func (b *blobs) configOf(ctx context.Context, manifest []byte, mediaType string)
 // small reads a blob that is a document. The caller verifies it.
 func (b *blobs) small(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
 	if desc.Size <= 0 || desc.Size > maxManifest {
-		return nil, fmt.Errorf("blob %s of %d bytes, expected 1 to %d: %w", desc.Digest, desc.Size, maxManifest, errdefs.ErrInvalidArgument)
+		return nil,
+			fmt.Errorf("blob %s of %d bytes, expected 1 to %d: %w", desc.Digest, desc.Size, maxManifest,
+				errdefs.ErrInvalidArgument)
 	}
 	return content.ReadBlob(ctx, b.store, desc)
 }

@@ -69,7 +69,9 @@ func (s *imageService) serve(t *testing.T, address string) (stop func()) {
 	return srv.Stop
 }
 
-func (s *imageService) List(ctx context.Context, _ *imagesapi.ListImagesRequest) (*imagesapi.ListImagesResponse, error) {
+func (s *imageService) List(ctx context.Context,
+	_ *imagesapi.ListImagesRequest,
+) (*imagesapi.ListImagesResponse, error) {
 	ns, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
 		return nil, err
@@ -80,7 +82,8 @@ func (s *imageService) List(ctx context.Context, _ *imagesapi.ListImagesRequest)
 	for name, d := range s.records {
 		if ns == "default" {
 			out.Images = append(out.Images, &imagesapi.Image{
-				Name: name, Target: &apitypes.Descriptor{MediaType: d.MediaType, Digest: d.Digest.String(), Size: d.Size},
+				Name:   name,
+				Target: &apitypes.Descriptor{MediaType: d.MediaType, Digest: d.Digest.String(), Size: d.Size},
 			})
 		}
 	}
@@ -129,7 +132,10 @@ func (s *imageService) manifest(t *testing.T, diffID digest.Digest) ocispec.Desc
 	return s.add(t, ocispec.MediaTypeImageManifest, ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
 		Config: s.add(t, ocispec.MediaTypeImageConfig, config),
-		Layers: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromString("blob"), Size: 4}},
+		Layers: []ocispec.Descriptor{{
+			MediaType: ocispec.MediaTypeImageLayerGzip,
+			Digest:    digest.FromString("blob"), Size: 4,
+		}},
 	})
 }
 
@@ -187,7 +193,10 @@ func TestPublishLoop(t *testing.T) {
 
 	s := newImageService(t)
 	plain := s.manifest(t, diffID)
-	missing := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("arm64"), Size: 5}
+	missing := ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageManifest,
+		Digest:    digest.FromString("arm64"), Size: 5,
+	}
 	index := s.add(t, ocispec.MediaTypeImageIndex, ocispec.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex,
 		Manifests: []ocispec.Descriptor{missing, plain},
@@ -243,7 +252,8 @@ func TestPublishLoop(t *testing.T) {
 	put("example.org/hand:1")
 	await("without containerd", "daxfs.put example.org/hand:1")
 	end := s.serve(t, address)
-	await("with containerd", "daxfs.put example.org/hand:1", "default example.org/index:1", "default example.org/plain:1")
+	await("with containerd", "daxfs.put example.org/hand:1", "default example.org/index:1",
+		"default example.org/plain:1")
 	_, targets := told(t, cl, chain)
 	if targets["example.org/index:1"] != index.Digest || targets["example.org/plain:1"] != plain.Digest {
 		t.Errorf("targets %v, expected %s and %s", targets, index.Digest, plain.Digest)
@@ -256,6 +266,7 @@ func TestPublishLoop(t *testing.T) {
 	await("after containerd went", "daxfs.put example.org/later:1", "default example.org/plain:1")
 	s.change(func(r map[string]ocispec.Descriptor) { r["example.org/back:1"] = plain })
 	s.serve(t, address)
-	await("after it came back", "daxfs.put example.org/later:1", "default example.org/back:1", "default example.org/plain:1")
+	await("after it came back", "daxfs.put example.org/later:1", "default example.org/back:1",
+		"default example.org/plain:1")
 	m.must(cl.store.Unpin("example.org/later:1"))
 }

@@ -55,7 +55,11 @@ func (h *hub) push(tars ...[]byte) {
 	for _, tar := range tars {
 		var l v1.Layer
 		if err == nil {
-			l, err = tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(tar)), nil })
+			l, err = tarball.LayerFromOpener(func() (io.ReadCloser,
+				error,
+			) {
+				return io.NopCloser(bytes.NewReader(tar)), nil
+			})
 		}
 		if err == nil {
 			img, err = mutate.AppendLayers(img, l)
@@ -102,7 +106,8 @@ func TestScrubRegistry(t *testing.T) {
 			before := h.asks.Load()
 			cl.harm(t, a.body)
 			got, err := cl.scrub(ctx, 0)
-			if err != nil || len(got.Findings) != 1 || (got.Lost != "") != (c.lost != "") || !strings.Contains(got.Lost, c.lost) {
+			if err != nil || len(got.Findings) != 1 || (got.Lost != "") != (c.lost != "") ||
+				!strings.Contains(got.Lost, c.lost) {
 				t.Fatalf("%+v, %v", got, err)
 			}
 			if asked := h.asks.Load() > before; asked != c.on {

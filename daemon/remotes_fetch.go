@@ -56,7 +56,8 @@ func (r *remotes) fetch(ctx context.Context, l snapshotter.Remote, w wanted, c *
 	// What a registry says to be the blob is not known to have its digest. So the store is not told that digest: it would
 	// take it for that of a blob with this diff ID.
 	return r.d.store.AddBlob(ctx, store.Blob{
-		MediaType: ocispec.MediaTypeImageLayer, DiffID: w.diffID, Pin: l.Pin, Holder: store.ContainerdHolder(l.Namespace),
+		MediaType: ocispec.MediaTypeImageLayer, DiffID: w.diffID, Pin: l.Pin,
+		Holder: store.ContainerdHolder(l.Namespace),
 		Open: func(ctx context.Context) (io.ReadCloser, error) {
 			return plan.Tar(ctx, src, chunked.Options{Parallel: r.conf.Requests, SpoolDir: r.d.cfg.Root})
 		},

@@ -95,7 +95,8 @@ func TestPullLies(t *testing.T) {
 			return raw.Bytes()
 		}
 		b.seed(twins("good", "evil"))
-		img := b.push("twins", changed(func(e *chunked.Entry) { e.Digest = digest.FromString("evil") }), twins("good", "good"))
+		img := b.push("twins", changed(func(e *chunked.Entry) { e.Digest = digest.FromString("evil") }),
+			twins("good", "good"))
 		b.ordinary(img, 0, "")
 	})
 	t.Run("diff ID of another layer", func(t *testing.T) {
@@ -232,11 +233,13 @@ func TestPullWithLogin(t *testing.T) {
 	defer secure.Close()
 	const host = "registry.example.com"
 	ca := filepath.Join(t.TempDir(), "ca.crt")
-	b.must(os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw}), 0o644))
+	b.must(os.WriteFile(ca,
+		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw}), 0o644))
 	b.hosts(host, "https://"+host, fmt.Sprintf("[host.%q]\ncapabilities = [\"pull\"]\nca = %q\n", secure.URL, ca))
 
 	login := func(password string) {
-		auth := fmt.Sprintf(`{"auths":{%q:{"username":"node","password":%q}}}`, strings.TrimPrefix(secure.URL, "https://"), password)
+		auth := fmt.Sprintf(`{"auths":{%q:{"username":"node","password":%q}}}`,
+			strings.TrimPrefix(secure.URL, "https://"), password)
 		b.must(os.WriteFile(filepath.Join(docker, "config.json"), []byte(auth), 0o600))
 	}
 	for i, password := range []string{"", "wrong", "secret", "changed"} {
@@ -341,7 +344,8 @@ var faults = []func(rng *rand.Rand, w http.ResponseWriter, r *http.Request, blob
 		return true
 	},
 	func(rng *rand.Rand, w http.ResponseWriter, r *http.Request, blob []byte) bool { // cut off
-		http.ServeContent(&cutWriter{ResponseWriter: w, left: rng.IntN(2000)}, r, "", time.Time{}, bytes.NewReader(blob))
+		http.ServeContent(&cutWriter{ResponseWriter: w, left: rng.IntN(2000)}, r, "", time.Time{},
+			bytes.NewReader(blob))
 		panic(http.ErrAbortHandler)
 	},
 	func(rng *rand.Rand, _ http.ResponseWriter, r *http.Request, _ []byte) bool { // slow

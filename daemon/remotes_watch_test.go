@@ -103,7 +103,8 @@ daxfs_partial_ranges_total %d
 		}
 	}
 	failed := strings.NewReplacer(`{result="failed"} 0`, `{result="failed"} 1`,
-		fmt.Sprintf("ranges_total %d", b.requests.Load()-1), fmt.Sprintf("ranges_total %d", b.requests.Load())).Replace(pulled)
+		fmt.Sprintf("ranges_total %d", b.requests.Load()-1),
+		fmt.Sprintf("ranges_total %d", b.requests.Load())).Replace(pulled)
 	if got := partialMetrics(t, b.client); got != failed {
 		t.Errorf("metrics\n%s\nexpected\n%s", got, failed)
 	}
@@ -249,7 +250,8 @@ func (b *bed) fetchedFrom(img *image, registry, repositories string) {
 	b.t.Helper()
 	_, err := b.content.Update(namespaces.WithNamespace(b.t.Context(), "ns"), content.Info{
 		Digest: img.digest, Labels: map[string]string{
-			labelConfig: img.manifest.Config.Digest.String(), "containerd.io/distribution.source." + registry: repositories,
+			labelConfig: img.manifest.Config.Digest.String(),
+			"containerd.io/distribution.source." + registry: repositories,
 		},
 	}, "labels."+labelConfig, "labels.containerd.io/distribution.source."+registry)
 	b.must(err)

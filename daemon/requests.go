@@ -42,7 +42,8 @@ func (d *Daemon) control() http.Handler {
 		return all, nil
 	})
 	bare("GET /v1/shared", func(ctx context.Context) (any, error) { return d.listShared(ctx), nil })
-	bare("POST /v1/sweep", func(ctx context.Context) (any, error) { return struct{}{}, d.sn.Cleanup(store.ByCommand(ctx)) })
+	bare("POST /v1/sweep",
+		func(ctx context.Context) (any, error) { return struct{}{}, d.sn.Cleanup(store.ByCommand(ctx)) })
 	bare("GET /v1/readers", func(context.Context) (any, error) { return d.store.LeaseUsers() })
 	bare("POST /v1/scrub", func(ctx context.Context) (any, error) { return d.scrub(ctx, 0) })
 	bare("POST /v1/check", func(ctx context.Context) (any, error) { return d.checkPool(ctx) })
@@ -130,7 +131,10 @@ func mayAsk(cred *unix.Ucred) bool {
 
 func (d *Daemon) poolAnswer() api.Pool {
 	info, id := d.store.Region(), d.store.Pool().ID()
-	return api.Pool{ID: hex.EncodeToString(id[:]), Path: info.Path, Kind: info.Kind, Region: info, Usage: d.store.Pool().Usage()}
+	return api.Pool{
+		ID: hex.EncodeToString(id[:]), Path: info.Path, Kind: info.Kind, Region: info,
+		Usage: d.store.Pool().Usage(),
+	}
 }
 
 // checkPool checks the pool while it is in use.

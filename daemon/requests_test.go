@@ -40,7 +40,8 @@ func dialogue(t *testing.T, socket, send string) string {
 
 // request is a request in full.
 func request(line, body string) string {
-	return fmt.Sprintf("%s HTTP/1.1\r\nHost: d\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", line, len(body), body)
+	return fmt.Sprintf("%s HTTP/1.1\r\nHost: d\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", line,
+		len(body), body)
 }
 
 // controlled starts a daemon with an image and a container, and its control socket.
@@ -73,21 +74,33 @@ func TestControlRefuses(t *testing.T) {
 	key := images[0].Key
 	huge := `{"name":"x","source":"` + strings.Repeat("x", 1<<20) + `"}`
 	for name, tc := range map[string]struct{ send, want string }{
-		"garbage":         {string(random(9, 4096)) + "\r\n\r\n", "400 Bad Request"},
-		"no JSON":         {request("POST /v1/pins", "what"), `400 Bad Request`},
-		"another type":    {request("POST /v1/pins", `["x"]`), `cannot unmarshal array`},
-		"unknown field":   {request("POST /v1/pins", `{"nome":"x"}`), `unknown field`},
-		"two values":      {request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"name":"x"}{}`, key)), `there is more behind the value`},
-		"no value":        {request("DELETE /v1/pins", ""), `400 Bad Request`},
-		"needless body":   {request("POST /v1/sweep", "{}"), `takes no body`},
-		"huge":            {request("POST /v1/pins", huge), `413 Request Entity Too Large`},
-		"huge header":     {"GET /v1/pool HTTP/1.1\r\nHost: d\r\nX: " + strings.Repeat("x", 1<<20), "431 Request Header Fields Too Large"},
-		"half a body":     {"POST /v1/pins HTTP/1.1\r\nHost: d\r\nContent-Length: 100\r\n\r\n{\"name\"", "400 Bad Request"},
-		"half a header":   {"POST /v1/sweep HTTP/1.1\r\nHost", ""},
-		"another path":    {request("GET /v2/pool", ""), `404 Not Found`},
-		"another method":  {request("PUT /v1/pins", "{}"), `404 Not Found`},
-		"no name":         {request("POST /v1/pins", fmt.Sprintf(`{"image":%q}`, key)), `is pinned under a name`},
-		"source and":      {request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"source":"rootfs:/","name":"x"}`, key)), `expected one`},
+		"garbage":       {string(random(9, 4096)) + "\r\n\r\n", "400 Bad Request"},
+		"no JSON":       {request("POST /v1/pins", "what"), `400 Bad Request`},
+		"another type":  {request("POST /v1/pins", `["x"]`), `cannot unmarshal array`},
+		"unknown field": {request("POST /v1/pins", `{"nome":"x"}`), `unknown field`},
+		"two values": {
+			request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"name":"x"}{}`, key)),
+			`there is more behind the value`,
+		},
+		"no value":      {request("DELETE /v1/pins", ""), `400 Bad Request`},
+		"needless body": {request("POST /v1/sweep", "{}"), `takes no body`},
+		"huge":          {request("POST /v1/pins", huge), `413 Request Entity Too Large`},
+		"huge header": {
+			"GET /v1/pool HTTP/1.1\r\nHost: d\r\nX: " + strings.Repeat("x", 1<<20),
+			"431 Request Header Fields Too Large",
+		},
+		"half a body": {
+			"POST /v1/pins HTTP/1.1\r\nHost: d\r\nContent-Length: 100\r\n\r\n{\"name\"",
+			"400 Bad Request",
+		},
+		"half a header":  {"POST /v1/sweep HTTP/1.1\r\nHost", ""},
+		"another path":   {request("GET /v2/pool", ""), `404 Not Found`},
+		"another method": {request("PUT /v1/pins", "{}"), `404 Not Found`},
+		"no name":        {request("POST /v1/pins", fmt.Sprintf(`{"image":%q}`, key)), `is pinned under a name`},
+		"source and": {
+			request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"source":"rootfs:/","name":"x"}`, key)),
+			`expected one`,
+		},
 		"nothing to pin":  {request("POST /v1/pins", `{"image":"image/ffff","name":"x"}`), `404 Not Found`},
 		"nothing to drop": {request("DELETE /v1/pins", `{"name":"x"}`), `404 Not Found`},
 	} {
@@ -187,7 +200,8 @@ func TestControlTells(t *testing.T) {
 	cl, m, socket := controlled(t)
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	s := asked[api.Status](t, socket, "GET /v1/status", "")
-	if s.PID != os.Getpid() || s.Health != "" || s.Containers != 1 || s.Unshared != 0 || s.Mounted != 1 || s.Pool.Usage.Images != 1 ||
+	if s.PID != os.Getpid() || s.Health != "" || s.Containers != 1 || s.Unshared != 0 || s.Mounted != 1 ||
+		s.Pool.Usage.Images != 1 ||
 		s.Memory <= 0 || s.Taken <= 0 || s.Fallbacks["full"] != 0 || len(s.Failures) != len(phases) {
 		t.Errorf("status %+v", s)
 	}
@@ -201,12 +215,14 @@ func TestControlTells(t *testing.T) {
 		t.Errorf("drivers %+v", s.Drivers)
 	}
 	images := asked[[]api.Image](t, socket, "GET /v1/images", "")
-	if len(images) != 1 || !reflect.DeepEqual(images[0].Containers, []string{"default/c"}) || images[0].Driver != "erofs-file" ||
+	if len(images) != 1 || !reflect.DeepEqual(images[0].Containers, []string{"default/c"}) ||
+		images[0].Driver != "erofs-file" ||
 		images[0].Usage.Extents != 8192 || images[0].Brought != 8192+images[0].Usage.Tree {
 		t.Fatalf("images %+v", images)
 	}
 	list := asked[[]api.Container](t, socket, "GET /v1/containers", "")
-	if len(list) != 1 || list[0].Namespace != "default" || list[0].Name != "c" || !list[0].Shared || list[0].Image != images[0].Key ||
+	if len(list) != 1 || list[0].Namespace != "default" || list[0].Name != "c" || !list[0].Shared ||
+		list[0].Image != images[0].Key ||
 		time.Since(list[0].Since) > time.Hour || list[0].Driver != "erofs-file" {
 		t.Errorf("containers %+v", list)
 	}
@@ -220,7 +236,8 @@ func TestControlTells(t *testing.T) {
 	m.must(m.sn.Remove(ctx, "default/1/layer"))
 	m.must(cl.sn.Cleanup(ctx))
 	images = asked[[]api.Image](t, socket, "GET /v1/images", "")
-	if len(images) != 1 || !reflect.DeepEqual(images[0].Holders, []string{"pin/mine"}) || len(images[0].Containers) != 0 {
+	if len(images) != 1 || !reflect.DeepEqual(images[0].Holders, []string{"pin/mine"}) ||
+		len(images[0].Containers) != 0 {
 		t.Errorf("images after containerd removed all of its own: %+v", images)
 	}
 	asked[struct{}](t, socket, "DELETE /v1/pins", `{"name":"mine"}`)

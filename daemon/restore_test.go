@@ -56,8 +56,13 @@ type oneNamespace struct {
 	namespacesapi.UnimplementedNamespacesServer
 }
 
-func (oneNamespace) List(context.Context, *namespacesapi.ListNamespacesRequest) (*namespacesapi.ListNamespacesResponse, error) {
-	return &namespacesapi.ListNamespacesResponse{Namespaces: []*namespacesapi.Namespace{{Name: "empty"}, {Name: "default"}}}, nil
+func (oneNamespace) List(context.Context,
+	*namespacesapi.ListNamespacesRequest,
+) (*namespacesapi.ListNamespacesResponse, error) {
+	return &namespacesapi.ListNamespacesResponse{Namespaces: []*namespacesapi.Namespace{
+		{Name: "empty"},
+		{Name: "default"},
+	}}, nil
 }
 
 // A layer that memory lost, and that has no pack or a damaged one, is stored again from the blob that containerd has;
@@ -68,11 +73,17 @@ func TestRestoreFromContent(t *testing.T) {
 		harm       func(pack string) error
 		wrong      bool // containerd's blob is another layer's
 	}{
-		"without packs":                  {config.DurabilityContent, nil, false},
-		"pack missing":                   {config.DurabilityPack, os.Remove, false},
-		"pack damaged":                   {config.DurabilityPack, func(p string) error { return os.Truncate(p, 1000) }, false},
+		"without packs": {config.DurabilityContent, nil, false},
+		"pack missing":  {config.DurabilityPack, os.Remove, false},
+		"pack damaged": {
+			config.DurabilityPack,
+			func(p string) error { return os.Truncate(p, 1000) }, false,
+		},
 		"without packs and another blob": {config.DurabilityContent, nil, true},
-		"pack damaged and another blob":  {config.DurabilityPack, func(p string) error { return os.Truncate(p, 1000) }, true},
+		"pack damaged and another blob": {
+			config.DurabilityPack,
+			func(p string) error { return os.Truncate(p, 1000) }, true,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			address := filepath.Join(t.TempDir(), "c.sock")
@@ -108,7 +119,8 @@ func TestRestoreFromContent(t *testing.T) {
 			})
 			mounts, err := m.sn.Prepare(ctx, "default/100/c", top)
 			if c.wrong {
-				if !errdefs.IsNotFound(err) && !errdefs.IsDataLoss(err) || !strings.Contains(fmt.Sprint(err), "pull the image again") {
+				if !errdefs.IsNotFound(err) && !errdefs.IsDataLoss(err) ||
+					!strings.Contains(fmt.Sprint(err), "pull the image again") {
 					t.Errorf("error %v", err)
 				}
 				return

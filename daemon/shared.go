@@ -78,7 +78,8 @@ func (d *Daemon) sharedTrouble() (used, unused error) {
 			used = errors.Join(used, fmt.Errorf("shared pool %q: %s", p.Name, p.Lost))
 		case p.Error == "":
 		case p.Claimed > 0:
-			used = errors.Join(used, fmt.Errorf("shared pool %q, of which %d images are in use here: %s", p.Name, p.Claimed, p.Error))
+			used = errors.Join(used,
+				fmt.Errorf("shared pool %q, of which %d images are in use here: %s", p.Name, p.Claimed, p.Error))
 		default:
 			unused = errors.Join(unused, fmt.Errorf("shared pool %q can not be used: %s", p.Name, p.Error))
 		}

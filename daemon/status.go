@@ -44,7 +44,8 @@ func (d *Daemon) status(ctx context.Context) (api.Status, error) {
 		s.Health = err.Error()
 	}
 	counts := map[string]map[string]int64{
-		"daxfs_fallbacks_total": s.Fallbacks, "daxfs_evictions_total": s.Evictions, "daxfs_phase_failures_total": s.Failures,
+		"daxfs_fallbacks_total": s.Fallbacks, "daxfs_evictions_total": s.Evictions,
+		"daxfs_phase_failures_total": s.Failures,
 	}
 	families, err := d.metrics.registry.Gather()
 	for _, f := range families {
@@ -143,7 +144,8 @@ func (d *Daemon) containers(ctx context.Context) ([]api.Container, error) {
 	list := []api.Container{}
 	for _, s := range standing {
 		c := api.Container{
-			Namespace: s.Namespace, Name: s.Name, View: s.View, Since: s.Since.UTC(), Shared: s.Image != "" && s.Dirs == 0 && !s.Plain,
+			Namespace: s.Namespace, Name: s.Name, View: s.View, Since: s.Since.UTC(), Shared: s.Image != "" &&
+				s.Dirs == 0 && !s.Plain,
 			Image: s.Image, Names: names[s.Image], Directories: s.Dirs, Copy: s.Plain, Why: s.Why,
 		}
 		if !s.Plain {

@@ -83,12 +83,17 @@ func (s *streaming) put(ctx context.Context, tar []byte) (ocispec.Descriptor, di
 	if err := z.Close(); err != nil {
 		return ocispec.Descriptor{}, "", err
 	}
-	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromBytes(b.Bytes()), Size: int64(b.Len())}
+	desc := ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromBytes(b.Bytes()),
+		Size: int64(b.Len()),
+	}
 	return desc, digest.FromBytes(tar), content.WriteBlob(ctx, s.store, desc.Digest.String(), &b, desc)
 }
 
 // unpack does what containerd's unpacker does with one layer.
-func (s *streaming) unpack(ctx context.Context, desc ocispec.Descriptor, diffID digest.Digest, name, key, parent string, opts ...snapshots.Opt) error {
+func (s *streaming) unpack(ctx context.Context, desc ocispec.Descriptor, diffID digest.Digest, name, key, parent string,
+	opts ...snapshots.Opt,
+) error {
 	labels := snapshots.WithLabels(map[string]string{
 		snapshots.LabelSnapshotRef:       name,
 		"containerd.io/snapshot/diff-id": diffID.String(),

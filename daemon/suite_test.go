@@ -26,10 +26,11 @@ func suite(t *testing.T, open testsuite.SnapshotterFunc) {
 			t.Errorf("%d conformance tests ran, want %d", n, tests)
 		}
 	})
-	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		ran.Add(1)
-		return open(ctx, root)
-	})
+	testsuite.SnapshotterSuite(t, "overlayfs",
+		func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+			ran.Add(1)
+			return open(ctx, root)
+		})
 }
 
 // TestSuite runs containerd's conformance tests through the socket, with a real pool and real mounts.

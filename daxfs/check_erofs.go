@@ -71,11 +71,13 @@ func (c *checker) checkErofs() {
 			want += 2
 		}
 		if n.ok && n.nlink != want {
-			c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(i), "link count is %d, expected %d", n.nlink, want)
+			c.finding(RuleNlink, c.ero.inodeOff(n.nid), n.nid, c.nodePath(i),
+				"link count is %d, expected %d", n.nlink, want)
 		}
 	}
 	if !c.live.on && c.ero.sb.Inodes != uint64(c.nodes.len()) {
-		c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d", c.ero.sb.Inodes, c.nodes.len())
+		c.finding(RuleInodes, disk.ErofsSuperOff+16, 0, "", "%d inodes, names lead to %d",
+			c.ero.sb.Inodes, c.nodes.len())
 	}
 }
 
@@ -180,7 +182,8 @@ func (c *checker) checkDir(d int32) {
 			}
 			off := b.off + int64(i)*disk.ErofsDirentSize
 			if prev != nil && bytes.Compare(prev, e.name) >= 0 {
-				c.finding(RuleDirOrder, off, dir.Nid, path(), "entry %q follows %q, expected order and no name twice", e.name, prev)
+				c.finding(RuleDirOrder, off, dir.Nid, path(),
+					"entry %q follows %q, expected order and no name twice", e.name, prev)
 			}
 			prev = e.name
 			if e.odd {
@@ -199,7 +202,8 @@ func (c *checker) checkDir(d int32) {
 		}
 	}
 	if dots != [2]int{1, 1} {
-		c.finding(RuleDots, at, dir.Nid, path(), "%d entries %q and %d entries %q, expected one each", dots[0], ".", dots[1], "..")
+		c.finding(RuleDots, at, dir.Nid, path(), "%d entries %q and %d entries %q, expected one each", dots[0],
+			".", dots[1], "..")
 	}
 	c.unmatched(other, path)
 }
@@ -207,7 +211,8 @@ func (c *checker) checkDir(d int32) {
 // checkDot checks that "." or ".." leads to the directory want.
 func (c *checker) checkDot(dir *Inode, e *rawDirent, want uint64, off int64, path func() string) {
 	if e.nid != want || e.typ != unix.S_IFDIR {
-		c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d", e.name, e.nid, e.typ, want)
+		c.finding(RuleDots, off, dir.Nid, path(), "entry %q leads to inode %d as type %#o, expected directory %d",
+			e.name, e.nid, e.typ, want)
 	}
 }
 
@@ -241,7 +246,8 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 	}
 	if n.mode&unix.S_IFMT == unix.S_IFDIR {
 		if seen {
-			c.finding(RuleDirLoop, off, dirNid, dirPath(), "entry %q leads to directory %d, which has another name", e.name, e.nid)
+			c.finding(RuleDirLoop, off, dirNid, dirPath(),
+				"entry %q leads to directory %d, which has another name", e.name, e.nid)
 			return
 		}
 		c.nodes.at(c.dirs[d].node).names++
@@ -292,7 +298,8 @@ func (c *checker) checkInode(i int32, path string) {
 		return
 	}
 	if !spend(&c.budget, in.xlen) {
-		c.finding(RuleMetaOverlap, in.xoff, in.Nid, where(), "xattrs and directories take more bytes than the image has: they overlap")
+		c.finding(RuleMetaOverlap, in.xoff, in.Nid, where(),
+			"xattrs and directories take more bytes than the image has: they overlap")
 		return
 	}
 	c.checkXattrs(&in, where)
@@ -306,7 +313,8 @@ func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where 
 		return
 	}
 	if off%BlockSize+int64(len(b)) > BlockSize || in.Nid == 0 {
-		c.finding(RuleNid, off, in.Nid, where(), "inode of %d bytes, expected it in one block and not to be number 0", len(b))
+		c.finding(RuleNid, off, in.Nid, where(),
+			"inode of %d bytes, expected it in one block and not to be number 0", len(b))
 	}
 	reserved := isZero(b[12:16]) && isZero(b[28:32])
 	if raw.Extended {
@@ -316,7 +324,8 @@ func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where 
 		c.finding(RuleInodeFormat, off, in.Nid, where(), "reserved bytes of the inode hold data: %x, expected zeros", b)
 	}
 	if in.UID == noID || in.GID == noID {
-		c.finding(RuleOwner, off, in.Nid, where(), "owner is %d:%d, id %d stands for none", in.UID, in.GID, uint32(noID))
+		c.finding(RuleOwner, off, in.Nid, where(), "owner is %d:%d, id %d stands for none", in.UID,
+			in.GID, uint32(noID))
 	}
 }
 
@@ -327,7 +336,8 @@ func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, wher
 	case unix.S_IFREG:
 		kind = useData
 		if raw.Layout != disk.ErofsLayoutPlain {
-			c.finding(RuleLayout, off, in.Nid, where(), "data layout %d of a regular file, expected plain (0): no other can be mapped", raw.Layout)
+			c.finding(RuleLayout, off, in.Nid, where(),
+				"data layout %d of a regular file, expected plain (0): no other can be mapped", raw.Layout)
 		}
 	case unix.S_IFLNK:
 		kind = useTarget
@@ -342,14 +352,16 @@ func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, wher
 	default:
 		// Linux takes the device number for a number of blocks, or refuses the inode.
 		if raw.Layout != disk.ErofsLayoutPlain {
-			c.finding(RuleLayout, off, in.Nid, where(), "data layout %d of a special file, expected plain (0)", raw.Layout)
+			c.finding(RuleLayout, off, in.Nid, where(),
+				"data layout %d of a special file, expected plain (0)", raw.Layout)
 		}
 		return
 	}
 	for pos := int64(0); pos < in.Size; {
 		at, n := in.piece(pos)
 		if at+n > int64(c.ero.sb.Blocks)*BlockSize {
-			c.finding(RuleDataBounds, off, in.Nid, where(), "%d bytes at %d, expected them in %d blocks", n, at, c.ero.sb.Blocks)
+			c.finding(RuleDataBounds, off, in.Nid, where(), "%d bytes at %d, expected them in %d blocks", n, at,
+				c.ero.sb.Blocks)
 		}
 		c.use(at, n, kind, in.Nid)
 		pos += n

@@ -104,6 +104,7 @@ func same(a, b entry) bool {
 	if a.st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		a.st.Size = b.st.Size
 	}
-	return a.st.Nid == b.st.Nid && a.st.Mode == b.st.Mode && a.st.Nlink == b.st.Nlink && a.st.UID == b.st.UID && a.st.GID == b.st.GID &&
+	return a.st.Nid == b.st.Nid && a.st.Mode == b.st.Mode && a.st.Nlink == b.st.Nlink && a.st.UID == b.st.UID &&
+		a.st.GID == b.st.GID &&
 		a.st.Size == b.st.Size && a.st.Off == b.st.Off && a.sum == b.sum
 }

@@ -134,7 +134,8 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 	first := n.peer == 0 && c.peers[ino] == 0
 	if !first {
 		if uint64(n.peer) != ino || c.peers[ino] != i+1 {
-			c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(), "inode is DAXFS inode %d by this name, expected the same by every name of either", ino)
+			c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(),
+				"inode is DAXFS inode %d by this name, expected the same by every name of either", ino)
 		}
 		return
 	}
@@ -150,7 +151,8 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 	}
 	off := c.v8.inodeOff(ino)
 	if raw.Ino != uint32(ino) {
-		c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(), "inode stores number %d, its DAXFS inode is %d", raw.Ino, ino)
+		c.finding(RuleHalvesIno, c.ero.inodeOff(n.nid), n.nid, where(),
+			"inode stores number %d, its DAXFS inode is %d", raw.Ino, ino)
 	}
 	if a.Mode != b.Mode {
 		c.finding(RuleHalvesMode, off, n.nid, where(), "mode is %#o, in the DAXFS half %#o", a.Mode, b.Mode)
@@ -164,7 +166,8 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 // compare compares the attributes of an inode in both halves.
 func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func() string) {
 	if a.UID != b.UID || a.GID != b.GID {
-		c.finding(RuleHalvesOwner, off, a.Nid, where(), "owner is %d:%d, in the DAXFS half %d:%d", a.UID, a.GID, b.UID, b.GID)
+		c.finding(RuleHalvesOwner, off, a.Nid, where(), "owner is %d:%d, in the DAXFS half %d:%d", a.UID,
+			a.GID, b.UID, b.GID)
 	}
 	if a.Nlink != b.Nlink {
 		c.finding(RuleHalvesNlink, off, a.Nid, where(), "link count is %d, in the DAXFS half %d", a.Nlink, b.Nlink)
@@ -186,6 +189,7 @@ func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func
 	}
 	c.sameData[b.Nid] = a.Size > 0 && a.Off == b.Off
 	if a.Size > 0 && a.Off != b.Off {
-		c.finding(RuleHalvesData, off, a.Nid, where(), "contents are at %d, in the DAXFS half at %d (%d from its base)", a.Off, b.Off, vraw.DataOff)
+		c.finding(RuleHalvesData, off, a.Nid, where(), "contents are at %d, in the DAXFS half at %d (%d from its base)",
+			a.Off, b.Off, vraw.DataOff)
 	}
 }

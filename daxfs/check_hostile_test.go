@@ -116,7 +116,9 @@ func TestWalkLoops(t *testing.T) {
 	}
 }
 
-func wantLoop(t *testing.T, name string, walk func(func(string, daxfs.Inode) error) error, fsys fs.FS, rule daxfs.Rule) {
+func wantLoop(t *testing.T, name string, walk func(func(string, daxfs.Inode) error) error, fsys fs.FS,
+	rule daxfs.Rule,
+) {
 	t.Helper()
 	var f *daxfs.FormatError
 	if err := walk(func(string, daxfs.Inode) error { return nil }); !errors.As(err, &f) || f.Rule != rule {

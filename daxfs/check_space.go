@@ -46,7 +46,8 @@ func (e *extent) end() int64 {
 func (c *checker) checkSpace() {
 	extents := c.extents.take()
 	slices.SortFunc(extents, func(a, b extent) int {
-		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind(), b.kind()), cmp.Compare(a.ino(), b.ino()))
+		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind(), b.kind()),
+			cmp.Compare(a.ino(), b.ino()))
 	})
 	var last, high extent // last one, and the one that ends highest
 	told := false         // that something overlaps high: one finding is enough for all that one wrong size covers
@@ -63,7 +64,8 @@ func (c *checker) checkSpace() {
 			}
 			c.checkTail(&e)
 		} else if c.live.one && kind == useData && e.ino() != last.ino() {
-			c.finding(RuleLiveDAX, e.off, e.ino(), "", "contents of %d bytes belong to inodes %d and %d", e.size, last.ino(), e.ino())
+			c.finding(RuleLiveDAX, e.off, e.ino(), "", "contents of %d bytes belong to inodes %d and %d", e.size,
+				last.ino(), e.ino())
 		}
 		last = e
 		if e.end() > high.end() {
@@ -78,7 +80,8 @@ func (c *checker) overlap(e, high *extent) {
 	if e.kind()&^useV8 == useData && high.kind()&^useV8 == useData {
 		rule = RuleDataOverlap
 	}
-	c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size, high.what(), high.size, high.off)
+	c.finding(rule, e.off, e.nid(), c.extentPath(e), "%s of %d bytes overlaps %s of %d bytes at %d", e.what(), e.size,
+		high.what(), high.size, high.off)
 }
 
 // checkTail checks that the last page of contents ends with zeros: a direct mapping shows it.
@@ -96,7 +99,8 @@ func (c *checker) checkTail(e *extent) {
 		return
 	}
 	if !isZero(b) {
-		c.finding(RuleDataTail, tail, e.nid(), c.extentPath(e), "the last page holds something behind the contents, expected zeros")
+		c.finding(RuleDataTail, tail, e.nid(), c.extentPath(e),
+			"the last page holds something behind the contents, expected zeros")
 	}
 }
 

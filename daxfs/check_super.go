@@ -15,8 +15,10 @@ func (c *checker) checkErofsSuper(block []byte) {
 	if d.FeatureCompat&disk.ErofsCompatChecksum == 0 {
 		c.finding(RuleChecksum, off+8, 0, "", "there is no checksum")
 	}
-	if bad := d.FeatureCompat &^ (disk.ErofsCompatChecksum | disk.ErofsCompatMtime); bad != 0 || d.FeatureIncompat != 0 {
-		c.finding(RuleFeature, off+8, 0, "", "compatible features %#x and incompatible features %#x, expected at most %#x and 0",
+	if bad := d.FeatureCompat &^ (disk.ErofsCompatChecksum | disk.ErofsCompatMtime); bad != 0 ||
+		d.FeatureIncompat != 0 {
+		c.finding(RuleFeature, off+8, 0, "",
+			"compatible features %#x and incompatible features %#x, expected at most %#x and 0",
 			d.FeatureCompat, d.FeatureIncompat, disk.ErofsCompatChecksum|disk.ErofsCompatMtime)
 	}
 	if d.ExtSlots != 0 || d.Compression != 0 || d.DevTableSlot != 0 || d.XattrPrefixes != 0 || d.XattrPrefixOff != 0 ||
@@ -56,10 +58,12 @@ func (c *checker) checkV8Super(block []byte) {
 		c.finding(RuleV8Size, 16, 0, "", "size is %d, the image has %d bytes", sb.TotalSize, c.s.size)
 	}
 	if base%BlockSize != 0 || end%BlockSize != 0 || sb.DataOff > sb.BaseSize {
-		c.finding(RuleV8Base, 24, 0, "", "base region from %d to %d, data from %d on, expected whole blocks and data inside", base, end, sb.DataOff)
+		c.finding(RuleV8Base, 24, 0, "",
+			"base region from %d to %d, data from %d on, expected whole blocks and data inside", base, end, sb.DataOff)
 	}
 	if sb.PCacheOff != 0 || sb.PCacheSize != 0 || sb.PCacheSlots != 0 || sb.PCacheHashSft != 0 {
-		c.finding(RuleV8PageCache, 88, 0, "", "page cache of %d bytes at %d, expected none", sb.PCacheSize, sb.PCacheOff)
+		c.finding(RuleV8PageCache, 88, 0, "", "page cache of %d bytes at %d, expected none",
+			sb.PCacheSize, sb.PCacheOff)
 	}
 	c.use(c.v8.inodeOff(1), int64(sb.InodeCount)*disk.V8InodeSize, useMeta, 0)
 	c.checkOverlay(&sb)
@@ -77,7 +81,8 @@ func (c *checker) checkOverlay(sb *disk.V8Super) {
 	off := int64(sb.OverlayOff)
 	c.use(off, disk.V8OverlaySize, useMeta, 0)
 	if off < c.v8.end() && c.v8.base() < off+disk.V8OverlaySize {
-		c.finding(RuleV8Overlay, 64, 0, "", "overlay at %d lies in the base region from %d to %d", off, c.v8.base(), c.v8.end())
+		c.finding(RuleV8Overlay, 64, 0, "", "overlay at %d lies in the base region from %d to %d", off,
+			c.v8.base(), c.v8.end())
 	}
 	b, err := c.s.view(off, disk.V8OverlaySize)
 	if err != nil {
@@ -88,7 +93,8 @@ func (c *checker) checkOverlay(sb *disk.V8Super) {
 	got.Unmarshal(b)
 	const empty = ^uint64(0)
 	want := disk.V8Overlay{
-		Magic: disk.V8OverlayMagic, Version: disk.V8OverlayVersion, BucketOff: disk.V8OverlayHdrSize, PoolOff: disk.V8OverlaySize,
+		Magic: disk.V8OverlayMagic, Version: disk.V8OverlayVersion, BucketOff: disk.V8OverlayHdrSize,
+		PoolOff: disk.V8OverlaySize,
 		NextIno: got.NextIno, Free: [3]uint64{empty, empty, empty},
 	}
 	switch {

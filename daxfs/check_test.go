@@ -286,7 +286,10 @@ func BenchmarkCheck(b *testing.B) {
 	for i := range inodes / 100 {
 		d := dir(map[string]*daxfs.Node{})
 		for k := range 99 {
-			d.Entries[fmt.Sprintf("file-with-a-name-%d", k)] = &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte(fmt.Sprintf("%d/%d", i, k)))}
+			d.Entries[fmt.Sprintf("file-with-a-name-%d", k)] = &daxfs.Node{
+				Mode: unix.S_IFREG | 0o644,
+				Data: s.put([]byte(fmt.Sprintf("%d/%d", i, k))),
+			}
 		}
 		root.Entries[fmt.Sprintf("directory-%d", i)] = d
 	}

@@ -63,7 +63,8 @@ func (c *checker) checkV8() {
 		orphan := !isDir && n.names == 0
 		if n.ok && !orphan && n.nlink != want {
 			ino := uint64(i) + 1
-			c.finding(RuleV8Nlink, c.v8.inodeOff(ino), ino, c.v8Path(ino), "link count is %d, expected %d", n.nlink, want)
+			c.finding(RuleV8Nlink, c.v8.inodeOff(ino), ino, c.v8Path(ino),
+				"link count is %d, expected %d", n.nlink, want)
 		}
 	}
 	c.checkV8Loops()
@@ -86,7 +87,8 @@ func (c *checker) checkV8Inode(ino uint64) {
 		return
 	}
 	if !isZero(b[36:]) {
-		c.finding(RuleV8Reserved, off+36, ino, c.v8Path(ino), "reserved bytes of the inode hold %x, expected zeros", b[36:])
+		c.finding(RuleV8Reserved, off+36, ino, c.v8Path(ino),
+			"reserved bytes of the inode hold %x, expected zeros", b[36:])
 	}
 	if in.Size == 0 {
 		return
@@ -97,7 +99,8 @@ func (c *checker) checkV8Inode(ino uint64) {
 			c.use(in.base, in.Size, useData|useV8, ino)
 		}
 		if in.base%BlockSize != 0 {
-			c.finding(RuleV8Align, off, ino, c.v8Path(ino), "contents at %d, expected a multiple of %d", in.base, BlockSize)
+			c.finding(RuleV8Align, off, ino, c.v8Path(ino), "contents at %d, expected a multiple of %d",
+				in.base, BlockSize)
 		}
 	case unix.S_IFLNK:
 		c.use(in.base, in.Size, useTarget|useV8, ino)
@@ -107,13 +110,15 @@ func (c *checker) checkV8Inode(ino uint64) {
 			return
 		}
 		if z := bytes.IndexByte(b, 0); int64(z) != in.Size {
-			c.finding(RuleV8Symlink, in.base, ino, c.v8Path(ino), "target of %d bytes has its first NUL at %d, expected it to follow the target", in.Size, z)
+			c.finding(RuleV8Symlink, in.base, ino, c.v8Path(ino),
+				"target of %d bytes has its first NUL at %d, expected it to follow the target", in.Size, z)
 		}
 	case unix.S_IFDIR:
 		n := in.Size / disk.V8DirentUnit * disk.V8DirentSize
 		c.use(in.base, n, useMeta|useV8, ino)
 		if c.s.size-(in.base+n) < disk.V8DirentSize {
-			c.finding(RuleV8DirSlack, off, ino, c.v8Path(ino), "entries end at %d, expected at least %d bytes before the end of the image at %d",
+			c.finding(RuleV8DirSlack, off, ino, c.v8Path(ino),
+				"entries end at %d, expected at least %d bytes before the end of the image at %d",
 				in.base+n, disk.V8DirentSize, c.s.size)
 		}
 	}
@@ -128,7 +133,8 @@ func (c *checker) checkV8Dir(ino uint64) {
 	}
 	if !spend(&c.budget, dir.Size) {
 		c.v8nodes[ino-1].ok = false
-		c.finding(RuleMetaOverlap, dir.base, 0, c.v8Path(ino), "directories of the DAXFS half take more bytes than the image has: they overlap")
+		c.finding(RuleMetaOverlap, dir.base, 0, c.v8Path(ino),
+			"directories of the DAXFS half take more bytes than the image has: they overlap")
 		return
 	}
 	list := c.listV8(&dir, func(err error) { c.broken(err, c.v8Path(ino)) })
@@ -151,7 +157,8 @@ func (c *checker) checkV8Dir(ino uint64) {
 			continue
 		}
 		if typ := uint32(n.mode) & unix.S_IFMT; typ != e.typ {
-			c.finding(RuleV8DirType, e.off, ino, c.v8Path(ino), "entry %q has type %#o, its inode %#o", e.name, e.typ, typ)
+			c.finding(RuleV8DirType, e.off, ino, c.v8Path(ino), "entry %q has type %#o, its inode %#o",
+				e.name, e.typ, typ)
 		}
 		if n.mode&unix.S_IFMT != unix.S_IFDIR {
 			n.names++
@@ -159,7 +166,8 @@ func (c *checker) checkV8Dir(ino uint64) {
 		}
 		c.v8nodes[ino-1].names++
 		if n.parent != 0 || e.nid == disk.V8RootIno {
-			c.finding(RuleV8DirLoop, e.off, ino, c.v8Path(ino), "entry %q leads to directory %d, which has another name or is the root", e.name, e.nid)
+			c.finding(RuleV8DirLoop, e.off, ino, c.v8Path(ino),
+				"entry %q leads to directory %d, which has another name or is the root", e.name, e.nid)
 			continue
 		}
 		n.parent = uint32(ino)

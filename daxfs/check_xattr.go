@@ -27,7 +27,8 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 	}
 	pos := disk.ErofsXattrHdrSize + disk.ErofsXattrIDSize*int(h.Shared)
 	if pos > len(b) {
-		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "%d shared xattrs do not fit in %d bytes", h.Shared, len(b))
+		c.finding(RuleXattrBounds, in.xoff, in.Nid, where(), "%d shared xattrs do not fit in %d bytes",
+			h.Shared, len(b))
 		return
 	}
 	for ids := b[disk.ErofsXattrHdrSize:pos]; len(ids) > 0 && c.err == nil; ids = ids[disk.ErofsXattrIDSize:] {
@@ -53,7 +54,8 @@ func (c *checker) checkNames(in *Inode, where func() string) {
 		list += len(name) + 1
 	}
 	if list > xattrListMax {
-		c.finding(RuleXattrList, in.xoff, in.Nid, where(), "xattr names of %d bytes with their NULs, expected at most %d",
+		c.finding(RuleXattrList, in.xoff, in.Nid, where(),
+			"xattr names of %d bytes with their NULs, expected at most %d",
 			list, xattrListMax)
 	}
 	slices.Sort(c.names)
@@ -94,7 +96,8 @@ func (c *checker) checkShared(id uint32, in *Inode, where func() string) {
 		return
 	}
 	if !spend(&c.budget, size) {
-		c.finding(RuleMetaOverlap, off, in.Nid, where(), "xattrs and directories take more bytes than the image has: they overlap")
+		c.finding(RuleMetaOverlap, off, in.Nid, where(),
+			"xattrs and directories take more bytes than the image has: they overlap")
 		return
 	}
 	x, err := c.ero.sharedXattr(id, in.Nid)

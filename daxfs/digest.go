@@ -85,7 +85,8 @@ func readDigests(s *source) (*digests, error) {
 		return bad("the table is that of an image of %d bytes, this one has %d", f.ImageSize, s.size)
 	case f.TableOff%BlockSize != 0 || f.TableOff > uint64(end) || f.MetaOff%BlockSize != 0 ||
 		f.MetaOff < BlockSize || f.MetaOff > f.TableOff:
-		return bad("the table is at %d and the metadata at %d, expected whole blocks below %d", f.TableOff, f.MetaOff, end)
+		return bad("the table is at %d and the metadata at %d, expected whole blocks below %d",
+			f.TableOff, f.MetaOff, end)
 	case f.Count > uint64(s.size)/BlockSize:
 		return bad("%d entries, an image of %d bytes has fewer contents", f.Count, s.size)
 	}

@@ -220,7 +220,8 @@ const maxPath = 1<<16 - 1
 
 func (w *treeWalk) dir(prefix string, dir Inode) error {
 	if len(prefix) > maxPath {
-		return dir.bad(dir.rule(RuleDirDepth, RuleV8DirDepth), "path of %d bytes, expected at most %d", len(prefix), maxPath)
+		return dir.bad(dir.rule(RuleDirDepth, RuleV8DirDepth), "path of %d bytes, expected at most %d",
+			len(prefix), maxPath)
 	}
 	var bad error
 	err := dir.Entries(0, func(e Dirent) bool {
@@ -240,7 +241,10 @@ func (w *treeWalk) entry(path string, e Dirent) error {
 	}
 	if in.IsDir() {
 		if _, ok := w.seen[in.Nid]; ok {
-			return &fs.PathError{Op: "walk", Path: path, Err: in.bad(in.rule(RuleDirLoop, RuleV8DirLoop), "directory has a second name")}
+			return &fs.PathError{
+				Op: "walk", Path: path,
+				Err: in.bad(in.rule(RuleDirLoop, RuleV8DirLoop), "directory has a second name"),
+			}
 		}
 		w.seen[in.Nid] = struct{}{}
 	}

@@ -61,7 +61,8 @@ func (d *dirFile) ReadDir(n int) ([]fs.DirEntry, error) {
 	err := d.in.Entries(d.cursor, func(e Dirent) bool {
 		if e.Type == unix.S_IFDIR {
 			if _, ok := d.dirs[e.Nid]; ok {
-				bad = corrupt(d.in.rule(RuleDirLoop, RuleV8DirLoop), -1, e.Nid, "directory has a second name %q", e.Name)
+				bad = corrupt(d.in.rule(RuleDirLoop, RuleV8DirLoop), -1, e.Nid,
+					"directory has a second name %q", e.Name)
 				return false
 			}
 			if d.dirs == nil {
@@ -102,7 +103,9 @@ func (e dirEntry) Info() (fs.FileInfo, error) {
 		return nil, err
 	}
 	if in.Mode&unix.S_IFMT != e.e.Type {
-		return nil, in.bad(in.rule(RuleDirType, RuleV8DirType), "mode is %#o, the entry %q has %#o", in.Mode, e.e.Name, e.e.Type)
+		return nil,
+			in.bad(in.rule(RuleDirType, RuleV8DirType), "mode is %#o, the entry %q has %#o", in.Mode,
+				e.e.Name, e.e.Type)
 	}
 	return newInfo(in, e.e.Name), nil
 }

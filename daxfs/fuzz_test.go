@@ -103,7 +103,8 @@ func wantRule(t *testing.T, err error) {
 		return
 	}
 	var f *daxfs.FormatError
-	if !errors.As(err, &f) || f.Rule.Meaning() == "" || errors.Is(err, daxfs.ErrCorrupt) == errors.Is(err, daxfs.ErrUnsupported) {
+	if !errors.As(err, &f) || f.Rule.Meaning() == "" ||
+		errors.Is(err, daxfs.ErrCorrupt) == errors.Is(err, daxfs.ErrUnsupported) {
 		t.Errorf("error names no rule: %v", err)
 	}
 }
@@ -194,7 +195,11 @@ func fuzzRanges(f *testing.F, ranges func(s *surgeon) [][2]int64) {
 func FuzzCorruptSuper(f *testing.F) {
 	fuzzRanges(f, func(s *surgeon) [][2]int64 {
 		o := int64(len(s.b) - len(s.overlayBytes()))
-		return [][2]int64{{0, disk.V8SuperSize}, {disk.ErofsSuperOff, disk.ErofsSuperOff + disk.ErofsSuperSize}, {o, o + 80}}
+		return [][2]int64{
+			{0, disk.V8SuperSize},
+			{disk.ErofsSuperOff, disk.ErofsSuperOff + disk.ErofsSuperSize},
+			{o, o + 80},
+		}
 	})
 }
 

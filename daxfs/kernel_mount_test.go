@@ -52,13 +52,15 @@ func kernelTrees() map[string]func(s *store) *daxfs.Node {
 			for i := range 40 {
 				n := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte("x"))}
 				for k := range i * 10 { // more than 255 shared ones
-					n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.a%d", k), Value: []byte("eight888")})
+					n.Xattrs = append(n.Xattrs,
+						daxfs.Xattr{Name: fmt.Sprintf("user.a%d", k), Value: []byte("eight888")})
 				}
 				root.Entries[fmt.Sprint("f", i)] = n
 			}
 			big := dir(map[string]*daxfs.Node{})
 			for i := range 3 {
-				big.Xattrs = append(big.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("trusted.%d", i), Value: make([]byte, 65535)})
+				big.Xattrs = append(big.Xattrs,
+					daxfs.Xattr{Name: fmt.Sprintf("trusted.%d", i), Value: make([]byte, 65535)})
 			}
 			for i := range 200 {
 				big.Entries[fmt.Sprint("e", i)] = symlink(fmt.Sprint("to", i))
@@ -201,8 +203,14 @@ func (r *recorder) Errorf(format string, args ...any) {
 func TestCompareTree(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	make := func() *daxfs.Node {
-		f := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte("text")), Xattrs: []daxfs.Xattr{{Name: "user.a", Value: []byte("1")}}}
-		return dir(map[string]*daxfs.Node{"f": f, "g": f, "l": symlink("f"), "d": dir(nil), "c": {Mode: unix.S_IFCHR, Rdev: 259}})
+		f := &daxfs.Node{
+			Mode: unix.S_IFREG | 0o644, Data: s.put([]byte("text")),
+			Xattrs: []daxfs.Xattr{{Name: "user.a", Value: []byte("1")}},
+		}
+		return dir(map[string]*daxfs.Node{
+			"f": f, "g": f, "l": symlink("f"), "d": dir(nil),
+			"c": {Mode: unix.S_IFCHR, Rdev: 259},
+		})
 	}
 	_, img := s.fileImage(t, make(), daxfs.Options{})
 	mountNamespace(t)

@@ -81,7 +81,8 @@ func TestKernelMutations(t *testing.T) {
 	if next.Load() == 0 {
 		return // no namespace of our own, and no mounts
 	}
-	t.Logf("%d mutations of seed %d: Check takes %d, which were in %d mounts; programs ran %d times", tried.Load(), seed,
+	t.Logf("%d mutations of seed %d: Check takes %d, which were in %d mounts; programs ran %d times",
+		tried.Load(), seed,
 		taken.Load(), mounts.Load(), progs.runs)
 	if taken.Load() < count/20 || progs.runs == 0 {
 		t.Error("Check takes too few mutations, or no program ran: this shows nothing")

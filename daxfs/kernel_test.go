@@ -200,7 +200,8 @@ func (c *tree) node(dirfd int, name, path string, n *daxfs.Node) {
 	case unix.S_IFDIR:
 		size = st.Size
 	}
-	got := fmt.Sprintf("mode %o uid %d gid %d size %d mtime %d.%09d rdev %#x nlink %d", st.Mode, st.Uid, st.Gid, st.Size,
+	got := fmt.Sprintf("mode %o uid %d gid %d size %d mtime %d.%09d rdev %#x nlink %d", st.Mode, st.Uid,
+		st.Gid, st.Size,
 		st.Mtim.Sec, st.Mtim.Nsec, st.Rdev, st.Nlink)
 	want := fmt.Sprintf("mode %o uid %d gid %d size %d mtime %d.%09d rdev %#x nlink %d", n.Mode, n.UID, n.GID, size,
 		n.Mtime.Sec, n.Mtime.Nsec, n.Rdev, c.nlink[n])

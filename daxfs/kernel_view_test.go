@@ -251,9 +251,10 @@ func TestCompareView(t *testing.T) {
 		"type": func(s *surgeon) {
 			s.dirent("files", "page", func(d *disk.ErofsDirent) { d.Type = disk.ErofsFTFifo })
 		},
-		"xattr name":    func(s *surgeon) { s.xattrs("files/page")[16]++ },
-		"xattr value":   func(s *surgeon) { b := s.xattrs("files/across"); b[len(b)-9]++ },
-		"xattr missing": inode("links/large", func(i *disk.ErofsInode) { i.Layout, i.XattrCount = disk.ErofsLayoutPlain, 0 }),
+		"xattr name":  func(s *surgeon) { s.xattrs("files/page")[16]++ },
+		"xattr value": func(s *surgeon) { b := s.xattrs("files/across"); b[len(b)-9]++ },
+		"xattr missing": inode("links/large",
+			func(i *disk.ErofsInode) { i.Layout, i.XattrCount = disk.ErofsLayoutPlain, 0 }),
 	} {
 		s := operate(t, bytes.Clone(sound))
 		edit(s)

@@ -118,7 +118,8 @@ func xattrCases() []xattrCase {
 		{"ACL of a device", unix.S_IFCHR, access, "", aclOf(owner, group, other), ""},
 	}
 	for _, index := range []uint8{0, 5, 7, 64, 128, 129, 134, 255} { // 5 is lustre, from 128 on are long prefixes
-		cases = append(cases, xattrCase{fmt.Sprint("namespace ", index), reg, index, "name", "value", daxfs.RuleXattrName})
+		cases = append(cases,
+			xattrCase{fmt.Sprint("namespace ", index), reg, index, "name", "value", daxfs.RuleXattrName})
 	}
 	types := []uint32{reg, unix.S_IFDIR, unix.S_IFLNK, unix.S_IFIFO, unix.S_IFSOCK, unix.S_IFCHR, unix.S_IFBLK}
 	for _, t := range types {
@@ -128,12 +129,16 @@ func xattrCases() []xattrCase {
 		}
 		cases = append(cases, xattrCase{fmt.Sprintf("user of %#o", t), t, user, "name", "value", rule})
 		for _, name := range []string{"ima", "evm", "selinux", "SMACK64", "apparmor", "x"} {
-			cases = append(cases, xattrCase{fmt.Sprintf("security.%s of %#o", name, t), t, secure, name, "\x00\xff", ""})
+			cases = append(cases,
+				xattrCase{fmt.Sprintf("security.%s of %#o", name, t), t, secure, name, "\x00\xff", ""})
 		}
 		opaque := xattrCase{fmt.Sprintf("trusted of %#o", t), t, disk.ErofsXattrTrusted, "overlay.opaque", "y", ""}
 		cases = append(cases, opaque)
 	}
-	for index, prefix := range map[uint8]string{user: "user.", disk.ErofsXattrTrusted: "trusted.", secure: "security."} {
+	for index, prefix := range map[uint8]string{
+		user: "user.", disk.ErofsXattrTrusted: "trusted.",
+		secure: "security.",
+	} {
 		full := daxfs.MaxName - len(prefix)
 		cases = append(cases,
 			xattrCase{prefix + " longest name", reg, index, strings.Repeat("n", full), "v", ""},
@@ -250,7 +255,8 @@ func TestKernelXattrList(t *testing.T) {
 	mountNamespace(t)
 	for want, b := range map[error][]byte{nil: longest, unix.E2BIG: longer} {
 		mnt, _ := mountImage(t, "loop", writeTemp(t, b), 0, int64(len(b)))
-		if size, err := unix.Llistxattr(mnt+"/it", make([]byte, 1<<17)); !isErr(err, want) || err == nil && size != 1<<16 {
+		if size, err := unix.Llistxattr(mnt+"/it", make([]byte, 1<<17)); !isErr(err, want) ||
+			err == nil && size != 1<<16 {
 			t.Errorf("the kernel lists %d bytes, %v; expected %v", size, err, want)
 		}
 	}

@@ -143,7 +143,13 @@ func symlink(target string) *daxfs.Node {
 // acl is a POSIX ACL in the form of getxattr(2): owner, a named user, group, mask, others.
 func acl(uid uint32) []byte {
 	b := []byte{2, 0, 0, 0}
-	for _, e := range [][3]uint32{{1, 7, 1<<32 - 1}, {2, 5, uid}, {4, 5, 1<<32 - 1}, {16, 7, 1<<32 - 1}, {32, 1, 1<<32 - 1}} {
+	for _, e := range [][3]uint32{
+		{1, 7, 1<<32 - 1},
+		{2, 5, uid},
+		{4, 5, 1<<32 - 1},
+		{16, 7, 1<<32 - 1},
+		{32, 1, 1<<32 - 1},
+	} {
 		b = append(b, byte(e[0]), 0, byte(e[1]), 0, byte(e[2]), byte(e[2]>>8), byte(e[2]>>16), byte(e[2]>>24))
 	}
 	return b
@@ -278,7 +284,8 @@ func (g *generator) attrs(n *daxfs.Node) {
 	typ := n.Mode & unix.S_IFMT
 	if typ == unix.S_IFREG || typ == unix.S_IFDIR {
 		for i := range r.IntN(4) {
-			n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.%d.%x", i, g.bytes(r.IntN(20))), Value: g.bytes(r.IntN(50))})
+			n.Xattrs = append(n.Xattrs,
+				daxfs.Xattr{Name: fmt.Sprintf("user.%d.%x", i, g.bytes(r.IntN(20))), Value: g.bytes(r.IntN(50))})
 		}
 		if r.IntN(30) == 0 {
 			n.Xattrs = append(n.Xattrs, daxfs.Xattr{Name: "user.big", Value: g.bytes(r.IntN(65536))})
@@ -321,9 +328,10 @@ func goldenImage(t testing.TB) (*daxfs.Plan, []byte) {
 		}, Xattrs: []daxfs.Xattr{mark, {Name: "system.posix_acl_default", Value: acl(1000)}}},
 		"null-again": null,
 		"empty":      at(1_700_000_000, 5, &daxfs.Node{Mode: unix.S_IFREG | 0o600, Xattrs: []daxfs.Xattr{mark}}),
-		"data":       at(1_700_000_000, 5, &daxfs.Node{Mode: unix.S_IFREG | 0o4755, Data: s.put(bytes.Repeat([]byte("data."), 1000))}),
-		"long":       symlink(string(bytes.Repeat([]byte("x"), 4095))),
-		"-":          symlink("."),
+		"data": at(1_700_000_000, 5,
+			&daxfs.Node{Mode: unix.S_IFREG | 0o4755, Data: s.put(bytes.Repeat([]byte("data."), 1000))}),
+		"long": symlink(string(bytes.Repeat([]byte("x"), 4095))),
+		"-":    symlink("."),
 	}))
 	return s.fileImage(t, root, daxfs.Options{Label: "golden"})
 }

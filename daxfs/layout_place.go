@@ -70,7 +70,8 @@ func (p *Plan) Place(pl Placement) error {
 		return p.misplaced(above, pl, "they are behind the metadata while those of "+p.path(below)+" are before it")
 	}
 	if above >= 0 && p.digestSize > 0 {
-		return p.misplaced(above, pl, "they are behind the metadata, expected them before it: the image has a digest table")
+		return p.misplaced(above, pl,
+			"they are behind the metadata, expected them before it: the image has a digest table")
 	}
 	if above >= 0 {
 		s.overlay, s.core = s.meta, s.meta+disk.V8OverlaySize

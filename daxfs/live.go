@@ -302,7 +302,8 @@ func (f *FS) at(root uint64) (*FS, error) {
 		return nil, err
 	}
 	if !in.IsDir() {
-		return nil, corrupt(RuleRoot, sub.inodeOff(root), root, "mode of the root is %#o, expected a directory", in.Mode)
+		return nil,
+			corrupt(RuleRoot, sub.inodeOff(root), root, "mode of the root is %#o, expected a directory", in.Mode)
 	}
 	return sub, nil
 }

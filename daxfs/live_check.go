@@ -115,7 +115,8 @@ func (c *checker) checkLiveSuper(l *Live) {
 	n := 0
 	err = root.Entries(0, func(e Dirent) bool {
 		if n >= l.g.Slots || e.Name != l.g.SlotName(n) || e.Nid != l.g.SlotNid(n) || e.Type != unix.S_IFDIR {
-			c.finding(RuleLiveSlots, l.g.NidOff(liveRoot), liveRoot, "/", "entry %d is %q, inode %d, type %#o, expected a slot",
+			c.finding(RuleLiveSlots, l.g.NidOff(liveRoot), liveRoot, "/",
+				"entry %d is %q, inode %d, type %#o, expected a slot",
 				n, e.Name, e.Nid, e.Type)
 			return false
 		}
@@ -141,7 +142,8 @@ func (c *checker) checkSlot(l *Live, i int) {
 	}
 	if slot[modeOff] == 0 && slot[modeOff+1] == 0 {
 		if string(slot) != string(emptySlot()) {
-			c.finding(RuleLiveSlots, l.g.SlotOff(i), l.g.SlotNid(i), "/", "slot holds %x, expected a published image or %x",
+			c.finding(RuleLiveSlots, l.g.SlotOff(i), l.g.SlotNid(i), "/",
+				"slot holds %x, expected a published image or %x",
 				slot, emptySlot())
 		}
 		return
@@ -165,7 +167,8 @@ func (c *checker) liveInode(n *node, path func() string) (seen bool) {
 	s := c.live.seen.at(i)
 	n.ok, n.mode, n.nlink = s.mode != 0, s.mode, s.nlink
 	if n.ok && s.mode&unix.S_IFMT != unix.S_IFREG {
-		c.finding(RuleLiveShared, c.ero.inodeOff(n.nid), n.nid, path(), "inode of mode %#o belongs to the image at slot %d, too", s.mode, s.slot)
+		c.finding(RuleLiveShared, c.ero.inodeOff(n.nid), n.nid, path(),
+			"inode of mode %#o belongs to the image at slot %d, too", s.mode, s.slot)
 		n.ok = false // what is in it was checked
 	}
 	return true

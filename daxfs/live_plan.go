@@ -150,7 +150,8 @@ func (l *LivePlan) keys() {
 		order = append(order, begin{binary.LittleEndian.Uint64(key[:]), int32(len(l.files))})
 		l.files = append(l.files, liveFile{ino: i})
 	}
-	slices.SortFunc(order, func(a, b begin) int { return cmp.Or(cmp.Compare(a.key, b.key), cmp.Compare(a.file, b.file)) })
+	slices.SortFunc(order,
+		func(a, b begin) int { return cmp.Or(cmp.Compare(a.key, b.key), cmp.Compare(a.file, b.file)) })
 	for len(order) > 0 {
 		n := 1
 		for n < len(order) && order[n].key == order[0].key {
@@ -312,7 +313,10 @@ func (l *LivePlan) PlaceLive(g Geometry, off int64, slot int) error {
 	for i := range l.inodes.len() {
 		in := l.inodes.at(i)
 		if in.hasData() && (in.addr < 0 || in.addr > end-roundUp(in.size, BlockSize)) {
-			return &TreeError{l.path(int32(i)), invalid("contents of %d bytes at %d: the tree ends at %d", in.size, in.addr, end)}
+			return &TreeError{
+				l.path(int32(i)),
+				invalid("contents of %d bytes at %d: the tree ends at %d", in.size, in.addr, end),
+			}
 		}
 	}
 	l.g, l.off, l.slot = g, off, slot

@@ -35,7 +35,8 @@ func newLivePool(t testing.TB, slots, perBlock int) *livePool {
 	t.Helper()
 	p := &livePool{s: newStore(liveData), have: map[daxfs.InodeKey][]uint64{}}
 	p.g = daxfs.Geometry{
-		UUID: [16]byte{1, 2, 3}, Slots: slots, PerBlock: perBlock, Head: 3 * daxfs.BlockSize, Blocks: liveSize / daxfs.BlockSize,
+		UUID: [16]byte{1, 2, 3}, Slots: slots, PerBlock: perBlock, Head: 3 * daxfs.BlockSize,
+		Blocks: liveSize / daxfs.BlockSize,
 	}
 	if err := daxfs.FormatLive(&p.s.f, p.g); err != nil {
 		t.Fatal(err)
@@ -91,10 +92,11 @@ func (p *livePool) publish(t testing.TB, root *daxfs.Node) (slot int) {
 func (p *livePool) check(t testing.TB) {
 	t.Helper()
 	p.s.f.Truncate(int64(p.g.Blocks) * daxfs.BlockSize)
-	err := daxfs.CheckLive(daxfs.Mem(p.s.f.b), int64(len(p.s.f.b)), daxfs.LiveCheckOptions{}, func(f daxfs.Finding) bool {
-		t.Errorf("check: %v", f)
-		return true
-	})
+	err := daxfs.CheckLive(daxfs.Mem(p.s.f.b), int64(len(p.s.f.b)), daxfs.LiveCheckOptions{},
+		func(f daxfs.Finding) bool {
+			t.Errorf("check: %v", f)
+			return true
+		})
 	if err != nil {
 		t.Error(err)
 	}
@@ -113,7 +115,10 @@ func TestLiveKernel(t *testing.T) {
 				for name, make := range makers {
 					trees[name] = make(p.s)
 				}
-				trees["root with xattrs"] = dir(map[string]*daxfs.Node{"f": {Mode: unix.S_IFREG | 0o644, Data: p.s.put([]byte("x"))}})
+				trees["root with xattrs"] = dir(map[string]*daxfs.Node{"f": {
+					Mode: unix.S_IFREG | 0o644,
+					Data: p.s.put([]byte("x")),
+				}})
 				trees["root with xattrs"].Xattrs = []daxfs.Xattr{
 					{Name: "user.long", Value: make([]byte, 60_000)},
 					{Name: "security.capability", Value: capability},
@@ -185,13 +190,15 @@ func TestLiveShares(t *testing.T) {
 	}
 	linked, wider := file("linked"), file("wider")
 	one := dir(map[string]*daxfs.Node{
-		"a": file("same"), "b": file("same"), "l1": linked, "l2": linked, "w1": wider, "w2": wider, "e": file(""), "s": symlink("a"),
+		"a": file("same"), "b": file("same"), "l1": linked, "l2": linked, "w1": wider, "w2": wider, "e": file(""),
+		"s": symlink("a"),
 	})
 	later := file("same")
 	later.Mtime.Sec = 1
 	wider2 := file("wider")
 	two := dir(map[string]*daxfs.Node{
-		"x": file("same"), "y": file("same"), "z": file("same"), "l3": file(""), "k": later, "w1": wider2, "w2": wider2, "w3": wider2,
+		"x": file("same"), "y": file("same"), "z": file("same"), "l3": file(""), "k": later, "w1": wider2,
+		"w2": wider2, "w3": wider2,
 	})
 	lnk := file("linked")
 	two.Entries["p"], two.Entries["q"] = lnk, lnk
@@ -254,8 +261,11 @@ var liveCorruptions = map[string]struct {
 	"root of another": {rule: daxfs.RuleLiveShared, spoil: func(_ *testing.T, p *livePool) {
 		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
 	}},
-	"label":          {rule: daxfs.RuleChecksum, spoil: func(t *testing.T, p *livePool) { p.s.f.b[1024+64]++ }},
-	"retracted half": {rule: daxfs.RuleLiveSlots, spoil: func(t *testing.T, p *livePool) { p.s.f.b[p.g.SlotOff(9)+20] = 1 }},
+	"label": {rule: daxfs.RuleChecksum, spoil: func(t *testing.T, p *livePool) { p.s.f.b[1024+64]++ }},
+	"retracted half": {
+		rule:  daxfs.RuleLiveSlots,
+		spoil: func(t *testing.T, p *livePool) { p.s.f.b[p.g.SlotOff(9)+20] = 1 },
+	},
 	"before its tree": {rule: daxfs.RuleDirBlock, spoil: func(t *testing.T, p *livePool) {
 		from := p.next
 		slot, b, _ := p.write(t, dir(map[string]*daxfs.Node{"d": dir(nil)}))
@@ -270,10 +280,13 @@ var liveCorruptions = map[string]struct {
 			_ = daxfs.EraseInode(&p.s.f, p.g, nids[0])
 		}
 	}},
-	"two inodes on one extent": {rule: daxfs.RuleLiveDAX, opts: daxfs.LiveCheckOptions{OneInode: true}, spoil: func(t *testing.T, p *livePool) {
-		f := &daxfs.Node{Mode: unix.S_IFREG | 0o600, Data: p.s.put([]byte("f"))}
-		p.publish(t, dir(map[string]*daxfs.Node{"f": f}))
-	}},
+	"two inodes on one extent": {
+		rule: daxfs.RuleLiveDAX, opts: daxfs.LiveCheckOptions{OneInode: true},
+		spoil: func(t *testing.T, p *livePool) {
+			f := &daxfs.Node{Mode: unix.S_IFREG | 0o600, Data: p.s.put([]byte("f"))}
+			p.publish(t, dir(map[string]*daxfs.Node{"f": f}))
+		},
+	},
 	"slot names": {rule: daxfs.RuleLiveSlots, spoil: func(t *testing.T, p *livePool) {
 		at := strings.Index(string(p.s.f.b[p.g.Head:p.g.TreeStart()]), "00299")
 		p.s.f.b[p.g.Head+int64(at)+4] = 'a'
@@ -360,10 +373,11 @@ func TestGeometry(t *testing.T) {
 				t.Fatalf("%d slots: %v", slots, err)
 			}
 			m.Truncate(int64(g.Blocks) * daxfs.BlockSize)
-			err := daxfs.CheckLive(daxfs.Mem(m.b), int64(len(m.b)), daxfs.LiveCheckOptions{}, func(f daxfs.Finding) bool {
-				t.Errorf("%d slots, %d in a block: %v", slots, perBlock, f)
-				return false
-			})
+			err := daxfs.CheckLive(daxfs.Mem(m.b), int64(len(m.b)), daxfs.LiveCheckOptions{},
+				func(f daxfs.Finding) bool {
+					t.Errorf("%d slots, %d in a block: %v", slots, perBlock, f)
+					return false
+				})
 			if err != nil {
 				t.Error(err)
 			}

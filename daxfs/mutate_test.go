@@ -33,7 +33,8 @@ func richImage(t testing.TB, seed uint64) []byte {
 	access := daxfs.Xattr{Name: "system.posix_acl_access", Value: acl(7)}
 	byDir := daxfs.Xattr{Name: "system.posix_acl_default", Value: acl(8)}
 	shared := []daxfs.Xattr{x("user.shared", 40), x("security.selinux", 30), access, x("trusted.shared", 0)}
-	linked, fifo := reg(4097, shared...), &daxfs.Node{Mode: unix.S_IFIFO | 0o600, Xattrs: []daxfs.Xattr{x("trusted.f", 3)}}
+	linked, fifo := reg(4097, shared...),
+		&daxfs.Node{Mode: unix.S_IFIFO | 0o600, Xattrs: []daxfs.Xattr{x("trusted.f", 3)}}
 	many := dir(map[string]*daxfs.Node{})
 	for i := range 40 { // blocks of names, few inodes
 		many.Entries[fmt.Sprintf("%0*d", 190+i, i)] = linked
@@ -54,12 +55,16 @@ func richImage(t testing.TB, seed uint64) []byte {
 			"v3": runs(3<<24|1, 1<<10, 0, 0, 0, 1000),
 		}),
 		"files": dir(map[string]*daxfs.Node{
-			"linked": linked, "empty": reg(0, access), "block": reg(4096), "page": reg(12000, x("user.a", 1), x("user.b", 0)),
+			"linked": linked, "empty": reg(0, access), "block": reg(4096),
+			"page": reg(12000, x("user.a", 1), x("user.b", 0)),
 			"same": reg(12000, shared...), "across": reg(10, x("user.long", 5000), x("user.longer", 9000)),
 			"names": reg(20, x("user."+strings.Repeat("n", 250), 1), x("trusted."+strings.Repeat("n", 247), 2)),
 		}),
 		"special": dir(map[string]*daxfs.Node{
-			"null":  {Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3), Xattrs: []daxfs.Xattr{x("security.selinux", 8)}},
+			"null": {
+				Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3),
+				Xattrs: []daxfs.Xattr{x("security.selinux", 8)},
+			},
 			"disk":  {Mode: unix.S_IFBLK | 0o660, Rdev: unix.Mkdev(8, 300), Xattrs: []daxfs.Xattr{access}},
 			"white": {Mode: unix.S_IFCHR}, "fifo": fifo, "again": fifo, "sock": {Mode: unix.S_IFSOCK | 0o755},
 		}),
@@ -283,7 +288,8 @@ func (m *mutator) entryOnce(b []byte) string {
 		e.NameLen = uint8(m.r.IntN(min(room, 255) + 1))
 		e.ValueLen = uint16(room - int(e.NameLen) - m.r.IntN(4))
 	default:
-		value := pick(m, []string{aclOf([3]uint32{1, 6, 1<<32 - 1}), string(capability), le32(3<<24, 1, 0, 0, 0, 0), "\x02"})
+		value := pick(m,
+			[]string{aclOf([3]uint32{1, 6, 1<<32 - 1}), string(capability), le32(3<<24, 1, 0, 0, 0, 0), "\x02"})
 		name := pick(m, []string{"", "capability", "capability", "ima"})
 		if disk.ErofsXattrEntSize+len(name)+len(value) > s.size {
 			break

@@ -5,7 +5,8 @@ import "hash/maphash"
 // nidTable finds items of a list by the number of their inode. It has the places of the items only, in a quarter of the
 // memory of a map: there may be millions. Numbers come from images, so they are mixed with a secret: see nidSeed.
 type nidTable struct {
-	slots []int32 // 1 + the place of an item, 0 if free; a power of two of them, of which at most three quarters are used
+	// 1 + the place of an item, 0 if free; a power of two of them, of which at most three quarters are used
+	slots []int32
 	n     int
 }
 

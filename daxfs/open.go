@@ -70,7 +70,9 @@ func openErofs(s source) (*FS, error) {
 		return nil, err
 	}
 	if !in.IsDir() {
-		return nil, corrupt(RuleRoot, f.inodeOff(f.sb.Root), f.sb.Root, "mode of the root is %#o, expected a directory", in.Mode)
+		return nil,
+			corrupt(RuleRoot, f.inodeOff(f.sb.Root), f.sb.Root,
+				"mode of the root is %#o, expected a directory", in.Mode)
 	}
 	return f, nil
 }
@@ -115,7 +117,8 @@ func (f *FS) readSuper() error {
 		return corrupt(RuleMagic, off, 0, "magic is %#x, expected %#x", d.Magic, uint32(disk.ErofsMagic))
 	}
 	if d.BlockBits != disk.ErofsBlockBits {
-		return unsupported(RuleBlockSize, off+12, 0, "block size is 2^%d bytes, expected 2^%d", d.BlockBits, disk.ErofsBlockBits)
+		return unsupported(RuleBlockSize, off+12, 0, "block size is 2^%d bytes, expected 2^%d", d.BlockBits,
+			disk.ErofsBlockBits)
 	}
 	if bad := d.FeatureIncompat &^ incompatAllowed; bad != 0 {
 		return unsupported(RuleFeature, off+80, 0, "incompatible features %#x (%s)", bad, featureNames(bad))
@@ -126,7 +129,8 @@ func (f *FS) readSuper() error {
 		}
 	}
 	if d.DirBlockBits != 0 || d.ExtraDevices != 0 {
-		return unsupported(RuleFeature, off+86, 0, "%d extra devices and directory blocks of 2^%d blocks, expected 0 and 0",
+		return unsupported(RuleFeature, off+86, 0,
+			"%d extra devices and directory blocks of 2^%d blocks, expected 0 and 0",
 			d.ExtraDevices, d.DirBlockBits)
 	}
 	f.sb = Super{
@@ -142,9 +146,11 @@ func (f *FS) readSuper() error {
 	case int64(d.Blocks)*BlockSize > f.s.size:
 		return corrupt(RuleBlocks, off+36, 0, "%d blocks, the image holds %d", d.Blocks, f.s.size/BlockSize)
 	case f.sb.meta >= f.s.size:
-		return corrupt(RuleAreas, off+40, 0, "metadata begins at block %d, the image holds %d", d.MetaBlock, f.s.size/BlockSize)
+		return corrupt(RuleAreas, off+40, 0, "metadata begins at block %d, the image holds %d", d.MetaBlock,
+			f.s.size/BlockSize)
 	case f.sb.xattr >= f.s.size:
-		return corrupt(RuleAreas, off+44, 0, "shared xattrs begin at block %d, the image holds %d", d.XattrBlock, f.s.size/BlockSize)
+		return corrupt(RuleAreas, off+44, 0, "shared xattrs begin at block %d, the image holds %d", d.XattrBlock,
+			f.s.size/BlockSize)
 	}
 	return nil
 }

@@ -257,7 +257,8 @@ func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 		debug.FreeOSMemory()
 	}
 	i := inode{
-		mode: n.Mode, uid: n.UID, gid: n.GID, nlink: 1, parent: parent, nth: int32(nth), sec: n.Mtime.Sec, nsec: n.Mtime.Nsec,
+		mode: n.Mode, uid: n.UID, gid: n.GID, nlink: 1, parent: parent, nth: int32(nth), sec: n.Mtime.Sec,
+		nsec: n.Mtime.Nsec,
 		size: n.Data.Size, inodeMore: &noMore,
 	}
 	xattrs, err := w.addXattrs(n.Mode, n.Xattrs)
@@ -315,7 +316,8 @@ func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 		if kid != nil && kid.planned > 0 {
 			c := kid.planned - 1
 			if p.inodes.at(c).isDir() {
-				return 0, w.fail(idx, invalid("entry %q is the directory %q: a directory has one name", name, p.path(c)))
+				return 0,
+					w.fail(idx, invalid("entry %q is the directory %q: a directory has one name", name, p.path(c)))
 			}
 			p.inodes.at(c).nlink++
 			kids[k].child = c

@@ -180,7 +180,8 @@ func (p *prover) cut(ctx context.Context, jobs chan<- proofJob, buf []byte) erro
 			end, ok := p.entryEnd(&e)
 			if !ok || int64(e.Off) < job.end {
 				return corrupt(RuleDigestTable, p.d.off+(n+i)*disk.DigestEntrySize, 0,
-					"entry %d is of %d bytes at %d, expected whole pages between %d and %d", n+i, e.Size, e.Off, job.end, p.d.meta)
+					"entry %d is of %d bytes at %d, expected whole pages between %d and %d", n+i, e.Size, e.Off,
+					job.end, p.d.meta)
 			}
 			if end-job.off > proofChunk {
 				send(job)

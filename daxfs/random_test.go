@@ -96,7 +96,8 @@ func compareHalves(t *testing.T, img []byte, base int64, root *daxfs.Node, s *st
 			return err
 		}
 		byName := func(a, b daxfs.Xattr) int { return cmp.Compare(a.Name, b.Name) }
-		if !slices.EqualFunc(slices.SortedFunc(slices.Values(got), byName), slices.SortedFunc(slices.Values(n.Xattrs), byName),
+		if !slices.EqualFunc(slices.SortedFunc(slices.Values(got), byName),
+			slices.SortedFunc(slices.Values(n.Xattrs), byName),
 			func(a, b daxfs.Xattr) bool { return a.Name == b.Name && bytes.Equal(a.Value, b.Value) }) {
 			t.Errorf("%q: xattrs %q, expected %q", path, got, n.Xattrs)
 		}
@@ -128,7 +129,9 @@ func inV8(n *daxfs.Node) bool {
 }
 
 // compareInode compares what both halves have.
-func compareInode(t *testing.T, img []byte, base int64, path string, in daxfs.Inode, n *daxfs.Node, nlink uint32, s *store) error {
+func compareInode(t *testing.T, img []byte, base int64, path string, in daxfs.Inode, n *daxfs.Node, nlink uint32,
+	s *store,
+) error {
 	t.Helper()
 	if in.Mode != n.Mode || in.UID != n.UID || in.GID != n.GID || in.Nlink != nlink {
 		t.Errorf("%q: mode %o, owner %d:%d, %d links; expected %o, %d:%d, %d", path, in.Mode, in.UID, in.GID, in.Nlink,
@@ -146,7 +149,8 @@ func compareInode(t *testing.T, img []byte, base int64, path string, in daxfs.In
 		off, size, ok := in.Data()
 		if n.Data.Size > 0 && (!ok || off != n.Data.Off-base || size != n.Data.Size ||
 			!bytes.Equal(img[off:off+size], s.get(n.Data))) {
-			t.Errorf("%q: contents of %d bytes at %d (%v), expected %d at %d", path, size, off, ok, n.Data.Size, n.Data.Off-base)
+			t.Errorf("%q: contents of %d bytes at %d (%v), expected %d at %d", path, size, off, ok, n.Data.Size,
+				n.Data.Off-base)
 		}
 	}
 	return nil

@@ -11,7 +11,8 @@ import (
 
 // fileTypes are the types of entries of the EROFS half, by their number.
 var fileTypes = [...]uint32{
-	disk.ErofsFTReg: unix.S_IFREG, disk.ErofsFTDir: unix.S_IFDIR, disk.ErofsFTChr: unix.S_IFCHR, disk.ErofsFTBlk: unix.S_IFBLK,
+	disk.ErofsFTReg: unix.S_IFREG, disk.ErofsFTDir: unix.S_IFDIR, disk.ErofsFTChr: unix.S_IFCHR,
+	disk.ErofsFTBlk:  unix.S_IFBLK,
 	disk.ErofsFTFifo: unix.S_IFIFO, disk.ErofsFTSock: unix.S_IFSOCK, disk.ErofsFTSymlink: unix.S_IFLNK,
 }
 
@@ -40,13 +41,17 @@ func (f *FS) block(dir *Inode, pos int64) (dirBlock, error) {
 	at, _ := dir.piece(pos)
 	d := dirBlock{b: b, off: at, nid: dir.Nid}
 	if len(b) < disk.ErofsDirentSize {
-		return d, corrupt(RuleDirBlock, at, dir.Nid, "directory block of %d bytes, expected at least %d", len(b), disk.ErofsDirentSize)
+		return d,
+			corrupt(RuleDirBlock, at, dir.Nid, "directory block of %d bytes, expected at least %d", len(b),
+				disk.ErofsDirentSize)
 	}
 	var first disk.ErofsDirent
 	first.Unmarshal(b)
 	n := int(first.NameOff)
 	if n < disk.ErofsDirentSize || n%disk.ErofsDirentSize != 0 || n >= len(b) {
-		return d, corrupt(RuleDirBlock, at, dir.Nid, "first name at %d, expected a multiple of %d below %d", n, disk.ErofsDirentSize, len(b))
+		return d,
+			corrupt(RuleDirBlock, at, dir.Nid, "first name at %d, expected a multiple of %d below %d", n,
+				disk.ErofsDirentSize, len(b))
 	}
 	d.count = n / disk.ErofsDirentSize
 	return d, nil
@@ -65,8 +70,10 @@ func (d *dirBlock) entry(i int) (rawDirent, error) {
 		end = int(next.NameOff)
 	}
 	if begin < d.count*disk.ErofsDirentSize || end > len(d.b) || begin >= end {
-		return rawDirent{}, corrupt(RuleDirBlock, at, d.nid, "name of entry %d at %d to %d, expected it to follow the one before within %d bytes",
-			i, begin, end, len(d.b))
+		return rawDirent{},
+			corrupt(RuleDirBlock, at, d.nid,
+				"name of entry %d at %d to %d, expected it to follow the one before within %d bytes",
+				i, begin, end, len(d.b))
 	}
 	name := d.b[begin:end:end]
 	if last {

@@ -35,7 +35,8 @@ func (f *FS) readInode(nid uint64) (Inode, disk.ErofsInode, error) {
 	}
 	n := copy(buf[:], b)
 	if disk.ErofsInodeExtended(buf[:]) && n < disk.ErofsExtendedSize {
-		return Inode{}, raw, corrupt(RuleNid, off, nid, "the inode of 64 bytes ends outside of the image of %d bytes", f.s.size)
+		return Inode{}, raw,
+			corrupt(RuleNid, off, nid, "the inode of 64 bytes ends outside of the image of %d bytes", f.s.size)
 	}
 	raw.Unmarshal(buf[:])
 	in := Inode{Stat: Stat{
@@ -46,7 +47,8 @@ func (f *FS) readInode(nid uint64) (Inode, disk.ErofsInode, error) {
 		in.Mtime = f.sb.Time
 	}
 	if raw.Format>>4 != 0 {
-		return in, raw, unsupported(RuleInodeFormat, off, nid, "format is %#x, expected bits 4 to 15 to be 0", raw.Format)
+		return in, raw,
+			unsupported(RuleInodeFormat, off, nid, "format is %#x, expected bits 4 to 15 to be 0", raw.Format)
 	}
 	if in.Mtime.Nsec > 999_999_999 {
 		return in, raw, corrupt(RuleTime, off, nid, "nanoseconds are %d, expected less than 1e9", in.Mtime.Nsec)
@@ -58,7 +60,9 @@ func (f *FS) readInode(nid uint64) (Inode, disk.ErofsInode, error) {
 	if raw.XattrCount != 0 {
 		in.xoff, in.xlen = end, int64(disk.ErofsXattrBytes(raw.XattrCount))
 		if !f.s.holds(in.xoff, in.xlen) {
-			return in, raw, corrupt(RuleXattrBounds, off, nid, "%d bytes of xattrs at %d, the image has %d bytes", in.xlen, in.xoff, f.s.size)
+			return in, raw,
+				corrupt(RuleXattrBounds, off, nid, "%d bytes of xattrs at %d, the image has %d bytes", in.xlen,
+					in.xoff, f.s.size)
 		}
 		end += in.xlen
 	}
@@ -93,14 +97,16 @@ func (f *FS) locate(in *Inode, raw *disk.ErofsInode, off, end int64) error {
 			return corrupt(RuleInline, off, in.Nid, "%d bytes stored with the inode at %d cross a block", n, end)
 		}
 		if !f.s.holds(end, n) {
-			return corrupt(RuleInline, off, in.Nid, "%d bytes stored with the inode at %d, the image has %d bytes", n, end, f.s.size)
+			return corrupt(RuleInline, off, in.Nid, "%d bytes stored with the inode at %d, the image has %d bytes",
+				n, end, f.s.size)
 		}
 	default:
 		return unsupported(RuleLayout, off, in.Nid, "data layout %d, expected plain (0) or inline (2)", raw.Layout)
 	}
 	in.base = int64(raw.Union) * BlockSize
 	if blocks > 0 && !f.s.holds(in.base, blocks) {
-		return corrupt(RuleDataBounds, off, in.Nid, "%d bytes of contents at %d, the image has %d bytes", blocks, in.base, f.s.size)
+		return corrupt(RuleDataBounds, off, in.Nid, "%d bytes of contents at %d, the image has %d bytes", blocks,
+			in.base, f.s.size)
 	}
 	switch {
 	case in.Size == 0:

@@ -64,7 +64,8 @@ type Inode struct {
 
 	base int64 // offset of the contents, or of their whole blocks where the tail is stored apart
 	tail int64 // offset of the last, partial block of the contents where it is stored apart (FLAT_INLINE), else 0
-	xoff int64 // offset and size of the attributes stored with the inode; the size is 0, or room for their header at least
+	// offset and size of the attributes stored with the inode; the size is 0, or room for their header at least
+	xoff int64
 	xlen int64
 }
 
@@ -122,7 +123,8 @@ func (in Inode) Target() (string, error) {
 		return "", fmt.Errorf("daxfs: inode %d: %w", in.Nid, unix.EINVAL)
 	}
 	if in.Size < 1 || in.Size > MaxTarget {
-		return "", in.bad(in.rule(RuleSymlink, RuleV8Symlink), "target of %d bytes, expected 1 to %d", in.Size, MaxTarget)
+		return "",
+			in.bad(in.rule(RuleSymlink, RuleV8Symlink), "target of %d bytes, expected 1 to %d", in.Size, MaxTarget)
 	}
 	b := make([]byte, in.Size)
 	if _, err := in.ReadAt(b, 0); err != nil {

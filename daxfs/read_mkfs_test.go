@@ -54,14 +54,16 @@ func makeTree(t *testing.T, dir string) {
 		t.Logf("no user xattrs here: %v", err)
 	}
 	for i := range 20 { // enough of one kind for mkfs to share them
-		_ = unix.Lsetxattr(path(fmt.Sprintf("many/%d-%s", i, strings.Repeat("n", i%240))), "user.shared", bytes.Repeat([]byte("s"), 200), 0)
+		_ = unix.Lsetxattr(path(fmt.Sprintf("many/%d-%s", i, strings.Repeat("n", i%240))), "user.shared",
+			bytes.Repeat([]byte("s"), 200), 0)
 	}
 	if os.Geteuid() == 0 {
 		must(unix.Mknod(path("odd/null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
 		must(unix.Mknod(path("odd/disk"), unix.S_IFBLK|0o660, int(unix.Mkdev(259, 300))))
 		must(os.Lchown(path("size100"), 1000, 70000))
 		_ = unix.Lsetxattr(path("size4096"), "trusted.overlay.opaque", []byte("y"), 0)
-		_ = unix.Lsetxattr(path("size8192"), "security.capability", []byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0)
+		_ = unix.Lsetxattr(path("size8192"), "security.capability",
+			[]byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0)
 	}
 }
 
@@ -138,7 +140,8 @@ func compareDir(t *testing.T, f *daxfs.FS, dir string, args []string) {
 			return err
 		}
 		if in.Mode != st.Mode || in.UID != st.Uid || in.GID != st.Gid || in.Rdev != st.Rdev {
-			t.Errorf("%q: got mode %#o owner %d:%d rdev %d, want %#o %d:%d %d", path, in.Mode, in.UID, in.GID, in.Rdev, st.Mode, st.Uid, st.Gid, st.Rdev)
+			t.Errorf("%q: got mode %#o owner %d:%d rdev %d, want %#o %d:%d %d", path, in.Mode, in.UID, in.GID, in.Rdev,
+				st.Mode, st.Uid, st.Gid, st.Rdev)
 		}
 		if uint64(in.Nlink) != uint64(st.Nlink) { // of another type on other machines
 			t.Errorf("%q: got %d links, want %d", path, in.Nlink, st.Nlink)
@@ -146,7 +149,8 @@ func compareDir(t *testing.T, f *daxfs.FS, dir string, args []string) {
 		if !in.IsDir() && in.Size != st.Size {
 			t.Errorf("%q: got size %d, want %d", path, in.Size, st.Size)
 		}
-		if !slices.Contains(args, "-T0") && (in.Mtime.Sec != int64(st.Mtim.Sec) || in.Mtime.Nsec != uint32(st.Mtim.Nsec)) {
+		if !slices.Contains(args, "-T0") &&
+			(in.Mtime.Sec != int64(st.Mtim.Sec) || in.Mtime.Nsec != uint32(st.Mtim.Nsec)) {
 			t.Errorf("%q: got mtime %v, want %v", path, in.Mtime, st.Mtim)
 		}
 		compareContents(t, host, path, in)

@@ -54,7 +54,8 @@ func newSource(r io.ReaderAt, size int64) (source, error) {
 		return source{}, corrupt(RuleImageSize, -1, 0, "size is %d bytes, expected at least %d", size, BlockSize)
 	}
 	if size > maxImage {
-		return source{}, unsupported(RuleImageSize, -1, 0, "size is %d bytes, expected at most %d", size, int64(maxImage))
+		return source{},
+			unsupported(RuleImageSize, -1, 0, "size is %d bytes, expected at most %d", size, int64(maxImage))
 	}
 	s := source{r: r, size: size}
 	if m, ok := r.(Mapped); ok {

@@ -21,7 +21,8 @@ import (
 func TestSuper(t *testing.T) {
 	b := patient(t)
 	sb := operate(t, b).f.Super()
-	if sb.Label != "patient" || int64(sb.Blocks)*daxfs.BlockSize != int64(len(b)) || sb.Inodes != 319 || sb.UUID == [16]byte{} {
+	if sb.Label != "patient" || int64(sb.Blocks)*daxfs.BlockSize != int64(len(b)) || sb.Inodes != 319 ||
+		sb.UUID == [16]byte{} {
 		t.Errorf("got %+v", sb)
 	}
 }
@@ -55,7 +56,8 @@ func TestBothHalves(t *testing.T) {
 				t.Errorf("read dir: got %v, %v", list, err)
 			}
 			info, err := fsys.Lstat("one")
-			if err != nil || info.Mode() != 0o644 || info.Size() != 3 || info.IsDir() || info.Sys().(*daxfs.Stat).UID != 1 {
+			if err != nil || info.Mode() != 0o644 || info.Size() != 3 || info.IsDir() ||
+				info.Sys().(*daxfs.Stat).UID != 1 {
 				t.Errorf("lstat: got %v, %v", info, err)
 			}
 			if _, err := fsys.Lstat("none"); !isErr(err, fs.ErrNotExist) {
@@ -218,7 +220,11 @@ func TestWalkStops(t *testing.T) {
 		n    int
 		err  error
 	}{
-		{"", nil, 321, nil}, {"many", fs.SkipDir, 21, nil}, {".", fs.SkipDir, 1, nil}, {".", boom, 1, boom}, {"dir/sub/leaf", boom, 4, boom},
+		{"", nil, 321, nil},
+		{"many", fs.SkipDir, 21, nil},
+		{".", fs.SkipDir, 1, nil},
+		{".", boom, 1, boom},
+		{"dir/sub/leaf", boom, 4, boom},
 	} {
 		if n, err := count(c.path, c.with); n != c.n || !isErr(err, c.err) {
 			t.Errorf("%v at %q: got %d calls, %v, want %d, %v", c.with, c.path, n, err, c.n, c.err)

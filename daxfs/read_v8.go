@@ -39,7 +39,9 @@ func openV8(s source) (*DAXFS, error) {
 		return nil, err
 	}
 	if !in.IsDir() {
-		return nil, corrupt(RuleV8Root, d.inodeOff(disk.V8RootIno), disk.V8RootIno, "mode of the root is %#o, expected a directory", in.Mode)
+		return nil,
+			corrupt(RuleV8Root, d.inodeOff(disk.V8RootIno), disk.V8RootIno,
+				"mode of the root is %#o, expected a directory", in.Mode)
 	}
 	return d, nil
 }
@@ -81,9 +83,11 @@ func (d *DAXFS) readSuper() error {
 	case sb.BlockSize != BlockSize:
 		return unsupported(RuleV8BlockSize, 8, 0, "block size is %d bytes, expected %d", sb.BlockSize, BlockSize)
 	case sb.BaseOff < BlockSize || sb.BaseOff > size || sb.BaseSize > size-sb.BaseOff:
-		return corrupt(RuleV8Base, 24, 0, "base region of %d bytes at %d, expected it between %d and %d", sb.BaseSize, sb.BaseOff, BlockSize, size)
+		return corrupt(RuleV8Base, 24, 0, "base region of %d bytes at %d, expected it between %d and %d", sb.BaseSize,
+			sb.BaseOff, BlockSize, size)
 	case sb.InodeOff > sb.BaseSize || uint64(sb.InodeCount)*disk.V8InodeSize > sb.BaseSize-sb.InodeOff:
-		return corrupt(RuleV8Table, 40, 0, "%d inodes at %d do not fit in the base region of %d bytes", sb.InodeCount, sb.InodeOff, sb.BaseSize)
+		return corrupt(RuleV8Table, 40, 0, "%d inodes at %d do not fit in the base region of %d bytes", sb.InodeCount,
+			sb.InodeOff, sb.BaseSize)
 	case sb.InodeCount == 0:
 		return corrupt(RuleV8Table, 48, 0, "no inodes, expected at least the root")
 	case sb.RootIno < 1 || sb.RootIno > sb.InodeCount:
@@ -121,20 +125,25 @@ func (d *DAXFS) readInode(ino uint64) (Inode, disk.V8Inode, error) {
 	case unix.S_IFREG:
 	case unix.S_IFDIR:
 		if raw.Size%disk.V8DirentUnit != 0 {
-			return in, raw, corrupt(RuleV8DirSize, off, ino, "size of a directory is %d, expected a multiple of %d", raw.Size, disk.V8DirentUnit)
+			return in, raw,
+				corrupt(RuleV8DirSize, off, ino, "size of a directory is %d, expected a multiple of %d", raw.Size,
+					disk.V8DirentUnit)
 		}
 		// The entries are further apart than their size says: see format.md.
 		need = raw.Size / disk.V8DirentUnit * disk.V8DirentSize
 	case unix.S_IFLNK:
 		if raw.Size < 1 || raw.Size > MaxTarget {
-			return in, raw, corrupt(RuleV8Symlink, off, ino, "target of %d bytes, expected 1 to %d", raw.Size, MaxTarget)
+			return in, raw,
+				corrupt(RuleV8Symlink, off, ino, "target of %d bytes, expected 1 to %d", raw.Size, MaxTarget)
 		}
 		need++
 	default:
-		return in, raw, corrupt(RuleV8Mode, off, ino, "mode is %#o, expected a regular file, directory or symbolic link", raw.Mode)
+		return in, raw,
+			corrupt(RuleV8Mode, off, ino, "mode is %#o, expected a regular file, directory or symbolic link", raw.Mode)
 	}
 	if raw.Size > d.sb.BaseSize || need > 0 && (raw.DataOff > d.sb.BaseSize || need > d.sb.BaseSize-raw.DataOff) {
-		return in, raw, corrupt(RuleV8Bounds, off, ino, "%d bytes at %d, the base region has %d", need, raw.DataOff, d.sb.BaseSize)
+		return in, raw,
+			corrupt(RuleV8Bounds, off, ino, "%d bytes at %d, the base region has %d", need, raw.DataOff, d.sb.BaseSize)
 	}
 	if raw.Size > 0 {
 		in.base = d.base() + int64(raw.DataOff)
@@ -158,9 +167,11 @@ func (d *DAXFS) rawEntry(b []byte, off int64, dir uint64) (rawDirent, error) {
 		return rawDirent{}, corrupt(RuleV8DirName, off, dir, "name %q is stored, expected none", name)
 	}
 	if e.Ino < 1 || e.Ino > d.sb.InodeCount {
-		return rawDirent{}, corrupt(RuleV8DirIno, off, dir, "entry %q has inode %d, expected 1 to %d", name, e.Ino, d.sb.InodeCount)
+		return rawDirent{},
+			corrupt(RuleV8DirIno, off, dir, "entry %q has inode %d, expected 1 to %d", name, e.Ino, d.sb.InodeCount)
 	}
-	return rawDirent{nid: uint64(e.Ino), typ: e.Mode & unix.S_IFMT, name: name, odd: !isZero(b[10:disk.V8DirentName])}, nil
+	return rawDirent{nid: uint64(e.Ino), typ: e.Mode & unix.S_IFMT, name: name, odd: !isZero(b[10:disk.V8DirentName])},
+		nil
 }
 
 // eachEntry calls fn for the entries of a directory from number i on, in stored order, until it returns false. The

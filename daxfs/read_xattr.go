@@ -83,7 +83,8 @@ func (f *FS) sharedXattr(id uint32, nid uint64) (rawXattr, error) {
 func (f *FS) sharedSize(id uint32, nid uint64) (off, size int64, err error) {
 	off = f.sb.xattr + int64(id)*disk.ErofsXattrIDSize
 	if !f.s.holds(off, disk.ErofsXattrEntSize) {
-		return 0, 0, corrupt(RuleXattrBounds, off, nid, "shared xattr %d lies outside of the image of %d bytes", id, f.s.size)
+		return 0, 0,
+			corrupt(RuleXattrBounds, off, nid, "shared xattr %d lies outside of the image of %d bytes", id, f.s.size)
 	}
 	b, err := f.s.view(off, disk.ErofsXattrEntSize)
 	if err != nil {
@@ -93,7 +94,9 @@ func (f *FS) sharedSize(id uint32, nid uint64) (off, size int64, err error) {
 	e.Unmarshal(b)
 	size = int64(e.Size())
 	if !f.s.holds(off, size) {
-		return 0, 0, corrupt(RuleXattrBounds, off, nid, "shared xattr %d of %d bytes ends outside of the image of %d bytes", id, size, f.s.size)
+		return 0, 0,
+			corrupt(RuleXattrBounds, off, nid, "shared xattr %d of %d bytes ends outside of the image of %d bytes",
+				id, size, f.s.size)
 	}
 	return off, size, nil
 }
@@ -101,7 +104,9 @@ func (f *FS) sharedSize(id uint32, nid uint64) (off, size int64, err error) {
 // parseXattr decodes the entry at the beginning of b.
 func parseXattr(b []byte, off int64, nid uint64) (rawXattr, error) {
 	if len(b) < disk.ErofsXattrEntSize {
-		return rawXattr{}, corrupt(RuleXattrBounds, off, nid, "%d bytes left for an xattr, expected at least %d", len(b), disk.ErofsXattrEntSize)
+		return rawXattr{},
+			corrupt(RuleXattrBounds, off, nid, "%d bytes left for an xattr, expected at least %d", len(b),
+				disk.ErofsXattrEntSize)
 	}
 	var e disk.ErofsXattrEntry
 	e.Unmarshal(b)
@@ -118,7 +123,9 @@ func parseXattr(b []byte, off int64, nid uint64) (rawXattr, error) {
 	case acl != (len(name) == 0):
 		return rawXattr{}, corrupt(RuleXattrName, off, nid, "xattr name %q after %q", name, prefix)
 	case len(prefix)+len(name) > MaxName:
-		return rawXattr{}, corrupt(RuleXattrName, off, nid, "xattr name of %d bytes, expected at most %d", len(prefix)+len(name), MaxName)
+		return rawXattr{},
+			corrupt(RuleXattrName, off, nid, "xattr name of %d bytes, expected at most %d",
+				len(prefix)+len(name), MaxName)
 	case bytes.IndexByte(name, 0) >= 0:
 		return rawXattr{}, corrupt(RuleXattrName, off, nid, "xattr name %q holds a NUL", name)
 	}

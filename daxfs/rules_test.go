@@ -119,7 +119,10 @@ func TestDeep(t *testing.T) {
 			t.Errorf("finding: %.300v", f)
 		}
 	}
-	walks := map[daxfs.Rule]func(func(string, daxfs.Inode) error) error{daxfs.RuleDirDepth: o.f.Walk, daxfs.RuleV8DirDepth: o.d.Walk}
+	walks := map[daxfs.Rule]func(func(string, daxfs.Inode) error) error{
+		daxfs.RuleDirDepth:   o.f.Walk,
+		daxfs.RuleV8DirDepth: o.d.Walk,
+	}
 	for rule, walk := range walks {
 		err := walk(func(string, daxfs.Inode) error { return nil })
 		var f *daxfs.FormatError
@@ -140,7 +143,8 @@ func TestErrors(t *testing.T) {
 	nid := s.lookup("two").Nid
 	_, err := s.f.Stat("one")
 	var f *daxfs.FormatError
-	if !errors.As(err, &f) || f.Rule != daxfs.RuleInodeFormat || f.Ino == 0 || f.Off <= 0 || !errors.Is(err, daxfs.ErrUnsupported) {
+	if !errors.As(err, &f) || f.Rule != daxfs.RuleInodeFormat || f.Ino == 0 || f.Off <= 0 ||
+		!errors.Is(err, daxfs.ErrUnsupported) {
 		t.Errorf("got %v", err)
 	}
 	want := "stat one: unsupported image: format is 0x101, expected bits 4 to 15 to be 0 (rule inode-format, inode 31, offset 62432)"

@@ -30,7 +30,10 @@ func patient(t testing.TB) []byte {
 	t.Helper()
 	s := newStore(daxfs.BlockSize)
 	reg := func(content string) *daxfs.Node {
-		return &daxfs.Node{Mode: unix.S_IFREG | 0o644, UID: 1, GID: 2, Mtime: daxfs.Time{Sec: 7, Nsec: 8}, Data: s.put([]byte(content))}
+		return &daxfs.Node{
+			Mode: unix.S_IFREG | 0o644, UID: 1, GID: 2, Mtime: daxfs.Time{Sec: 7, Nsec: 8},
+			Data: s.put([]byte(content)),
+		}
 	}
 	one := reg("one")
 	one.Xattrs = []daxfs.Xattr{
@@ -54,7 +57,10 @@ func patient(t testing.TB) []byte {
 		"one": one, "hard": one, "two": reg("two"), "same": reg("two"),
 		"pages": reg(strings.Repeat("pages", 3000)), "more": reg(strings.Repeat("more", 5000)), "empty": reg(""),
 		"link": symlink("one"), "link2": symlink("two"), "long": symlink(strings.Repeat("l", 4095)),
-		"dir":  dir(map[string]*daxfs.Node{"sub": dir(map[string]*daxfs.Node{"leaf": reg("leaf")}), "sub2": dir(nil), "x": reg("x"), "y": reg("y")}),
+		"dir": dir(map[string]*daxfs.Node{
+			"sub": dir(map[string]*daxfs.Node{"leaf": reg("leaf")}), "sub2": dir(nil),
+			"x": reg("x"), "y": reg("y"),
+		}),
 		"many": many, "fifo": fifo, "fifo2": fifo,
 		"null": {Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)},
 	})

@@ -38,7 +38,8 @@ func (p *Plan) writeDigests(r *runWriter, meta hash.Hash) {
 	at := s.core + p.coreSize
 	f := disk.DigestFooter{
 		Version: disk.DigestVersion, Algorithm: disk.DigestSHA256,
-		TableOff: uint64(at), Count: uint64(len(p.digests)), MetaOff: uint64(s.core), ImageSize: uint64(s.End - s.Image),
+		TableOff: uint64(at), Count: uint64(len(p.digests)), MetaOff: uint64(s.core),
+		ImageSize: uint64(s.End - s.Image),
 	}
 	copy(f.Magic[:], disk.DigestMagic)
 	table := sha256.New()

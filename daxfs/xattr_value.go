@@ -94,7 +94,8 @@ func checkACL(x Xattr) error {
 	}
 	last, named, masked := uint16(0), false, false
 	for e := v[aclHeader:]; len(e) > 0; e = e[aclEntry:] {
-		tag, perm, id := binary.LittleEndian.Uint16(e), binary.LittleEndian.Uint16(e[2:]), binary.LittleEndian.Uint32(e[4:])
+		tag, perm, id := binary.LittleEndian.Uint16(e), binary.LittleEndian.Uint16(e[2:]),
+			binary.LittleEndian.Uint32(e[4:])
 		switch tag {
 		case aclOwner, aclGroup, aclMask, aclOther:
 			if id != noID {
@@ -119,7 +120,8 @@ func checkACL(x Xattr) error {
 		last = tag
 	}
 	if last != aclOther || named && !masked {
-		return invalid("xattr %q: expected entries for owner, group and others, and a mask with users or groups", x.Name)
+		return invalid("xattr %q: expected entries for owner, group and others, and a mask with users or groups",
+			x.Name)
 	}
 	return nil
 }

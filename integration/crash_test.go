@@ -54,7 +54,8 @@ func TestCrashLoop(t *testing.T) {
 			}
 			img, err := build(base, files, []testimage.Entry{
 				testimage.Dir("node_modules", 0o755),
-				testimage.File("own", 0o644, fmt.Appendf(nil, "%d\n", i)), testimage.Whiteout("node_modules/package-0002"),
+				testimage.File("own", 0o644, fmt.Appendf(nil, "%d\n", i)),
+				testimage.Whiteout("node_modules/package-0002"),
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -111,7 +112,8 @@ func TestCrashLoop(t *testing.T) {
 		})
 		close(stop)
 		wg.Wait()
-		t.Logf("%d rounds of clients, %d met a dead daemon; %d layers were pulled by their files", done, failed, pulledByFiles(t, s))
+		t.Logf("%d rounds of clients, %d met a dead daemon; %d layers were pulled by their files", done, failed,
+			pulledByFiles(t, s))
 		// Pulls that containerd did not survive keep what they had for a day.
 		for _, lease := range strings.Fields(s.Ctr("leases", "ls", "-q")) {
 			s.Ctr("leases", "rm", lease)

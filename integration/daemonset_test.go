@@ -42,7 +42,10 @@ func TestDaemonSet(t *testing.T) {
 	start := func(id string) {
 		t.Helper()
 		// ctr has no word for the propagation of the root, without which that of the volume goes nowhere.
-		_, err := s.Try("nerdctl", append(append(append([]string{"--snapshotter", "overlayfs", "run", "--detach", "--name", id}, flags...), pod), args...)...)
+		_, err := s.Try("nerdctl", append(append(append([]string{
+			"--snapshotter", "overlayfs", "run", "--detach",
+			"--name", id,
+		}, flags...), pod), args...)...)
 		s.Must(err)
 		for range 200 { // containerd waits for seconds after a failure before it connects again
 			// Of no snapshots containerd asks nobody.
@@ -175,7 +178,8 @@ func podFlags(t *testing.T, s *stack.T) (flags, args []string) {
 		t.Fatal(err)
 	}
 	def := config.Default()
-	node := strings.NewReplacer(def.Root, s.DaemonRoot(), filepath.Dir(def.Address), s.Stack.Run, filepath.Dir(def.Containerd.Address), s.Stack.Run)
+	node := strings.NewReplacer(def.Root, s.DaemonRoot(), filepath.Dir(def.Address), s.Stack.Run,
+		filepath.Dir(def.Containerd.Address), s.Stack.Run)
 	host := map[string]string{}
 	for _, v := range spec.Volumes {
 		switch {
@@ -197,5 +201,7 @@ func podFlags(t *testing.T, s *stack.T) (flags, args []string) {
 	}
 	flags = append(flags, "--entrypoint", c.Command[0])
 	args = append(append(args, c.Command[1:]...), c.Args...)
-	return flags, append(args, "--root", s.DaemonRoot(), "--address", s.Stack.Run+"/daxfs.sock", "--containerd-address", s.Stack.Run+"/containerd.sock")
+	return flags,
+		append(args, "--root", s.DaemonRoot(), "--address", s.Stack.Run+"/daxfs.sock", "--containerd-address",
+			s.Stack.Run+"/containerd.sock")
 }

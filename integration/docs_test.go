@@ -124,7 +124,10 @@ func TestDocs(t *testing.T) {
 				}
 				cmd := exec.Command("bash", "-e", "-x", "-c", strings.Join(script, "\n"))
 				cmd.Dir = dir
-				cmd.Env = []string{"PATH=" + bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir, "LANG=C.UTF-8"}
+				cmd.Env = []string{
+					"PATH=" + bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+					"HOME=" + dir, "LANG=C.UTF-8",
+				}
 				out, err := cmd.CombinedOutput()
 				t.Logf("%s", out)
 				if err != nil {
@@ -197,7 +200,8 @@ func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(), s.Run+"/daxfs.sock", s.Run+"/containerd.sock")
+	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(), s.Run+"/daxfs.sock",
+		s.Run+"/containerd.sock")
 	if err := os.WriteFile(filepath.Join(dir, "daxfs.toml"), []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +209,8 @@ func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 	for name, script := range map[string]string{
 		"ctr": fmt.Sprintf("exec %s/ctr --address %s --namespace %s \"$@\"", bin, containerd, stack.Namespace),
 		"nerdctl": fmt.Sprintf("exec %s/nerdctl --address %s --namespace %s --data-root %s/nerdctl --cni-path %s --cni-netconfpath %s/cni "+
-			"--insecure-registry --cgroup-manager cgroupfs \"$@\"", bin, containerd, stack.Namespace, s.Dir, bin, s.Dir),
+			"--insecure-registry --cgroup-manager cgroupfs \"$@\"", bin, containerd, stack.Namespace,
+			s.Dir, bin, s.Dir),
 		"daxfs": fmt.Sprintf("if [ \"$1\" = doctor ]; then shift; set -- doctor --containerd %s --containerd-config %s/containerd.toml --config %s/daxfs.toml \"$@\"; fi\n"+
 			"exec %s/daxfs \"$@\"", containerd, s.Dir, dir, own),
 		// doctor asks it for its configuration.
@@ -232,7 +237,8 @@ func TestDocsMarked(t *testing.T) {
 			t.Fatal(err)
 		}
 		for n, line := range strings.Split(string(text), "\n") {
-			if fence := strings.TrimSpace(line); strings.HasPrefix(fence, "```") && len(fence) > 3 && fence != "```console" && fence != "```toml" && fence != "```go" {
+			if fence := strings.TrimSpace(line); strings.HasPrefix(fence, "```") && len(fence) > 3 &&
+				fence != "```console" && fence != "```toml" && fence != "```go" {
 				t.Errorf("%s:%d: a block of kind %q, expected console, toml or go", file, n+1, fence[3:])
 			}
 		}
@@ -319,7 +325,8 @@ func TestDocsMessages(t *testing.T) {
 	if !ok {
 		t.Fatal("operations.md has no section Messages")
 	}
-	containerd, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/containerd/containerd/v2").Output()
+	containerd, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}",
+		"github.com/containerd/containerd/v2").Output()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,7 +25,8 @@ func doctorOn(t *testing.T, s *stack.Stack, daemonConfig string, args ...string)
 		t.Fatal(err)
 	}
 	args = append([]string{
-		"doctor", "--containerd", s.Run + "/containerd.sock", "--containerd-config", s.ContainerdConfig(), "--config", file,
+		"doctor", "--containerd", s.Run + "/containerd.sock", "--containerd-config", s.ContainerdConfig(),
+		"--config", file,
 	}, args...)
 	cmd := exec.Command(filepath.Join(cache, "own/daxfs"), append(args, s.Dir)...)
 	cmd.Env = append(os.Environ(), "PATH="+filepath.Join(cache, "bin")+":"+os.Getenv("PATH"))
@@ -40,27 +41,32 @@ func doctorOn(t *testing.T, s *stack.Stack, daemonConfig string, args ...string)
 // verdict and status 3.
 func TestDoctorCases(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
-	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(), s.Stack.Run+"/daxfs.sock", s.Stack.Run+"/containerd.sock")
+	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(),
+		s.Stack.Run+"/daxfs.sock", s.Stack.Run+"/containerd.sock")
 	check := func(name, daemonConfig, what, cure string) {
 		t.Helper()
 		status, text := doctorOn(t, s.Stack, daemonConfig)
-		line := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(what) + `.* +no +.*` + regexp.QuoteMeta(cure)).FindString(text)
+		line := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(what) + `.* +no +.*` +
+			regexp.QuoteMeta(cure)).FindString(text)
 		lines := strings.Split(strings.TrimSpace(text), "\n")
 		last := lines[len(lines)-1]
 		if status != 3 || line == "" || !strings.HasPrefix(last, "verdict: ") || !strings.Contains(last, what) {
-			t.Errorf("%s: status %d, expected 3 and a line %q with %q; the verdict is %q:\n%s", name, status, what, cure, last, text)
+			t.Errorf("%s: status %d, expected 3 and a line %q with %q; the verdict is %q:\n%s", name, status, what,
+				cure, last, text)
 		}
 	}
 	sound := func(name string) {
 		t.Helper()
-		if status, text := doctorOn(t, s.Stack, config); status != 0 || !strings.HasSuffix(text, "\nverdict: nothing is wrong\n") {
+		if status, text := doctorOn(t, s.Stack, config); status != 0 ||
+			!strings.HasSuffix(text, "\nverdict: nothing is wrong\n") {
 			t.Errorf("%s: status %d:\n%s", name, status, text)
 		}
 	}
 	sound("at first")
 
 	// What the daemon's configuration says.
-	check("wrong containerd.address", strings.Replace(config, "containerd.sock", "none.sock", 1), "containerd.address", "correct it")
+	check("wrong containerd.address", strings.Replace(config, "containerd.sock", "none.sock", 1),
+		"containerd.address", "correct it")
 	check("wrong kind", config+"[pool]\nkind = \"what\"\n", "configuration", "pool.kind")
 	check("wrong root", strings.Replace(config, "/root", "/other", 1), "root agrees", "make them the same")
 	check("overlay options", config+"[mount]\noverlay_options = [\"volatil\"]\n", "mount.overlay_options", "volatil")
@@ -88,9 +94,18 @@ func TestDoctorCases(t *testing.T) {
 		name, what, cure string
 		edit             func(string) string
 	}{
-		{"differ socket", "differ daxfs-diff socket", "make them the same", after("[proxy_plugins.daxfs-diff]", replace("daxfs.sock", "x.sock", 1))},
-		{"platform", "unpack_config platform", `make it "linux"`, after(`unpack_config`, replace(`"linux"`, `"windows"`, -1))},
-		{"our differ for overlayfs", "differ of overlayfs", `make it "walking"`, replace(`"walking"`, `"daxfs-diff"`, 1)},
+		{
+			"differ socket", "differ daxfs-diff socket", "make them the same",
+			after("[proxy_plugins.daxfs-diff]", replace("daxfs.sock", "x.sock", 1)),
+		},
+		{
+			"platform", "unpack_config platform", `make it "linux"`,
+			after(`unpack_config`, replace(`"linux"`, `"windows"`, -1)),
+		},
+		{
+			"our differ for overlayfs", "differ of overlayfs", `make it "walking"`,
+			replace(`"walking"`, `"daxfs-diff"`, 1),
+		},
 		{
 			"diff service", "differs of the diff service", "take it out",
 			add("\n[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"walking\", \"daxfs-diff\"]\n"),
@@ -112,13 +127,18 @@ func TestDoctorCases(t *testing.T) {
 		head, _, _ := strings.Cut(text, "[proxy_plugins.daxfs]")
 		return strings.Replace(head, "imports = []", fmt.Sprintf("imports = [%q]", conf+"/*.toml"), 1)
 	}
-	s.Must(s.RestartContainerd(func(text string) string { return strings.Replace(bare(text), conf, conf+"/none/of", 1) }))
-	if status, text := doctorOn(t, s.Stack, config, "--fix", "--yes"); status != 3 || !strings.Contains(text, "is written") {
+	s.Must(s.RestartContainerd(func(text string) string {
+		return strings.Replace(bare(text), conf,
+			conf+"/none/of", 1)
+	}))
+	if status, text := doctorOn(t, s.Stack, config, "--fix", "--yes"); status != 3 ||
+		!strings.Contains(text, "is written") {
 		t.Errorf("doctor --fix into a directory that is not there: status %d:\n%s", status, text)
 	}
 	s.Must(os.RemoveAll(filepath.Join(conf, "none")))
 	s.Must(s.RestartContainerd(func(text string) string { return strings.Replace(bare(text), conf, "/nowhere", 1) }))
-	if status, text := doctorOn(t, s.Stack, config, "--fix", "--yes"); status != 1 || !strings.Contains(text, "imports no directory") {
+	if status, text := doctorOn(t, s.Stack, config, "--fix", "--yes"); status != 1 ||
+		!strings.Contains(text, "imports no directory") {
 		t.Errorf("doctor --fix without a directory to write to: status %d:\n%s", status, text)
 	}
 	s.Must(s.RestartContainerd(bare))
@@ -149,7 +169,8 @@ func TestDoctorCases(t *testing.T) {
 	sound("with the first configuration again")
 	s.Must(s.StopDaemon(syscall.SIGTERM))
 	check("no daemon", config, "daxfs-snapshotter runs", "start it")
-	check("no driver", config+"[pool]\nkind = \"file\"\n[mount]\ndriver = \"erofs-dax\"\n", "driver for the daemon's pool", "erofs-dax")
+	check("no driver", config+"[pool]\nkind = \"file\"\n[mount]\ndriver = \"erofs-dax\"\n",
+		"driver for the daemon's pool", "erofs-dax")
 	s.Must(s.StartDaemon())
 	s.Must(s.StopContainerd(syscall.SIGTERM))
 	check("no containerd", config, "containerd answers", "is it running")

@@ -49,7 +49,8 @@ func TestEstimateOfSwitch(t *testing.T) {
 	}
 	cache, err := stack.CacheDir()
 	s.Must(err)
-	out, err := exec.Command(filepath.Join(cache, "own/daxfs"), "estimate", "--all", "--json", "--address", s.Stack.Run+"/containerd.sock",
+	out, err := exec.Command(filepath.Join(cache, "own/daxfs"), "estimate", "--all", "--json", "--address",
+		s.Stack.Run+"/containerd.sock",
 		"--namespace", stack.Namespace).Output()
 	s.Must(err)
 	var said struct {
@@ -68,7 +69,8 @@ func TestEstimateOfSwitch(t *testing.T) {
 	if len(said.Images) != 2 {
 		t.Errorf("%d images were estimated, expected 2: %s", len(said.Images), out)
 	}
-	near("overlayfs", said.Overlay, diskOf(t, filepath.Join(s.Dir, "containerd/root/io.containerd.snapshotter.v1.overlayfs/snapshots")))
+	near("overlayfs", said.Overlay,
+		diskOf(t, filepath.Join(s.Dir, "containerd/root/io.containerd.snapshotter.v1.overlayfs/snapshots")))
 	pool := filepath.Dir(s.PoolFile())
 	unix.Sync()
 	before := diskOf(t, pool)

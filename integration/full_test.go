@@ -55,7 +55,8 @@ func TestDeadDaemon(t *testing.T) {
 		s := stack.New(t, stack.Options{Mode: m})
 		ref := push(t, s, "special")
 		s.Must(s.StopDaemon(syscall.SIGKILL))
-		if _, err := s.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", "daxfs", ref); err == nil || !strings.Contains(err.Error(), "daxfs.sock") {
+		if _, err := s.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", "daxfs", ref); err == nil ||
+			!strings.Contains(err.Error(), "daxfs.sock") {
 			t.Errorf("pull without the daemon: %v, want an error that names daxfs.sock", err)
 		}
 		s.Pull(ref, "overlayfs")

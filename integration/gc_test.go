@@ -31,7 +31,8 @@ func TestRemove(t *testing.T) {
 		}
 		s.Ctr("image", "rm", "--sync", refs["special"])
 		s.Must(s.Collect())
-		if out, err := s.Exec("python", "/usr/bin/python3", "/app/main.py"); err != nil || !strings.HasPrefix(out, `{"app"`) {
+		if out, err := s.Exec("python", "/usr/bin/python3", "/app/main.py"); err != nil ||
+			!strings.HasPrefix(out, `{"app"`) {
 			t.Errorf("the container that stays: %q, %v", out, err)
 		}
 		await(t, "two images are unmounted", func() bool { return len(s.ImageMounts()) == 1 })
@@ -58,7 +59,8 @@ func nothingLeft(t *testing.T, s *stack.T) {
 		t.Errorf("check of the pool: %v", err)
 	}
 	if report.ExtentCount != 0 || report.Images != 0 || report.Layers != 0 {
-		t.Errorf("the pool still has %d extents, images %q and layers %q", report.ExtentCount, report.ImageKeys, report.LayerKeys)
+		t.Errorf("the pool still has %d extents, images %q and layers %q", report.ExtentCount, report.ImageKeys,
+			report.LayerKeys)
 	}
 	dirs, err := s.SnapshotDirs()
 	if err != nil || len(dirs) != 0 {

@@ -17,7 +17,10 @@ func TestInstall(t *testing.T) {
 	dest := t.TempDir()
 	makeTarget := func(target string, more ...string) {
 		t.Helper()
-		args := append([]string{"-C", "..", target, "DESTDIR=" + dest, "PREFIX=/usr", "VERSION=v1.2.3-test", "COMMIT=0123abc"}, more...)
+		args := append([]string{
+			"-C", "..", target, "DESTDIR=" + dest, "PREFIX=/usr", "VERSION=v1.2.3-test",
+			"COMMIT=0123abc",
+		}, more...)
 		cmd := exec.Command("make", args...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("make %s: %v\n%s", target, err, out)
@@ -25,15 +28,17 @@ func TestInstall(t *testing.T) {
 	}
 	makeTarget("build")
 	makeTarget("install", "GO=false") // what is built is installed, without Go
-	if out, err := exec.Command("make", "-C", "..", "install", "DESTDIR="+dest, "FROM=none").CombinedOutput(); err == nil ||
+	if out, err := exec.Command("make", "-C", "..", "install", "DESTDIR="+dest,
+		"FROM=none").CombinedOutput(); err == nil ||
 		!strings.Contains(string(out), `run "make build" first`) {
 		t.Errorf("make install of programs that are not there: %v\n%s", err, out)
 	}
 	for file, mode := range map[string]fs.FileMode{
 		"usr/bin/daxfs": 0o755, "usr/bin/daxfs-snapshotter": 0o755,
-		"usr/lib/systemd/system/daxfs-snapshotter.service": 0o644, "usr/lib/systemd/system/daxfs-snapshotter.socket": 0o644,
-		"etc/daxfs-snapshotter/config.toml": 0o644,
-		"usr/share/man/man1/daxfs.1":        0o644, "usr/share/man/man8/daxfs-snapshotter.8": 0o644,
+		"usr/lib/systemd/system/daxfs-snapshotter.service": 0o644,
+		"usr/lib/systemd/system/daxfs-snapshotter.socket":  0o644,
+		"etc/daxfs-snapshotter/config.toml":                0o644,
+		"usr/share/man/man1/daxfs.1":                       0o644, "usr/share/man/man8/daxfs-snapshotter.8": 0o644,
 		"usr/share/daxfs/containerd/v3.toml": 0o644, "usr/share/daxfs/containerd/cri-runtimeclass.toml": 0o644,
 		"usr/share/bash-completion/completions/daxfs": 0o644, "usr/share/zsh/site-functions/_daxfs": 0o644,
 		"usr/share/fish/vendor_completions.d/daxfs.fish": 0o644,
@@ -52,7 +57,8 @@ func TestInstall(t *testing.T) {
 		}
 	}
 	config := filepath.Join(dest, "etc/daxfs-snapshotter/config.toml")
-	out, err := exec.Command(filepath.Join(dest, "usr/bin/daxfs-snapshotter"), "--config", config, "config", "check").CombinedOutput()
+	out, err := exec.Command(filepath.Join(dest, "usr/bin/daxfs-snapshotter"), "--config", config, "config",
+		"check").CombinedOutput()
 	if err != nil {
 		t.Errorf("the installed configuration: %v\n%s", err, out)
 	}
@@ -103,7 +109,8 @@ func TestUnit(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("make install: %v\n%s", err, out)
 	}
-	out, err := exec.Command("systemd-analyze", "verify", "--man=no", prefix+"/lib/systemd/system/daxfs-snapshotter.service",
+	out, err := exec.Command("systemd-analyze", "verify", "--man=no",
+		prefix+"/lib/systemd/system/daxfs-snapshotter.service",
 		prefix+"/lib/systemd/system/daxfs-snapshotter.socket").CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)

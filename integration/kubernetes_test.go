@@ -51,7 +51,8 @@ func TestKubernetes(t *testing.T) {
 		if host, ok := paths[m.Name]; ok && host != m.MountPath {
 			t.Errorf("volume %q is %q on the node and %q in the container", m.Name, host, m.MountPath)
 		}
-		if m.MountPath == def.Root && m.MountPropagation != nil && *m.MountPropagation == corev1.MountPropagationBidirectional {
+		if m.MountPath == def.Root && m.MountPropagation != nil &&
+			*m.MountPropagation == corev1.MountPropagationBidirectional {
 			propagated = true
 		}
 	}

@@ -23,7 +23,8 @@ func TestNerdctlImages(t *testing.T) {
 		size := string(testimage.Noise(2, 1)) // what the file /s/size-1 holds
 		show := func(image string) {
 			t.Helper()
-			if out := s.Nerdctl("run", "--rm", "--net=none", image, "cat", "/s/size-1", "/s/hidden/new"); out != size+"new" {
+			if out := s.Nerdctl("run", "--rm", "--net=none", image, "cat", "/s/size-1", "/s/hidden/new"); out != size+
+				"new" {
 				t.Errorf("a container of %s printed %q", image, out)
 			}
 		}
@@ -42,7 +43,8 @@ func TestNerdctlImages(t *testing.T) {
 		s.Nerdctl("export", "--output", flat, "box")
 		s.Nerdctl("import", flat, "imported:1")
 		show("imported:1")
-		if out := s.Nerdctl("run", "--rm", "--net=none", "imported:1", "sh", "-c", "cat /own; test ! -e /s/attrs"); out != "mine\n" {
+		if out := s.Nerdctl("run", "--rm", "--net=none", "imported:1", "sh", "-c",
+			"cat /own; test ! -e /s/attrs"); out != "mine\n" {
 			t.Errorf("what was exported shows %q", out)
 		}
 		s.Nerdctl("rm", "box")
@@ -60,7 +62,8 @@ func TestNerdctlStopped(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	ref := push(t, s, "special")
 	s.Nerdctl("pull", ref)
-	s.Nerdctl("run", "--detach", "--name", "web", "--publish", "127.0.0.1:18080:80", ref, "httpd", "-f", "-p", "80", "-h", "/s")
+	s.Nerdctl("run", "--detach", "--name", "web", "--publish", "127.0.0.1:18080:80", ref, "httpd", "-f", "-p",
+		"80", "-h", "/s")
 	get := func(path string) string {
 		resp, err := http.Get("http://127.0.0.1:18080" + path)
 		if err != nil {
@@ -79,7 +82,10 @@ func TestNerdctlStopped(t *testing.T) {
 	s.Nerdctl("cp", file, "web:/s/page")
 	s.Nerdctl("cp", "web:/s/page", file+"-back")
 	s.Nerdctl("cp", "web:/s/size-4097", file+"-image")
-	for name, want := range map[string]string{file + "-back": "from outside", file + "-image": string(testimage.Noise(4098, 4097))} {
+	for name, want := range map[string]string{
+		file + "-back":  "from outside",
+		file + "-image": string(testimage.Noise(4098, 4097)),
+	} {
 		if b, err := os.ReadFile(name); err != nil || string(b) != want {
 			t.Errorf("%s: %d bytes, %v", filepath.Base(name), len(b), err)
 		}
@@ -118,7 +124,8 @@ func etc(t *testing.T, files map[string]string) {
 			t.Fatal(err)
 		}
 	}
-	if err := unix.Mount("overlay", "/etc", "overlay", 0, "lowerdir=/etc,upperdir="+upper+",workdir="+work); err != nil {
+	if err := unix.Mount("overlay", "/etc", "overlay", 0,
+		"lowerdir=/etc,upperdir="+upper+",workdir="+work); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -140,11 +147,13 @@ func TestImageVolume(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.Ctr("image", "mount", "--snapshotter", "daxfs", volume, dir)
-		s.Ctr("run", "--detach", "--snapshotter", "daxfs", "--mount", "type=bind,src="+dir+",dst=/volume,options=rbind:ro", tiny, "user", "sleep", "1000000")
+		s.Ctr("run", "--detach", "--snapshotter", "daxfs", "--mount",
+			"type=bind,src="+dir+",dst=/volume,options=rbind:ro", tiny, "user", "sleep", "1000000")
 		// The image goes while its volume is in use.
 		s.Ctr("image", "rm", "--sync", volume)
 		s.Must(s.Collect())
-		out, err := s.Exec("user", "sh", "-c", "cat /volume/s/hidden/new; stat -c %u:%g /volume/s/owned; touch /volume/x 2>/dev/null || echo refused")
+		out, err := s.Exec("user", "sh", "-c",
+			"cat /volume/s/hidden/new; stat -c %u:%g /volume/s/owned; touch /volume/x 2>/dev/null || echo refused")
 		if err != nil || out != "new1000:1000\nrefused\n" {
 			t.Errorf("the volume shows %q, %v", out, err)
 		}

@@ -46,7 +46,8 @@ func TestPartialRegistry(t *testing.T) {
 	s.Must(err)
 	login := stack.DistributionUser + ":" + stack.DistributionPassword
 	// What docker login leaves. The daemon is told nothing else, nor are nerdctl and daxfs convert.
-	config := fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, privateRegistry, base64.StdEncoding.EncodeToString([]byte(login)))
+	config := fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, privateRegistry,
+		base64.StdEncoding.EncodeToString([]byte(login)))
 	s.Must(os.Mkdir(filepath.Join(s.Dir, ".docker"), 0o700))
 	s.Must(os.WriteFile(filepath.Join(s.Dir, ".docker/config.json"), []byte(config), 0o600))
 	clients := []struct {
@@ -85,7 +86,8 @@ func TestPartialRegistry(t *testing.T) {
 				gzip, err := d.Push(c.name, tag+"-gzip", img)
 				s.Must(err)
 				refs[tag] = strings.TrimSuffix(gzip, "-gzip")
-				_, err = s.Try("daxfs", "convert", "--quiet", "--hosts-dir", s.HostsDir(), "docker://"+gzip, "--to", "docker://"+refs[tag])
+				_, err = s.Try("daxfs", "convert", "--quiet", "--hosts-dir", s.HostsDir(), "docker://"+gzip, "--to",
+					"docker://"+refs[tag])
 				s.Must(err)
 			}
 			img, err := testimage.Chunked(second...) // what convert wrote
@@ -118,7 +120,8 @@ func larger(layers [][]testimage.Entry) {
 	for _, layer := range layers[1:] {
 		for i, e := range layer {
 			if len(e.Body) > 0 {
-				layer[i] = testimage.File(e.Name, e.Mode, testimage.Noise(binary.LittleEndian.Uint64(e.Body), 4*len(e.Body)))
+				layer[i] = testimage.File(e.Name, e.Mode,
+					testimage.Noise(binary.LittleEndian.Uint64(e.Body), 4*len(e.Body)))
 			}
 		}
 	}
@@ -127,7 +130,8 @@ func larger(layers [][]testimage.Entry) {
 // criPull pulls as a kubelet does for a pod with imagePullSecrets.
 func criPull(t *testing.T, s *stack.T, ref string) {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock",
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	s.Must(err)
 	defer conn.Close()
 	_, err = cri.NewImageServiceClient(conn).PullImage(t.Context(), &cri.PullImageRequest{

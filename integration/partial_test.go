@@ -120,7 +120,8 @@ func TestPartialPull(t *testing.T) {
 				}
 				s.Run(ref, "daxfs", "c", "/bin/true")
 
-				if out := s.Ctr("image", "check", "--snapshotter", "daxfs", "name=="+ref); !strings.Contains(out, "incomplete") {
+				if out := s.Ctr("image", "check", "--snapshotter", "daxfs",
+					"name=="+ref); !strings.Contains(out, "incomplete") {
 					t.Errorf("containerd has all blobs: %s", out)
 				}
 				export := []string{"image", "export", filepath.Join(s.Dir, "export.tar"), ref}
@@ -191,7 +192,8 @@ func BenchmarkPartialPull(b *testing.B) {
 				for b.Loop() {
 					b.StopTimer()
 					s := stack.New(b, stack.Options{
-						Mode: stack.Streaming, ParallelUnpacks: 3, Config: fmt.Sprintf("[partial]\nenabled = %v\n", enabled),
+						Mode: stack.Streaming, ParallelUnpacks: 3,
+						Config: fmt.Sprintf("[partial]\nenabled = %v\n", enabled),
 					})
 					if c.old != nil {
 						old, err := testimage.Chunked(c.old...)

@@ -18,7 +18,8 @@ func TestReboot(t *testing.T) {
 				config := ""
 				if kind == "tmpfs" {
 					// Run is on a tmpfs of its own and is wiped by the reboot; the path must outlive that.
-					config = fmt.Sprintf("[pool]\nkind = %q\npath = %q\nsize = \"1GiB\"\n", kind, "/run/daxfs-test.pool")
+					config = fmt.Sprintf("[pool]\nkind = %q\npath = %q\nsize = \"1GiB\"\n", kind,
+						"/run/daxfs-test.pool")
 				}
 				s := stack.New(t, stack.Options{Mode: m, Config: config})
 				t.Cleanup(func() { removeIfThere(t, "/run/daxfs-test.pool") })
@@ -29,7 +30,8 @@ func TestReboot(t *testing.T) {
 					refs[name] = push(t, s, name)
 					s.Pull(refs[name], "daxfs")
 					trees[name] = s.ImageTree(refs[name], "daxfs")
-					s.Ctr("run", "--detach", "--snapshotter", "daxfs", refs[name], name, "sh", "-c", "echo mine > /own; sleep 1000000")
+					s.Ctr("run", "--detach", "--snapshotter", "daxfs", refs[name], name, "sh", "-c",
+						"echo mine > /own; sleep 1000000")
 				}
 				s.Must(s.Registry.Off())
 				s.Ctr("image", "rm", "--sync", refs["layers"])
@@ -49,10 +51,12 @@ func TestReboot(t *testing.T) {
 						t.Errorf("%s after the reboot: %v", name, err)
 					}
 				}
-				if out, err := s.Exec("layers", "sh", "-c", "cat /l/top; ls /l/shared | wc -l"); err != nil || out != "layer 69\n1\n" {
+				if out, err := s.Exec("layers", "sh", "-c", "cat /l/top; ls /l/shared | wc -l"); err != nil ||
+					out != "layer 69\n1\n" {
 					t.Errorf("container of the removed image: %q, %v", out, err)
 				}
-				if out := s.Run(refs["python"], "daxfs", "new", "/usr/bin/python3", "/app/main.py"); out != `{"app": "one", "prefix": "/usr"}`+"\n" {
+				if out := s.Run(refs["python"], "daxfs", "new", "/usr/bin/python3",
+					"/app/main.py"); out != `{"app": "one", "prefix": "/usr"}`+"\n" {
 					t.Errorf("a new container after the reboot printed %q", out)
 				}
 				s.Must(s.Registry.On())

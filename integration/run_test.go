@@ -22,7 +22,8 @@ func TestRun(t *testing.T) {
 		if out := s.Run(tiny, "daxfs", "a", "cat", "/etc/hostname"); out != "tiny\n" {
 			t.Errorf("the container printed %q", out)
 		}
-		if out := s.Run(tiny, "daxfs", "b", "sh", "-c", "echo new > /etc/hostname; rm /etc/group; cat /etc/hostname; ls /etc"); out != "new\nhostname\npasswd\n" {
+		if out := s.Run(tiny, "daxfs", "b", "sh", "-c",
+			"echo new > /etc/hostname; rm /etc/group; cat /etc/hostname; ls /etc"); out != "new\nhostname\npasswd\n" {
 			t.Errorf("the container printed %q", out)
 		}
 		if out := s.Run(tiny, "daxfs", "a", "cat", "/etc/hostname"); out != "tiny\n" {
@@ -30,7 +31,8 @@ func TestRun(t *testing.T) {
 		}
 		python := push(t, s, "python")
 		s.Pull(python, "daxfs")
-		if out := s.Run(python, "daxfs", "p", "/usr/bin/python3", "/app/main.py"); out != `{"app": "one", "prefix": "/usr"}`+"\n" {
+		if out := s.Run(python, "daxfs", "p", "/usr/bin/python3",
+			"/app/main.py"); out != `{"app": "one", "prefix": "/usr"}`+"\n" {
 			t.Errorf("python printed %q", out)
 		}
 
@@ -59,11 +61,13 @@ func TestNerdctl(t *testing.T) {
 		s := stack.New(t, stack.Options{Mode: m})
 		ref := push(t, s, "special")
 		s.Nerdctl("pull", ref)
-		if out := s.Nerdctl("run", "--rm", "--net=none", ref, "cat", "/s/size-1"); out != string(testimage.Noise(2, 1)) {
+		if out := s.Nerdctl("run", "--rm", "--net=none", ref, "cat",
+			"/s/size-1"); out != string(testimage.Noise(2, 1)) {
 			t.Errorf("nerdctl run printed %q", out)
 		}
 		s.Nerdctl("run", "--detach", "--net=none", "--name", "box", ref, "sleep", "1000000")
-		if out := s.Nerdctl("exec", "box", "sh", "-c", "echo changed > /s/owned; rm /s/attrs; stat -c %u:%g /s/bigid"); out != "2147483653:2147483654\n" {
+		if out := s.Nerdctl("exec", "box", "sh", "-c",
+			"echo changed > /s/owned; rm /s/attrs; stat -c %u:%g /s/bigid"); out != "2147483653:2147483654\n" {
 			t.Errorf("nerdctl exec printed %q", out)
 		}
 		file := filepath.Join(s.Dir, "copied")
@@ -83,10 +87,12 @@ func TestNerdctl(t *testing.T) {
 		}
 		s.Nerdctl("commit", "box", "committed:1")
 		script := "cat /s/owned /s/copied; test ! -e /s/attrs && cat /s/hidden/new"
-		if out := s.Nerdctl("run", "--rm", "--net=none", "committed:1", "sh", "-c", script); out != "changed\nfrom outsidenew" {
+		if out := s.Nerdctl("run", "--rm", "--net=none", "committed:1", "sh", "-c",
+			script); out != "changed\nfrom outsidenew" {
 			t.Errorf("the committed image printed %q", out)
 		}
-		if out := s.Nerdctl("run", "--rm", "--net=none", "--read-only", ref, "sh", "-c", "touch /s/x 2>/dev/null || echo refused"); out != "refused\n" {
+		if out := s.Nerdctl("run", "--rm", "--net=none", "--read-only", ref, "sh", "-c",
+			"touch /s/x 2>/dev/null || echo refused"); out != "refused\n" {
 			t.Errorf("a read-only container printed %q", out)
 		}
 		s.Nerdctl("rm", "--force", "box")

@@ -58,7 +58,8 @@ func TestSharedCRI(t *testing.T) {
 	s.Must(r.Off())
 	s.daxfs("attach", "--namespace", "k8s.io", one, pause)
 
-	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock",
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	s.Must(err)
 	defer conn.Close()
 	images, runtime := cri.NewImageServiceClient(conn), cri.NewRuntimeServiceClient(conn)
@@ -133,7 +134,8 @@ func TestSharedCRI(t *testing.T) {
 	s.Must(err)
 	_, err = runtime.StartContainer(t.Context(), &cri.StartContainerRequest{ContainerId: made.ContainerId})
 	s.Must(err)
-	out, err := runtime.ExecSync(t.Context(), &cri.ExecSyncRequest{ContainerId: made.ContainerId, Cmd: []string{"cat", "/m/name"}})
+	out, err := runtime.ExecSync(t.Context(),
+		&cri.ExecSyncRequest{ContainerId: made.ContainerId, Cmd: []string{"cat", "/m/name"}})
 	s.Must(err)
 	if string(out.Stdout) != "one" || out.ExitCode != 0 {
 		t.Errorf("the container printed %q %q and ended with %d", out.Stdout, out.Stderr, out.ExitCode)

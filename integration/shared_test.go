@@ -58,7 +58,8 @@ exec daxfs-snapshotter --config "$1/owner.toml" --address "$0" --root "$1" --con
 	const pool = "{{dir}}/peer/pool/live"
 	o := stack.Options{
 		Mode: m, Containerd: ownerConfig, Peer: []string{"sh", "-c", owner},
-		Config: fmt.Sprintf("[shared]\npools = [%q]\nleases = { %q = \"{{dir}}/peer/reader.lease\" }\n%s", pool, pool, config),
+		Config: fmt.Sprintf("[shared]\npools = [%q]\nleases = { %q = \"{{dir}}/peer/reader.lease\" }\n%s",
+			pool, pool, config),
 	}
 	for _, c := range change {
 		c(&o)
@@ -83,7 +84,8 @@ func (s sharing) put(ref string) {
 	_, err := s.Try("daxfs", "pool", "put", "--plain-http", "--control", control, live, "docker://"+ref)
 	s.Must(err)
 	await(s.t, ref+" is in the pool", func() bool {
-		return slices.ContainsFunc(s.state().Images, func(i sharedImage) bool { return i.Name == ref && i.Namespace == "daxfs.put" })
+		return slices.ContainsFunc(s.state().Images,
+			func(i sharedImage) bool { return i.Name == ref && i.Namespace == "daxfs.put" })
 	})
 }
 
@@ -180,7 +182,8 @@ func TestShared(t *testing.T) {
 		}
 		for _, ref := range []string{one, two} {
 			s.Ctr("--namespace", "compare", "image", "pull", "--plain-http", "--snapshotter", "overlayfs", ref)
-			if err := listing.Diff(s.treeIn("compare", ref, "overlayfs"), s.treeIn(stack.Namespace, ref, "daxfs")); err != nil {
+			if err := listing.Diff(s.treeIn("compare", ref, "overlayfs"),
+				s.treeIn(stack.Namespace, ref, "daxfs")); err != nil {
 				t.Errorf("%s is not what it is with overlayfs: %v", ref, err)
 			}
 		}
@@ -284,7 +287,8 @@ func TestSharedAttachKilled(t *testing.T) {
 		return list
 	}
 	attach := func() error {
-		_, err := s.Try("daxfs", "attach", "--control", s.Stack.Run+"/control.sock", "--namespace", stack.Namespace, "--all")
+		_, err := s.Try("daxfs", "attach", "--control", s.Stack.Run+"/control.sock", "--namespace",
+			stack.Namespace, "--all")
 		return err
 	}
 	for range 6 {
@@ -321,7 +325,8 @@ func TestSharedAttachKilled(t *testing.T) {
 		leases.WithLabel("daxfs.attach", "another daemon.1"))
 	s.Must(err)
 	for _, i := range s.state().Images {
-		s.Must(c.LeasesService().AddResource(t.Context(), killed, leases.Resource{ID: i.Chain, Type: "snapshots/daxfs"}))
+		s.Must(c.LeasesService().AddResource(t.Context(), killed,
+			leases.Resource{ID: i.Chain, Type: "snapshots/daxfs"}))
 	}
 	s.daxfs("detach", "--namespace", stack.Namespace, "--all")
 	s.Must(s.Collect())

@@ -95,7 +95,8 @@ func BenchmarkSnapshots(b *testing.B) {
 			round++
 		}
 		for _, op := range []string{"ls", "usage", "prepare", "commit", "rm", "collect"} {
-			own, over, proxy := medianOf(samples["daxfs-"+op]), medianOf(samples["overlayfs-"+op]), medianOf(samples[proxied+"-"+op])
+			own, over, proxy := medianOf(samples["daxfs-"+op]), medianOf(samples["overlayfs-"+op]),
+				medianOf(samples[proxied+"-"+op])
 			b.ReportMetric(own/over, fmt.Sprintf("%s-ratio/%d", op, total))
 			// A benchmark's log is cut after ten lines.
 			fmt.Printf("%4d snapshots  %-8s overlayfs %8.3f ms  proxied %8.3f ms  daxfs %8.3f ms  daxfs/overlayfs %5.2f  daxfs/proxied %5.2f\n",
@@ -150,7 +151,8 @@ func measureCalls(ctx context.Context, client *containerd.Client, name string, i
 			return nil
 		})
 	}
-	each("prepare", func(i int) error { _, err := sn.Prepare(ctx, key(i), images[(round+i)%len(images)], keep); return err })
+	each("prepare",
+		func(i int) error { _, err := sn.Prepare(ctx, key(i), images[(round+i)%len(images)], keep); return err })
 	each("commit", func(i int) error { return sn.Commit(ctx, key(i)+"-committed", key(i), keep) })
 	each("rm", func(i int) error { return sn.Remove(ctx, key(i)+"-committed") })
 }

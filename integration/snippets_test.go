@@ -71,14 +71,19 @@ func TestSnippets(t *testing.T) {
 				if got.Proxy["daxfs"].Type != "snapshot" || got.Proxy["daxfs-diff"].Type != "diff" {
 					t.Errorf("proxy plugins: %+v", got.Proxy)
 				}
-				if u := got.Plugins["io.containerd.transfer.v1.local"].Unpack; len(u) != 2 || u[1].Snapshotter != "daxfs" || u[1].Differ != "daxfs-diff" {
+				if u := got.Plugins["io.containerd.transfer.v1.local"].Unpack; len(u) != 2 ||
+					u[1].Snapshotter != "daxfs" || u[1].Differ != "daxfs-diff" {
 					t.Errorf("unpack_config: %+v", u)
 				}
-				images, runtime := got.Plugins["io.containerd.cri.v1.images"], got.Plugins["io.containerd.cri.v1.runtime"]
+				images, runtime := got.Plugins["io.containerd.cri.v1.images"],
+					got.Plugins["io.containerd.cri.v1.runtime"]
 				if s := images.Snapshotter; (s == "daxfs") != (cri == "cri.toml") {
 					t.Errorf("the snapshotter of all pods is %q", s)
 				}
-				for file, class := range map[string]string{"cri-runtimeclass.toml": "runc-daxfs", "cri-gvisor.toml": "runsc"} {
+				for file, class := range map[string]string{
+					"cri-runtimeclass.toml": "runc-daxfs",
+					"cri-gvisor.toml":       "runsc",
+				} {
 					if s := images.Platforms[class].Snapshotter; (s == "daxfs") != (cri == file) {
 						t.Errorf("the snapshotter of images for the runtime class %q is %q", class, s)
 					}
@@ -142,7 +147,8 @@ func TestSnippetBesideDefault(t *testing.T) {
 		if err := toml.Unmarshal(out, &got); err != nil {
 			t.Fatal(err)
 		}
-		if u := got.Plugins["io.containerd.transfer.v1.local"]; len(u.Unpack) != 2 || u.Unpack[1].Differ != "daxfs-diff" || u.Unpacks != 3 ||
+		if u := got.Plugins["io.containerd.transfer.v1.local"]; len(u.Unpack) != 2 ||
+			u.Unpack[1].Differ != "daxfs-diff" || u.Unpacks != 3 ||
 			got.Proxy["daxfs"].Address == "" {
 			t.Errorf("%s: containerd understands %+v, %+v", version, u, got.Proxy)
 		}

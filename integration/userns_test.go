@@ -15,7 +15,8 @@ func TestUserNamespace(t *testing.T) {
 			ref := push(t, s, "special")
 			s.Pull(ref, "daxfs")
 			const script = "stat -c %u:%g /etc/passwd /s/owned; cat /proc/self/uid_map; touch /s/new && stat -c %u /s/new; cat /s/size-1 | wc -c"
-			out := s.Ctr("run", "--rm", "--snapshotter", "daxfs", "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536",
+			out := s.Ctr("run", "--rm", "--snapshotter", "daxfs", "--uidmap", "0:100000:65536", "--gidmap",
+				"0:200000:65536",
 				"--remap-labels", ref, "mapped", "sh", "-c", script)
 			want := "0:0\n1000:1000\n         0     100000      65536\n0\n1\n"
 			if out != want {

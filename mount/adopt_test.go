@@ -26,7 +26,8 @@ func TestAdoptsAfterRestart(t *testing.T) {
 
 		var w warnings
 		second := b.open(t, mount.Options{Warn: w.add}, drv)
-		if got := second.List(); len(got) != 2 || got[0].Key != "a" || got[0].Dir != m.Dir || got[0].Driver != d.Name() {
+		if got := second.List(); len(got) != 2 || got[0].Key != "a" || got[0].Dir != m.Dir ||
+			got[0].Driver != d.Name() {
 			t.Fatalf("adopted %+v", got)
 		}
 		mustMount(t, second, one)

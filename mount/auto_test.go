@@ -52,14 +52,18 @@ func TestAutoPicks(t *testing.T) {
 	if _, err := mount.Auto(t.Context(), drivers, src, "/nowhere", nil); !errors.Is(err, broken) {
 		t.Errorf("broken image: %v", err)
 	}
-	for name, want := range map[string]int{"": 4, "auto": 4, "erofs": 3, "erofs-loop": 1, "fuse": 1, "fu": 0, "ext4": 0} {
+	for name, want := range map[string]int{
+		"": 4, "auto": 4, "erofs": 3, "erofs-loop": 1, "fuse": 1,
+		"fu": 0, "ext4": 0,
+	} {
 		got, err := mount.Select(drivers, name)
 		if len(got) != want || (err == nil) != (want > 0) {
 			t.Errorf("select %q: %d drivers, %v; expected %d", name, len(got), err, want)
 		}
 	}
 	ex := mount.Explain(t.Context(), drivers, region.Info{})
-	if len(ex) != 4 || ex[0].Usable || ex[0].Why != "no such thing here" || !ex[1].Picked || ex[2].Picked || !ex[2].Usable {
+	if len(ex) != 4 || ex[0].Usable || ex[0].Why != "no such thing here" || !ex[1].Picked ||
+		ex[2].Picked || !ex[2].Usable {
 		t.Errorf("explanations %+v", ex)
 	}
 }

@@ -47,7 +47,8 @@ func benchTree(b *testing.B, files int) string {
 				b.Fatal(err)
 			}
 		}
-		if err := os.WriteFile(filepath.Join(sub, fmt.Sprintf("file-with-a-usual-name-%d.py", i)), big[i:i+100], 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(sub, fmt.Sprintf("file-with-a-usual-name-%d.py", i)), big[i:i+100],
+			0o644); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -73,24 +73,29 @@ func TestContainersOfManyImagesCacheOnce(t *testing.T) {
 		least := size * 95 / 100
 		once := group.CacheAfter(t, least, dirs[0])
 		all := group.CacheAfter(t, least, dirs...)
-		t.Logf("%d KiB of files: %d KiB of page cache for one container, %d KiB for twenty", size>>10, once>>10, all>>10)
+		t.Logf("%d KiB of files: %d KiB of page cache for one container, %d KiB for twenty", size>>10,
+			once>>10, all>>10)
 		if min(once, all) < least {
-			t.Errorf("%d and %d bytes of cache for %d bytes of files: the measurement misses something", once, all, size)
+			t.Errorf("%d and %d bytes of cache for %d bytes of files: the measurement misses something",
+				once, all, size)
 		}
 		if limit := size*105/100 + 2<<20; all > limit { // metadata, and the pages of the reading program
-			t.Errorf("twenty containers: %d bytes of cache for %d bytes of files, expected at most %d", all, size, limit)
+			t.Errorf("twenty containers: %d bytes of cache for %d bytes of files, expected at most %d",
+				all, size, limit)
 		}
 		if d.Name() != "erofs-loop" {
 			return
 		}
 		dir := t.TempDir()
-		if err := (erofs.Loop{}).Mount(t.Context(), mount.Source{Region: b.pool().Region, Size: b.Size}, dir); err != nil {
+		if err := (erofs.Loop{}).Mount(t.Context(), mount.Source{Region: b.pool().Region, Size: b.Size},
+			dir); err != nil {
 			t.Fatal(err)
 		}
 		defer sys.Detach(dir)
 		twice := group.CacheAfter(t, 2*least, dirs[0], filepath.Join(dir, b.G.SlotName(0)))
 		if twice < 2*least {
-			t.Errorf("the pool mounted twice: %d bytes of cache for %d bytes of files, expected twice as much", twice, size)
+			t.Errorf("the pool mounted twice: %d bytes of cache for %d bytes of files, expected twice as much", twice,
+				size)
 		}
 	})
 }

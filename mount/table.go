@@ -59,7 +59,8 @@ func (img Image) validate() error {
 	case img.Key == "":
 		return errors.New("mount: image without a key")
 	case img.Name == "" || img.Name == "." || img.Name == ".." || filepath.Base(img.Name) != img.Name:
-		return fmt.Errorf("mount image %q: slot %q, expected one name in the root directory of the pool", img.Key, img.Name)
+		return fmt.Errorf("mount image %q: slot %q, expected one name in the root directory of the pool",
+			img.Key, img.Name)
 	case img.Nid == 0:
 		return fmt.Errorf("mount image %q: slot %q without an inode number", img.Key, img.Name)
 	}

@@ -137,7 +137,8 @@ func (b *bed) add(t *testing.T, key, contents string) mount.Image {
 
 func image(key string, s mounttest.Slot) mount.Image {
 	return mount.Image{
-		Key: key, Name: s.Name, Nid: s.Nid, Tree: []mount.Range{{Off: s.Tree[0], End: s.Tree[1]}}, UUID: [16]byte{byte(s.N)}, Created: time.Unix(int64(s.N), 0),
+		Key: key, Name: s.Name, Nid: s.Nid, Tree: []mount.Range{{Off: s.Tree[0], End: s.Tree[1]}},
+		UUID: [16]byte{byte(s.N)}, Created: time.Unix(int64(s.N), 0),
 	}
 }
 
@@ -210,7 +211,8 @@ func TestOnePoolManyImages(t *testing.T) {
 		for _, dir := range dirs {
 			err := unix.Stat(filepath.Join(dir, "sub/common"), &st)
 			if err != nil || st.Ino != first.Ino || st.Dev != first.Dev {
-				t.Errorf("%s: inode %d of device %#x, expected %d of %#x; %v", dir, st.Ino, st.Dev, first.Ino, first.Dev, err)
+				t.Errorf("%s: inode %d of device %#x, expected %d of %#x; %v", dir, st.Ino, st.Dev,
+					first.Ino, first.Dev, err)
 			}
 		}
 		if drv.mounts != 1 {

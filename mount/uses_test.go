@@ -88,7 +88,8 @@ func privateNamespace() error {
 // openLazily opens a file through an overlay over args[0] on args[1], which it then unmounts lazily.
 func openLazily(args []string, flags int) error {
 	opts := fmt.Sprintf("lowerdir=%s:%s", args[0], args[1])
-	return errors.Join(unix.Mount("overlay", args[1], "overlay", 0, opts), openFor(filepath.Join(args[1], "file"), flags),
+	return errors.Join(unix.Mount("overlay", args[1], "overlay", 0, opts),
+		openFor(filepath.Join(args[1], "file"), flags),
 		unix.Unmount(args[1], unix.MNT_DETACH))
 }
 
@@ -333,7 +334,8 @@ func TestUnused(t *testing.T) {
 				if !got[0] {
 					t.Error("the file is in use after its holder ended")
 				}
-				if got, err := tab.Unused(t.Context(), []mount.Extent{{Nids: []uint64{free, held}}}, nil); err != nil || !got[0] {
+				if got, err := tab.Unused(t.Context(), []mount.Extent{{Nids: []uint64{free, held}}}, nil); err != nil ||
+					!got[0] {
 					t.Errorf("an extent of two inodes: %v, %v", got, err)
 				}
 				if erased == 0 {

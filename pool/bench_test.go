@@ -22,7 +22,10 @@ func tmpfsRegion(t testing.TB, size int64) (region.Region, string) {
 		t.Skip("no tmpfs at /dev/shm: ", err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r, err := region.Open(region.Config{Kind: region.KindTmpfs, Path: filepath.Join(dir, "pool"), Size: size, Create: true})
+	r, err := region.Open(region.Config{
+		Kind: region.KindTmpfs, Path: filepath.Join(dir, "pool"),
+		Size: size, Create: true,
+	})
 	if err != nil {
 		t.Skip("no tmpfs at /dev/shm: ", err)
 	}

@@ -76,7 +76,8 @@ func entrySum(b []byte) uint32 {
 func decodeImage(b []byte, slot int, size int64) (Image, error) {
 	le := binary.LittleEndian
 	m := Image{
-		Slot: slot, Window: int64(le.Uint64(b[8:])), WindowSize: int64(le.Uint64(b[16:])), Segment: int64(le.Uint64(b[24:])),
+		Slot: slot, Window: int64(le.Uint64(b[8:])), WindowSize: int64(le.Uint64(b[16:])),
+		Segment: int64(le.Uint64(b[24:])),
 		Created: time.Unix(0, int64(le.Uint64(b[48:]))),
 	}
 	if state := le.Uint32(b); state != entryPublished {
@@ -158,7 +159,8 @@ func ReadCatalogue(r io.ReaderAt) (*Catalogue, error) {
 // that the error names, or is nil.
 func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
 	c := &Catalogue{
-		PoolID: h.id, Generation: h.generation, Size: h.size, Geometry: h.geo, SlotsUsed: h.used, Windows: h.windows, DAX: h.dax,
+		PoolID: h.id, Generation: h.generation, Size: h.size, Geometry: h.geo, SlotsUsed: h.used,
+		Windows: h.windows, DAX: h.dax,
 	}
 	const part = 256 // entries at a time
 	b := make([]byte, part*entrySize)

@@ -17,7 +17,10 @@ import (
 // catalogueBytes is the bottom of a pool with images in its slot table.
 func catalogueBytes(t testing.TB, images []Image) []byte {
 	t.Helper()
-	h := header{id: [16]byte{1, 2, 3}, generation: 1, size: 64 << 20, used: 20, geo: geometry(64<<20, 64, daxfs.SlotsPerBlock)}
+	h := header{
+		id: [16]byte{1, 2, 3}, generation: 1, size: 64 << 20, used: 20,
+		geo: geometry(64<<20, 64, daxfs.SlotsPerBlock),
+	}
 	b := make([]byte, h.geo.Head)
 	copy(b[headerOff(1):], h.encode())
 	for _, m := range images {
@@ -30,8 +33,9 @@ func someImages(n int) []Image {
 	var out []Image
 	for i := range n {
 		out = append(out, Image{
-			Key: fmt.Sprintf("sha256:%064x", i), Slot: 2 * i, Window: int64(i+1) * (2 << 20), WindowSize: 8 << 20, Segment: 2 << 20,
-			UUID: [16]byte{byte(i)}, Created: time.Unix(1700000000, int64(i)).UTC(),
+			Key: fmt.Sprintf("sha256:%064x", i), Slot: 2 * i, Window: int64(i+1) * (2 << 20), WindowSize: 8 << 20,
+			Segment: 2 << 20,
+			UUID:    [16]byte{byte(i)}, Created: time.Unix(1700000000, int64(i)).UTC(),
 			Document: Document{Off: int64(i+1) * 4096, Size: int64(5000 + i), Sum: [32]byte{7, byte(i)}},
 		})
 	}
@@ -44,7 +48,8 @@ func TestCatalogueRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.Generation != 1 || c.Size != 64<<20 || c.PoolID != [16]byte{1, 2, 3} || len(c.Images) != n || c.SlotsUsed != 20 {
+		if c.Generation != 1 || c.Size != 64<<20 || c.PoolID != [16]byte{1, 2, 3} || len(c.Images) != n ||
+			c.SlotsUsed != 20 {
 			t.Errorf("%d images: %+v", n, c)
 		}
 		for i, m := range c.Images {
@@ -58,7 +63,8 @@ func TestCatalogueRoundTrip(t *testing.T) {
 
 // TestFormatIsPinned holds the numbers of docs/pool-format.md.
 func TestFormatIsPinned(t *testing.T) {
-	if headerSize != 4096 || entrySize != 256 || tableOff != 16384 || MaxKey != 144 || daxfs.SlotSize != 128 || daxfs.MaxSlots != 65472 {
+	if headerSize != 4096 || entrySize != 256 || tableOff != 16384 || MaxKey != 144 || daxfs.SlotSize != 128 ||
+		daxfs.MaxSlots != 65472 {
 		t.Error("a size of the format has changed: that is a new version")
 	}
 	if headerOff(1) != 8192 || headerOff(2) != 4096 || entryOff(3) != 16384+768 {
@@ -179,7 +185,8 @@ func TestCatalogueReaders(t *testing.T) {
 				default:
 				}
 				c, err := ReadCatalogue(p.Region())
-				if err != nil || len(c.Images) < 1 || len(c.Images) > 2 || c.Images[0].Key != "stays" || c.Generation < last {
+				if err != nil || len(c.Images) < 1 || len(c.Images) > 2 || c.Images[0].Key != "stays" ||
+					c.Generation < last {
 					t.Errorf("read %+v after generation %d: %v", c, last, err)
 					return
 				}
@@ -229,7 +236,8 @@ func FuzzCatalogue(f *testing.F) {
 			return
 		}
 		for _, m := range c.Images {
-			if m.Slot >= c.SlotsUsed || m.Window < 0 || m.Window+m.WindowSize > c.Size || m.Segment > m.WindowSize || checkKey(m.Key) != nil ||
+			if m.Slot >= c.SlotsUsed || m.Window < 0 || m.Window+m.WindowSize > c.Size || m.Segment > m.WindowSize ||
+				checkKey(m.Key) != nil ||
 				m.Document.Size > MaxDocument || m.Document.Off+m.Document.Size > c.Size {
 				t.Fatalf("accepted %+v of a pool of %d bytes", m, c.Size)
 			}
@@ -253,7 +261,8 @@ func extentsOf(ids ...extentID) []*extent {
 // FuzzExtents decodes lists of extents and inodes: no panic, bounded memory, and what is accepted encodes to the same list.
 func FuzzExtents(f *testing.F) {
 	f.Add(encodeExtents(nil))
-	f.Add(encodeExtents(extentsOf(extentID{off: 4096, size: 5}, extentID{off: 1 << 40, size: 1 << 30, sum: [32]byte{9}, head: [8]byte{1}})))
+	f.Add(encodeExtents(extentsOf(extentID{off: 4096, size: 5},
+		extentID{off: 1 << 40, size: 1 << 30, sum: [32]byte{9}, head: [8]byte{1}})))
 	f.Add(encodeRun([]runInode{{nid: 7}, {off: 4096, size: 5, nid: 1 << 40, key: daxfs.InodeKey{1}}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if ids, err := decodeExtents(b); err == nil {

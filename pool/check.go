@@ -67,7 +67,8 @@ func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	}
 	c := &checker{p: p, report: report, bad: map[string]bool{}}
 	steps := []func(context.Context) error{
-		c.checkCatalogue, c.checkIndex, c.checkDocuments, c.checkSpace, c.checkExtents, c.checkLive, c.checkInodes, c.checkImages,
+		c.checkCatalogue, c.checkIndex, c.checkDocuments, c.checkSpace, c.checkExtents, c.checkLive,
+		c.checkInodes, c.checkImages,
 		c.checkWindows,
 	}
 	for _, step := range steps {
@@ -132,8 +133,10 @@ func (c *checker) checkIndex(context.Context) error {
 		c.found("pool.index", "", 0, "%v", err)
 		return nil
 	}
-	if have.id != p.header.id || have.gen+1 < p.header.generation || have.gen > p.header.generation+1 || have.uuid != p.header.geo.UUID {
-		c.found("pool.index", "", 0, "pool %x generation %d epoch %x, the header says %x, %d, %x", have.id, have.gen, have.uuid,
+	if have.id != p.header.id || have.gen+1 < p.header.generation || have.gen > p.header.generation+1 ||
+		have.uuid != p.header.geo.UUID {
+		c.found("pool.index", "", 0, "pool %x generation %d epoch %x, the header says %x, %d, %x", have.id,
+			have.gen, have.uuid,
 			p.header.id, p.header.generation, p.header.geo.UUID)
 	}
 	p.mu.Lock()
@@ -159,7 +162,8 @@ func (c *checker) checkIndex(context.Context) error {
 		}
 	}
 	if len(have.images) != len(p.images) || len(have.layers) != len(p.layers) {
-		c.found("pool.index", "", 0, "%d images and %d layers are stored, %d and %d are known", len(have.images), len(have.layers), len(p.images), len(p.layers))
+		c.found("pool.index", "", 0, "%d images and %d layers are stored, %d and %d are known", len(have.images),
+			len(have.layers), len(p.images), len(p.layers))
 	}
 	inodes := 0
 	for _, list := range have.runs {
@@ -169,8 +173,10 @@ func (c *checker) checkIndex(context.Context) error {
 	for _, e := range p.extents {
 		known += e.inodeCount()
 		// Batches and puts in progress hold extents too.
-		if e.refs < refs[e] || (e.refs == 0) != (e.died != 0) || e.images != images[e] || e.died != 0 && !e.hasInodes() {
-			c.found("pool.refs", "", e.off, "extent has %d references, %d of images, %d inodes and died at %d; its holders are %d and %d",
+		if e.refs < refs[e] || (e.refs == 0) != (e.died != 0) || e.images != images[e] || e.died != 0 &&
+			!e.hasInodes() {
+			c.found("pool.refs", "", e.off,
+				"extent has %d references, %d of images, %d inodes and died at %d; its holders are %d and %d",
 				e.refs, e.images, e.inodeCount(), e.died, refs[e], images[e])
 		}
 	}
@@ -324,7 +330,8 @@ func (c *checker) checkInodes(ctx context.Context) error {
 			if err != nil {
 				c.found("pool.inode", "", p.header.geo.NidOff(in.nid), "%v", err)
 			} else if off, n, ok := have.Data(); !ok || off != e.off || n != e.size {
-				c.found("pool.inode", "", p.header.geo.NidOff(in.nid), "inode %d has %d bytes at %d, expected %d at %d", in.nid, n, off, e.size, e.off)
+				c.found("pool.inode", "", p.header.geo.NidOff(in.nid), "inode %d has %d bytes at %d, expected %d at %d",
+					in.nid, n, off, e.size, e.off)
 			}
 		}
 	}

@@ -55,7 +55,8 @@ func (p *Pool) treeUUID(img *daxfs.FS, base int64) ([16]byte, error) {
 		defer p.mu.Unlock()
 		e := p.extents[off]
 		if e == nil || e.size != size {
-			return daxfs.Data{}, fmt.Errorf("inode %d has %d bytes at %d, where no contents of that size are", in.Nid, size, off)
+			return daxfs.Data{},
+				fmt.Errorf("inode %d has %d bytes at %d, where no contents of that size are", in.Nid, size, off)
 		}
 		return daxfs.Data{Off: off, Size: size, Sum: e.sum}, nil
 	})

@@ -142,7 +142,8 @@ func steps(f *faults) []func(w *world) error {
 	a, b, c, d, e, g := bodies.a, bodies.b, bodies.c, bodies.d, bodies.e, bodies.g
 	return []func(w *world) error{
 		func(w *world) error {
-			return w.open(f, func() (*Pool, error) { return Create(w.r, w.index, Options{Slots: 5, Windows: Yes, Device: No}) })
+			return w.open(f,
+				func() (*Pool, error) { return Create(w.r, w.index, Options{Slots: 5, Windows: Yes, Device: No}) })
 		},
 		func(w *world) error { return w.layer("A", a, b, c) },
 		func(w *world) error { return w.image("A", a, b, c) },
@@ -399,7 +400,11 @@ func (w *world) settle(i int, f *faults, cause error) {
 			if i != 0 || !errors.Is(err, ErrWiped) {
 				w.t.Fatalf("open again after %v: %v", cause, err)
 			}
-			if err := w.open(f, func() (*Pool, error) { return Reset(w.r, w.index, Options{Slots: 5, Windows: Yes, Device: No}) }); err != nil {
+			if err := w.open(f, func() (*Pool,
+				error,
+			) {
+				return Reset(w.r, w.index, Options{Slots: 5, Windows: Yes, Device: No})
+			}); err != nil {
 				w.t.Fatalf("reset after %v: %v", cause, err)
 			}
 		}
@@ -488,7 +493,8 @@ func unknownAt(t *testing.T, at int) (finished bool) {
 			}
 			mustCheck(t, p)
 			if b, a := w.m.matches(p), w.next.matches(p); b != nil && a != nil {
-				t.Errorf("step %d, index %q: the pool is neither as before it (%v) nor as after it (%v)", i, filepath.Base(index), b, a)
+				t.Errorf("step %d, index %q: the pool is neither as before it (%v) nor as after it (%v)", i,
+					filepath.Base(index), b, a)
 			}
 			addImage(t, p, "new", random(99, 1<<20))
 			mustCheck(t, p)

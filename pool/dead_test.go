@@ -258,7 +258,12 @@ func TestRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, step := range []struct{ kind, key, value string }{{"a", "x", "1"}, {"a", "y", "2"}, {"b", "x", "3"}, {"a", "x", "4"}} {
+	for _, step := range []struct{ kind, key, value string }{
+		{"a", "x", "1"},
+		{"a", "y", "2"},
+		{"b", "x", "3"},
+		{"a", "x", "4"},
+	} {
 		if err := p.SetRecord(step.kind, step.key, []byte(step.value)); err != nil {
 			t.Fatal(err)
 		}

@@ -57,7 +57,10 @@ func TestDiskFull(t *testing.T) {
 	if os.Geteuid() != 0 || !mountns.Inside() {
 		t.Skip("mounting needs root")
 	}
-	for kind, mount := range map[string]func(*testing.T, string, int64){region.KindTmpfs: smallTmpfs, region.KindFile: smallExt4} {
+	for kind, mount := range map[string]func(*testing.T, string, int64){
+		region.KindTmpfs: smallTmpfs,
+		region.KindFile:  smallExt4,
+	} {
 		t.Run(kind, func(t *testing.T) {
 			dir := t.TempDir()
 			mount(t, dir, 64<<20)
@@ -66,12 +69,16 @@ func TestDiskFull(t *testing.T) {
 					t.Error(err)
 				}
 			})
-			r, err := region.Open(region.Config{Kind: kind, Path: filepath.Join(dir, "pool"), Size: 512 << 20, Create: true})
+			r, err := region.Open(region.Config{
+				Kind: kind, Path: filepath.Join(dir, "pool"),
+				Size: 512 << 20, Create: true,
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer r.Close()
-			p, err := Create(r, filepath.Join(dir, "index"), Options{Warn: func(err error) { t.Error("warning:", err) }})
+			p, err := Create(r, filepath.Join(dir, "index"),
+				Options{Warn: func(err error) { t.Error("warning:", err) }})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -52,7 +52,8 @@ func ReadDocument(r io.ReaderAt, m Image) ([]byte, error) {
 		return nil, fmt.Errorf("document of image %q: read %d bytes at %d: %w", m.Key, len(b), d.Off, err)
 	}
 	if sum := sha256.Sum256(b); sum != d.Sum {
-		return nil, fmt.Errorf("%w: document of image %q has sum %x, the catalogue says %x", ErrCorrupt, m.Key, sum, d.Sum)
+		return nil,
+			fmt.Errorf("%w: document of image %q has sum %x, the catalogue says %x", ErrCorrupt, m.Key, sum, d.Sum)
 	}
 	return b, nil
 }
@@ -65,7 +66,8 @@ func ReadDocument(r io.ReaderAt, m Image) ([]byte, error) {
 // old document or the new one; the same call made again finishes what was begun.
 func (p *Pool) SetDocument(ctx context.Context, key string, doc []byte) error {
 	if len(doc) > MaxDocument {
-		return fmt.Errorf("pool: document of image %q: %d bytes, expected at most %d: %w", key, len(doc), MaxDocument, ErrInvalid)
+		return fmt.Errorf("pool: document of image %q: %d bytes, expected at most %d: %w", key, len(doc),
+			MaxDocument, ErrInvalid)
 	}
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -82,7 +84,8 @@ func (p *Pool) SetDocument(ctx context.Context, key string, doc []byte) error {
 func (p *Pool) setDocument(key string, doc []byte) error {
 	p.mu.Lock()
 	m, closed := p.images[key], p.closed
-	same := m != nil && m.Document.Size == int64(len(doc)) && (m.doc == nil || m.Document.Sum == sha256.Sum256(doc) && !m.doc.damaged)
+	same := m != nil && m.Document.Size == int64(len(doc)) &&
+		(m.doc == nil || m.Document.Sum == sha256.Sum256(doc) && !m.doc.damaged)
 	p.mu.Unlock()
 	switch {
 	case closed:

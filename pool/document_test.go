@@ -35,7 +35,10 @@ func TestDocument(t *testing.T) {
 		t.Errorf("no document: %v, expected ErrNotFound", err)
 	}
 	before := p.Usage()
-	for i, doc := range [][]byte{[]byte("{}"), random(2, 3<<20), random(2, 3<<20), random(3, MaxDocument), []byte("last")} {
+	for i, doc := range [][]byte{
+		[]byte("{}"), random(2, 3<<20), random(2, 3<<20), random(3, MaxDocument),
+		[]byte("last"),
+	} {
 		if err := p.SetDocument(ctx, "a", doc); err != nil {
 			t.Fatal(err)
 		}

@@ -68,9 +68,10 @@ const (
 type FullError struct {
 	What string // what did not fit: "extent", "tree area", "window segment" or "slot"
 	Need int64  // bytes that are needed in one piece; of slots, their number
-	Have int64  // longest piece that is free; of the filesystem below the region, its free bytes; of slots, their number
-	Free int64  // free bytes in all pieces together
-	Err  error  // the system's error, if the filesystem below the region is full; else nil
+	// longest piece that is free; of the filesystem below the region, its free bytes; of slots, their number
+	Have int64
+	Free int64 // free bytes in all pieces together
+	Err  error // the system's error, if the filesystem below the region is full; else nil
 }
 
 // Error says what is needed and what there is.
@@ -82,7 +83,8 @@ func (e *FullError) Error() string {
 		return fmt.Sprintf("pool is full: all %d slots were used; they are free again when nothing of the pool is mounted, "+
 			"at the latest after a reboot", e.Free)
 	}
-	return fmt.Sprintf("pool is full: %s needs %d bytes in one piece, the longest is %d of %d free", e.What, e.Need, e.Have, e.Free)
+	return fmt.Sprintf("pool is full: %s needs %d bytes in one piece, the longest is %d of %d free", e.What,
+		e.Need, e.Have, e.Free)
 }
 
 // Is makes errors.Is(err, ErrFull) true.

@@ -250,7 +250,9 @@ func (p *Pool) write(b []byte, off int64) error {
 // share returns a ready extent with these contents, referenced for the caller. If there is none, it lists the one that
 // insert returns, which is called with mu held: lookup and insertion are one step, so that of two that put the same
 // contents at the same time one finds the other's.
-func (p *Pool) share(ctx context.Context, key sumKey, insert func() (*extent, error)) (e *extent, shared bool, err error) {
+func (p *Pool) share(ctx context.Context, key sumKey,
+	insert func() (*extent, error),
+) (e *extent, shared bool, err error) {
 	for {
 		p.mu.Lock()
 		e := p.find(key)

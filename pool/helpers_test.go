@@ -17,7 +17,10 @@ import (
 // openRegion makes a sparse file region of size bytes that is closed at the end of the test.
 func openRegion(t testing.TB, dir string, size int64) region.Region {
 	t.Helper()
-	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "pool"), Size: size, Create: true})
+	r, err := region.Open(region.Config{
+		Kind: region.KindFile, Path: filepath.Join(dir, "pool"),
+		Size: size, Create: true,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +32,8 @@ func openRegion(t testing.TB, dir string, size int64) region.Region {
 func newTestPool(t testing.TB, size int64) *Pool {
 	t.Helper()
 	dir := t.TempDir()
-	p, err := Create(openRegion(t, dir, size), filepath.Join(dir, "index"), Options{Warn: func(err error) { t.Error("warning:", err) }})
+	p, err := Create(openRegion(t, dir, size), filepath.Join(dir, "index"),
+		Options{Warn: func(err error) { t.Error("warning:", err) }})
 	if err != nil {
 		t.Fatal(err)
 	}

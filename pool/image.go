@@ -84,7 +84,9 @@ func (p *Pool) startAdding(ctx context.Context, key string) (m Image, done func(
 
 func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
 	if opt != (daxfs.Options{Take: opt.Take}) {
-		return Image{}, fmt.Errorf("options %+v, expected none: images of a pool have no label and no digest table: %w", opt, ErrInvalid)
+		return Image{},
+			fmt.Errorf("options %+v, expected none: images of a pool have no label and no digest table: %w",
+				opt, ErrInvalid)
 	}
 	plan, err := daxfs.NewLivePlan(root, opt, p.header.windows)
 	if err != nil {
@@ -186,7 +188,10 @@ func (a *addition) place() error {
 	if !ok {
 		defer p.mu.Unlock()
 		free, _ := p.space.Free()
-		return &FullError{What: fullTree, Need: a.plan.Size(), Have: p.space.SegmentRoom(), Free: free + p.space.SegmentFree()}
+		return &FullError{
+			What: fullTree, Need: a.plan.Size(), Have: p.space.SegmentRoom(),
+			Free: free + p.space.SegmentFree(),
+		}
 	}
 	a.run0, a.after = off, after
 	p.mu.Unlock()
@@ -384,7 +389,9 @@ func (p *Pool) hold(plan *daxfs.LivePlan) ([]*extent, error) {
 		}
 		e := p.extents[d.Off]
 		if e == nil || e.size != d.Size || e.sum != d.Sum || !e.listed {
-			return nil, fmt.Errorf("%q: contents of %d bytes at %d, sum %x: %w", plan.FilePath(i), d.Size, d.Off, d.Sum, ErrNotFound)
+			return nil,
+				fmt.Errorf("%q: contents of %d bytes at %d, sum %x: %w", plan.FilePath(i), d.Size, d.Off,
+					d.Sum, ErrNotFound)
 		}
 		used = append(used, e)
 	}
@@ -401,7 +408,8 @@ func (p *Pool) newSegment(n int64) (int64, error) {
 	off, ok := p.space.Segment(n)
 	if !ok {
 		free, _ := p.space.Free()
-		return 0, &FullError{What: fullSegment, Need: n, Have: p.space.SegmentRoom(), Free: free + p.space.SegmentFree()}
+		return 0,
+			&FullError{What: fullSegment, Need: n, Have: p.space.SegmentRoom(), Free: free + p.space.SegmentFree()}
 	}
 	return off, nil
 }

@@ -68,7 +68,10 @@ var (
 	keyEpoch      = []byte("epoch")
 	keyTree       = []byte("tree")
 
-	buckets = [][]byte{bucketMeta, bucketLayers, bucketHeld, bucketImages, bucketUsed, bucketRuns, bucketErase, bucketRecords}
+	buckets = [][]byte{
+		bucketMeta, bucketLayers, bucketHeld, bucketImages, bucketUsed, bucketRuns,
+		bucketErase, bucketRecords,
+	}
 	// perEpoch are the buckets that a new epoch empties.
 	perEpoch = [][]byte{bucketImages, bucketUsed, bucketRuns, bucketErase}
 )
@@ -76,11 +79,13 @@ var (
 // openIndex opens the database of a pool, or makes an empty one. durable is false for regions that end with the kernel:
 // what the page cache holds then outlives what it describes.
 func openIndex(path string, durable bool) (*index, error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Millisecond, NoSync: !durable, FreelistType: bbolt.FreelistMapType})
+	db, err := bbolt.Open(path, 0o600,
+		&bbolt.Options{Timeout: time.Millisecond, NoSync: !durable, FreelistType: bbolt.FreelistMapType})
 	switch {
 	case errors.Is(err, bberrors.ErrTimeout):
 		return nil, &region.BusyError{Path: path, PID: region.LockHolder(path)}
-	case errors.Is(err, bberrors.ErrInvalid), errors.Is(err, bberrors.ErrVersionMismatch), errors.Is(err, bberrors.ErrChecksum):
+	case errors.Is(err, bberrors.ErrInvalid), errors.Is(err, bberrors.ErrVersionMismatch),
+		errors.Is(err, bberrors.ErrChecksum):
 		return nil, fmt.Errorf("index %q: %w: %w", path, ErrCorrupt, err)
 	case err != nil:
 		return nil, fmt.Errorf("index %q: %w", path, err)

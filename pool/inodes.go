@@ -79,7 +79,8 @@ func (e *extent) dropInodes() {
 // inodes yields all inodes; those of one key in the order in which they came. Preconditions: mu is held.
 func (e *extent) inodes() iter.Seq[sharedInode] {
 	return func(yield func(sharedInode) bool) {
-		if !e.hasInodes() || !yield(sharedInode{e.firstKey, e.firstNid, int64(e.firstRun) * alloc.Unit}) || e.others == nil {
+		if !e.hasInodes() || !yield(sharedInode{e.firstKey, e.firstNid, int64(e.firstRun) * alloc.Unit}) ||
+			e.others == nil {
 			return
 		}
 		for _, in := range e.others.list {

@@ -79,10 +79,12 @@ type Pool struct {
 	space   *alloc.Space
 	empty   *extent // stands for the contents of empty files
 	extents map[int64]*extent
-	sums    map[uint64]*extent            // by the beginning of their sums, each the first of a list
-	heads   map[headKey][]*extent         // large ones
-	pending map[*extent]chan struct{}     // those whose bytes are not in place yet; closed when they are, or never will be
-	found   map[*extent][sha256.Size]byte // what was read of those that were found to be damaged since the pool was opened
+	sums    map[uint64]*extent    // by the beginning of their sums, each the first of a list
+	heads   map[headKey][]*extent // large ones
+	// those whose bytes are not in place yet; closed when they are, or never will be
+	pending map[*extent]chan struct{}
+	// what was read of those that were found to be damaged since the pool was opened
+	found   map[*extent][sha256.Size]byte
 	layers  map[string][]*extent
 	images  map[string]*image
 	adding  map[string]chan struct{} // images that are being added; closed when done
@@ -106,7 +108,9 @@ func Create(r region.Region, indexPath string, o Options) (*Pool, error) {
 			return nil, err
 		}
 		if st, err := os.Stat(indexPath); err == nil && st.Size() > 0 {
-			return nil, fmt.Errorf("pool: index %q exists: %w; it belongs to a pool that was wiped or to another", indexPath, ErrForeign)
+			return nil,
+				fmt.Errorf("pool: index %q exists: %w; it belongs to a pool that was wiped or to another",
+					indexPath, ErrForeign)
 		}
 	}
 	return format(r, indexPath, o)
@@ -156,7 +160,9 @@ func open(r region.Region, indexPath string, o Options, grow bool) (*Pool, error
 	}
 	hs, err := readHeaders(r)
 	if errors.Is(err, ErrVersion) {
-		return nil, fmt.Errorf("pool: region %q: %w; use the version that made it, or destroy it with force", r.Info().Path, err)
+		return nil,
+			fmt.Errorf("pool: region %q: %w; use the version that made it, or destroy it with force",
+				r.Info().Path, err)
 	}
 	if err != nil {
 		if ferr := checkEmpty(r); ferr != nil && !hasMagic(r) {
@@ -190,7 +196,8 @@ func fit(h *header, r region.Region, grow bool) error {
 	case size < h.size:
 		return fmt.Errorf("pool: has %d bytes, the region has %d, was it cut off: %w", h.size, size, ErrCorrupt)
 	case size > MaxSize:
-		return fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(MaxSize), region.ErrSize)
+		return fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size,
+			int64(MaxSize), region.ErrSize)
 	case !grow:
 		return fmt.Errorf("pool: has %d bytes, the region has %d: %w; was it made larger? `daxfs pool grow` gives the pool all of it",
 			h.size, size, region.ErrSize)
@@ -256,7 +263,8 @@ func checkEmpty(r region.Region) error {
 			if hasMagic(r) {
 				what = "a pool"
 			}
-			return fmt.Errorf("pool: region %q holds %s at %d: %w; to destroy it use force", r.Info().Path, what, off, ErrForeign)
+			return fmt.Errorf("pool: region %q holds %s at %d: %w; to destroy it use force", r.Info().Path, what,
+				off, ErrForeign)
 		}
 	}
 	return nil
@@ -277,7 +285,8 @@ func hasMagic(r region.Region) bool {
 func newHeader(r region.Region, o Options) (header, error) {
 	info, size := r.Info(), r.Size()
 	if size > MaxSize {
-		return header{}, fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(MaxSize), region.ErrSize)
+		return header{},
+			fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size, int64(MaxSize), region.ErrSize)
 	}
 	h := header{size: size, dax: o.DAX.or(info.DAX), windows: o.Windows.or(info.Traits().ByAddress)}
 	device := h.dax || o.Device.or(info.Kind != region.KindFile && info.Kind != region.KindHugetlbfs)
@@ -445,11 +454,14 @@ func (p *Pool) load(h *header) error {
 	case c.empty:
 		return fmt.Errorf("pool: region holds pool %x, the index %q is empty: %w", h.id, p.index.path, ErrForeign)
 	case c.id != h.id:
-		return fmt.Errorf("pool: region holds pool %x, the index %q is of pool %x: %w", h.id, p.index.path, c.id, ErrForeign)
+		return fmt.Errorf("pool: region holds pool %x, the index %q is of pool %x: %w", h.id, p.index.path,
+			c.id, ErrForeign)
 	case h.generation > c.gen:
-		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, it is an older copy: %w", h.generation, p.index.path, c.gen, ErrForeign)
+		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, it is an older copy: %w", h.generation,
+			p.index.path, c.gen, ErrForeign)
 	case h.generation+1 < c.gen:
-		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, the region is an older copy: %w", h.generation, p.index.path, c.gen, ErrWiped)
+		return fmt.Errorf("pool: region is at generation %d, the index %q at %d, the region is an older copy: %w",
+			h.generation, p.index.path, c.gen, ErrWiped)
 	}
 	p.header = *h
 	if err := cmp.Or(p.adopt(c), p.adoptDamaged()); err != nil {
@@ -569,7 +581,8 @@ func (p *Pool) adoptRuns(runs map[int64][]runInode) error {
 				p.extents[in.off] = e
 			}
 			if e.size != in.size {
-				return fmt.Errorf("run at %d: inode %d of %d bytes at %d, which has %d", run, in.nid, in.size, in.off, e.size)
+				return fmt.Errorf("run at %d: inode %d of %d bytes at %d, which has %d", run, in.nid,
+					in.size, in.off, e.size)
 			}
 			e.addInode(sharedInode{key: in.key, nid: in.nid, run: run})
 		}

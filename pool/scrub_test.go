@@ -29,7 +29,8 @@ func simPool(t testing.TB, size int64, images int, o Options) (*Pool, *simRegion
 	for i := range images {
 		key := fmt.Sprintf("image%d", i)
 		b := p.Begin()
-		root := tree(put(t, b, random(1, 30_000)), put(t, b, random(uint64(10+i), 5_000)), put(t, b, random(2, 300_000)))
+		root := tree(put(t, b, random(1, 30_000)), put(t, b, random(uint64(10+i), 5_000)),
+			put(t, b, random(2, 300_000)))
 		note := root.Entries["file00000"]
 		note.Mtime = daxfs.Time{Sec: int64(i), Nsec: 7}
 		note.Xattrs = []daxfs.Xattr{{Name: "user.note", Value: []byte(key)}}

@@ -58,7 +58,8 @@ func TestTenImagesShareBase(t *testing.T) {
 	// Metadata is the head and the runs: the rest of the tree area takes no memory.
 	meta := u.Head + u.Tree
 	taken, limit := st.Blocks*512, distinct*103/100+meta
-	t.Logf("taken %d KiB for %d KiB of distinct contents (ratio %.4f) and %d KiB of metadata, unshared %d KiB", taken>>10, distinct>>10,
+	t.Logf("taken %d KiB for %d KiB of distinct contents (ratio %.4f) and %d KiB of metadata, unshared %d KiB",
+		taken>>10, distinct>>10,
 		float64(taken-meta)/float64(distinct), meta>>10, u.Unshared>>10)
 	if taken > limit {
 		t.Errorf("the pool takes %d bytes, expected at most %d", taken, limit)
@@ -212,7 +213,8 @@ func TestPutErrors(t *testing.T) {
 		cancel()
 		close(gate)
 	}()
-	if _, err := b.Put(cancelled, 3<<20, &slowReader{bytes.NewReader(random(1, 3<<20)), gate}); !errors.Is(err, context.Canceled) {
+	if _, err := b.Put(cancelled, 3<<20, &slowReader{bytes.NewReader(random(1, 3<<20)), gate}); !errors.Is(err,
+		context.Canceled) {
 		t.Errorf("cancelled while reading: %v", err)
 	}
 	if _, err := b.Put(ctx, -1, nil); !errors.Is(err, ErrInvalid) {
@@ -299,7 +301,8 @@ func TestMetaFull(t *testing.T) {
 			defer b.Discard()
 			d := put(t, b, random(4, 100))
 			for i := 0; i < c.fill; i += 2 << 20 {
-				if _, err := b.Put(ctx, 2<<20, bytes.NewReader(random(uint64(100+i), 2<<20))); err != nil && !errors.Is(err, ErrFull) {
+				if _, err := b.Put(ctx, 2<<20, bytes.NewReader(random(uint64(100+i), 2<<20))); err != nil &&
+					!errors.Is(err, ErrFull) {
 					t.Fatal(err)
 				}
 			}
@@ -415,7 +418,8 @@ func TestTwoOwners(t *testing.T) {
 		t.Errorf("second owner of the region: %v", err)
 	}
 	elsewhere := t.TempDir()
-	if _, err := Create(openRegion(t, elsewhere, 64<<20), index, Options{Force: true}); !errors.As(err, &busy) || busy.PID != os.Getpid() {
+	if _, err := Create(openRegion(t, elsewhere, 64<<20), index, Options{Force: true}); !errors.As(err, &busy) ||
+		busy.PID != os.Getpid() {
 		t.Errorf("second owner of the index: %v", err)
 	}
 }

@@ -23,7 +23,8 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return err
 	}
 	if info.Kind != snapshots.KindActive {
-		return fmt.Errorf("snapshot %q is %s, expected an active one: %w", key, info.Kind, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("snapshot %q is %s, expected an active one: %w", key, info.Kind,
+			errdefs.ErrFailedPrecondition)
 	}
 	streamed := len(rec.Streamed)
 	usage, err := s.settleLayers(ctx, id, info, &rec)
@@ -91,8 +92,9 @@ func (s *Snapshotter) settleLayers(ctx context.Context, id string, info snapshot
 	// Whoever wrote here could not see the layers below, so directories may have got wrong attributes. The blob is right.
 	claim := claimOf(info.Name, info.Labels)
 	if claim.DiffID == "" {
-		return usage, fmt.Errorf("it was prepared to be streamed but was unpacked by another differ, and no label %q tells "+
-			"which layer it is; pull again: %w", labelDiffID, errdefs.ErrFailedPrecondition)
+		return usage,
+			fmt.Errorf("it was prepared to be streamed but was unpacked by another differ, and no label %q tells "+
+				"which layer it is; pull again: %w", labelDiffID, errdefs.ErrFailedPrecondition)
 	}
 	rec.Claim, rec.Streamed = &claim, []string{s.lowers.BlobKey(claim.DiffID)}
 	return usage, nil

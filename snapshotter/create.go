@@ -48,7 +48,8 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}
 	if claimed, err := s.claim(ctx, want, opts); claimed || err != nil {
 		if err == nil {
-			err = fmt.Errorf("chain %s is in a shared pool: %w", want.Labels[snapshots.LabelSnapshotRef], errdefs.ErrAlreadyExists)
+			err = fmt.Errorf("chain %s is in a shared pool: %w", want.Labels[snapshots.LabelSnapshotRef],
+				errdefs.ErrAlreadyExists)
 		}
 		return nil, err
 	}
@@ -97,7 +98,8 @@ func (s *Snapshotter) tryCreate(ctx context.Context, want snapshots.Info, opts [
 		return nil, err
 	}
 	unpacks := want.Kind == snapshots.KindActive && isExtract(want.Name, want.Labels)
-	if len(links) > 0 && low.Image != "" && low.Image == links[0].rec.Image && !low.Plain && !links[0].rec.Built && !unpacks {
+	if len(links) > 0 && low.Image != "" && low.Image == links[0].rec.Image && !low.Plain &&
+		!links[0].rec.Built && !unpacks {
 		s.work.add(task{name: want.Parent, started: true})
 	}
 	return s.describe(id, info, low, lowerdirs), nil

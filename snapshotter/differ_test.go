@@ -40,7 +40,10 @@ func newPull(e *env) *pull {
 // put stores an uncompressed layer.
 func (p *pull) put(tar []byte) ocispec.Descriptor {
 	p.t.Helper()
-	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(tar), Size: int64(len(tar))}
+	desc := ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(tar),
+		Size: int64(len(tar)),
+	}
 	err := content.WriteBlob(p.t.Context(), p.store, desc.Digest.String(), bytes.NewReader(tar), desc)
 	if !errdefs.IsAlreadyExists(err) {
 		p.must(err)
@@ -117,7 +120,10 @@ func TestForeignMounts(t *testing.T) {
 			t.Errorf("%s: %v, expected ErrNotImplemented", name, err)
 		}
 	}
-	for _, mediaType := range []string{"application/vnd.oci.image.layer.v1.tar+gzip+encrypted", ocispec.MediaTypeImageConfig, "application/vnd.erofs.layer.v1"} {
+	for _, mediaType := range []string{
+		"application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
+		ocispec.MediaTypeImageConfig, "application/vnd.erofs.layer.v1",
+	} {
 		desc := desc
 		desc.MediaType = mediaType
 		if _, err := p.Apply(t.Context(), desc, ours); !errdefs.IsNotImplemented(err) {
@@ -228,7 +234,8 @@ func TestBadBlob(t *testing.T) {
 	p := newPull(e)
 	m := e.prepare("default/1/extract-1-x a", "")
 	missing := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("nothing"), Size: 7}
-	if _, err := p.Apply(t.Context(), missing, m); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), missing.Digest.String()) {
+	if _, err := p.Apply(t.Context(), missing, m); !errdefs.IsNotFound(err) ||
+		!strings.Contains(err.Error(), missing.Digest.String()) {
 		t.Errorf("missing blob: %v", err)
 	}
 	if _, err := p.Apply(t.Context(), p.put([]byte(strings.Repeat("not a tar ", 100))), m); err == nil {

@@ -44,8 +44,9 @@ type fakeLowers struct {
 
 func newFakeLowers(root string) *fakeLowers {
 	return &fakeLowers{
-		root: root, builds: map[int]int{}, images: map[string]bool{}, plains: map[string]bool{}, layers: map[string]bool{},
-		blobs: map[digest.Digest]snapshotter.Blob{},
+		root: root, builds: map[int]int{}, images: map[string]bool{}, plains: map[string]bool{},
+		layers: map[string]bool{},
+		blobs:  map[digest.Digest]snapshotter.Blob{},
 	}
 }
 
@@ -125,7 +126,8 @@ func (f *fakeLowers) AddClaimed(ctx context.Context, claim snapshotter.Claim) (s
 	f.claims = append(f.claims, claim)
 	blob, ok := f.blobs[claim.DiffID]
 	if !ok {
-		return s, fmt.Errorf("no blob of layer %s in namespace %q: %w", claim.DiffID, claim.Namespace, errdefs.ErrNotFound)
+		return s,
+			fmt.Errorf("no blob of layer %s in namespace %q: %w", claim.DiffID, claim.Namespace, errdefs.ErrNotFound)
 	}
 	blob.Pin = func(string) {}
 	return f.addBlob(ctx, blob)
@@ -163,7 +165,8 @@ func (f *fakeLowers) addBlob(ctx context.Context, blob snapshotter.Blob) (s snap
 	defer os.RemoveAll(temp)
 	digester := digest.Canonical.Digester()
 	counter := &counter{r: io.TeeReader(r, digester.Hash())}
-	if _, err := archive.Apply(ctx, temp, counter, archive.WithConvertWhiteout(archive.OverlayConvertWhiteout)); err != nil {
+	if _, err := archive.Apply(ctx, temp, counter,
+		archive.WithConvertWhiteout(archive.OverlayConvertWhiteout)); err != nil {
 		return s, err
 	}
 	if _, err := io.Copy(io.Discard, counter); err != nil {

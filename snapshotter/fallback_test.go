@@ -14,7 +14,8 @@ func TestFallbackKeepsRoot(t *testing.T) {
 	ctx := t.Context()
 	below, top := "default/1/"+chainA, "default/2/"+chainB
 	p.stream(below, "", tarOf("x"))
-	m := e.prepare(extractKey(top), below, unpackLabels(top, p.put(tarOf("y")).Digest)) // expected to be streamed as well
+	// expected to be streamed as well
+	m := e.prepare(extractKey(top), below, unpackLabels(top, p.put(tarOf("y")).Digest))
 	if option(m, "lowerdir") != "" {
 		t.Fatalf("mounts %v", m)
 	}

@@ -131,7 +131,10 @@ func TestMigration(t *testing.T) {
 // Version 1 does not start on what this version wrote: it makes the bucket of its records first.
 func TestNoWayBackToVersionOne(t *testing.T) {
 	needRoot(t)
-	for name, before := range map[string]func(*testing.T, string){"migrated": oldMetadata, "new": func(*testing.T, string) {}} {
+	for name, before := range map[string]func(*testing.T, string){
+		"migrated": oldMetadata,
+		"new":      func(*testing.T, string) {},
+	} {
 		root := t.TempDir()
 		before(t, root)
 		fake := newFakeLowers(filepath.Join(root, "fake"))

@@ -37,7 +37,8 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 	if !has("userxattr") {
 		need, err := overlayutils.NeedsUserXAttr(root)
 		if err != nil {
-			log.G(ctx).WithError(err).Warnf("can not tell whether overlayfs needs the option userxattr, assuming %v", need)
+			log.G(ctx).WithError(err).Warnf("can not tell whether overlayfs needs the option userxattr, assuming %v",
+				need)
 		}
 		if need {
 			options = append(options, "userxattr")
@@ -70,7 +71,8 @@ func (s *Snapshotter) tryOptions() error {
 	if len(s.opts.MountOptions) == 0 {
 		return nil
 	}
-	dir, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), doomed+"trial-") // a cleanup removes what a crash leaves
+	// a cleanup removes what a crash leaves
+	dir, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), doomed+"trial-")
 	if err != nil {
 		return err
 	}
@@ -139,7 +141,8 @@ func (s *Snapshotter) describe(id string, info snapshots.Info, low *lower, lower
 	if view {
 		options = append(options, "ro")
 	}
-	options = append(options, "workdir="+s.workdir(id), "upperdir="+s.upper(id), "lowerdir="+strings.Join(lowerdirs, ":"))
+	options = append(options, "workdir="+s.workdir(id), "upperdir="+s.upper(id),
+		"lowerdir="+strings.Join(lowerdirs, ":"))
 	options = append(options, s.overlayOptions...)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 }

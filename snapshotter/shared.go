@@ -54,7 +54,8 @@ func (s *Snapshotter) claim(ctx context.Context, want snapshots.Info, opts []sna
 			return false, err
 		}
 		if !errdefs.IsNotFound(err) {
-			log.G(ctx).WithError(err).WithField("chain", chain).Warn("a shared image can not be used, pulling it instead")
+			log.G(ctx).WithError(err).WithField("chain",
+				chain).Warn("a shared image can not be used, pulling it instead")
 		}
 		return false, nil
 	}
@@ -152,7 +153,8 @@ func (s *Snapshotter) reclaim(ctx context.Context) error {
 		for chain := range chains {
 			unpin := s.pins.pin(sharedKey(chain))
 			if err := s.opts.Shared.Claim(ctx, chain); err != nil && !errors.Is(err, context.Canceled) {
-				log.G(ctx).WithError(err).WithField("chain", chain).Warn("a snapshot stands for an image that no shared pool has now")
+				log.G(ctx).WithError(err).WithField("chain",
+					chain).Warn("a snapshot stands for an image that no shared pool has now")
 			}
 			unpin()
 		}

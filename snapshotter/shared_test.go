@@ -94,7 +94,8 @@ func (f *fakeShared) claims() string {
 // claim prepares a chain as containerd's unpacker does, and returns the snapshot that containerd then finds for it.
 func (e *env) claim(namespace, chain, parent string) string {
 	e.t.Helper()
-	_, err := e.Prepare(e.t.Context(), namespace+"/7/extract-1-abcd "+chain, parent, labels(snapshots.LabelSnapshotRef, chain))
+	_, err := e.Prepare(e.t.Context(), namespace+"/7/extract-1-abcd "+chain, parent,
+		labels(snapshots.LabelSnapshotRef, chain))
 	if !errdefs.IsAlreadyExists(err) {
 		e.t.Fatalf("claim of %s: %v, expected that it exists", chain, err)
 	}
@@ -109,7 +110,8 @@ func (e *env) claim(namespace, chain, parent string) string {
 func (e *env) found(chain, parent string) (name string) {
 	e.t.Helper()
 	e.must(e.Walk(e.t.Context(), func(_ context.Context, i snapshots.Info) error {
-		if name == "" && i.Kind == snapshots.KindCommitted && i.Labels[snapshots.LabelSnapshotRef] == chain && i.Parent == parent {
+		if name == "" && i.Kind == snapshots.KindCommitted && i.Labels[snapshots.LabelSnapshotRef] == chain &&
+			i.Parent == parent {
 			name = i.Name
 		}
 		return nil
@@ -170,7 +172,10 @@ func TestClaim(t *testing.T) {
 		}
 		return ""
 	})
-	for _, name := range []string{"default/12/v", "default/11/v", "default/10/extract-1-x " + chainA, "default/9/" + chainC} {
+	for _, name := range []string{
+		"default/12/v", "default/11/v", "default/10/extract-1-x " + chainA,
+		"default/9/" + chainC,
+	} {
 		e.must(e.Remove(t.Context(), name))
 	}
 	e.must(e.Cleanup(t.Context()))
@@ -251,7 +256,8 @@ func TestPlantedReference(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{Shared: shared})
 	e.layer("evil/1/"+chainA, "", "planted", labels(snapshots.LabelSnapshotRef, chainA))
 	e.layer("evil/2/x", "", "planted")
-	_, err := e.Update(t.Context(), snapshots.Info{Name: "evil/2/x", Labels: map[string]string{snapshots.LabelSnapshotRef: chainA}})
+	_, err := e.Update(t.Context(),
+		snapshots.Info{Name: "evil/2/x", Labels: map[string]string{snapshots.LabelSnapshotRef: chainA}})
 	e.must(err)
 	if name := e.found(chainA, ""); name != "" {
 		t.Errorf("containerd would take %q for the chain", name)
@@ -269,7 +275,8 @@ func TestClaimLost(t *testing.T) {
 	shared.mu.Lock()
 	clear(shared.images)
 	shared.mu.Unlock()
-	if _, err := e.Prepare(t.Context(), "default/8/c", a); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "pull it") {
+	if _, err := e.Prepare(t.Context(), "default/8/c", a); !errdefs.IsNotFound(err) ||
+		!strings.Contains(err.Error(), "pull it") {
 		t.Errorf("image that is gone: %v", err)
 	}
 	e.opts.Shared = nil

@@ -23,10 +23,10 @@ import (
 // env is a snapshotter over fake lowers that can be closed and opened again.
 type env struct {
 	*snapshotter.Snapshotter
-	t         *testing.T
-	root      string
-	fake      *fakeLowers
-	opts      snapshotter.Options
+	t    *testing.T
+	root string
+	fake *fakeLowers
+	opts snapshotter.Options
 
 	mu      sync.Mutex
 	reasons []string // of falling back to plain directories, as they come
@@ -186,14 +186,16 @@ func TestMountShapes(t *testing.T) {
 	e.expectFiles(m, "a b")
 	v, err := e.View(t.Context(), "default/4/v", "default/2/"+chainB)
 	e.must(err)
-	if len(v) != 1 || v[0].Type != "overlay" || !v[0].ReadOnly() || option(v, "upperdir") == "" || option(v, "workdir") == "" {
+	if len(v) != 1 || v[0].Type != "overlay" || !v[0].ReadOnly() || option(v, "upperdir") == "" ||
+		option(v, "workdir") == "" {
 		t.Errorf("a view is %v, expected one read-only overlay with an upper directory", v)
 	}
 	if option(v, "lowerdir") != option(m, "lowerdir") {
 		t.Errorf("the view is of %q, the container stands on %q", option(v, "lowerdir"), option(m, "lowerdir"))
 	}
 	e.expectFiles(v, "a b")
-	e.must(mount.WithReadonlyTempMount(t.Context(), v, func(root string) error { // as nerdctl and containerd look at views
+	// as nerdctl and containerd look at views
+	e.must(mount.WithReadonlyTempMount(t.Context(), v, func(root string) error {
 		_, err := os.Stat(filepath.Join(root, "b"))
 		return err
 	}))
@@ -219,7 +221,8 @@ func TestMountShapes(t *testing.T) {
 func TestRebase(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	base := e.prepare("default/1/extract-1-a "+chainA, "", labels(snapshots.LabelSnapshotRef, chainA))
-	top := e.prepare("default/2/extract-1-b "+chainB, "", labels(snapshots.LabelSnapshotRef, chainB, "containerd.io/snapshot/parent-chain-id", chainA))
+	top := e.prepare("default/2/extract-1-b "+chainB, "",
+		labels(snapshots.LabelSnapshotRef, chainB, "containerd.io/snapshot/parent-chain-id", chainA))
 	if base[0].Type != "bind" {
 		t.Errorf("the first layer is unpacked to %v, expected a bind mount", base)
 	}
@@ -231,7 +234,8 @@ func TestRebase(t *testing.T) {
 	e.must(os.WriteFile(filepath.Join(base[0].Source, "kept"), nil, 0o644))
 	e.must(syscall.Mknod(filepath.Join(upper, "gone"), syscall.S_IFCHR, 0))
 	e.must(e.Commit(t.Context(), "default/3/"+chainA, "default/1/extract-1-a "+chainA))
-	e.must(e.Commit(t.Context(), "default/4/"+chainB, "default/2/extract-1-b "+chainB, snapshots.WithParent("default/3/"+chainA)))
+	e.must(e.Commit(t.Context(), "default/4/"+chainB, "default/2/extract-1-b "+chainB,
+		snapshots.WithParent("default/3/"+chainA)))
 	e.expectFiles(e.prepare("default/5/c", "default/4/"+chainB), "kept")
 }
 
@@ -284,7 +288,8 @@ func TestBuiltAheadOfContainers(t *testing.T) {
 	e.layer("plain/5/three", "plain/4/two", "c")
 	e.must(e.Flush(t.Context()))
 	if e.fake.state().builds[1] != 0 || e.fake.state().builds[2] != 1 {
-		t.Errorf("with labels: inner layer built %d times, top %d times", e.fake.state().builds[1], e.fake.state().builds[2])
+		t.Errorf("with labels: inner layer built %d times, top %d times", e.fake.state().builds[1],
+			e.fake.state().builds[2])
 	}
 	if e.fake.state().builds[3] != 0 {
 		t.Error("without labels an image was built that nobody asked for")
@@ -337,7 +342,8 @@ func TestRestartTakesUpWork(t *testing.T) {
 	e.restart()
 	e.must(e.Flush(t.Context()))
 	if len(e.fake.state().layers) != 1 || e.fake.state().builds[1] != 1 {
-		t.Errorf("after a restart layers %v are stored and images %v built", e.fake.state().layers, e.fake.state().builds)
+		t.Errorf("after a restart layers %v are stored and images %v built", e.fake.state().layers,
+			e.fake.state().builds)
 	}
 	e.must(e.check())
 }
@@ -364,7 +370,8 @@ func TestErrorWithoutFallback(t *testing.T) {
 }
 
 func TestUserNamespace(t *testing.T) {
-	mapping := []snapshots.Opt{labels(snapshots.LabelSnapshotUIDMapping, "0:100000:65536", snapshots.LabelSnapshotGIDMapping, "1:5:9,0:200000:65536")}
+	mapping := []snapshots.Opt{labels(snapshots.LabelSnapshotUIDMapping, "0:100000:65536",
+		snapshots.LabelSnapshotGIDMapping, "1:5:9,0:200000:65536")}
 	for _, remap := range []bool{true, false} {
 		t.Run(fmt.Sprint(remap), func(t *testing.T) {
 			e := newEnv(t, snapshotter.Options{RemapIDs: remap})
@@ -373,7 +380,9 @@ func TestUserNamespace(t *testing.T) {
 			st, err := os.Stat(option(m, "upperdir"))
 			e.must(err)
 			sys := st.Sys().(*syscall.Stat_t)
-			if remap && (option(m, "uidmap") != "0:100000:65536" || option(m, "gidmap") != "1:5:9,0:200000:65536" || sys.Uid != 100000 || sys.Gid != 200000) {
+			if remap &&
+				(option(m, "uidmap") != "0:100000:65536" || option(m, "gidmap") != "1:5:9,0:200000:65536" ||
+					sys.Uid != 100000 || sys.Gid != 200000) {
 				t.Errorf("mount %v with upper directory of %d:%d", m, sys.Uid, sys.Gid)
 			}
 			if !remap && (option(m, "uidmap") != "" || sys.Uid != 0 || sys.Gid != 0) {
@@ -383,7 +392,8 @@ func TestUserNamespace(t *testing.T) {
 				return
 			}
 			for _, bad := range []string{"0:1", "x:0:1", "5:0:9", "0:-1:5"} {
-				_, err := e.Prepare(t.Context(), "default/3/c", "default/1/a", labels(snapshots.LabelSnapshotUIDMapping, bad))
+				_, err := e.Prepare(t.Context(), "default/3/c", "default/1/a",
+					labels(snapshots.LabelSnapshotUIDMapping, bad))
 				if !errdefs.IsInvalidArgument(err) {
 					t.Errorf("mapping %q: %v", bad, err)
 				}
@@ -410,7 +420,8 @@ func TestRootAttributes(t *testing.T) {
 func TestMountOptions(t *testing.T) {
 	needRoot(t)
 	for _, bad := range []string{"lowerdir=/x", "upperdir=/x", "workdir=/x", "uidmap=0:0:1", ""} {
-		_, err := snapshotter.New(t.Context(), t.TempDir(), newFakeLowers(t.TempDir()), snapshotter.Options{MountOptions: []string{bad}})
+		_, err := snapshotter.New(t.Context(), t.TempDir(), newFakeLowers(t.TempDir()),
+			snapshotter.Options{MountOptions: []string{bad}})
 		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", bad)) {
 			t.Errorf("option %q: %v", bad, err)
 		}

@@ -35,12 +35,13 @@ func needRoot(t *testing.T) {
 // snapshotters inherit from overlayfs that a directory of a lower layer can not be renamed.
 func TestSuite(t *testing.T) {
 	needRoot(t)
-	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		f := newFakeLowers(filepath.Join(root, "fake"))
-		s, err := snapshotter.New(ctx, root, f, snapshotter.Options{})
-		if err != nil {
-			return nil, nil, err
-		}
-		return s, func() error { return errors.Join(s.Close(), f.reboot()) }, nil
-	})
+	testsuite.SnapshotterSuite(t, "overlayfs",
+		func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+			f := newFakeLowers(filepath.Join(root, "fake"))
+			s, err := snapshotter.New(ctx, root, f, snapshotter.Options{})
+			if err != nil {
+				return nil, nil, err
+			}
+			return s, func() error { return errors.Join(s.Close(), f.reboot()) }, nil
+		})
 }

@@ -116,7 +116,8 @@ func (s *Store) logMade(ctx context.Context, b *addition, m *mount.Mounted, moun
 		logger.Info("image added to the pool")
 		return
 	}
-	logger.WithField("mount", rounded(mounting)).WithField("driver", m.Driver).Info("image added to the pool and mounted")
+	logger.WithField("mount", rounded(mounting)).WithField("driver",
+		m.Driver).Info("image added to the pool and mounted")
 }
 
 func rounded(d time.Duration) string { return d.Round(100 * time.Microsecond).String() }

@@ -118,7 +118,8 @@ func (s *Store) damage() error {
 	s.mu.Unlock()
 	maps.DeleteFunc(lost, func(key string, _ error) bool {
 		_, err := s.pool.Image(s.poolKey(key))
-		return err == nil || !slices.ContainsFunc(s.pool.Images(), func(m pool.Image) bool { return canonical(m.Key) == key })
+		return err == nil ||
+			!slices.ContainsFunc(s.pool.Images(), func(m pool.Image) bool { return canonical(m.Key) == key })
 	})
 	return joinSorted(lost)
 }

@@ -86,7 +86,8 @@ func TestDocumentRoundTrip(t *testing.T) {
 		t.Errorf("the bytes depend on the order of images: %v", err)
 	}
 	p, err := got.Images[1].Parts()
-	if err != nil || p.Index == nil || len(p.Layers) != 2 || p.Manifest.Desc.MediaType != ocispec.MediaTypeImageManifest {
+	if err != nil || p.Index == nil || len(p.Layers) != 2 ||
+		p.Manifest.Desc.MediaType != ocispec.MediaTypeImageManifest {
 		t.Errorf("parts %+v, %v", p, err)
 	}
 }
@@ -124,7 +125,10 @@ func TestDocumentRefuses(t *testing.T) {
 			t.Errorf("%s: %+v, %v; expected ErrCorrupt", name, got, err)
 		}
 	}
-	for _, raw := range []string{"", "null", "[]", "{}", `{"diffIDs":{}}`, "\xff", strings.Repeat(" ", pool.MaxDocument+1)} {
+	for _, raw := range []string{
+		"", "null", "[]", "{}", `{"diffIDs":{}}`, "\xff",
+		strings.Repeat(" ", pool.MaxDocument+1),
+	} {
 		if got, err := ParseDocument([]byte(raw)); !errors.Is(err, pool.ErrCorrupt) {
 			t.Errorf("%.20q: %+v, %v; expected ErrCorrupt", raw, got, err)
 		}

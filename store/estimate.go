@@ -95,7 +95,9 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 }
 
 // layer returns a layer, and what its files take in a directory. isNew is false if it was counted before.
-func (e *Estimator) layer(ctx context.Context, l source.Layer) (made *layer.Layer, unpacked int64, isNew bool, err error) {
+func (e *Estimator) layer(ctx context.Context,
+	l source.Layer,
+) (made *layer.Layer, unpacked int64, isNew bool, err error) {
 	key := l.DiffID.String()
 	if made, _, ok := e.layers.get(key); ok {
 		return made, 0, false, nil

@@ -26,12 +26,14 @@ func TestEstimate(t *testing.T) {
 	ctx := t.Context()
 	var many []file
 	for i := range 300 {
-		many = append(many, file{fmt.Sprintf("many/%03d", i), random(uint64(i%100), 100+i%100)}) // each content three times
+		// each content three times
+		many = append(many, file{fmt.Sprintf("many/%03d", i), random(uint64(i%100), 100+i%100)})
 	}
 	base := sourceOf(many...)
 	images := []*source.Image{
 		sourceOfLayers(base, sourceOf(file{"a", random(500, 3_000_000)}, file{"empty", nil})),
-		sourceOfLayers(base, sourceOf(file{"large", random(501, 50_000)}, file{"small", random(503, 61)}, file{"empty", nil})),
+		sourceOfLayers(base,
+			sourceOf(file{"large", random(501, 50_000)}, file{"small", random(503, 61)}, file{"empty", nil})),
 		sourceOfLayers(base, sourceOf(file{"renamed", random(500, 3_000_000)})),
 		sourceOfLayers(base, sourceOf(file{"many/000", random(502, 9_000)})), // hides a file of the layer below
 		{Tree: dirSource(t.TempDir()).Tree},
@@ -48,8 +50,10 @@ func TestEstimate(t *testing.T) {
 		after := k.pool.Usage()
 		contents, metadata := after.Extents-before.Extents, after.Tree-before.Tree
 		again := i == len(images)-1
-		if got.Contents != contents || !again && got.Metadata != metadata || again && (got.Contents != 0 || got.Layers != 0) {
-			t.Errorf("image %d: estimated %+v; it took %d bytes of contents and %d of metadata", i, got, contents, metadata)
+		if got.Contents != contents || !again && got.Metadata != metadata || again &&
+			(got.Contents != 0 || got.Layers != 0) {
+			t.Errorf("image %d: estimated %+v; it took %d bytes of contents and %d of metadata", i, got,
+				contents, metadata)
 		}
 		// What an image brought is its contents that were new, and the part of its metadata that is its own.
 		if min := contents; !again && (info.Brought < min || info.Brought > contents+metadata) {

@@ -23,7 +23,10 @@ func TestPoolAdvice(t *testing.T) {
 	}{
 		"another size": {
 			func(k *kit) { k.cfg.Pool.Size = 64 << 20 }, nil,
-			[]string{"has 33554432 bytes, configured are 67108864", "set pool.size to the size that the pool has", "daxfs pool grow"},
+			[]string{
+				"has 33554432 bytes, configured are 67108864", "set pool.size to the size that the pool has",
+				"daxfs pool grow",
+			},
 			"",
 		},
 		"made larger by hand": {
@@ -61,7 +64,8 @@ func TestPoolAdvice(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			k := newKit(t, func(c *Config) { c.Pool.Size = 32 << 20 })
 			_, err := Open(t.Context(), k.cfg)
-			if err == nil || !strings.Contains(err.Error(), "in use by process") || !strings.Contains(err.Error(), "end what uses it") {
+			if err == nil || !strings.Contains(err.Error(), "in use by process") ||
+				!strings.Contains(err.Error(), "end what uses it") {
 				t.Errorf("a second owner: %v", err)
 			}
 			before := k.cfg
@@ -169,7 +173,8 @@ func TestStrangersFile(t *testing.T) {
 			if err := make(path); err != nil {
 				t.Fatal(err)
 			}
-			s, err := Open(t.Context(), Config{Root: t.TempDir(), Pool: Pool{Kind: region.KindFile, Path: path, Size: 32 << 20}})
+			s, err := Open(t.Context(),
+				Config{Root: t.TempDir(), Pool: Pool{Kind: region.KindFile, Path: path, Size: 32 << 20}})
 			if err == nil {
 				s.Close()
 				t.Fatal("it became the pool")
@@ -244,7 +249,8 @@ func TestVersionOnePool(t *testing.T) {
 		}
 		oldPoolFile(t, path)
 		index := filepath.Join(root, "pool/index.db")
-		if err := errors.Join(os.MkdirAll(filepath.Dir(index), 0o700), os.WriteFile(index, []byte("old"), 0o600)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(index), 0o700),
+			os.WriteFile(index, []byte("old"), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 		before, err := os.ReadFile(path)

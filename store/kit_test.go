@@ -58,7 +58,8 @@ func newKit(t *testing.T, change func(*Config)) *kit {
 			errs = append(errs, k.table.Unmount(ctx, m.Key))
 		}
 		errs = append(errs, k.table.UnmountPool(ctx), k.Close())
-		if err := errors.Join(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, mount.ErrNotFound) })...); err != nil {
+		if err := errors.Join(slices.DeleteFunc(errs,
+			func(err error) bool { return errors.Is(err, mount.ErrNotFound) })...); err != nil {
 			t.Error(err)
 		}
 	})

@@ -101,9 +101,10 @@ func (s *Store) addDir(ctx context.Context, holder, key, dir string) error {
 	if _, _, err := s.load(key); err == nil {
 		return nil
 	}
-	return s.readTree(ctx, holder, key, func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
-		return layer.FromUpper(ctx, dir, to, lim)
-	})
+	return s.readTree(ctx, holder, key,
+		func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error) {
+			return layer.FromUpper(ctx, dir, to, lim)
+		})
 }
 
 // treeReader reads a tree as one layer.

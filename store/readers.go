@@ -88,7 +88,8 @@ func (r Readers) beside(mem region.Region) error {
 			return err
 		}
 		if in {
-			return fmt.Errorf("the lease region lies in the pool, expected memory beside it: %q: %w", spec, pool.ErrInvalid)
+			return fmt.Errorf("the lease region lies in the pool, expected memory beside it: %q: %w", spec,
+				pool.ErrInvalid)
 		}
 	}
 	return nil
@@ -286,7 +287,8 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 		if found == nil {
 			d.Images = had
 		}
-		d.Images = slices.DeleteFunc(slices.Clone(d.Images), func(o OCIImage) bool { return o.Namespace == PutNamespace })
+		d.Images = slices.DeleteFunc(slices.Clone(d.Images),
+			func(o OCIImage) bool { return o.Namespace == PutNamespace })
 		d.Images = append(d.Images, put[d.ChainID]...)
 		gains := slices.ContainsFunc(d.Images, func(o OCIImage) bool { return !slices.ContainsFunc(had, o.sameName) })
 		list = append(list, telling{m, d, gains})
@@ -381,7 +383,8 @@ func (w *sweep) findPrefixes() {
 		return
 	}
 	for key, r := range w.imageRecords() {
-		if _, ok := diffIDsOf(r.Layers); !ok || len(r.Layers) < 2 || w.needOf(key) == Unused && !slices.ContainsFunc(r.Holders, lasting) {
+		if _, ok := diffIDsOf(r.Layers); !ok || len(r.Layers) < 2 || w.needOf(key) == Unused &&
+			!slices.ContainsFunc(r.Holders, lasting) {
 			continue
 		}
 		for n := 1; n < len(r.Layers); n++ {

@@ -54,7 +54,10 @@ func (k *kit) documents() map[digest.Digest]*Document {
 // TestPublish tells readers of an image of three layers: each prefix is an image, and containerd's names come and go.
 func TestPublish(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
-	tars := [][]byte{makeTar(file{"a", random(1, 5000)}), makeTar(file{"b", random(2, 6000)}), makeTar(file{"c", random(3, 7000)})}
+	tars := [][]byte{
+		makeTar(file{"a", random(1, 5000)}), makeTar(file{"b", random(2, 6000)}),
+		makeTar(file{"c", random(3, 7000)}),
+	}
 	_, ids := k.streamed("web", tars...)
 	oci := ociImage(t, "docker.io/library/web:1", ids, true)
 	k.must(k.Publish(t.Context(), []OCIImage{oci, ociImage(t, "docker.io/library/other:1", diffIDs("x"), false)}))
@@ -195,7 +198,8 @@ func TestSweepLeased(t *testing.T) {
 			t.Fatalf("%d images are listed, expected none", n)
 		}
 		users, err := k.LeaseUsers()
-		if err != nil || len(users) != 1 || users[0].Reader != "guest" || !slices.Equal(users[0].Images, []string{img.Key}) {
+		if err != nil || len(users) != 1 || users[0].Reader != "guest" ||
+			!slices.Equal(users[0].Images, []string{img.Key}) {
 			t.Errorf("used by %+v, %v", users, err)
 		}
 	}

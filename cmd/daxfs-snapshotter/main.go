@@ -68,8 +68,14 @@ func app(stdout, stderr io.Writer) *cli.App {
 			return usage("expected \"config default\" or \"config check\"")
 		},
 		Subcommands: []*cli.Command{
-			{Name: "default", Usage: "print the default configuration with explanations", Action: printDefault, OnUsageError: a.OnUsageError},
-			{Name: "check", Usage: "read the configuration that the flags name, and say what is wrong with it", Action: check, OnUsageError: a.OnUsageError},
+			{
+				Name: "default", Usage: "print the default configuration with explanations", Action: printDefault,
+				OnUsageError: a.OnUsageError,
+			},
+			{
+				Name: "check", Usage: "read the configuration that the flags name, and say what is wrong with it",
+				Action: check, OnUsageError: a.OnUsageError,
+			},
 		},
 	}}
 	return a
@@ -89,7 +95,10 @@ const (
 
 func flags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: flagConfig, Aliases: []string{"c"}, Value: config.DefaultPath, Usage: "configuration `FILE`"},
+		&cli.StringFlag{
+			Name: flagConfig, Aliases: []string{"c"}, Value: config.DefaultPath,
+			Usage: "configuration `FILE`",
+		},
 		&cli.StringFlag{Name: flagRoot, Usage: "state directory `DIR` (root)"},
 		&cli.StringFlag{Name: flagAddress, Aliases: []string{"a"}, Usage: "unix `SOCKET` to serve on (address)"},
 		&cli.StringFlag{Name: flagContainerd, Usage: "containerd's `SOCKET` (containerd.address)"},
@@ -110,7 +119,8 @@ func load(c *cli.Context) (*config.Config, error) {
 		return nil, err
 	}
 	for name, field := range map[string]*string{
-		flagRoot: &cfg.Root, flagAddress: &cfg.Address, flagContainerd: &cfg.Containerd.Address, flagDriver: &cfg.Mount.Driver,
+		flagRoot: &cfg.Root, flagAddress: &cfg.Address, flagContainerd: &cfg.Containerd.Address,
+		flagDriver:   &cfg.Mount.Driver,
 		flagLogLevel: &cfg.Log.Level, flagLogFormat: &cfg.Log.Format, flagMetrics: &cfg.Metrics.Address,
 	} {
 		if c.IsSet(name) {

@@ -71,8 +71,10 @@ func TestWrongCalls(t *testing.T) {
 		{[]string{"--log-level", "loud", "config", "check"}, 1, `key "log.level"`},
 	} {
 		code, out, errs := call(t, tc.args...)
-		if code != tc.code || !strings.Contains(errs, tc.want) || !strings.HasPrefix(errs, "daxfs-snapshotter: ") || out != "" {
-			t.Errorf("%q: code %d, expected %d; stdout %q; stderr %q, expected %q in it", tc.args, code, tc.code, out, errs, tc.want)
+		if code != tc.code || !strings.Contains(errs, tc.want) ||
+			!strings.HasPrefix(errs, "daxfs-snapshotter: ") || out != "" {
+			t.Errorf("%q: code %d, expected %d; stdout %q; stderr %q, expected %q in it", tc.args, code, tc.code,
+				out, errs, tc.want)
 		}
 	}
 }
@@ -83,7 +85,8 @@ func TestFlagsWin(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The file alone is wrong; that it was is said even so, because a flag is not there at the next start.
-	if code, _, errs := call(t, "--config", file, "--root", "/x", "config", "check"); code != 1 || !strings.Contains(errs, `"relative"`) {
+	if code, _, errs := call(t, "--config", file, "--root", "/x", "config", "check"); code != 1 ||
+		!strings.Contains(errs, `"relative"`) {
 		t.Errorf("%d %q", code, errs)
 	}
 	if code, out, errs := call(t, "--root", "/x", "--driver", "fuse", "config", "check"); code != 0 || out != "ok\n" {
@@ -114,7 +117,10 @@ func TestServe(t *testing.T) {
 	var out, errs bytes.Buffer
 	ended := make(chan int, 1)
 	go func() {
-		ended <- run(ctx, []string{"daxfs-snapshotter", "--config", file, "--root", filepath.Join(dir, "root"), "--address", socket}, &out, &errs)
+		ended <- run(ctx, []string{
+			"daxfs-snapshotter", "--config", file, "--root", filepath.Join(dir, "root"),
+			"--address", socket,
+		}, &out, &errs)
 	}()
 	expect := func(want string) {
 		t.Helper()
@@ -179,9 +185,12 @@ func TestSocketActivation(t *testing.T) {
 		}
 		return cmd
 	}
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) {
-		return net.Dial("unix", filepath.Join(dir, "control.sock"))
-	}}}
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(context.Context, string, string) (net.Conn, error) {
+			return net.Dial("unix", filepath.Join(dir, "control.sock"))
+		},
+	}}
 	ask := func() error {
 		resp, err := client.Get("http://d/v1/pool")
 		if err != nil {

@@ -46,7 +46,8 @@ image again by itself that was detached, unless its name stands for another one 
 
 Example:
    daxfs detach docker.io/library/nginx:latest`,
-		Flags:  append([]cli.Flag{&cli.BoolFlag{Name: "all", Usage: "detach all images that were attached"}}, attachFlags()...),
+		Flags: append([]cli.Flag{&cli.BoolFlag{Name: "all", Usage: "detach all images that were attached"}},
+			attachFlags()...),
 		Action: e.detach,
 	}
 }
@@ -119,7 +120,8 @@ func (e *env) listShared(c *cli.Context) error {
 		fmt.Fprintln(w, "\nNAME\tOWNER'S NAMESPACE\tDIGEST\tPOOL")
 	}
 	for _, i := range s.Images {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", printable(i.Name), printable(i.Namespace), printable(i.Target.String()), printable(i.Pool))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", printable(i.Name), printable(i.Namespace), printable(i.Target.String()),
+			printable(i.Pool))
 	}
 	return w.Flush()
 }

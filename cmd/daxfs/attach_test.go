@@ -14,7 +14,10 @@ func TestAttach(t *testing.T) {
 	d := startDaemon(t, "")
 	d.shared = api.SharedAnswer{
 		Pools: []shared.Status{
-			{Name: "/dev/pmem0", ID: "ab", Generation: 7, Images: 3, Claimed: 2, Mounted: 1, Driver: "erofs-dax", Leased: true},
+			{
+				Name: "/dev/pmem0", ID: "ab", Generation: 7, Images: 3, Claimed: 2, Mounted: 1,
+				Driver: "erofs-dax", Leased: true,
+			},
 			{Name: "/dev/pmem1", Error: "no pool header"},
 			{Name: "/dev/pmem2", Lost: "no container starts from 2 images"},
 		},
@@ -43,7 +46,8 @@ func TestAttach(t *testing.T) {
 		args := append(append([]string{"daxfs"}, strings.Fields(c.args)...), "--control", d.socket)
 		got := run(t.Context(), args, nil, &out, &errs)
 		asked := d.take()
-		if text := out.String() + errs.String(); got != c.status || !strings.Contains(text, c.want) || strings.Contains(text, "\x1b") {
+		if text := out.String() + errs.String(); got != c.status || !strings.Contains(text, c.want) ||
+			strings.Contains(text, "\x1b") {
 			t.Errorf("%s: status %d, %s; expected %d and %q", c.args, got, text, c.status, c.want)
 		}
 		if asked != c.asked {

@@ -40,8 +40,12 @@ func TestCompletion(t *testing.T) {
 		start       []string
 		setup       string // typed first
 	}{
-		"bash":         {"bash", "script", []string{"--norc", "--noprofile", "-i"}, "source ../script"},
-		"zsh, sourced": {"zsh", "script", []string{"-f", "-i"}, "autoload -Uz compinit; compinit -u -D; source ../script"},
+		"bash": {"bash", "script", []string{"--norc", "--noprofile", "-i"}, "source ../script"},
+		"zsh, sourced": {
+			"zsh", "script",
+			[]string{"-f", "-i"},
+			"autoload -Uz compinit; compinit -u -D; source ../script",
+		},
 		"zsh, in a file": {
 			"zsh", "functions/_daxfs",
 			[]string{"-f", "-i"},
@@ -94,7 +98,8 @@ func TestCompletion(t *testing.T) {
 			}
 			for i, c := range completions {
 				if i >= len(got) || strings.ReplaceAll(got[i], "/>", ">") != c.args {
-					t.Fatalf("%q and TAB: %q, expected %q; on the terminal:\n%q", c.typed, got[min(i, len(got)):], c.args, seen)
+					t.Fatalf("%q and TAB: %q, expected %q; on the terminal:\n%q", c.typed,
+						got[min(i, len(got)):], c.args, seen)
 				}
 			}
 		})

@@ -122,7 +122,8 @@ func (d *daemonKeeper) containers(ctx context.Context) (list []api.Container, er
 }
 
 func (d *daemonKeeper) Mount(ctx context.Context, name, dir string, suid bool) (string, error) {
-	return "by the daemon", d.ask(ctx, http.MethodPost, "mounts", api.MountRequest{Image: name, Dir: dir, Suid: suid}, nil)
+	return "by the daemon",
+		d.ask(ctx, http.MethodPost, "mounts", api.MountRequest{Image: name, Dir: dir, Suid: suid}, nil)
 }
 
 func (d *daemonKeeper) Unmount(ctx context.Context, dir string) error {

@@ -102,7 +102,8 @@ func TestDaemonOwnsPool(t *testing.T) {
 	mustPool(t, "put", "--name", "one", p, tree)
 	state := showPool(t, p)
 	d := startDaemon(t, state.ID, store.Info{
-		Image: state.Images[0].Image, Names: []string{"example.org/one:1"}, Holders: []string{"containerd/k8s.io", "pin/one"},
+		Image: state.Images[0].Image, Names: []string{"example.org/one:1"},
+		Holders: []string{"containerd/k8s.io", "pin/one"},
 	}, store.Info{Image: pool.Image{Key: "image/ff"}, Holders: []string{"containerd/default"}})
 	ask := func(status int, want string, args ...string) string {
 		t.Helper()
@@ -144,7 +145,8 @@ func TestDaemonOwnsPool(t *testing.T) {
 	if asked := ask(statusOK, "8KiB wait", "pool", "gc", p); asked != "POST /v1/sweep" {
 		t.Errorf("gc asked %s", asked)
 	}
-	if asked := ask(statusFindings, `pool.sum: "image/ff" at 4096: changed`, "pool", "check", "--contents", p); asked != "POST /v1/scrub" {
+	if asked := ask(statusFindings, `pool.sum: "image/ff" at 4096: changed`, "pool", "check", "--contents",
+		p); asked != "POST /v1/scrub" {
 		t.Errorf("check --contents asked %s", asked)
 	}
 	ask(statusUsage, "a daemon owns the pool", "mount", "--driver", "fuse", "--pool", p, "one", dir)

@@ -52,12 +52,27 @@ Examples:
 			&cli.StringFlag{Name: "format", Usage: "`FORMAT` of the layers of an OCI image", Value: formatChunked},
 		}, sourceFlags()...),
 			&cli.StringFlag{Name: "label", Usage: "volume `NAME` of the image, up to 15 bytes"},
-			&cli.IntFlag{Name: "concurrency", Usage: "read `N` layers at the same time, at least 4", DefaultText: "one for each core"},
+			&cli.IntFlag{
+				Name: "concurrency", Usage: "read `N` layers at the same time, at least 4",
+				DefaultText: "one for each core",
+			},
 			&cli.StringFlag{Name: "memory", Usage: "let at most `SIZE` of contents of a remote image wait in memory; more waits on disk", Value: size(converter.DefaultMemory)},
-			&cli.StringFlag{Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers", Value: size(converter.DefaultMaxSize)},
-			&cli.Int64Flag{Name: "max-entries", Usage: "refuse images with more than `N` files in all layers", Value: converter.DefaultMaxEntries},
-			&cli.BoolFlag{Name: "no-align", Usage: "do not start files of 2 MiB and more at multiples of 2 MiB: for many big files and no DAX"},
-			&cli.BoolFlag{Name: "no-xattrs", Usage: "leave out extended attributes, and say which: gVisor reads no inode that has any"},
+			&cli.StringFlag{
+				Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers",
+				Value: size(converter.DefaultMaxSize),
+			},
+			&cli.Int64Flag{
+				Name: "max-entries", Usage: "refuse images with more than `N` files in all layers",
+				Value: converter.DefaultMaxEntries,
+			},
+			&cli.BoolFlag{
+				Name:  "no-align",
+				Usage: "do not start files of 2 MiB and more at multiples of 2 MiB: for many big files and no DAX",
+			},
+			&cli.BoolFlag{
+				Name:  "no-xattrs",
+				Usage: "leave out extended attributes, and say which: gVisor reads no inode that has any",
+			},
 			&cli.BoolFlag{Name: "sync", Usage: "return only when the image is on disk"},
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "show no progress and no summary"},
 			&cli.BoolFlag{Name: "json", Usage: "write the summary as JSON, also with --quiet"},
@@ -88,16 +103,25 @@ func sourceFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "overlay-upper", Usage: "the directory of rootfs:DIR is the upper directory of an overlay"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
 		&cli.StringSliceFlag{
-			Name: "hosts-dir", Usage: "find mirrors and certificates of registries (hosts.toml) in `DIR`; can be given more than once",
+			Name:  "hosts-dir",
+			Usage: "find mirrors and certificates of registries (hosts.toml) in `DIR`; can be given more than once",
 			Value: cli.NewStringSlice(remote.DefaultHostDirs()...),
 		},
-		&cli.StringFlag{Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress, EnvVars: []string{"CONTAINERD_ADDRESS"}},
-		&cli.StringFlag{Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace, EnvVars: []string{"CONTAINERD_NAMESPACE"}},
+		&cli.StringFlag{
+			Name: "address", Usage: "`SOCKET` of containerd", Value: source.DefaultAddress,
+			EnvVars: []string{"CONTAINERD_ADDRESS"},
+		},
+		&cli.StringFlag{
+			Name: "namespace", Usage: "`NAME` of containerd's namespace", Value: source.DefaultNamespace,
+			EnvVars: []string{"CONTAINERD_NAMESPACE"},
+		},
 	}
 }
 
 // parseSource opens what SOURCE and the sourceFlags say. The caller closes the source. notify is told what holds it up.
-func (e *env) parseSource(c *cli.Context, name string, maxSize int64, notify func(string)) (source.Source, source.Platform, error) {
+func (e *env) parseSource(c *cli.Context, name string, maxSize int64,
+	notify func(string),
+) (source.Source, source.Platform, error) {
 	e.useLog()
 	platform, err := source.ParsePlatform(c.String("platform"))
 	if err != nil {
@@ -322,7 +346,8 @@ func printOverlay(w io.Writer, s layer.Stats, upper bool) {
 	if s.Whiteouts+s.OverlayXattrs == 0 {
 		return
 	}
-	what := fmt.Sprintf("%d whiteouts (character devices 0:0) and %d attributes of overlayfs", s.Whiteouts, s.OverlayXattrs)
+	what := fmt.Sprintf("%d whiteouts (character devices 0:0) and %d attributes of overlayfs", s.Whiteouts,
+		s.OverlayXattrs)
 	if upper {
 		fmt.Fprintf(w, "left out %s\n", what)
 		return

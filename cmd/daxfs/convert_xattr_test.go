@@ -24,7 +24,10 @@ func TestConvertNoXattrs(t *testing.T) {
 		treetest.Reg("f", "text").X("user.a", "1"), treetest.Reg("g", "text").X("user.a\x1b", "2"), many,
 	)}))
 	var out, errs bytes.Buffer
-	args := []string{"daxfs", "convert", "--no-xattrs", "-q", "--json", "-o", filepath.Join(dir, "image"), "oci:" + layout.Dir}
+	args := []string{
+		"daxfs", "convert", "--no-xattrs", "-q", "--json", "-o", filepath.Join(dir, "image"),
+		"oci:" + layout.Dir,
+	}
 	if status := run(t.Context(), args, nil, &out, &errs); status != statusOK {
 		t.Fatalf("convert: %s", &errs)
 	}

@@ -43,11 +43,23 @@ Examples:
    daxfs doctor --json /var/lib/daxfs-snapshotter | jq '.memory[0].drivers[] | select(.picked) | .driver'`,
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "json", Usage: "write JSON"},
-			&cli.BoolFlag{Name: "fix", Usage: "put what containerd's configuration lacks where it belongs, after asking"},
+			&cli.BoolFlag{
+				Name:  "fix",
+				Usage: "put what containerd's configuration lacks where it belongs, after asking",
+			},
 			&cli.BoolFlag{Name: "yes", Usage: "with --fix, do not ask"},
-			&cli.StringFlag{Name: "containerd", Value: "/run/containerd/containerd.sock", Usage: "also check the containerd at `SOCKET`; empty: none"},
-			&cli.StringFlag{Name: "containerd-config", Value: "/etc/containerd/config.toml", Usage: "its configuration `FILE`"},
-			&cli.StringFlag{Name: "config", Value: "/etc/daxfs-snapshotter/config.toml", Usage: "the daemon's configuration `FILE`; if there is none, its defaults"},
+			&cli.StringFlag{
+				Name: "containerd", Value: "/run/containerd/containerd.sock",
+				Usage: "also check the containerd at `SOCKET`; empty: none",
+			},
+			&cli.StringFlag{
+				Name: "containerd-config", Value: "/etc/containerd/config.toml",
+				Usage: "its configuration `FILE`",
+			},
+			&cli.StringFlag{
+				Name: "config", Value: "/etc/daxfs-snapshotter/config.toml",
+				Usage: "the daemon's configuration `FILE`; if there is none, its defaults",
+			},
 			&cli.StringFlag{Name: "snapshotter", Value: "daxfs", Usage: "the `NAME` of the daemon in containerd"},
 		},
 		Action: e.doctor,
@@ -136,7 +148,8 @@ func (e *env) doctor(c *cli.Context) error {
 		name: c.String("snapshotter"),
 	}
 	// A machine that has neither containerd nor a daemon need not have them.
-	if files.socket != "" && (c.IsSet("containerd") || exists(files.socket) || exists(files.config) || exists(files.daemonConfig)) {
+	if files.socket != "" &&
+		(c.IsSet("containerd") || exists(files.socket) || exists(files.config) || exists(files.daemonConfig)) {
 		rep.Containerd = checkContainerd(c.Context, files)
 		rep.Daemon = checkDaemon(c.Context, files, rep.Containerd.process)
 	}
@@ -261,7 +274,8 @@ func supported() []support {
 		out = append(out, need(dev.path, err == nil, dev.note))
 	}
 	bug := erofsdriver.Bug()
-	return append(out, need("file-backed erofs without "+erofsdriver.CVE, bug == "", bug+"; a loop device is used instead"))
+	return append(out,
+		need("file-backed erofs without "+erofsdriver.CVE, bug == "", bug+"; a loop device is used instead"))
 }
 
 func need(name string, ok bool, note string) support {
@@ -313,7 +327,8 @@ func (e *env) show(r report) error {
 		return err
 	}
 	if r.Containerd != nil && r.Containerd.Snippet != "" {
-		_, err := fmt.Fprintf(e.stdout, "\nAdd this to containerd's configuration and restart containerd:\n\n%s", r.Containerd.Snippet)
+		_, err := fmt.Fprintf(e.stdout, "\nAdd this to containerd's configuration and restart containerd:\n\n%s",
+			r.Containerd.Snippet)
 		return err
 	}
 	return nil

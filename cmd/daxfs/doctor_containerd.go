@@ -75,7 +75,8 @@ func checkContainerd(ctx context.Context, files containerdFiles) *containerdRepo
 		return r
 	}
 	sn, ok := plugins[snapshotterPlugin+files.name]
-	if add("snapshotter "+files.name+" registered", ok, "no [proxy_plugins.%s] in containerd's configuration, or containerd was not restarted since", files.name) {
+	if add("snapshotter "+files.name+" registered", ok,
+		"no [proxy_plugins.%s] in containerd's configuration, or containerd was not restarted since", files.name) {
 		r.checkPlugin(sn, add)
 	}
 	r.checkConfig(ctx, files, plugins, add)
@@ -105,15 +106,19 @@ type adder func(name string, ok bool, format string, args ...any) bool
 
 // checkPlugin looks at what containerd was told about the snapshotter.
 func (r *containerdReport) checkPlugin(p *introspection.Plugin, add adder) {
-	add("export root", p.Exports["root"] != "", "without it kubelet measures a directory that does not exist; expected the daemon's root")
+	add("export root", p.Exports["root"] != "",
+		"without it kubelet measures a directory that does not exist; expected the daemon's root")
 	add("export enable_remote_snapshot_annotations", p.Exports["enable_remote_snapshot_annotations"] == "true",
-		"found %q, expected \"true\": without it the top layer of an image is known only after a pause", p.Exports["enable_remote_snapshot_annotations"])
+		"found %q, expected \"true\": without it the top layer of an image is known only after a pause",
+		p.Exports["enable_remote_snapshot_annotations"])
 	add("capability only-remap-ids", slices.Contains(p.Capabilities, "only-remap-ids"),
 		"without it a container with a user namespace gets a copy of the whole image")
 }
 
 // checkConfig looks at what only containerd's configuration tells: pairs of snapshotter and differ, defaults, CRI.
-func (r *containerdReport) checkConfig(ctx context.Context, files containerdFiles, plugins map[string]*introspection.Plugin, add adder) {
+func (r *containerdReport) checkConfig(ctx context.Context, files containerdFiles,
+	plugins map[string]*introspection.Plugin, add adder,
+) {
 	d, err := dumpConfig(ctx, files.config)
 	if err != nil {
 		add("containerd's configuration", false, "can not be read: %v", err)
@@ -139,10 +144,12 @@ func (r *containerdReport) checkConfig(ctx context.Context, files containerdFile
 		switch {
 		case u.Snapshotter != files.name:
 			add("differ of "+u.Snapshotter, !ours[u.Differ],
-				"unpack_config gives it %q, which knows only snapshots of %s; make it \"walking\"", u.Differ, files.name)
+				"unpack_config gives it %q, which knows only snapshots of %s; make it \"walking\"",
+				u.Differ, files.name)
 			continue
 		case !platformFits(u.Platform):
-			add("unpack_config platform", false, "the entry of %s is for %q, which is not this machine's; make it \"linux\"",
+			add("unpack_config platform", false,
+				"the entry of %s is for %q, which is not this machine's; make it \"linux\"",
 				files.name, u.Platform)
 		}
 		if u.Differ != "walking" {
@@ -150,12 +157,14 @@ func (r *containerdReport) checkConfig(ctx context.Context, files containerdFile
 				"no [proxy_plugins.%s] in containerd's configuration", u.Differ)
 		}
 	}
-	add("unpack_config lists "+files.name, found[files.name], "without it every pull ends with \"no unpack platforms defined\"")
+	add("unpack_config lists "+files.name, found[files.name],
+		"without it every pull ends with \"no unpack platforms defined\"")
 	add("unpack_config lists overlayfs", found["overlayfs"],
 		"a list of one's own replaces the built-in one: pulls for overlayfs end with \"no unpack platforms defined\"")
 	for _, name := range d.Plugins.Diff.Default {
 		if ours[name] {
-			add("differs of the diff service", false, "default = %q has our %q: it belongs into unpack_config alone; take it out",
+			add("differs of the diff service", false,
+				"default = %q has our %q: it belongs into unpack_config alone; take it out",
 				d.Plugins.Diff.Default, name)
 		}
 	}
@@ -176,16 +185,20 @@ func (r *containerdReport) checkSocket(files containerdFiles, p *introspection.P
 	address := strings.TrimPrefix(p.Exports["address"], "unix://")
 	st, err := os.Stat(address)
 	if add("socket "+address, err == nil, "%v; start daxfs-snapshotter, or correct the address", err) {
-		add("socket is root's alone", st.Mode().Perm()&0o077 == 0, "its mode is %04o, expected 0600: whoever can connect has root's power", st.Mode().Perm())
+		add("socket is root's alone", st.Mode().Perm()&0o077 == 0,
+			"its mode is %04o, expected 0600: whoever can connect has root's power", st.Mode().Perm())
 	}
 	c, err := loadDaemonConfig(files.daemonConfig)
 	if err != nil {
 		return // said with the daemon
 	}
-	add("address agrees", c.Address == address, "%s says %q, containerd says %q; make them the same", files.daemonConfig, c.Address, address)
-	add("root agrees", c.Root == p.Exports["root"], "%s says %q, containerd's export says %q; make them the same", files.daemonConfig, c.Root, p.Exports["root"])
+	add("address agrees", c.Address == address, "%s says %q, containerd says %q; make them the same",
+		files.daemonConfig, c.Address, address)
+	add("root agrees", c.Root == p.Exports["root"], "%s says %q, containerd's export says %q; make them the same",
+		files.daemonConfig, c.Root, p.Exports["root"])
 	has := slices.Contains(p.Capabilities, "remap-ids")
-	add("remap-ids agrees", has == c.Mount.RemapIDs, "%s has mount.remap_ids = %v, containerd has the capability: %v; make them the same",
+	add("remap-ids agrees", has == c.Mount.RemapIDs,
+		"%s has mount.remap_ids = %v, containerd has the capability: %v; make them the same",
 		files.daemonConfig, c.Mount.RemapIDs, has)
 }
 
@@ -294,7 +307,8 @@ func dumpConfig(ctx context.Context, file string) (*dumped, error) {
 	out, err := exec.CommandContext(ctx, "containerd", "--config", file, "config", "dump").Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		return nil, fmt.Errorf("containerd --config %s config dump: %w: %s", file, err, strings.TrimSpace(string(exit.Stderr)))
+		return nil,
+			fmt.Errorf("containerd --config %s config dump: %w: %s", file, err, strings.TrimSpace(string(exit.Stderr)))
 	}
 	if err != nil {
 		return nil, err

@@ -61,7 +61,8 @@ func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daem
 		ours, theirs, err := mountNamespaces(pid, listener)
 		add("one mount namespace", err != nil || ours == theirs,
 			"daxfs-snapshotter (process %d) is in %s and containerd (process %d) in %s: containers would get an empty root, so "+
-				"they are refused; take away what separates them, such as PrivateMounts= of a unit", pid, ours, listener, theirs)
+				"they are refused; take away what separates them, such as PrivateMounts= of a unit", pid, ours,
+			listener, theirs)
 	}
 	checkIdentity(c, add)
 	status, err := dialControl(api.Socket(c.Address)).status(ctx)
@@ -80,14 +81,16 @@ func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daem
 		status.Pool.Path, strings.Join(why, "; "))
 	add("daemon is healthy", status.Health == "", "%s", status.Health)
 	if status.Readers.Mode == store.ReadersLeases {
-		add("lease regions can be read", status.Readers.Error == "", "%s; until then nothing is freed that a reader may use",
+		add("lease regions can be read", status.Readers.Error == "",
+			"%s; until then nothing is freed that a reader may use",
 			status.Readers.Error)
 	}
 	for _, p := range status.Shared {
 		if p.Error == "" && p.Lost != "" {
 			add("shared pool "+p.Name, false, "%s", p.Lost)
 		} else {
-			add("shared pool "+p.Name, p.Error == "", "%s; its images cannot be used, %d are claimed", p.Error, p.Claimed)
+			add("shared pool "+p.Name, p.Error == "", "%s; its images cannot be used, %d are claimed",
+				p.Error, p.Claimed)
 		}
 		if p.Lease == "" { // which is right if its owner keeps all images
 			const note = "none: its owner has to say readers = \"keep\""
@@ -112,7 +115,10 @@ func checkPool(ctx context.Context, c *config.Config, add adder) {
 		return
 	}
 	path := store.Pool{Kind: c.Pool.Kind, Path: c.Pool.Path}.File(c.Root)
-	info := region.Info{Kind: c.Pool.Kind, Path: path, Phys: c.Pool.Phys, HasPhys: c.Pool.Kind == region.KindPhys, FD: -1}
+	info := region.Info{
+		Kind: c.Pool.Kind, Path: path, Phys: c.Pool.Phys,
+		HasPhys: c.Pool.Kind == region.KindPhys, FD: -1,
+	}
 	if path != "" {
 		if info, err = describe("/", path); errors.Is(err, fs.ErrNotExist) {
 			// One that is not made yet is of the kind of its directory.
@@ -182,7 +188,10 @@ func socketOwner(path string) (pid, uid int, err error) {
 		return 0, 0, err
 	}
 	var cred *unix.Ucred
-	cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	cerr := raw.Control(func(fd uintptr) {
+		cred,
+			err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
 	if err = errors.Join(cerr, err); err != nil {
 		return 0, 0, err
 	}

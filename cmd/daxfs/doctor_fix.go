@@ -54,7 +54,8 @@ func (e *env) fix(c *cli.Context, r *containerdReport) error {
 	}
 	// What containerd does not read is taken back.
 	if _, err := dumpConfig(c.Context, main); err != nil {
-		return errors.Join(fmt.Errorf("containerd does not read its configuration with that file: %w", err), takeBack(file, backup))
+		return errors.Join(fmt.Errorf("containerd does not read its configuration with that file: %w", err),
+			takeBack(file, backup))
 	}
 	if backup != "" {
 		fmt.Fprintf(e.stdout, "%s is kept as %s\n", printable(file), printable(backup))
@@ -103,7 +104,8 @@ func keepCopy(file string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	backup := file + "." + time.Now().UTC().Format("20060102T150405Z") + ".bak" // not imported: it does not end with .toml
+	// not imported: it does not end with .toml
+	backup := file + "." + time.Now().UTC().Format("20060102T150405Z") + ".bak"
 	return backup, renameio.WriteFile(backup, raw, 0o644)
 }
 

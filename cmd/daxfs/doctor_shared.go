@@ -40,8 +40,9 @@ func checkIdentity(c *config.Config, add adder) {
 	dir := existing(c.Root)
 	var st unix.Statfs_t
 	lost := unix.Statfs(dir, &st) == nil && (st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC)
-	add("identity of this machine", !lost, "neither /etc/machine-id nor a UUID of the firmware, and %s is in memory: after "+
-		"a boot the lease regions belong to another reader; give the machine one of them (-uuid of QEMU)", dir)
+	add("identity of this machine", !lost,
+		"neither /etc/machine-id nor a UUID of the firmware, and %s is in memory: after "+
+			"a boot the lease regions belong to another reader; give the machine one of them (-uuid of QEMU)", dir)
 }
 
 // checkSharedFiles looks at the pools of other owners, for a daemon that does not run.

@@ -70,7 +70,8 @@ func TestDoctorSeesWhoServes(t *testing.T) {
 			c.Close()
 		}
 	}()
-	if s := check("daxfs-snapshotter is root"); s.OK || !strings.Contains(s.Note, "user 65534") || !strings.Contains(s.Note, "run it as root") {
+	if s := check("daxfs-snapshotter is root"); s.OK || !strings.Contains(s.Note, "user 65534") ||
+		!strings.Contains(s.Note, "run it as root") {
 		t.Errorf("a daemon of nobody: %+v", s)
 	}
 	if s := check("daxfs-snapshotter answers"); s.OK {

@@ -32,7 +32,10 @@ Examples:
    daxfs du docker.io/library/debian:12
    daxfs du --depth 3 --json web`,
 		Flags: append([]cli.Flag{
-			&cli.IntFlag{Name: "depth", Aliases: []string{"d"}, Value: 1, Usage: "show directories down to `N` names below the root"},
+			&cli.IntFlag{
+				Name: "depth", Aliases: []string{"d"}, Value: 1,
+				Usage: "show directories down to `N` names below the root",
+			},
 		}, poolFlags()...),
 		Action: e.du,
 	}
@@ -223,7 +226,8 @@ func (e *env) diff(c *cli.Context) error {
 		fmt.Fprintln(e.stdout)
 	}
 	_, err = fmt.Fprintf(e.stdout, "shared: %s in %d files; only the first: %s in %d; only the second: %s in %d\n",
-		human(out.Shared.Bytes), out.Shared.Files, human(out.Lone.Bytes), out.Lone.Files, human(out.Other.Bytes), out.Other.Files)
+		human(out.Shared.Bytes), out.Shared.Files, human(out.Lone.Bytes), out.Lone.Files, human(out.Other.Bytes),
+		out.Other.Files)
 	return err
 }
 
@@ -246,7 +250,8 @@ func compareFiles(lists [2][]lookFile) imageDiff {
 		if other == f.path {
 			other = ""
 		}
-		out.Files = append(out.Files, diffFile{In: in, Path: f.path, PathBytes: bytesOf(f.path), Other: other, Bytes: f.len})
+		out.Files = append(out.Files,
+			diffFile{In: in, Path: f.path, PathBytes: bytesOf(f.path), Other: other, Bytes: f.len})
 	}
 	for _, f := range lists[0] {
 		if other, ok := second[f.off]; ok {

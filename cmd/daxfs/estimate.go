@@ -40,8 +40,14 @@ Examples:
    daxfs estimate --all --namespace k8s.io
    daxfs estimate --json --all | jq .saved`,
 		Flags: append([]cli.Flag{
-			&cli.BoolFlag{Name: "all", Usage: "take all images in the namespace of containerd, too; those that are not whole are left out"},
-			&cli.StringFlag{Name: "snapshotter", Value: "overlayfs", Usage: "compare with what the snapshotter `NAME` of containerd takes"},
+			&cli.BoolFlag{
+				Name:  "all",
+				Usage: "take all images in the namespace of containerd, too; those that are not whole are left out",
+			},
+			&cli.StringFlag{
+				Name: "snapshotter", Value: "overlayfs",
+				Usage: "compare with what the snapshotter `NAME` of containerd takes",
+			},
 			&cli.BoolFlag{Name: "json", Usage: "write JSON; sizes are bytes"},
 		}, sourceFlags()...),
 		Action: e.estimate,
@@ -119,7 +125,8 @@ func (e *env) estimate(c *cli.Context) error {
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "TAKES\tNEW LAYERS\tUNPACKED\tIMAGE")
 	for _, m := range out.Images {
-		fmt.Fprintf(w, "%s\t%d\t%s\t%s\n", human(m.Contents+m.Metadata), m.Layers, human(m.Overlay), printable(m.Source))
+		fmt.Fprintf(w, "%s\t%d\t%s\t%s\n", human(m.Contents+m.Metadata), m.Layers, human(m.Overlay),
+			printable(m.Source))
 	}
 	if err := w.Flush(); err != nil {
 		return err
@@ -129,7 +136,9 @@ func (e *env) estimate(c *cli.Context) error {
 	return err
 }
 
-func (e *env) estimateOne(c *cli.Context, est *store.Estimator, unpacked *unpackedLayers, name string) (imageEstimate, error) {
+func (e *env) estimateOne(c *cli.Context, est *store.Estimator, unpacked *unpackedLayers,
+	name string,
+) (imageEstimate, error) {
 	out := imageEstimate{Source: name}
 	notify := func(line string) { fmt.Fprintln(e.stderr, message(errors.New(line))) }
 	src, platform, err := e.parseSource(c, name, 0, notify)
@@ -190,7 +199,8 @@ func (u *unpackedLayers) usage(c *cli.Context, img *source.Image) (n int64, ok b
 		if u.seen[id] {
 			continue
 		}
-		resp, err := u.client.Usage(ctx, &snapshots.UsageRequest{Snapshotter: c.String("snapshotter"), Key: id.String()})
+		resp, err := u.client.Usage(ctx,
+			&snapshots.UsageRequest{Snapshotter: c.String("snapshotter"), Key: id.String()})
 		if grpcstatus.Code(err) == codes.NotFound || grpcstatus.Code(err) == codes.InvalidArgument {
 			return 0, false, nil
 		}

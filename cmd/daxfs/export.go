@@ -32,7 +32,10 @@ Examples:
    daxfs export -o debian.tar debian.daxfs
    daxfs export debian.daxfs | tar -tv
    daxfs export debian.daxfs | docker import - debian:again`,
-		Flags:  []cli.Flag{&cli.StringFlag{Name: "o", Aliases: []string{"output"}, Usage: "write the archive to `FILE`"}},
+		Flags: []cli.Flag{&cli.StringFlag{
+			Name: "o", Aliases: []string{"output"},
+			Usage: "write the archive to `FILE`",
+		}},
 		Action: e.export,
 	}
 }

@@ -30,13 +30,14 @@ func endless(tb testing.TB, dir string) (ref string, waiting <-chan struct{}, st
 	layer := ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 2<<20))), Compression: ocitest.None}
 	manifest := l.Manifest(ocitest.LinuxAMD64, layer)
 	reached := make(chan struct{}, 16)
-	srv := httptest.NewServer(l.Registry(manifest, digest.FromBytes(layer.Tar), func(w http.ResponseWriter, r *http.Request, b []byte) {
-		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-		_, _ = w.Write(b[:len(b)/2])
-		w.(http.Flusher).Flush()
-		reached <- struct{}{}
-		<-r.Context().Done()
-	}))
+	srv := httptest.NewServer(l.Registry(manifest, digest.FromBytes(layer.Tar),
+		func(w http.ResponseWriter, r *http.Request, b []byte) {
+			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+			_, _ = w.Write(b[:len(b)/2])
+			w.(http.Flusher).Flush()
+			reached <- struct{}{}
+			<-r.Context().Done()
+		}))
 	return strings.TrimPrefix(srv.URL, "http://") + "/image", reached, srv.Close
 }
 
@@ -76,7 +77,8 @@ func TestSignals(t *testing.T) {
 	}
 	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
 		for _, name := range []string{"old", "new"} {
-			cmd := exec.Command("daxfs", "convert", "-q", "--plain-http", "-o", filepath.Join(out, name), "docker://"+ref)
+			cmd := exec.Command("daxfs", "convert", "-q", "--plain-http", "-o", filepath.Join(out, name),
+				"docker://"+ref)
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
 			if err := cmd.Start(); err != nil {
@@ -96,7 +98,8 @@ func TestSignals(t *testing.T) {
 				t.Fatal(err)
 			}
 			<-ended
-			if got := cmd.ProcessState.ExitCode(); got != statusInterrupted || stderr.String() != "daxfs: interrupted\n" {
+			if got := cmd.ProcessState.ExitCode(); got != statusInterrupted ||
+				stderr.String() != "daxfs: interrupted\n" {
 				t.Errorf("%v: status %d, %q, expected %d", sig, got, stderr.String(), statusInterrupted)
 			}
 			list, err := os.ReadDir(out)

@@ -55,7 +55,8 @@ type putSource struct {
 func keeperFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{
-			Name: "control", Value: defaultControl, Usage: "ask the daemon at `SOCKET` if it owns the pool; empty: never",
+			Name: "control", Value: defaultControl,
+			Usage: "ask the daemon at `SOCKET` if it owns the pool; empty: never",
 		},
 	}
 }

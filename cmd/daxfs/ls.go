@@ -211,7 +211,8 @@ func (l *lister) show(full, name string, in daxfs.Inode) error {
 
 func (l *lister) showJSON(full string, in daxfs.Inode) error {
 	v := entry{
-		Path: "/" + full, Bytes: bytesOf("/" + full), Type: typeName(in.Mode), Inode: in.Nid, Mode: fmt.Sprintf("%04o", in.Mode&0o7777), Nlink: in.Nlink,
+		Path: "/" + full, Bytes: bytesOf("/" + full), Type: typeName(in.Mode), Inode: in.Nid,
+		Mode: fmt.Sprintf("%04o", in.Mode&0o7777), Nlink: in.Nlink,
 		UID: in.UID, GID: in.GID, Size: in.Size, Mtime: mtime(in).Format(time.RFC3339Nano), Offset: in.Off,
 	}
 	switch in.Mode & unix.S_IFMT {

@@ -44,8 +44,9 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"status": wantStatus, "json": wantField, "sametar": sameTar, "layout": newLayout, "flip": flipBit, "interrupt": interrupt,
-			"setxattr": setXattr, "hash": rootHashOf, "strip": stripDigests, "lie": lieInFooter, "truncate": truncate,
+			"status": wantStatus, "json": wantField, "sametar": sameTar, "layout": newLayout, "flip": flipBit,
+			"interrupt": interrupt,
+			"setxattr":  setXattr, "hash": rootHashOf, "strip": stripDigests, "lie": lieInFooter, "truncate": truncate,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "root" {
@@ -59,7 +60,8 @@ func TestScripts(t *testing.T) {
 
 func setup(t *testing.T, dir string) {
 	tars := [][]byte{
-		Tar(Dir("etc").Own(1, 2), Reg("etc/passwd", "root:x:0:0::/:/bin/sh\n").Perm(0o600), Reg("bin", strings.Repeat("x", 3<<20)),
+		Tar(Dir("etc").Own(1, 2), Reg("etc/passwd", "root:x:0:0::/:/bin/sh\n").Perm(0o600),
+			Reg("bin", strings.Repeat("x", 3<<20)),
 			Sym("link", "etc/passwd"), Special(tar.TypeChar, "null", 1, 3), Special(tar.TypeFifo, "fifo", 0, 0),
 			Hard("etc/passwd-", "etc/passwd").Perm(0o600), Reg("etc/gone", "gone")),
 		Tar(Dir("etc").Own(1, 2), Reg("etc/.wh.gone", ""), Reg("a\nb", "strange name"),
@@ -125,7 +127,8 @@ func newLayout(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	tb := &testing.B{} // a layout that cannot be written shows as one that cannot be read
 	l := ocitest.NewLayout(tb, ts.MkAbs(args[1]))
-	l.Tag("", l.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: []byte(ts.ReadFile(args[0])), Compression: ocitest.Gzip}))
+	l.Tag("",
+		l.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: []byte(ts.ReadFile(args[0])), Compression: ocitest.Gzip}))
 }
 
 // setXattr sets an extended attribute of a file: setxattr FILE NAME VALUE. (setfattr is a package of its own.)

@@ -55,7 +55,8 @@ func describe(s sysroot, path string) (region.Info, error) {
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFBLK:
-		link := filepath.Join(string(s), "sys/dev/block", fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
+		link := filepath.Join(string(s), "sys/dev/block",
+			fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
 		target, err := os.Readlink(link)
 		if err != nil {
 			return region.Info{}, fmt.Errorf("block device %q: %w", path, err)
@@ -171,14 +172,19 @@ func findMemory(s sysroot, dir string) ([]memory, error) {
 		return nil, err
 	}
 	for _, d := range chars {
-		m := memory{Info: region.Info{Kind: region.KindDevDAX, Path: "/dev/" + d.Name(), FD: -1, Persistent: region.PersistsProcess}}
+		m := memory{Info: region.Info{
+			Kind: region.KindDevDAX, Path: "/dev/" + d.Name(), FD: -1,
+			Persistent: region.PersistsProcess,
+		}}
 		if n, err := strconv.ParseUint(s.read("sys/bus/dax/devices", d.Name(), "size"), 10, 64); err == nil {
 			m.Bytes = n
 		}
-		if phys, err := strconv.ParseUint(s.read("sys/bus/dax/devices", d.Name(), "resource"), 0, 64); err == nil && phys != 0 {
+		if phys, err := strconv.ParseUint(s.read("sys/bus/dax/devices", d.Name(), "resource"), 0, 64); err == nil &&
+			phys != 0 {
 			m.Info.Phys, m.Info.HasPhys = phys, true
 		}
-		if dir, err := filepath.EvalSymlinks(filepath.Join(string(s), "sys/bus/dax/devices", d.Name())); err == nil && strings.Contains(dir, "/ndbus") {
+		if dir, err := filepath.EvalSymlinks(filepath.Join(string(s), "sys/bus/dax/devices", d.Name())); err == nil &&
+			strings.Contains(dir, "/ndbus") {
 			m.Info.Persistent = region.PersistsReboot // an nvdimm's, as package region takes it
 		}
 		out = append(out, m)
@@ -223,7 +229,10 @@ func reserved(cmdline string) []memory {
 				continue
 			}
 			out = append(out, memory{
-				Info:  region.Info{Kind: region.KindPhys, Phys: at, HasPhys: true, FD: -1, Persistent: region.PersistsProcess},
+				Info: region.Info{
+					Kind: region.KindPhys, Phys: at, HasPhys: true, FD: -1,
+					Persistent: region.PersistsProcess,
+				},
 				Bytes: n,
 				Note:  "reserved on the kernel command line",
 			})

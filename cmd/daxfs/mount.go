@@ -56,7 +56,10 @@ Examples:
 			&cli.Int64Flag{Name: "size", Usage: "the image, or its window, has `N` bytes; 0 is the rest of the file"},
 			&cli.BoolFlag{Name: "suid", Usage: "let setuid programs and device nodes of the image work"},
 			&cli.StringFlag{Name: "root-hash", Usage: "mount only the image of `HASH`, 64 hexadecimal digits"},
-			&cli.BoolFlag{Name: "no-check", Usage: "do not check the image first: only for those that were checked and cannot have changed"},
+			&cli.BoolFlag{
+				Name:  "no-check",
+				Usage: "do not check the image first: only for those that were checked and cannot have changed",
+			},
 			&cli.BoolFlag{Name: "foreground", Usage: "serve in this process (fuse only)"},
 			// Those two belong to the driver that starts this command as its server.
 			&cli.StringFlag{Name: "name", Hidden: true},

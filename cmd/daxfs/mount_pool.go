@@ -241,7 +241,8 @@ func (k *reader) Mount(ctx context.Context, name, dir string, suid bool) (string
 	}
 	m, err := store.Match(infos, name)
 	if err != nil {
-		return "", fmt.Errorf("%w: names are in the index, which is not on this machine; keys are what pool ls shows", err)
+		return "",
+			fmt.Errorf("%w: names are in the index, which is not on this machine; keys are what pool ls shows", err)
 	}
 	mounted, err := k.table.Mount(ctx, mount.Image{
 		Key: m.Key, Name: m.Name(), Nid: k.cat.Geometry.SlotNid(m.Slot), Window: m.Window, WindowSize: m.WindowSize,

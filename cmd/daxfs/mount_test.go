@@ -100,7 +100,10 @@ func mountsWithEveryDriver(t *testing.T, bin string) {
 				daxfs mount --driver `+driver+` image mnt
 				sed s/hello/padded/ mnt/link
 				daxfs umount mnt`)
-			for _, want := range []string{"mounted on", "hello\n", "padded\n", "ro,nosuid,nodev", "mount point already", "not mounted", "setuid works"} {
+			for _, want := range []string{
+				"mounted on", "hello\n", "padded\n", "ro,nosuid,nodev", "mount point already",
+				"not mounted", "setuid works",
+			} {
 				if !strings.Contains(out, want) {
 					t.Errorf("output lacks %q:\n%s", want, out)
 				}
@@ -145,8 +148,10 @@ func mountRefuses(t *testing.T, bin string) {
 		t.Errorf("what must fail did not:\n%s", out)
 	}
 	for _, want := range []string{
-		"image check failed", "no such file or directory", "not a directory", `unknown mount driver "ext4"`, "which has",
-		"neither a file nor a device", "expected IMAGE DIR", "not of an image", "expected DIR...", "does not go with --pool",
+		"image check failed", "no such file or directory", "not a directory",
+		`unknown mount driver "ext4"`, "which has",
+		"neither a file nor a device", "expected IMAGE DIR", "not of an image", "expected DIR...",
+		"does not go with --pool",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
@@ -183,12 +188,18 @@ func mountsFromPool(t *testing.T, bin string) {
 				umount other # without asking
 				daxfs pool rm pool second docker.io/library/one:1
 				! grep -q daxfs /proc/self/mountinfo || echo something is left`)
-			for _, want := range []string{"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use", "setuid works", "removed 2 images"} {
+			for _, want := range []string{
+				"one\ntwo\n", "file systems 1\n", "nosuid", "is mounted already", "in use",
+				"setuid works", "removed 2 images",
+			} {
 				if !strings.Contains(out, want) {
 					t.Errorf("output lacks %q:\n%s", want, out)
 				}
 			}
-			for _, bad := range []string{"mounted twice", "mounted what", "unmounted under", "is left", "unmounted twice", "/run/daxfs/"} {
+			for _, bad := range []string{
+				"mounted twice", "mounted what", "unmounted under", "is left",
+				"unmounted twice", "/run/daxfs/",
+			} {
 				for line := range strings.SplitSeq(out, "\n") {
 					if strings.HasPrefix(line, bad) {
 						t.Errorf("output has %q:\n%s", line, out)
@@ -215,8 +226,10 @@ func mountsAsReader(t *testing.T, bin string) {
 		cat two/name
 		daxfs umount two
 		! grep -q daxfs /proc/self/mountinfo || echo something is left`)
-	if strings.Count(out, "one\n") < 3 || !strings.Contains(out, "keys are what pool ls shows") || !strings.Contains(out, "--index") ||
-		strings.Contains(out, "without an index\n") || strings.Contains(out, "by a name\n") || strings.Contains(out, "is left") {
+	if strings.Count(out, "one\n") < 3 || !strings.Contains(out, "keys are what pool ls shows") ||
+		!strings.Contains(out, "--index") ||
+		strings.Contains(out, "without an index\n") || strings.Contains(out, "by a name\n") ||
+		strings.Contains(out, "is left") {
 		t.Errorf("output:\n%s", out)
 	}
 }
@@ -270,14 +283,16 @@ func sharesWithDaemon(t *testing.T, bin string) {
 		daxfs pool check $pool
 		! grep -q daxfs /proc/self/mountinfo || echo something is left`)
 	for _, want := range []string{
-		"by the daemon", "in use; unmount it first", "in use by process", "after the restart: 2\n", "at the end: 1\n", "is consistent", "is pinned as uno",
+		"by the daemon", "in use; unmount it first", "in use by process", "after the restart: 2\n", "at the end: 1\n",
+		"is consistent", "is pinned as uno",
 		"1, 1 mounted", "mount/", "FILES  DIRECTORY",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}
 	}
-	if strings.Count(out, "hello\n") != 3 || strings.Contains(out, "\nremoved while") || strings.Contains(out, "beside the daemon\n") ||
+	if strings.Count(out, "hello\n") != 3 || strings.Contains(out, "\nremoved while") ||
+		strings.Contains(out, "beside the daemon\n") ||
 		strings.Contains(out, "is left") {
 		t.Errorf("output:\n%s", out)
 	}
@@ -300,7 +315,8 @@ func removeLeavesWhatIsMounted(t *testing.T, bin string) {
 			daxfs umount mnt
 			daxfs pool rm link/pool one`)
 		if strings.Count(out, "in use; unmount it first") != 1 || strings.Count(out, "removed 1 images") != 2 ||
-			!strings.Contains(out, "make it anew") || !strings.Contains(out, "hello\n") || strings.Contains(out, "anew in use") {
+			!strings.Contains(out, "make it anew") || !strings.Contains(out, "hello\n") ||
+			strings.Contains(out, "anew in use") {
 			t.Errorf("%s: output:\n%s", driver, out)
 		}
 	}
@@ -345,7 +361,8 @@ func TestDoctor(t *testing.T) {
 	if os.Geteuid() == 0 { // others may not write there, which is another matter
 		out.Reset()
 		status := run(t.Context(), []string{"daxfs", "doctor", "--containerd=", "/proc"}, nil, &out, &errs)
-		if status != statusFindings || strings.Count(out.String(), `no pool can be made in "/proc"`) != len(drivers.All()) {
+		if status != statusFindings ||
+			strings.Count(out.String(), `no pool can be made in "/proc"`) != len(drivers.All()) {
 			t.Errorf("where there can be no file: status %d\n%s", status, &out)
 		}
 	}
@@ -386,10 +403,12 @@ func TestFindMemory(t *testing.T) {
 	for _, m := range found {
 		got = append(got, m.Info.Kind)
 	}
-	if s := strings.Join(got, " "); !strings.HasPrefix(s, "pmem pmem devdax phys phys hugetlbfs dmabuf ") || len(got) != 9 {
+	if s := strings.Join(got, " "); !strings.HasPrefix(s, "pmem pmem devdax phys phys hugetlbfs dmabuf ") ||
+		len(got) != 9 {
 		t.Errorf("found %q", got)
 	}
-	if m := found[0]; !m.Info.DAX || m.Info.Phys != 1<<32 || !m.Info.HasPhys || m.Bytes != 4<<20 || m.Info.BlockDevice != "/dev/pmem0" {
+	if m := found[0]; !m.Info.DAX || m.Info.Phys != 1<<32 || !m.Info.HasPhys || m.Bytes != 4<<20 ||
+		m.Info.BlockDevice != "/dev/pmem0" {
 		t.Errorf("pmem0 is %+v", m)
 	}
 	if m := found[1]; m.Info.DAX || m.Info.HasPhys {

@@ -85,7 +85,8 @@ func eachField(t reflect.Type, f func(string)) {
 
 // odd are names that are hard to show: what a terminal acts upon, what is not UTF-8, and what looks quoted.
 var odd = []string{
-	"new\nline", "escape\x1b[31m", "tab\there", "delete\x7f", "csi\u009b31m", "right to left\u202e", "no break\u00a0space", "tag\U000e0041",
+	"new\nline", "escape\x1b[31m", "tab\there", "delete\x7f", "csi\u009b31m", "right to left\u202e",
+	"no break\u00a0space", "tag\U000e0041",
 	"not\xffutf8", "not\xfeutf8", `"quoted"`, "plain", "日本",
 }
 
@@ -159,10 +160,14 @@ func TestFullOutput(t *testing.T) {
 	}
 	defer full.Close()
 	for _, args := range []string{
-		"convert -o image oci:layout:v1", "convert -q --json -o image oci:layout:v1", "inspect image", "inspect --json image", "ls image", "ls -lR image",
-		"cat image /link", "export image", "pool init --size 16m pool", "pool put --name k pool oci:layout:v1", "pool ls pool", "pool show pool",
-		"pool show pool k", "pool check pool", "pool rm pool k", "pool gc pool", "pool put --name k pool oci:layout:v1", "images --pool pool", "du --pool pool k",
-		"diff --pool pool k k", "status --pool pool", "doctor --containerd= .", "completion bash", "convert --help", "--help", "--version",
+		"convert -o image oci:layout:v1", "convert -q --json -o image oci:layout:v1", "inspect image",
+		"inspect --json image", "ls image", "ls -lR image",
+		"cat image /link", "export image", "pool init --size 16m pool", "pool put --name k pool oci:layout:v1",
+		"pool ls pool", "pool show pool",
+		"pool show pool k", "pool check pool", "pool rm pool k", "pool gc pool", "pool put --name k pool oci:layout:v1",
+		"images --pool pool", "du --pool pool k",
+		"diff --pool pool k k", "status --pool pool", "doctor --containerd= .", "completion bash", "convert --help",
+		"--help", "--version",
 	} {
 		var stderr bytes.Buffer
 		status := run(t.Context(), append([]string{"daxfs"}, strings.Fields(args)...), nil, full, &stderr)

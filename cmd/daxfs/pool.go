@@ -22,7 +22,10 @@ func init() { register(60, poolCommand) }
 
 func poolCommand(e *env) *cli.Command {
 	index := &cli.StringFlag{Name: "index", Usage: "the owner's index is `FILE`"}
-	kind := &cli.StringFlag{Name: "kind", Usage: "the pool is a `KIND` of region: " + strings.Join(region.Kinds(), ", ")}
+	kind := &cli.StringFlag{
+		Name:  "kind",
+		Usage: "the pool is a `KIND` of region: " + strings.Join(region.Kinds(), ", "),
+	}
 	asJSON := &cli.BoolFlag{Name: "json", Usage: "write JSON; sizes are bytes"}
 	with := func(more ...cli.Flag) []cli.Flag { return append([]cli.Flag{index, kind, asJSON}, more...) }
 	read := func() []cli.Flag { return with(keeperFlags()...) }
@@ -58,8 +61,14 @@ Examples:
    daxfs pool init --size 1g --dax yes --readers leases --lease /var/lib/guest1.lease /var/lib/pool
    daxfs pool init --index /var/lib/pmem0.index --windows no /dev/pmem0
    daxfs pool init --index /var/lib/range.index 0x300000000+4294967296`, Flags: with(
-				&cli.StringFlag{Name: "dax", Value: "auto", Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device here; say yes for a file that virtual machines get as virtio-pmem"},
-				&cli.StringFlag{Name: "windows", Value: "auto", Usage: "give every image a window for daxfs.ko: `YES|NO`, or auto: for memory that other kernels may reach by address"},
+				&cli.StringFlag{
+					Name: "dax", Value: "auto",
+					Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device here; say yes for a file that virtual machines get as virtio-pmem",
+				},
+				&cli.StringFlag{
+					Name: "windows", Value: "auto",
+					Usage: "give every image a window for daxfs.ko: `YES|NO`, or auto: for memory that other kernels may reach by address",
+				},
 				&cli.StringFlag{Name: "size", Usage: "make it `SIZE` large, as 64g; a device may be used whole"},
 				&cli.StringFlag{
 					Name: "readers", Value: store.ReadersNone,
@@ -229,7 +238,8 @@ func (e *env) poolInit(c *cli.Context) error {
 		id := p.ID()
 		return writeJSON(e.stdout, poolMade{hex.EncodeToString(id[:]), index, r.Info(), u})
 	}
-	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", printable(c.Args().First()), human(u.Size), printable(index))
+	fmt.Fprintf(e.stdout, "%s: empty pool of %s, index %s\n", printable(c.Args().First()), human(u.Size),
+		printable(index))
 	return nil
 }
 

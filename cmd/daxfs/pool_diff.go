@@ -17,7 +17,8 @@ import (
 
 func poolDiffCommand(e *env, flags []cli.Flag) *cli.Command {
 	return &cli.Command{
-		Name: "diff", Usage: "show what a pull of an image would fetch here", ArgsUsage: "POOL SOURCE", Action: e.poolDiff,
+		Name: "diff", Usage: "show what a pull of an image would fetch here", ArgsUsage: "POOL SOURCE",
+		Action: e.poolDiff,
 		Description: `
 ` + sourceHelp + `
 
@@ -28,7 +29,8 @@ also if the pool has that layer. --files lists the files that it lacks.
 Examples:
    daxfs pool diff /var/lib/pool docker://registry.example.com/web:v2
    daxfs pool diff --json /var/lib/pool docker://registry.example.com/web:v2 | jq .bytesFetched`,
-		Flags: append(append(flags, &cli.BoolFlag{Name: "files", Usage: "list the files that are fetched"}), sourceFlags()...),
+		Flags: append(append(flags, &cli.BoolFlag{Name: "files", Usage: "list the files that are fetched"}),
+			sourceFlags()...),
 	}
 }
 

@@ -37,7 +37,8 @@ func (e *env) poolGrow(c *cli.Context) error {
 		return err
 	}
 	if !region.TraitsOf(rc.Kind).Regular {
-		return fmt.Errorf("pool of kind %q: only files grow; a pool on a device has the size of the device: %w", rc.Kind, pool.ErrInvalid)
+		return fmt.Errorf("pool of kind %q: only files grow; a pool on a device has the size of the device: %w",
+			rc.Kind, pool.ErrInvalid)
 	}
 	cat, err := catalogue(rc)
 	if err != nil {
@@ -64,7 +65,8 @@ func (e *env) poolGrow(c *cli.Context) error {
 	if c.Bool("json") {
 		return writeJSON(e.stdout, poolGrown{ID: hex.EncodeToString(cat.PoolID[:]), Before: cat.Size, Usage: usage})
 	}
-	_, err = fmt.Fprintf(e.stdout, "%s: %s, was %s; a daemon with pool.size in its configuration needs the new one there\n",
+	_, err = fmt.Fprintf(e.stdout,
+		"%s: %s, was %s; a daemon with pool.size in its configuration needs the new one there\n",
 		printable(a.Pool), human(usage.Size), human(cat.Size))
 	return err
 }
@@ -78,7 +80,8 @@ func canGrow(from, to int64) error {
 		return fmt.Errorf("it has %d bytes (%s) and does not shrink to %d: put its images into a new pool: %w",
 			from, human(from), to, pool.ErrInvalid)
 	case to > pool.MaxSize:
-		return fmt.Errorf("%d bytes are more than a pool can have, which is %d: %w", to, int64(pool.MaxSize), pool.ErrInvalid)
+		return fmt.Errorf("%d bytes are more than a pool can have, which is %d: %w", to, int64(pool.MaxSize),
+			pool.ErrInvalid)
 	}
 	return nil
 }

@@ -41,10 +41,12 @@ func TestPoolGrow(t *testing.T) {
 	refused := func(want string, status int, args ...string) {
 		t.Helper()
 		before := showPool(t, p)
-		if got, _, errs := runPool(t, with(append([]string{"grow"}, args...)...)...); got != status || !strings.Contains(errs, want) {
+		if got, _, errs := runPool(t, with(append([]string{"grow"}, args...)...)...); got != status ||
+			!strings.Contains(errs, want) {
 			t.Errorf("grow %q: status %d, %s; expected %q", args, got, errs, want)
 		}
-		if now := showPool(t, p); now.Size != before.Size || size() != before.Size || len(now.Images) != len(before.Images) {
+		if now := showPool(t, p); now.Size != before.Size || size() != before.Size ||
+			len(now.Images) != len(before.Images) {
 			t.Errorf("grow %q: the pool was %+v and is %+v in a file of %d bytes", args, before, now, size())
 		}
 	}

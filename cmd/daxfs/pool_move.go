@@ -78,7 +78,8 @@ func (e *env) poolMove(c *cli.Context) error {
 // canMove returns an error if the pool cannot be moved to a path, whatever is in it.
 func canMove(rc region.Config, to string) error {
 	if !region.TraitsOf(rc.Kind).Regular {
-		return fmt.Errorf("pool of kind %q: only files are moved; put its images into another pool: %w", rc.Kind, pool.ErrInvalid)
+		return fmt.Errorf("pool of kind %q: only files are moved; put its images into another pool: %w", rc.Kind,
+			pool.ErrInvalid)
 	}
 	for _, path := range []string{to, to + ".index"} {
 		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
@@ -131,7 +132,8 @@ func (m move) copy(ctx context.Context) (err error) {
 		need += st.Blocks * 512
 	}
 	if have := free(filepath.Dir(m.to)); uint64(need) > have {
-		return fmt.Errorf("%q takes %d bytes, and the file system of %q has %d free: %w", m.from, need, m.to, have, unix.ENOSPC)
+		return fmt.Errorf("%q takes %d bytes, and the file system of %q has %d free: %w", m.from, need, m.to,
+			have, unix.ENOSPC)
 	}
 	defer func() {
 		if err != nil {

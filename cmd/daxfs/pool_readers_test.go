@@ -32,7 +32,8 @@ func TestPoolReadersAlone(t *testing.T) {
 	for _, args := range [][]string{
 		{"--readers", "some"}, {"--readers", "leases"}, {"--readers", "keep", "--lease", place}, {"--lease", place},
 	} {
-		if status, _, errs := runPool(t, append(append([]string{"init", "--size", "64m"}, args...), p)...); status != statusUsage {
+		if status, _, errs := runPool(t,
+			append(append([]string{"init", "--size", "64m"}, args...), p)...); status != statusUsage {
 			t.Errorf("init %q: status %d, %s", args, status, errs)
 		}
 	}
@@ -53,7 +54,8 @@ func TestPoolReadersAlone(t *testing.T) {
 	must(err)
 	doc, err := store.ParseDocument(raw)
 	must(err)
-	if len(doc.Images) != 1 || doc.Images[0].Name != "example.org/web:1" || doc.Images[0].Namespace != store.PutNamespace {
+	if len(doc.Images) != 1 || doc.Images[0].Name != "example.org/web:1" ||
+		doc.Images[0].Namespace != store.PutNamespace {
 		t.Errorf("readers are told %+v", doc)
 	}
 
@@ -68,7 +70,10 @@ func TestPoolReadersAlone(t *testing.T) {
 	var state poolState
 	text := mustPool(t, append([]string{"ls", "--json"}, append(none, p)...)...)
 	must(json.Unmarshal([]byte(text), &state))
-	want := []store.LeaseUser{{Reader: "guest\x1b1", Region: place, Images: []string{cat.Images[0].Key}, Earlier: []string{}}}
+	want := []store.LeaseUser{{
+		Reader: "guest\x1b1", Region: place, Images: []string{cat.Images[0].Key},
+		Earlier: []string{},
+	}}
 	if !reflect.DeepEqual(state.Readers, want) {
 		t.Errorf("ls --json: %s", text)
 	}

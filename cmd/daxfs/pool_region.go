@@ -135,7 +135,8 @@ func (a poolArgs) indexes(rc region.Config) (sure string, candidates []string) {
 // daemon's store: what the daemon has mounted is found there. Everybody else's mounts end with the machine.
 func storeRoot(index string, id string) string {
 	if dir, err := filepath.Abs(filepath.Dir(index)); err == nil && filepath.Base(dir) == "pool" {
-		if root := filepath.Dir(dir); fileExists(filepath.Join(root, "images")) && fileExists(filepath.Join(root, "live")) {
+		if root := filepath.Dir(dir); fileExists(filepath.Join(root, "images")) &&
+			fileExists(filepath.Join(root, "live")) {
 			return root
 		}
 	}

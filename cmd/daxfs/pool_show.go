@@ -75,7 +75,8 @@ func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 		return nil, fmt.Errorf("%s: %w", a.Pool, err)
 	}
 	s := &poolState{
-		ID: hex.EncodeToString(cat.PoolID[:]), Epoch: uuid(cat.Geometry.UUID), Generation: cat.Generation, Size: cat.Size,
+		ID: hex.EncodeToString(cat.PoolID[:]), Epoch: uuid(cat.Geometry.UUID),
+		Generation: cat.Generation, Size: cat.Size,
 		Slots: cat.Geometry.Slots, SlotsUsed: cat.SlotsUsed, Windows: cat.Windows, DAX: cat.DAX, Images: []poolImage{},
 	}
 	shared, err := pool.ReadShared(r, cat)
@@ -115,7 +116,10 @@ func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, rc region.Confi
 		if err != nil {
 			return err
 		}
-		s.Index = &poolHolds{u.Layers, u.Extents, u.ExtentCount, u.Tree + u.Segments + u.Documents, u.Dead, u.Free + u.MetaFree}
+		s.Index = &poolHolds{
+			u.Layers, u.Extents, u.ExtentCount, u.Tree + u.Segments + u.Documents, u.Dead,
+			u.Free + u.MetaFree,
+		}
 		for _, info := range list {
 			s.name(info)
 		}

@@ -59,8 +59,10 @@ func TestPoolCommands(t *testing.T) {
 
 	state := showPool(t, p)
 	pages := int64(len(base)+4095) / 4096 * 4096
-	if len(state.Images) != 2 || state.Saved != pages || state.SlotsUsed != 2 || state.Slots < 100 || state.Windows || state.DAX ||
-		state.Index == nil || state.Index.Extents != pages+2*4096 || state.Index.Layers != 2 || state.Index.Waiting != 0 {
+	if len(state.Images) != 2 || state.Saved != pages || state.SlotsUsed != 2 || state.Slots < 100 ||
+		state.Windows || state.DAX ||
+		state.Index == nil || state.Index.Extents != pages+2*4096 || state.Index.Layers != 2 ||
+		state.Index.Waiting != 0 {
 		t.Errorf("show: %+v, index %+v; expected %d bytes saved", state, state.Index, pages)
 	}
 	for _, m := range state.Images {
@@ -88,7 +90,8 @@ func TestPoolCommands(t *testing.T) {
 		t.Errorf("gc of a pool where all is held: %s", out)
 	}
 	mustPool(t, "rm", p, "two")
-	if state := showPool(t, p); len(state.Images) != 0 || state.Index.Extents+state.Index.Waiting != 0 || state.Index.Layers != 0 {
+	if state := showPool(t, p); len(state.Images) != 0 || state.Index.Extents+state.Index.Waiting != 0 ||
+		state.Index.Layers != 0 {
 		t.Errorf("after removing all: %+v, index %+v", state, state.Index)
 	}
 }
@@ -108,7 +111,8 @@ func TestPoolPutSources(t *testing.T) {
 	mustPool(t, "init", "--size", "64m", p)
 	tree := rootfs(t, map[string]string{"f": "text", "g": "more"})
 	var out, errs bytes.Buffer
-	if status := run(t.Context(), []string{"daxfs", "convert", "--json", "-o", image, tree}, nil, &out, &errs); status != statusOK {
+	if status := run(t.Context(), []string{"daxfs", "convert", "--json", "-o", image, tree}, nil, &out,
+		&errs); status != statusOK {
 		t.Fatalf("convert: %s", &errs)
 	}
 	var made summary
@@ -116,7 +120,8 @@ func TestPoolPutSources(t *testing.T) {
 		t.Fatal(err)
 	}
 	var put poolImage
-	if err := json.Unmarshal([]byte(mustPool(t, "put", "--json", "--name", "file", p, "daxfs:"+image)), &put); err != nil {
+	if err := json.Unmarshal([]byte(mustPool(t, "put", "--json", "--name", "file", p, "daxfs:"+image)),
+		&put); err != nil {
 		t.Fatal(err)
 	}
 	if put.UUID != made.UUID {
@@ -130,12 +135,14 @@ func TestPoolPutSources(t *testing.T) {
 	if !strings.HasPrefix(text, key+": ") || !slices.Equal(state.Images[1].Holders, []string{"pin/" + key}) {
 		t.Errorf("put of an OCI image: %q, %+v", text, state.Images[1])
 	}
-	if again := mustPool(t, "put", p, "oci:"+layout.Dir+":v1"); !strings.Contains(again, "0B of them new") || len(showPool(t, p).Images) != 2 {
+	if again := mustPool(t, "put", p, "oci:"+layout.Dir+":v1"); !strings.Contains(again, "0B of them new") ||
+		len(showPool(t, p).Images) != 2 {
 		t.Errorf("put again: %q", again)
 	}
 	// What has two names stays until both are gone.
 	mustPool(t, "put", "--name", "two", p, "oci:"+layout.Dir+":v1")
-	if out := mustPool(t, "rm", p, "two"); !strings.Contains(out, "removed 0 images") || strings.Contains(mustPool(t, "ls", p), "two") {
+	if out := mustPool(t, "rm", p, "two"); !strings.Contains(out, "removed 0 images") ||
+		strings.Contains(mustPool(t, "ls", p), "two") {
 		t.Errorf("rm of one of two names: %q", out)
 	}
 	if out := mustPool(t, "rm", p, key, "file"); !strings.Contains(out, "removed 2 images") {
@@ -169,7 +176,8 @@ func TestPoolCheckFindsDamage(t *testing.T) {
 	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
 		t.Fatal(err)
 	}
-	if status != statusFindings || got.OK || len(got.Findings) != 1 || got.Findings[0].Rule != "pool.sum" || got.Findings[0].Known ||
+	if status != statusFindings || got.OK || len(got.Findings) != 1 || got.Findings[0].Rule != "pool.sum" ||
+		got.Findings[0].Known ||
 		!strings.Contains(got.Lost, "pull the image again") || !strings.Contains(stderr, "cannot be made again") {
 		t.Errorf("check --contents: status %d, %s%s", status, stdout, stderr)
 	}
@@ -202,7 +210,10 @@ func TestPoolErrors(t *testing.T) {
 		want   string
 		args   []string
 	}{
-		{statusFailed, "exists", []string{"init", "--index", p + ".index", "--size", "64m", filepath.Join(dir, "fresh")}},
+		{
+			statusFailed, "exists",
+			[]string{"init", "--index", p + ".index", "--size", "64m", filepath.Join(dir, "fresh")},
+		},
 		{statusFailed, "holds data", []string{"init", foreign}},
 		{statusFailed, "a pool", []string{"init", "--index", filepath.Join(dir, "other"), p}},
 		{statusFailed, "smallest pool", []string{"init", "--size", "1m", filepath.Join(dir, "small")}},
@@ -221,7 +232,8 @@ func TestPoolErrors(t *testing.T) {
 	} {
 		status, stdout, stderr := runPool(t, test.args...)
 		if status != test.status || !strings.Contains(stderr, test.want) || stdout != "" {
-			t.Errorf("%q: status %d, %s%s; expected %d and %q", test.args, status, stdout, stderr, test.status, test.want)
+			t.Errorf("%q: status %d, %s%s; expected %d and %q", test.args, status, stdout, stderr,
+				test.status, test.want)
 		}
 	}
 	for _, left := range []string{"small", "much", "sizeless", "other", "fresh"} {
@@ -260,7 +272,8 @@ func TestPoolOwned(t *testing.T) {
 		t.Errorf("ls: status %d, %s%s", status, stdout, stderr)
 	}
 	var state poolState
-	if _, stdout, _ := runPool(t, "show", "--json", path); json.Unmarshal([]byte(stdout), &state) != nil || len(state.Images) != 2 {
+	if _, stdout, _ := runPool(t, "show", "--json", path); json.Unmarshal([]byte(stdout), &state) != nil ||
+		len(state.Images) != 2 {
 		t.Fatalf("show: %s", stdout)
 	}
 	if after := stamps(t, path, path+".index"); after != before {
@@ -271,7 +284,8 @@ func TestPoolOwned(t *testing.T) {
 	if state.Index != nil || state.Saved != 4096 || state.Unshared != u.Unshared || state.Contents != u.ImageExtents {
 		t.Errorf("show: %+v, the owner knows %+v", state, u)
 	}
-	if h := free.Index; h == nil || h.Extents != u.Extents || h.Files != u.ExtentCount || h.Layers != u.Layers || h.Metadata != u.Tree ||
+	if h := free.Index; h == nil || h.Extents != u.Extents || h.Files != u.ExtentCount || h.Layers != u.Layers ||
+		h.Metadata != u.Tree ||
 		h.Free != u.Free+u.MetaFree {
 		t.Errorf("show of a pool without an owner: %+v, the owner knows %+v", h, u)
 	}
@@ -310,8 +324,15 @@ func TestPoolKeepsWhatItHas(t *testing.T) {
 		{[]string{"rm", p, "one", "three"}, statusFailed, `image "three": not found`},
 		{[]string{"init", "--size", "64m", p}, statusFailed, "holds a pool"},
 		{[]string{"init", filepath.Join(dir, "new")}, statusUsage, "--size is needed"},
-		{[]string{"init", "--kind", "hugetlbfs", "--size", "64m", "--index", filepath.Join(dir, "i"), filepath.Join(dir, "new")}, statusFailed, "is not on hugetlbfs"},
-		{[]string{"init", "--kind", "nonsense", "--size", "64m", filepath.Join(dir, "new")}, statusUsage, `--kind "nonsense", expected one of file, tmpfs`},
+		{[]string{
+			"init", "--kind", "hugetlbfs", "--size", "64m", "--index", filepath.Join(dir, "i"),
+			filepath.Join(dir, "new"),
+		}, statusFailed, "is not on hugetlbfs"},
+		{
+			[]string{"init", "--kind", "nonsense", "--size", "64m", filepath.Join(dir, "new")},
+			statusUsage,
+			`--kind "nonsense", expected one of file, tmpfs`,
+		},
 	} {
 		if status, _, stderr := runPool(t, c.args...); status != c.status || !strings.Contains(stderr, c.want) {
 			t.Errorf("pool %q: status %d, %q, expected %d and %q", c.args, status, stderr, c.status, c.want)
@@ -349,7 +370,8 @@ func TestPoolMove(t *testing.T) {
 		{p + " " + filepath.Join(shm, "pool-that-moved"), `kind "tmpfs"`},
 		{filepath.Join(dir, "none") + " " + there, "no such file"},
 	} {
-		if status, _, errs := runPool(t, append([]string{"move"}, strings.Fields(c.args)...)...); status != statusFailed || !strings.Contains(errs, c.want) {
+		if status, _, errs := runPool(t, append([]string{"move"},
+			strings.Fields(c.args)...)...); status != statusFailed || !strings.Contains(errs, c.want) {
 			t.Errorf("move %s: status %d, %s; expected %q", c.args, status, errs, c.want)
 		}
 	}
@@ -384,13 +406,15 @@ func TestPoolMove(t *testing.T) {
 	}
 	mustPool(t, "check", m.to)
 	after := showPool(t, m.to)
-	if after.ID != before.ID || len(after.Images) != 1 || after.Images[0].Key != before.Images[0].Key || after.Index == nil {
+	if after.ID != before.ID || len(after.Images) != 1 || after.Images[0].Key != before.Images[0].Key ||
+		after.Index == nil {
 		t.Errorf("after: %+v; before: %+v", after, before)
 	}
 	// A copy that is cut off leaves all where it was.
 	ctx, stop := context.WithCancel(t.Context())
 	stop()
-	if err := (move{from: m.to, to: p, index: m.to + ".index"}).copy(ctx); err == nil || fileExists(p) || fileExists(p+".index") || !fileExists(m.to) {
+	if err := (move{from: m.to, to: p, index: m.to + ".index"}).copy(ctx); err == nil || fileExists(p) ||
+		fileExists(p+".index") || !fileExists(m.to) {
 		t.Errorf("a copy that was interrupted: %v", err)
 	}
 }

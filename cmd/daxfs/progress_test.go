@@ -109,7 +109,8 @@ func TestProgressOnTerminalWithoutSize(t *testing.T) {
 	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{}); err != nil {
 		t.Fatal(err)
 	}
-	got := run(context.Background(), []string{"daxfs", "convert", "-o", "image", "oci:layout:v1"}, strings.NewReader(""), io.Discard, tty)
+	got := run(context.Background(), []string{"daxfs", "convert", "-o", "image", "oci:layout:v1"},
+		strings.NewReader(""), io.Discard, tty)
 	if seen := text(); got != statusOK || !strings.Contains(seen, "(2 of 2 layers)") {
 		t.Errorf("status %d, %q on the terminal", got, seen)
 	}

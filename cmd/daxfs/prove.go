@@ -21,7 +21,8 @@ func rootHash(c *cli.Context) (*daxfs.RootHash, error) {
 	var h daxfs.RootHash
 	text := c.String("root-hash")
 	if b, err := hex.DecodeString(text); err != nil || len(b) != len(h) {
-		return nil, wrongUse(c, "--root-hash %q: %d characters, expected %d hexadecimal digits", text, len(text), 2*len(h))
+		return nil,
+			wrongUse(c, "--root-hash %q: %d characters, expected %d hexadecimal digits", text, len(text), 2*len(h))
 	}
 	_, err := hex.Decode(h[:], []byte(text))
 	return &h, err
@@ -65,7 +66,8 @@ func (p *proof) run(c *cli.Context, stderr io.Writer, img *image, report func(da
 	if errors.Is(err, daxfs.ErrNoDigests) {
 		err = nil
 		if p.src == nil {
-			fmt.Fprintf(stderr, "daxfs: %s: it has no digest table: its contents are not proven\n", printable(img.Name()))
+			fmt.Fprintf(stderr, "daxfs: %s: it has no digest table: its contents are not proven\n",
+				printable(img.Name()))
 		}
 	}
 	if err = withoutFinding(err); err != nil || p.src == nil {

@@ -120,7 +120,8 @@ func printRecompressed(w io.Writer, image string, r *recompress.Result) {
 			encoded++
 			continue
 		}
-		fmt.Fprintf(w, "layer %s is kept as it is: %s\n", short(source.Layer{Desc: l.From, DiffID: l.DiffID}), printable(l.Kept))
+		fmt.Fprintf(w, "layer %s is kept as it is: %s\n", short(source.Layer{Desc: l.From, DiffID: l.DiffID}),
+			printable(l.Kept))
 	}
 	fmt.Fprintf(w, "%d of %d layers of %d images are %s now, in %s, out %s\n",
 		encoded, len(r.Layers), r.Images, formatChunked, human(in), human(out))

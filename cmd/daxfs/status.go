@@ -27,7 +27,10 @@ func init() {
 // poolFlags say which pool is meant where no argument does.
 func poolFlags() []cli.Flag {
 	return append([]cli.Flag{
-		&cli.StringFlag{Name: "pool", Usage: "look at the pool `POOL`, as for daxfs pool", DefaultText: "that of the daemon"},
+		&cli.StringFlag{
+			Name: "pool", Usage: "look at the pool `POOL`, as for daxfs pool",
+			DefaultText: "that of the daemon",
+		},
 		&cli.StringFlag{Name: "kind", Usage: "the pool is a `KIND` of region"},
 		&cli.StringFlag{Name: "index", Usage: "the owner's index is `FILE`"},
 		&cli.BoolFlag{Name: "json", Usage: "write JSON; sizes are bytes"},
@@ -114,8 +117,10 @@ func showStatus(out io.Writer, s api.Status) error {
 	row("Free", "%s", freeText(s))
 	row("Taken", "%s", takenText(s))
 	row("Images", "%d, %d mounted; %d layers", u.Images, s.Mounted, u.Layers)
-	row("Contents", "%s in %d distinct files; %s wait until nobody can read them", human(u.Extents), u.ExtentCount, human(u.Dead))
-	row("Saved", "%s: the images' contents would take %s apart, and take %s", human(s.Saved), human(u.Unshared), human(u.ImageExtents))
+	row("Contents", "%s in %d distinct files; %s wait until nobody can read them", human(u.Extents),
+		u.ExtentCount, human(u.Dead))
+	row("Saved", "%s: the images' contents would take %s apart, and take %s", human(s.Saved), human(u.Unshared),
+		human(u.ImageExtents))
 	row("Containers", "%d, %d of them share less than they could", s.Containers, s.Unshared)
 	for _, d := range s.Drivers {
 		if d.Picked {
@@ -145,7 +150,8 @@ func freeText(s api.Status) string {
 	case s.Room.Disk < 0:
 		return human(s.Free)
 	case s.Room.Disk < s.Room.Pool:
-		return fmt.Sprintf("%s: the disk below the pool has no more; the pool itself has %s", human(s.Free), human(s.Room.Pool))
+		return fmt.Sprintf("%s: the disk below the pool has no more; the pool itself has %s", human(s.Free),
+			human(s.Room.Pool))
 	}
 	return fmt.Sprintf("%s; the disk below the pool has %s", human(s.Free), human(s.Room.Disk))
 }
@@ -332,7 +338,8 @@ func matchContainer(list []api.Container, name string) (api.Container, error) {
 
 func showContainer(out io.Writer, c api.Container) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	fmt.Fprintf(w, "Container\t%s/%s\nSince\t%s\n", printable(c.Namespace), printable(c.Name), c.Since.Local().Format(time.DateTime))
+	fmt.Fprintf(w, "Container\t%s/%s\nSince\t%s\n", printable(c.Namespace), printable(c.Name),
+		c.Since.Local().Format(time.DateTime))
 	var stands []string
 	if c.Directories > 0 {
 		stands = append(stands, fmt.Sprintf("%d plain directories", c.Directories))

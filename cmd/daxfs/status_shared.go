@@ -68,7 +68,8 @@ func shortKeys(keys []string) string {
 func sharedRows(row rower, list []shared.Status) {
 	name := "Shared"
 	for _, p := range list {
-		text := fmt.Sprintf("%s: generation %d, %d images, %d claimed, %d mounted", printable(p.Name), p.Generation, p.Images,
+		text := fmt.Sprintf("%s: generation %d, %d images, %d claimed, %d mounted", printable(p.Name),
+			p.Generation, p.Images,
 			p.Claimed, p.Mounted)
 		if p.Driver != "" {
 			text += " with " + p.Driver
@@ -80,7 +81,8 @@ func sharedRows(row rower, list []shared.Status) {
 			text += ", no lease: its owner has to keep all images"
 		}
 		if p.Error != "" {
-			text = fmt.Sprintf("%s, %d images claimed, can not be used: %s", printable(p.Name), p.Claimed, message(errors.New(p.Error)))
+			text = fmt.Sprintf("%s, %d images claimed, can not be used: %s", printable(p.Name), p.Claimed,
+				message(errors.New(p.Error)))
 		}
 		row(name, "%s", text)
 		name = ""

@@ -42,18 +42,21 @@ func TestLookAtImages(t *testing.T) {
 		list[1].Brought >= pages || list[1].Brought < 4096 || list[1].Usage.Shared != pages {
 		t.Errorf("images: %s, %v", out, err)
 	}
-	if out, _ = daxfsOut(t, statusOK, with("images", "two")...); !strings.Contains(out, "pin/two") || strings.Contains(out, "pin/one") {
+	if out, _ = daxfsOut(t, statusOK, with("images", "two")...); !strings.Contains(out, "pin/two") ||
+		strings.Contains(out, "pin/one") {
 		t.Errorf("images two: %s", out)
 	}
 	var space imageSpace
 	out, _ = daxfsOut(t, statusOK, with("du", "--json", "one")...)
-	if err := json.Unmarshal([]byte(out), &space); err != nil || space.Bytes != pages+4096 || space.Shared != pages || space.Files != 2 ||
+	if err := json.Unmarshal([]byte(out), &space); err != nil || space.Bytes != pages+4096 || space.Shared != pages ||
+		space.Files != 2 ||
 		len(space.Directories) != 1 {
 		t.Errorf("du: %s, %v", out, err)
 	}
 	var diff imageDiff
 	out, _ = daxfsOut(t, statusOK, with("diff", "--json", "one", "two")...)
-	if err := json.Unmarshal([]byte(out), &diff); err != nil || diff.Shared != (diffSum{1, pages}) || diff.Lone != (diffSum{1, 4096}) ||
+	if err := json.Unmarshal([]byte(out), &diff); err != nil || diff.Shared != (diffSum{1, pages}) ||
+		diff.Lone != (diffSum{1, 4096}) ||
 		diff.Other != (diffSum{1, 4096}) || len(diff.Files) != 3 {
 		t.Errorf("diff: %s, %v", out, err)
 	}
@@ -75,7 +78,8 @@ func TestLookAtImages(t *testing.T) {
 	}
 	daxfsOut(t, statusUsage, with("diff", "--only", "both", "one", "two")...)
 	daxfsOut(t, statusUsage, with("du", "--depth", "-1", "one")...)
-	if _, errs := daxfsOut(t, statusFailed, "explain", "x", "--control", none[1]); !strings.Contains(errs, "daemon at") {
+	if _, errs := daxfsOut(t, statusFailed, "explain", "x", "--control",
+		none[1]); !strings.Contains(errs, "daemon at") {
 		t.Errorf("explain without a daemon: %s", errs)
 	}
 
@@ -90,7 +94,8 @@ func TestLookAtImages(t *testing.T) {
 	if out := mustPool(t, "gc", p); !strings.Contains(out, "removed 1 images") {
 		t.Errorf("gc after unpin: %s", out)
 	}
-	if status, _, errs := runPool(t, "unpin", p, "uno"); status != statusFailed || !strings.Contains(errs, "no image is pinned") {
+	if status, _, errs := runPool(t, "unpin", p, "uno"); status != statusFailed ||
+		!strings.Contains(errs, "no image is pinned") {
 		t.Errorf("unpin again: %d %s", status, errs)
 	}
 }
@@ -104,13 +109,17 @@ func TestContainerNames(t *testing.T) {
 		{Namespace: "k8s.io", Name: "job"},
 	}
 	for name, want := range map[string]string{
-		"job": "k8s.io/job", "j": "k8s.io/job", "k8s.io/web": "k8s.io/web", "web-": "default/web-2", "default/web": "default/web",
+		"job": "k8s.io/job", "j": "k8s.io/job", "k8s.io/web": "k8s.io/web", "web-": "default/web-2",
+		"default/web": "default/web",
 	} {
 		if c, err := matchContainer(list, name); err != nil || c.Namespace+"/"+c.Name != want {
 			t.Errorf("%q is %+v, %v; expected %s", name, c, err, want)
 		}
 	}
-	for name, want := range map[string]string{"web": "2 have that name", "we": "3 have", "": "not found", "none": "not found"} {
+	for name, want := range map[string]string{
+		"web": "2 have that name", "we": "3 have", "": "not found",
+		"none": "not found",
+	} {
 		if c, err := matchContainer(list, name); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is %+v, %v; expected %q", name, c, err, want)
 		}
@@ -122,20 +131,27 @@ func TestStatusText(t *testing.T) {
 	var out bytes.Buffer
 	s := api.Status{
 		Version: "v1", Health: "metadata: gone\nfor good", Free: 4096, Room: store.Room{Pool: 1 << 30, Disk: 4096},
-		Started: time.Now(), Pool: api.Pool{Kind: "tmpfs", Path: "/dev/shm/x", Usage: pool.Usage{Size: 2 << 30}}, Taken: 8192,
+		Started: time.Now(),
+		Pool:    api.Pool{Kind: "tmpfs", Path: "/dev/shm/x", Usage: pool.Usage{Size: 2 << 30}}, Taken: 8192,
 		Drivers: []mount.Explanation{
-			{Driver: "erofs-dax", Why: "no block device"}, {Driver: "erofs-loop", Picked: true, Sharing: "page cache"}, {Driver: "fuse"},
+			{Driver: "erofs-dax", Why: "no block device"},
+			{Driver: "erofs-loop", Picked: true, Sharing: "page cache"},
+			{Driver: "fuse"},
 		},
 		Fallbacks: map[string]int64{"full": 3, "error": 0}, Containers: 5, Unshared: 3, Damaged: 2,
 		Readers: api.Readers{Mode: store.ReadersLeases, Error: "lease region \"/x\": gone", List: []store.LeaseUser{
 			{Region: "/run/free.lease"},
 			{
-				Reader: "guest\x1b[31m", Region: "/run/guest.lease", Torn: 2, Earlier: []string{"image/0123456789abcdef"},
-				Images: []string{"image/a", "image/b", "image/c", "image/d"},
+				Reader: "guest\x1b[31m", Region: "/run/guest.lease", Torn: 2,
+				Earlier: []string{"image/0123456789abcdef"},
+				Images:  []string{"image/a", "image/b", "image/c", "image/d"},
 			},
 		}},
 		Shared: []shared.Status{
-			{Name: "/dev/pmem0", Generation: 7, Images: 3, Claimed: 2, Mounted: 1, Driver: "erofs-dax", Leased: true, Lease: "/dev/pmem1"},
+			{
+				Name: "/dev/pmem0", Generation: 7, Images: 3, Claimed: 2, Mounted: 1, Driver: "erofs-dax", Leased: true,
+				Lease: "/dev/pmem1",
+			},
 			{Name: "/dev/pmem2", Error: "no pool\nheader"},
 			{Name: "/srv/pool", Lost: "no container starts from 2 images"},
 		},
@@ -145,9 +161,12 @@ func TestStatusText(t *testing.T) {
 	}
 	for _, want := range []string{
 		"metadata: gone", "4KiB: the disk below the pool has no more; the pool itself has 1GiB", "8KiB of memory",
-		"erofs-loop: page cache", "not erofs-dax: no block device", "error 0, full 3", "5, 3 of them share less", "2 contents have changed",
-		"2 lease regions", "nobody (/run/free.lease)", `"guest\x1b[31m" (/run/guest.lease) uses 4 images (image/a, image/b, image/c, …)`,
-		"used before its last boot 1 image (0123456789ab)", "2 entries that cannot be read", `is freed: lease region "/x": gone`,
+		"erofs-loop: page cache", "not erofs-dax: no block device", "error 0, full 3", "5, 3 of them share less",
+		"2 contents have changed",
+		"2 lease regions", "nobody (/run/free.lease)",
+		`"guest\x1b[31m" (/run/guest.lease) uses 4 images (image/a, image/b, image/c, …)`,
+		"used before its last boot 1 image (0123456789ab)", "2 entries that cannot be read",
+		`is freed: lease region "/x": gone`,
 		"/dev/pmem0: generation 7, 3 images, 2 claimed, 1 mounted with erofs-dax, lease in /dev/pmem1",
 		"/dev/pmem2, 0 images claimed, can not be used: no pool", "no lease: its owner has to keep all images",
 		"/srv/pool: no container starts from 2 images",

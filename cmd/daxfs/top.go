@@ -100,7 +100,8 @@ func showTop(out io.Writer, list []residentImage) error {
 		if len(m.Names) > 0 {
 			name = printable(m.Names[0])
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", shortKey(m.Image), human(m.Resident), human(m.Shared), human(m.Bytes),
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", shortKey(m.Image), human(m.Resident),
+			human(m.Shared), human(m.Bytes),
 			m.Containers, processText(m.Processes), m.Driver, name)
 	}
 	return w.Flush()
@@ -170,8 +171,9 @@ func residentOf(images []api.Image) ([]residentImage, error) {
 			continue
 		}
 		r := residentImage{
-			Image: m.Key, Names: append([]string{}, m.Names...), Driver: m.Driver, Bytes: m.Usage.Extents, Containers: len(m.Containers),
-			Processes: append([]mappingProcess{}, processes[i]...),
+			Image: m.Key, Names: append([]string{}, m.Names...), Driver: m.Driver, Bytes: m.Usage.Extents,
+			Containers: len(m.Containers),
+			Processes:  append([]mappingProcess{}, processes[i]...),
 		}
 		for id := range files[i] {
 			r.Resident += cached[id]

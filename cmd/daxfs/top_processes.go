@@ -149,7 +149,8 @@ func parseMapping(line string) (v mapping, ok bool) {
 		return v, false
 	}
 	return mapping{
-		bytes: int64(end - first), dev: fmt.Sprintf("%d:%d", maj, mnr), file: inode{unix.Mkdev(uint32(maj), uint32(mnr)), ino},
+		bytes: int64(end - first), dev: fmt.Sprintf("%d:%d", maj, mnr),
+		file: inode{unix.Mkdev(uint32(maj), uint32(mnr)), ino},
 		path: line[strings.IndexByte(line, '/'):],
 	}, true
 }

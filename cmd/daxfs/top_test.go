@@ -34,9 +34,15 @@ func TestTopCountsPages(t *testing.T) {
 	must(os.WriteFile(filepath.Join(one, "empty"), nil, 0o644))
 	must(os.Symlink("/etc", filepath.Join(one, "link")))
 	image := func(key, dir string) api.Image {
-		return api.Image{Info: store.Info{Image: pool.Image{Key: key}, Names: []string{"name of " + key}}, Dir: dir, Containers: []string{"c"}}
+		return api.Image{
+			Info: store.Info{Image: pool.Image{Key: key}, Names: []string{"name of " + key}}, Dir: dir,
+			Containers: []string{"c"},
+		}
 	}
-	list, err := residentOf([]api.Image{image("two", two), image("one", one), image("away", ""), image("gone", filepath.Join(two, "no"))})
+	list, err := residentOf([]api.Image{
+		image("two", two), image("one", one), image("away", ""),
+		image("gone", filepath.Join(two, "no")),
+	})
 	must(err)
 	if len(list) != 3 || list[0].Image != "one" || list[0].Resident != 4*4096 || list[0].Shared != 2*4096 ||
 		list[1].Image != "two" || list[1].Resident != 2*4096 || list[1].Shared != 2*4096 || list[2].Resident != 0 {
@@ -44,7 +50,8 @@ func TestTopCountsPages(t *testing.T) {
 	}
 	var out bytes.Buffer
 	must(showTop(&out, list))
-	if !strings.Contains(out.String(), "16KiB") || !strings.Contains(out.String(), "name of one") || strings.Contains(out.String(), "\x1b") {
+	if !strings.Contains(out.String(), "16KiB") || !strings.Contains(out.String(), "name of one") ||
+		strings.Contains(out.String(), "\x1b") {
 		t.Errorf("%s", &out)
 	}
 }

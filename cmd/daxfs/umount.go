@@ -23,7 +23,8 @@ the snapshotter mounted for containers is left alone.
 
 Example:
    daxfs umount /mnt`,
-		Flags:  append([]cli.Flag{&cli.BoolFlag{Name: "force", Usage: "unmount what the snapshotter mounted, too"}}, keeperFlags()...),
+		Flags: append([]cli.Flag{&cli.BoolFlag{Name: "force", Usage: "unmount what the snapshotter mounted, too"}},
+			keeperFlags()...),
 		Action: e.umount,
 	}
 }

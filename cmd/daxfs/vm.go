@@ -30,7 +30,8 @@ says how containers are started from them.
 Example:
    daxfs vm args --pool /var/lib/pool --lease /var/lib/guest1.lease`,
 		Subcommands: []*cli.Command{{
-			Name: "args", Usage: "print the arguments that give a guest a pool or an image as persistent memory", Action: e.vmArgs,
+			Name: "args", Usage: "print the arguments that give a guest a pool or an image as persistent memory",
+			Action: e.vmArgs,
 			Description: `
 The guest sees the image, the pool and the lease region as /dev/pmem0 and so on, in this order. It maps the pages of the file
 itself, and can change none but those of the lease region. Files, sizes and the guest's memory are checked first: an image is
@@ -45,7 +46,10 @@ Examples:
    daxfs vm args --image root.daxfs --memory 512m --vmm firecracker
    mapfile -t args < <(daxfs vm args --pool /var/lib/pool); qemu-system-x86_64 "${args[@]}" ...`,
 			Flags: []cli.Flag{
-				&cli.StringFlag{Name: "vmm", Value: vmm.Names()[0], Usage: "for this `MONITOR`: " + strings.Join(vmm.Names(), ", ")},
+				&cli.StringFlag{
+					Name: "vmm", Value: vmm.Names()[0],
+					Usage: "for this `MONITOR`: " + strings.Join(vmm.Names(), ", "),
+				},
 				&cli.StringFlag{Name: "image", Usage: "give the image in `FILE`, which daxfs convert wrote"},
 				&cli.StringFlag{Name: "pool", Usage: "give the pool in `FILE`"},
 				&cli.StringFlag{Name: "lease", Usage: "give the lease region in `FILE`, which the guest writes"},
@@ -106,13 +110,15 @@ func (e *env) vmArgs(c *cli.Context) error {
 		if path, err = filepath.Abs(path); err != nil {
 			return err
 		}
-		out.Devices = append(out.Devices, vmDevice{fmt.Sprintf("/dev/pmem%d", len(devices)), path, size, d.check != nil})
+		out.Devices = append(out.Devices,
+			vmDevice{fmt.Sprintf("/dev/pmem%d", len(devices)), path, size, d.check != nil})
 		devices = append(devices, vmm.Device{ID: "daxfs-" + d.flag, Path: path, Size: size, ReadOnly: d.check != nil})
 		out.PageStructs += vmm.PageStructs(size)
 	}
 	if out.PageStructs > memory/2 {
 		return fmt.Errorf("the guest needs %s of its memory of %s to describe the pages that it is given (1/64 of their size); "+
-			"expected at most half: give it more with --memory, or a smaller pool, or one image with --image", human(out.PageStructs), human(memory))
+			"expected at most half: give it more with --memory, or a smaller pool, or one image with --image",
+			human(out.PageStructs), human(memory))
 	}
 	if out.Args, err = vmm.Args(out.VMM, memory, devices); err != nil {
 		return wrongUse(c, "%v", err)
@@ -146,7 +152,9 @@ func checkVMFile(path string, check func(f *os.File, size int64) error) (int64, 
 		}
 	}
 	if st.Size == 0 || st.Size%vmm.Align != 0 {
-		return 0, fmt.Errorf("%q has %d bytes, expected a multiple of 2 MiB: fill it up with truncate --size=%%2M", path, st.Size)
+		return 0,
+			fmt.Errorf("%q has %d bytes, expected a multiple of 2 MiB: fill it up with truncate --size=%%2M", path,
+				st.Size)
 	}
 	return st.Size, nil
 }

@@ -203,7 +203,8 @@ func writeWalks(dir string, n int) error {
 		return sum, os.WriteFile(filepath.Join(blobs, sum), []byte(text), 0o644)
 	}
 	const media = "application/vnd.oci.image."
-	config := fmt.Sprintf(`{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}`, diffID)
+	config := fmt.Sprintf(`{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}`,
+		diffID)
 	configSum, err := blob(config)
 	if err != nil {
 		return err

@@ -53,7 +53,8 @@ func TestWalksAllocateLittle(t *testing.T) {
 		per := (int64(b) - int64(a)) / (many - few)
 		t.Logf("daxfs %s: %d bytes for each entry", strings.Join(args, " "), per)
 		if per > 8<<10 {
-			t.Errorf("daxfs %s allocates %d bytes for each entry, expected at most %d", strings.Join(args, " "), per, 8<<10)
+			t.Errorf("daxfs %s allocates %d bytes for each entry, expected at most %d",
+				strings.Join(args, " "), per, 8<<10)
 		}
 	}
 }

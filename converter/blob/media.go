@@ -54,8 +54,9 @@ func packingOf(mediaType string) (packing, error) {
 		mediaType = t // in small letters, without parameters
 	}
 	if strings.HasSuffix(mediaType, "+encrypted") {
-		return 0, fmt.Errorf("%w (media type %q): decrypt the image first, for instance with skopeo copy --decryption-key",
-			ErrEncrypted, mediaType)
+		return 0,
+			fmt.Errorf("%w (media type %q): decrypt the image first, for instance with skopeo copy --decryption-key",
+				ErrEncrypted, mediaType)
 	}
 	for _, t := range layerTypes {
 		rest, ok := strings.CutPrefix(mediaType, t)

@@ -295,7 +295,8 @@ func TestEndsWithoutFinish(t *testing.T) {
 			if hang {
 				n /= 2
 			}
-			r, err := NewReader(ctx, &hanging{bytes.NewReader(blob[:n]), make(chan struct{})}, Spec{Digest: digest.FromBytes(blob)})
+			r, err := NewReader(ctx, &hanging{bytes.NewReader(blob[:n]), make(chan struct{})},
+				Spec{Digest: digest.FromBytes(blob)})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -60,7 +60,8 @@ func TestTrailing(t *testing.T) {
 			}
 			got, _, err := read(t, c.blob, spec, 1<<30)
 			if (err == nil) != want || err == nil && !bytes.Equal(got, tar) {
-				t.Errorf("%s, with a diff ID %v: %d bytes and %v, expected it to be taken: %v", name, known, len(got), err, want)
+				t.Errorf("%s, with a diff ID %v: %d bytes and %v, expected it to be taken: %v", name, known,
+					len(got), err, want)
 			}
 			if c.proven && !want && !errors.Is(err, errTrailing) {
 				t.Errorf("%s: error %v, expected %v", name, err, errTrailing)
@@ -69,7 +70,8 @@ func TestTrailing(t *testing.T) {
 		if s, err := compression.DecompressStream(bytes.NewReader(c.blob)); err != nil {
 			t.Errorf("%s: containerd: %v", name, err)
 		} else if got, err := io.ReadAll(s); (err == nil && bytes.Equal(got, tar)) != c.containerd {
-			t.Errorf("%s: containerd says %v to %d bytes, expected it to take them: %v", name, err, len(got), c.containerd)
+			t.Errorf("%s: containerd says %v to %d bytes, expected it to take them: %v", name, err,
+				len(got), c.containerd)
 		}
 		if c.gzip == none {
 			continue

@@ -155,14 +155,16 @@ func TestTar(t *testing.T) {
 				got, plan, err := pull(t, src, l.Desc, h)
 				must(t, err)
 				if !bytes.Equal(got, raw) {
-					t.Errorf("%d bytes with digest %s, expected %d with %s", len(got), digest.FromBytes(got), len(raw), l.DiffID)
+					t.Errorf("%d bytes with digest %s, expected %d with %s", len(got), digest.FromBytes(got),
+						len(raw), l.DiffID)
 				}
 				if plan.Missing != sizes {
 					t.Errorf("%d bytes are missing, expected %d", plan.Missing, sizes)
 				}
 				fetched, requests := src.bytes.Load()-plan.Fetch, src.parts.Load()-int64(plan.Ranges)
 				if want := tablesOf(t, l); fetched != want || requests != 1 {
-					t.Errorf("%d bytes in %d requests besides those of the plan, expected %d in one", fetched, requests, want)
+					t.Errorf("%d bytes in %d requests besides those of the plan, expected %d in one",
+						fetched, requests, want)
 				}
 				if nth == 1 && plan.Fetch != 0 {
 					t.Errorf("%d bytes are fetched although all is there", plan.Fetch)
@@ -335,9 +337,10 @@ func FuzzTables(f *testing.F) {
 		at := len(blob)
 		blob = append(append(blob, storedTOC...), storedSplit...)
 		d := ocispec.Descriptor{Size: int64(len(blob)), Annotations: map[string]string{
-			chunked.AnnotationTOCDigest:        digest.FromBytes(storedTOC).String(),
-			chunked.AnnotationTOCPosition:      fmt.Sprintf("%d:%d:%d:1", at, len(storedTOC), len(toc)),
-			chunked.AnnotationTarSplitPosition: fmt.Sprintf("%d:%d:%d", at+len(storedTOC), len(storedSplit), len(split)),
+			chunked.AnnotationTOCDigest:   digest.FromBytes(storedTOC).String(),
+			chunked.AnnotationTOCPosition: fmt.Sprintf("%d:%d:%d:1", at, len(storedTOC), len(toc)),
+			chunked.AnnotationTarSplitPosition: fmt.Sprintf("%d:%d:%d", at+len(storedTOC),
+				len(storedSplit), len(split)),
 		}}
 		got, _, err := pull(t, &memory{b: blob}, d, have{})
 		if err == nil && int64(len(got)) > int64(len(split))+sizesOf(table) {

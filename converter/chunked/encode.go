@@ -54,7 +54,10 @@ func Encode(ctx context.Context, w io.Writer, r io.Reader, workers int) (*Encode
 	if err := split.Close(); err != nil {
 		return nil, err
 	}
-	t := TOC{Version: TOCVersion, Entries: place(entries, p.frames), TarSplitDigest: digest.FromBytes(split.out.Bytes())}
+	t := TOC{
+		Version: TOCVersion, Entries: place(entries, p.frames),
+		TarSplitDigest: digest.FromBytes(split.out.Bytes()),
+	}
 	if err := json.NewEncoder(toc).Encode(t); err != nil {
 		return nil, fmt.Errorf("table of contents: %w", err)
 	}
@@ -62,7 +65,8 @@ func Encode(ctx context.Context, w io.Writer, r io.Reader, workers int) (*Encode
 		return nil, err
 	}
 	if toc.raw > MaxTOC {
-		return nil, fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", ErrUnsuitable, toc.raw, MaxTOC)
+		return nil,
+			fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", ErrUnsuitable, toc.raw, MaxTOC)
 	}
 	return finish(blob, toc, split, &Encoded{DiffID: digest.NewDigest(digest.SHA256, s.diffID), Files: s.files})
 }

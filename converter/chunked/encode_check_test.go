@@ -37,7 +37,8 @@ func tables(t testing.TB, blob []byte, e *Encoded) (*TOC, []byte) {
 		return b
 	}
 	toc := new(TOC)
-	if err := json.Unmarshal(part(AnnotationTOCPosition, digest.Digest(e.Annotations[AnnotationTOCDigest])), toc); err != nil {
+	if err := json.Unmarshal(part(AnnotationTOCPosition, digest.Digest(e.Annotations[AnnotationTOCDigest])),
+		toc); err != nil {
 		t.Fatal(err)
 	}
 	split := part(AnnotationTarSplitPosition, toc.TarSplitDigest)
@@ -61,7 +62,8 @@ func tables(t testing.TB, blob []byte, e *Encoded) (*TOC, []byte) {
 		}
 		data, err := z.DecodeAll(blob[entry.Offset:entry.EndOffset], nil)
 		if err != nil || int64(len(data)) != entry.Size || digest.FromBytes(data) != entry.Digest {
-			t.Fatalf("%q: %d bytes, digest %s, error %v, expected %+v", entry.Name, len(data), digest.FromBytes(data), err, entry)
+			t.Fatalf("%q: %d bytes, digest %s, error %v, expected %+v", entry.Name, len(data),
+				digest.FromBytes(data), err, entry)
 		}
 	}
 	err = asm.IterateHeaders(storage.NewJSONUnpacker(bytes.NewReader(split)), func(h *tar.Header) error {

@@ -45,7 +45,8 @@ func TestGNUTar(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, data := range map[string][]byte{
-		"empty": nil, "small": []byte("x"), "ä ö\n": []byte("name"), long + "file": random(1, 70_000), "large": random(2, 6<<20),
+		"empty": nil, "small": []byte("x"), "ä ö\n": []byte("name"), long + "file": random(1, 70_000),
+		"large": random(2, 6<<20),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o4755); err != nil {
 			t.Fatal(err)

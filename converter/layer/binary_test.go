@@ -23,10 +23,14 @@ import (
 // everything has every operation, type and field.
 func everything(t testing.TB) *layer.Layer {
 	t.Helper()
-	l, err := fromTar(t, layer.Limits{}, treetest.Dir("a").Perm(0o1777), treetest.Reg("a/empty", ""), treetest.Reg("a/file", "contents").Own(1<<32-2, 1<<32-1),
-		treetest.Reg("a/file", strings.Repeat("other ", 2000)).X("user.a", "").X("user.b", "\x00\xff"), treetest.Sym("a/sym", "../x/../y"),
-		treetest.Hard("b", "./a//file").At(time.Unix(0, 1)), treetest.Special(tar.TypeChar, "c", 1, 3), treetest.Special(tar.TypeBlock, "d", 259, 1<<19),
-		treetest.Special(tar.TypeFifo, "e", 0, 0), treetest.Reg("a/.wh.b", ""), treetest.Reg("a/.wh..wh..opq", ""), treetest.Reg(".wh..wh..opq", ""),
+	l, err := fromTar(t, layer.Limits{}, treetest.Dir("a").Perm(0o1777), treetest.Reg("a/empty", ""),
+		treetest.Reg("a/file", "contents").Own(1<<32-2, 1<<32-1),
+		treetest.Reg("a/file", strings.Repeat("other ", 2000)).X("user.a", "").X("user.b", "\x00\xff"),
+		treetest.Sym("a/sym", "../x/../y"),
+		treetest.Hard("b", "./a//file").At(time.Unix(0, 1)), treetest.Special(tar.TypeChar, "c", 1, 3),
+		treetest.Special(tar.TypeBlock, "d", 259, 1<<19),
+		treetest.Special(tar.TypeFifo, "e", 0, 0), treetest.Reg("a/.wh.b", ""), treetest.Reg("a/.wh..wh..opq", ""),
+		treetest.Reg(".wh..wh..opq", ""),
 		treetest.Dir(strings.Repeat("x/", 1000)), treetest.Dir(strings.Repeat("x/", 1000)+"y"))
 	if err != nil {
 		t.Fatal(err)
@@ -53,7 +57,8 @@ func TestBinary(t *testing.T) {
 			}
 			bad := bytes.Clone(b)
 			bad[i] ^= 0x10
-			if err := back.UnmarshalBinary(bad); !errors.Is(err, layer.ErrInvalid) && !errors.Is(err, layer.ErrUnsupported) {
+			if err := back.UnmarshalBinary(bad); !errors.Is(err, layer.ErrInvalid) &&
+				!errors.Is(err, layer.ErrUnsupported) {
 				t.Fatalf("byte %d changed: %v, want ErrInvalid", i, err)
 			}
 		}
@@ -64,7 +69,10 @@ func TestBinary(t *testing.T) {
 func TestBinaryMany(t *testing.T) {
 	l := &layer.Layer{}
 	for i := range 5000 {
-		n := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: daxfs.Data{Off: int64(i) * 4096, Size: 7, Sum: [32]byte{byte(i)}}}
+		n := &daxfs.Node{
+			Mode: unix.S_IFREG | 0o644,
+			Data: daxfs.Data{Off: int64(i) * 4096, Size: 7, Sum: [32]byte{byte(i)}},
+		}
 		l.Append(layer.Change{Op: layer.OpAdd, Path: fmt.Sprintf("directory-%d/file-%d", i/100, i), Node: n})
 	}
 	b, err := l.MarshalBinary()
@@ -178,7 +186,8 @@ func FuzzUnmarshal(f *testing.F) {
 func BenchmarkBinary(b *testing.B) {
 	var files []treetest.File
 	for i := range 20_000 {
-		files = append(files, treetest.Reg(fmt.Sprintf("usr/lib/python3/dist-packages/package%d/module%d.py", i/40, i), "x"))
+		files = append(files,
+			treetest.Reg(fmt.Sprintf("usr/lib/python3/dist-packages/package%d/module%d.py", i/40, i), "x"))
 	}
 	l, err := fromTar(b, layer.Limits{}, files...)
 	if err != nil {

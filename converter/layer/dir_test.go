@@ -26,8 +26,10 @@ func dirWithTraps(t *testing.T) string {
 	dir := t.TempDir()
 	in := func(name string) string { return filepath.Join(dir, name) }
 	for _, err := range []error{
-		os.Mkdir(in("b"), 0o755), os.WriteFile(in("b/file"), []byte("contents"), 0o640), os.Link(in("b/file"), in("a hard link")),
-		unix.Mkfifo(in("fifo"), 0o600), os.Symlink("/", in("root")), os.Symlink("loop", in("loop")), os.Symlink("b", in("c")),
+		os.Mkdir(in("b"), 0o755), os.WriteFile(in("b/file"), []byte("contents"), 0o640),
+		os.Link(in("b/file"), in("a hard link")),
+		unix.Mkfifo(in("fifo"), 0o600), os.Symlink("/", in("root")), os.Symlink("loop", in("loop")),
+		os.Symlink("b", in("c")),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -76,7 +78,8 @@ func TestDirChanges(t *testing.T) {
 	dir := dirWithTraps(t)
 	file := filepath.Join(dir, "a hard link")
 	_, err := layer.FromDir(context.Background(), dir, &swap{do: func() { _ = os.Truncate(file, 3) }}, layer.Limits{})
-	if !errors.Is(err, io.ErrUnexpectedEOF) || !strings.Contains(err.Error(), `"a hard link": shorter than its 8 bytes`) {
+	if !errors.Is(err, io.ErrUnexpectedEOF) ||
+		!strings.Contains(err.Error(), `"a hard link": shorter than its 8 bytes`) {
 		t.Errorf("a file that shrinks: %v", err)
 	}
 	// What comes after the file that is being read turns into something else.
@@ -108,7 +111,8 @@ func TestDirErrors(t *testing.T) {
 		{dir, layer.Limits{MaxPath: 10}, layer.ErrLimit},
 		{dir, layer.Limits{MaxMetaBytes: 30}, layer.ErrLimit},
 	} {
-		if _, err := layer.FromDir(context.Background(), test.dir, new(treetest.Store), test.lim); !errors.Is(err, test.want) {
+		if _, err := layer.FromDir(context.Background(), test.dir, new(treetest.Store),
+			test.lim); !errors.Is(err, test.want) {
 			t.Errorf("%s with %+v: %v, want %v", test.dir, test.lim, err, test.want)
 		}
 	}
@@ -118,7 +122,8 @@ func TestDirErrors(t *testing.T) {
 func TestDirXattrs(t *testing.T) {
 	dir := t.TempDir()
 	for name, value := range map[string]string{
-		"user.b": "2", "user.a": "", "user.big": strings.Repeat("x", 3000), "user.overlay.opaque": "y", "user.overlay.origin": "\x00\xfb", "user.overlay.overlay.origin": "inner",
+		"user.b": "2", "user.a": "", "user.big": strings.Repeat("x", 3000), "user.overlay.opaque": "y",
+		"user.overlay.origin": "\x00\xfb", "user.overlay.overlay.origin": "inner",
 	} {
 		if err := unix.Setxattr(dir, name, []byte(value), 0); err != nil {
 			t.Skipf("needs user xattrs on %s: %v", dir, err)

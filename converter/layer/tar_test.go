@@ -113,7 +113,10 @@ func TestRefused(t *testing.T) {
 		{"xattr of 65535 bytes", treetest.Reg("a", "").X("user.a", strings.Repeat("x", 65535)), nil},
 		{"xattr of 65536 bytes", treetest.Reg("a", "").X("user.a", strings.Repeat("x", 65536)), layer.ErrLimit},
 		{"capability of version 3", treetest.Reg("a", "").X("security.capability", cap3), nil},
-		{"capability of version 2 with the length of 3", treetest.Reg("a", "").X("security.capability", strings.Replace(cap3, "\x03", "\x02", 1)), layer.ErrInvalid},
+		{
+			"capability of version 2 with the length of 3",
+			treetest.Reg("a", "").X("security.capability", strings.Replace(cap3, "\x03", "\x02", 1)), layer.ErrInvalid,
+		},
 		{"capability without a value", treetest.Reg("a", "").X("security.capability", ""), layer.ErrInvalid},
 		{"xattr of an unknown namespace", treetest.Reg("a", "").X("com.example.a", "x"), nil},
 	} {
@@ -121,7 +124,8 @@ func TestRefused(t *testing.T) {
 		if !errors.Is(err, test.want) || test.want == nil && err != nil {
 			t.Errorf("%s: %v, want %v", test.what, err, test.want)
 		}
-		if entry, ok := errors.AsType[*layer.EntryError](err); err != nil && (!ok || entry.Entry != test.file.Name || entry.After) {
+		if entry, ok := errors.AsType[*layer.EntryError](err); err != nil &&
+			(!ok || entry.Entry != test.file.Name || entry.After) {
 			t.Errorf("%s: error %q does not name the entry", test.what, err)
 		}
 	}
@@ -133,8 +137,14 @@ func gnu(f treetest.File) treetest.File {
 }
 
 func TestLimits(t *testing.T) {
-	files := []treetest.File{treetest.Dir("d"), treetest.Reg("d/ab", "12345").X("user.a", "123"), treetest.Sym("d/s", "ab"), treetest.Hard("h", "d/ab")}
-	exact := layer.Limits{MaxEntries: 4, MaxBytes: 5, MaxMetaBytes: 1 + 4 + 3 + 2 + 1 + 4 + 9, MaxXattrBytes: 9, MaxPath: 4, MaxDepth: 2}
+	files := []treetest.File{
+		treetest.Dir("d"), treetest.Reg("d/ab", "12345").X("user.a", "123"),
+		treetest.Sym("d/s", "ab"), treetest.Hard("h", "d/ab"),
+	}
+	exact := layer.Limits{
+		MaxEntries: 4, MaxBytes: 5, MaxMetaBytes: 1 + 4 + 3 + 2 + 1 + 4 + 9, MaxXattrBytes: 9,
+		MaxPath: 4, MaxDepth: 2,
+	}
 	if _, err := fromTar(t, exact, files...); err != nil {
 		t.Fatalf("at the limits: %v", err)
 	}
@@ -145,7 +155,8 @@ func TestLimits(t *testing.T) {
 	} {
 		lim := exact
 		less(&lim)
-		if _, err := fromTar(t, lim, files...); !errors.Is(err, layer.ErrLimit) || !strings.Contains(err.Error(), what) {
+		if _, err := fromTar(t, lim, files...); !errors.Is(err, layer.ErrLimit) ||
+			!strings.Contains(err.Error(), what) {
 			t.Errorf("one less of %q: %v, want ErrLimit about it", what, err)
 		}
 	}
@@ -169,7 +180,10 @@ func TestXattrsCount(t *testing.T) {
 // TestBomb has a sparse file of 8 EiB in two kilobytes of tar: it must be refused before a byte of it is read.
 func TestBomb(t *testing.T) {
 	f := treetest.Reg("bomb", "1\n0\n0\n"+strings.Repeat("\x00", 506))
-	f.PAXRecords = map[string]string{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "bomb", "GNU.sparse.realsize": "9223372036854775807"}
+	f.PAXRecords = map[string]string{
+		"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "bomb",
+		"GNU.sparse.realsize": "9223372036854775807",
+	}
 	b := strings.NewReplacer("QQQ.sparse", "GNU.sparse").Replace(string(treetest.Tar(renamed(f))))
 	_, err := layer.FromTar(context.Background(), strings.NewReader(b), failStore{t}, layer.Limits{})
 	if !errors.Is(err, layer.ErrLimit) {
@@ -196,13 +210,15 @@ func (s failStore) Put(context.Context, int64, io.Reader) (daxfs.Data, error) {
 
 // TestTruncated cuts a stream at every byte.
 func TestTruncated(t *testing.T) {
-	whole := treetest.Tar(treetest.Reg("first", strings.Repeat("1", 700)), treetest.Reg("second", strings.Repeat("2", 700)).X("user.a", "b"))
+	whole := treetest.Tar(treetest.Reg("first", strings.Repeat("1", 700)),
+		treetest.Reg("second", strings.Repeat("2", 700)).X("user.a", "b"))
 	full, err := layer.FromTar(context.Background(), bytes.NewReader(whole), new(treetest.Store), layer.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for n := range whole {
-		l, err := layer.FromTar(context.Background(), iotest.OneByteReader(bytes.NewReader(whole[:n])), new(treetest.Store), layer.Limits{})
+		l, err := layer.FromTar(context.Background(), iotest.OneByteReader(bytes.NewReader(whole[:n])),
+			new(treetest.Store), layer.Limits{})
 		if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Fatalf("%d of %d bytes: %v, want io.ErrUnexpectedEOF", n, len(whole), err)
 		}
@@ -215,7 +231,8 @@ func TestTruncated(t *testing.T) {
 		}
 	}
 	errBroken := errors.New("broken pipe")
-	_, err = layer.FromTar(context.Background(), io.MultiReader(bytes.NewReader(whole[:2000]), iotest.ErrReader(errBroken)), new(treetest.Store), layer.Limits{})
+	_, err = layer.FromTar(context.Background(),
+		io.MultiReader(bytes.NewReader(whole[:2000]), iotest.ErrReader(errBroken)), new(treetest.Store), layer.Limits{})
 	if !errors.Is(err, errBroken) || !strings.Contains(err.Error(), `"first"`) {
 		t.Errorf("%v, want the error of the stream and the entry", err)
 	}
@@ -224,7 +241,8 @@ func TestTruncated(t *testing.T) {
 func TestCanceled(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := layer.FromTar(ctx, bytes.NewReader(treetest.Tar(treetest.Dir("a"))), new(treetest.Store), layer.Limits{}); !errors.Is(err, context.Canceled) {
+	if _, err := layer.FromTar(ctx, bytes.NewReader(treetest.Tar(treetest.Dir("a"))), new(treetest.Store),
+		layer.Limits{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("tar: %v, want context.Canceled", err)
 	}
 	dir := t.TempDir()
@@ -240,7 +258,8 @@ func TestCanceled(t *testing.T) {
 func TestBoundedTimes(t *testing.T) {
 	zero, max := time.Unix(0, 0), time.Unix(0, 1<<63-1)
 	for at, want := range map[time.Time]time.Time{
-		zero: zero, zero.Add(-1): zero, time.Unix(-1<<40, 0): zero, zero.Add(1): zero.Add(1), max: max, max.Add(1): zero, time.Unix(1<<60, 0): zero,
+		zero: zero, zero.Add(-1): zero, time.Unix(-1<<40, 0): zero, zero.Add(1): zero.Add(1), max: max,
+		max.Add(1): zero, time.Unix(1<<60, 0): zero,
 		time.Unix(1<<63-1, 0): zero,
 	} {
 		l, err := fromTar(t, layer.Limits{}, treetest.Dir("a").At(at))
@@ -271,7 +290,8 @@ func TestGlobalHeader(t *testing.T) {
 
 // TestStats counts.
 func TestStats(t *testing.T) {
-	l, err := fromTar(t, layer.Limits{}, treetest.Dir("./"), treetest.Dir("d").X("trusted.a", ""), treetest.Reg("d/a", "123").X("other.a", ""),
+	l, err := fromTar(t, layer.Limits{}, treetest.Dir("./"), treetest.Dir("d").X("trusted.a", ""),
+		treetest.Reg("d/a", "123").X("other.a", ""),
 		treetest.Reg("d/a", "4567"), treetest.Reg("d/empty", ""), treetest.Hard("h", "d/a"), treetest.Reg(".wh.x", ""))
 	if want := (layer.Stats{Entries: 7, Files: 2, Bytes: 7, IgnoredXattrs: 2}); err != nil || l.Stats != want {
 		t.Errorf("%+v (%v), want %+v", l.Stats, err, want)

@@ -30,7 +30,8 @@ type layerTask struct {
 // formats are the annotations of formats that a layer no longer has once it is encoded anew.
 var formats = []string{
 	chunked.AnnotationTOCDigest, chunked.AnnotationTOCPosition, chunked.AnnotationTarSplitPosition,
-	chunked.AnnotationTarSplitDigest, "containerd.io/snapshot/stargz/toc.digest", "io.containers.estargz.uncompressed-size",
+	chunked.AnnotationTarSplitDigest, "containerd.io/snapshot/stargz/toc.digest",
+	"io.containers.estargz.uncompressed-size",
 }
 
 // keep returns why a layer stays as it is, as far as its descriptor says; empty if it does not.
@@ -198,7 +199,8 @@ func copyVerified(w io.Writer, r io.Reader, want ocispec.Descriptor, progress fu
 		return "", n, err
 	}
 	if want.Size > 0 && n != want.Size {
-		return "", n, &blob.MismatchError{What: "size", Want: fmt.Sprint(want.Size, " bytes"), Got: fmt.Sprint(n, " bytes")}
+		return "", n,
+			&blob.MismatchError{What: "size", Want: fmt.Sprint(want.Size, " bytes"), Got: fmt.Sprint(n, " bytes")}
 	}
 	if got := h.Digest(); want.Digest != "" && got != want.Digest {
 		return "", n, &blob.MismatchError{What: "digest", Want: want.Digest.String(), Got: got.String()}

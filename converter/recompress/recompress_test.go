@@ -76,7 +76,8 @@ func index(t testing.TB) (l *ocitest.Layout, amd ocispec.Descriptor) {
 	l = ocitest.NewLayout(t, filepath.Join(t.TempDir(), "in"))
 	base := ocitest.Layer{Tar: tarOf(t, "a", "b"), Compression: ocitest.Gzip}
 	amd = l.Manifest(ocitest.LinuxAMD64, base, ocitest.Layer{
-		Tar: tarOf(t, "c", "./c"), Compression: ocitest.Gzip, MediaType: "application/vnd.docker.image.rootfs.diff.tar.gzip",
+		Tar: tarOf(t, "c", "./c"), Compression: ocitest.Gzip,
+		MediaType: "application/vnd.docker.image.rootfs.diff.tar.gzip",
 	})
 	other := l.Manifest(arm, base, ocitest.Layer{Tar: tarOf(t, "d")})
 	statement := l.Blob("application/vnd.in-toto+json", []byte(`{"subject":"`+amd.Digest.String()+`"}`))
@@ -116,20 +117,24 @@ func TestIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	if res.Images != 2 || len(res.Layers) != 3 || res.MediaType != ocispec.MediaTypeImageIndex {
-		t.Errorf("%d images with %d layers, %s; expected 2 with 3 in an index", res.Images, len(res.Layers), res.MediaType)
+		t.Errorf("%d images with %d layers, %s; expected 2 with 3 in an index", res.Images,
+			len(res.Layers), res.MediaType)
 	}
 	list := read[ocispec.Index](t, out, res.Digest).Manifests
-	if len(list) != 3 || list[1].Platform.Architecture != "arm64" || list[2].Annotations[attested] != list[0].Digest.String() {
+	if len(list) != 3 || list[1].Platform.Architecture != "arm64" ||
+		list[2].Annotations[attested] != list[0].Digest.String() {
 		t.Fatalf("index %+v, expected both images, and the attestation of the first", list)
 	}
-	if len(res.Notes) != 1 || !strings.Contains(res.Notes[0], amd.Digest.String()+", which is "+list[0].Digest.String()+" now") {
+	if len(res.Notes) != 1 ||
+		!strings.Contains(res.Notes[0], amd.Digest.String()+", which is "+list[0].Digest.String()+" now") {
 		t.Errorf("notes %q, expected one about the attestation", res.Notes)
 	}
 	was, now := read[ocispec.Manifest](t, l.Dir, amd.Digest), read[ocispec.Manifest](t, out, list[0].Digest)
 	if was.Config.Digest != now.Config.Digest {
 		t.Errorf("configuration %s, expected %s", now.Config.Digest, was.Config.Digest)
 	}
-	if now.Layers[0].MediaType != ocispec.MediaTypeImageLayerZstd || now.Layers[0].Annotations[chunked.AnnotationTOCDigest] == "" {
+	if now.Layers[0].MediaType != ocispec.MediaTypeImageLayerZstd ||
+		now.Layers[0].Annotations[chunked.AnnotationTOCDigest] == "" {
 		t.Errorf("layer %+v, expected zstd:chunked", now.Layers[0])
 	}
 	if kept := now.Layers[1]; kept.Digest != was.Layers[1].Digest || kept.MediaType != ocispec.MediaTypeImageLayerGzip {
@@ -147,7 +152,8 @@ func TestIndex(t *testing.T) {
 	raw, err := exec.Command("zstd", "-dcq", blob).Output()
 	config := read[ocispec.Image](t, out, now.Config.Digest)
 	if err != nil || digest.FromBytes(raw) != config.RootFS.DiffIDs[0] {
-		t.Errorf("zstd makes %s of the layer, error %v, expected %s", digest.FromBytes(raw), err, config.RootFS.DiffIDs[0])
+		t.Errorf("zstd makes %s of the layer, error %v, expected %s", digest.FromBytes(raw), err,
+			config.RootFS.DiffIDs[0])
 	}
 }
 
@@ -166,7 +172,8 @@ func TestSame(t *testing.T) {
 	a, errA := os.ReadFile(dir + "/1.tar")
 	b, errB := os.ReadFile(dir + "/2.tar")
 	if errA != nil || errB != nil || !bytes.Equal(a, b) || first.Digest != second.Digest {
-		t.Errorf("two archives of %d and %d bytes with %s and %s are not the same", len(a), len(b), first.Digest, second.Digest)
+		t.Errorf("two archives of %d and %d bytes with %s and %s are not the same", len(a), len(b),
+			first.Digest, second.Digest)
 	}
 	if kept := second.Layers[0].Kept; kept != "it is zstd:chunked already" {
 		t.Errorf("layer is kept because of %q", kept)
@@ -190,7 +197,8 @@ func TestPlatform(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := read[ocispec.Manifest](t, out, res.Digest)
-	if c := read[ocispec.Image](t, out, m.Config.Digest); res.MediaType != ocispec.MediaTypeImageManifest || c.Architecture != "arm64" {
+	if c := read[ocispec.Image](t, out, m.Config.Digest); res.MediaType != ocispec.MediaTypeImageManifest ||
+		c.Architecture != "arm64" {
 		t.Errorf("%s of an image for %s", res.MediaType, c.Architecture)
 	}
 	file := filepath.Join(t.TempDir(), "docker.tar")
@@ -199,7 +207,8 @@ func TestPlatform(t *testing.T) {
 		t.Fatal(err)
 	}
 	m = read[ocispec.Manifest](t, out, res.Digest)
-	if m.Layers[0].MediaType != ocispec.MediaTypeImageLayerZstd || m.Layers[1].MediaType != ocispec.MediaTypeImageLayer {
+	if m.Layers[0].MediaType != ocispec.MediaTypeImageLayerZstd ||
+		m.Layers[1].MediaType != ocispec.MediaTypeImageLayer {
 		t.Errorf("layers %+v, expected one that was encoded and a tar", m.Layers)
 	}
 	var list ocispec.Index
@@ -238,7 +247,8 @@ func TestDamaged(t *testing.T) {
 		}
 		out := t.TempDir()
 		for _, to := range []string{"oci:" + out + "/dir", "oci-archive:" + out + "/file"} {
-			if _, err := convert(t, "oci:"+l.Dir, to, Options{}); err == nil || !strings.Contains(err.Error(), "mismatch") {
+			if _, err := convert(t, "oci:"+l.Dir, to, Options{}); err == nil ||
+				!strings.Contains(err.Error(), "mismatch") {
 				t.Errorf("%s to %s: error %v, expected a mismatch", what, to, err)
 			}
 		}
@@ -334,7 +344,8 @@ func TestPush(t *testing.T) {
 		t.Fatal(err)
 	}
 	last := s.log[len(s.log)-1]
-	if last != "PUT /v2/some/image/manifests/v1" || strings.Contains(strings.Join(s.log[:len(s.log)-1], "\n"), "manifests/v1") {
+	if last != "PUT /v2/some/image/manifests/v1" ||
+		strings.Contains(strings.Join(s.log[:len(s.log)-1], "\n"), "manifests/v1") {
 		t.Errorf("requests end with %q, expected the tag there alone", last)
 	}
 	pulled(t, s.host+"/some/image:v1")

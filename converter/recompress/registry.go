@@ -64,7 +64,9 @@ func (r *registry) take(ctx context.Context, d ocispec.Descriptor) (bool, error)
 	return err == nil, err
 }
 
-func (r *registry) blob(ctx context.Context, d ocispec.Descriptor, open func() (io.ReadCloser, error), up upload) error {
+func (r *registry) blob(ctx context.Context, d ocispec.Descriptor, open func() (io.ReadCloser, error),
+	up upload,
+) error {
 	announced := open
 	if open != nil && up.begin != nil {
 		announced = func() (io.ReadCloser, error) {

@@ -40,8 +40,9 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 	if fi, err := os.Stat(file); err == nil && fi.IsDir() {
 		return nil, fmt.Errorf("%q is a directory, expected a tar file (for a layout in a directory: oci:DIR)", file)
 	} else if err == nil && !fi.Mode().IsRegular() {
-		return nil, fmt.Errorf("%q is not a regular file: members of an archive are not read in the order in which they lie, "+
-			"so it has to be saved to a file first", file)
+		return nil,
+			fmt.Errorf("%q is not a regular file: members of an archive are not read in the order in which they lie, "+
+				"so it has to be saved to a file first", file)
 	}
 	f, err := os.Open(file)
 	if err != nil {
@@ -55,10 +56,12 @@ func openArchive(ctx context.Context, file string, limit int64) (*archive, error
 	if err := a.index(ctx); err != nil {
 		defer a.f.Close()
 		if other := a.looksLike(); other != "" {
-			return nil, fmt.Errorf("%q is compressed with %s, expected a tar archive, plain or compressed with gzip or zstd",
-				file, other)
+			return nil,
+				fmt.Errorf("%q is compressed with %s, expected a tar archive, plain or compressed with gzip or zstd",
+					file, other)
 		}
-		return nil, fmt.Errorf("%q is not a tar archive that can be read, plain or compressed with gzip or zstd: %w", file, err)
+		return nil,
+			fmt.Errorf("%q is not a tar archive that can be read, plain or compressed with gzip or zstd: %w", file, err)
 	}
 	return a, nil
 }

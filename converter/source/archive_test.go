@@ -215,8 +215,11 @@ func TestDockerArchiveChoice(t *testing.T) {
 		"two images of one tag": {saved{entry("a", "x:1"), entry("b", "x:1")}, map[string]string{
 			":x:1 ": `several images for linux/amd64`, " ": `("@1")`, ":@1 ": "b",
 		}},
-		"two orders of layers": {saved{entry("a"), {Config: "ca", Layers: strs{"b"}}}, map[string]string{" ": "2 images", ":@0 ": "a"}},
-		"none":                 {nil, map[string]string{" ": "0 images", ":@0 ": "nothing"}},
+		"two orders of layers": {
+			saved{entry("a"), {Config: "ca", Layers: strs{"b"}}},
+			map[string]string{" ": "2 images", ":@0 ": "a"},
+		},
+		"none": {nil, map[string]string{" ": "0 images", ":@0 ": "nothing"}},
 	} {
 		archive := Tar(append(entries, Reg("manifest.json", jsonOf(t, list.list)))...)
 		for ask, want := range list.want {
@@ -271,7 +274,8 @@ func TestPathsWithColons(t *testing.T) {
 func TestOtherArchives(t *testing.T) {
 	for want, head := range map[string]string{
 		"bzip2": "BZh91AY&SY", "xz": "\xfd7zXZ\x00\x00\x04", "lzma": "\x5d\x00\x00\x80\x00", "lz4": "\x04\x22\x4d\x18",
-		"lzip": "LZIP\x01", "compress": "\x1f\x9d\x90", "zip": "PK\x03\x04", "7z": "7z\xbc\xaf\x27\x1c", "lzop": "\x89LZO\x00",
+		"lzip": "LZIP\x01", "compress": "\x1f\x9d\x90", "zip": "PK\x03\x04", "7z": "7z\xbc\xaf\x27\x1c",
+		"lzop":   "\x89LZO\x00",
 		"Snappy": "\xff\x06\x00\x00sNaPpY", "zlib": "\x78\x9c",
 	} {
 		file := []byte(head + strings.Repeat("x", 2000))

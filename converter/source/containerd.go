@@ -92,7 +92,9 @@ func dialContainerd(ctx context.Context, address, namespace string) (*containerd
 	// The client would wait ten seconds for a socket that is not there, and then not say so.
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", address)
 	if err != nil {
-		return nil, fmt.Errorf("containerd does not answer: %w (does it run? --address and CONTAINERD_ADDRESS name its socket)", err)
+		return nil,
+			fmt.Errorf("containerd does not answer: %w (does it run? --address and CONTAINERD_ADDRESS name its socket)",
+				err)
 	}
 	conn.Close()
 	c, err := containerd.New(address, containerd.WithDefaultNamespace(namespace))

@@ -109,7 +109,8 @@ func TestAmbiguousDocuments(t *testing.T) {
 	good := l.Manifest(platform("amd64", ""), oneFile("a"))
 	manifest, index := l.Read(good.Digest), l.Read(l.Index(good).Digest)
 	with := func(doc []byte, field string) string { return strings.TrimSuffix(string(doc), "}") + "," + field + "}" }
-	list := `"manifests":[` + fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, good.MediaType, good.Digest, good.Size) + `]`
+	list := `"manifests":[` +
+		fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, good.MediaType, good.Digest, good.Size) + `]`
 	cs, err := local.NewStore(l.Dir)
 	if err != nil {
 		t.Fatal(err)
@@ -242,7 +243,10 @@ func TestArchiveBomb(t *testing.T) {
 	}
 	z := gzip.NewWriter(f)
 	w := tar.NewWriter(z)
-	if err := w.WriteHeader(&tar.Header{Name: "zeros", Typeflag: tar.TypeReg, Size: 32 << 20, Mode: 0o600}); err != nil {
+	if err := w.WriteHeader(&tar.Header{
+		Name: "zeros", Typeflag: tar.TypeReg, Size: 32 << 20,
+		Mode: 0o600,
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Write(make([]byte, 32<<20)); err != nil {
@@ -290,8 +294,10 @@ func TestArchivePaths(t *testing.T) {
 		w := tar.NewWriter(f)
 		doc := fmt.Sprintf(`[{"Config":%q,"Layers":[]}]`, c.config)
 		err = errors.Join(
-			w.WriteHeader(&tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg, Size: int64(len(doc))}), write(w, doc),
-			w.WriteHeader(&tar.Header{Name: "config", Typeflag: tar.TypeSymlink, Linkname: c.link}), w.Close(), f.Close())
+			w.WriteHeader(&tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg, Size: int64(len(doc))}),
+			write(w, doc),
+			w.WriteHeader(&tar.Header{Name: "config", Typeflag: tar.TypeSymlink, Linkname: c.link}),
+			w.Close(), f.Close())
 		if err != nil {
 			t.Fatal(err)
 		}

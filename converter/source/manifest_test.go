@@ -166,11 +166,13 @@ func beside(t *testing.T, l *ocitest.Layout) (list []ocispec.Descriptor, why []s
 	add("size mismatch", short)
 	changed := l.Manifest(platform("mips64le", ""), oneFile("changed"))
 	changed.Platform = nil
-	if err := os.WriteFile(l.BlobPath(changed.Digest), []byte(strings.Repeat(" ", int(changed.Size))), 0o644); err != nil {
+	if err := os.WriteFile(l.BlobPath(changed.Digest), []byte(strings.Repeat(" ", int(changed.Size))),
+		0o644); err != nil {
 		t.Fatal(err)
 	}
 	add("digest mismatch", changed)
-	add(`digest "sha256:../../x"`, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: "sha256:../../x"})
+	add(`digest "sha256:../../x"`,
+		ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: "sha256:../../x"})
 	large := gone(ocispec.MediaTypeImageManifest, "large")
 	large.Size = maxDocument + 1
 	add("expected at most", large)
@@ -250,7 +252,8 @@ func TestMissingImage(t *testing.T) {
 	l.Tag("gone", l.Index(artifact(l, ocispec.MediaTypeImageConfig, "application/vnd.in-toto+json"), gone, i386))
 	_, err := find(t, mustParse(t, "oci:"+l.Dir+":gone", Config{}), "linux/amd64")
 	if !errors.Is(err, errMissing) || !strings.Contains(err.Error(), string(gone.Digest)) ||
-		!strings.Contains(err.Error(), "linux/386") || !strings.Contains(err.Error(), "passed over: manifest sha256:") ||
+		!strings.Contains(err.Error(), "linux/386") ||
+		!strings.Contains(err.Error(), "passed over: manifest sha256:") ||
 		!strings.Contains(err.Error(), "in-toto") {
 		t.Errorf("error %v, expected one that names what is missing, what there is, and what was passed over", err)
 	}
@@ -298,7 +301,12 @@ func TestDescriptors(t *testing.T) {
 		"empty platform": func(d *ocispec.Descriptor) { d.Platform = &ocispec.Platform{} },
 		"no arch":        func(d *ocispec.Descriptor) { d.Platform = &ocispec.Platform{OS: "linux"} },
 		"no OS":          func(d *ocispec.Descriptor) { d.Platform = &ocispec.Platform{Architecture: "amd64"} },
-		"upper case":     func(d *ocispec.Descriptor) { d.Platform = &ocispec.Platform{OS: "Linux", Architecture: "x86_64"} },
+		"upper case": func(d *ocispec.Descriptor) {
+			d.Platform = &ocispec.Platform{
+				OS:           "Linux",
+				Architecture: "x86_64",
+			}
+		},
 	} {
 		l := ocitest.NewLayout(t, t.TempDir())
 		img, arm := l.Manifest(platform("amd64", ""), oneFile("a")), l.Manifest(platform("arm64", ""), oneFile("b"))

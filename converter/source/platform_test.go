@@ -130,7 +130,8 @@ func TestVariants(t *testing.T) {
 			t.Fatal(err)
 		}
 		m, err := images.Manifest(t.Context(), cs, index, oracle)
-		if c.want == "" && err == nil || c.want != "" && (err != nil || jsonOf(t, m) != jsonOf(t, manifestOf(t, l, want))) {
+		if c.want == "" && err == nil || c.want != "" &&
+			(err != nil || jsonOf(t, m) != jsonOf(t, manifestOf(t, l, want))) {
 			t.Errorf("%s of %s: containerd finds %+v (%v), expected %s", c.ask, c.offer, m.Layers, err, c.want)
 		}
 	}
@@ -185,7 +186,8 @@ func TestAmbiguous(t *testing.T) {
 				first, last := string(ds[0].Digest), string(ds[len(ds)-1].Digest)
 				if !errors.Is(err, ErrAmbiguous) || !strings.Contains(err.Error(), c.differ) ||
 					!strings.Contains(err.Error(), first) || !strings.Contains(err.Error(), last) {
-					t.Errorf("%s of %s in %s: error %v, expected %v with all of them", c.ask, c.offer, src+tag, err, ErrAmbiguous)
+					t.Errorf("%s of %s in %s: error %v, expected %v with all of them", c.ask, c.offer, src+tag,
+						err, ErrAmbiguous)
 				}
 				// What the error says to do works.
 				img, err := find(t, mustParse(t, src+"@"+first, Config{}), c.ask)
@@ -273,7 +275,8 @@ func TestTagOfSeveral(t *testing.T) {
 		"two images": {
 			list{entry(amd, "a", ""), entry(arm, "b", "")},
 			asks{
-				" linux/arm64": `several images: "a", "b"`, ":b ": arm, ":a linux/arm64": "the image is for linux/amd64",
+				" linux/arm64": `several images: "a", "b"`, ":b ": arm,
+				":a linux/arm64": "the image is for linux/amd64",
 			},
 		},
 		"a signature with a tag": {
@@ -297,8 +300,9 @@ func TestTagOfSeveral(t *testing.T) {
 		"names of containerd": {
 			list{entry(amd, "latest", x), entry(arm, "latest", x)},
 			asks{
-				":latest linux/amd64": amd, ":x linux/arm64": arm, ":x:latest linux/arm64": arm, ":docker.io/x linux/amd64": amd,
-				":" + x + " linux/arm64": arm,
+				":latest linux/amd64": amd, ":x linux/arm64": arm, ":x:latest linux/arm64": arm,
+				":docker.io/x linux/amd64": amd,
+				":" + x + " linux/arm64":   arm,
 			},
 		},
 		"one tag of two names": {
@@ -374,7 +378,8 @@ func TestUnknownPlatforms(t *testing.T) {
 	arm := l.Manifest(platform("arm64", ""), oneFile("b"))
 	l.Tag("other", l.Index(img, arm))
 	for _, tag := range []string{"index", "one"} {
-		if got, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), ""); err != nil || got.Digest != img.Digest {
+		if got, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), ""); err != nil ||
+			got.Digest != img.Digest {
 			t.Errorf("%s: found %+v (%v), expected %s", tag, got, err, img.Digest)
 		}
 		_, err := find(t, mustParse(t, "oci:"+l.Dir+":"+tag, Config{}), "linux/amd64")

@@ -124,7 +124,8 @@ func verify(p []byte, d ocispec.Descriptor) error {
 		return err
 	}
 	if got := d.Digest.Algorithm().FromBytes(p); got != d.Digest {
-		return fmt.Errorf("%s: %w", d.Digest, &blob.MismatchError{What: "digest", Want: d.Digest.String(), Got: got.String()})
+		return fmt.Errorf("%s: %w", d.Digest,
+			&blob.MismatchError{What: "digest", Want: d.Digest.String(), Got: got.String()})
 	}
 	return nil
 }

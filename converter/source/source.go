@@ -124,7 +124,8 @@ func Parse(name string, c Config) (Source, error) {
 		return nil, fmt.Errorf("source %q: expected %s", name, Kinds)
 	}
 	if c.OverlayUpper && kind != "rootfs" {
-		return nil, fmt.Errorf("source %q: only the directory of rootfs: can be the upper directory of an overlay", name)
+		return nil,
+			fmt.Errorf("source %q: only the directory of rootfs: can be the upper directory of an overlay", name)
 	}
 	switch kind {
 	case "oci", "oci-archive", "docker-archive":

@@ -88,7 +88,8 @@ func mustParse(t *testing.T, s string, c Config) Source {
 
 func TestParseErrors(t *testing.T) {
 	for _, s := range []string{
-		"", "oci", "oci:", "nothing:x", "docker:alpine", "docker://UPPER CASE", "/some/path", "oci::v1", "oci:@sha256:00", "oci-archive::v1", "docker-archive::v1",
+		"", "oci", "oci:", "nothing:x", "docker:alpine", "docker://UPPER CASE", "/some/path", "oci::v1",
+		"oci:@sha256:00", "oci-archive::v1", "docker-archive::v1",
 	} {
 		if src, err := Parse(s, Config{}); err == nil {
 			t.Errorf("%q was taken for %T", s, src)
@@ -140,7 +141,8 @@ func TestPlatforms(t *testing.T) {
 		{":all", "linux/riscv64", "linux/riscv64"}, // only as EROFS layers
 		{":one", "linux/arm64", "the image is for linux/amd64"},
 	} {
-		if _, err := find(t, src(c.tag), c.platform); !errors.Is(err, ErrPlatform) || !strings.Contains(err.Error(), c.holds) {
+		if _, err := find(t, src(c.tag), c.platform); !errors.Is(err, ErrPlatform) ||
+			!strings.Contains(err.Error(), c.holds) {
 			t.Errorf("%s, %s: error %v, expected %v that says %q", c.tag, c.platform, err, ErrPlatform, c.holds)
 		}
 	}
@@ -167,7 +169,11 @@ func TestTags(t *testing.T) {
 		err  string
 	}{
 		{[]string{ocispec.AnnotationRefName + "=a", ocispec.AnnotationRefName + "=b"}, true, ""},
-		{[]string{ocispec.AnnotationRefName + "=a", ocispec.AnnotationRefName + "=b"}, false, `several images: "a", "b"`},
+		{
+			[]string{ocispec.AnnotationRefName + "=a", ocispec.AnnotationRefName + "=b"},
+			false,
+			`several images: "a", "b"`,
+		},
 		{[]string{named + "=a", named + "=b"}, false, `several images: "a", "b"`},
 		{[]string{named + "=a", "x=y"}, false, ""},
 	} {
@@ -209,7 +215,11 @@ func TestTags(t *testing.T) {
 func TestArtifactsBesideAnImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	config := l.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))
-	signature := l.JSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{ArtifactType: "application/vnd.example.signature", Config: config, Layers: []ocispec.Descriptor{config}})
+	signature := l.JSON(ocispec.MediaTypeImageManifest,
+		ocispec.Manifest{
+			ArtifactType: "application/vnd.example.signature", Config: config,
+			Layers: []ocispec.Descriptor{config},
+		})
 	img := l.Manifest(platform("amd64", ""), oneFile("amd64"))
 	img.Platform = nil
 	l.Tag("", signature)
@@ -219,7 +229,8 @@ func TestArtifactsBesideAnImage(t *testing.T) {
 		t.Errorf("found %+v (%v), expected %s", got, err, img.Digest)
 	}
 	l.Tag("only", l.Index(signature))
-	if _, err := find(t, mustParse(t, "oci:"+l.Dir+":only", Config{}), ""); !errors.Is(err, ErrPlatform) || !strings.Contains(err.Error(), "no container image") {
+	if _, err := find(t, mustParse(t, "oci:"+l.Dir+":only", Config{}), ""); !errors.Is(err, ErrPlatform) ||
+		!strings.Contains(err.Error(), "no container image") {
 		t.Errorf("error %v, expected %v that says there is no container image", err, ErrPlatform)
 	}
 }
@@ -233,7 +244,8 @@ func TestNotAnImage(t *testing.T) {
 	l.Tag("schema1", old)
 	short := l.JSON(ocispec.MediaTypeImageConfig, ocispec.Image{})
 	layer := l.Blob(ocispec.MediaTypeImageLayer, Tar())
-	l.Tag("counts", l.JSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{Config: short, Layers: []ocispec.Descriptor{layer}}))
+	l.Tag("counts",
+		l.JSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{Config: short, Layers: []ocispec.Descriptor{layer}}))
 	deep := l.Index()
 	for range maxNesting + 1 {
 		deep = l.Index(deep)
@@ -401,7 +413,8 @@ func TestContainerd(t *testing.T) {
 		f.Close()
 	}
 	is := imageStore{image: images.Image{Name: "docker.io/library/example:latest", Target: m}}
-	client, err := containerd.New("", containerd.WithServices(containerd.WithContentStore(cs), containerd.WithImageStore(is)))
+	client, err := containerd.New("",
+		containerd.WithServices(containerd.WithContentStore(cs), containerd.WithImageStore(is)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -431,7 +444,8 @@ func TestContainerd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := img.Layers[0].Open(ctx); err == nil || !strings.Contains(err.Error(), "pull the image with all its content") {
+	if _, err := img.Layers[0].Open(ctx); err == nil ||
+		!strings.Contains(err.Error(), "pull the image with all its content") {
 		t.Errorf("error %v, expected it to say what to do", err)
 	}
 }
@@ -504,13 +518,15 @@ func TestSparseArchive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 1<<20, 2<<20); err != nil {
+	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 1<<20,
+		2<<20); err != nil {
 		t.Skipf("needs a file system with holes: %v", err)
 	}
 	f.Close()
 	for _, format := range []string{"--format=gnu", "--format=pax"} {
 		file := filepath.Join(t.TempDir(), "oci.tar")
-		if msg, err := exec.Command("tar", format, "--sparse", "-cf", file, "-C", l.Dir, ".").CombinedOutput(); err != nil {
+		if msg, err := exec.Command("tar", format, "--sparse", "-cf", file, "-C", l.Dir,
+			".").CombinedOutput(); err != nil {
 			t.Skipf("needs GNU tar: %v: %s", err, msg)
 		}
 		img, err := mustParse(t, "oci-archive:"+file, Config{}).Image(t.Context(), Host())

@@ -81,7 +81,8 @@ func chown(n *daxfs.Node, uid, gid uint32) {
 // The tree keeps the attributes of an inode sorted by name: a hostile layer may have thousands of them.
 
 func findXattr(n *daxfs.Node, name string) (int, bool) {
-	return slices.BinarySearchFunc(n.Xattrs, name, func(x daxfs.Xattr, name string) int { return strings.Compare(x.Name, name) })
+	return slices.BinarySearchFunc(n.Xattrs, name,
+		func(x daxfs.Xattr, name string) int { return strings.Compare(x.Name, name) })
 }
 
 func getXattr(n *daxfs.Node, name string) ([]byte, bool) {

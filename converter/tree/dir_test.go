@@ -31,7 +31,8 @@ func overlay(t *testing.T, lowers []string, options string) (upper, merged strin
 			t.Fatal(err)
 		}
 	}
-	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s/work,index=off%s", strings.Join(lowers, ":"), upper, dir, options)
+	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s/work,index=off%s", strings.Join(lowers, ":"),
+		upper, dir, options)
 	if err := unix.Mount("overlay", merged, "overlay", 0, data); err != nil {
 		t.Skipf("needs overlayfs on %s: mount with %q: %v", dir, data, err)
 	}
@@ -97,8 +98,10 @@ func makeDir(t *testing.T) string {
 	must(unix.Setxattr(in("etc/b"), "user.note", []byte("x"), 0))
 	must(unix.Setxattr(in("etc/b"), "trusted.note", nil, 0))
 	must(unix.Setxattr(in("usr"), "user.dir", []byte(strings.Repeat("v", 2000)), 0))
-	must(unix.Setxattr(in("top"), "security.capability", []byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0))
-	must(unix.Setxattr(in("var"), aclDefault, acl{{1, 7, aclNoID}, {2, 5, 12}, {4, 5, aclNoID}, {16, 7, aclNoID}, {32, 0, aclNoID}}.value(), 0))
+	must(unix.Setxattr(in("top"), "security.capability",
+		[]byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0))
+	must(unix.Setxattr(in("var"), aclDefault,
+		acl{{1, 7, aclNoID}, {2, 5, 12}, {4, 5, aclNoID}, {16, 7, aclNoID}, {32, 0, aclNoID}}.value(), 0))
 	must(os.WriteFile(in("var/inherits"), []byte("x"), 0o666))
 	must(os.Chmod(in("top"), 0o755|os.ModeSetuid))
 	must(os.WriteFile(in("\xff name\n"+strings.Repeat("n", 200)), nil, 0o600))

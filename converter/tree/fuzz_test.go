@@ -101,7 +101,8 @@ func FuzzMerge(f *testing.F) {
 		var layers []*layer.Layer
 		for _, body := range [][]byte{a, b} {
 			l := new(layer.Layer)
-			if err := l.UnmarshalBinary(binary.LittleEndian.AppendUint32(bytes.Clone(body), crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))); err == nil {
+			if err := l.UnmarshalBinary(binary.LittleEndian.AppendUint32(bytes.Clone(body),
+				crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))); err == nil {
 				layers = append(layers, l)
 			}
 		}
@@ -147,7 +148,8 @@ func checkTree(t *testing.T, n *daxfs.Node, p string, above []*daxfs.Node) {
 		}
 	}
 	for name, c := range n.Entries {
-		if c == nil || name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") || len(name) > 255 {
+		if c == nil || name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") ||
+			len(name) > 255 {
 			t.Fatalf("%q has an entry %q: %v", p, name, c)
 		}
 		checkTree(t, c, p+"/"+name, append(above, n))

@@ -57,12 +57,15 @@ func (g mangler) tar() []byte {
 			out = append(append(out, rawHeader(tar.TypeXHeader, "PaxHeaders/x", len(records))...), block(records)...)
 		}
 		if g.r.IntN(15) == 0 {
-			long := g.pick("q"+strings.Repeat("x", g.r.IntN(300)), "qa", "qd/qe\x00junk", "", strings.Repeat("q/", 300)) + g.pick("", "\x00")
+			long := g.pick("q"+strings.Repeat("x", g.r.IntN(300)), "qa", "qd/qe\x00junk", "",
+				strings.Repeat("q/", 300)) + g.pick("", "\x00")
 			out = append(append(out, rawHeader(g.pick("L", "K")[0], "././@LongLink", len(long))...), block(long)...)
 		}
 		size := g.r.IntN(2) * g.r.IntN(1200)
-		h := rawHeader(g.pick("0", "0", "0", "0", "0", "0", "5", "5", "5", "2", "2", "2", "2", "1", "3", "4", "6", "\x00", g.pick("7", "V", "N"))[0],
-			g.pick("qa", "qb", "qd", "qd/", "qd/qb", "qs", "qs/qt", "./qa", "/qa", "qa/", "qd/.wh.qb", "qd/.wh..wh..opq", ".wh.qd", "q/../qa", strings.Repeat("n", 100)), size)
+		h := rawHeader(g.pick("0", "0", "0", "0", "0", "0", "5", "5", "5", "2", "2", "2", "2", "1", "3", "4", "6",
+			"\x00", g.pick("7", "V", "N"))[0],
+			g.pick("qa", "qb", "qd", "qd/", "qd/qb", "qs", "qs/qt", "./qa", "/qa", "qa/", "qd/.wh.qb",
+				"qd/.wh..wh..opq", ".wh.qd", "q/../qa", strings.Repeat("n", 100)), size)
 		copy(h[157:], g.pick("qa", "qd", "", "qd/qb", "/qd", "..", "qs", "../qd/qb", "qd/"))
 		for g.r.IntN(5) == 0 {
 			g.change(h)
@@ -85,17 +88,24 @@ func (g mangler) tar() []byte {
 func (g mangler) change(h []byte) {
 	switch g.r.IntN(9) {
 	case 0: // mode
-		copy(h[100:108], g.pick("0007777\x00", "0100644\x00", "0040755\x00", "0120777\x00", "7777777\x00", "        ", "\x80\x00\x00\x00\x00\x01\xff\xff", "\xff\xff\xff\xff\xff\xff\xff\xff", "644 \x00\x00\x00\x00"))
+		copy(h[100:108], g.pick("0007777\x00", "0100644\x00", "0040755\x00", "0120777\x00", "7777777\x00", "        ",
+			"\x80\x00\x00\x00\x00\x01\xff\xff", "\xff\xff\xff\xff\xff\xff\xff\xff", "644 \x00\x00\x00\x00"))
 	case 1: // owner or group
-		copy(h[108+8*g.r.IntN(2):], g.pick("\x80\x00\x00\x00\xff\xff\xff\xff", "\x80\x00\x00\x00\xff\xff\xff\xfe", "\xff\xff\xff\xff\xff\xff\xff\xff", "\xff\xff\xff\xff\xff\xff\xff\xf0", "7777777\x00", "\xff\xff\xff\xff\x80\x00\x00\x00"))
+		copy(h[108+8*g.r.IntN(2):], g.pick("\x80\x00\x00\x00\xff\xff\xff\xff", "\x80\x00\x00\x00\xff\xff\xff\xfe",
+			"\xff\xff\xff\xff\xff\xff\xff\xff", "\xff\xff\xff\xff\xff\xff\xff\xf0", "7777777\x00",
+			"\xff\xff\xff\xff\x80\x00\x00\x00"))
 	case 2: // time
-		copy(h[136:148], g.pick("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00", "\x80\x00\x00\x00\x00\x00\x00\x02\x80\x00\x00\x00", "\x80\x00\x00\x00\x7f\xff\xff\xff\xff\xff\xff\xff", "77777777777\x00", "            ", "00000000000\x00"))
+		copy(h[136:148], g.pick("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00",
+			"\x80\x00\x00\x00\x00\x00\x00\x02\x80\x00\x00\x00", "\x80\x00\x00\x00\x7f\xff\xff\xff\xff\xff\xff\xff",
+			"77777777777\x00", "            ", "00000000000\x00"))
 	case 3: // magic
 		copy(h[257:], g.pick("ustar  \x00", "ustar\x0000", "\x00\x00\x00\x00\x00\x00\x00\x00", "ustar\x00tar"))
 	case 4: // prefix, and GNU's times
 		copy(h[345:], g.pick("qprefix", "qd", "/qd", "../q", "qd/\x00", "00000000001\x0000000000002\x00"))
 	case 5: // device
-		copy(h[329:], g.pick("0000001\x000000003\x00", "7777777\x007777777\x00", "\x80\x00\x00\x00\x00\xff\xff\xff\x80\x00\x00\x00\xff\xff\xff\xff", "               \x00", "\xff\xff\xff\xff\xff\xff\xff\xff", "\x80\x00\x00\x01\x00\x00\x00\x00"))
+		copy(h[329:], g.pick("0000001\x000000003\x00", "7777777\x007777777\x00",
+			"\x80\x00\x00\x00\x00\xff\xff\xff\x80\x00\x00\x00\xff\xff\xff\xff", "               \x00",
+			"\xff\xff\xff\xff\xff\xff\xff\xff", "\x80\x00\x00\x01\x00\x00\x00\x00"))
 	case 6:
 		copy(h[157:257], strings.Repeat("q", 100))
 	case 7:
@@ -116,21 +126,33 @@ func (g mangler) records() string {
 		key, value := "comment", ""
 		switch g.r.IntN(17) / 2 {
 		case 0:
-			key, value = "path", g.pick("qx", "qd/qy", "", "/", ".", "qd/", "qa", "qd/.wh.qb", "./qd//qz/", "qd/../qw", ".wh..wh..opq", "q\x01", "../qq")
+			key, value = "path",
+				g.pick("qx", "qd/qy", "", "/", ".", "qd/", "qa", "qd/.wh.qb", "./qd//qz/", "qd/../qw", ".wh..wh..opq",
+					"q\x01", "../qq")
 		case 1:
 			key, value = "linkpath", g.pick("qa", "qd/qb", "", "/qa", "../qa", "qs/", "qd/../qa")
 		case 2:
 			key, value = "size", g.pick("0", "3", "600", "-1", "", "0003", " 3", "1e2")
 		case 3:
-			key, value = g.pick("uid", "gid"), g.pick("0", "1000", "-1", "-5", "4294967295", "4294967294", "-2147483648", "", "x", "2147483648")
+			key, value = g.pick("uid", "gid"),
+				g.pick("0", "1000", "-1", "-5", "4294967295", "4294967294", "-2147483648", "", "x", "2147483648")
 		case 4:
-			key, value = g.pick("mtime", "atime", "ctime"), g.pick("0", "-1", "1.5", "-1.5", "-0.5", "1.", ".5", "1.999999999999", "9223372036.854775807", "9223372036.854775808", "1e9", "", "99999999999999999999", "-9999999999.9", "00001.000000001")
+			key, value = g.pick("mtime", "atime", "ctime"),
+				g.pick("0", "-1", "1.5", "-1.5", "-0.5", "1.", ".5", "1.999999999999", "9223372036.854775807",
+					"9223372036.854775808", "1e9", "", "99999999999999999999", "-9999999999.9", "00001.000000001")
 		case 5:
-			key, value = "SCHILY.xattr."+g.pick("user.a", "trusted.x", "user.b=c", "security.x", "", "x", aclAccess, aclDefault), g.pick("", "v", "a=b", "a\nb", "\x00\x01", aclWithUser, aclModeOnly, aclWithUser[:12], "\x02\x00\x00\x00")
+			key, value = "SCHILY.xattr."+
+				g.pick("user.a", "trusted.x", "user.b=c", "security.x", "", "x", aclAccess, aclDefault),
+				g.pick("", "v", "a=b", "a\nb", "\x00\x01", aclWithUser, aclModeOnly, aclWithUser[:12],
+					"\x02\x00\x00\x00")
 		case 6:
-			key, value = "SCHILY.xattr.security.capability", g.pick("v", "\x01\x00\x00\x02"+sets, "\x03\x00\x00\x02"+sets, "\x01\x00\x00\x03"+sets, "\x00\x00\x00\x03"+sets+"\x07\x00\x00\x00", "\x00\x00\x00\x03"+sets+"\xff\xff\xff\xff", "\x05\x00\x00\x03"+sets+"\x07\x00\x00\x00")
+			key, value = "SCHILY.xattr.security.capability",
+				g.pick("v", "\x01\x00\x00\x02"+sets, "\x03\x00\x00\x02"+sets, "\x01\x00\x00\x03"+sets,
+					"\x00\x00\x00\x03"+sets+"\x07\x00\x00\x00", "\x00\x00\x00\x03"+sets+"\xff\xff\xff\xff",
+					"\x05\x00\x00\x03"+sets+"\x07\x00\x00\x00")
 		case 7:
-			key, value = g.pick("uname", "hdrcharset", "LIBARCHIVE.xattr.user.x", "SCHILY.fflags", "SCHILY.acl.access", "SCHILY.devmajor"), g.pick("root", "BINARY", "", "user::rwx,group::r-x,other::r-x", "12")
+			key, value = g.pick("uname", "hdrcharset", "LIBARCHIVE.xattr.user.x", "SCHILY.fflags", "SCHILY.acl.access",
+				"SCHILY.devmajor"), g.pick("root", "BINARY", "", "user::rwx,group::r-x,other::r-x", "12")
 		default:
 			all += g.pick("0 \n", "5 a\n", "10 path=x", "6 a=b\nxx", "\x00\x00", "99999999999 a=b\n", "")
 			continue

@@ -88,7 +88,8 @@ func TestManyXattrs(t *testing.T) {
 	some := func(n int, prefix, value string) *layer.Layer {
 		d := add("d", unix.S_IFDIR|0o755)
 		for i := range n {
-			d.Node.Xattrs = append(d.Node.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.%s%04d", prefix, i), Value: []byte(value)})
+			d.Node.Xattrs = append(d.Node.Xattrs,
+				daxfs.Xattr{Name: fmt.Sprintf("user.%s%04d", prefix, i), Value: []byte(value)})
 		}
 		return treetest.LayerOf(d)
 	}

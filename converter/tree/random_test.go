@@ -50,7 +50,8 @@ func TestRandomStacks(t *testing.T) {
 			t.FailNow()
 		}
 	}
-	t.Logf("%d stacks from seed %d, of which %d touch the one deliberate difference and were not compared", count, seed, spared)
+	t.Logf("%d stacks from seed %d, of which %d touch the one deliberate difference and were not compared",
+		count, seed, spared)
 }
 
 // quiet keeps what a comparison says to itself.
@@ -84,7 +85,8 @@ func (s stack) String() string {
 	var b strings.Builder
 	for i, files := range s {
 		for _, f := range files {
-			fmt.Fprintf(&b, "layer %d: %c %q -> %q mode %o owner %d:%d time %v dev %d:%d %q\n", i, f.Typeflag, f.Name, f.Linkname,
+			fmt.Fprintf(&b, "layer %d: %c %q -> %q mode %o owner %d:%d time %v dev %d:%d %q\n", i, f.Typeflag,
+				f.Name, f.Linkname,
 				f.Mode, f.Uid, f.Gid, f.ModTime.UTC(), f.Devmajor, f.Devminor, f.PAXRecords)
 		}
 	}
@@ -189,7 +191,10 @@ func (g *generator) file() treetest.File {
 	}
 }
 
-var names = []string{"qa", "qb", "qc", "qd", "qe", "q f", "qü", "q\xff\xfe", "q.wh.", ".qa", "q\n", "q" + strings.Repeat("n", 254)}
+var names = []string{
+	"qa", "qb", "qc", "qd", "qe", "q f", "qü", "q\xff\xfe", "q.wh.", ".qa", "q\n",
+	"q" + strings.Repeat("n", 254),
+}
 
 // place returns a path for an entry: an old one, a new one in something that exists, or one with missing parents.
 func (g *generator) place() string {
@@ -267,7 +272,8 @@ func (g *generator) attributes(f treetest.File) treetest.File {
 		f.Mode = int64(g.r.IntN(0o10000))
 	}
 	if g.r.IntN(3) == 0 {
-		f = f.Own(pick(g, []int{1, 1000, 65534, 1 << 31, 1<<32 - 2, 1<<32 - 1}), pick(g, []int{1, 100, 1<<32 - 2, 1<<32 - 1}))
+		f = f.Own(pick(g, []int{1, 1000, 65534, 1 << 31, 1<<32 - 2, 1<<32 - 1}),
+			pick(g, []int{1, 100, 1<<32 - 2, 1<<32 - 1}))
 	}
 	if g.r.IntN(3) == 0 {
 		f = f.At(pick(g, []time.Time{
@@ -276,10 +282,14 @@ func (g *generator) attributes(f treetest.File) treetest.File {
 		}))
 	}
 	for g.r.IntN(5) == 0 {
-		f = f.X(pick(g, []string{"user.a", "user.b", "security.q", "trusted.a", "trusted.overlay.opaque", "other.a", "user.ü"}), fmt.Sprint(g.r.IntN(100)))
+		f = f.X(pick(g, []string{
+			"user.a", "user.b", "security.q", "trusted.a", "trusted.overlay.opaque", "other.a",
+			"user.ü",
+		}), fmt.Sprint(g.r.IntN(100)))
 	}
 	if g.r.IntN(10) == 0 {
-		f = f.X("security.capability", "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")
+		f = f.X("security.capability",
+			"\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")
 	}
 	if g.r.IntN(10) == 0 {
 		f = f.X(aclAccess, g.acl())

@@ -111,7 +111,8 @@ func (m *Merger) linkTarget(target string) (*daxfs.Node, error) {
 	if len(target) > maxPath {
 		return nil, fmt.Errorf("%w: more than %d bytes of a link target", layer.ErrLimit, maxPath)
 	}
-	if n := m.plain(strings.TrimPrefix(strings.TrimPrefix(target, "./"), "/")); n != nil && !strings.HasSuffix(target, "/") {
+	if n := m.plain(strings.TrimPrefix(strings.TrimPrefix(target, "./"), "/")); n != nil &&
+		!strings.HasSuffix(target, "/") {
 		return n, nil
 	}
 	i := strings.LastIndexByte(target, '/') + 1

@@ -49,7 +49,11 @@ func TestStripACL(t *testing.T) {
 			t.Fatal(err)
 		}
 		list := acl{
-			{aclUserObj, 6, aclNoID}, {aclUser, 6, 5}, {aclGroupObj, group, aclNoID}, {aclMask, 6, aclNoID}, {aclOther, 4, aclNoID},
+			{aclUserObj, 6, aclNoID},
+			{aclUser, 6, 5},
+			{aclGroupObj, group, aclNoID},
+			{aclMask, 6, aclNoID},
+			{aclOther, 4, aclNoID},
 		}
 		if err := unix.Setxattr(name, aclAccess, list.value(), 0); err != nil {
 			t.Fatal(err)

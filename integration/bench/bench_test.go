@@ -67,7 +67,8 @@ func TestReport(t *testing.T) {
 		"| tmpfs | 1.00 |", "| ext4 | 0.50 |", "| tmpfs | 2.00 |", "| ext4 | 5.0 [4.0..6.0] |",
 		"| images A, page cache MiB: daxfs / overlayfs | 1.10 | **1.20** |",
 		"| images A, page cache MiB: daxfs / distinct contents | 1.15 | **1.26** |",
-		"| images B, page cache MiB: daxfs / overlayfs | 0.35 | 0.30 |", "| images A, further ready ms: daxfs | 50.00 | 40.00 |",
+		"| images B, page cache MiB: daxfs / overlayfs | 0.35 | 0.30 |",
+		"| images A, further ready ms: daxfs | 50.00 | 40.00 |",
 		"| images A: 10 images on one base layer | daxfs | 252.0 | 1.26 | 1.20 |  | 40.0 |  |",
 		"* python with stargz, 2 time(s): no space", "a machine",
 	} {

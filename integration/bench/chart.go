@@ -32,7 +32,8 @@ func (b *bench) charts(dir string) error {
 			return
 		}
 		name = strings.Trim(regexp.MustCompile("[^a-zA-Z0-9]+").ReplaceAllString(name, "-"), "-")
-		errs = append(errs, writeFile(filepath.Join(dir, name+".svg"), func(w io.Writer) error { return chart(w, title, metric, panels) }))
+		errs = append(errs, writeFile(filepath.Join(dir, name+".svg"),
+			func(w io.Writer) error { return chart(w, title, metric, panels) }))
 	}
 	var metrics []string
 	for _, l := range b.loads {
@@ -98,7 +99,8 @@ func chart(w io.Writer, title, metric string, panels []panel) error {
 			most, n = max(most, r.s.max), max(n, r.s.n)
 		}
 		scale := func(x float64) float64 { return max(0, x) / max(most, 1e-9) * width }
-		fmt.Fprintf(&t, `<text x="12" y="%d" font-size="14" font-weight="bold">%s</text>`+"\n", y+14, html.EscapeString(p.title))
+		fmt.Fprintf(&t, `<text x="12" y="%d" font-size="14" font-weight="bold">%s</text>`+"\n", y+14,
+			html.EscapeString(p.title))
 		y += 26
 		for _, r := range p.rows {
 			fill, weight := "#a3adb8", "normal"
@@ -106,11 +108,14 @@ func chart(w io.Writer, title, metric string, panels []panel) error {
 				fill, weight = "#2f7ed8", "bold"
 			}
 			mid := float64(y) + thick/2
-			fmt.Fprintf(&t, `<text x="%d" y="%.1f" text-anchor="end" font-weight="%s">%s</text>`, left-8, mid+4, weight, html.EscapeString(r.name))
-			fmt.Fprintf(&t, `<rect x="%d" y="%d" width="%.1f" height="%d" fill="%s" rx="2"/>`, left, y, max(1, scale(r.s.median)), thick, fill)
+			fmt.Fprintf(&t, `<text x="%d" y="%.1f" text-anchor="end" font-weight="%s">%s</text>`, left-8, mid+4, weight,
+				html.EscapeString(r.name))
+			fmt.Fprintf(&t, `<rect x="%d" y="%d" width="%.1f" height="%d" fill="%s" rx="2"/>`, left, y,
+				max(1, scale(r.s.median)), thick, fill)
 			low, high := left+scale(r.s.min), left+scale(r.s.max)
 			if r.s.max > r.s.min {
-				fmt.Fprintf(&t, `<path d="M%.1f %.1fH%.1fM%.1f %.1fv8M%.1f %.1fv8" stroke="#222" fill="none"/>`, low, mid, high, low, mid-4, high, mid-4)
+				fmt.Fprintf(&t, `<path d="M%.1f %.1fH%.1fM%.1f %.1fv8M%.1f %.1fv8" stroke="#222" fill="none"/>`, low,
+					mid, high, low, mid-4, high, mid-4)
 			}
 			label := fmt.Sprintf(format, r.s.median)
 			if r.base > 0 {

@@ -48,21 +48,39 @@ func converting(w *workload) string { return "conversion of " + w.name }
 
 func tools(daxfs, mkfs string) []tool {
 	return []tool{
-		{name: "daxfs convert, gzip layers", command: func(out string) []string { return []string{daxfs, "convert", "-o", out, "oci:layout"} }},
-		{name: "daxfs convert, plain layers", command: func(out string) []string { return []string{daxfs, "convert", "-o", out, "oci:plain"} }},
+		{
+			name:    "daxfs convert, gzip layers",
+			command: func(out string) []string { return []string{daxfs, "convert", "-o", out, "oci:layout"} },
+		},
+		{
+			name:    "daxfs convert, plain layers",
+			command: func(out string) []string { return []string{daxfs, "convert", "-o", out, "oci:plain"} },
+		},
 		{name: "gzip -dc of the layers", command: func(out string) []string {
 			return []string{"sh", "-c", "gzip -dc layer-*.gz >" + out}
 		}},
-		{name: mkfsTar, command: func(out string) []string { return []string{mkfs, "--quiet", "--tar=f", out, "flat.tar"} }},
+		{
+			name:    mkfsTar,
+			command: func(out string) []string { return []string{mkfs, "--quiet", "--tar=f", out, "flat.tar"} },
+		},
 		{name: "mkfs.erofs --tar=f --sort=none", command: func(out string) []string {
 			return []string{mkfs, "--quiet", "--tar=f", "--sort=none", out, "flat.tar"}
 		}},
-		{name: "mkfs.erofs of the tree", command: func(out string) []string { return []string{mkfs, "--quiet", out, "tree"} }},
+		{
+			name:    "mkfs.erofs of the tree",
+			command: func(out string) []string { return []string{mkfs, "--quiet", out, "tree"} },
+		},
 		{name: "tar2sqfs lz4", command: func(out string) []string {
 			return []string{"sh", "-c", "tar2sqfs -q -f -c lz4 " + out + " <flat.tar"}
 		}},
-		{name: untar, dir: true, command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} }},
-		{name: "tar -x to disk", dir: true, disk: true, command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} }},
+		{
+			name: untar, dir: true,
+			command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} },
+		},
+		{
+			name: "tar -x to disk", dir: true, disk: true,
+			command: func(out string) []string { return []string{"tar", "-xf", "flat.tar", "-C", out} },
+		},
 		{name: "tar -x to disk, synced", dir: true, disk: true, sync: true, command: func(out string) []string {
 			return []string{"tar", "-xf", "flat.tar", "-C", out}
 		}},

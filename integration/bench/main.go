@@ -75,7 +75,8 @@ func measure(ctx context.Context, o options) (err error) {
 	}
 	cache := filepath.Join(dir, "bench")
 	b := &bench{ctx: ctx, rounds: o.rounds, nth: o.nth, containers: o.containers, profiles: o.profiles}
-	parts, err := choose([]string{"snapshotters", "images", "conversion", "reads"}, o.parts, func(s string) string { return s })
+	parts, err := choose([]string{"snapshotters", "images", "conversion", "reads"}, o.parts,
+		func(s string) string { return s })
 	if err != nil {
 		return err
 	}

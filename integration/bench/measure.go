@@ -141,11 +141,13 @@ func (t *turn) pull() error {
 		return err
 	}
 	began := time.Now()
-	if _, err := t.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", t.v.snapshotter, t.img.ref); err != nil {
+	if _, err := t.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", t.v.snapshotter,
+		t.img.ref); err != nil {
 		return err
 	}
 	t.add(mPull, time.Since(began).Seconds())
-	if _, err := t.Try("ctr", "snapshot", "--snapshotter", t.v.snapshotter, "prepare", "bench-ready", t.img.chain); err != nil {
+	if _, err := t.Try("ctr", "snapshot", "--snapshotter", t.v.snapshotter, "prepare", "bench-ready",
+		t.img.chain); err != nil {
 		return err
 	}
 	t.ready = time.Since(began).Seconds()
@@ -162,7 +164,8 @@ func (t *turn) pull() error {
 // run runs a container to its end and tells how long that took.
 func (t *turn) run(id string, command []string) (float64, error) {
 	began := time.Now()
-	_, err := t.Try("ctr", append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, id}, command...)...)
+	_, err := t.Try("ctr",
+		append([]string{"run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, id}, command...)...)
 	return time.Since(began).Seconds(), err
 }
 
@@ -253,7 +256,8 @@ func (t *turn) memory() error {
 		return err
 	}
 	// What the client and runc read themselves is the same for all and would count as the image's.
-	if _, err := t.Try("ctr", "run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, "warm", "/bin/true"); err != nil {
+	if _, err := t.Try("ctr", "run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, "warm",
+		"/bin/true"); err != nil {
 		return err
 	}
 	before, err := meminfo()
@@ -267,7 +271,8 @@ func (t *turn) memory() error {
 		}
 		id := fmt.Sprintf("stays-%d", n+1)
 		ids = append(ids, id)
-		_, err := t.Try("ctr", append([]string{"run", "--detach", "--snapshotter", t.v.snapshotter, t.img.ref, id}, t.w.wait...)...)
+		_, err := t.Try("ctr",
+			append([]string{"run", "--detach", "--snapshotter", t.v.snapshotter, t.img.ref, id}, t.w.wait...)...)
 		if err != nil {
 			return err
 		}
@@ -348,7 +353,8 @@ func daemonsCPU() (float64, error) {
 		// pid (name) state, and 10 fields before the times of itself and of its children.
 		_, rest, _ := strings.Cut(string(raw), "(")
 		name, rest, _ := strings.Cut(rest, ") ")
-		if fields := strings.Fields(rest); (name == "containerd" || name == "daxfs-snapshott" || name == "stargz") && len(fields) > 15 {
+		if fields := strings.Fields(rest); (name == "containerd" || name == "daxfs-snapshott" || name == "stargz") &&
+			len(fields) > 15 {
 			for _, f := range fields[11:15] {
 				n, err := strconv.ParseInt(f, 10, 64)
 				if err != nil {

@@ -34,7 +34,8 @@ func newMemoryGroup() (memoryGroup, error) {
 		g = memoryGroup{dir: "/sys/fs/cgroup", field: "file"}
 		control := filepath.Join(g.dir, "cgroup.subtree_control")
 		if err := os.WriteFile(control, []byte("+memory"), 0o644); err != nil {
-			return g, fmt.Errorf("page cache is counted by memory control groups, which this machine has not got: %w", err)
+			return g,
+				fmt.Errorf("page cache is counted by memory control groups, which this machine has not got: %w", err)
 		}
 	}
 	var err error

@@ -101,7 +101,8 @@ func (b *bench) readOne(daxfs string, v view, op readOp, round int) (err error) 
 	b.samples = append(b.samples,
 		sample{reading, v.name, op.name + " cold ms", round, times[0]},
 		sample{reading, v.name, op.name + " warm ms", round, median(times[1:])})
-	fmt.Printf("round %d  %-11s %-14s  cold %.2f ms  warm %.2f ms\n", round+1, op.name, v.name, times[0], median(times[1:]))
+	fmt.Printf("round %d  %-11s %-14s  cold %.2f ms  warm %.2f ms\n", round+1, op.name, v.name, times[0],
+		median(times[1:]))
 	return nil
 }
 
@@ -166,7 +167,8 @@ func makeTree(dir string) error {
 				return err
 			}
 		}
-		if err := os.WriteFile(filepath.Join(sub, fmt.Sprintf("file-with-a-usual-name-%d.py", i)), big[i:i+100], 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(sub, fmt.Sprintf("file-with-a-usual-name-%d.py", i)), big[i:i+100],
+			0o644); err != nil {
 			return err
 		}
 	}
@@ -175,7 +177,10 @@ func makeTree(dir string) error {
 
 // filesystem names the filesystem of a directory on disk.
 func filesystem(dir string) string {
-	names := map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs"}
+	names := map[int64]string{
+		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs",
+		unix.BTRFS_SUPER_MAGIC: "btrfs",
+	}
 	var st unix.Statfs_t
 	if unix.Statfs(dir, &st) == nil && names[int64(st.Type)] != "" {
 		return names[int64(st.Type)]

@@ -107,7 +107,10 @@ func (b *bench) csv(w io.Writer) error {
 	c := csv.NewWriter(w)
 	rows := [][]string{{"workload", "variant", "metric", "round", "value"}}
 	for _, x := range b.samples {
-		rows = append(rows, []string{x.Workload, x.Variant, x.Metric, strconv.Itoa(x.Round + 1), strconv.FormatFloat(x.Value, 'g', 6, 64)})
+		rows = append(rows, []string{
+			x.Workload, x.Variant, x.Metric, strconv.Itoa(x.Round + 1),
+			strconv.FormatFloat(x.Value, 'g', 6, 64),
+		})
 	}
 	return c.WriteAll(rows)
 }
@@ -122,7 +125,8 @@ func (b *bench) markdown(w io.Writer, where string) {
 		if len(variants) == 0 {
 			continue
 		}
-		fmt.Fprintf(w, "\n### %s, %.0f MiB in %d compressed layers\n\n", load.name, float64(load.gzip.size)/(1<<20), len(load.trees))
+		fmt.Fprintf(w, "\n### %s, %.0f MiB in %d compressed layers\n\n", load.name, float64(load.gzip.size)/(1<<20),
+			len(load.trees))
 		metrics := b.metrics(load.name)
 		b.ratios(w, load.name, overlay, variants, metrics)
 		b.values(w, load.name, variants, metrics)
@@ -259,7 +263,8 @@ func (b *bench) conversions(w io.Writer, load *workload) {
 		if s := b.of(key, t, mConverted); s.n > 0 {
 			size = fmt.Sprintf("%.0f", s.median)
 		}
-		fmt.Fprintf(w, "| %s | %s | %s | %s | %s |\n", t, b.ratioText(key, t, untar, mConvert), b.ratioText(key, t, mkfsTar, mConvert),
+		fmt.Fprintf(w, "| %s | %s | %s | %s | %s |\n", t, b.ratioText(key, t, untar, mConvert),
+			b.ratioText(key, t, mkfsTar, mConvert),
 			b.of(key, t, mConvert).text(mConvert), size)
 	}
 }
@@ -283,7 +288,8 @@ func (b *bench) goalTable(w io.Writer) {
 			any = true
 		}
 		if any {
-			rows = append(rows, fmt.Sprintf("| %s: %s / %s | %.2f | %s |", g.metric, g.variant, g.base, g.limit, strings.Join(cells, " | ")))
+			rows = append(rows, fmt.Sprintf("| %s: %s / %s | %.2f | %s |", g.metric, g.variant, g.base, g.limit,
+				strings.Join(cells, " | ")))
 		}
 	}
 	if len(rows) > 0 {
@@ -316,9 +322,10 @@ func (b *bench) imageTable(w io.Writer) {
 				}
 				return ""
 			}
-			rows = append(rows, fmt.Sprintf("| %s: %s | %s | %s | %s | %s | %s | %s | %s |", sc.name, sc.title, v, cell(mRead),
-				b.ratioText(sc.name, v, distinctContents, mRead), b.ratioText(sc.name, v, overlay, mRead),
-				cell(mSecond), cell(mFurther), cell(mSame)))
+			rows = append(rows,
+				fmt.Sprintf("| %s: %s | %s | %s | %s | %s | %s | %s | %s |", sc.name, sc.title, v, cell(mRead),
+					b.ratioText(sc.name, v, distinctContents, mRead), b.ratioText(sc.name, v, overlay, mRead),
+					cell(mSecond), cell(mFurther), cell(mSame)))
 		}
 	}
 	if len(rows) == 0 {
@@ -383,9 +390,11 @@ func describe(cache string) string {
 		load = strings.Join(strings.Fields(string(raw))[:3], " ")
 	}
 	return fmt.Sprintf("%s; Linux %s; %d × %s; %d GiB; disk with %s; load %s.\n%s; %s; stargz-snapshotter %s; %s; %s; %s; %s.",
-		time.Now().UTC().Format("2006-01-02 15:04 UTC"), kernel, runtime.NumCPU(), model, memory, filesystem(cache), load,
+		time.Now().UTC().Format("2006-01-02 15:04 UTC"), kernel, runtime.NumCPU(), model, memory,
+		filesystem(cache), load,
 		stack.Versions(), version("runc", "--version"), stargzVersion(cache),
-		version(filepath.Join(cache, "erofs", "mkfs.erofs"), "--version"), version("tar2sqfs", "--version"), version("tar", "--version"),
+		version(filepath.Join(cache, "erofs", "mkfs.erofs"), "--version"), version("tar2sqfs", "--version"),
+		version("tar", "--version"),
 		runtime.Version())
 }
 

@@ -58,7 +58,8 @@ func (w *workload) openStargz(ctx context.Context, cache string) (err error) {
 		file := filepath.Join(cache, t, "layer.esgz")
 		toc, err := os.ReadFile(file + ".toc")
 		if errors.Is(err, fs.ErrNotExist) {
-			toc, err = exec.CommandContext(ctx, stargzProgram(cache), "convert", filepath.Join(cache, t, "layer.tar.gz"), file).Output()
+			toc, err = exec.CommandContext(ctx, stargzProgram(cache), "convert",
+				filepath.Join(cache, t, "layer.tar.gz"), file).Output()
 			if err == nil {
 				err = os.WriteFile(file+".toc", toc, 0o644)
 			}

@@ -42,7 +42,10 @@ func variants(cache string) []*variant {
 	return []*variant{
 		{name: overlay, snapshotter: "overlayfs"},
 		{name: erofs, snapshotter: "erofs", options: stack.Options{Containerd: erofsConfig, Path: mkfs}},
-		{name: overlay + "-3", snapshotter: "overlayfs", pullOnly: true, options: stack.Options{ParallelUnpacks: unpacks}},
+		{
+			name: overlay + "-3", snapshotter: "overlayfs", pullOnly: true,
+			options: stack.Options{ParallelUnpacks: unpacks},
+		},
 		{
 			name: erofs + "-3", snapshotter: "erofs", pullOnly: true,
 			options: stack.Options{Containerd: erofsConfig, Path: mkfs, ParallelUnpacks: unpacks},

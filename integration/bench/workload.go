@@ -163,7 +163,10 @@ func tarEntry(tw *tar.Writer, p, name string, names map[[2]uint64]string) error 
 		return nil
 	}
 	if info.Mode().Type() == fs.ModeDevice|fs.ModeCharDevice && st.Rdev == 0 {
-		return tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: path.Join(path.Dir(name), ".wh."+path.Base(name)), ModTime: info.ModTime()})
+		return tw.WriteHeader(&tar.Header{
+			Typeflag: tar.TypeReg,
+			Name:     path.Join(path.Dir(name), ".wh."+path.Base(name)), ModTime: info.ModTime(),
+		})
 	}
 	target := ""
 	if info.Mode().Type() == fs.ModeSymlink {

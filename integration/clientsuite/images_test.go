@@ -29,7 +29,8 @@ func pushImages(t *testing.T, u *upstream) {
 	users := []Entry{
 		Dir("etc", 0o755), File("etc/passwd", 0o644, []byte(passwd)), File("etc/group", 0o644, []byte(group)),
 		// As the first process of a container, Debian's nc does not end when it is told to.
-		Dir("bin", 0o755), File("bin/nc", 0o755, []byte("#!/bin/sh\ntrap 'exit 143' TERM\nbusybox nc \"$@\" &\nwait $!\n")),
+		Dir("bin", 0o755),
+		File("bin/nc", 0o755, []byte("#!/bin/sh\ntrap 'exit 143' TERM\nbusybox nc \"$@\" &\nwait $!\n")),
 	}
 	for reference, layers := range map[string][][]Entry{
 		"ghcr.io/containerd/busybox:1.36":                {users},
@@ -40,14 +41,21 @@ func pushImages(t *testing.T, u *upstream) {
 		"ghcr.io/containerd/volume-copy-up:2.2": {
 			users,
 			{Dir("test_dir", 0o755), File("test_dir/test_file", 0o644, []byte("test_content\n"))},
-			{Dir("C:", 0o755), Dir("C:/weird_test_dir", 0o755), File("C:/weird_test_dir/weird_test_file", 0o644, []byte("test_content\n"))},
-			{Dir(":colon_prefixed", 0o755), File(":colon_prefixed/colon_prefixed_file", 0o644, []byte("test_content\n"))},
+			{
+				Dir("C:", 0o755), Dir("C:/weird_test_dir", 0o755),
+				File("C:/weird_test_dir/weird_test_file", 0o644, []byte("test_content\n")),
+			},
+			{
+				Dir(":colon_prefixed", 0o755),
+				File(":colon_prefixed/colon_prefixed_file", 0o644, []byte("test_content\n")),
+			},
 		},
 		// A larger distribution than busybox: the tests call bash and look at a set-user-ID program.
 		"ghcr.io/containerd/volume-ownership:2.1": {
 			users,
 			{
-				File("bin/bash", 0o755, []byte("#!/bin/sh\nexec /bin/sh \"$@\"\n")), File("usr/bin/passwd", 0o4755, []byte("#!/bin/sh\n")),
+				File("bin/bash", 0o755, []byte("#!/bin/sh\nexec /bin/sh \"$@\"\n")),
+				File("usr/bin/passwd", 0o4755, []byte("#!/bin/sh\n")),
 				Dir("test_dir", 0o755).Owned(65534, 65534),
 			},
 		},

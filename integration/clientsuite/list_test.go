@@ -38,7 +38,8 @@ func readList(t *testing.T) list {
 		l.excluded = append(l.excluded, string(m[1]))
 	}
 	if len(l.run) == 0 || len(l.excluded) == 0 {
-		t.Fatalf("%s lists %d tests that run and %d that do not: the form must have changed", listFile, len(l.run), len(l.excluded))
+		t.Fatalf("%s lists %d tests that run and %d that do not: the form must have changed", listFile, len(l.run),
+			len(l.excluded))
 	}
 	return l
 }

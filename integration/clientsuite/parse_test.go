@@ -65,7 +65,8 @@ func (rs results) check(name string) error {
 	}
 	for part, status := range r.parts {
 		if status != "PASS" {
-			return fmt.Errorf("the status of %q is %s, expected PASS; if it has to skip itself, %s has to say why:\n%s", part, status, listFile, r.output)
+			return fmt.Errorf("the status of %q is %s, expected PASS; if it has to skip itself, %s has to say why:\n%s",
+				part, status, listFile, r.output)
 		}
 	}
 	return nil

@@ -21,7 +21,10 @@ import (
 func TestMain(m *testing.M) { os.Exit(stack.Main(m, stack.BuildClientSuite)) }
 
 // slow are tests that make much output or wait for containerd, on a snapshot like that of all others. Once is enough.
-var slow = []string{"TestContainerExecLargeOutputWithTTY", "TestContainerRestartPolicyAlways", "TestRegressionIssue6429"}
+var slow = []string{
+	"TestContainerExecLargeOutputWithTTY", "TestContainerRestartPolicyAlways",
+	"TestRegressionIssue6429",
+}
 
 // fellBack finds a counter of fallbacks that is not 0.
 var fellBack = regexp.MustCompile(`(?m)^daxfs_fallbacks_total\{.*\} [^0]`)
@@ -73,7 +76,8 @@ func runSuite(t *testing.T, mode stack.Mode, listed list) (output []byte, err er
 	bind(t, lib, "/var/lib")
 
 	listed.verify(t, s)
-	cmd, err := s.ClientSuite("-test.v=test2json", "-test.timeout=10m", "-test.root", "-test.run=^Test", "-test.skip="+listed.pattern())
+	cmd, err := s.ClientSuite("-test.v=test2json", "-test.timeout=10m", "-test.root", "-test.run=^Test",
+		"-test.skip="+listed.pattern())
 	s.Must(err)
 	cmd.Env = append(cmd.Env, "TEST_SNAPSHOTTER=daxfs", "SSL_CERT_FILE="+u.certificate)
 	output, err = cmd.CombinedOutput()

@@ -115,7 +115,8 @@ func (d *demo) measure(snapshotter string, look func([]*process) error) (f figur
 			return f, err
 		}
 		if look != nil {
-			d.say("$ ctr image pull --snapshotter %s %s    # %.1f s", snapshotter, imageNames[i], time.Since(began).Seconds())
+			d.say("$ ctr image pull --snapshotter %s %s    # %.1f s", snapshotter, imageNames[i],
+				time.Since(began).Seconds())
 		}
 	}
 	var ids []string
@@ -142,13 +143,15 @@ func (d *demo) measure(snapshotter string, look func([]*process) error) (f figur
 			}
 			id := fmt.Sprintf("%s-%s-%d", snapshotter, imageNames[i], n+1)
 			ids = append(ids, id)
-			if _, err := d.Try("ctr", "run", "--detach", "--snapshotter", snapshotter, ref, id, "/usr/bin/python3", "-B", "/app/main.py"); err != nil {
+			if _, err := d.Try("ctr", "run", "--detach", "--snapshotter", snapshotter, ref, id, "/usr/bin/python3",
+				"-B", "/app/main.py"); err != nil {
 				return f, err
 			}
 		}
 	}
 	if look != nil {
-		d.say("$ ctr run --detach --snapshotter %s ... python3 /app/main.py    # %d times from each image\n", snapshotter, d.containers)
+		d.say("$ ctr run --detach --snapshotter %s ... python3 /app/main.py    # %d times from each image\n",
+			snapshotter, d.containers)
 	}
 	processes, err := d.processes(ids)
 	if err != nil {

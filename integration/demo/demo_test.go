@@ -77,7 +77,10 @@ func TestDemo(t *testing.T) {
 			if kind == "file" && f.daxfs.disk >= f.overlay.disk {
 				t.Errorf("daxfs takes %d bytes of disk, overlayfs %d", f.daxfs.disk, f.overlay.disk)
 			}
-			for _, want := range []string{"1. The pool is mounted once", "2. The same program text", "3. Files with the same contents", "4. Memory and disk"} {
+			for _, want := range []string{
+				"1. The pool is mounted once", "2. The same program text",
+				"3. Files with the same contents", "4. Memory and disk",
+			} {
 				if !strings.Contains(out.String(), want) {
 					t.Errorf("nothing was printed about %q", want)
 				}
@@ -141,7 +144,8 @@ func TestControlC(t *testing.T) {
 	before := kernelState(t)
 
 	cmd := exec.Command(program, "-containers", "1")
-	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "DAXFS_TEST_") }), "DAXFS_TEST_CACHE="+cache)
+	cmd.Env = append(slices.DeleteFunc(os.Environ(),
+		func(e string) bool { return strings.HasPrefix(e, "DAXFS_TEST_") }), "DAXFS_TEST_CACHE="+cache)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	read, write := io.Pipe()
 	var seen bytes.Buffer
@@ -249,7 +253,8 @@ func TestCompareLibraries(t *testing.T) {
 			t.Fatalf("%s: %d libraries", name, len(got))
 		}
 		g := got[0]
-		if g.common != c.want.common || g.same != c.want.same || g.acrossCommon != c.want.acrossCommon || g.acrossSame != c.want.acrossSame {
+		if g.common != c.want.common || g.same != c.want.same || g.acrossCommon != c.want.acrossCommon ||
+			g.acrossSame != c.want.acrossSame {
 			t.Errorf("%s: got %+v, want %+v", name, g, c.want)
 		}
 	}

@@ -92,7 +92,8 @@ func (d *demo) printFrames(f *facts, ps []*process) {
 func (d *demo) compare(f *facts) {
 	d.say("\n4. Memory and disk for the two images and %d containers of each:\n", d.containers)
 	w := tabwriter.NewWriter(d.out, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "snapshotter\tfile pages mapped, summed up\tphysical pages behind them\tpage cache of the images\tdisk\t")
+	fmt.Fprintln(w,
+		"snapshotter\tfile pages mapped, summed up\tphysical pages behind them\tpage cache of the images\tdisk\t")
 	rows := []figures{f.overlay}
 	if f.erofs != nil {
 		rows = append(rows, *f.erofs)

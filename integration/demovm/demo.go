@@ -175,7 +175,8 @@ func (d *demo) boot() error {
 			if err == nil {
 				m.Node, err = node.Start(d.ctx, node.Options{
 					Kernel: kernels[i%len(kernels)], Root: root, Config: nodeConfig, Devices: []vmm.Device{
-						{ID: "pool", Path: d.PoolFile(), Size: poolSize, ReadOnly: true}, {ID: "lease", Path: lease, Size: leaseSize},
+						{ID: "pool", Path: d.PoolFile(), Size: poolSize, ReadOnly: true},
+						{ID: "lease", Path: lease, Size: leaseSize},
 					},
 				}, dir)
 			}
@@ -202,7 +203,8 @@ func (d *demo) boot() error {
 			return err
 		}
 		f := strings.Fields(kernel)
-		d.say("Machine %q runs Linux %s and its own containerd; network devices: %s; disks: none.", m.name, f[0], strings.Join(f[1:], " "))
+		d.say("Machine %q runs Linux %s and its own containerd; network devices: %s; disks: none.", m.name, f[0],
+			strings.Join(f[1:], " "))
 	}
 	d.say("They started together in %.1f s, emulated.\n", time.Since(began).Seconds())
 	return nil
@@ -226,7 +228,8 @@ func (d *demo) start(_ *facts, refs []string) error {
 			if err != nil {
 				return err
 			}
-			d.say("%s$ ctr run --detach --snapshotter daxfs ... %s python3 /app/main.py    # %.1f s until it is ready", m.name, id, time.Since(began).Seconds())
+			d.say("%s$ ctr run --detach --snapshotter daxfs ... %s python3 /app/main.py    # %.1f s until it is ready",
+				m.name, id, time.Since(began).Seconds())
 		}
 		return nil
 	})

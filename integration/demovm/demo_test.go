@@ -49,7 +49,8 @@ func TestDemo(t *testing.T) {
 		rss += f.mapped[i]
 	}
 	if 3*f.together > 2*rss {
-		t.Errorf("the machines have mapped %d KiB of the pool, and that is %d KiB of memory: too little is shared", rss, f.together)
+		t.Errorf("the machines have mapped %d KiB of the pool, and that is %d KiB of memory: too little is shared",
+			rss, f.together)
 	}
 	if !f.kept || !f.freed {
 		t.Errorf("an image that a machine used was kept: %v, and freed afterwards: %v", f.kept, f.freed)

@@ -20,12 +20,14 @@ import (
 
 func main() {
 	if os.Getuid() != 0 {
-		fmt.Fprintln(os.Stderr, `demo-vm: needs root, to mount and to run containers: sudo env "PATH=$PATH" make demo-vm`)
+		fmt.Fprintln(os.Stderr,
+			`demo-vm: needs root, to mount and to run containers: sudo env "PATH=$PATH" make demo-vm`)
 		os.Exit(2)
 	}
 	if stack.Outermost() {
 		fmt.Printf("This runs a containerd of its own on this machine, and two virtual machines, in namespaces of their own.\n"+
-			"Programs that are missing are built first: %s. Emulation is slow: allow five minutes.\n\n", stack.Versions())
+			"Programs that are missing are built first: %s. Emulation is slow: allow five minutes.\n\n",
+			stack.Versions())
 	}
 	os.Exit(stack.Show("demo-vm", func(ctx context.Context) error {
 		_, err := show(ctx, os.Stdout)

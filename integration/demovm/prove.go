@@ -63,7 +63,8 @@ func (d *demo) addLate(f *facts, refs []string) error {
 			return err
 		}
 		f.late = append(f.late, strings.TrimSpace(out))
-		d.say("%s$ daxfs attach %s && ctr run --snapshotter daxfs ... /bin/echo ...    # %s", m.name, shortName(late), strings.TrimSpace(out))
+		d.say("%s$ daxfs attach %s && ctr run --snapshotter daxfs ... /bin/echo ...    # %s", m.name, shortName(late),
+			strings.TrimSpace(out))
 		return nil
 	})
 }
@@ -88,7 +89,8 @@ func (d *demo) remove(f *facts, refs []string) error {
 		return fmt.Errorf("machine %q: %w", user.name, err)
 	}
 	f.kept = strings.TrimSpace(out) == "still here"
-	d.say("     %q is done with it, %q starts another process in its container: %s; the pool has %s of contents", other.name, user.name,
+	d.say("     %q is done with it, %q starts another process in its container: %s; the pool has %s of contents",
+		other.name, user.name,
 		strings.TrimSpace(out), mib(used))
 	if _, err := user.Sh(done, web, shortName(web)); err != nil {
 		return fmt.Errorf("machine %q: %w", user.name, err)

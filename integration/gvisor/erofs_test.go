@@ -38,7 +38,8 @@ func TestErofs(t *testing.T) {
 			}
 			ref := s.Push(name, img)
 			file := filepath.Join(s.Dir, name+".daxfs")
-			if _, err := s.Try("daxfs", "convert", "-q", "--no-xattrs", "--plain-http", "-o", file, "docker://"+ref); err != nil {
+			if _, err := s.Try("daxfs", "convert", "-q", "--no-xattrs", "--plain-http", "-o", file,
+				"docker://"+ref); err != nil {
 				t.Fatal(err)
 			}
 			kernel := mounted(t, file)

@@ -49,7 +49,8 @@ func newBed(t *testing.T) *bed {
 	}
 	b := &bed{T: s, t: t, ref: s.Push("web", img), file: filepath.Join(s.Dir, "web.daxfs")}
 	s.Pull(b.ref, "daxfs")
-	if _, err := s.Try("daxfs", "convert", "-q", "--no-xattrs", "--plain-http", "-o", b.file, "docker://"+b.ref); err != nil {
+	if _, err := s.Try("daxfs", "convert", "-q", "--no-xattrs", "--plain-http", "-o", b.file,
+		"docker://"+b.ref); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -138,7 +139,12 @@ func TestRun(t *testing.T) {
 	if out, err := b.Exec("runsc-1", "dmesg"); err != nil || !strings.Contains(out, "gVisor") {
 		t.Errorf("the container does not run on gVisor's kernel: %q, %v", out, err)
 	}
-	for _, c := range [][2]string{{"runc-1", "runc-2"}, {"runsc-1", "runsc-2"}, {"runc-1", "runsc-1"}, {"file-1", "file-2"}} {
+	for _, c := range [][2]string{
+		{"runc-1", "runc-2"},
+		{"runsc-1", "runsc-2"},
+		{"runc-1", "runsc-1"},
+		{"file-1", "file-2"},
+	} {
 		common, same := compare(frames[c[0]], frames[c[1]])
 		t.Logf("%s and %s: %d pages of text in both, %d of them are one physical page", c[0], c[1], common, same)
 		if common < 100 || same != common {
@@ -225,7 +231,8 @@ func TestDataMemory(t *testing.T) {
 		for i := range frames {
 			before := processes(t)
 			mount := fmt.Sprintf("type=erofs,src=%s,dst=/models,options=ro", b.file)
-			b.start(fmt.Sprint(name, "-", i), "/models/usr/bin/python3", append([]string{"--mount", mount}, c.flags...)...)
+			b.start(fmt.Sprint(name, "-", i), "/models/usr/bin/python3",
+				append([]string{"--mount", mount}, c.flags...)...)
 			frames[i] = b.text(c.maps, before)
 		}
 		common, same := compare(frames[0], frames[1])

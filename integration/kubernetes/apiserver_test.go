@@ -160,7 +160,10 @@ func startAPIServer(t *testing.T) *client {
 		"--service-account-signing-key-file", key, "--token-auth-file", tokens, "--authorization-mode", "RBAC",
 		"--allow-privileged") // as kubeadm and others start it
 	// It makes a certificate for itself, and there is nobody else in this network namespace.
-	c := &client{t: t, http: http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}}
+	c := &client{
+		t:    t,
+		http: http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}},
+	}
 	for range 1200 {
 		status, _, err := c.do(http.MethodGet, "/readyz", nil)
 		if err == nil && status == http.StatusOK {
@@ -225,7 +228,8 @@ func writeKey(t *testing.T, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), 0o600); err != nil {
+	if err := os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -102,7 +102,8 @@ func TestChurn(t *testing.T) {
 	if err := g.Wait(); err != nil {
 		t.Error(err)
 	}
-	t.Logf("%d pods; an image was removed %d times below its container, and %d times in another namespace", pods, removed, elsewhere)
+	t.Logf("%d pods; an image was removed %d times below its container, and %d times in another namespace", pods,
+		removed, elsewhere)
 	if removed < 3 || elsewhere < 3 {
 		t.Error("too few to prove anything")
 	}

@@ -44,7 +44,10 @@ func TestRuntimeClasses(t *testing.T) {
 		}
 		p := n.pod(name, c.script+" && echo changed > /etc/passwd && sleep 1000000")
 		p.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
-			ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"grep", "changed", "/etc/passwd"}}},
+			ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{
+				"grep", "changed",
+				"/etc/passwd",
+			}}},
 			PeriodSeconds: 1,
 		}
 		if c.class != "" {
@@ -53,7 +56,8 @@ func TestRuntimeClasses(t *testing.T) {
 		n.create(p)
 		status := n.await(name)
 		id := strings.TrimPrefix(status.ContainerID, "containerd://")
-		if keys := n.Ctr("--namespace", "k8s.io", "snapshot", "--snapshotter", c.snapshotter, "ls"); !strings.Contains(keys, id) {
+		if keys := n.Ctr("--namespace", "k8s.io", "snapshot", "--snapshotter", c.snapshotter,
+			"ls"); !strings.Contains(keys, id) {
 			t.Errorf("class %q: container %s has no snapshot of %s:\n%s", c.class, id, c.snapshotter, keys)
 		}
 		n.remove(name)

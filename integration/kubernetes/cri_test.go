@@ -26,7 +26,8 @@ type runtime struct {
 // connect waits until containerd has found its pods again.
 func connect(t *testing.T, s *stack.T) *runtime {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock",
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +82,8 @@ func (r *runtime) prints(ctx context.Context, container, want string, command ..
 		return err
 	}
 	if string(out.Stdout) != want || out.ExitCode != 0 {
-		return fmt.Errorf("%q in %s: exit %d, %q, %q; expected %q", command, container, out.ExitCode, out.Stdout, out.Stderr, want)
+		return fmt.Errorf("%q in %s: exit %d, %q, %q; expected %q", command, container, out.ExitCode, out.Stdout,
+			out.Stderr, want)
 	}
 	return nil
 }

@@ -180,7 +180,8 @@ func (n *node) statistics(snapshotter string) {
 				images, rootfs, size, free, snapshotter, takes))
 			return err
 		}
-		n.t.Logf("imageFs %+v, root %+v; the disk has %d, %d free, %s takes %d", images, rootfs, size, free, snapshotter, takes)
+		n.t.Logf("imageFs %+v, root %+v; the disk has %d, %d free, %s takes %d", images, rootfs, size, free,
+			snapshotter, takes)
 		return err
 	})
 	n.remove("writer")
@@ -258,7 +259,8 @@ func (n *node) collect() {
 	for i := 0; i < 100 && removed() != nil; i++ {
 		if i%20 == 0 {
 			n.restart(fmt.Sprintf("imageGCHighThresholdPercent: %d\nimageGCLowThresholdPercent: 1\nimageMinimumGCAge: -1s\n"+
-				"evictionHard: {imagefs.available: \"1%%\", nodefs.available: \"1%%\", memory.available: \"10Mi\"}\n", used-2))
+				"evictionHard: {imagefs.available: \"1%%\", nodefs.available: \"1%%\", memory.available: \"10Mi\"}\n",
+				used-2))
 		}
 		time.Sleep(time.Second)
 	}

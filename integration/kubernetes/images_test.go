@@ -51,8 +51,10 @@ func pushImages(t *testing.T, r *stack.Registry) {
 		return v1.Config{Entrypoint: []string{"/usr/sbin/nginx", "master process", port}}
 	}
 	users := []testimage.Entry{
-		testimage.File("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\ndefault-user:x:1000:1000::/tmp:/bin/sh\n")),
-		testimage.File("etc/group", 0o644, []byte("root:x:0:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")),
+		testimage.File("etc/passwd", 0o644,
+			[]byte("root:x:0:0:root:/root:/bin/sh\ndefault-user:x:1000:1000::/tmp:/bin/sh\n")),
+		testimage.File("etc/group", 0o644,
+			[]byte("root:x:0:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")),
 	}
 	shell := v1.Config{Cmd: []string{"sh"}}
 	user := func(name string) v1.Config { return v1.Config{Cmd: []string{"sh"}, User: name} }

@@ -103,7 +103,8 @@ func TestKubelet(t *testing.T) {
 	}
 	disk := st.Blocks * uint64(st.Bsize)
 	if *fs.CapacityBytes != disk || *fs.UsedBytes > 1<<30 {
-		t.Errorf("imageFs: capacity %d, used %d; the disk below the daemon has %d", *fs.CapacityBytes, *fs.UsedBytes, disk)
+		t.Errorf("imageFs: capacity %d, used %d; the disk below the daemon has %d", *fs.CapacityBytes,
+			*fs.UsedBytes, disk)
 	}
 	t.Logf("imageFs: capacity %d, available %d, used %d", *fs.CapacityBytes, *fs.AvailableBytes, *fs.UsedBytes)
 

@@ -31,7 +31,8 @@ func BenchmarkFirstBind(b *testing.B) {
 			p := newFullPool(b, images)
 			for _, cold := range []bool{true, false} {
 				for _, after := range []string{"mount", "restart", "all"} {
-					b.Run(fmt.Sprintf("after=%s/cold=%v", after, cold), func(b *testing.B) { p.firstBind(b, after, cold) })
+					b.Run(fmt.Sprintf("after=%s/cold=%v", after, cold),
+						func(b *testing.B) { p.firstBind(b, after, cold) })
 				}
 			}
 		})
@@ -67,7 +68,10 @@ func newFullPool(b *testing.B, images int) *fullPool {
 		root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{}}
 		for n := range 1000 {
 			if n%50 == 0 {
-				root.Entries[fmt.Sprint("dir", n/50)] = &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{}}
+				root.Entries[fmt.Sprint("dir", n/50)] = &daxfs.Node{
+					Mode:    unix.S_IFDIR | 0o755,
+					Entries: map[string]*daxfs.Node{},
+				}
 			}
 			root.Entries[fmt.Sprint("dir", n/50)].Entries[fmt.Sprintf("file-with-a-usual-name-%d.py", n)] = &daxfs.Node{
 				Mode: unix.S_IFREG | 0o644, Mtime: daxfs.Time{Sec: int64(i), Nsec: uint32(n)},

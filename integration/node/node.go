@@ -65,7 +65,8 @@ func Start(ctx context.Context, o Options, dir string) (*Node, error) {
 		devices = append(slices.Clone(devices), vmm.Device{ID: "disk", Path: o.Disk, Size: info.Size()})
 	}
 	r, err := qemu.Start(ctx, qemu.Machine{
-		Kernel: o.Kernel, Memory: o.Root, ReadOnly: true, More: devices, Network: o.Network, Modules: modules, RAM: o.RAM, CPUs: 1, UUID: o.UUID,
+		Kernel: o.Kernel, Memory: o.Root, ReadOnly: true, More: devices, Network: o.Network, Modules: modules,
+		RAM: o.RAM, CPUs: 1, UUID: o.UUID,
 		Task: task.Task{Name: "node"}, Launcher: o.Launcher,
 	}, dir)
 	if err != nil {

@@ -112,7 +112,8 @@ func TestNode(t *testing.T) {
 		t.Skip(err)
 	}
 	n.give("tiny", tiny)
-	if root := n.sh("grep ' / ' /proc/mounts | tail -n 1"); !strings.HasPrefix(root, "/dev/pmem0 / erofs ro,") || !strings.Contains(root, "dax=always") {
+	if root := n.sh("grep ' / ' /proc/mounts | tail -n 1"); !strings.HasPrefix(root, "/dev/pmem0 / erofs ro,") ||
+		!strings.Contains(root, "dax=always") {
 		t.Errorf("the root is mounted as %q, want the image with DAX", root)
 	}
 	for _, snapshotter := range []string{"overlayfs", "daxfs"} {

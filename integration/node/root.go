@@ -34,7 +34,8 @@ func MakeRoot(dir string) (image string, err error) {
 	if err != nil {
 		return "", err
 	}
-	config, err := stack.Options{Mode: stack.Streaming}.ContainerdConfig("/var/lib", containerdRun, daemonSocket, daemonRoot)
+	config, err := stack.Options{Mode: stack.Streaming}.ContainerdConfig("/var/lib", containerdRun,
+		daemonSocket, daemonRoot)
 	if err != nil {
 		return "", err
 	}
@@ -84,7 +85,8 @@ func convert(dir string, entries []testimage.Entry) (image string, err error) {
 
 // unpack lets tar(1) make a tree of entries.
 func unpack(dir string, entries []testimage.Entry) (err error) {
-	cmd := exec.Command("tar", "--extract", "--preserve-permissions", "--same-owner", "--numeric-owner", "--directory", dir)
+	cmd := exec.Command("tar", "--extract", "--preserve-permissions", "--same-owner", "--numeric-owner",
+		"--directory", dir)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return err

@@ -61,7 +61,10 @@ func onBase(t *testing.T, base, name, text string) v1.Image {
 		seed = seed*31 + uint64(c)
 	}
 	img, err := testimage.Image(busybox,
-		[]testimage.Entry{testimage.Dir("base", 0o755), testimage.File("base/"+base, 0o644, testimage.Noise(uint64(len(base)), 3<<20))},
+		[]testimage.Entry{
+			testimage.Dir("base", 0o755),
+			testimage.File("base/"+base, 0o644, testimage.Noise(uint64(len(base)), 3<<20)),
+		},
 		[]testimage.Entry{
 			testimage.Dir("own", 0o755), testimage.File("own/"+name, 0o644, []byte(text+"\n")),
 			testimage.File("own/large", 0o644, testimage.Noise(seed, ownSize)),
@@ -186,7 +189,8 @@ func TestShared(t *testing.T) {
 	s.boot()
 	s.attach(app, first)
 	s.reads("attached image", app, "app", "app")
-	s.prints("its mount", s.sh(`mkdir /tmp/m; ctr image mount --snapshotter daxfs %s /tmp/m; cat /tmp/m/own/app`, app), "app")
+	s.prints("its mount",
+		s.sh(`mkdir /tmp/m; ctr image mount --snapshotter daxfs %s /tmp/m; cat /tmp/m/own/app`, app), "app")
 	s.sh("ctr image unmount --rm --snapshotter daxfs /tmp/m")
 
 	s.Must(s.KillDaemon())
@@ -243,7 +247,8 @@ func (s *sharing) replace(app string) {
 	s.reads("image that the host replaced", app, "app", "another")
 	stays := func(when, id string) {
 		s.t.Helper()
-		s.prints("container of the image before, "+when, s.sh("ctr task exec --exec-id cat-%s stays cat /own/app", id), "app")
+		s.prints("container of the image before, "+when,
+			s.sh("ctr task exec --exec-id cat-%s stays cat /own/app", id), "app")
 		if now := s.sh("ctr task exec --exec-id sum-%s stays md5sum /own/large", id); now != sum {
 			s.t.Errorf("container of the image before, %s: its file was %s and is %s", when, sum, now)
 		}
@@ -305,7 +310,8 @@ func (s *sharing) rebootHost(late, other string) {
 	s.Must(s.Registry.On())
 	s.Registry.Fetched()
 	pulled := s.fromNode("late")
-	s.sh("ctr container rm killed; ctr image rm --sync %s %s; ctr image pull --plain-http --snapshotter daxfs %s", late, other, pulled)
+	s.sh("ctr container rm killed; ctr image rm --sync %s %s; ctr image pull --plain-http --snapshotter daxfs %s",
+		late, other, pulled)
 	s.reads("image that was pulled again", pulled, "late", "late")
 	s.sh("i=0; while daxfs status | grep %q; do i=$((i+1)); [ $i -lt 120 ] || exit 1; sleep 0.5; done", lost)
 	if fetched := s.Registry.Fetched(); len(fetched) != 4 {

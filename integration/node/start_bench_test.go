@@ -72,7 +72,8 @@ func BenchmarkStart(b *testing.B) {
 	s.Must(os.WriteFile(lease, make([]byte, leaseSize), 0o600))
 	n := bed.start(Options{
 		Kernel: kernel, Config: readerConfig, RAM: 2048, Devices: []vmm.Device{
-			{ID: "pool", Path: filepath.Join(s.Stack.Run, "pool"), Size: poolSize, ReadOnly: true}, {ID: "lease", Path: lease, Size: leaseSize},
+			{ID: "pool", Path: filepath.Join(s.Stack.Run, "pool"), Size: poolSize, ReadOnly: true},
+			{ID: "lease", Path: lease, Size: leaseSize},
 		},
 	})
 	n.sh("%s", starts)

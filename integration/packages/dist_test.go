@@ -22,7 +22,8 @@ const (
 )
 
 func makeDist(tree, version, dir string) error {
-	cmd := exec.Command("make", "-C", tree, "dist", "VERSION="+version, "COMMIT=0123abc", "DIST="+dir, "ARCHITECTURES=amd64",
+	cmd := exec.Command("make", "-C", tree, "dist", "VERSION="+version, "COMMIT=0123abc", "DIST="+dir,
+		"ARCHITECTURES=amd64",
 		"SOURCE_DATE_EPOCH=1700000000")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("make dist VERSION=%s: %w\n%s", version, err, out)
@@ -91,8 +92,10 @@ func checkDeb(t *testing.T, file string) {
 		"-rwxr-xr-x root/root ./usr/bin/daxfs", "-rwxr-xr-x root/root ./usr/bin/daxfs-snapshotter",
 		"-rw-r--r-- root/root ./usr/lib/systemd/system/daxfs-snapshotter.service",
 		"-rw-r--r-- root/root ./usr/lib/systemd/system/daxfs-snapshotter.socket",
-		"-rw-r--r-- root/root ./usr/share/man/man1/daxfs.1.gz", "-rw-r--r-- root/root ./usr/share/man/man8/daxfs-snapshotter.8.gz",
-		"-rw-r--r-- root/root ./usr/share/daxfs/containerd/v3.toml", "-rw-r--r-- root/root ./usr/share/daxfs/containerd/v4.toml",
+		"-rw-r--r-- root/root ./usr/share/man/man1/daxfs.1.gz",
+		"-rw-r--r-- root/root ./usr/share/man/man8/daxfs-snapshotter.8.gz",
+		"-rw-r--r-- root/root ./usr/share/daxfs/containerd/v3.toml",
+		"-rw-r--r-- root/root ./usr/share/daxfs/containerd/v4.toml",
 		"-rw-r--r-- root/root ./usr/share/bash-completion/completions/daxfs",
 		"-rw-r--r-- root/root ./usr/share/doc/daxfs-snapshotter/copyright",
 		"-rw-r--r-- root/root ./etc/daxfs-snapshotter/config.toml",
@@ -136,7 +139,8 @@ func checkImage(t *testing.T, file string) {
 		}
 		blobs[h.Name] = string(body)
 	}
-	if !strings.Contains(blobs["oci-layout"], `"imageLayoutVersion"`) || !strings.Contains(blobs["index.json"], oldVersion) {
+	if !strings.Contains(blobs["oci-layout"], `"imageLayoutVersion"`) ||
+		!strings.Contains(blobs["index.json"], oldVersion) {
 		t.Errorf("oci-layout is %q, index.json is %q", blobs["oci-layout"], blobs["index.json"])
 	}
 	// The index, the manifest, the configuration and the layer.

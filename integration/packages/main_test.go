@@ -40,7 +40,8 @@ func makeRoots(cache string) error {
 			continue
 		}
 		temp := strings.TrimSuffix(file, ".tar") + ".new.tar"
-		cmd := exec.Command("mmdebstrap", "--quiet", "--variant=minbase", "--include="+debianPackages, suite, temp, strings.TrimSpace(string(mirror)))
+		cmd := exec.Command("mmdebstrap", "--quiet", "--variant=minbase", "--include="+debianPackages, suite, temp,
+			strings.TrimSpace(string(mirror)))
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("make a root of %s: %w\n%s", suite, err, out)
 		}

@@ -153,7 +153,8 @@ func giveContainerd(r *root) {
 		r.give(path, "/usr/local/bin/"+name)
 	}
 	module := strings.TrimSpace(r.host("go", "list", "-m", "-f", "{{.Dir}}", "github.com/containerd/containerd/v2"))
-	r.host("install", "-D", "-m", "0644", filepath.Join(module, "containerd.service"), filepath.Join(r.dir, "etc/systemd/system/containerd.service"))
+	r.host("install", "-D", "-m", "0644", filepath.Join(module, "containerd.service"),
+		filepath.Join(r.dir, "etc/systemd/system/containerd.service"))
 	r.sh("mkdir -p /etc/containerd && containerd config default >/etc/containerd/config.toml")
 }
 
@@ -162,7 +163,10 @@ func giveSource(r *root) {
 	r.Helper()
 	r.host("sh", "-c", `git -C ../.. ls-files -z --cached --others --exclude-standard | tar -C ../.. --null --files-from - --create | tar -x -C "$0"`,
 		filepath.Join(r.dir, "root"))
-	for variable, to := range map[string]string{"GOROOT": "usr/local/go", "GOMODCACHE": "root/go/pkg/mod", "GOCACHE": "root/.cache/go-build"} {
+	for variable, to := range map[string]string{
+		"GOROOT": "usr/local/go", "GOMODCACHE": "root/go/pkg/mod",
+		"GOCACHE": "root/.cache/go-build",
+	} {
 		from := strings.TrimSpace(r.host("go", "env", variable))
 		r.host("mkdir", "-p", filepath.Join(r.dir, to))
 		r.host("mount", "--bind", from, filepath.Join(r.dir, to))

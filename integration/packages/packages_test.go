@@ -61,7 +61,8 @@ func TestDebian(t *testing.T) {
 				t.Errorf("systemd-analyze verify: %s", out)
 			}
 			r.sh("echo '# mine' >>/etc/daxfs-snapshotter/config.toml; dpkg --install /root/new.deb")
-			if out := r.sh("daxfs --version; tail -n 1 /etc/daxfs-snapshotter/config.toml"); !strings.Contains(out, newVersion) ||
+			if out := r.sh("daxfs --version; tail -n 1 /etc/daxfs-snapshotter/config.toml"); !strings.Contains(out,
+				newVersion) ||
 				!strings.HasSuffix(out, "\n# mine\n") {
 				t.Errorf("after the upgrade there is %q", out)
 			}
@@ -71,7 +72,8 @@ func TestDebian(t *testing.T) {
 			}
 			r.sh("dpkg --purge daxfs-snapshotter")
 			want := []string{
-				"/var/lib/daxfs-snapshotter drwxr-xr-x root:root", "/var/lib/daxfs-snapshotter/pool drwxr-xr-x root:root",
+				"/var/lib/daxfs-snapshotter drwxr-xr-x root:root",
+				"/var/lib/daxfs-snapshotter/pool drwxr-xr-x root:root",
 				"/var/lib/daxfs-snapshotter/pool/live -rw-r--r-- root:root",
 			}
 			after := r.sh(everything)
@@ -114,13 +116,18 @@ func TestRPM(t *testing.T) {
 	}
 	r.sh("echo '# mine' >>/etc/daxfs-snapshotter/config.toml")
 	rpm("--upgrade", upgrade)
-	if out := r.sh("daxfs --version; tail -n 1 /etc/daxfs-snapshotter/config.toml"); !strings.Contains(out, newVersion) || !strings.HasSuffix(out, "\n# mine\n") {
+	if out := r.sh("daxfs --version; tail -n 1 /etc/daxfs-snapshotter/config.toml"); !strings.Contains(out,
+		newVersion) || !strings.HasSuffix(out, "\n# mine\n") {
 		t.Errorf("after the upgrade there is %q", out)
 	}
 	rpm("--erase", "daxfs-snapshotter")
 	// rpm saves what was changed. Directories of zsh and the like are those of other packages, where RPM is at home.
-	left := slices.DeleteFunc(difference(r.sh(everything), before), func(line string) bool { return !strings.Contains(line, "daxfs") })
-	if want := []string{"/etc/daxfs-snapshotter drwxr-xr-x root:root", "/etc/daxfs-snapshotter/config.toml.rpmsave -rw-r--r-- root:root"}; !slices.Equal(left, want) {
+	left := slices.DeleteFunc(difference(r.sh(everything), before),
+		func(line string) bool { return !strings.Contains(line, "daxfs") })
+	if want := []string{
+		"/etc/daxfs-snapshotter drwxr-xr-x root:root",
+		"/etc/daxfs-snapshotter/config.toml.rpmsave -rw-r--r-- root:root",
+	}; !slices.Equal(left, want) {
 		t.Errorf("after rpm --erase there is left:\n%s", strings.Join(left, "\n"))
 	}
 }

@@ -55,7 +55,8 @@ func newRoot(t *testing.T, suite string) *root {
 		t.Fatal(err)
 	}
 	r.host("touch", filepath.Join(dir, marker))
-	r.host("tar", "--extract", "--file", rootFile(cache, suite), "--directory", dir, "--numeric-owner", "--xattrs", "--xattrs-include=*")
+	r.host("tar", "--extract", "--file", rootFile(cache, suite), "--directory", dir, "--numeric-owner", "--xattrs",
+		"--xattrs-include=*")
 	return r
 }
 
@@ -73,12 +74,17 @@ func (r *root) host(name string, args ...string) string {
 func (r *root) try(script string) (string, error) {
 	argv := []string{"chroot", r.dir}
 	if r.pid != 0 {
-		argv = []string{"nsenter", "--target", fmt.Sprint(r.pid), "--mount", "--pid", "--ipc", "--uts", "--cgroup", "--root", "--wd"}
+		argv = []string{
+			"nsenter", "--target", fmt.Sprint(r.pid), "--mount", "--pid", "--ipc", "--uts", "--cgroup",
+			"--root", "--wd",
+		}
 	}
 	// While the system starts, its PID 1 stands in this machine's root.
 	script = "test -e /" + marker + " || { echo the system has not started; exit 99; }\n" + script
-	cmd := exec.Command(argv[0], append(argv[1:], "/usr/bin/env", "-i", "HOME=/root", "LANG=C.UTF-8", "DEBIAN_FRONTEND=noninteractive",
-		"PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "/bin/bash", "-e", "-c", script)...)
+	cmd := exec.Command(argv[0],
+		append(argv[1:], "/usr/bin/env", "-i", "HOME=/root", "LANG=C.UTF-8", "DEBIAN_FRONTEND=noninteractive",
+			"PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "/bin/bash", "-e",
+			"-c", script)...)
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &out
 	// What a script leaves in the background does not keep it.
@@ -129,7 +135,10 @@ func (r *root) start(systemd bool) {
 	r.Helper()
 	init := []string{"/bin/bash", "-c", "trap : CHLD; while :; do sleep 1000 & wait $!; done"}
 	if systemd {
-		init = []string{"/lib/systemd/systemd", "--unit=multi-user.target", "--show-status=no", "--log-target=console", "--log-level=warning"}
+		init = []string{
+			"/lib/systemd/systemd", "--unit=multi-user.target", "--show-status=no", "--log-target=console",
+			"--log-level=warning",
+		}
 	}
 	group := r.cgroup()
 	f, err := os.Open(group)

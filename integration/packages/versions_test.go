@@ -22,7 +22,10 @@ type version struct {
 
 // versions are the newest releases of each line that operations.md names, but for that of the other tests.
 var versions = []version{
-	{"github.com/containerd/containerd", "v1.7.35", "sed 's/^version = 3/version = 2/' /usr/share/daxfs/containerd/v3.toml"},
+	{
+		"github.com/containerd/containerd", "v1.7.35",
+		"sed 's/^version = 3/version = 2/' /usr/share/daxfs/containerd/v3.toml",
+	},
 	{"github.com/containerd/containerd/v2", "v2.0.14", "cat /usr/share/daxfs/containerd/v3.toml"},
 	{"github.com/containerd/containerd/v2", "v2.1.9", "cat /usr/share/daxfs/containerd/v3.toml"},
 	{"github.com/containerd/containerd/v2", "v2.3.7", "cat /usr/share/daxfs/containerd/v3.toml"},
@@ -64,14 +67,16 @@ func (v version) build(to string) (err error) {
 	if err := json.Unmarshal(out, &module); err != nil {
 		return err
 	}
-	if out, err := exec.Command("sh", "-e", "-c", `cp -r "$0/." "$1"; chmod -R u+w "$1"`, module.Dir, tree).CombinedOutput(); err != nil {
+	if out, err := exec.Command("sh", "-e", "-c", `cp -r "$0/." "$1"; chmod -R u+w "$1"`, module.Dir,
+		tree).CombinedOutput(); err != nil {
 		return fmt.Errorf("copy %s: %w\n%s", module.Dir, err, out)
 	}
 	temp := to + ".new"
 	if err := os.MkdirAll(temp, 0o755); err != nil {
 		return err
 	}
-	build := exec.Command("go", "build", "-mod=mod", "-ldflags", "-s -w -X "+v.module+"/version.Version="+v.number, "-o", temp+"/",
+	build := exec.Command("go", "build", "-mod=mod", "-ldflags",
+		"-s -w -X "+v.module+"/version.Version="+v.number, "-o", temp+"/",
 		"./cmd/containerd", "./cmd/containerd-shim-runc-v2", "./cmd/ctr")
 	build.Dir = tree
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GOWORK=off")
@@ -116,9 +121,11 @@ func TestVersions(t *testing.T) {
 				}
 				r.sh("ctr image rm --sync " + ref)
 			}
-			r.sh("ctr image pull --plain-http --local=false --snapshotter daxfs " + ref + "; ctr run --detach --snapshotter daxfs " + ref + " stays sleep 1000000")
+			r.sh("ctr image pull --plain-http --local=false --snapshotter daxfs " + ref +
+				"; ctr run --detach --snapshotter daxfs " + ref + " stays sleep 1000000")
 			r.sh(stop("daxfs-snapshotter") + startDaemon + stop("containerd") + startContainerd)
-			if out := r.sh("ctr task exec --exec-id e stays cat /etc/hostname; ctr run --rm --snapshotter daxfs " + ref + " c echo hello"); out != "tiny\nhello\n" {
+			if out := r.sh("ctr task exec --exec-id e stays cat /etc/hostname; ctr run --rm --snapshotter daxfs " +
+				ref + " c echo hello"); out != "tiny\nhello\n" {
 				t.Errorf("after the restart the containers printed %q", out)
 			}
 			if out := r.sh("daxfs doctor || true"); !strings.Contains(out, "daxfs") {
@@ -127,7 +134,8 @@ func TestVersions(t *testing.T) {
 				t.Log(out)
 			}
 			r.sh("ctr task rm --force stays; ctr container rm stays; ctr image rm --sync " + ref)
-			if out := r.sh("ctr snapshot --snapshotter daxfs ls; mount"); strings.Contains(out, "sha256:") || strings.Contains(out, "/images/") {
+			if out := r.sh("ctr snapshot --snapshotter daxfs ls; mount"); strings.Contains(out, "sha256:") ||
+				strings.Contains(out, "/images/") {
 				t.Errorf("after all was removed there is left:\n%s", out)
 			}
 		})

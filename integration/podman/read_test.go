@@ -66,7 +66,8 @@ func entries() []entry {
 		{Header: tar.Header{Name: "latin-\xfc", Mode: 0o644, Format: tar.FormatGNU}, body: text(10)},
 		{Header: tar.Header{Name: long + "file", Mode: 0o644}, body: text(100)},
 		{Header: tar.Header{
-			Name: "xattr", Mode: 0o755, PAXRecords: map[string]string{"SCHILY.xattr.user.a": "b"}, Format: tar.FormatPAX,
+			Name: "xattr", Mode: 0o755, PAXRecords: map[string]string{"SCHILY.xattr.user.a": "b"},
+			Format: tar.FormatPAX,
 		}, body: text(1000)},
 		{Header: tar.Header{Typeflag: tar.TypeLink, Name: "hard", Linkname: "large"}},
 		{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: "soft", Linkname: "large"}},
@@ -75,7 +76,8 @@ func entries() []entry {
 		{Header: tar.Header{Name: "dir/.wh.gone"}},
 	}
 	for i := range 300 {
-		all = append(all, entry{tar.Header{Name: fmt.Sprintf("dir/file-%d", i), Mode: 0o644}, text(1 + rng.IntN(20_000))})
+		all = append(all,
+			entry{tar.Header{Name: fmt.Sprintf("dir/file-%d", i), Mode: 0o644}, text(1 + rng.IntN(20_000))})
 	}
 	return append(all, entry{tar.Header{Name: "again", Mode: 0o644}, all[len(all)-1].body})
 }

@@ -153,7 +153,8 @@ func TestWrite(t *testing.T) {
 		fetched := partial(t, s, fmt.Sprint("partial", n), stored.Bytes(), e)
 		t.Logf("version %d: %d bytes of %d were fetched", n+1, fetched, stored.Len())
 		if n == 1 && fetched > 350_000 {
-			t.Errorf("%d bytes of %d were fetched, expected those of the new file and the tables", fetched, stored.Len())
+			t.Errorf("%d bytes of %d were fetched, expected those of the new file and the tables",
+				fetched, stored.Len())
 		}
 		id := fmt.Sprint("full", n)
 		l, _, err := s.PutLayer(id, "", nil, "", false, nil, bytes.NewReader(stored.Bytes()))
@@ -161,7 +162,8 @@ func TestWrite(t *testing.T) {
 			t.Fatal(err)
 		}
 		if l.UncompressedDigest != e.DiffID || tarOf(t, s, id) != e.DiffID {
-			t.Errorf("pulled in full: diff ID %s, makes %s of it, expected %s", l.UncompressedDigest, tarOf(t, s, id), e.DiffID)
+			t.Errorf("pulled in full: diff ID %s, makes %s of it, expected %s", l.UncompressedDigest,
+				tarOf(t, s, id), e.DiffID)
 		}
 	}
 }

@@ -24,7 +24,8 @@ func (r *Running) Command(ctx context.Context, script string) (string, error) {
 	r.count++
 	file := func(kind string) string { return filepath.Join(r.Share(), fmt.Sprint(kind, r.count)) }
 	command := file(task.CommandFile)
-	if err := errors.Join(os.WriteFile(command+".new", []byte(script), 0o644), os.Rename(command+".new", command)); err != nil {
+	if err := errors.Join(os.WriteFile(command+".new", []byte(script), 0o644),
+		os.Rename(command+".new", command)); err != nil {
 		return "", err
 	}
 	for {
@@ -32,7 +33,9 @@ func (r *Running) Command(ctx context.Context, script string) (string, error) {
 		if errors.Is(err, os.ErrNotExist) {
 			select {
 			case <-r.done:
-				return "", r.explain(fmt.Errorf("the guest ended while it ran %q: %w", script, errors.Join(r.err, errors.New("no status"))))
+				return "",
+					r.explain(fmt.Errorf("the guest ended while it ran %q: %w", script,
+						errors.Join(r.err, errors.New("no status"))))
 			case <-ctx.Done():
 				return "", r.explain(fmt.Errorf("while the guest ran %q: %w", script, ctx.Err()))
 			case <-time.After(5 * time.Millisecond):
@@ -47,7 +50,9 @@ func (r *Running) Command(ctx context.Context, script string) (string, error) {
 			return "", err
 		}
 		if n, err := strconv.Atoi(string(status)); err != nil || n != 0 {
-			return string(out), fmt.Errorf("the guest's shell ended with status %s:\n%s\n%s", status, script, strings.TrimSpace(string(out)))
+			return string(out),
+				fmt.Errorf("the guest's shell ended with status %s:\n%s\n%s", status, script,
+					strings.TrimSpace(string(out)))
 		}
 		return string(out), nil
 	}

@@ -30,10 +30,14 @@ func TestSharedPages(t *testing.T) {
 	for _, via := range []Via{VirtioPmem, Memmap} {
 		t.Run(string(via), func(t *testing.T) {
 			onEach(t, func(t *testing.T, k Kernel) {
-				pool := poolOf(t, 128<<20, map[string][][]testimage.Entry{"one": {programs, own(1)}, "two": {own(2), programs}})
+				pool := poolOf(t, 128<<20,
+					map[string][][]testimage.Entry{"one": {programs, own(1)}, "two": {own(2), programs}})
 				r := boot(t, Machine{
 					Kernel: k, Memory: pool.path, Via: via,
-					Task: task.Task{Name: "share", Images: []string{"one", "two"}, Late: []string{"late"}, Program: waiting, File: bash},
+					Task: task.Task{
+						Name: "share", Images: []string{"one", "two"}, Late: []string{"late"},
+						Program: waiting, File: bash,
+					},
 				})
 				if err := r.AwaitReady(); err != nil {
 					t.Fatal(err)
@@ -83,13 +87,15 @@ func checkShared(t *testing.T, a task.Answer, images int) {
 		again := 0
 		for _, p := range pages {
 			if p.Frame < a.Memory[0] || p.Frame >= a.Memory[1] {
-				t.Fatalf("process %d: page %d of %q is frame %#x, want one of the shared memory, %#x", i, p.Off/4096, p.File, p.Frame, a.Memory)
+				t.Fatalf("process %d: page %d of %q is frame %#x, want one of the shared memory, %#x", i, p.Off/4096,
+					p.File, p.Frame, a.Memory)
 			}
 			switch frame, ok := first[where{p.File, p.Off}]; {
 			case !ok:
 				first[where{p.File, p.Off}] = p.Frame
 			case frame != p.Frame:
-				t.Fatalf("process %d: page %d of %q is frame %#x, want %#x as in the processes before", i, p.Off/4096, p.File, p.Frame, frame)
+				t.Fatalf("process %d: page %d of %q is frame %#x, want %#x as in the processes before", i, p.Off/4096,
+					p.File, p.Frame, frame)
 			default:
 				again++
 			}
@@ -116,7 +122,8 @@ func TestTree(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := listing.Diff(withoutRoot(unpacked(t, listing.Options{}, entries)), withoutRoot(answer.Trees[0])); err != nil {
+		if err := listing.Diff(withoutRoot(unpacked(t, listing.Options{}, entries)),
+			withoutRoot(answer.Trees[0])); err != nil {
 			t.Error(err)
 		}
 	})

@@ -80,13 +80,23 @@ func TestKernelModule(t *testing.T) {
 		memory func(*testing.T) (path string, image int64)
 		want   [][]string
 	}{
-		{"windows of a pool in reserved memory", Reserved, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers).path, 0 }, want},
 		{
-			"windows of a pool in persistent memory", Memmap, keys, func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers).path, 0 },
+			"windows of a pool in reserved memory", Reserved, keys,
+			func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers).path, 0 }, want,
+		},
+		{
+			"windows of a pool in persistent memory", Memmap, keys,
+			func(t *testing.T) (string, int64) { return poolOf(t, 128<<20, layers).path, 0 },
 			slices.Concat(want, wantAll),
 		},
-		{"image file", Reserved, nil, func(t *testing.T) (string, int64) { return imageFile(t, images["special"]) }, want[:1]},
-		{"odd image file", Reserved, nil, func(t *testing.T) (string, int64) { return imageFile(t, images["odd"]) }, want[1:]},
+		{
+			"image file", Reserved, nil,
+			func(t *testing.T) (string, int64) { return imageFile(t, images["special"]) }, want[:1],
+		},
+		{
+			"odd image file", Reserved, nil,
+			func(t *testing.T) (string, int64) { return imageFile(t, images["odd"]) }, want[1:],
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			memory, image := c.memory(t)
@@ -123,7 +133,8 @@ func TestKernelModule(t *testing.T) {
 				}
 			}
 			if n := 2 * max(len(c.images), 1); len(answer.Output) != n {
-				t.Errorf("programs ran %d times, want %d: once from each mount and once from an overlay over it", len(answer.Output), n)
+				t.Errorf("programs ran %d times, want %d: once from each mount and once from an overlay over it",
+					len(answer.Output), n)
 			}
 		})
 	}
@@ -141,7 +152,10 @@ func TestKernelModuleDMABuf(t *testing.T) {
 	files["image"] = body
 	answer, err := boot(t, Machine{
 		Kernel: k, Memory: image, Via: Reserved, Files: files, RAM: ramMiB, Modules: []string{"vgem"},
-		Task: task.Task{Name: "dmabuf", Module: "/daxfs.ko", ImageSize: size, Program: []string{"/bin/busybox", "cat", "/etc/hostname"}},
+		Task: task.Task{
+			Name: "dmabuf", Module: "/daxfs.ko", ImageSize: size,
+			Program: []string{"/bin/busybox", "cat", "/etc/hostname"},
+		},
 	}).Wait()
 	if err != nil {
 		t.Fatal(err)
@@ -174,7 +188,8 @@ func TestKernelModuleMemory(t *testing.T) {
 	answer, err := boot(t, Machine{
 		Kernel: k, Memory: memory, Via: Reserved, Files: files, RAM: ramMiB,
 		Task: task.Task{
-			Name: "share", Module: "/daxfs.ko", Phys: behind, Size: info.Size(), Images: []string{"one"}, Program: waiting,
+			Name: "share", Module: "/daxfs.ko", Phys: behind, Size: info.Size(), Images: []string{"one"},
+			Program: waiting,
 		},
 	}).Wait()
 	if err != nil {
@@ -183,7 +198,8 @@ func TestKernelModuleMemory(t *testing.T) {
 	t.Logf("kernel %s, mount %q, private clean pages of the processes %v KiB, page cache +%d KiB for %d bytes read",
 		answer.Kernel, answer.Options, answer.Clean, answer.Cached, answer.Read)
 	if answer.Read[0] < 90<<20 || answer.Cached[0] >= 1024 {
-		t.Errorf("page cache grew by %d KiB while %d bytes were read, want less than 1024 KiB for 90 MiB or more", answer.Cached, answer.Read)
+		t.Errorf("page cache grew by %d KiB while %d bytes were read, want less than 1024 KiB for 90 MiB or more",
+			answer.Cached, answer.Read)
 	}
 	for i, kib := range answer.Clean {
 		if kib == 0 {

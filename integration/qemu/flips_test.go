@@ -72,7 +72,8 @@ func flipBelow(t *testing.T, k Kernel, rounds int, seed uint64) {
 	t.Logf("kernel %s, seed %d: %d flips of contents found, %d files verified, %d flips of metadata, %d of them in bytes that nothing reads",
 		a.Kernel, seed, a.Flips, a.Verified, a.MetaFlips, a.Silent)
 	if a.Flips != rounds || a.MetaFlips != rounds || a.Silent > rounds/2 {
-		t.Errorf("%d flips of contents and %d of metadata, %d of those silent, expected %d of each", a.Flips, a.MetaFlips, a.Silent, rounds)
+		t.Errorf("%d flips of contents and %d of metadata, %d of those silent, expected %d of each", a.Flips,
+			a.MetaFlips, a.Silent, rounds)
 	}
 }
 

@@ -50,7 +50,8 @@ func handMachine(t *testing.T, m Machine) Machine {
 		}
 	}
 	program := filepath.Join(t.TempDir(), "daxfs")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "github.com/daxfs/daxfs-snapshotter/cmd/daxfs")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program,
+		"github.com/daxfs/daxfs-snapshotter/cmd/daxfs")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
@@ -94,7 +95,8 @@ func (h hand) do(t *testing.T) {
 	out := answer.Output[0]
 	t.Log(out)
 	for _, want := range []string{
-		"hello\ntwo\nran\n", "/mnt/one " + h.kind + " ro,nosuid,nodev", "/mnt/two " + h.kind + " ro,nosuid,nodev", "the end\n",
+		"hello\ntwo\nran\n", "/mnt/one " + h.kind + " ro,nosuid,nodev",
+		"/mnt/two " + h.kind + " ro,nosuid,nodev", "the end\n",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the output lacks %q", want)
@@ -155,7 +157,8 @@ func TestByHandReadOnly(t *testing.T) {
 	}
 	out := answer.Output[0]
 	t.Log(out)
-	if !strings.Contains(out, "does not keep what is written at 4096: read-only memory; a virtual machine may have it read-only") {
+	if !strings.Contains(out,
+		"does not keep what is written at 4096: read-only memory; a virtual machine may have it read-only") {
 		t.Error("the output does not say that the memory is read-only")
 	}
 	left, err := os.ReadFile(m.Memory)

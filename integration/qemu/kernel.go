@@ -72,7 +72,8 @@ func (k Kernel) order(names ...string) ([]string, error) {
 		return nil, err
 	}
 	builtin := map[string]bool{}
-	if err := eachLine(filepath.Join(k.modules, "modules.builtin"), func(line string) { builtin[moduleName(line)] = true }); err != nil {
+	if err := eachLine(filepath.Join(k.modules, "modules.builtin"),
+		func(line string) { builtin[moduleName(line)] = true }); err != nil {
 		return nil, err
 	}
 	var list []string

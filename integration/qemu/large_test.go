@@ -17,7 +17,10 @@ func TestLargeFile(t *testing.T) {
 	pool := poolOf(t, 128<<20, map[string][][]testimage.Entry{
 		// Small files beside it, so that nothing is aligned by chance.
 		"serve": {{testimage.File("bin/serve", 0o755, testimage.Noise(1, 5000))}, {weights}},
-		"tune":  {{weights, testimage.File("models/config.json", 0o644, testimage.Noise(2, 300)), testimage.File("bin/tune", 0o755, testimage.Noise(3, 70_000))}},
+		"tune": {{
+			weights, testimage.File("models/config.json", 0o644, testimage.Noise(2, 300)),
+			testimage.File("bin/tune", 0o755, testimage.Noise(3, 70_000)),
+		}},
 	})
 	onEach(t, func(t *testing.T, k Kernel) {
 		answer, err := boot(t, Machine{
@@ -31,7 +34,8 @@ func TestLargeFile(t *testing.T) {
 		const perHuge = 2 << 20 >> 12
 		for i, frames := range answer.Frames {
 			if len(frames) != size>>12 || frames[0]%perHuge != 0 {
-				t.Errorf("image %d: %d pages from frame %#x on, want %d from a multiple of %#x on", i, len(frames), frames[0], size>>12, perHuge)
+				t.Errorf("image %d: %d pages from frame %#x on, want %d from a multiple of %#x on", i, len(frames),
+					frames[0], size>>12, perHuge)
 			}
 			for n, frame := range frames {
 				if frame != frames[0]+uint64(n) {
@@ -40,7 +44,8 @@ func TestLargeFile(t *testing.T) {
 			}
 			// Some faults are of the Go runtime's own memory.
 			if f := answer.Faults[i]; f < size>>21 || f > 2*size>>21 {
-				t.Errorf("image %d: %d page faults, want about %d, one for each huge page (with small pages: %d)", i, f, size>>21, size>>12)
+				t.Errorf("image %d: %d page faults, want about %d, one for each huge page (with small pages: %d)", i, f,
+					size>>21, size>>12)
 			}
 		}
 		if len(answer.Frames) != 2 || !slices.Equal(answer.Frames[0], answer.Frames[1]) {

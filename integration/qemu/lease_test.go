@@ -23,7 +23,8 @@ func TestLeases(t *testing.T) {
 	}{
 		"block device": {Machine{Via: VirtioPmem, Task: task.Task{Lease: "/dev/pmem0"}}, 0},
 		"DAX device": {Machine{
-			Via: Memmap, Modules: []string{"dax_pmem", "device_dax"}, Task: task.Task{Lease: "/dev/dax0.0", DevDAX: true},
+			Via: Memmap, Modules: []string{"dax_pmem", "device_dax"},
+			Task: task.Task{Lease: "/dev/dax0.0", DevDAX: true},
 		}, 2 << 20}, // behind the description of the device
 		"physical range": {Machine{
 			Via: Reserved, Task: task.Task{Phys: behind, Lease: fmt.Sprintf("%#x+%d", behind+2<<20, 1<<20)},

@@ -95,7 +95,8 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 		return nil, fmt.Errorf("shared memory of the guest: %w", err)
 	}
 	if info.Size()%(2<<20) != 0 {
-		return nil, fmt.Errorf("shared memory of the guest: %q has %d bytes, want a multiple of 2 MiB", m.Memory, info.Size())
+		return nil,
+			fmt.Errorf("shared memory of the guest: %q has %d bytes, want a multiple of 2 MiB", m.Memory, info.Size())
 	}
 	share := filepath.Join(dir, "share")
 	if err := os.Mkdir(share, 0o755); err != nil {
@@ -123,7 +124,8 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 	}
 	args := append([]string{
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", strconv.Itoa(cmp.Or(m.CPUs, 2)),
-		"-nographic", "-no-reboot", "-nodefaults", "-serial", "file:" + filepath.Join(dir, "console"), "-monitor", "none",
+		"-nographic", "-no-reboot", "-nodefaults", "-serial", "file:" + filepath.Join(dir, "console"),
+		"-monitor", "none",
 		"-kernel", m.Kernel.Image, "-initrd", initramfs, "-append", params + extra,
 		"-virtfs", "local,path=" + share + ",mount_tag=host,security_model=none,multidevs=remap",
 	}, memory...)

@@ -32,10 +32,12 @@ func BuildClientSuite(cache string) error {
 	if err != nil {
 		return err
 	}
-	if err := run(goCommand(module, "test", "-c", "-ldflags", "-s -w", "-o", filepath.Join(dir, "client.test"), "./integration/client")); err != nil {
+	if err := run(goCommand(module, "test", "-c", "-ldflags", "-s -w", "-o", filepath.Join(dir, "client.test"),
+		"./integration/client")); err != nil {
 		return err
 	}
-	if err := os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS(filepath.Join(module, "integration/client/testdata"))); err != nil {
+	if err := os.CopyFS(filepath.Join(dir, "testdata"),
+		os.DirFS(filepath.Join(module, "integration/client/testdata"))); err != nil {
 		return fmt.Errorf("copy the data of containerd's client tests: %w", err)
 	}
 	return os.WriteFile(stamp, []byte(containerdVersion), 0o644)
@@ -57,7 +59,8 @@ func (s *Stack) ClientSuite(args ...string) (*exec.Cmd, error) {
 		return nil, err
 	}
 	dir := filepath.Join(s.tools.cache, clientSuite)
-	cmd := exec.Command(filepath.Join(dir, "client.test"), append([]string{"-address", s.Run + "/containerd.sock"}, args...)...)
+	cmd := exec.Command(filepath.Join(dir, "client.test"),
+		append([]string{"-address", s.Run + "/containerd.sock"}, args...)...)
 	cmd.Dir = dir
 	cmd.Env = s.env(bin)
 	return cmd, nil

@@ -70,8 +70,9 @@ func (s *Stack) ContainerdConfig() string { return filepath.Join(s.Dir, "contain
 func (o Options) ContainerdConfig(dir, run, daemon, root string) ([]byte, error) {
 	var text bytes.Buffer
 	err := containerdTemplate.Execute(&text, map[string]any{
-		"Dir": dir, "Run": run, "Mode": o.Mode, "Unpacks": max(1, o.ParallelUnpacks), "More": o.Containerd, "Daemon": daemon,
-		"Root": root, "Kubernetes": o.Kubernetes,
+		"Dir": dir, "Run": run, "Mode": o.Mode, "Unpacks": max(1, o.ParallelUnpacks), "More": o.Containerd,
+		"Daemon": daemon,
+		"Root":   root, "Kubernetes": o.Kubernetes,
 	})
 	return text.Bytes(), err
 }
@@ -170,7 +171,8 @@ func (s *Stack) output(name string, args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s %s: %w\n%s%s", name, strings.Join(args, " "), err, stdout.String(), stderr.String())
+		return stdout.String(),
+			fmt.Errorf("%s %s: %w\n%s%s", name, strings.Join(args, " "), err, stdout.String(), stderr.String())
 	}
 	return stdout.String(), nil
 }

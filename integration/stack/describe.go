@@ -11,5 +11,6 @@ func Outermost() bool { return os.Getenv(stageEnv) == "" }
 
 // Versions says what the cache gets from elsewhere.
 func Versions() string {
-	return fmt.Sprintf("containerd %s with its shim and ctr, nerdctl %s, CNI plugins %s", containerdVersion, nerdctlVersion, cniVersion)
+	return fmt.Sprintf("containerd %s with its shim and ctr, nerdctl %s, CNI plugins %s", containerdVersion,
+		nerdctlVersion, cniVersion)
 }

@@ -69,9 +69,11 @@ func (s *Stack) StartDistribution(host string) (*Distribution, error) {
 		return nil, err
 	}
 	for path, text := range map[string]string{
-		dir + "/htpasswd":     DistributionUser + ":" + distributionHash + "\n",
-		dir + "/config.yml":   fmt.Sprintf(distributionConfig, dir, socket),
-		hosts + "/hosts.toml": fmt.Sprintf("server = \"https://%s\"\n[host.\"https://%[1]s\"]\n  ca = %q\n", host, dir+"/ca.crt"),
+		dir + "/htpasswd":   DistributionUser + ":" + distributionHash + "\n",
+		dir + "/config.yml": fmt.Sprintf(distributionConfig, dir, socket),
+		hosts +
+			"/hosts.toml": fmt.Sprintf("server = \"https://%s\"\n[host.\"https://%[1]s\"]\n  ca = %q\n",
+			host, dir+"/ca.crt"),
 	} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			return nil, err
@@ -123,7 +125,8 @@ func (d *Distribution) Push(repository, tag string, img v1.Image) (string, error
 	if err != nil {
 		return "", err
 	}
-	err = remote.Write(ref, img, remote.WithAuth(&authn.Basic{Username: DistributionUser, Password: DistributionPassword}),
+	err = remote.Write(ref, img,
+		remote.WithAuth(&authn.Basic{Username: DistributionUser, Password: DistributionPassword}),
 		remote.WithTransport(&http.Transport{TLSClientConfig: &tls.Config{RootCAs: d.roots}}))
 	if err != nil {
 		return "", fmt.Errorf("push %q: %w", ref, err)
@@ -134,8 +137,10 @@ func (d *Distribution) Push(repository, tag string, img v1.Image) (string, error
 // certify makes an authority and a certificate of it for a server, in dir: ca.crt, server.crt and server.key.
 func certify(dir, server string) (*x509.CertPool, error) {
 	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority of a test"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour), KeyUsage: x509.KeyUsageCertSign,
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority of a test"}, IsCA: true,
+		BasicConstraintsValid: true,
+		NotBefore:             time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		KeyUsage: x509.KeyUsageCertSign,
 	}
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

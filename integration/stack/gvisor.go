@@ -20,7 +20,8 @@ func BuildGVisor(cache string) error {
 	if err != nil {
 		return err
 	}
-	walk := goCommand(filepath.Join(root, "integration/gvisor/walk"), "build", "-o", filepath.Join(bin, "gvisor-walk"), ".")
+	walk := goCommand(filepath.Join(root, "integration/gvisor/walk"), "build", "-o",
+		filepath.Join(bin, "gvisor-walk"), ".")
 	return errors.Join(run(walk), program{gvisorModule, gvisorVersion, "runsc"}.install(bin), buildGVisorShim(bin))
 }
 
@@ -52,7 +53,8 @@ func buildGVisorShim(bin string) (err error) {
 	if err := os.WriteFile(manager, bytes.Replace(source, protected, killable, 1), 0o644); err != nil {
 		return err
 	}
-	build := goCommand(tree, "build", "-ldflags", "-s -w", "-o", filepath.Join(bin, "containerd-shim-runsc-v1"), "./shim")
+	build := goCommand(tree, "build", "-ldflags", "-s -w", "-o",
+		filepath.Join(bin, "containerd-shim-runsc-v1"), "./shim")
 	if err := run(build); err != nil {
 		return err
 	}

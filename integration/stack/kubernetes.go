@@ -47,7 +47,8 @@ func BuildKubernetes(cache string) error {
 		return err
 	}
 	bin := filepath.Join(cache, "bin") + string(filepath.Separator)
-	return run(goCommand(filepath.Join(root, "integration/kubernetes/programs"), "build", "-p", "2", "-ldflags", "-s -w", "-o", bin,
+	return run(goCommand(filepath.Join(root, "integration/kubernetes/programs"), "build", "-p", "2", "-ldflags",
+		"-s -w", "-o", bin,
 		"./etcd", "k8s.io/kubernetes/cmd/kube-apiserver", "k8s.io/kubernetes/cmd/kubelet"))
 }
 
@@ -56,5 +57,6 @@ func RuncDir(cache string) string { return filepath.Join(cache, "runc") }
 
 // BuildRunc makes the program of RuncDir. For Main.
 func BuildRunc(cache string) error {
-	return program{runcModule, runcVersion, ""}.install(RuncDir(cache), "CGO_ENABLED=1", "GOFLAGS=-buildvcs=false -tags=seccomp")
+	return program{runcModule, runcVersion, ""}.install(RuncDir(cache), "CGO_ENABLED=1",
+		"GOFLAGS=-buildvcs=false -tags=seccomp")
 }

@@ -43,7 +43,8 @@ func takeFootprint() (footprint, error) {
 // Mounts lists the mount points below the directories of the stack, as the kernel has them.
 func (s *Stack) Mounts() ([]string, error) {
 	infos, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		return !within(m.Mountpoint, s.Dir) && !within(m.Mountpoint, s.Run) && !within(m.Mountpoint, "/run/containerd"), false
+		return !within(m.Mountpoint, s.Dir) && !within(m.Mountpoint, s.Run) &&
+			!within(m.Mountpoint, "/run/containerd"), false
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read the mounts: %w", err)

@@ -29,7 +29,8 @@ func (s *Stack) StartPeer() error {
 	}
 	argv := append(s.options.Peer[:len(s.options.Peer):len(s.options.Peer)], PeerSocket, s.PeerRoot())
 	var err error
-	if s.peer, err = startProcess(filepath.Base(argv[0]), filepath.Join(s.Dir, "peer.log"), s.env(), argv...); err != nil {
+	if s.peer, err = startProcess(filepath.Base(argv[0]), filepath.Join(s.Dir, "peer.log"), s.env(),
+		argv...); err != nil {
 		return err
 	}
 	return s.peer.await(func() error {

@@ -59,7 +59,8 @@ func (p *process) await(ready func() error) error {
 		case <-p.done:
 			return fmt.Errorf("%s ended before it was ready (%v); its log ends with:\n%s", p.name, p.err, tail(p.log))
 		case <-ctx.Done():
-			return fmt.Errorf("%s is not ready after %v: %w; its log ends with:\n%s", p.name, readyTimeout, err, tail(p.log))
+			return fmt.Errorf("%s is not ready after %v: %w; its log ends with:\n%s", p.name, readyTimeout,
+				err, tail(p.log))
 		case <-time.After(20 * time.Millisecond):
 		}
 	}

@@ -110,7 +110,10 @@ func Start(o Options) (_ *Stack, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Stack{options: o, tools: tools{cache: cache, bin: filepath.Join(cache, "bin"), own: filepath.Join(cache, "own")}}
+	s := &Stack{
+		options: o,
+		tools:   tools{cache: cache, bin: filepath.Join(cache, "bin"), own: filepath.Join(cache, "own")},
+	}
 	if err := os.MkdirAll(filepath.Join(cache, "run"), 0o755); err != nil {
 		return nil, err
 	}
@@ -342,7 +345,8 @@ func killOwn() error {
 // Exec runs a command in a running container and returns what it printed.
 func (s *Stack) Exec(id string, args ...string) (string, error) {
 	s.execs++
-	return s.output("ctr", append([]string{"task", "exec", "--exec-id", fmt.Sprintf("exec-%d", s.execs), id}, args...)...)
+	return s.output("ctr",
+		append([]string{"task", "exec", "--exec-id", fmt.Sprintf("exec-%d", s.execs), id}, args...)...)
 }
 
 // Collect makes containerd forget what nothing refers to, and waits until it has.

@@ -147,7 +147,8 @@ func (p program) install(bin string, env ...string) error {
 // them for a test library that a few non-test files of the command import.
 func installNerdctl(bin string) error {
 	stamp := filepath.Join(bin, "nerdctl.version")
-	if have, err := os.ReadFile(stamp); err == nil && string(have) == nerdctlVersion && exists(filepath.Join(bin, "nerdctl")) {
+	if have, err := os.ReadFile(stamp); err == nil && string(have) == nerdctlVersion &&
+		exists(filepath.Join(bin, "nerdctl")) {
 		return nil
 	}
 	src, err := os.MkdirTemp("", "nerdctl-")
@@ -174,7 +175,8 @@ func installNerdctl(bin string) error {
 		return err
 	}
 	build := goCommand(tree, "build", "-mod=mod", "-ldflags",
-		"-s -w -X "+nerdctlModule+"/pkg/version.Version="+nerdctlVersion, "-o", filepath.Join(bin, "nerdctl"), "./cmd/nerdctl")
+		"-s -w -X "+nerdctlModule+"/pkg/version.Version="+nerdctlVersion, "-o", filepath.Join(bin, "nerdctl"),
+		"./cmd/nerdctl")
 	if err := run(build); err != nil {
 		return err
 	}
@@ -234,7 +236,8 @@ func buildOwn(bin string) error {
 		return err
 	}
 	// Git refuses to tell root about a clone that belongs to another user.
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", bin+string(filepath.Separator), "./cmd/...")
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o",
+		bin+string(filepath.Separator), "./cmd/...")
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	return run(cmd)

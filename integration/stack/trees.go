@@ -68,7 +68,8 @@ func (s *Stack) OverlayTree(name string) (lines []string, err error) {
 	defer os.Remove(dir)
 	// It prints the command that mounts the view. Nothing refers to the view, so containerd removes it; its mount is made of
 	// what the committed snapshots have.
-	command, err := s.output("ctr", "snapshot", "--snapshotter", "overlayfs", "view", "--target", dir, "view-"+filepath.Base(dir), name)
+	command, err := s.output("ctr", "snapshot", "--snapshotter", "overlayfs", "view", "--target", dir,
+		"view-"+filepath.Base(dir), name)
 	if err != nil {
 		return nil, err
 	}

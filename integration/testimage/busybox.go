@@ -90,10 +90,13 @@ func SpecialLayers() [][]Entry {
 		File("s/attrs", 0o644, []byte("a")).Xattr("user.one", "1").Xattr("user.empty", "").
 			Xattr("user.long", strings.Repeat("v", 300)).Xattr("user.binary", "\x00\xff\x00"),
 		Dir("s/attrdir", 0o755).Xattr("user.on.dir", "yes"),
-		File("s/link1", 0o644, []byte("three names")), Link("s/link2", "s/link1", 0o644), Link("s/sticky/link3", "s/link1", 0o644),
-		Symlink("s/relative", "sticky/link3"), Symlink("s/absolute", "/etc/passwd"), Symlink("s/dangling", "/no/such/file"),
+		File("s/link1", 0o644, []byte("three names")), Link("s/link2", "s/link1", 0o644),
+		Link("s/sticky/link3", "s/link1", 0o644),
+		Symlink("s/relative", "sticky/link3"), Symlink("s/absolute", "/etc/passwd"),
+		Symlink("s/dangling", "/no/such/file"),
 		Symlink("s/longlink", strings.Repeat("d/", 2000)+"end"),
-		device("s/char", '3', 1, 3), device("s/block", '4', 7, 200), device("s/bigdev", '3', 300, 70000), device("s/fifo", '6', 0, 0),
+		device("s/char", '3', 1, 3), device("s/block", '4', 7, 200), device("s/bigdev", '3', 300, 70000),
+		device("s/fifo", '6', 0, 0),
 		File("s/"+strings.Repeat("n", 255), 0o644, []byte("long name")),
 		File("s/name with space", 0o644, []byte("space")),
 		File("s/ünïcödé ✓", 0o644, []byte("unicode")),
@@ -119,7 +122,8 @@ func SpecialLayers() [][]Entry {
 		Dir("s/replaced", 0o755), File("s/replaced/in-dir", 0o644, []byte("x")),
 		File("s/was-file", 0o644, []byte("file")),
 		Dir("s/was-dir", 0o755), File("s/was-dir/x", 0o644, []byte("x")), File("s/removed", 0o644, []byte("gone")),
-		Dir("s/tree", 0o755), File("s/tree/a", 0o644, []byte("a")), Dir("s/tree/b", 0o755), File("s/tree/b/c", 0o644, []byte("c")),
+		Dir("s/tree", 0o755), File("s/tree/a", 0o644, []byte("a")), Dir("s/tree/b", 0o755),
+		File("s/tree/b/c", 0o644, []byte("c")),
 	)
 	// Directories that this layer changes have entries: without, containerd leaves the time of the unpacking.
 	upper := []Entry{
@@ -181,7 +185,8 @@ func SmallFiles(n int, seed uint64) []Entry {
 			entries = append(entries, Dir(dir, 0o755), Dir(dir+"/lib", 0o755))
 		}
 		size := 100 + int(mix(seed, uint64(i))%6000)
-		entries = append(entries, File(fmt.Sprintf("%s/lib/file-%d.js", dir, i), 0o644, Noise(mix(seed, uint64(i)), size)))
+		entries = append(entries,
+			File(fmt.Sprintf("%s/lib/file-%d.js", dir, i), 0o644, Noise(mix(seed, uint64(i)), size)))
 	}
 	return entries
 }

@@ -24,7 +24,9 @@ func Chunked(layers ...[]Entry) (v1.Image, error) {
 }
 
 // ChunkedBy makes such an image with another encoder, which turns the tar of a layer into its blob and annotations.
-func ChunkedBy(encode func(w io.Writer, raw io.Reader) (map[string]string, error), layers ...[]Entry) (v1.Image, error) {
+func ChunkedBy(encode func(w io.Writer, raw io.Reader) (map[string]string, error),
+	layers ...[]Entry,
+) (v1.Image, error) {
 	img, err := Image()
 	if err != nil {
 		return nil, err

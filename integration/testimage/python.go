@@ -107,7 +107,10 @@ func (l *fromHost) program(path string) error {
 
 // findLibrary looks where Debian and its kin keep libraries. The first directory is that of the architecture.
 func findLibrary(name string) (string, error) {
-	for _, pattern := range []string{"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/", "/lib/", "/usr/lib/"} {
+	for _, pattern := range []string{
+		"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/",
+		"/lib/", "/usr/lib/",
+	} {
 		found, err := filepath.Glob(pattern + name)
 		if err == nil && len(found) > 0 {
 			return found[0], nil
@@ -128,7 +131,8 @@ func (l *fromHost) file(path string) error {
 		return err
 	}
 	l.parents(path)
-	l.entries = append(l.entries, File(strings.TrimPrefix(path, "/"), int64(info.Mode().Perm()), body).At(info.ModTime()))
+	l.entries = append(l.entries,
+		File(strings.TrimPrefix(path, "/"), int64(info.Mode().Perm()), body).At(info.ModTime()))
 	return nil
 }
 

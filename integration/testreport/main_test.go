@@ -30,7 +30,10 @@ func TestAbsent(t *testing.T) { t.Skip("no such device") }
 	if code := run([]string{"./..."}, skips, &out, &errs); code != 0 {
 		t.Fatalf("exit status %d of passing tests: %s%s", code, out.String(), errs.String())
 	}
-	for _, want := range []string{"ok  \texample.test/m", "skipped tests: 1", "TestAbsent: m_test.go:4: no such device"} {
+	for _, want := range []string{
+		"ok  \texample.test/m", "skipped tests: 1",
+		"TestAbsent: m_test.go:4: no such device",
+	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in:\n%s", want, out.String())
 		}
@@ -53,7 +56,8 @@ func TestAbsent(t *testing.T) { t.Skip("no such device") }
 	write("bad_test.go", "package m\nfunc TestBad( {\n")
 	out.Reset()
 	errs.Reset()
-	if code := run([]string{"./..."}, skips, &out, &errs); code == 0 || !strings.Contains(out.String()+errs.String(), "bad_test.go:2") {
+	if code := run([]string{"./..."}, skips, &out, &errs); code == 0 ||
+		!strings.Contains(out.String()+errs.String(), "bad_test.go:2") {
 		t.Errorf("broken build: exit status %d, output:\n%s%s", code, out.String(), errs.String())
 	}
 }

@@ -26,7 +26,10 @@ type rule struct {
 }
 
 // above are the packages that wire the others.
-var above = []string{module + "/store", module + "/snapshotter", module + "/daemon", module + "/cmd", module + "/config"}
+var above = []string{
+	module + "/store", module + "/snapshotter", module + "/daemon", module + "/cmd",
+	module + "/config",
+}
 
 var rules = []rule{
 	{
@@ -35,9 +38,12 @@ var rules = []rule{
 		why:    "the image format is a library on the standard library and x/sys alone",
 	},
 	{
-		dir:    "converter",
-		forbid: []string{module + "/pool", module + "/mount", module + "/store", module + "/snapshotter", module + "/daemon", module + "/cmd", module + "/config"},
-		why:    "a conversion knows layers and images, not where they are mounted",
+		dir: "converter",
+		forbid: []string{
+			module + "/pool", module + "/mount", module + "/store", module + "/snapshotter",
+			module + "/daemon", module + "/cmd", module + "/config",
+		},
+		why: "a conversion knows layers and images, not where they are mounted",
 	},
 	{
 		dir:    "converter/layer",
@@ -60,9 +66,12 @@ var rules = []rule{
 		why:    "the store serves the daemon and the command line, and knows neither",
 	},
 	{
-		dir:    "snapshotter",
-		forbid: []string{module + "/store", module + "/pool", module + "/mount", module + "/daemon", module + "/cmd", module + "/config"},
-		why:    "the snapshotter asks for lowers, whoever has them",
+		dir: "snapshotter",
+		forbid: []string{
+			module + "/store", module + "/pool", module + "/mount", module + "/daemon", module + "/cmd",
+			module + "/config",
+		},
+		why: "the snapshotter asks for lowers, whoever has them",
 	},
 	{
 		dir:    "store",
@@ -72,7 +81,8 @@ var rules = []rule{
 	{
 		dir: "snapshotter",
 		forbid: []string{
-			module + "/store", module + "/pool", module + "/mount", module + "/daxfs", module + "/converter", module + "/daemon",
+			module + "/store", module + "/pool", module + "/mount", module + "/daxfs", module + "/converter",
+			module + "/daemon",
 			module + "/cmd", module + "/config",
 		},
 		why: "the snapshotter knows directories, mounts and the life of snapshots, and asks for lowers through an interface",
@@ -175,7 +185,8 @@ func TestWhiteoutName(t *testing.T) {
 			return err
 		}
 		rel, err := filepath.Rel(root, p)
-		if err != nil || below(path.Dir(filepath.ToSlash(rel)), "converter/layer") || strings.HasPrefix(rel, "internal/") ||
+		if err != nil || below(path.Dir(filepath.ToSlash(rel)), "converter/layer") ||
+			strings.HasPrefix(rel, "internal/") ||
 			strings.HasPrefix(rel, "integration/") {
 			return err
 		}

@@ -159,7 +159,8 @@ func (e *encoder) entry(h *tar.Header, contents []byte) error {
 	}
 	file.EndOffset = int64(e.blob.Len())
 	if len(chunks) > 1 {
-		file.ChunkSize, file.ChunkDigest, file.ChunkType = chunks[0].ChunkSize, chunks[0].ChunkDigest, chunks[0].ChunkType
+		file.ChunkSize, file.ChunkDigest, file.ChunkType = chunks[0].ChunkSize, chunks[0].ChunkDigest,
+			chunks[0].ChunkType
 	}
 	e.toc.Entries = append(append(e.toc.Entries, file), chunks[1:]...)
 	return e.line(SplitEntry{Type: 1, Name: h.Name, Size: h.Size, Payload: make([]byte, 8)})
@@ -189,7 +190,8 @@ func (e *encoder) finish() (*Layer, error) {
 	return &Layer{
 		Blob: e.blob.Bytes(), DiffID: digest.FromBytes(e.raw),
 		Desc: ocispec.Descriptor{
-			MediaType: ocispec.MediaTypeImageLayerZstd, Digest: digest.FromBytes(e.blob.Bytes()), Size: int64(e.blob.Len()),
+			MediaType: ocispec.MediaTypeImageLayerZstd, Digest: digest.FromBytes(e.blob.Bytes()),
+			Size:        int64(e.blob.Len()),
 			Annotations: a,
 		},
 	}, nil

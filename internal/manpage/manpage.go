@@ -177,7 +177,8 @@ func (b *builder) flags(flags []cli.Flag) {
 		b.macro("TP")
 		b.WriteString(".B " + escape(strings.Join(names, ", ")) + "\n")
 		usage = sentence(usage)
-		if def := strings.ReplaceAll(doc.GetValue(), `"`, ""); doc.TakesValue() && def != "" && def != "0" && def != "[]" {
+		if def := strings.ReplaceAll(doc.GetValue(), `"`, ""); doc.TakesValue() && def != "" &&
+			def != "0" && def != "[]" {
 			usage += " Default: " + def + "."
 		}
 		b.text(usage)

@@ -120,7 +120,9 @@ func (l *Layout) Read(d digest.Digest) []byte {
 }
 
 // Registry serves the image of a manifest, by whatever name, from a registry that sends one of its layers as send likes.
-func (l *Layout) Registry(manifest ocispec.Descriptor, layer digest.Digest, send func(http.ResponseWriter, *http.Request, []byte)) http.Handler {
+func (l *Layout) Registry(manifest ocispec.Descriptor, layer digest.Digest,
+	send func(http.ResponseWriter, *http.Request, []byte),
+) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		kind, id := path.Split(r.URL.Path)
 		switch {
@@ -233,7 +235,10 @@ func DockerArchive(tb testing.TB, file, ref string, layers ...Layer) {
 	w := tar.NewWriter(&out)
 	add := func(name string, b []byte) {
 		tb.Helper()
-		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(b)), Typeflag: tar.TypeReg}); err != nil {
+		if err := w.WriteHeader(&tar.Header{
+			Name: name, Mode: 0o644, Size: int64(len(b)),
+			Typeflag: tar.TypeReg,
+		}); err != nil {
 			tb.Fatal(err)
 		}
 		if _, err := w.Write(b); err != nil {

@@ -279,7 +279,8 @@ func elements(p string) []string {
 // String prints every field on one line; equal entries print alike and different ones differ.
 func (e Entry) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%q %o %d:%d size=%d mtime=%d.%09d", e.Path, e.Mode, e.UID, e.GID, e.Size, e.Mtime.Sec, e.Mtime.Nsec)
+	fmt.Fprintf(&b, "%q %o %d:%d size=%d mtime=%d.%09d", e.Path, e.Mode, e.UID, e.GID, e.Size,
+		e.Mtime.Sec, e.Mtime.Nsec)
 	if e.Nlink != 0 {
 		fmt.Fprintf(&b, " nlink=%d", e.Nlink)
 	}

@@ -16,13 +16,21 @@ import (
 
 // TestDiff changes every field of an entry: a comparison that overlooks one is worth nothing.
 func TestDiff(t *testing.T) {
-	base := Entry{Path: "a", Mode: unix.S_IFREG | 0o644, Size: 1, Nlink: 1, Sum: "00", Xattrs: map[string]string{"user.a": "1"}}
+	base := Entry{
+		Path: "a", Mode: unix.S_IFREG | 0o644, Size: 1, Nlink: 1, Sum: "00",
+		Xattrs: map[string]string{"user.a": "1"},
+	}
 	for name, change := range map[string]func(*Entry){
-		"path": func(e *Entry) { e.Path = "b" }, "type": func(e *Entry) { e.Mode = unix.S_IFLNK | 0o644 }, "mode": func(e *Entry) { e.Mode |= unix.S_ISVTX },
-		"uid": func(e *Entry) { e.UID = 1 }, "gid": func(e *Entry) { e.GID = 1 }, "size": func(e *Entry) { e.Size = 2 }, "nlink": func(e *Entry) { e.Nlink = 2 },
-		"rdev": func(e *Entry) { e.Rdev = 1 }, "seconds": func(e *Entry) { e.Mtime.Sec = -1 }, "nanoseconds": func(e *Entry) { e.Mtime.Nsec = 1 },
-		"xattr value": func(e *Entry) { e.Xattrs = map[string]string{"user.a": "2"} }, "no xattr": func(e *Entry) { e.Xattrs = nil },
-		"sum": func(e *Entry) { e.Sum = "01" }, "same": func(e *Entry) { e.Same = "0" },
+		"path": func(e *Entry) { e.Path = "b" }, "type": func(e *Entry) { e.Mode = unix.S_IFLNK | 0o644 },
+		"mode": func(e *Entry) { e.Mode |= unix.S_ISVTX },
+		"uid":  func(e *Entry) { e.UID = 1 }, "gid": func(e *Entry) { e.GID = 1 },
+		"size":  func(e *Entry) { e.Size = 2 },
+		"nlink": func(e *Entry) { e.Nlink = 2 },
+		"rdev":  func(e *Entry) { e.Rdev = 1 }, "seconds": func(e *Entry) { e.Mtime.Sec = -1 },
+		"nanoseconds": func(e *Entry) { e.Mtime.Nsec = 1 },
+		"xattr value": func(e *Entry) { e.Xattrs = map[string]string{"user.a": "2"} },
+		"no xattr":    func(e *Entry) { e.Xattrs = nil },
+		"sum":         func(e *Entry) { e.Sum = "01" }, "same": func(e *Entry) { e.Same = "0" },
 	} {
 		other := base
 		change(&other)
@@ -39,7 +47,9 @@ func TestDiff(t *testing.T) {
 	if d := Diff(Tree{base}, Tree{base}, nil); d != "" {
 		t.Errorf("equal trees differ: %s", d)
 	}
-	if d := Diff(Tree{{Path: "."}, {Path: "a"}, {Path: "a/b"}, {Path: "a.b"}}, Tree{{Path: "."}, {Path: "a"}, {Path: "a.b"}}, nil); strings.Count(d, "\n") != 1 || !strings.HasPrefix(d, `- "a/b"`) {
+	if d := Diff(Tree{{Path: "."}, {Path: "a"}, {Path: "a/b"}, {Path: "a.b"}},
+		Tree{{Path: "."}, {Path: "a"}, {Path: "a.b"}}, nil); strings.Count(d, "\n") != 1 ||
+		!strings.HasPrefix(d, `- "a/b"`) {
 		t.Errorf("one entry too few gives %q", d)
 	}
 }
@@ -72,7 +82,8 @@ func TestPathAndNode(t *testing.T) {
 	dir := t.TempDir()
 	for _, err := range []error{
 		os.Mkdir(filepath.Join(dir, "d"), 0o755), os.WriteFile(filepath.Join(dir, "d/f"), []byte("hello"), 0o600),
-		os.Link(filepath.Join(dir, "d/f"), filepath.Join(dir, "e")), os.Symlink("d", filepath.Join(dir, "s")), os.WriteFile(filepath.Join(dir, "empty"), nil, 0o600),
+		os.Link(filepath.Join(dir, "d/f"), filepath.Join(dir, "e")), os.Symlink("d", filepath.Join(dir, "s")),
+		os.WriteFile(filepath.Join(dir, "empty"), nil, 0o600),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -90,7 +101,8 @@ func TestPathAndNode(t *testing.T) {
 	node := func(mode uint32) *daxfs.Node {
 		return &daxfs.Node{Mode: mode, UID: uint32(os.Getuid()), GID: want[0].GID}
 	}
-	root, d, f, s := node(unix.S_IFDIR|want[0].Mode&0o7777), node(unix.S_IFDIR|0o755), node(unix.S_IFREG|0o600), node(unix.S_IFLNK|0o777)
+	root, d, f, s := node(unix.S_IFDIR|want[0].Mode&0o7777), node(unix.S_IFDIR|0o755), node(unix.S_IFREG|0o600),
+		node(unix.S_IFLNK|0o777)
 	f.Data, s.Target = data, "d"
 	d.Entries = map[string]*daxfs.Node{"f": f}
 	root.Entries = map[string]*daxfs.Node{"d": d, "e": f, "s": s, "empty": node(unix.S_IFREG | 0o600)}
@@ -105,7 +117,8 @@ func TestPathAndNode(t *testing.T) {
 
 func TestStore(t *testing.T) {
 	var s Store
-	if _, err := s.Put(context.Background(), 4, strings.NewReader("abc")); err == nil || !strings.Contains(err.Error(), "3 of 4 bytes") {
+	if _, err := s.Put(context.Background(), 4, strings.NewReader("abc")); err == nil ||
+		!strings.Contains(err.Error(), "3 of 4 bytes") {
 		t.Errorf("short contents: %v", err)
 	}
 	a, err := s.Put(context.Background(), 5000, strings.NewReader(strings.Repeat("a", 5000)))

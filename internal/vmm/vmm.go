@@ -62,7 +62,9 @@ func qemu(ram int64, devices []Device) ([]string, error) {
 		// A comma in a value is written twice.
 		path := strings.ReplaceAll(d.Path, ",", ",,")
 		args = append(args,
-			"-object", fmt.Sprintf("memory-backend-file,id=%s-file,share=on,%smem-path=%s,size=%d,align=2M", d.ID, mode, path, d.Size),
+			"-object",
+			fmt.Sprintf("memory-backend-file,id=%s-file,share=on,%smem-path=%s,size=%d,align=2M", d.ID,
+				mode, path, d.Size),
 			"-device", fmt.Sprintf("virtio-pmem-pci,id=%s,memdev=%s-file", d.ID, d.ID))
 	}
 	return args, nil
@@ -74,7 +76,8 @@ func cloudHypervisor(ram int64, devices []Device) ([]string, error) {
 	args := []string{"--memory", fmt.Sprintf("size=%d", ram), "--pmem"}
 	for _, d := range devices {
 		if strings.ContainsAny(d.Path, `,"[]`) {
-			return nil, fmt.Errorf("path %q has a comma, a quotation mark or a bracket: Cloud Hypervisor takes none", d.Path)
+			return nil,
+				fmt.Errorf("path %q has a comma, a quotation mark or a bracket: Cloud Hypervisor takes none", d.Path)
 		}
 		mode := ""
 		if d.ReadOnly {
@@ -101,7 +104,8 @@ func firecracker(_ int64, devices []Device) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		config.Pmem = append(config.Pmem, pmem{ID: strings.ReplaceAll(d.ID, "-", "_"), Path: path, ReadOnly: d.ReadOnly})
+		config.Pmem = append(config.Pmem,
+			pmem{ID: strings.ReplaceAll(d.ID, "-", "_"), Path: path, ReadOnly: d.ReadOnly})
 	}
 	b, err := json.MarshalIndent(config, "", "  ")
 	if err != nil {

@@ -20,7 +20,8 @@ func TestQEMU(t *testing.T) {
 	}
 	want := []string{
 		"-machine", "q35", "-m", "512M,slots=2,maxmem=2560M",
-		"-object", "memory-backend-file,id=daxfs-pool-file,share=on,readonly=on,mem-path=/var/lib/a,,b/pool,size=67108864,align=2M",
+		"-object",
+		"memory-backend-file,id=daxfs-pool-file,share=on,readonly=on,mem-path=/var/lib/a,,b/pool,size=67108864,align=2M",
 		"-device", "virtio-pmem-pci,id=daxfs-pool,memdev=daxfs-pool-file",
 		"-object", "memory-backend-file,id=daxfs-lease-file,share=on,mem-path=/run/lease,size=2097152,align=2M",
 		"-device", "virtio-pmem-pci,id=daxfs-lease,memdev=daxfs-lease-file",
@@ -59,14 +60,16 @@ func TestFirecracker(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := got["pmem"]
-	if len(got) != 1 || len(p) != 2 || p[0]["id"] != "daxfs_pool" || p[0]["path_on_host"] != "/var/lib/a,b/pool" || p[0]["read_only"] != true ||
+	if len(got) != 1 || len(p) != 2 || p[0]["id"] != "daxfs_pool" || p[0]["path_on_host"] != "/var/lib/a,b/pool" ||
+		p[0]["read_only"] != true ||
 		p[0]["root_device"] != false || p[1]["read_only"] != false {
 		t.Errorf("%s", lines)
 	}
 }
 
 func TestUnknown(t *testing.T) {
-	if _, err := Args("bhyve", 1<<30, devices); err == nil || !strings.Contains(err.Error(), "qemu, cloud-hypervisor, firecracker") {
+	if _, err := Args("bhyve", 1<<30, devices); err == nil ||
+		!strings.Contains(err.Error(), "qemu, cloud-hypervisor, firecracker") {
 		t.Errorf("%v", err)
 	}
 }

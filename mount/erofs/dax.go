@@ -105,7 +105,8 @@ func matchDevice(src mount.Source, dir string) error {
 		return err
 	}
 	if got := fmt.Sprintf("%d:%d", m.Major, m.Minor); got != want {
-		return fmt.Errorf("%q is mounted from %q (%s), expected %q (%s)", dir, m.Source, got, src.Region.BlockDevice, want)
+		return fmt.Errorf("%q is mounted from %q (%s), expected %q (%s)", dir, m.Source, got,
+			src.Region.BlockDevice, want)
 	}
 	return nil
 }

@@ -223,7 +223,10 @@ func TestBlockDeviceItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	src := mount.Source{Key: "k", Size: a.Size, Region: region.Info{Kind: "pmem", Path: dev.Name(), BlockDevice: dev.Name()}}
+	src := mount.Source{
+		Key: "k", Size: a.Size,
+		Region: region.Info{Kind: "pmem", Path: dev.Name(), BlockDevice: dev.Name()},
+	}
 	if err := (Loop{}).Probe(t.Context(), src.Region); err != nil {
 		t.Fatal(err)
 	}

@@ -43,7 +43,8 @@ func (Loop) Probe(_ context.Context, r region.Info) error {
 		return fmt.Errorf("%w: %w", err, mount.ErrUnsupported)
 	}
 	if !st.Mode().IsRegular() && st.Mode()&os.ModeType != os.ModeDevice {
-		return fmt.Errorf("%q is neither a file nor a block device, so no loop device can read it: %w", path, mount.ErrUnsupported)
+		return fmt.Errorf("%q is neither a file nor a block device, so no loop device can read it: %w", path,
+			mount.ErrUnsupported)
 	}
 	c, err := os.OpenFile("/dev/loop-control", os.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -56,7 +57,9 @@ func (Loop) Probe(_ context.Context, r region.Info) error {
 func backing(r region.Info) (string, error) {
 	switch {
 	case r.Traits().MapOnly:
-		return "", fmt.Errorf("memory of kind %q cannot be read as a file or block device by the kernel: %w", r.Kind, mount.ErrUnsupported)
+		return "",
+			fmt.Errorf("memory of kind %q cannot be read as a file or block device by the kernel: %w", r.Kind,
+				mount.ErrUnsupported)
 	case r.BlockDevice != "":
 		return r.BlockDevice, nil
 	case r.Path != "":
@@ -176,7 +179,8 @@ func (Loop) Match(ctx context.Context, src mount.Source, dir string) error {
 	if err := unix.Stat(path, &st); err != nil {
 		return fmt.Errorf("stat %q: %w", path, err)
 	}
-	if info.Inode != st.Ino || info.Device != st.Dev || info.Offset != uint64(src.Off) || info.Sizelimit != uint64(src.Size) {
+	if info.Inode != st.Ino || info.Device != st.Dev || info.Offset != uint64(src.Off) ||
+		info.Sizelimit != uint64(src.Size) {
 		return fmt.Errorf("%s is inode %d of device %#x at %d+%d, expected inode %d of device %#x at %d+%d", m.Source,
 			info.Inode, info.Device, info.Offset, info.Sizelimit, st.Ino, st.Dev, src.Off, src.Size)
 	}

@@ -150,7 +150,8 @@ func TestReadDoesNotAllocate(t *testing.T) {
 	}
 	attr := &fuse.GetAttrIn{}
 	attr.NodeId = s.node(in.Nid)
-	if allocs := testing.AllocsPerRun(1000, func() { s.GetAttr(nil, attr, new(fuse.AttrOut)) }); allocs > 1 { // the reply here
+	// the reply here
+	if allocs := testing.AllocsPerRun(1000, func() { s.GetAttr(nil, attr, new(fuse.AttrOut)) }); allocs > 1 {
 		t.Errorf("%v allocations for attributes", allocs)
 	}
 }
@@ -161,7 +162,8 @@ func TestPOSIXOnOverlay(t *testing.T) {
 	if dir := os.Getenv("DAXFS_TEST_OVERLAY"); dir != "" {
 		for name, f := range posixtest.All {
 			if name == "FcntlFlockLocksFile" {
-				continue // about FUSE file systems that keep locks themselves: locks of one process do not conflict elsewhere
+				// about FUSE file systems that keep locks themselves: locks of one process do not conflict elsewhere
+				continue
 			}
 			t.Run(name, func(t *testing.T) {
 				sub := filepath.Join(dir, name)

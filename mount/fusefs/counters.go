@@ -14,7 +14,8 @@ type Counters struct {
 func (c *Counters) Snapshot() map[string]uint64 {
 	return map[string]uint64{
 		"lookup": c.Lookup.Load(), "getattr": c.GetAttr.Load(), "readlink": c.Readlink.Load(), "open": c.Open.Load(),
-		"read": c.Read.Load(), "read_bytes": c.ReadBytes.Load(), "opendir": c.OpenDir.Load(), "readdir": c.ReadDir.Load(),
+		"read": c.Read.Load(), "read_bytes": c.ReadBytes.Load(), "opendir": c.OpenDir.Load(),
+		"readdir":  c.ReadDir.Load(),
 		"getxattr": c.GetXattr.Load(), "listxattr": c.ListXattr.Load(), "statfs": c.StatFS.Load(),
 	}
 }

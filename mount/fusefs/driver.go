@@ -71,7 +71,9 @@ func (d Driver) command() ([]string, error) {
 	}
 	found, err := exec.LookPath("daxfs")
 	if err != nil {
-		return nil, fmt.Errorf("the FUSE server is the program daxfs: %w: install it beside this program or in PATH: %w", err, mount.ErrUnsupported)
+		return nil,
+			fmt.Errorf("the FUSE server is the program daxfs: %w: install it beside this program or in PATH: %w", err,
+				mount.ErrUnsupported)
 	}
 	return append([]string{found}, args...), nil
 }
@@ -85,7 +87,9 @@ func file(r region.Info) (path string, fd int, err error) {
 		}
 		return "/dev/fd/4", r.FD, nil
 	case r.Kind == region.KindPhys:
-		return "", -1, fmt.Errorf("a physical range is served by the daxfs driver; FUSE maps files and devices: %w", mount.ErrUnsupported)
+		return "", -1,
+			fmt.Errorf("a physical range is served by the daxfs driver; FUSE maps files and devices: %w",
+				mount.ErrUnsupported)
 	case r.Path != "":
 		return r.Path, -1, nil
 	case r.BlockDevice != "":
@@ -137,7 +141,8 @@ func (d Driver) Mount(ctx context.Context, src mount.Source, dir string) error {
 	if err != nil {
 		return err
 	}
-	argv = append(argv[:len(argv):len(argv)], "--offset", strconv.FormatInt(c.Off, 10), "--size", strconv.FormatInt(c.Size, 10),
+	argv = append(argv[:len(argv):len(argv)], "--offset", strconv.FormatInt(c.Off, 10), "--size",
+		strconv.FormatInt(c.Size, 10),
 		"--name", c.Name, "--ready-fd", "3")
 	if !c.Restrict {
 		argv = append(argv, "--suid")

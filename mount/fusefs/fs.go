@@ -112,7 +112,8 @@ func (s *server) errno(nid uint64, err error) fuse.Status {
 func (s *server) panicked(p any) fuse.Status {
 	if fault, ok := p.(interface{ Addr() uintptr }); ok {
 		s.faulted.Do(func() {
-			s.log.Printf("reading the image faulted at %#x: its file was truncated, or its memory or disk is broken", fault.Addr())
+			s.log.Printf("reading the image faulted at %#x: its file was truncated, or its memory or disk is broken",
+				fault.Addr())
 		})
 	} else {
 		s.log.Printf("panic: %v\n%s", p, debug.Stack())
@@ -378,7 +379,8 @@ func (s *server) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut
 	s.count.StatFS.Add(1)
 	sb := s.img.Super()
 	*out = fuse.StatfsOut{
-		Blocks: uint64(sb.Blocks), Files: sb.Inodes, Bsize: daxfs.BlockSize, Frsize: daxfs.BlockSize, NameLen: daxfs.MaxName,
+		Blocks: uint64(sb.Blocks), Files: sb.Inodes, Bsize: daxfs.BlockSize, Frsize: daxfs.BlockSize,
+		NameLen: daxfs.MaxName,
 	}
 	return fuse.OK
 }

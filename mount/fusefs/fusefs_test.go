@@ -24,7 +24,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	mounttest.Main(m, map[string]func([]string) error{"serve": ServeArgs, "overlay": overlay, "getxattr": getxattr, "idmapped": idmapped})
+	mounttest.Main(m, map[string]func([]string) error{
+		"serve": ServeArgs, "overlay": overlay, "getxattr": getxattr,
+		"idmapped": idmapped,
+	})
 }
 
 // driver starts this test binary as its server.
@@ -322,10 +325,12 @@ func TestBadInput(t *testing.T) {
 		}
 	}
 	t.Setenv("PATH", "/nowhere")
-	if err := (Driver{}).Probe(t.Context(), good.Region); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), "install it") {
+	if err := (Driver{}).Probe(t.Context(), good.Region); !errors.Is(err, mount.ErrUnsupported) ||
+		!strings.Contains(err.Error(), "install it") {
 		t.Errorf("no daxfs program: %v", err)
 	}
-	if err := explain(&os.PathError{Op: "open", Path: "/dev/fuse", Err: syscall.ENOENT}); !errors.Is(err, mount.ErrUnsupported) ||
+	if err := explain(&os.PathError{Op: "open", Path: "/dev/fuse", Err: syscall.ENOENT}); !errors.Is(err,
+		mount.ErrUnsupported) ||
 		!strings.Contains(err.Error(), "modprobe fuse") {
 		t.Errorf("no /dev/fuse: %v", err)
 	}

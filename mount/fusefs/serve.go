@@ -129,7 +129,8 @@ func explain(err error) error {
 		return fmt.Errorf("%w: is /dev/fuse there? load the fuse module (modprobe fuse), "+
 			"or give /dev/fuse to this container: %w", err, mount.ErrUnsupported)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return fmt.Errorf("%w: run as root, or install fuse3 (fusermount3) for other users: %w", err, mount.ErrUnsupported)
+		return fmt.Errorf("%w: run as root, or install fuse3 (fusermount3) for other users: %w", err,
+			mount.ErrUnsupported)
 	}
 	return err
 }
@@ -148,7 +149,8 @@ func setReadahead(dir string, kib int) error {
 	if m == nil {
 		return fmt.Errorf("%q is not in the mount table", dir)
 	}
-	return os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", m.Major, m.Minor), []byte(strconv.Itoa(kib)), 0)
+	return os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", m.Major, m.Minor),
+		[]byte(strconv.Itoa(kib)), 0)
 }
 
 // Counters returns the counters of the server.

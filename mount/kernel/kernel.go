@@ -54,9 +54,11 @@ func (Driver) Probe(_ context.Context, r region.Info) error {
 		return fmt.Errorf("the physical address of memory of kind %q is not known; the module needs one, or a dma-buf: %w",
 			r.Kind, mount.ErrUnsupported)
 	case r.Phys%Align != 0:
-		return fmt.Errorf("the region begins at physical address %#x, expected a multiple of 2 MiB: %w", r.Phys, mount.ErrUnsupported)
+		return fmt.Errorf("the region begins at physical address %#x, expected a multiple of 2 MiB: %w", r.Phys,
+			mount.ErrUnsupported)
 	}
-	return sys.HasFilesystem("daxfs", "build the module for it (github.com/multikernel/daxfs, format 8) and load it (modprobe daxfs)")
+	return sys.HasFilesystem("daxfs",
+		"build the module for it (github.com/multikernel/daxfs, format 8) and load it (modprobe daxfs)")
 }
 
 // options returns the mount of a window, without descriptors.
@@ -66,7 +68,8 @@ func options(src mount.Source) (sys.Mount, error) {
 	case src.Region.Kind == region.KindDMABuf:
 		// The module maps the whole buffer: it has no offset into one.
 		if src.Off != 0 {
-			return m, fmt.Errorf("%s: the daxfs module mounts a dma-buf from its start only: %w", src, mount.ErrUnsupported)
+			return m,
+				fmt.Errorf("%s: the daxfs module mounts a dma-buf from its start only: %w", src, mount.ErrUnsupported)
 		}
 		if src.Region.FD < 0 {
 			return m, fmt.Errorf("%s: the dma-buf is not open in this process: %w", src, mount.ErrUnsupported)
@@ -80,7 +83,9 @@ func options(src mount.Source) (sys.Mount, error) {
 	}
 	phys := src.Region.Phys + uint64(src.Off)
 	if phys%Align != 0 {
-		return m, fmt.Errorf("%s: the window begins at physical address %#x, expected a multiple of 2 MiB: %w", src, phys, mount.ErrUnsupported)
+		return m,
+			fmt.Errorf("%s: the window begins at physical address %#x, expected a multiple of 2 MiB: %w", src, phys,
+				mount.ErrUnsupported)
 	}
 	m.Source = fmt.Sprintf("%#x", phys)
 	m.Options = []string{"phys=" + m.Source, "size=" + strconv.FormatInt(src.Size, 10), "validate"}

@@ -24,16 +24,31 @@ func TestOptions(t *testing.T) {
 			mount.Source{Region: phys, Off: 6 << 20, Size: 1 << 20},
 			"0x100600000 [phys=0x100600000 size=1048576 validate] map[]", true,
 		},
-		{"start", mount.Source{Region: phys, Size: 4096}, "0x100000000 [phys=0x100000000 size=4096 validate] map[]", true},
+		{
+			"start",
+			mount.Source{Region: phys, Size: 4096},
+			"0x100000000 [phys=0x100000000 size=4096 validate] map[]", true,
+		},
 		{"misaligned", mount.Source{Region: phys, Off: 4096, Size: 4096}, "multiple of 2 MiB", false},
-		{"no address", mount.Source{Region: region.Info{Kind: region.KindFile, Path: "/x", FD: -1}, Size: 4096}, "no physical address", false},
+		{
+			"no address",
+			mount.Source{Region: region.Info{Kind: region.KindFile, Path: "/x", FD: -1}, Size: 4096},
+			"no physical address", false,
+		},
 		{
 			"dma-buf",
 			mount.Source{Region: region.Info{Kind: region.KindDMABuf, Path: "/dev/dma_heap/system", FD: 7}, Size: 4096},
 			"/dev/dma_heap/system [validate] map[dmabuf:7]", true,
 		},
-		{"part of a dma-buf", mount.Source{Region: region.Info{Kind: region.KindDMABuf, FD: 7}, Off: 2 << 20, Size: 4096}, "from its start", false},
-		{"closed dma-buf", mount.Source{Region: region.Info{Kind: region.KindDMABuf, FD: -1}, Size: 4096}, "not open", false},
+		{"part of a dma-buf", mount.Source{
+			Region: region.Info{Kind: region.KindDMABuf, FD: 7}, Off: 2 << 20,
+			Size: 4096,
+		}, "from its start", false},
+		{
+			"closed dma-buf",
+			mount.Source{Region: region.Info{Kind: region.KindDMABuf, FD: -1}, Size: 4096},
+			"not open", false,
+		},
 	} {
 		m, err := options(tc.src)
 		if !tc.ok {
@@ -57,7 +72,8 @@ func TestProbeSaysWhatToDo(t *testing.T) {
 		{region.Info{Kind: region.KindPhys, Phys: 4096, HasPhys: true}, "2 MiB"},
 		{region.Info{Kind: region.KindDMABuf, FD: -1}, "not open"},
 	} {
-		if err := (Driver{}).Probe(t.Context(), tc.info); !errors.Is(err, mount.ErrUnsupported) || !strings.Contains(err.Error(), tc.want) {
+		if err := (Driver{}).Probe(t.Context(), tc.info); !errors.Is(err, mount.ErrUnsupported) ||
+			!strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%+v: %v, expected ErrUnsupported that says %q", tc.info, err, tc.want)
 		}
 	}

@@ -81,7 +81,11 @@ func image(arch, dir string, created time.Time) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text)), nil },
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser,
+		error,
+	) {
+		return io.NopCloser(bytes.NewReader(text)), nil
+	},
 		tarball.WithMediaType(types.OCILayer))
 	if err != nil {
 		return nil, fmt.Errorf("make the layer for %s: %w", arch, err)
@@ -118,7 +122,10 @@ func programs(dir string, created time.Time) ([]byte, error) {
 		if d == "tmp/" {
 			mode = 0o1777
 		}
-		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: d, Mode: mode, ModTime: created}); err != nil {
+		if err := tw.WriteHeader(&tar.Header{
+			Typeflag: tar.TypeDir, Name: d, Mode: mode,
+			ModTime: created,
+		}); err != nil {
 			return nil, err
 		}
 	}
@@ -127,7 +134,10 @@ func programs(dir string, created time.Time) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: "usr/local/bin/" + name, Mode: 0o755, Size: int64(len(body)), ModTime: created}
+		h := &tar.Header{
+			Typeflag: tar.TypeReg, Name: "usr/local/bin/" + name, Mode: 0o755, Size: int64(len(body)),
+			ModTime: created,
+		}
 		if err := tw.WriteHeader(h); err != nil {
 			return nil, err
 		}

@@ -69,7 +69,8 @@ func decodeHeader(b []byte) (h header, ok bool) {
 
 func (r Reader) check() error {
 	if len(r.Name) == 0 || len(r.Name) > maxName || !utf8.ValidString(r.Name) || strings.ContainsRune(r.Name, 0) {
-		return fmt.Errorf("reader %q: expected a name of 1 to %d bytes of UTF-8 without NUL: %w", r.Name, maxName, pool.ErrInvalid)
+		return fmt.Errorf("reader %q: expected a name of 1 to %d bytes of UTF-8 without NUL: %w", r.Name, maxName,
+			pool.ErrInvalid)
 	}
 	return nil
 }

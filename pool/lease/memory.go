@@ -47,8 +47,9 @@ func parsePlace(spec string) (place, error) {
 	off, err := strconv.ParseInt(at, 0, 64)
 	n, err2 := strconv.ParseInt(length, 0, 64)
 	if !found || err != nil || err2 != nil || off < 0 || n < MinSize || off%headerSize != 0 || n%headerSize != 0 {
-		return p, fmt.Errorf("lease region %q: expected an absolute path, PATH@OFFSET+SIZE or ADDRESS+SIZE with multiples of %d, at least %d long",
-			spec, headerSize, MinSize)
+		return p,
+			fmt.Errorf("lease region %q: expected an absolute path, PATH@OFFSET+SIZE or ADDRESS+SIZE with multiples of %d, at least %d long",
+				spec, headerSize, MinSize)
 	}
 	p.off, p.size = off, n
 	return p, nil

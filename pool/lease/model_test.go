@@ -45,7 +45,10 @@ func TestInterleavings(t *testing.T) {
 		}
 	}
 	t.Logf("%+v", total)
-	for _, c := range []int{total.used, total.late, total.leased, total.removed, total.ownerCrashes, total.readerCrashes, total.inside, total.epochs, total.refused} {
+	for _, c := range []int{
+		total.used, total.late, total.leased, total.removed, total.ownerCrashes,
+		total.readerCrashes, total.inside, total.epochs, total.refused,
+	} {
 		if c == 0 {
 			t.Errorf("something never happened: %+v", total)
 		}
@@ -109,7 +112,8 @@ func (w *world) run(steps int) {
 		path := filepath.Join(w.dir, fmt.Sprint(i, suffix))
 		w.must(os.WriteFile(path, make([]byte, MinSize), 0o600))
 		specs = append(specs, path)
-		w.readers = append(w.readers, &reader{w: w, spec: path, who: Reader{Name: fmt.Sprint("guest", i), Machine: [16]byte{byte(i + 1)}}})
+		w.readers = append(w.readers,
+			&reader{w: w, spec: path, who: Reader{Name: fmt.Sprint("guest", i), Machine: [16]byte{byte(i + 1)}}})
 	}
 	var err error
 	w.regions, err = NewRegions(specs)
@@ -285,7 +289,10 @@ func (w *world) add() {
 	if w.failed(err) {
 		return
 	}
-	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{"file": {Mode: unix.S_IFREG | 0o644, Data: data}}}
+	root := &daxfs.Node{
+		Mode:    unix.S_IFDIR | 0o755,
+		Entries: map[string]*daxfs.Node{"file": {Mode: unix.S_IFREG | 0o644, Data: data}},
+	}
 	if _, err := w.owner.AddImage(ctx, key(n), root, daxfs.Options{}); w.failed(err) {
 		return
 	}
@@ -443,7 +450,8 @@ func (r *reader) crash() {
 		w.must(f.Close())
 		w.check()
 	}
-	if r.claiming != nil { // what a restarted reader does not know of is released as a claim of an earlier boot, or by name
+	// what a restarted reader does not know of is released as a claim of an earlier boot, or by name
+	if r.claiming != nil {
 		r.open()
 		w.must(r.l.Release(w.owner.ID(), *r.claiming))
 		r.l.Close()

@@ -241,7 +241,8 @@ func read(m memory, path string) (State, error) {
 	for i := range t.count() {
 		switch e, st := t.entry(i); st {
 		case claimed:
-			s.Claims = append(s.Claims, Claim{PoolID: e.pool, UUID: e.image, Slot: int(e.slot), Earlier: !ok || e.run != h.run})
+			s.Claims = append(s.Claims,
+				Claim{PoolID: e.pool, UUID: e.image, Slot: int(e.slot), Earlier: !ok || e.run != h.run})
 		case torn:
 			s.Torn++
 		}

@@ -70,7 +70,8 @@ func Open(spec string, r Reader) (*Lease, error) {
 
 // thisBoot tells this boot of the machine from others.
 func thisBoot() (run [8]byte) {
-	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it all boots look alike, and keep more than they need
+	// without it all boots look alike, and keep more than they need
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	sum := sha256.Sum256(id)
 	copy(run[:], sum[:])
 	return run

@@ -29,7 +29,9 @@ func beforeLabels(size, configured int64) (int64, error) {
 		return most, nil
 	}
 	if configured > most {
-		return 0, fmt.Errorf("configured are %d bytes, usable are %d (whole 2 MiB before the last %d KiB): %w", configured, most, labelArea>>10, ErrSize)
+		return 0,
+			fmt.Errorf("configured are %d bytes, usable are %d (whole 2 MiB before the last %d KiB): %w", configured,
+				most, labelArea>>10, ErrSize)
 	}
 	return usable(configured)
 }
@@ -85,7 +87,10 @@ func openDevDAX(h host, c Config) (_ Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	info := Info{Kind: c.Kind, Path: c.Path, Phys: d.phys, HasPhys: d.hasPhys, Persistent: PersistsProcess, ReadOnly: c.ReadOnly, FD: int(f.Fd())}
+	info := Info{
+		Kind: c.Kind, Path: c.Path, Phys: d.phys, HasPhys: d.hasPhys, Persistent: PersistsProcess,
+		ReadOnly: c.ReadOnly, FD: int(f.Fd()),
+	}
 	r := &mapped{f: f, m: m[:size:size], all: m, info: info}
 	if d.persistent && canFlush {
 		r.info.Persistent, r.sync = PersistsReboot, flush
@@ -126,7 +131,8 @@ func openPhys(h host, c Config) (Region, error) {
 	}
 	// Whether the memory is persistent can not be known. It is flushed all the same: another kernel may map it uncached.
 	return &phys{mapped{f: f, m: m, all: m, sync: flush, info: Info{
-		Kind: c.Kind, Path: f.Name(), Phys: c.Phys, HasPhys: true, Persistent: PersistsProcess, ReadOnly: c.ReadOnly, FD: -1,
+		Kind: c.Kind, Path: f.Name(), Phys: c.Phys, HasPhys: true, Persistent: PersistsProcess,
+		ReadOnly: c.ReadOnly, FD: -1,
 	}}}, nil
 }
 
@@ -203,7 +209,10 @@ func mapDMABuf(c Config, fd int, size int64) (Region, error) {
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	r := &mapped{f: f, m: m, all: m, info: Info{Kind: c.Kind, Path: c.Path, Persistent: PersistsNothing, ReadOnly: c.ReadOnly, FD: fd}}
+	r := &mapped{
+		f: f, m: m, all: m,
+		info: Info{Kind: c.Kind, Path: c.Path, Persistent: PersistsNothing, ReadOnly: c.ReadOnly, FD: fd},
+	}
 	r.access = func(begin bool) error {
 		flags := uint64(bufSyncWrite)
 		if !begin {

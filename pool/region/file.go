@@ -98,9 +98,11 @@ func checkOwner(st os.FileInfo, c Config) error {
 	}
 	switch {
 	case int(sys.Uid) != os.Geteuid():
-		return fmt.Errorf("belongs to user %d, expected %d: %w; remove it, or choose another path", sys.Uid, os.Geteuid(), ErrForeign)
+		return fmt.Errorf("belongs to user %d, expected %d: %w; remove it, or choose another path", sys.Uid,
+			os.Geteuid(), ErrForeign)
 	case st.Mode().Perm()&0o022 != 0:
-		return fmt.Errorf("has mode %#o, which lets others write to it: %w; take that away (chmod go-w) if nobody has", st.Mode().Perm(), ErrForeign)
+		return fmt.Errorf("has mode %#o, which lets others write to it: %w; take that away (chmod go-w) if nobody has",
+			st.Mode().Perm(), ErrForeign)
 	case sys.Nlink != 1:
 		return fmt.Errorf("has %d names, expected one: %w; remove the others", sys.Nlink, ErrForeign)
 	}
@@ -121,7 +123,8 @@ func (r *file) checkFilesystem() error {
 	case onTmpfs && r.info.Kind != KindTmpfs:
 		return fmt.Errorf("is on tmpfs, use kind %q or a path on disk: %w", KindTmpfs, ErrKind)
 	case !onTmpfs && r.info.Kind == KindTmpfs:
-		return fmt.Errorf("is not on tmpfs (filesystem type %#x), mount one there or use kind %q: %w", fs.Type, KindFile, ErrKind)
+		return fmt.Errorf("is not on tmpfs (filesystem type %#x), mount one there or use kind %q: %w", fs.Type,
+			KindFile, ErrKind)
 	case onTmpfs:
 		r.info.Persistent = PersistsProcess
 	}

@@ -68,7 +68,8 @@ func (h host) iomem() ([]iorange, error) {
 		out = append(out, iorange{start, end, name, (len(line) - len(body)) / 2})
 	}
 	if !seen {
-		return nil, fmt.Errorf("%s hides its addresses, it shows them to root: %w", h.path("proc/iomem"), fs.ErrPermission)
+		return nil,
+			fmt.Errorf("%s hides its addresses, it shows them to root: %w", h.path("proc/iomem"), fs.ErrPermission)
 	}
 	return out, nil
 }
@@ -97,17 +98,20 @@ func (h host) checkPhys(start uint64, size int64, force bool) error {
 				start, last, r.start, r.end, ErrForeign)
 		}
 		if strings.HasPrefix(r.name, "Persistent Memory") && last > r.end-labelArea {
-			return fmt.Errorf("range %#x-%#x reaches into the label area, the last %d KiB of %#x-%#x: %w", start, last, labelArea>>10, r.start, r.end, ErrForeign)
+			return fmt.Errorf("range %#x-%#x reaches into the label area, the last %d KiB of %#x-%#x: %w", start, last,
+				labelArea>>10, r.start, r.end, ErrForeign)
 		}
 		if r.start <= start && r.end >= last && hasAnyPrefix(r.name, reservedNames) {
 			reserved = r.name
 		}
 		if strings.HasPrefix(r.name, "namespace") && !force {
-			return fmt.Errorf("range %#x-%#x belongs to %s, use its /dev/pmem with kind %q, or force: %w", start, last, r.name, KindPmem, ErrForeign)
+			return fmt.Errorf("range %#x-%#x belongs to %s, use its /dev/pmem with kind %q, or force: %w", start, last,
+				r.name, KindPmem, ErrForeign)
 		}
 	}
 	if reserved == "" && !force {
-		return fmt.Errorf("range %#x-%#x is not inside of one reserved range of /proc/iomem: %w", start, last, ErrForeign)
+		return fmt.Errorf("range %#x-%#x is not inside of one reserved range of /proc/iomem: %w", start,
+			last, ErrForeign)
 	}
 	return nil
 }
@@ -148,7 +152,8 @@ func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	case !strings.HasPrefix(diskName, "pmem"):
 		return nil, fmt.Errorf("%q is not persistent memory: %w", diskName, ErrKind)
 	case strings.HasSuffix(diskName, "s"):
-		return nil, fmt.Errorf("%q is a sector mode (BTT) namespace, which is not byte addressable; make it fsdax with ndctl: %w", diskName, ErrKind)
+		return nil,
+			fmt.Errorf("%q is a sector mode (BTT) namespace, which is not byte addressable; make it fsdax with ndctl: %w", diskName, ErrKind)
 	}
 	sectors, ok := in.number("size")
 	if !ok {

@@ -102,7 +102,10 @@ func TestCheckPhysHere(t *testing.T) {
 	for _, r := range ranges {
 		if r.name == "System RAM" && r.end-r.start > MinSize {
 			tried++
-			if _, err := Open(Config{Kind: KindPhys, Phys: (r.start + Align) &^ (Align - 1), Size: MinSize, Force: true}); !errors.Is(err, ErrForeign) {
+			if _, err := Open(Config{
+				Kind: KindPhys, Phys: (r.start + Align) &^ (Align - 1), Size: MinSize,
+				Force: true,
+			}); !errors.Is(err, ErrForeign) {
 				t.Errorf("System RAM at %#x: %v, expected ErrForeign", r.start, err)
 			}
 		}
@@ -144,7 +147,8 @@ func TestPmemDevice(t *testing.T) {
 		t.Errorf("pmem0: %+v, %v", d, err)
 	}
 	d, err = h.pmem(259, 1)
-	if err != nil || *d != (pmemDevice{name: "pmem0p1", size: 32 << 20, dax: true, phys: 0x400000000 + 2<<20, hasPhys: true}) {
+	if err != nil ||
+		*d != (pmemDevice{name: "pmem0p1", size: 32 << 20, dax: true, phys: 0x400000000 + 2<<20, hasPhys: true}) {
 		t.Errorf("pmem0p1: %+v, %v", d, err)
 	}
 	for minor, want := range map[uint32]string{2: "sector mode"} {
@@ -199,7 +203,11 @@ func TestDevDAXDevice(t *testing.T) {
 		"sys/dev/char/1:3":   "sys/devices/virtual/mem/null",
 	})
 	d, err := h.devdax(252, 0)
-	if err != nil || *d != (daxDevice{name: "dax0.0", size: 4292870144, align: Align, phys: 0x700200000, hasPhys: true, persistent: true}) {
+	if err != nil ||
+		*d != (daxDevice{
+			name: "dax0.0", size: 4292870144, align: Align, phys: 0x700200000, hasPhys: true,
+			persistent: true,
+		}) {
 		t.Errorf("dax0.0: %+v, %v", d, err)
 	}
 	d, err = h.devdax(252, 1)
@@ -214,7 +222,11 @@ func TestDevDAXDevice(t *testing.T) {
 func TestBeforeLabels(t *testing.T) {
 	const device = 1 << 30
 	for _, test := range []struct{ configured, want int64 }{
-		{0, device - Align}, {device, 0}, {device - Align, device - Align}, {16 << 20, 16 << 20}, {16<<20 + 1, 16 << 20},
+		{0, device - Align},
+		{device, 0},
+		{device - Align, device - Align},
+		{16 << 20, 16 << 20},
+		{16<<20 + 1, 16 << 20},
 	} {
 		got, err := beforeLabels(device, test.configured)
 		if got != test.want || (err != nil) != (test.want == 0) {

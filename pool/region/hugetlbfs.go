@@ -21,7 +21,10 @@ func openHugetlbfs(c Config) (_ Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &mapped{f: f, info: Info{Kind: c.Kind, Path: c.Path, Persistent: PersistsProcess, Sparse: true, ReadOnly: c.ReadOnly, FD: int(f.Fd())}}
+	r := &mapped{f: f, info: Info{
+		Kind: c.Kind, Path: c.Path, Persistent: PersistsProcess, Sparse: true,
+		ReadOnly: c.ReadOnly, FD: int(f.Fd()),
+	}}
 	defer func() {
 		if err != nil {
 			r.Close()
@@ -59,7 +62,9 @@ func openHugetlbfs(c Config) (_ Region, err error) {
 			err = errors.Join(err, os.Remove(c.Path))
 		}
 		if errors.Is(err, unix.ENOMEM) {
-			return nil, fmt.Errorf("%d huge pages of %d bytes are needed, raise /proc/sys/vm/nr_hugepages: %w", size/page, page, err)
+			return nil,
+				fmt.Errorf("%d huge pages of %d bytes are needed, raise /proc/sys/vm/nr_hugepages: %w",
+					size/page, page, err)
 		}
 		return nil, err
 	}

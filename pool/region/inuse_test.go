@@ -26,7 +26,8 @@ func TestInUse(t *testing.T) {
 		"proc/self/mountinfo": "40 1 0:50 / /mnt/a ro - erofs /var/other ro,directio,fsoffset=6291456\n" +
 			"41 1 0:51 / /mnt/b ro - fuse.daxfs " + strings.ReplaceAll(real, " ", "\\040") + "@2097152+4194304 ro\n" +
 			"42 1 0:52 / /mnt/c ro - daxfs 0x100400000 ro\n" +
-			"43 1 0:53 / /mnt/d ro - erofs " + strings.ReplaceAll(real, " ", "\\040") + " ro,directio,fsoffset=8388608\n" +
+			"43 1 0:53 / /mnt/d ro - erofs " + strings.ReplaceAll(real, " ", "\\040") +
+			" ro,directio,fsoffset=8388608\n" +
 			"44 1 0:54 / /proc rw - proc proc rw\n",
 		"sys/dev/block/259:0/holders/dm-0/dm/name": "other",
 		"sys/dev/block/259:1/size":                 "8",
@@ -50,7 +51,8 @@ func TestInUse(t *testing.T) {
 		{Info{}, ""},
 	} {
 		err := h.inUse(test.info, size)
-		if test.want == "" && err != nil || test.want != "" && (!errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), test.want)) {
+		if test.want == "" && err != nil || test.want != "" &&
+			(!errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("%+v: %v, expected %q", test.info, err, test.want)
 		}
 	}

@@ -122,7 +122,8 @@ func TestFileAndTmpfs(t *testing.T) {
 			}
 			info := r.Info()
 			want := map[string]Persistence{KindFile: PersistsReboot, KindTmpfs: PersistsProcess}[kind]
-			if info.Kind != kind || info.Path != path || info.Persistent != want || !info.Sparse || info.DAX || info.HasPhys {
+			if info.Kind != kind || info.Path != path || info.Persistent != want || !info.Sparse ||
+				info.DAX || info.HasPhys {
 				t.Errorf("info %+v", info)
 			}
 		})
@@ -131,7 +132,8 @@ func TestFileAndTmpfs(t *testing.T) {
 
 // TestSyncFailsForGood lets one sync fail: the next would be a success of a kernel that has forgotten what it did not write.
 func TestSyncFailsForGood(t *testing.T) {
-	r := mustOpen(t, Config{Kind: KindFile, Path: filepath.Join(t.TempDir(), "pool"), Size: 16 << 20, Create: true}).(*file)
+	r := mustOpen(t,
+		Config{Kind: KindFile, Path: filepath.Join(t.TempDir(), "pool"), Size: 16 << 20, Create: true}).(*file)
 	real := r.fdatasync
 	r.fdatasync = func() error { return unix.EIO }
 	if err := r.Sync(0, 4096); !errors.Is(err, unix.EIO) {
@@ -180,7 +182,11 @@ func TestOpenErrors(t *testing.T) {
 		{"unknown kind", Config{Kind: "floppy", Path: big}, ErrKind},
 		{"no path", Config{Kind: KindFile}, ErrKind},
 		{"too small", Config{Kind: KindFile, Path: small}, ErrSize},
-		{"too small to make", Config{Kind: KindFile, Path: filepath.Join(dir, "new"), Size: 1 << 20, Create: true}, ErrSize},
+		{
+			"too small to make",
+			Config{Kind: KindFile, Path: filepath.Join(dir, "new"), Size: 1 << 20, Create: true},
+			ErrSize,
+		},
 		{"no size to make", Config{Kind: KindFile, Path: filepath.Join(dir, "new"), Create: true}, ErrSize},
 		{"negative", Config{Kind: KindFile, Path: big, Size: -1}, ErrSize},
 		{"another size", Config{Kind: KindFile, Path: big, Size: 32 << 20}, ErrSize},

@@ -40,7 +40,10 @@ func TestIdentifyReal(t *testing.T) {
 		"swap space":          {"mkswap"},
 		"an XFS filesystem":   {"mkfs.xfs", "-q"},
 		"a Btrfs filesystem":  {"mkfs.btrfs", "-q"},
-		"an encrypted volume": {"cryptsetup", "luksFormat", "-q", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "/dev/zero", "--keyfile-size", "16"},
+		"an encrypted volume": {
+			"cryptsetup", "luksFormat", "-q", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations",
+			"1000", "--key-file", "/dev/zero", "--keyfile-size", "16",
+		},
 	} {
 		t.Run(command[0], func(t *testing.T) {
 			if _, err := exec.LookPath(command[0]); err != nil {

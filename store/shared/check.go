@@ -46,7 +46,8 @@ func (m *member) checkImage(img pool.Image) error {
 
 func (m *member) checkLive(cat *pool.Catalogue, slots func(int) bool) error {
 	o := daxfs.LiveCheckOptions{OneInode: cat.DAX, Slots: slots}
-	return daxfs.CheckLive(io.NewSectionReader(m.mem, 0, cat.Size), cat.Size, o, func(daxfs.Finding) bool { return false })
+	return daxfs.CheckLive(io.NewSectionReader(m.mem, 0, cat.Size), cat.Size, o,
+		func(daxfs.Finding) bool { return false })
 }
 
 // metadata returns the blocks that hold the metadata of an image: those that are read when all of it is.

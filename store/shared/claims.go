@@ -76,7 +76,8 @@ func (m *member) claim(ctx context.Context, chain digest.Digest) error {
 	case claimed && idOf(old.image()) == idOf(img):
 	case claimed:
 		if _, mounted := m.table.Get(chain.String()); mounted {
-			return fmt.Errorf("the owner has replaced the image, which is in use here, and there is no lease: %w", ErrReset)
+			return fmt.Errorf("the owner has replaced the image, which is in use here, and there is no lease: %w",
+				ErrReset)
 		}
 		fallthrough
 	default:
@@ -110,7 +111,8 @@ func (m *member) keepUnlisted(chain digest.Digest, img pool.Image) error {
 		return m.checkImage(img)
 	}
 	if _, mounted := m.table.Get(chain.String()); mounted {
-		return fmt.Errorf("the owner has removed the image, which is in use here, and its lease was taken away: %w", ErrReset)
+		return fmt.Errorf("the owner has removed the image, which is in use here, and its lease was taken away: %w",
+			ErrReset)
 	}
 	return errors.Join(ErrNotFound, m.release(chain))
 }
@@ -155,7 +157,8 @@ func (m *member) unlease(id [16]byte, img pool.Image) error {
 	case m.src.Lease == "":
 		return nil
 	case m.lease == nil:
-		return fmt.Errorf("lease region %q is not open, so its owner can not be told that image %q is not in use", m.src.Lease,
+		return fmt.Errorf("lease region %q is not open, so its owner can not be told that image %q is not in use",
+			m.src.Lease,
 			img.Key)
 	}
 	return m.lease.Release(id, img)

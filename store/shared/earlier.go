@@ -29,7 +29,8 @@ func (r *readers) take(id [16]byte, m *member) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if other := r.by[id]; other != nil && other != m {
-		return fmt.Errorf("%w: pool %x is read as %q: take one of both out of shared.pools", ErrTwice, id, other.src.Name)
+		return fmt.Errorf("%w: pool %x is read as %q: take one of both out of shared.pools", ErrTwice,
+			id, other.src.Name)
 	}
 	r.by[id] = m
 	return nil
@@ -204,8 +205,10 @@ func (m *member) lost() string {
 	if len(names) > 0 {
 		text += " (" + list(names, 3) + ")"
 	}
-	return text + fmt.Sprintf(": expected %s, found pool %x of epoch %x, which lacks them. A pool in memory is made anew when its "+
-		"owner reboots. Remove these OCI images and pull them, or attach what the pool has now", list(from, 3), m.view.cat.PoolID, now)
+	return text +
+		fmt.Sprintf(": expected %s, found pool %x of epoch %x, which lacks them. A pool in memory is made anew when its "+
+			"owner reboots. Remove these OCI images and pull them, or attach what the pool has now", list(from, 3),
+			m.view.cat.PoolID, now)
 }
 
 // list writes some of a set.

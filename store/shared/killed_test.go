@@ -200,7 +200,8 @@ func TestReaderKilled(t *testing.T) {
 			return
 		}
 	}
-	t.Logf("%d images were used, %d removals waited, %d are in use: %v", used, waited, len(using), slices.Sorted(maps.Keys(using)))
+	t.Logf("%d images were used, %d removals waited, %d are in use: %v", used, waited, len(using),
+		slices.Sorted(maps.Keys(using)))
 	if used == 0 || waited == 0 {
 		t.Error("something never happened")
 	}

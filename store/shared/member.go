@@ -146,7 +146,8 @@ func (m *member) openTable(ctx context.Context, v *view) error {
 			if id.pool == m.mounted.pool && id.epoch == m.mounted.epoch {
 				return fmt.Errorf("its file is another one, or of another size: %w", err)
 			}
-			return fmt.Errorf("expected pool %x of epoch %x, found pool %x of epoch %x: %w", m.mounted.pool, m.mounted.epoch,
+			return fmt.Errorf("expected pool %x of epoch %x, found pool %x of epoch %x: %w", m.mounted.pool,
+				m.mounted.epoch,
 				id.pool, id.epoch, err)
 		}
 	}
@@ -190,7 +191,8 @@ func (m *member) retire(ctx context.Context) error {
 		errs = append(errs, m.table.Unmount(ctx, i.Key))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("%w while images of it are mounted here, stop the containers that run from them: %w", ErrReset, err)
+		return fmt.Errorf("%w while images of it are mounted here, stop the containers that run from them: %w",
+			ErrReset, err)
 	}
 	if err := m.table.UnmountPool(ctx); err != nil && !errors.Is(err, mount.ErrNotFound) {
 		return fmt.Errorf("%w: %w", ErrReset, err)
@@ -253,7 +255,8 @@ func (m *member) sweep(ctx context.Context, needed func(digest.Digest) bool) err
 		errs = append(errs, m.sweepEarlier(needed))
 	}
 	if m.table != nil && len(m.table.List()) == 0 {
-		if err := m.table.UnmountPool(ctx); err != nil && !errors.Is(err, mount.ErrNotFound) && !errors.Is(err, mount.ErrBusy) {
+		if err := m.table.UnmountPool(ctx); err != nil && !errors.Is(err, mount.ErrNotFound) &&
+			!errors.Is(err, mount.ErrBusy) {
 			errs = append(errs, err)
 		}
 	}
@@ -266,7 +269,8 @@ func (m *member) status() Status {
 		s.Claimed += len(e.claims)
 	}
 	if m.view != nil {
-		s.ID, s.Generation, s.Images = hex.EncodeToString(m.view.cat.PoolID[:]), m.view.cat.Generation, len(m.view.chains)
+		s.ID, s.Generation, s.Images = hex.EncodeToString(m.view.cat.PoolID[:]), m.view.cat.Generation,
+			len(m.view.chains)
 	}
 	if m.table != nil {
 		list := m.table.List()

@@ -114,13 +114,17 @@ func (o *owner) addNamed(name string) digest.Digest {
 		return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}, raw
 	}
 	layer, _ := blob(ocispec.MediaTypeImageLayerGzip, name)
-	config, configBytes := blob(ocispec.MediaTypeImageConfig, ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: ids}})
+	config, configBytes := blob(ocispec.MediaTypeImageConfig,
+		ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: ids}})
 	target, manifest := blob(ocispec.MediaTypeImageManifest, ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config,
 		Layers: []ocispec.Descriptor{layer},
 	})
 	d := store.Document{ChainID: chain, DiffIDs: ids, Images: []store.OCIImage{
-		{Namespace: "default", Name: "example.org/" + name + ":1", Target: target, Blobs: [][]byte{manifest, configBytes}},
+		{
+			Namespace: "default", Name: "example.org/" + name + ":1", Target: target,
+			Blobs: [][]byte{manifest, configBytes},
+		},
 	}}
 	raw, err := d.Marshal()
 	must(o.t, err)
@@ -617,7 +621,8 @@ func TestLeaseInPool(t *testing.T) {
 	must(t, err)
 	place := fmt.Sprintf("%s@%d+%d", o.path, 48<<20, lease.MinSize) // where nothing is so far
 	p, err := shared.Open(t.Context(), shared.Config{
-		Root: filepath.Join(t.TempDir(), "shared"), Drivers: drivers.All(), Pools: []shared.Source{{Name: o.path, Lease: place}},
+		Root: filepath.Join(t.TempDir(), "shared"), Drivers: drivers.All(),
+		Pools: []shared.Source{{Name: o.path, Lease: place}},
 	})
 	must(t, err)
 	if err := p.Claim(t.Context(), chain); !errors.Is(err, shared.ErrInPool) {
@@ -637,7 +642,8 @@ func TestTwice(t *testing.T) {
 	must(t, os.Symlink(filepath.Dir(o.path), link))
 	r := newReader(t, o.path, filepath.Join(link, filepath.Base(o.path)))
 	r.sees(chain, "image")
-	if s := r.Status(); s[0].Error != "" || !strings.Contains(s[1].Error, shared.ErrTwice.Error()) || s[1].Claimed != 0 {
+	if s := r.Status(); s[0].Error != "" || !strings.Contains(s[1].Error, shared.ErrTwice.Error()) ||
+		s[1].Claimed != 0 {
 		t.Errorf("status %+v, expected %v of the second", s, shared.ErrTwice)
 	}
 }
@@ -663,7 +669,8 @@ func TestWritesNothing(t *testing.T) {
 		info, err := os.ReadFile("/proc/self/fdinfo/" + fd.Name())
 		must(t, err)
 		var pos, flags int
-		if _, err := fmt.Sscanf(string(info), "pos: %d\nflags: %o", &pos, &flags); err != nil || flags&unix.O_ACCMODE != unix.O_RDONLY {
+		if _, err := fmt.Sscanf(string(info), "pos: %d\nflags: %o", &pos, &flags); err != nil ||
+			flags&unix.O_ACCMODE != unix.O_RDONLY {
 			t.Errorf("descriptor %s has flags %o, %v", fd.Name(), flags, err)
 		}
 	}

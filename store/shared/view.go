@@ -59,11 +59,13 @@ func (m *member) read(ctx context.Context) (*view, error) {
 		m.complain(ctx, fmt.Errorf("some of its images: %w", err))
 	}
 	if cat.Size > m.mem.Size() {
-		return nil, fmt.Errorf("%w: it has %d bytes, of which %d are there: was the memory cut off, or only a part of it handed on",
-			ErrSize, cat.Size, m.mem.Size())
+		return nil,
+			fmt.Errorf("%w: it has %d bytes, of which %d are there: was the memory cut off, or only a part of it handed on",
+				ErrSize, cat.Size, m.mem.Size())
 	}
 	old := m.view
-	if old != nil && old.cat.PoolID == cat.PoolID && old.cat.Geometry == cat.Geometry && old.cat.Generation == cat.Generation {
+	if old != nil && old.cat.PoolID == cat.PoolID && old.cat.Geometry == cat.Geometry &&
+		old.cat.Generation == cat.Generation {
 		return old, nil
 	}
 	v := &view{cat: cat, chains: map[digest.Digest]pool.Image{}, known: map[docID]*entry{}}
@@ -101,7 +103,8 @@ func (m *member) readEntry(ctx context.Context, img pool.Image) *entry {
 	doc, err := m.document(img)
 	if err != nil {
 		// The owner may have removed the image meanwhile.
-		log.G(ctx).WithError(err).WithField("pool", m.src.Name).WithField("image", img.Key).Warn("an image of a shared pool is left out")
+		log.G(ctx).WithError(err).WithField("pool", m.src.Name).WithField("image",
+			img.Key).Warn("an image of a shared pool is left out")
 		return &entry{}
 	}
 	e := &entry{chain: doc.ChainID}

@@ -139,7 +139,8 @@ func checkImage(t *testing.T, layers [][]*content, img []byte, r Result, aligned
 			}
 			sum := sha256.Sum256(c.b)
 			if c.data.Sum != sum || c.data.Size != size {
-				t.Fatalf("%d bytes at %d have size %d and sum %x, expected sum %x", size, off, c.data.Size, c.data.Sum, sum)
+				t.Fatalf("%d bytes at %d have size %d and sum %x, expected sum %x", size, off, c.data.Size,
+					c.data.Sum, sum)
 			}
 			if at, ok := where[sum]; ok {
 				if at != off {
@@ -354,7 +355,11 @@ func TestAlignmentIsBounded(t *testing.T) {
 // TestDeadContentsAreDropped: what the tree does not refer to leaves no gap if something at the end fits into it.
 func TestDeadContentsAreDropped(t *testing.T) {
 	lower := []*content{{b: fill(8*page, 1)}, {b: fill(page, 2), keep: true}, {b: fill(page, 3)}}
-	upper := []*content{{b: fill(3*page, 4), keep: true}, {b: fill(5*page, 5), keep: true}, {b: fill(page, 3), keep: true}}
+	upper := []*content{
+		{b: fill(3*page, 4), keep: true},
+		{b: fill(5*page, 5), keep: true},
+		{b: fill(page, 3), keep: true},
+	}
 	img, r := place(t, [][]*content{lower, upper}, Options{})
 	checkImage(t, [][]*content{lower, upper}, img, r, true)
 	if want := int64(page + 10*page); r.End != want {
@@ -383,7 +388,8 @@ func TestPutErrors(t *testing.T) {
 	defer s.Abort()
 	ctx := context.Background()
 	for _, size := range []int64{100, huge + 1} {
-		if _, err := s.Layer(0).Put(ctx, size, bytes.NewReader(make([]byte, size-1))); !errors.Is(err, io.ErrUnexpectedEOF) {
+		if _, err := s.Layer(0).Put(ctx, size, bytes.NewReader(make([]byte, size-1))); !errors.Is(err,
+			io.ErrUnexpectedEOF) {
 			t.Errorf("a short content of %d bytes: %v, expected %v", size, err, io.ErrUnexpectedEOF)
 		}
 	}

@@ -45,7 +45,8 @@ func newForeign(t *testing.T) *foreign {
 	if _, err := f.repo.able(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
-	last := f.repo.transports[len(f.repo.transports)-1] // that of outside; all of these servers have the same certificate
+	// that of outside; all of these servers have the same certificate
+	last := f.repo.transports[len(f.repo.transports)-1]
 	last.TLSClientConfig = f.repo.transports[len(f.repo.transports)-2].TLSClientConfig.Clone()
 	f.layer.URLs = []string{"https://" + place + "/store/" + f.layer.Digest.String() + "?signature=x"}
 	return f
@@ -153,7 +154,10 @@ func TestForeignErrors(t *testing.T) {
 		f.layer.URLs = append(f.layer.URLs, f.layer.URLs[0])
 	}
 	err := read(t.Context(), f.repo, f.layer)
-	for _, holds := range []string{"registry.example.com/some/image", f.layer.Digest.String(), "404 Not", "403 Forbidden"} {
+	for _, holds := range []string{
+		"registry.example.com/some/image", f.layer.Digest.String(), "404 Not",
+		"403 Forbidden",
+	} {
 		if err == nil || !strings.Contains(err.Error(), holds) {
 			t.Errorf("error %v, expected %q in it", err, holds)
 		}

@@ -47,7 +47,8 @@ func (p *Parts) Part(ctx context.Context, from, to int64) ([]byte, error) {
 	var b []byte
 	what := fmt.Sprintf("blob %s, bytes %d to %d", p.want.Digest, from, to)
 	err := p.repo.try(ctx, what, hosts, &budget{}, func(ctx context.Context, e *endpoint) (err error) {
-		if b, err = e.bytes(ctx, e.url(p.repo.path, "blobs", p.want.Digest.String()), from, to, p.want.Size); err == nil {
+		if b, err = e.bytes(ctx, e.url(p.repo.path, "blobs", p.want.Digest.String()), from, to,
+			p.want.Size); err == nil {
 			p.prefer(e)
 		}
 		return err

@@ -102,7 +102,8 @@ func (r *Repository) pushBlob(
 
 // has asks whether a repository has a blob.
 func (e *endpoint) has(ctx context.Context, repo string, d ocispec.Descriptor) (bool, error) {
-	resp, err := e.send(ctx, http.MethodHead, e.url(repo, "blobs", d.Digest.String()), nil, nil, http.StatusOK, http.StatusNotFound)
+	resp, err := e.send(ctx, http.MethodHead, e.url(repo, "blobs", d.Digest.String()), nil, nil, http.StatusOK,
+		http.StatusNotFound)
 	if err != nil {
 		return false, err
 	}
@@ -134,7 +135,8 @@ func location(resp *http.Response) (*url.URL, error) {
 
 // upload sends a blob to where the registry said.
 func (r *Repository) upload(
-	ctx context.Context, e *endpoint, to *url.URL, d ocispec.Descriptor, open func() (io.ReadCloser, error), sent func(n int),
+	ctx context.Context, e *endpoint, to *url.URL, d ocispec.Descriptor, open func() (io.ReadCloser, error),
+	sent func(n int),
 ) error {
 	if to.Host != e.base.Host { // no credentials of the registry belong there
 		other := *e
@@ -149,7 +151,10 @@ func (r *Repository) upload(
 		if err != nil {
 			return nil, 0, err
 		}
-		return &sender{ReadCloser: rc, sent: sent, timer: time.AfterFunc(r.pace.stall, func() { cancel(errStalled) }), limit: r.pace.stall}, d.Size, nil
+		return &sender{
+			ReadCloser: rc, sent: sent, timer: time.AfterFunc(r.pace.stall, func() { cancel(errStalled) }),
+			limit: r.pace.stall,
+		}, d.Size, nil
 	}, http.StatusCreated, http.StatusNoContent)
 	if err != nil {
 		if errors.Is(context.Cause(ctx), errStalled) {
@@ -160,7 +165,8 @@ func (r *Repository) upload(
 	resp.Body.Close()
 	if got := digest.Digest(resp.Header.Get("Docker-Content-Digest")); got.Validate() == nil && got != d.Digest &&
 		got.Algorithm() == d.Digest.Algorithm() {
-		return fmt.Errorf("%s: %w", e.name, &blob.MismatchError{What: "digest", Want: d.Digest.String(), Got: got.String()})
+		return fmt.Errorf("%s: %w", e.name,
+			&blob.MismatchError{What: "digest", Want: d.Digest.String(), Got: got.String()})
 	}
 	return nil
 }
@@ -220,9 +226,10 @@ func (r *Repository) PushManifest(ctx context.Context, mediaType string, doc []b
 	}
 	return r.try(ctx, "manifest "+id, hosts, &budget{}, func(ctx context.Context, e *endpoint) error {
 		h := http.Header{"Content-Type": {mediaType}}
-		resp, err := e.send(ctx, http.MethodPut, e.url(r.path, "manifests", id), h, func() (io.ReadCloser, int64, error) {
-			return io.NopCloser(bytes.NewReader(doc)), int64(len(doc)), nil
-		}, http.StatusCreated, http.StatusOK)
+		resp, err := e.send(ctx, http.MethodPut, e.url(r.path, "manifests", id), h,
+			func() (io.ReadCloser, int64, error) {
+				return io.NopCloser(bytes.NewReader(doc)), int64(len(doc)), nil
+			}, http.StatusCreated, http.StatusOK)
 		if err != nil {
 			return err
 		}

@@ -45,7 +45,8 @@ func (g *target) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `{"token":"t%d"}`, g.tokens)
 		return
 	}
-	if own := r.Host != g.upload; own && (r.Header.Get("Authorization") != fmt.Sprintf("Bearer t%d", g.tokens) || g.left == 0) {
+	if own := r.Host != g.upload; own &&
+		(r.Header.Get("Authorization") != fmt.Sprintf("Bearer t%d", g.tokens) || g.left == 0) {
 		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="x"`, r.Host))
 		w.WriteHeader(http.StatusUnauthorized)
 		return
@@ -93,7 +94,8 @@ func (g *target) start(t *testing.T) string {
 
 func pushed(t *testing.T, r *Repository, b []byte) (Pushed, error) {
 	d := ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}
-	return r.PushBlob(t.Context(), d, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }, nil)
+	return r.PushBlob(t.Context(), d,
+		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }, nil)
 }
 
 // TestPushTokens: a token that expires at any request is replaced, and the request made again with its body.
@@ -121,7 +123,8 @@ func TestPushTokens(t *testing.T) {
 			}
 		}
 		last := g.log[len(g.log)-1]
-		if last.URL.Path != "/v2/some/image/manifests/v1" || last.Header.Get("Content-Type") != ocispec.MediaTypeImageManifest {
+		if last.URL.Path != "/v2/some/image/manifests/v1" ||
+			last.Header.Get("Content-Type") != ocispec.MediaTypeImageManifest {
 			t.Errorf("last request %s with type %q", last.URL, last.Header.Get("Content-Type"))
 		}
 	}
@@ -180,7 +183,8 @@ func TestPushRefused(t *testing.T) {
 		g := &target{fault: c.fault}
 		r, slept := open(t, g.start(t)+"/some/image:v1", Config{PlainHTTP: true, Push: true})
 		_, err := pushed(t, r, []byte("blob"))
-		if err == nil || !strings.Contains(err.Error(), c.holds) || errors.Is(err, blob.ErrMismatch) != c.mismatch || len(slept.all) > 0 {
+		if err == nil || !strings.Contains(err.Error(), c.holds) || errors.Is(err, blob.ErrMismatch) != c.mismatch ||
+			len(slept.all) > 0 {
 			t.Errorf("%s: error %v, waits %v", c.name, err, slept.all)
 		}
 	}
@@ -215,10 +219,12 @@ func TestPushReference(t *testing.T) {
 	g := &target{}
 	host := g.start(t)
 	r, _ := open(t, host+"/some/image@"+digestOf([]byte("other")), Config{PlainHTTP: true, Push: true})
-	if err := r.PushManifest(t.Context(), ocispec.MediaTypeImageManifest, []byte("{}"), true); err == nil || len(g.log) > 0 {
+	if err := r.PushManifest(t.Context(), ocispec.MediaTypeImageManifest, []byte("{}"), true); err == nil ||
+		len(g.log) > 0 {
 		t.Errorf("error %v after %d requests, expected one before any", err, len(g.log))
 	}
-	dir := hostsFile(t, host, fmt.Sprintf("server = \"http://%s\"\n[host.\"http://127.0.0.1:1\"]\ncapabilities = [\"pull\"]\n", host))
+	dir := hostsFile(t, host,
+		fmt.Sprintf("server = \"http://%s\"\n[host.\"http://127.0.0.1:1\"]\ncapabilities = [\"pull\"]\n", host))
 	r, _ = open(t, host+"/some/image:v1", Config{PlainHTTP: true, Push: true, HostDirs: []string{dir}})
 	if _, err := pushed(t, r, []byte("blob")); err != nil {
 		t.Errorf("with a mirror that takes no pushes: %v", err)

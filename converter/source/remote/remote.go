@@ -92,7 +92,8 @@ func (r *Repository) able(ctx context.Context, caps docker.HostCapabilities) ([]
 		}
 	}
 	if len(hosts) == 0 {
-		return nil, fmt.Errorf("hosts of registry %s: none may %s (capabilities in hosts.toml)", r.domain, capsName(caps))
+		return nil,
+			fmt.Errorf("hosts of registry %s: none may %s (capabilities in hosts.toml)", r.domain, capsName(caps))
 	}
 	return hosts, nil
 }
@@ -168,7 +169,8 @@ func (e *endpoint) manifest(ctx context.Context, repo, id string, want digest.Di
 		}
 	}
 	if got := want.Algorithm().FromBytes(doc); got != want {
-		return nil, fmt.Errorf("%s: %w", e.name, &blob.MismatchError{What: "digest", Want: want.String(), Got: got.String()})
+		return nil,
+			fmt.Errorf("%s: %w", e.name, &blob.MismatchError{What: "digest", Want: want.String(), Got: got.String()})
 	}
 	m := &Manifest{Doc: doc, Digest: want}
 	if m.MediaType, _, err = mime.ParseMediaType(resp.Header.Get("Content-Type")); err != nil {

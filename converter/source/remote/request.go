@@ -144,7 +144,8 @@ func (e *endpoint) bytes(ctx context.Context, u *url.URL, from, to, size int64) 
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusPartialContent || !isRange(resp, from, to, size) {
-		return nil, fmt.Errorf("%s answers %d %s: %w", e.name, resp.StatusCode, http.StatusText(resp.StatusCode), ErrNoRanges)
+		return nil,
+			fmt.Errorf("%s answers %d %s: %w", e.name, resp.StatusCode, http.StatusText(resp.StatusCode), ErrNoRanges)
 	}
 	b := make([]byte, to-from)
 	if _, err := io.ReadFull(resp.Body, b); err != nil {

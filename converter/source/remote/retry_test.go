@@ -46,7 +46,8 @@ func TestStatuses(t *testing.T) {
 	}, again...) {
 		for _, kind := range kinds {
 			t.Run(fmt.Sprint(status, " ", kind), func(t *testing.T) {
-				g := failing(kind, 2, func(_ *registry, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) })
+				g := failing(kind, 2,
+					func(_ *registry, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) })
 				host := g.plain(t)
 				r, slept := open(t, host+"/some/image:v1", Config{PlainHTTP: true})
 				err := pull(t.Context(), r, g.image)
@@ -209,7 +210,8 @@ func TestCancel(t *testing.T) {
 func TestClosedWhileItWaits(t *testing.T) {
 	g := failing("range", 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) })
 	waiting := make(chan struct{}, 10)
-	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true, Notify: func(string) { waiting <- struct{}{} }})
+	r, _ := open(t, g.plain(t)+"/some/image:v1",
+		Config{PlainHTTP: true, Notify: func(string) { waiting <- struct{}{} }})
 	r.pace.sleep = func(ctx context.Context, _ time.Duration) error { return sleep(ctx, time.Hour) }
 	rc, err := r.Open(t.Context(), g.layers[0])
 	if err != nil {

@@ -49,7 +49,8 @@ func TestConnectionsEndAnywhere(t *testing.T) {
 				if kind == "range" {
 					from := 0
 					_, _ = fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from)
-					status, extra = "206 Partial Content", fmt.Sprintf("Content-Range: bytes %d-%d/%d\r\n", from, len(b)-1, len(b))
+					status, extra = "206 Partial Content",
+						fmt.Sprintf("Content-Range: bytes %d-%d/%d\r\n", from, len(b)-1, len(b))
 					b = b[from:]
 				}
 				fmt.Fprintf(whole, "HTTP/1.1 %s\r\nContent-Length: %d\r\n%s\r\n%s", status, len(b), extra, b)
@@ -395,7 +396,8 @@ func TestLastChunkMissing(t *testing.T) {
 			return false
 		}
 		b := g.blobs[idOf(r)]
-		hijack(w, fmt.Appendf(nil, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(b), b), false)
+		hijack(w,
+			fmt.Appendf(nil, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(b), b), false)
 		return true
 	}
 	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
@@ -411,7 +413,8 @@ func TestNoSecretsInErrors(t *testing.T) {
 			http.Redirect(w, r, "http://user:pass@127.0.0.1:1/blob?X-Signature=sesame", http.StatusTemporaryRedirect)
 		})
 		var said strings.Builder
-		r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true, Notify: func(m string) { said.WriteString(m) }})
+		r, _ := open(t, g.plain(t)+"/some/image:v1",
+			Config{PlainHTTP: true, Notify: func(m string) { said.WriteString(m) }})
 		err := pull(context.Background(), r, g.image)
 		if err == nil || kind != "token" && !strings.Contains(err.Error(), "127.0.0.1:1/blob") {
 			t.Fatalf("%s: error %v, expected one that says what could not be reached", kind, err)

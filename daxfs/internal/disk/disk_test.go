@@ -56,23 +56,29 @@ func TestOffsets(t *testing.T) {
 		name      string
 		got, want map[string][2]int // field: offset, bytes
 	}{
-		{"erofs super", fieldBytes(t, ErofsSuperSize, (*ErofsSuper).Marshal, (*ErofsSuper).Unmarshal), map[string][2]int{
-			"Magic": {0, 4}, "Checksum": {4, 4}, "FeatureCompat": {8, 4}, "BlockBits": {12, 1}, "ExtSlots": {13, 1},
-			"RootNid": {14, 2}, "Inos": {16, 8}, "EpochSec": {24, 8}, "EpochNsec": {32, 4}, "Blocks": {36, 4},
-			"MetaBlock": {40, 4}, "XattrBlock": {44, 4}, "UUID": {48, 16}, "Label": {64, 16}, "FeatureIncompat": {80, 4},
-			"Compression": {84, 2}, "ExtraDevices": {86, 2}, "DevTableSlot": {88, 2}, "DirBlockBits": {90, 1},
-			"XattrPrefixes": {91, 1}, "XattrPrefixOff": {92, 4}, "PackedNid": {96, 8}, "XattrFilter": {104, 1},
-		}},
+		{
+			"erofs super", fieldBytes(t, ErofsSuperSize, (*ErofsSuper).Marshal, (*ErofsSuper).Unmarshal),
+			map[string][2]int{
+				"Magic": {0, 4}, "Checksum": {4, 4}, "FeatureCompat": {8, 4}, "BlockBits": {12, 1}, "ExtSlots": {13, 1},
+				"RootNid": {14, 2}, "Inos": {16, 8}, "EpochSec": {24, 8}, "EpochNsec": {32, 4}, "Blocks": {36, 4},
+				"MetaBlock": {40, 4}, "XattrBlock": {44, 4}, "UUID": {48, 16}, "Label": {64, 16},
+				"FeatureIncompat": {80, 4},
+				"Compression":     {84, 2}, "ExtraDevices": {86, 2}, "DevTableSlot": {88, 2}, "DirBlockBits": {90, 1},
+				"XattrPrefixes": {91, 1}, "XattrPrefixOff": {92, 4}, "PackedNid": {96, 8}, "XattrFilter": {104, 1},
+			},
+		},
 		{
 			"erofs dirent", fieldBytes(t, ErofsDirentSize, (*ErofsDirent).Marshal, (*ErofsDirent).Unmarshal),
 			map[string][2]int{"Nid": {0, 8}, "NameOff": {8, 2}, "Type": {10, 1}},
 		},
 		{
-			"erofs xattr header", fieldBytes(t, ErofsXattrHdrSize, (*ErofsXattrHeader).Marshal, (*ErofsXattrHeader).Unmarshal),
+			"erofs xattr header",
+			fieldBytes(t, ErofsXattrHdrSize, (*ErofsXattrHeader).Marshal, (*ErofsXattrHeader).Unmarshal),
 			map[string][2]int{"Filter": {0, 4}, "Shared": {4, 1}},
 		},
 		{
-			"erofs xattr entry", fieldBytes(t, ErofsXattrEntSize, (*ErofsXattrEntry).Marshal, (*ErofsXattrEntry).Unmarshal),
+			"erofs xattr entry",
+			fieldBytes(t, ErofsXattrEntSize, (*ErofsXattrEntry).Marshal, (*ErofsXattrEntry).Unmarshal),
 			map[string][2]int{"NameLen": {0, 1}, "Index": {1, 1}, "ValueLen": {2, 2}},
 		},
 		{
@@ -95,7 +101,8 @@ func TestOffsets(t *testing.T) {
 			"PCacheHashSft": {108, 4},
 		}},
 		{"daxfs inode", fieldBytes(t, V8InodeSize, (*V8Inode).Marshal, (*V8Inode).Unmarshal), map[string][2]int{
-			"Ino": {0, 4}, "Mode": {4, 4}, "UID": {8, 4}, "GID": {12, 4}, "Size": {16, 8}, "DataOff": {24, 8}, "Nlink": {32, 4},
+			"Ino": {0, 4}, "Mode": {4, 4}, "UID": {8, 4}, "GID": {12, 4}, "Size": {16, 8}, "DataOff": {24, 8},
+			"Nlink": {32, 4},
 		}},
 		{
 			"daxfs dirent", fieldBytes(t, V8DirentName, (*V8Dirent).Marshal, (*V8Dirent).Unmarshal),
@@ -217,7 +224,8 @@ func TestXattrSizes(t *testing.T) {
 		}
 	}
 	for index, want := range map[uint8]string{
-		0: "", 1: "user.", 2: "system.posix_acl_access", 3: "system.posix_acl_default", 4: "trusted.", 5: "", 6: "security.",
+		0: "", 1: "user.", 2: "system.posix_acl_access", 3: "system.posix_acl_default", 4: "trusted.",
+		5: "", 6: "security.",
 	} {
 		if got := ErofsXattrPrefix(index); got != want {
 			t.Errorf("prefix %d is %q, want %q", index, got, want)

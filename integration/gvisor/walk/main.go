@@ -55,7 +55,8 @@ func (w *walker) inode(name string, nid uint64) error {
 	if err != nil {
 		return fmt.Errorf("%q: inode %d: %w", name, nid, err)
 	}
-	fmt.Fprintf(w.out, "%q mode=%06o owner=%d:%d mtime=%d.%09d", name, n.Mode(), n.UID(), n.GID(), n.Mtime(), n.MtimeNsec())
+	fmt.Fprintf(w.out, "%q mode=%06o owner=%d:%d mtime=%d.%09d", name, n.Mode(), n.UID(), n.GID(),
+		n.Mtime(), n.MtimeNsec())
 	if !n.IsDir() {
 		fmt.Fprintf(w.out, " size=%d nlink=%d", n.Size(), n.Nlink())
 		if n.Nlink() > 1 {

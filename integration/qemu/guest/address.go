@@ -14,6 +14,7 @@ func address(b []byte) uintptr { return uintptr(unsafe.Pointer(&b[0])) }
 
 // mapOver maps the start of a file in the place of b, memory that was mapped before.
 func mapOver(b []byte, f *os.File) error {
-	_, err := unix.MmapPtr(int(f.Fd()), 0, unsafe.Pointer(&b[0]), uintptr(len(b)), unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_FIXED)
+	_, err := unix.MmapPtr(int(f.Fd()), 0, unsafe.Pointer(&b[0]), uintptr(len(b)), unix.PROT_READ,
+		unix.MAP_PRIVATE|unix.MAP_FIXED)
 	return err
 }

@@ -68,14 +68,16 @@ func newBuffer(size int) (int, error) {
 		height, width, bpp, flags, handle, pitch uint32
 		size                                     uint64
 	}{height: uint32(size / 4096), width: 1024, bpp: 32}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, card.Fd(), createDumb, uintptr(unsafe.Pointer(&picture))); errno != 0 {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, card.Fd(), createDumb,
+		uintptr(unsafe.Pointer(&picture))); errno != 0 {
 		return 0, fmt.Errorf("make a picture of %d bytes: %w", size, errno)
 	}
 	export := struct {
 		handle, flags uint32
 		fd            int32
 	}{handle: picture.handle, flags: unix.O_RDWR | unix.O_CLOEXEC}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, card.Fd(), handleToFD, uintptr(unsafe.Pointer(&export))); errno != 0 {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, card.Fd(), handleToFD,
+		uintptr(unsafe.Pointer(&export))); errno != 0 {
 		return 0, fmt.Errorf("export the picture's buffer: %w", errno)
 	}
 	return int(export.fd), nil

@@ -38,7 +38,8 @@ func (g *guest) flips() error {
 	driver := []mount.Driver{erofs.DAX{}}
 	var err error
 	f.store, err = store.Open(f.ctx(), store.Config{
-		Root: "/run/store", Pool: store.Pool{Kind: region.KindPmem, Path: device}, Drivers: driver, Adopt: driver, Blobs: f.blobs,
+		Root: "/run/store", Pool: store.Pool{Kind: region.KindPmem, Path: device}, Drivers: driver,
+		Adopt: driver, Blobs: f.blobs,
 	})
 	if err != nil {
 		return err
@@ -101,7 +102,10 @@ func (f *flips) image(name string, sizes ...int) (*flipped, error) {
 		}
 		file := fmt.Sprintf("%s%d", name, i)
 		m.files[file] = b
-		if err := w.WriteHeader(&tar.Header{Name: file, Mode: 0o644, Size: int64(size), Typeflag: tar.TypeReg}); err != nil {
+		if err := w.WriteHeader(&tar.Header{
+			Name: file, Mode: 0o644, Size: int64(size),
+			Typeflag: tar.TypeReg,
+		}); err != nil {
 			return nil, err
 		}
 		if _, err := w.Write(b); err != nil {
@@ -122,7 +126,10 @@ func (f *flips) image(name string, sizes ...int) (*flipped, error) {
 	if err != nil {
 		return nil, err
 	}
-	m.Image = store.Image{Key: store.ImageKey([]string{st.Key}), Layers: []store.Layer{{Key: st.Key}}, Holder: "pin/" + name}
+	m.Image = store.Image{
+		Key: store.ImageKey([]string{st.Key}), Layers: []store.Layer{{Key: st.Key}},
+		Holder: "pin/" + name,
+	}
 	if m.dir, err = f.store.Lower(f.ctx(), m.Image); err != nil {
 		return nil, err
 	}
@@ -268,7 +275,8 @@ func (f *flips) listing() (string, error) {
 			return "", err
 		}
 		err = img.Walk(func(path string, in daxfs.Inode) error {
-			_, err := fmt.Fprintf(&b, "%s %q %d %o %d %d %v %d %d\n", info.Key, path, in.Nid, in.Mode, in.UID, in.GID, in.Mtime, in.Size, in.Off)
+			_, err := fmt.Fprintf(&b, "%s %q %d %o %d %d %v %d %d\n", info.Key, path, in.Nid, in.Mode, in.UID, in.GID,
+				in.Mtime, in.Size, in.Off)
 			return err
 		})
 		if err != nil {

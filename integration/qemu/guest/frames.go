@@ -64,7 +64,8 @@ func text(pid int, root string) ([]task.Page, error) {
 				return nil, err
 			}
 			if frame != 0 {
-				list = append(list, task.Page{File: strings.TrimPrefix(f[5], root), Off: off + int64(at-start), Frame: frame})
+				list = append(list,
+					task.Page{File: strings.TrimPrefix(f[5], root), Off: off + int64(at-start), Frame: frame})
 			}
 		}
 	}

@@ -124,7 +124,8 @@ func (g *guest) mountImages(driver mount.Driver, keys []string) ([]string, error
 			return nil, err
 		}
 		dir := "/run/" + driver.Name()
-		return []string{dir}, g.mountSource(driver, mount.Source{Key: "image", Region: r.Info(), Size: g.ImageSize}, dir)
+		return []string{dir},
+			g.mountSource(driver, mount.Source{Key: "image", Region: r.Info(), Size: g.ImageSize}, dir)
 	}
 	s, err := g.openPool(driver)
 	if err != nil {

@@ -79,7 +79,11 @@ func switchRoot(device string) error {
 			return fmt.Errorf("move %s: %w", dir, err)
 		}
 	}
-	for _, m := range []struct{ kind, dir string }{{"tmpfs", "/var"}, {"tmpfs", "/root"}, {"cgroup2", "/sys/fs/cgroup"}} {
+	for _, m := range []struct{ kind, dir string }{
+		{"tmpfs", "/var"},
+		{"tmpfs", "/root"},
+		{"cgroup2", "/sys/fs/cgroup"},
+	} {
 		if err := unix.Mount(m.kind, root+m.dir, m.kind, 0, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", m.dir, err)
 		}

@@ -115,8 +115,10 @@ func compare(args []string) error {
 		if of(x.st) != of(y.st) {
 			return report(rel, "attributes %+v, found %+v", of(x.st), of(y.st))
 		}
-		if fmt.Sprint(x.xattrs) != fmt.Sprint(y.xattrs) || x.target != y.target || fmt.Sprint(x.names) != fmt.Sprint(y.names) {
-			return report(rel, "xattrs, target, names %q %q %q, found %q %q %q", x.xattrs, x.target, x.names, y.xattrs, y.target, y.names)
+		if fmt.Sprint(x.xattrs) != fmt.Sprint(y.xattrs) || x.target != y.target ||
+			fmt.Sprint(x.names) != fmt.Sprint(y.names) {
+			return report(rel, "xattrs, target, names %q %q %q, found %q %q %q", x.xattrs, x.target, x.names, y.xattrs,
+				y.target, y.names)
 		}
 		if x.st.Mode&unix.S_IFMT == unix.S_IFDIR {
 			return nil

@@ -129,7 +129,8 @@ func (p *LivePool) Prepare(t testing.TB, files map[string]string) Prepared {
 		t.Fatal(err)
 	}
 	s := Prepared{Slot: Slot{
-		N: p.used, Name: p.G.SlotName(p.used), Nid: p.G.SlotNid(p.used), Nids: map[string]uint64{}, Off: map[string]int64{},
+		N: p.used, Name: p.G.SlotName(p.used), Nid: p.G.SlotNid(p.used), Nids: map[string]uint64{},
+		Off: map[string]int64{},
 	}}
 	p.used++
 	if err := plan.PlaceLive(p.G, p.next, s.N); err != nil {

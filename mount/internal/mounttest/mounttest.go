@@ -135,7 +135,8 @@ func Mkfs(t testing.TB, dir, image string) {
 	if _, err := exec.LookPath("mkfs.erofs"); err != nil {
 		t.Skip("mkfs.erofs is not installed (erofs-utils)")
 	}
-	out, err := exec.Command("mkfs.erofs", "-Enoinline_data", "--preserve-mtime", "--quiet", image, dir).CombinedOutput()
+	out, err := exec.Command("mkfs.erofs", "-Enoinline_data", "--preserve-mtime", "--quiet", image,
+		dir).CombinedOutput()
 	if err != nil {
 		t.Fatalf("mkfs.erofs: %v\n%s", err, out)
 	}

@@ -57,7 +57,8 @@ func (h *Handles) learn(dir string) error {
 	case h.kind == handle64 && len(b) == 12:
 		h.gen = b[8:]
 	default:
-		return fmt.Errorf("handle of type %#x with %d bytes, expected type 1 or 0x81: %w", h.kind, len(b), ErrUnsupported)
+		return fmt.Errorf("handle of type %#x with %d bytes, expected type 1 or 0x81: %w", h.kind,
+			len(b), ErrUnsupported)
 	}
 	fd, err := unix.OpenByHandleAt(int(h.root.Fd()), fh, unix.O_PATH|unix.O_CLOEXEC)
 	if err != nil {

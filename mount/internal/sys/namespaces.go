@@ -108,7 +108,8 @@ func UnmountIn(n *Namespace, dir string) error {
 		switch {
 		case err == nil, errors.Is(err, fs.ErrNotExist):
 			return nil
-		case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EINVAL): // EINVAL: locked by a user namespace, or gone by now
+		// EINVAL: locked by a user namespace, or gone by now
+		case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EINVAL):
 			return fmt.Errorf("%q in %v: %w", dir, n, ErrBusy)
 		}
 		return fmt.Errorf("unmount %q in %v: %w", dir, n, err)

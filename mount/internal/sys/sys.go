@@ -96,7 +96,8 @@ func explain(err error) error {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w: mounting needs CAP_SYS_ADMIN: run as root: %w", err, ErrUnsupported)
 	case errors.Is(err, unix.ENOSYS):
-		return fmt.Errorf("%w: the kernel is older than 5.2 or a seccomp filter blocks the call: %w", err, ErrUnsupported)
+		return fmt.Errorf("%w: the kernel is older than 5.2 or a seccomp filter blocks the call: %w",
+			err, ErrUnsupported)
 	}
 	return err
 }

@@ -24,7 +24,9 @@ type Mapping struct {
 // itself, for what cannot be opened by a name, such as a dma-buf; it stays open.
 func MapWindow(path string, off, size int64) (*Mapping, error) {
 	if off < 0 || size <= 0 || off%blockSize != 0 || size > 1<<46 {
-		return nil, fmt.Errorf("window %d+%d of %q: expected an offset that is a multiple of %d and a positive size", off, size, path, blockSize)
+		return nil,
+			fmt.Errorf("window %d+%d of %q: expected an offset that is a multiple of %d and a positive size", off, size,
+				path, blockSize)
 	}
 	f, err := openPath(path)
 	if err != nil {

@@ -135,7 +135,8 @@ func (s *Space) Segment(n int64) (off int64, ok bool) {
 func (s *Space) FreeSegment(off, n int64) {
 	i := slices.Index(s.segs, Span{off, n})
 	if i < 0 {
-		panic(fmt.Sprintf("alloc: segment %d+%d is not in use", off, n)) // a bug of the caller, never of the pool's bytes
+		// a bug of the caller, never of the pool's bytes
+		panic(fmt.Sprintf("alloc: segment %d+%d is not in use", off, n))
 	}
 	s.segs = slices.Delete(s.segs, i, i+1)
 	if floor := max(s.lo+s.reserve, s.segTop()); floor < s.floor {

@@ -42,7 +42,8 @@ func check(t *testing.T, s *Space, extents map[int64]int64) {
 	free, longest := s.Free()
 	free2, longest2 := again.Free()
 	if free+s.SegmentFree() != free2+again.SegmentFree() || longest > longest2 {
-		t.Fatalf("%d free, longest %d; built again %d and %d", free+s.SegmentFree(), longest, free2+again.SegmentFree(), longest2)
+		t.Fatalf("%d free, longest %d; built again %d and %d", free+s.SegmentFree(), longest,
+			free2+again.SegmentFree(), longest2)
 	}
 }
 
@@ -224,7 +225,8 @@ func TestChurn(t *testing.T) {
 		ops, fail, 100*sum/float64(max(1, fail)), 100*worst, 100*small, maxGaps)
 	// The largest files have 1/60 of the space.
 	if fail == 0 || worst < 0.65 || small < 0.90 {
-		t.Errorf("did not fit %d times, at %.1f %% use at worst, expected 65; for small files at %.1f %%, expected 90", fail, 100*worst, 100*small)
+		t.Errorf("did not fit %d times, at %.1f %% use at worst, expected 65; for small files at %.1f %%, expected 90",
+			fail, 100*worst, 100*small)
 	}
 	for len(groups) > 0 {
 		remove(0)
