@@ -2,8 +2,8 @@ package daxfs
 
 import "slices"
 
-// Rule is the id of a rule of the image format. docs/format.md explains every rule under its id; ids never change their
-// meaning. Those that start with "v8-" are about the DAXFS half, those that start with "halves-" about the agreement of both.
+// Rule is the id of a rule of the image format. docs/format.md explains every rule under its id; ids never
+// change their meaning. The prefix "v8-" marks the DAXFS half, "halves-" the agreement of both halves.
 type Rule string
 
 // Rules of the image as a whole and of its EROFS half.
@@ -78,7 +78,7 @@ const (
 	RuleV8DirDepth  Rule = "v8-dir-depth"
 )
 
-// Rules of the agreement of both halves.
+// Rules about the agreement of both halves.
 const (
 	RuleHalvesNames  Rule = "halves-names"
 	RuleHalvesMode   Rule = "halves-mode"
@@ -90,7 +90,7 @@ const (
 	RuleHalvesIno    Rule = "halves-ino"
 )
 
-// Rules of the live tree of a pool, besides those of the EROFS half.
+// Additional rules of the live tree of a pool.
 const (
 	RuleLiveSuper  Rule = "live-super"
 	RuleLiveSlots  Rule = "live-slots"
@@ -98,7 +98,7 @@ const (
 	RuleLiveDAX    Rule = "live-dax"
 )
 
-// Rules of images with a digest table, which Prove holds against their bytes.
+// Rules that Prove checks in images with a digest table.
 const (
 	RuleDigestTable Rule = "digest-table"
 	RuleDigestRoot  Rule = "digest-root"
@@ -116,7 +116,7 @@ func Rules() []Rule {
 	return list
 }
 
-// Meaning says in one line what must hold; it is empty for an unknown rule.
+// Meaning returns the rule in one line, or "" for an unknown rule.
 func (r Rule) Meaning() string {
 	if i := slices.IndexFunc(meanings, func(m meaning) bool { return m.rule == r }); i >= 0 {
 		return meanings[i].text
