@@ -50,7 +50,7 @@ func (c *contents) open(i int) (io.Reader, error) {
 		return io.NewSectionReader(c.spool, c.places[from.earlier-1], f.Size), nil
 	}
 	r := &fetched{c: c, file: f, chunk: f.first - 1, hash: sha256.New()}
-	if from.again {
+	if from.repeated {
 		if c.spool == nil {
 			var err error
 			if c.spool, err = openSpool(c.dir); err != nil {

@@ -154,11 +154,11 @@ func (l *Layer) UnmarshalBinary(data []byte) error {
 		return fmt.Errorf("stored layer: %w", invalidf("checksum is %#x, expected %#x", got, sum))
 	}
 	d := decoder{rest: body[len(binaryMagic)+1 : len(body) : len(body)], lim: Limits{}.withDefaults()}
-	made, err := d.layer()
+	decoded, err := d.layer()
 	if err != nil {
 		return fmt.Errorf("stored layer at byte %d: %w", len(body)-len(d.rest), err)
 	}
-	*l = *made
+	*l = *decoded
 	return nil
 }
 
