@@ -72,7 +72,6 @@ func (s *sums) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, erro
 
 func (s *sums) Close() error { return nil }
 
-// differ compares an image with a tree.
 type differ struct {
 	img    *daxfs.FS
 	report func(daxfs.Finding) bool
@@ -189,7 +188,6 @@ func (d *differ) attributes(path string, want *daxfs.Node, have *daxfs.Inode) er
 	return nil
 }
 
-// entries compares the names in a directory.
 func (d *differ) entries(ctx context.Context, path string, want *daxfs.Node, have daxfs.Inode) error {
 	child := func(name string) string {
 		if path == "/" {

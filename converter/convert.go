@@ -158,7 +158,6 @@ func tooLarge(err error) error {
 	return err
 }
 
-// write writes the image into f.
 func write(ctx context.Context, img *source.Image, f *output, o Options) (*Result, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -324,7 +323,6 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) (*layer.L
 	return b.Layer, nil
 }
 
-// wholeTree reads a source without layers.
 func (c *conversion) wholeTree(ctx context.Context) error {
 	store := c.store(0)
 	l, err := c.img.Tree(ctx, store, c.limits())

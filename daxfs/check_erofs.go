@@ -22,7 +22,6 @@ type erofsState struct {
 	names      []string        // scratch: xattr names of one inode
 }
 
-// node is one inode that a name leads to.
 type node struct {
 	nid    uint64
 	cursor int64  // cursor of its first name in dir
@@ -34,7 +33,6 @@ type node struct {
 	ok     bool // the inode could be read
 }
 
-// dirRef is one directory.
 type dirRef struct {
 	node   int32 // index in nodes
 	parent int32 // index in dirs; the root is its own parent
@@ -86,7 +84,6 @@ func (c *checker) node(nid uint64) (int32, bool) {
 	return c.byNid.find(nid, func(i int32) uint64 { return c.nodes.at(i).nid })
 }
 
-// addNode adds a node and returns its index.
 func (c *checker) addNode(n node) int32 {
 	i := c.nodes.len()
 	c.nodes.add(n)
@@ -117,7 +114,6 @@ func (c *checker) nodePath(i int32) string {
 	return strings.Join(parts, "/")
 }
 
-// nodeName reads the first name of a node.
 func (c *checker) nodeName(n *node) string {
 	name := "?" // only if the bytes have changed meanwhile
 	dir, err := c.ero.inode(c.nodes.at(c.dirs[n.dir].node).nid)

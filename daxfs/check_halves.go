@@ -164,7 +164,6 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 	c.compare(&a, &b, &vraw, off, where)
 }
 
-// compare compares the attributes of an inode in both halves.
 func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func() string) {
 	if a.UID != b.UID || a.GID != b.GID {
 		c.finding(RuleHalvesOwner, off, a.Nid, where(), "owner is %d:%d, in the DAXFS half %d:%d", a.UID,

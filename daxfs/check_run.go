@@ -87,7 +87,6 @@ func (c *checker) result() error {
 // errStop ends a check when report wants no more findings; it never reaches a caller.
 var errStop = errors.New("stop")
 
-// checker is one run of Check.
 type checker struct {
 	report func(Finding) bool
 	first  error // the first finding
@@ -134,14 +133,12 @@ func (c *checker) run(r io.ReaderAt, size int64) {
 	}
 }
 
-// fail ends the check.
 func (c *checker) fail(err error) {
 	if c.err == nil {
 		c.err = err
 	}
 }
 
-// finding reports one finding.
 func (c *checker) finding(rule Rule, off int64, ino uint64, path, format string, args ...any) {
 	c.emit(&FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))}, path)
 }

@@ -75,7 +75,8 @@ func (c *checker) checkOverlay(sb *disk.V8Super) {
 	if sb.OverlaySize != disk.V8OverlaySize || sb.OverlayOff < BlockSize || sb.OverlayOff%BlockSize != 0 ||
 		sb.OverlayOff > size || disk.V8OverlaySize > size-sb.OverlayOff || sb.OverlayBkts != 1 || sb.OverlayShift != 0 {
 		c.finding(RuleV8Overlay, 64, 0, "",
-			"overlay of %d bytes at %d with %d buckets (shift %d), expected %d bytes in the image and 1 bucket (shift 0)",
+			"overlay of %d bytes at %d with %d buckets (shift %d), expected %d bytes in the image "+
+				"and 1 bucket (shift 0)",
 			sb.OverlaySize, sb.OverlayOff, sb.OverlayBkts, sb.OverlayShift, disk.V8OverlaySize)
 		return
 	}

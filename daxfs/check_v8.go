@@ -124,7 +124,6 @@ func (c *checker) checkV8Inode(ino uint64) {
 	}
 }
 
-// checkV8Dir checks the entries of one directory.
 func (c *checker) checkV8Dir(ino uint64) {
 	dir, err := c.v8.inode(ino)
 	if err != nil {

@@ -47,7 +47,6 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 	c.checkNames(in, where)
 }
 
-// checkNames checks the names of all attributes of an inode.
 func (c *checker) checkNames(in *Inode, where func() string) {
 	list := 0
 	for _, name := range c.names {
@@ -69,7 +68,6 @@ func (c *checker) checkNames(in *Inode, where func() string) {
 
 func (x *rawXattr) fullName() string { return disk.ErofsXattrPrefix(x.index) + string(x.name) }
 
-// checkXattr checks the value of an attribute.
 func (c *checker) checkXattr(x *rawXattr, nid uint64, where func() string) {
 	rule := RuleXattrACL
 	if x.index == disk.ErofsXattrSecurity {
@@ -80,7 +78,6 @@ func (c *checker) checkXattr(x *rawXattr, nid uint64, where func() string) {
 	}
 }
 
-// checkShared checks one reference to a shared attribute.
 func (c *checker) checkShared(id uint32, in *Inode, where func() string) {
 	ok, seen := c.sharedSeen[id]
 	if seen {

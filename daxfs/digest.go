@@ -47,7 +47,6 @@ type digests struct {
 	sum, metSum [sha256.Size]byte
 }
 
-// readDigests reads and checks the footer.
 func readDigests(s *source) (*digests, error) {
 	d := &digests{foot: s.size - disk.V8OverlaySize - disk.DigestFooterSize}
 	if d.foot < BlockSize {

@@ -21,7 +21,6 @@ type contents struct{ in Inode }
 
 func (c contents) ReadAt(p []byte, off int64) (int, error) { return c.in.ReadAt(p, off) }
 
-// file is a regular or special file.
 type file struct {
 	in   Inode
 	path string
@@ -38,7 +37,6 @@ func (f *file) Read(p []byte) (int, error) {
 	return f.SectionReader.Read(p)
 }
 
-// dirFile is an open directory.
 type dirFile struct {
 	in     Inode
 	path   string

@@ -30,7 +30,6 @@ const (
 	pieceShared                  // all shared xattrs; ino is unused
 )
 
-// layout computes every offset in the core.
 func (p *Plan) layout() error {
 	if err := p.layoutXattrs(); err != nil {
 		return err
@@ -97,7 +96,6 @@ func (p *Plan) layout() error {
 	return nil
 }
 
-// headerSize returns the size of the EROFS inode without xattrs.
 func (i *inode) headerSize() int {
 	if i.extended {
 		return disk.ErofsExtendedSize

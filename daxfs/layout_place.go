@@ -42,8 +42,8 @@ func (p *Plan) Place(pl Placement) error {
 	case pl.Meta <= pl.Image || pl.End < pl.Meta || pl.End-pl.Meta < p.MetaSize():
 		return invalid("placement %+v: expected block 0, then %d bytes of metadata before the end", pl, p.MetaSize())
 	case p.digestSize > 0 && pl.End-pl.Meta != p.MetaSize():
-		return invalid("placement %+v: expected the end behind %d bytes of metadata: a digest table is found from there",
-			pl, p.MetaSize())
+		return invalid("placement %+v: expected the end behind %d bytes of metadata: "+
+			"a digest table is found from there", pl, p.MetaSize())
 	case end/BlockSize > math.MaxUint32:
 		return invalid("an image of %d bytes: expected at most %d, block numbers have 32 bits",
 			end, int64(math.MaxUint32)*BlockSize)

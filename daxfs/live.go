@@ -86,7 +86,6 @@ func (g Geometry) TreeStart() int64 {
 // slotStart returns the offset of slot 0, behind the block of the root inode and the root directory.
 func (g Geometry) slotStart() int64 { return g.Head + BlockSize + roundUp(g.rootSize(), BlockSize) }
 
-// rootSize returns the size of the root directory in bytes.
 func (g Geometry) rootSize() int64 {
 	names, last := g.Slots, int64(0)
 	first := (BlockSize - 2*disk.ErofsDirentSize - len("...")) / slotEntry // beside "." and ".."
@@ -139,7 +138,6 @@ func FormatLive(w io.WriterAt, g Geometry) error {
 	return nil
 }
 
-// writeRootDir writes the blocks of the root directory.
 func (g Geometry) writeRootDir(r *runWriter) {
 	type entry struct {
 		name string
@@ -177,7 +175,6 @@ func GrowLive(w io.WriterAt, g Geometry) error {
 	return err
 }
 
-// block0 returns the first block of a live tree.
 func (g Geometry) block0() []byte {
 	b := make([]byte, BlockSize)
 	block := uint32(g.Head / BlockSize)

@@ -132,7 +132,6 @@ func (c *checker) checkLiveSuper(l *Live) {
 	}
 }
 
-// checkSlot checks the image at a slot, if there is one.
 func (c *checker) checkSlot(l *Live, i int) {
 	c.live.slot = i
 	slot, err := c.s.view(l.g.SlotOff(i), slotSize)

@@ -171,7 +171,6 @@ func (l *LivePlan) listFiles() {
 	}
 }
 
-// key computes the key of a regular file.
 func (l *LivePlan) key(in *inode) InodeKey {
 	d, b := l.data(in), l.scratch[:0]
 	le := binary.LittleEndian

@@ -21,10 +21,8 @@ func (p *parts[T]) add(v T) *T {
 	return &(*last)[len(*last)-1]
 }
 
-// at returns the address of item i.
 func (p *parts[T]) at(i int32) *T { return &p.list[uint32(i)/partLen][uint32(i)%partLen] }
 
-// len returns the number of items.
 func (p *parts[T]) len() int32 { return p.n }
 
 // take returns the items as one slice and frees the parts on the way.

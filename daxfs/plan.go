@@ -229,7 +229,6 @@ func (p *Plan) finish() error {
 	return p.layout()
 }
 
-// walker turns nodes into planned inodes.
 type walker struct {
 	plan    *Plan
 	take    bool

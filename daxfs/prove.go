@@ -59,7 +59,6 @@ func Prove(ctx context.Context, r io.ReaderAt, size int64, o ProveOptions, repor
 // maxBad bounds the number of changed contents that are reported.
 const maxBad = 1 << 16
 
-// prover is one run of Prove.
 type prover struct {
 	*checker
 	s source

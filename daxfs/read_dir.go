@@ -57,7 +57,6 @@ func (f *FS) block(dir *Inode, pos int64) (dirBlock, error) {
 	return d, nil
 }
 
-// entry decodes entry i < count.
 func (d *dirBlock) entry(i int) (rawDirent, error) {
 	var e disk.ErofsDirent
 	e.Unmarshal(d.b[i*disk.ErofsDirentSize:])

@@ -95,7 +95,6 @@ func (s *source) view(off int64, n int) ([]byte, error) {
 	return p, nil
 }
 
-// readFull fills p from off.
 func (s *source) readFull(p []byte, off int64) error {
 	if !s.holds(off, int64(len(p))) {
 		return fmt.Errorf("daxfs: read of %d bytes at %d: outside of the image of %d bytes", len(p), off, s.size)

@@ -211,7 +211,6 @@ func (t *treeHasher) add(nid uint64) error {
 	return nil
 }
 
-// xattrs hashes the extended attributes of an inode.
 func (t *treeHasher) xattrs(in *Inode) error {
 	xs, err := in.Xattrs()
 	if err != nil {

@@ -2,7 +2,6 @@ package daxfs
 
 import "github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 
-// writeErofs writes the EROFS part of the core.
 func (p *Plan) writeErofs(r *runWriter) {
 	var names []dirent
 	for _, pc := range p.pieces {

@@ -111,8 +111,8 @@ func checkACL(x Xattr) error {
 			return invalid("xattr %q: unknown entry tag %#x", x.Name, tag)
 		}
 		if !aclFollows(last, tag) {
-			return invalid("xattr %q: an entry of tag %#x follows one of tag %#x, expected owner, users, group, groups, "+
-				"mask, others", x.Name, tag, last)
+			return invalid("xattr %q: an entry of tag %#x follows one of tag %#x, expected owner, users, group, "+
+				"groups, mask, others", x.Name, tag, last)
 		}
 		if perm > 7 {
 			return invalid("xattr %q: permissions of an entry are %#o, expected 3 bits", x.Name, perm)

@@ -1,7 +1,8 @@
 // Package blob reads a layer blob once: it hashes the stored bytes, decompresses them, hashes the
 // result, and passes the uncompressed tar to a parser.
 //
-//	r, err := blob.NewReader(ctx, rc, blob.Spec{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size, DiffID: id})
+//	spec := blob.Spec{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size, DiffID: id}
+//	r, err := blob.NewReader(ctx, rc, spec)
 //	if err != nil {
 //		return err
 //	}

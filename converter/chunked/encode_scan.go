@@ -80,7 +80,6 @@ type scanner struct {
 	entries []Entry
 }
 
-// run reads the whole tar.
 func (s *scanner) run() ([]Entry, error) {
 	s.lines = json.NewEncoder(s.split)
 	s.names = names{}
@@ -106,7 +105,6 @@ func (s *scanner) run() ([]Entry, error) {
 	return s.entries, s.flush()
 }
 
-// tar reads up to the end marker.
 func (s *scanner) tar(r io.Reader) error {
 	in := &bounded{r: r}
 	tr := tar.NewReader(in)

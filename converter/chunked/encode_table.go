@@ -46,7 +46,6 @@ func skippableHeader(n int) []byte {
 	return binary.LittleEndian.AppendUint32([]byte(SkippableMagic), uint32(n))
 }
 
-// encode returns the payload of the last frame.
 func (f Footer) encode() []byte {
 	b := make([]byte, 0, FooterSize)
 	for _, n := range []int64{

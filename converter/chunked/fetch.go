@@ -119,7 +119,6 @@ func (f *fetcher) read(p []byte, off int64) (int, error) {
 	return copy(p, f.buf[off-s.from:]), nil
 }
 
-// next waits for the next part.
 func (f *fetcher) next() error {
 	f.buf = nil
 	for f.started < len(f.parts) && len(f.results) < cap(f.results) {

@@ -51,7 +51,6 @@ type planned struct {
 	repeated bool // a later file has the same contents
 }
 
-// contentKey identifies contents.
 type contentKey struct {
 	sum  [32]byte
 	size int64

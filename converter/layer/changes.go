@@ -118,7 +118,6 @@ type nodeSlab []daxfs.Node
 
 const slabNodes = 60
 
-// node returns a zero node.
 func (s *nodeSlab) node() *daxfs.Node {
 	if len(*s) == 0 {
 		*s = make([]daxfs.Node, slabNodes)

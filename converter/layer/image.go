@@ -44,7 +44,6 @@ type imageReader struct {
 	first map[uint64]string // first path of inodes with several names
 }
 
-// inode adds one name.
 func (m *imageReader) inode(ctx context.Context, path string, in daxfs.Inode) error {
 	if err := m.lim.checkPath(path); err != nil {
 		return err
@@ -93,7 +92,6 @@ func (m *imageReader) xattrs(in daxfs.Inode, n *daxfs.Node) error {
 	return m.sealXattrs(n, total)
 }
 
-// file stores the contents of a regular file.
 func (m *imageReader) file(ctx context.Context, in daxfs.Inode, n *daxfs.Node) error {
 	if err := m.content(in.Size); err != nil {
 		return err

@@ -129,7 +129,6 @@ func (b *builder) node() *daxfs.Node {
 	return &b.cur
 }
 
-// entry counts one entry.
 func (b *builder) entry() error {
 	b.layer.Stats.Entries++
 	return b.spend(1)

@@ -76,7 +76,6 @@ func Convert(ctx context.Context, src source.Source, to Destination, o Options) 
 	return c.result(r.document), nil
 }
 
-// conversion is one Convert.
 type conversion struct {
 	o      Options
 	to     Destination

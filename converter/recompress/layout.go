@@ -62,7 +62,6 @@ func (l *layout) blob(ctx context.Context, d ocispec.Descriptor, open func() (io
 	return f.CloseAtomicallyReplace()
 }
 
-// same reports whether a file has a digest.
 func same(path string, d digest.Digest) bool {
 	f, err := os.Open(path)
 	if err != nil {
@@ -78,7 +77,6 @@ func (l *layout) manifest(ctx context.Context, d ocispec.Descriptor, doc []byte)
 	return l.blob(ctx, d, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(doc)), nil }, upload{})
 }
 
-// name writes index.json.
 func (l *layout) name(ctx context.Context, d ocispec.Descriptor, doc []byte) error {
 	if err := l.manifest(ctx, d, doc); err != nil {
 		return err

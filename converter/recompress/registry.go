@@ -13,7 +13,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
 )
 
-// registry pushes to a registry.
 type registry struct {
 	kind string
 	repo *remote.Repository

@@ -157,7 +157,6 @@ func (a *archive) index(ctx context.Context) error {
 // errNoMember reports a name that is not in the archive.
 var errNoMember = errors.New("is not in the archive")
 
-// reader returns the contents of a member.
 func (a *archive) reader(name string) (*io.SectionReader, error) {
 	steps := 64
 	m, ok := a.find(key(name), &steps)
@@ -221,7 +220,6 @@ func (a *archive) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, 
 	return io.NopCloser(r), nil
 }
 
-// ociArchive is an OCI image layout in a tar file.
 type ociArchive struct {
 	name, file, tag string
 	limit           int64

@@ -177,7 +177,8 @@ func ambiguous(p Platform, images []candidate) error {
 		}
 		list = append(list, text)
 	}
-	return fmt.Errorf("%w for %s: %s; choose one by its digest (@DIGEST), or by its exact --platform where that differs",
+	return fmt.Errorf("%w for %s: %s; "+
+		"choose one by its digest (@DIGEST), or by its exact --platform where that differs",
 		ErrAmbiguous, p.name, capped(list, ", "))
 }
 

@@ -23,7 +23,6 @@ const (
 	DefaultNamespace = "default"
 )
 
-// store is an image in containerd's image store.
 type store struct {
 	name, ref, address, namespace string
 	client                        *containerd.Client
@@ -68,7 +67,6 @@ func (s *store) whole(ctx context.Context) (ocispec.Descriptor, error) {
 	return found.Target, err
 }
 
-// find looks up an image in containerd.
 func (s *store) find(ctx context.Context) (none images.Image, err error) {
 	if s.client == nil {
 		c, err := dialContainerd(ctx, s.address, s.namespace)

@@ -49,7 +49,6 @@ func (s *dockerArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 	return img, nil
 }
 
-// choose finds the image among those of the archive.
 func (s *dockerArchive) choose(p Platform) (*Image, error) {
 	list, err := s.entries()
 	if err != nil {
@@ -89,7 +88,6 @@ func (s *dockerArchive) choose(p Platform) (*Image, error) {
 	return images[ranks[0][0].desc.Digest], nil
 }
 
-// entries reads the list of images.
 func (s *dockerArchive) entries() ([]dockerEntry, error) {
 	doc, err := s.document(dockerManifestFile)
 	if err != nil {
@@ -108,7 +106,6 @@ func (s *dockerArchive) entries() ([]dockerEntry, error) {
 	return list, nil
 }
 
-// image reads one of the images.
 func (s *dockerArchive) image(e dockerEntry) (*Image, error) {
 	doc, err := s.document(e.Config)
 	if err != nil {

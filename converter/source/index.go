@@ -46,7 +46,6 @@ func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p 
 	return img, err
 }
 
-// readIndexFile reads the index.json of a layout.
 func readIndexFile(r io.Reader) (*ocispec.Index, error) {
 	doc, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
 	if err != nil {

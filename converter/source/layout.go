@@ -13,7 +13,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// layout is an OCI image layout directory.
 type layout struct {
 	name, dir, tag string
 }

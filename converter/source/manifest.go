@@ -58,7 +58,6 @@ func isImage(mediaType string, m ocispec.Manifest) error {
 	return nil
 }
 
-// config reads the configuration of a manifest.
 func (b *finder) config(ctx context.Context, m ocispec.Manifest) (*Image, error) {
 	p, err := b.document(ctx, m.Config)
 	if err != nil {

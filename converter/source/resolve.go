@@ -205,7 +205,6 @@ func (b *finder) typed(ctx context.Context, d ocispec.Descriptor) (ocispec.Descr
 	return d, nil
 }
 
-// index reads an index.
 func (b *finder) index(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	p, err := b.document(ctx, d)
 	if err != nil {

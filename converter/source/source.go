@@ -177,7 +177,6 @@ func Absolute(name string) (string, error) {
 	return name, nil
 }
 
-// splitTag splits PATH[:TAG] or PATH[@DIGEST].
 func splitTag(s string) (path, tag string) {
 	if i := strings.LastIndexByte(s, '@'); i >= 0 && isDigest(s[i+1:]) {
 		return s[:i], s[i+1:]

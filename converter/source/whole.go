@@ -26,7 +26,6 @@ type Whole struct {
 	find *finder
 }
 
-// wholeSource is a source with documents.
 type wholeSource interface {
 	blobs
 	whole(ctx context.Context) (ocispec.Descriptor, error)

@@ -83,7 +83,6 @@ type Merger struct {
 	names [1024]string // see keep
 }
 
-// entry is a name in a directory.
 type entry struct {
 	dir  *daxfs.Node
 	name string
@@ -294,7 +293,6 @@ func (m *Merger) keep(name string) string {
 
 var nameSeed = maphash.MakeSeed()
 
-// remove removes a name and everything below it.
 func (m *Merger) remove(dir *daxfs.Node, name string) {
 	if n := dir.Entries[name]; n != nil {
 		delete(dir.Entries, name)
@@ -338,7 +336,6 @@ func (m *Merger) hideLower(dir *daxfs.Node) {
 // slabNodes is the number of nodes per allocation: as many as fit an 8 KiB size class of the Go runtime.
 const slabNodes = 60
 
-// node returns a zero node.
 func (m *Merger) node() *daxfs.Node {
 	if len(m.slab) == 0 {
 		m.slab = make([]daxfs.Node, slabNodes)

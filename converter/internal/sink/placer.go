@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// extent is a placed content.
 type extent struct {
 	off, size int64
 	sum       [32]byte
@@ -121,7 +120,6 @@ func (s *Sink) refillLane() {
 	}
 }
 
-// pack places the contents of one pack of layer l.
 func (p *placer) pack(l *Layer, items []item, buf []byte) error {
 	for _, it := range items {
 		b := buf[it.off : int64(it.off)+up(int64(it.n), page)]
@@ -142,7 +140,6 @@ func (p *placer) pack(l *Layer, items []item, buf []byte) error {
 	return p.flush()
 }
 
-// whole places a content that lies in one pack.
 func (p *placer) whole(it item, b []byte) (int32, error) {
 	if id, ok := p.find(it.sum); ok {
 		p.saved += it.size

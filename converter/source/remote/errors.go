@@ -69,7 +69,6 @@ func (e *Error) Is(target error) bool {
 	return len(e.Hosts) > 0
 }
 
-// failed returns the error of a request without success.
 func (r *Repository) failed(what string, hosts []*endpoint, errs []error, b *budget) error {
 	e := &Error{Registry: r.domain, Repository: r.path, What: what, Attempts: b.failures}
 	for i, err := range errs {
@@ -81,7 +80,6 @@ func (r *Repository) failed(what string, hosts []*endpoint, errs []error, b *bud
 	return e
 }
 
-// hint returns advice for the user.
 func hint(e *endpoint, what string, err error, b *budget) string {
 	if s, ok := errors.AsType[*statusError](err); ok {
 		switch {
@@ -141,7 +139,6 @@ const (
 	maxErrorDetail = 300
 )
 
-// statusOf describes an unexpected response.
 func statusOf(from string, resp *http.Response) *statusError {
 	e := &statusError{from: from, code: resp.StatusCode, after: retryAfter(resp.Header, time.Now())}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody))

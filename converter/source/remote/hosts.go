@@ -23,7 +23,6 @@ type endpoint struct {
 	auth   *authorization // nil if the endpoint must not get credentials
 }
 
-// url returns the address of a blob or a manifest.
 func (e *endpoint) url(repo, kind, id string) *url.URL {
 	u := *e.base
 	if !e.fixed {

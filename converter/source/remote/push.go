@@ -100,7 +100,6 @@ func (r *Repository) pushBlob(
 	return Sent, r.upload(ctx, e, to, d, open, sent)
 }
 
-// has reports whether a repository has a blob.
 func (e *endpoint) has(ctx context.Context, repo string, d ocispec.Descriptor) (bool, error) {
 	resp, err := e.send(ctx, http.MethodHead, e.url(repo, "blobs", d.Digest.String()), nil, nil, http.StatusOK,
 		http.StatusNotFound)
