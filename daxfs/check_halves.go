@@ -70,7 +70,7 @@ func (p *peerDir) find(name []byte) *v8Entry {
 	return nil
 }
 
-// skipPeer excludes an entry that the EROFS half cannot compare.
+// skipPeer excludes an entry whose EROFS inode cannot be compared.
 func (c *checker) skipPeer(p *peerDir, name []byte) {
 	if e := p.find(name); e != nil {
 		e.matched = true

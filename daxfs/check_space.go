@@ -12,7 +12,7 @@ type extent struct {
 	by        uint64 // inode number, and a useKind in the lowest bits
 }
 
-// kindBits is the size of a useKind. Inode numbers can spare these bits: an inode takes 32 bytes.
+// kindBits is the width of a useKind in bits. Inode numbers can spare these bits: an inode takes 32 bytes.
 const kindBits = 3
 
 func (e *extent) kind() useKind { return useKind(e.by & (1<<kindBits - 1)) }
@@ -50,7 +50,7 @@ func (c *checker) checkSpace() {
 			cmp.Compare(a.ino(), b.ino()))
 	})
 	var last, high extent // the previous extent, and the one with the highest end
-	told := false         // an overlap with high was reported: one wrong size gives one finding
+	reported := false     // an overlap with high was reported: one wrong size gives one finding
 	for _, e := range extents {
 		if c.err != nil {
 			return
@@ -58,8 +58,8 @@ func (c *checker) checkSpace() {
 		kind := e.kind() &^ useV8
 		same := kind != useMeta && kind == last.kind()&^useV8 && e.off == last.off && e.size == last.size
 		if !same {
-			if e.off < high.end() && !told {
-				told = true
+			if e.off < high.end() && !reported {
+				reported = true
 				c.overlap(&e, &high)
 			}
 			c.checkTail(&e)
@@ -69,7 +69,7 @@ func (c *checker) checkSpace() {
 		}
 		last = e
 		if e.end() > high.end() {
-			high, told = e, false
+			high, reported = e, false
 		}
 	}
 }

@@ -252,7 +252,7 @@ func (l *Live) Geometry() Geometry { return l.g }
 // empty slot gives an error that wraps ErrCorrupt, as in the kernel.
 func (l *Live) FS() *FS { return l.fs }
 
-// Published tells whether slot i holds an image.
+// Published reports whether slot i holds an image.
 func (l *Live) Published(i int) (bool, error) {
 	b, err := l.fs.s.view(l.g.SlotOff(i), slotSize)
 	if err != nil {

@@ -68,8 +68,7 @@ func (l *LivePlan) order() []piece {
 	return out
 }
 
-// liveNid returns a function from entries of a directory to nids. An image's own ".." is the directory
-// of slots.
+// liveNid returns a function from entries of dir to nids. The ".." of an image is the directory of slots.
 func (l *LivePlan) liveNid(dir int32) func(d dirent) uint64 {
 	return func(d dirent) uint64 {
 		if dir == 0 && d.name == ".." {

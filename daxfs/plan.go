@@ -116,7 +116,7 @@ func (i *inode) isDir() bool     { return i.mode&unix.S_IFMT == unix.S_IFDIR }
 func (i *inode) isSymlink() bool { return i.mode&unix.S_IFMT == unix.S_IFLNK }
 func (i *inode) isRegular() bool { return i.mode&unix.S_IFMT == unix.S_IFREG }
 
-// hasData tells whether the inode is a regular file with contents.
+// hasData reports whether the inode is a regular file with contents.
 func (i *inode) hasData() bool { return i.isRegular() && i.size > 0 }
 
 // data returns the contents of an inode; Size is 0 if it has none.
@@ -130,7 +130,7 @@ func (p *Plan) data(i *inode) Data {
 // name returns the first name of an inode other than the root.
 func (p *Plan) name(i *inode) string { return p.inodes.at(i.parent).kids[i.nth].name }
 
-// inV8 tells whether the DAXFS half can hold the inode.
+// inV8 reports whether the DAXFS half can hold the inode.
 func (i *inode) inV8() bool { return i.isDir() || i.isSymlink() || i.isRegular() }
 
 // Stats are the counts of a plan.

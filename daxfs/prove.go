@@ -56,7 +56,7 @@ func Prove(ctx context.Context, r io.ReaderAt, size int64, o ProveOptions, repor
 	return c.result()
 }
 
-// maxBad bounds the number of changed contents that are reported.
+// maxBad bounds the findings about contents and gaps.
 const maxBad = 1 << 16
 
 type prover struct {
