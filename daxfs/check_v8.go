@@ -143,7 +143,7 @@ func (c *checker) checkV8Dir(ino uint64) {
 		}
 		e := &list[i]
 		if i > 0 && bytes.Equal(e.name, list[i-1].name) {
-			c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q is there twice", e.name)
+			c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q occurs twice", e.name)
 		}
 		if e.odd {
 			c.finding(RuleV8Reserved, e.off, ino, c.v8Path(ino), "reserved bytes of entry %q are not zero", e.name)

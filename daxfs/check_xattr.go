@@ -60,7 +60,7 @@ func (c *checker) checkNames(in *Inode, where func() string) {
 	slices.Sort(c.names)
 	for i := 1; i < len(c.names); i++ {
 		if c.names[i] == c.names[i-1] {
-			c.finding(RuleXattrTwice, in.xoff, in.Nid, where(), "xattr %q is there twice", c.names[i])
+			c.finding(RuleXattrTwice, in.xoff, in.Nid, where(), "xattr %q occurs twice", c.names[i])
 			return
 		}
 	}

@@ -73,7 +73,7 @@ func readDigests(s *source) (*digests, error) {
 	end := d.foot + disk.DigestFooterSize
 	switch {
 	case d.root != f.Root:
-		return bad("the footer has digest %v, it says %x", d.root, f.Root)
+		return bad("the footer has digest %v, but stores %x", d.root, f.Root)
 	case f.Version != disk.DigestVersion || f.Algorithm != disk.DigestSHA256:
 		return nil, unsupported(RuleDigestTable, d.foot+8, 0,
 			"digest table of version %d with algorithm %d, expected %d and %d (SHA-256)",

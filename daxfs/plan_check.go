@@ -203,7 +203,7 @@ func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 	slices.SortFunc(ids, func(a, b int32) int { return strings.Compare(all[a].name, all[b].name) })
 	for i := 1; i < len(ids); i++ {
 		if all[ids[i]].name == all[ids[i-1]].name {
-			return nil, invalid("xattr %q is there twice", all[ids[i]].name)
+			return nil, invalid("xattr %q occurs twice", all[ids[i]].name)
 		}
 	}
 	return ids, nil

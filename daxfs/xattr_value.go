@@ -45,7 +45,7 @@ func checkXattrType(index uint8, name string, mode uint32) error {
 	switch {
 	case isACL(index) && typ == unix.S_IFLNK,
 		index == disk.ErofsXattrUser && typ != unix.S_IFREG && typ != unix.S_IFDIR:
-		return invalid("xattr %q: Linux gives it to nobody who asks for it of a %s", name, typeName(mode))
+		return invalid("xattr %q: Linux never returns it for a %s", name, typeName(mode))
 	}
 	return nil
 }

@@ -26,7 +26,7 @@ func (n names) add(e *Entry) error {
 		return errors.New("a whiteout with contents")
 	}
 	if _, ok := n[p]; ok {
-		return errors.New("there is more than one of this name")
+		return errors.New("the name occurs more than once")
 	}
 	n[p] = e.Type == TypeDir
 	return nil

@@ -96,7 +96,7 @@ func (s *scanner) run() ([]Entry, error) {
 	}
 	// The tar reader passes on nothing of a truncated block.
 	if s.n != s.src.n {
-		return nil, fmt.Errorf("%w: it has %d bytes, of which %d can be said by tar-split: is its end cut off",
+		return nil, fmt.Errorf("%w: it has %d bytes, tar-split covers only %d: is its end cut off?",
 			ErrUnsuitable, s.src.n, s.n)
 	}
 	if s.n == 0 {
@@ -259,7 +259,7 @@ func (s *scanner) chunk(p *piece, r io.Reader, left int64) error {
 	}
 }
 
-var errTrailing = fmt.Errorf("%w: there are other bytes than zeros behind its end", ErrUnsuitable)
+var errTrailing = fmt.Errorf("%w: bytes other than zeros follow its end", ErrUnsuitable)
 
 // trailing takes the bytes behind the end marker. containers/storage parses them as a tar and fails if
 // they are none.

@@ -140,8 +140,8 @@ func TestUnsuitable(t *testing.T) {
 		raw          []byte
 	}{
 		{"nothing", "empty", nil},
-		{"same name twice", `"./a": there is more than one`, tarOf(t, regular("a", nil), regular("./a", nil))},
-		{"same name, absolute", `"/a": there is more than one`, tarOf(t, regular("a", nil), regular("/a", nil))},
+		{"same name twice", `"./a": the name occurs more than once`, tarOf(t, regular("a", nil), regular("./a", nil))},
+		{"same name, absolute", `"/a": the name occurs more than once`, tarOf(t, regular("a", nil), regular("/a", nil))},
 		{"name that leads up", `".." in a name`, tarOf(t, regular("a/../../b", nil))},
 		{"file like a directory", `"/" at the end`, withType(tarOf(t, special("a/", '5')), '0')},
 		{"whiteout with contents", "a whiteout with contents", tarOf(t, regular(".wh.a", []byte("x")))},
@@ -158,8 +158,8 @@ func TestUnsuitable(t *testing.T) {
 			Name: "a", ModTime: time.Unix(1<<40, 0), Format: tar.FormatGNU,
 		}})},
 		{"cut off", "unexpected EOF", tarOf(t, regular("a", make([]byte, 9999)))[:5000]},
-		{"bytes behind the end", "behind its end", append(bytes.Clone(good), good...)},
-		{"half a block behind the end", "behind its end", append(bytes.Clone(good), make([]byte, 100)...)},
+		{"bytes behind the end", "follow its end", append(bytes.Clone(good), good...)},
+		{"half a block behind the end", "follow its end", append(bytes.Clone(good), make([]byte, 100)...)},
 		{"no tar", "invalid tar header", bytes.Repeat([]byte("no tar "), 1000)},
 		{"link with a size", "a hardlink of 5 bytes", withSize(tarOf(t, file{Header: link}), 5)},
 	} {

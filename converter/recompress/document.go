@@ -198,7 +198,7 @@ func (d *document) rewrite(c *conversion) error {
 				// The index must lead from the new image to its attestation, which remains a statement about
 				// the old image.
 				e.Annotations[attested] = to.String()
-				c.note("attestation %s is kept as it is, and speaks of %s, which is %s now: "+
+				c.note("attestation %s is unchanged and refers to %s, which is now %s: "+
 					"signatures over the old digest do not cover the new one", child.desc.Digest, of, to)
 			}
 		}

@@ -126,7 +126,7 @@ func TestIndex(t *testing.T) {
 		t.Fatalf("index %+v, expected both images, and the attestation of the first", list)
 	}
 	if len(res.Notes) != 1 ||
-		!strings.Contains(res.Notes[0], amd.Digest.String()+", which is "+list[0].Digest.String()+" now") {
+		!strings.Contains(res.Notes[0], amd.Digest.String()+", which is now "+list[0].Digest.String()) {
 		t.Errorf("notes %q, expected one about the attestation", res.Notes)
 	}
 	was, now := read[ocispec.Manifest](t, l.Dir, amd.Digest), read[ocispec.Manifest](t, out, list[0].Digest)
@@ -140,7 +140,7 @@ func TestIndex(t *testing.T) {
 	if kept := now.Layers[1]; kept.Digest != was.Layers[1].Digest || kept.MediaType != ocispec.MediaTypeImageLayerGzip {
 		t.Errorf("layer %+v, expected %s as it was, with OCI's media type", kept, was.Layers[1].Digest)
 	}
-	if !strings.Contains(res.Layers[1].Kept, `"./c": there is more than one of this name`) {
+	if !strings.Contains(res.Layers[1].Kept, `"./c": the name occurs more than once`) {
 		t.Errorf("layer is kept because of %q", res.Layers[1].Kept)
 	}
 	// GNU tar and zstd can read it.

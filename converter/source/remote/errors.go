@@ -101,7 +101,7 @@ func hint(e *endpoint, what string, err error, b *budget) string {
 		case s.code == http.StatusTooManyRequests:
 			return "too many requests were made: try again later, or with an account: docker login " + e.name
 		case isTransient(s.code):
-			return "the registry, or what stands before it, is in trouble: try again later"
+			return "the registry, or a proxy before it, is in trouble: try again later"
 		}
 		return ""
 	}

@@ -126,7 +126,7 @@ func location(resp *http.Response) (*url.URL, error) {
 	}
 	if from := resp.Request.URL; u.Scheme == "http" && from.Scheme == "https" {
 		if u.Host != from.Host {
-			return nil, fmt.Errorf("it says to upload to %s without TLS", u.Host)
+			return nil, fmt.Errorf("it directs the upload to %s without TLS", u.Host)
 		}
 		u.Scheme = "https"
 	}
