@@ -61,8 +61,7 @@ func peakMemory(tb testing.TB, src string, memory int64) int64 {
 	return kib << 10
 }
 
-// memoryBound returns the bound in the package documentation for an image of files, with this many
-// concurrent layers.
+// memoryBound returns the documented memory bound for an image of files with this many concurrent layers.
 func memoryBound(memory int64, layers, files int) int64 {
 	const program = 48 << 20 // memory of an idle process that imports all sources
 	return program + max(memory, 32<<20) + int64(layers)*16<<20 + int64(files)<<10
@@ -89,8 +88,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
-// BenchmarkMemory reports the peak for several limits and a realistic image from a registry: files
-// need no limit.
+// BenchmarkMemory reports the peak for several limits and a realistic image; files need no limit.
 func BenchmarkMemory(b *testing.B) {
 	dir, _, unpacked := benchLayout(b, ocitest.Gzip)
 	src := "docker://" + push(b, dir)

@@ -232,8 +232,7 @@ func checkOnly(t *testing.T, dir string, want ...string) {
 	}
 }
 
-// TestNoXattrs: the image equals that of layers without extended attributes, and the result lists the
-// lost ones.
+// TestNoXattrs: the image equals that of layers without xattrs, and the result lists the lost ones.
 func TestNoXattrs(t *testing.T) {
 	with := exampleLayers()
 	got, res := mustConvert(t, "oci:"+newLayout(t, packed(with, ocitest.None)...).Dir,

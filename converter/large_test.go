@@ -14,8 +14,7 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// sparseTar is a layer with one file of size bytes, all zero but the last ones, as written by GNU tar
-// in PAX format.
+// sparseTar is a layer with one file of zeros before end, as written by GNU tar in PAX format.
 func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	t.Helper()
 	chunks := fmt.Sprintf("1\n%d\n%d\n", size-int64(len(end)), len(end))

@@ -83,8 +83,7 @@ func rootTime(want, got *treetest.Entry) {
 	}
 }
 
-// userMarks ignores attributes that overlayfs claims only when mounted with userxattr: a directory
-// does not tell.
+// userMarks ignores attributes that overlayfs claims only when mounted with userxattr.
 func userMarks(want, got *treetest.Entry) {
 	rootTime(want, got)
 	delete(want.Xattrs, "user.overlay.note")

@@ -45,8 +45,7 @@ func benchTree(b *testing.B) (*daxfs.Node, *store) {
 	return distroTree(60_000, s), s
 }
 
-// BenchmarkPlan, BenchmarkWriteTo and BenchmarkCopy share one tree; the last one measures the bare
-// copying of metadata.
+// BenchmarkPlan, BenchmarkWriteTo and BenchmarkCopy share one tree; BenchmarkCopy only copies the metadata.
 func BenchmarkPlan(b *testing.B) {
 	root, _ := benchTree(b)
 	b.Run("60000", func(b *testing.B) {

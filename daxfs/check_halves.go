@@ -24,8 +24,7 @@ type peerDir struct {
 	entries []v8Entry
 }
 
-// listV8 returns the valid entries of a directory, sorted by name. It passes errors of the others to
-// bad, unless that is nil.
+// listV8 returns the valid entries of a directory by name. Errors of the others go to bad, if not nil.
 func (c *checker) listV8(dir *Inode, bad func(error)) []v8Entry {
 	var list []v8Entry
 	err := c.v8.eachEntry(dir, 0, func(_ int64, e rawDirent, off int64, err error) bool {

@@ -193,8 +193,7 @@ func TestCheckStops(t *testing.T) {
 	}
 }
 
-// TestReadFaults fails one read after another, the later ones in steps: the check and both readers
-// must return the error.
+// TestReadFaults fails one read after another: the check and both readers must return the error.
 func TestReadFaults(t *testing.T) {
 	b := patient(t)
 	size := int64(len(b))

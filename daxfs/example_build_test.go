@@ -13,8 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A self-contained image of three files. Two are one inode; all share the same contents, which are
-// stored once.
+// A self-contained image of three files. Two are one inode; all share contents that are stored once.
 func ExampleNewPlan() {
 	dir, err := os.MkdirTemp("", "daxfs-example")
 	if err != nil {

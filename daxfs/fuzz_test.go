@@ -171,8 +171,7 @@ func apply(b []byte, ranges [][2]int64, data []byte) {
 	binary.LittleEndian.PutUint32(b[disk.ErofsSuperOff+4:], disk.ErofsChecksum(b))
 }
 
-// fuzzRanges runs a target that changes the given ranges of a valid image. Its seeds change each range
-// in every way.
+// fuzzRanges runs a target that changes ranges of a valid image. Its seeds change each in every way.
 func fuzzRanges(f *testing.F, ranges func(s *surgeon) [][2]int64) {
 	sound := fuzzImage(f)
 	rs := ranges(operate(f, bytes.Clone(sound)))

@@ -17,8 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// programs runs programs with capabilities and checks what the kernel grants them. It is safe for
-// concurrent use.
+// programs runs programs with capabilities and checks what the kernel grants. It is concurrency-safe.
 type programs struct {
 	bound, valid uint64 // capabilities that this process may pass on, and those known to the kernel
 

@@ -181,8 +181,7 @@ func (c *tree) errorf(path, format string, args ...any) {
 	}
 }
 
-// node compares the entry name of the directory dirfd with n. Paths are relative, because those of
-// deep trees are too long.
+// node compares the entry name of the directory dirfd with n. Absolute paths of deep trees are too long.
 func (c *tree) node(dirfd int, name, path string, n *daxfs.Node) {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dirfd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {

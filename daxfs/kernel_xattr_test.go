@@ -41,8 +41,7 @@ func aclOf(entries ...[3]uint32) string {
 	return s
 }
 
-// xattrCases cover every namespace of EROFS, the relevant file types, and all special treatment of
-// values in Linux.
+// xattrCases cover all namespaces of EROFS, the relevant file types, and Linux's treatment of values.
 func xattrCases() []xattrCase {
 	const (
 		none   = 1<<32 - 1

@@ -157,8 +157,7 @@ func (c *checker) checkSlot(l *Live, i int) {
 	c.checkErofs()
 }
 
-// liveInode finds an inode that another image has, too. It reports whether the inode was already
-// checked there.
+// liveInode takes over the state of an inode that another image has, too, and reports if there is one.
 func (c *checker) liveInode(n *node, path func() string) (seen bool) {
 	i, ok := c.live.by.find(n.nid, c.live.nid)
 	if !ok {

@@ -285,8 +285,7 @@ func (l *LivePlan) FileCount() int { return len(l.files) }
 // after PlaceLive.
 func (l *LivePlan) File(i int) LiveFile { return l.file(&l.files[i]) }
 
-// FileData returns the contents of the i-th regular file, with Size 0 if it has none, and whether this
-// image adds the inode.
+// FileData returns the contents of the i-th regular file, possibly of Size 0, and whether its inode is new.
 func (l *LivePlan) FileData(i int) (d Data, isNew bool) {
 	f := &l.files[i]
 	return l.data(l.inodes.at(f.ino)), !l.live[f.ino].shared

@@ -102,8 +102,7 @@ func (p *livePool) check(t testing.TB) {
 	}
 }
 
-// TestLiveKernel publishes images one by one into a mounted live tree and compares the kernel's view
-// with the input.
+// TestLiveKernel publishes images one by one into a mounted live tree and compares the kernel's view.
 func TestLiveKernel(t *testing.T) {
 	for _, perBlock := range []int{daxfs.SlotsPerBlock, 1} {
 		for _, backing := range []string{"file", "loop"} {

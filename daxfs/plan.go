@@ -240,8 +240,7 @@ type walker struct {
 // the collector waits until the heap has grown by a fraction, and tree and plan would be in memory together.
 const collectEvery = 1 << 18
 
-// add plans n and everything below it. Its first name is entry nth of the directory parent; its path
-// has depth bytes.
+// add plans n and all below it. Its first name is entry nth of parent; its path has depth bytes.
 func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 	p := w.plan
 	idx := p.inodes.len()

@@ -154,8 +154,7 @@ func (p *prover) contents(ctx context.Context, buf []byte) {
 	}
 }
 
-// cut reads the table and divides the space below the metadata into jobs. The error reports an invalid
-// entry, or a failed read.
+// cut divides the space below the metadata into jobs. The error reports an invalid entry or a failed read.
 func (p *prover) cut(ctx context.Context, jobs chan<- proofJob, buf []byte) error {
 	send := func(j proofJob) {
 		if j.off == j.end {

@@ -103,8 +103,7 @@ func checkStored(name []byte, rule Rule, at int64, ino uint64) error {
 	return nil
 }
 
-// lookup searches like the kernel: first for the last block whose first name is not above the name,
-// then in that block.
+// lookup searches like the kernel: first for the last block whose first name is not above name, then in it.
 func (f *FS) lookup(dir *Inode, name string) (Dirent, error) {
 	var found dirBlock
 	lo, hi := int64(0), (dir.Size+BlockSize-1)/BlockSize

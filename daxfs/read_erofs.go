@@ -6,8 +6,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// inodeOff returns the offset of an inode. Any nid is safe; the result may lie outside of the image or
-// be negative.
+// inodeOff returns the offset of an inode, outside of the image or negative for an invalid nid.
 func (f *FS) inodeOff(nid uint64) int64 {
 	if nid > uint64(f.s.size)/disk.ErofsSlot {
 		return -1

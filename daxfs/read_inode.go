@@ -167,8 +167,7 @@ func (in Inode) Data() (off, size int64, ok bool) {
 	return in.Off, in.Size, in.Off >= 0
 }
 
-// ReadAt reads the contents of a regular file, the target of a symbolic link, or the stored bytes of a
-// directory.
+// ReadAt reads the contents of a regular file, a symlink target, or the stored bytes of a directory.
 func (in Inode) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("daxfs: negative offset %d", off)

@@ -18,8 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// makeTree fills dir with one of everything that matters to a reader. Without privileges it omits
-// special files.
+// makeTree fills dir with everything that matters to a reader; special files only with privileges.
 func makeTree(t *testing.T, dir string) {
 	t.Helper()
 	must := func(err error) {

@@ -28,8 +28,7 @@ func (f *FS) xattrs(in *Inode) ([]Xattr, error) {
 	return xs, nil
 }
 
-// eachXattr calls fn for the attributes of an inode, inline ones first, in the order in which Linux
-// lists them.
+// eachXattr calls fn for the attributes of an inode in the order of Linux: inline ones first.
 func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error {
 	if in.xlen == 0 {
 		return nil

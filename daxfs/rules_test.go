@@ -17,8 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// TestRules: every declared rule is listed, has a meaning, is explained in docs/format.md, and is
-// broken by a test.
+// TestRules: every declared rule is listed, has a meaning, is in docs/format.md, and is broken by a test.
 func TestRules(t *testing.T) {
 	doc, err := os.ReadFile("../docs/format.md")
 	if err != nil {

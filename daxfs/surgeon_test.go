@@ -14,8 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// surgeon changes single fields of an image. It finds them through the readers, whose slices are the
-// image itself.
+// surgeon changes single fields of an image through the readers, whose slices are the image itself.
 type surgeon struct {
 	t testing.TB
 	b []byte

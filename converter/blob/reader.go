@@ -14,8 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// maxWindow bounds the memory of a zstd frame: the window of zstd --long=27, which every zstd decodes
-// without an option.
+// maxWindow bounds the memory of a zstd frame: the window of zstd --long=27, the default limit of zstd.
 const maxWindow = 128 << 20
 
 var (

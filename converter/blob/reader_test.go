@@ -283,8 +283,7 @@ func (h *hanging) Read(p []byte) (int, error) {
 
 func (h *hanging) Close() error { close(h.closed); return nil }
 
-// TestEndsWithoutFinish: Close and a cancelled context end all goroutines, even those that wait for
-// the source.
+// TestEndsWithoutFinish: Close and cancelling ctx end all goroutines, even those waiting for the source.
 func TestEndsWithoutFinish(t *testing.T) {
 	before := runtime.NumGoroutine()
 	why := errors.New("stop")

@@ -220,8 +220,7 @@ func (t *unpacked) Read(p []byte) (int, error) {
 
 func (t *unpacked) Close() { t.z.Close() }
 
-// parseTOC reads the table of contents entry by entry: decoded as a whole, a crafted one takes a
-// hundred times its size.
+// parseTOC reads the table of contents entry by entry: as a whole, it may take a hundred times its size.
 func parseTOC(stored []byte, l Layout) (*Tables, digest.Digest, error) {
 	z, err := unpack(stored, l.TOC.Raw)
 	if err != nil {

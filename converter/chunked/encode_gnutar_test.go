@@ -98,8 +98,7 @@ func TestGNUTar(t *testing.T) {
 	}
 }
 
-// replays checks that tar-split and the contents produce the tar, both with tar-split's own package
-// and with ours.
+// replays checks that tar-split's own package and ours restore the tar from tar-split and contents.
 func replays(t testing.TB, blob []byte, e *Encoded, raw []byte) {
 	t.Helper()
 	toc, split := tables(t, blob, e)

@@ -261,8 +261,7 @@ func (s *scanner) chunk(p *piece, r io.Reader, left int64) error {
 
 var errTrailing = fmt.Errorf("%w: bytes other than zeros follow its end", ErrUnsuitable)
 
-// trailing takes the bytes behind the end marker. containers/storage parses them as a tar and fails if
-// they are none.
+// trailing takes the bytes behind the end marker. containers/storage fails if they are not a tar.
 func (s *scanner) trailing(in io.Reader) error {
 	buf := make([]byte, maxRaw)
 	for {

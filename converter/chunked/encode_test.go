@@ -130,8 +130,7 @@ func TestLargeFilesHaveChunksInCommon(t *testing.T) {
 	}
 }
 
-// TestUnsuitable: a tar that a table of contents cannot express is not encoded, and the error gives
-// the reason.
+// TestUnsuitable: a tar that a table of contents cannot express gives an error with the reason.
 func TestUnsuitable(t *testing.T) {
 	link := tar.Header{Name: "l", Typeflag: tar.TypeLink, Linkname: "a"}
 	good := tarOf(t, regular("a", []byte("x")))

@@ -13,11 +13,9 @@ import (
 const (
 	// maxGap is the largest gap that is fetched to save a request, in bytes.
 	maxGap = 64 << 10
-	// freeGap is the largest gap that is always fetched: the headers of a request and its response take as
-	// many bytes.
+	// freeGap is the largest gap that is always fetched: the headers of a request are as large.
 	freeGap = 1 << 10
-	// maxWaste limits all gaps together to 1/10 of the needed bytes, unless there are more requests than
-	// manySpans.
+	// maxWaste limits all gaps to 1/10 of the needed bytes, unless there are more requests than manySpans.
 	maxWaste  = 10
 	manySpans = 256
 	// maxPart bounds a request. All concurrent requests are in memory.

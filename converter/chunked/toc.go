@@ -11,8 +11,7 @@ import (
 const (
 	// AnnotationTOCDigest holds the digest of the compressed table of contents, the root of all trust.
 	AnnotationTOCDigest = "io.github.containers.zstd-chunked.manifest-checksum"
-	// AnnotationTOCPosition holds "offset:length:uncompressed length:type" of the table of contents. The
-	// type is TOCType.
+	// AnnotationTOCPosition holds "offset:length:uncompressed length:TOCType" of the table of contents.
 	AnnotationTOCPosition = "io.github.containers.zstd-chunked.manifest-position"
 	// AnnotationTarSplitPosition holds "offset:length:uncompressed length" of tar-split.
 	AnnotationTarSplitPosition = "io.github.containers.zstd-chunked.tarsplit-position"
@@ -52,8 +51,7 @@ const (
 	TypeChar    = "char"
 	TypeBlock   = "block"
 	TypeFIFO    = "fifo"
-	// TypeChunk is another part of the contents of the preceding TypeReg entry. It has only Type, Name and
-	// the chunk fields.
+	// TypeChunk is a further part of the preceding TypeReg entry. It has only Type, Name and the chunk fields.
 	TypeChunk = "chunk"
 )
 

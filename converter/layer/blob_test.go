@@ -58,8 +58,7 @@ func TestFromBlob(t *testing.T) {
 	}
 }
 
-// TestFromBlobErrors: a blob mismatch takes precedence over an error of the parser, but not over one
-// of the store.
+// TestFromBlobErrors: a blob mismatch overrides an error of the parser, but not one of the store.
 func TestFromBlobErrors(t *testing.T) {
 	full := errors.New("no space")
 	raw := Tar(Reg("a", "contents of a"), Reg("big", strings.Repeat("b", 64<<20)))

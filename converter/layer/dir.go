@@ -194,8 +194,7 @@ func (d *dirReader) file(ctx context.Context, f *os.File, st *unix.Stat_t, n *da
 	return err
 }
 
-// selfPath names the inode behind a descriptor. Resolving it follows only the descriptor, not a link
-// behind it.
+// selfPath names the inode behind a descriptor. Resolving it follows no link behind the descriptor.
 func selfPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
 
 // reopen opens the inode of an O_PATH descriptor for reading, not one that has taken its name since.

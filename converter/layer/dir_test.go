@@ -118,8 +118,7 @@ func TestDirErrors(t *testing.T) {
 	}
 }
 
-// TestDirXattrs needs a file system with user.* attributes. The names are those of overlayfs in a user
-// namespace.
+// TestDirXattrs needs user.* attributes. The names are those of overlayfs in a user namespace.
 func TestDirXattrs(t *testing.T) {
 	dir := t.TempDir()
 	for name, value := range map[string]string{

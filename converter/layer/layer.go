@@ -61,11 +61,9 @@ type Change struct {
 type Source uint8
 
 const (
-	// FromTarStream marks a layer whose entries carry tar attributes: the xattrs of a directory add to
-	// those it already has.
+	// FromTarStream marks tar attributes: the xattrs of a directory add to those it already has.
 	FromTarStream Source = iota
-	// FromDirectory marks a layer whose entries carry all attributes of an inode on disk; they replace the
-	// old ones.
+	// FromDirectory marks complete attributes of inodes on disk, which replace the old ones.
 	FromDirectory
 )
 

@@ -2,8 +2,7 @@ package layer
 
 import "strings"
 
-// Limits bound the cost of one layer. A field of 0 stands for its default; a negative field refuses
-// everything.
+// Limits bound the cost of one layer. A field of 0 stands for its default; a negative one refuses all.
 type Limits struct {
 	// MaxEntries bounds the entries of a layer. Xattrs take as much memory: from the third one of an entry
 	// on, every two count as one more entry. Default 4,194,304.

@@ -14,8 +14,7 @@ import (
 
 // Options are the options of Convert. The zero value is a good default.
 type Options struct {
-	// Platform selects one image of an index, whose manifest is written alone; nil keeps the index with
-	// all images.
+	// Platform selects one image of an index, written as a single manifest; nil keeps the whole index.
 	Platform *source.Platform
 	// MaxSize bounds the decompressed bytes of one layer; 0 means source.DefaultMaxSize.
 	MaxSize int64

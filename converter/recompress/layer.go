@@ -164,8 +164,7 @@ func (c *conversion) asItIs(ctx context.Context, t *layerTask, w io.Writer, prog
 	return nil
 }
 
-// mediaType returns the OCI media type of a layer. Its first bytes tell the compression, because
-// Docker's types do not.
+// mediaType returns a layer's OCI media type. Docker's types lack the compression, so head decides it.
 func mediaType(was string, head []byte) string {
 	t := ocispec.MediaTypeImageLayer
 	if strings.Contains(was, "nondistributable") || strings.Contains(was, "foreign") {

@@ -157,8 +157,7 @@ func TestIndex(t *testing.T) {
 	}
 }
 
-// TestSame: the output is always the same, from a layout, an archive, or an image that is already
-// zstd:chunked.
+// TestSame: a layout, an archive and an image that is already zstd:chunked give the same output.
 func TestSame(t *testing.T) {
 	l, _ := index(t)
 	dir := t.TempDir()
@@ -335,8 +334,7 @@ func pulled(t testing.TB, ref string) {
 	}
 }
 
-// TestPush: the tag is the last request, and existing blobs are not sent again, not even from another
-// repository.
+// TestPush: the tag is the last request, and existing blobs are not sent, not even from other repositories.
 func TestPush(t *testing.T) {
 	l, _ := index(t)
 	s := newServer(t)

@@ -47,8 +47,7 @@ func declared(d ocispec.Descriptor) bool {
 	return d.Platform != nil && d.Platform.OS != "" && d.Platform.Architecture != ""
 }
 
-// attestationType is the annotation with which BuildKit marks a manifest that belongs to another one
-// in the index.
+// attestationType is BuildKit's annotation of a manifest that belongs to another one in the index.
 const attestationType = "vnd.docker.reference.type"
 
 // expand adds the manifests of an index and of its nested indexes. It skips unusable ones.

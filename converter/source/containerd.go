@@ -102,8 +102,7 @@ func dialContainerd(ctx context.Context, address, namespace string) (*containerd
 	return c, nil
 }
 
-// ContainerdImages returns the names of the images in a namespace of containerd, one name for each
-// distinct image.
+// ContainerdImages returns one name for each distinct image in a namespace of containerd.
 func ContainerdImages(ctx context.Context, address, namespace string) ([]string, error) {
 	c, err := dialContainerd(ctx, strings.TrimPrefix(address, "unix://"), namespace)
 	if err != nil {

@@ -148,8 +148,7 @@ func TestAmbiguousDocuments(t *testing.T) {
 	}
 }
 
-// TestInlineDocuments: a descriptor may embed its document, which must have the right digest, as in
-// containerd.
+// TestInlineDocuments: a descriptor may embed its document if the digest is right, as in containerd.
 func TestInlineDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	good := l.Manifest(platform("amd64", ""), oneFile("a"))

@@ -208,8 +208,7 @@ func (s *search) named(ctx context.Context) ([]string, error) {
 	return images, nil
 }
 
-// ParseIndex decodes an index of the given media type. It refuses a document that can also be read as
-// a manifest.
+// ParseIndex decodes an index of the given media type. It refuses one that is also a manifest.
 func ParseIndex(p []byte, mediaType string) (ocispec.Index, error) {
 	var index ocispec.Index
 	if !isIndex(mediaType) {

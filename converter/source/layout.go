@@ -49,8 +49,7 @@ func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, e
 	return f, nil
 }
 
-// openFile opens a regular file. Opening a FIFO waits for a writer, and opening a device may have side
-// effects.
+// openFile opens a regular file. Opening a FIFO blocks, and opening a device may have side effects.
 func openFile(name string) (*os.File, error) {
 	fi, err := os.Stat(name)
 	if err != nil {

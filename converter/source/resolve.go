@@ -26,8 +26,7 @@ const (
 	dockerConfig   = "application/vnd.docker.container.image.v1+json"
 	schema1        = "application/vnd.docker.distribution.manifest.v1" // followed by a suffix
 
-	// maxDocument bounds an index, a manifest or a configuration, in bytes. Registries refuse manifests
-	// above 4 MiB.
+	// maxDocument bounds a document in bytes. Registries refuse manifests above 4 MiB.
 	maxDocument = 8 << 20
 	// maxNesting bounds the nesting of indexes.
 	maxNesting = 8

@@ -18,8 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// The kernel is the oracle of these tests: Merge must produce the view of an overlay mount from its
-// directories.
+// The kernel is the oracle: Merge must produce the view of an overlay mount from its directories.
 
 // overlay mounts directories, the top one first, with a new upper directory, and returns that and the mount.
 func overlay(t *testing.T, lowers []string, options string) (upper, merged string) {

@@ -130,8 +130,7 @@ func mergeFuzz(t *testing.T, layers []*layer.Layer) *daxfs.Node {
 	return root
 }
 
-// checkTree fails for an invalid tree: impossible names, directories with two names, links through
-// directories.
+// checkTree fails for impossible names, directories with two names, and links through directories.
 func checkTree(t *testing.T, n *daxfs.Node, p string, above []*daxfs.Node) {
 	t.Helper()
 	if len(p) > 2*maxPath {

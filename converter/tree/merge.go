@@ -170,8 +170,7 @@ func (m *Merger) change(c *layer.Change) error {
 	}
 }
 
-// checkChange refuses changes that package layer does not make, so that a handmade layer cannot break
-// the tree.
+// checkChange refuses changes that package layer does not make: a handmade layer must not break the tree.
 func checkChange(c *layer.Change) error {
 	if len(c.Path) > maxPath {
 		return fmt.Errorf("%w: more than %d bytes of a path", layer.ErrLimit, maxPath)
@@ -191,8 +190,7 @@ func checkChange(c *layer.Change) error {
 	return nil
 }
 
-// addNode makes an inode at a name. A directory on a directory keeps the old inode; otherwise the old
-// entry is removed.
+// addNode makes an inode at a name. It replaces the old entry, but keeps a directory for a directory.
 func (m *Merger) addNode(dir *daxfs.Node, name string, c *layer.Change) error {
 	from := c.Node
 	kind := from.Mode & unix.S_IFMT
@@ -232,8 +230,7 @@ func (m *Merger) takesOver(dir, from *daxfs.Node) bool {
 		(kind != unix.S_IFLNK || from.Mode == unix.S_IFLNK|0o777)
 }
 
-// create makes an inode like the kernel does for root: it inherits ACLs and the group of a
-// set-group-ID directory.
+// create makes an inode like the kernel for root: it inherits ACLs and a set-group-ID directory's group.
 func (m *Merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node, error) {
 	n := m.node()
 	n.Mode = kind

@@ -13,14 +13,12 @@ import (
 
 const (
 	maxPath = 4095 // bytes of a path, as in the kernel
-	// maxWalked and maxFollowed are the maximum numbers of symbolic links that containerd and the kernel
-	// follow in a path.
+	// maxWalked and maxFollowed are the limits of containerd and the kernel for symbolic links in a path.
 	maxWalked   = 255
 	maxFollowed = 40
 )
 
-// mkdir returns the directory at a clean path. It follows symbolic links in every element and makes
-// missing directories.
+// mkdir returns the directory at a clean path. It follows all symbolic links and makes missing directories.
 func (m *Merger) mkdir(p string) (*daxfs.Node, error) {
 	if p == "" {
 		return m.root, nil
@@ -195,8 +193,7 @@ func (m *Merger) pass(p string, walked *int) (string, error) {
 	return at, nil
 }
 
-// checkName refuses a name too long for the kernel. Package layer checks the names of entries, but not
-// those in link targets.
+// checkName refuses a name too long for the kernel. Package layer does not check those in link targets.
 func checkName(name string) error {
 	if len(name) > daxfs.MaxName {
 		return fmt.Errorf("%w: more than %d bytes of a name", layer.ErrLimit, daxfs.MaxName)

@@ -500,8 +500,7 @@ func TestOpaqueAgainSpares(t *testing.T) {
 	}
 }
 
-// TestAbsoluteNames: a leading slash of a name has no meaning. Containerd differs where links lead
-// through links and "..".
+// TestAbsoluteNames: a leading slash has no meaning. Containerd differs for links through links and "..".
 func TestAbsoluteNames(t *testing.T) {
 	requireRoot(t)
 	for name, other := range map[string]bool{"c/f": false, "./c/f": false, "/c/f": true, "../c/f": true} {

@@ -23,8 +23,7 @@ func (s stack) read(t *testing.T) (layers []*layer.Layer) {
 	return layers
 }
 
-// TestTake: Take and Apply give the same tree or the same error, for layers with all attributes and
-// for those of a tar.
+// TestTake: Take and Apply give the same tree or the same error, for both sources of layers.
 func TestTake(t *testing.T) {
 	trees := 0
 	for seed := range uint64(200) {

@@ -35,8 +35,7 @@ func TestManyGaps(t *testing.T) {
 	}
 }
 
-// TestSumsThatBeginAlike: contents are equal only if their whole sums are, not just the prefixes used
-// for lookup.
+// TestSumsThatBeginAlike: contents are equal only if their whole sums are, not just the prefixes.
 func TestSumsThatBeginAlike(t *testing.T) {
 	p := testPlacer(t)
 	var sums [3][32]byte

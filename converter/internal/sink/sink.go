@@ -129,8 +129,7 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 // Layer returns the store for the contents of layer i.
 func (s *Sink) Layer(i int) *Layer { return s.layers[i] }
 
-// Layer takes the contents of one layer and places them in the order of the Put calls. It is safe for
-// concurrent use.
+// Layer takes the contents of one layer, in the order of the Put calls. It is safe for concurrent use.
 type Layer struct {
 	s     *Sink
 	index int

@@ -338,8 +338,7 @@ func TestAlignment(t *testing.T) {
 	}
 }
 
-// TestAlignmentIsBounded: aligning files that are all just above 2 MiB would double the image, so not
-// all are aligned.
+// TestAlignmentIsBounded: files just above 2 MiB are not all aligned, which would double the image.
 func TestAlignmentIsBounded(t *testing.T) {
 	var l []*content
 	for i := range 20 {

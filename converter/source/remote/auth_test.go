@@ -26,8 +26,7 @@ func dockerConfig(t testing.TB, text string) {
 	}
 }
 
-// TestTokens: tokens are fetched once, and again when they expire during a pull, even of several blobs
-// concurrently.
+// TestTokens: tokens are fetched once, and again when they expire during concurrent pulls of blobs.
 func TestTokens(t *testing.T) {
 	for _, c := range []struct{ good, tokens int }{{0, 1}, {1, 5}, {2, 3}} {
 		g := &registry{image: newImage(1000, 1000, 1000, 1000), locked: true, good: c.good}
@@ -137,8 +136,7 @@ func helpers(t testing.TB) {
 	}
 }
 
-// TestCredentialHelpers: a missing or failing helper gives a warning, and is part of the error for a
-// private image.
+// TestCredentialHelpers: a bad helper gives a warning, and is part of the error for a private image.
 func TestCredentialHelpers(t *testing.T) {
 	helpers(t)
 	var logged bytes.Buffer

@@ -141,8 +141,7 @@ func TestForeignWithoutTLS(t *testing.T) {
 	}
 }
 
-// TestForeignErrors: the error contains the failures of both, without the query, and the number of
-// attempts is limited.
+// TestForeignErrors: the error contains both failures without the query, and attempts are limited.
 func TestForeignErrors(t *testing.T) {
 	f := newForeign(t)
 	f.elsewhere.fault = func(w http.ResponseWriter, r *http.Request, kind string) bool {

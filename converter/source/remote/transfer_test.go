@@ -314,8 +314,7 @@ func TestWebPages(t *testing.T) {
 	}
 }
 
-// TestContentEncoding: the encoding of a proxy is removed, that reported by an object store for a gzip
-// file is not.
+// TestContentEncoding: a proxy's encoding is removed, an object store's claim about a gzip file is not.
 func TestContentEncoding(t *testing.T) {
 	pack := func(b []byte) []byte {
 		var out bytes.Buffer

@@ -46,8 +46,7 @@ const (
 	ErofsFTSymlink
 )
 
-// Xattr name indexes. An entry stores the name without the prefix; for the two ACL names nothing is
-// left to store.
+// Xattr name indexes. An entry stores the rest of the name, which is empty for the two ACLs.
 const (
 	ErofsXattrUser       = 1 // "user."
 	ErofsXattrACLAccess  = 2 // "system.posix_acl_access"
