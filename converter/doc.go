@@ -25,6 +25,6 @@
 // Memory is bounded by Options.Memory for contents, at least 32 MiB (always 32 MiB for layers that are
 // local files), plus about 16 MiB for each layer being read, at least four: half for contents not yet
 // hashed, half for data between the stages of reading (more for zstd layers with a large window). An
-// entry takes about 1 KiB, up to Options.MaxEntries; long names, link targets and xattrs, at most 1
-// GiB in all layers, take a few times their size.
+// entry takes about 1 KiB, up to Options.MaxEntries; long names, link targets and xattrs, at most
+// 1 GiB in all layers, take a few times their size.
 package converter

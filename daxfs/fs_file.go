@@ -41,7 +41,7 @@ type dirFile struct {
 	in     Inode
 	path   string
 	cursor int64
-	// dirs are the directories listed so far: a name twice would make the walk of a hostile image endless.
+	// dirs are the directories listed so far: one with two names could make the walk of a hostile image endless.
 	dirs map[uint64]struct{}
 }
 

@@ -95,7 +95,7 @@ func NewPlan(t *Tables, have Contents) *Plan {
 }
 
 // Tar returns the tar of the layer: tar-split with contents filled in, fetched ones verified. Only the
-// tar's digest reports whether it is correct. Cancelling ctx ends reads. The caller closes it.
+// tar's digest shows whether it is correct. Cancelling ctx ends reads. The caller closes it.
 func (p *Plan) Tar(ctx context.Context, src Source, o Options) (io.ReadCloser, error) {
 	if o.Parallel == 0 {
 		o.Parallel = 8

@@ -106,7 +106,7 @@ func (d *dirReader) directory(ctx context.Context, f *os.File, p string, st *uni
 	return nil
 }
 
-// child adds one entry of a directory. If whiteouts is true, its files may be whiteouts in xattr form.
+// child adds one entry of dir. If whiteouts is true, files in dir may be whiteouts in xattr form.
 func (d *dirReader) child(ctx context.Context, dir *os.File, name, p string, whiteouts bool) error {
 	if err := d.lim.checkPath(p); err != nil {
 		return err

@@ -25,7 +25,7 @@ type member struct {
 // key normalizes the name of a member: tar -P writes absolute names, other tools a leading "./".
 func key(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
-// archive is a tar file with an index, which allows to read members concurrently and in any order.
+// archive is a tar file with an index, so that its members can be read concurrently and in any order.
 type archive struct {
 	f       *os.File
 	members map[string]member

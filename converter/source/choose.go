@@ -28,8 +28,8 @@ type passed struct {
 	why  error
 }
 
-// search finds the image for a platform among the manifests of indexes. Beside it there may be
-// signatures, attestations and other artifacts, and manifests that are missing.
+// search finds the image for a platform among the manifests of indexes. The indexes may also list
+// signatures, attestations, other artifacts, and missing manifests.
 type search struct {
 	*finder
 	platform Platform

@@ -32,7 +32,7 @@ func (e *Error) Error() string {
 // Unwrap returns the cause: ErrNotDir, ErrNotExist, ErrIsDir, ErrTooManyLinks, or one of package layer.
 func (e *Error) Unwrap() error { return e.Err }
 
-// These errors, layer.ErrInvalid and layer.ErrLimit cause an Error. Containerd fails on the same layers.
+// Causes of an Error besides layer.ErrInvalid and layer.ErrLimit. Containerd fails on the same layers.
 var (
 	// ErrNotDir: the parent of an entry is neither a directory nor a symbolic link.
 	ErrNotDir = errors.New("not a directory")

@@ -129,7 +129,7 @@ func (m *Merger) linkTarget(target string) (*daxfs.Node, error) {
 // resolve follows the symbolic links in every element of p within the root and returns a clean
 // relative path without links. A missing element is not a link.
 //
-// It copies continuity's fs.RootPath, to get the same results where ".." meets links: each pass
+// It mirrors continuity's fs.RootPath, to get the same results where ".." meets links: each pass
 // replaces links by their targets, joining names without looking, until a pass finds no link.
 func (m *Merger) resolve(p string) (string, error) {
 	walked := 0

@@ -153,7 +153,7 @@ func (p *placer) whole(it item, b []byte) (int32, error) {
 }
 
 // piece places a part of a big content at the place allocated with its first part. Only the last part
-// reports whether the content is already present.
+// shows whether the content is already present.
 func (p *placer) piece(it item, b []byte) (int32, error) {
 	if it.first {
 		p.big.tail, p.big.gaps, p.big.done = p.tail, len(p.gaps), 0

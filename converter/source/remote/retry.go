@@ -50,7 +50,7 @@ func (r *Repository) try(
 		due[i] = b.waited
 	}
 	for {
-		b.failures++ // reset on success
+		b.failures++ // undone on success
 		for i, e := range hosts {
 			if due[i] < 0 || due[i] > b.waited {
 				continue
