@@ -139,8 +139,8 @@ func TestUnsuitable(t *testing.T) {
 		raw          []byte
 	}{
 		{"nothing", "empty", nil},
-		{"same name twice", `"./a": the name occurs more than once`, tarOf(t, regular("a", nil), regular("./a", nil))},
-		{"same name, absolute", `"/a": the name occurs more than once`, tarOf(t, regular("a", nil), regular("/a", nil))},
+		{"same name twice", `"./a": the name occurs more than`, tarOf(t, regular("a", nil), regular("./a", nil))},
+		{"same name, absolute", `"/a": the name occurs more than`, tarOf(t, regular("a", nil), regular("/a", nil))},
 		{"name that leads up", `".." in a name`, tarOf(t, regular("a/../../b", nil))},
 		{"file like a directory", `"/" at the end`, withType(tarOf(t, special("a/", '5')), '0')},
 		{"whiteout with contents", "a whiteout with contents", tarOf(t, regular(".wh.a", []byte("x")))},
