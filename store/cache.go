@@ -6,14 +6,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
-// maxCached bounds the layers that are kept in memory, in entries; each takes some 50 bytes. The layers of a pull are
-// merged right after they were read, and images have their lower layers in common.
+// maxCached limits the decoded layers in memory, in entries of about 50 bytes each. The layers of a
+// pull are merged right after they were read, and images share lower layers.
 const maxCached = 100_000
 
-// cache keeps the decoded layers that were used last. The zero value is ready to use.
+// cache keeps the most recently used decoded layers. The zero value is ready to use.
 type cache struct {
 	mu    sync.Mutex
-	order []cached // the one that was used last comes last
+	order []cached // the most recently used one is last
 	cost  int64
 }
 
@@ -59,7 +59,7 @@ func (c *cache) take(key string) (cached, bool) {
 	return cached{}, false
 }
 
-// put appends an entry, and removes others to make room for it. Preconditions: mu is held.
+// put appends an entry, and removes old ones to make room. Preconditions: mu is held.
 func (c *cache) put(e cached) {
 	c.order = append(c.order, e)
 	c.cost += e.made.Cost()

@@ -221,7 +221,8 @@ func TestChurn(t *testing.T) {
 		}
 		maxGaps = max(maxGaps, s.GapCount())
 	}
-	t.Logf("%d operations: %d times something did not fit, at %.1f %% use on average, %.1f %% at worst, %.1f %% at worst for files below 1/1000 of the space; at most %d gaps",
+	t.Logf("%d operations: %d times something did not fit, at %.1f %% use on average, %.1f %% at worst, "+
+		"%.1f %% at worst for files below 1/1000 of the space; at most %d gaps",
 		ops, fail, 100*sum/float64(max(1, fail)), 100*worst, 100*small, maxGaps)
 	// The largest files have 1/60 of the space.
 	if fail == 0 || worst < 0.65 || small < 0.90 {
