@@ -232,8 +232,8 @@ func advice(err error, kind string) string {
 	files := region.TraitsOf(kind).Regular
 	switch {
 	case errors.Is(err, region.ErrSize) && files:
-		return "; set pool.size to the size that the pool has or leave it out, or stop all containers and make the pool " +
-			"larger with `daxfs pool grow`; a smaller one is a new one: end all containers and remove the file"
+		return "; set pool.size to the size that the pool has or leave it out, or stop all containers and make the " +
+			"pool larger with `daxfs pool grow`; a smaller one is a new one: end all containers and remove the file"
 	case errors.Is(err, region.ErrSize) && kind == region.KindPhys:
 		return "; set pool.phys and pool.size to a range that the kernel was told to reserve, in whole 2 MiB"
 	case errors.Is(err, region.ErrSize):

@@ -20,10 +20,11 @@ const SegmentLie = "split: segment"
 // Lies are layers that contradict themselves, their blobs or their diff IDs. The tar must have five
 // files with contents, the first and the last of them with at most one other entry before or after it.
 func Lies() map[string]Options {
+	const weak = "md5:d41d8cd98f00b204e9800998ecf8427e"
 	return map[string]Options{
 		"digest of a file":    {TOC: first(func(e *chunked.Entry) { e.Digest = digest.FromString("other") })},
 		"no digest":           {TOC: first(func(e *chunked.Entry) { e.Digest = "" })},
-		"weak digest":         {TOC: first(func(e *chunked.Entry) { e.Digest = "md5:d41d8cd98f00b204e9800998ecf8427e" })},
+		"weak digest":         {TOC: first(func(e *chunked.Entry) { e.Digest = weak })},
 		"size":                {TOC: first(func(e *chunked.Entry) { e.Size++ })},
 		"negative size":       {TOC: first(func(e *chunked.Entry) { e.Size = -1 })},
 		"large size":          {TOC: first(func(e *chunked.Entry) { e.Size = 1 << 62 })},

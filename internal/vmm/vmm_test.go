@@ -22,7 +22,7 @@ func TestQEMU(t *testing.T) {
 	want := []string{
 		"-machine", "q35", "-m", "512M,slots=2,maxmem=2560M",
 		"-object",
-		"memory-backend-file,id=daxfs-pool-file,share=on,readonly=on,mem-path=/var/lib/a,,b/pool,"+
+		"memory-backend-file,id=daxfs-pool-file,share=on,readonly=on,mem-path=/var/lib/a,,b/pool," +
 			"size=67108864,align=2M",
 		"-device", "virtio-pmem-pci,id=daxfs-pool,memdev=daxfs-pool-file",
 		"-object", "memory-backend-file,id=daxfs-lease-file,share=on,mem-path=/run/lease,size=2097152,align=2M",

@@ -104,7 +104,8 @@ func notFileBacked(err error, path string) error {
 		return nil
 	case errors.Is(err, unix.ENOTBLK):
 		return fmt.Errorf("the kernel cannot mount EROFS from a file on the file system of %q (tmpfs, overlay and "+
-			"FUSE cannot; ext4, xfs and btrfs can, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w", path, mount.ErrUnsupported)
+			"FUSE cannot; ext4, xfs and btrfs can, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w",
+			path, mount.ErrUnsupported)
 	case errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("this kernel's EROFS has no directio option (Linux 6.13), or no fsoffset= for an image "+
 			"inside of a file (Linux 6.17): %w: %w", err, mount.ErrUnsupported)
