@@ -124,8 +124,7 @@ func TestAdoptsNothingElse(t *testing.T) {
 	}
 }
 
-// The path of the pool now leads to a copy of its file. Both have one UUID; the mounted one is the old
-// one.
+// The path of the pool now leads to a copy of its file with the same UUID; the old file is mounted.
 func TestPathOfAnotherFile(t *testing.T) {
 	b := fileBed(t)
 	img := b.add(t, "a", "one")
@@ -155,8 +154,7 @@ func TestPathOfAnotherFile(t *testing.T) {
 	}
 }
 
-// Somebody unmounts the pool while images of it are bound. It comes back as the same file system,
-// before and after a restart.
+// A pool that is unmounted while its images are bound comes back as the same file system.
 func TestPoolComesBackFromBinds(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		drv := &counting{Driver: d}

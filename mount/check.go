@@ -19,8 +19,8 @@ func CheckImage(ctx context.Context, src Source) error {
 	})
 }
 
-// ProveImage proves by daxfs.Prove that src is, byte for byte, the image of a root hash. Errors are
-// those of CheckImage.
+// ProveImage proves by daxfs.Prove that src is exactly the image of a root hash. Errors as of
+// CheckImage.
 func ProveImage(ctx context.Context, src Source, root daxfs.RootHash) error {
 	return eachFinding(ctx, src, func(b []byte, report func(daxfs.Finding) bool) error {
 		return daxfs.Prove(ctx, guarded(b), int64(len(b)), daxfs.ProveOptions{Root: &root}, report)
@@ -67,8 +67,7 @@ func eachFinding(ctx context.Context, src Source, check func(b []byte, report fu
 	return nil
 }
 
-// guarded reads memory that may vanish. Unlike daxfs.Mem it never hands out the memory itself, so
-// several goroutines may read it.
+// guarded reads memory that may vanish. It never hands out the memory itself, so it may be shared.
 type guarded []byte
 
 func (g guarded) ReadAt(p []byte, off int64) (n int, err error) {

@@ -26,8 +26,7 @@ func fuseBed(t *testing.T) *bed {
 	return b
 }
 
-// A dead server is noticed, and the pool is mounted anew at the same place for later containers,
-// before and after a restart.
+// The pool is mounted anew in the place of a dead server, before and after a restart.
 func TestServerDies(t *testing.T) {
 	b := fuseBed(t)
 	var w warnings

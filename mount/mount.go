@@ -60,13 +60,11 @@ func (s Source) Where() string {
 // Driver is one way to mount a pool or an image. A Driver keeps no state: any process finds its mounts
 // again by their directories. All methods are safe for concurrent use with different directories.
 type Driver interface {
-	// Name is the name in the configuration and on the command line: "erofs-dax", "erofs-file",
-	// "erofs-loop", "daxfs", "fuse".
+	// Name is the configured name: "erofs-dax", "erofs-file", "erofs-loop", "daxfs" or "fuse".
 	Name() string
 	// Sharing says in one sentence, for people, which memory the containers share.
 	Sharing() string
-	// Windows is true if the driver mounts one window for each image. Other drivers mount a pool once,
-	// with all images.
+	// Windows is true if the driver mounts a window for each image, false if it mounts whole pools.
 	Windows() bool
 	// Probe tells whether the region can be mounted here; where possible it tries on a scratch file. An
 	// error wraps ErrUnsupported and says why not and what would help.

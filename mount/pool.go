@@ -96,8 +96,7 @@ func (t *Table) getLive() *live {
 	return t.live
 }
 
-// ensurePool mounts the pool with d unless some driver has mounted it. written are ranges that are
-// never written again.
+// ensurePool mounts the pool with d unless it is mounted. written are ranges already in final state.
 func (t *Table) ensurePool(ctx context.Context, d Driver, written []Range) (*live, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -289,8 +288,7 @@ func (l *live) matchBind(dir string, img Image) error {
 	return nil
 }
 
-// flushes limits the cache flushes for one image. One flush is not enough while somebody reads the
-// device.
+// flushes limits the cache flushes for one image. One is not enough while somebody reads the device.
 const flushes = 200
 
 // flush makes the file system read its metadata again. A FUSE server does so anyway.

@@ -34,8 +34,7 @@ type poolRecord struct {
 	Phys        uint64 `json:"phys,omitempty"`
 	HasPhys     bool   `json:"hasPhys,omitempty"`
 	Size        int64  `json:"size"`
-	// File identifies the file or device behind Path: a path that now leads to another file is another
-	// region.
+	// File identifies the file or device behind Path, which may later lead to another region.
 	File string `json:"file,omitempty"`
 	// RootHandle is the file handle of the root directory, in hexadecimal: see recoverPool.
 	RootHandle string `json:"rootHandle,omitempty"`
@@ -57,8 +56,7 @@ func (r poolRecord) source() Source {
 	}}
 }
 
-// imageRecord describes the bind or window mount beside it. Version 1 of the program wrote the same
-// key and driver.
+// imageRecord describes the bind or window mount beside it. Version 1 also wrote key and driver.
 type imageRecord struct {
 	Format     int       `json:"version"`
 	Driver     string    `json:"driver"`
@@ -111,8 +109,7 @@ func inodeID(st unix.Stat_t) string {
 	return fmt.Sprintf("inode %d on %d:%d", st.Ino, unix.Major(st.Dev), unix.Minor(st.Dev))
 }
 
-// writeRecord replaces a record atomically. It does not sync: mounts do not survive a power failure
-// either.
+// writeRecord replaces a record atomically, without a sync: mounts do not survive a power failure.
 func writeRecord(dir, name string, rec any) error {
 	b, err := json.Marshal(rec)
 	if err != nil {

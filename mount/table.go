@@ -84,8 +84,7 @@ type Table struct {
 	pool    Pool
 	opts    Options
 
-	// poolWork is held (one token) while the pool is mounted or unmounted. As a channel it can be waited
-	// for with a context.
+	// poolWork is held (one token) while the pool is mounted or unmounted. It is a channel for contexts.
 	poolWork chan struct{}
 
 	// mu guards the fields below and the marked fields of entries. It is never held during a system call
@@ -100,8 +99,7 @@ type Options struct {
 	// Check verifies bytes that others may have written, before the kernel sees them: the pool, or a
 	// window, before it is mounted. Nil checks nothing.
 	Check func(ctx context.Context, src Source) error
-	// Adopt lists further drivers whose mounts, from an earlier configuration, are adopted. They make no
-	// new mounts.
+	// Adopt lists drivers of an earlier configuration, whose mounts are adopted; they make no new ones.
 	Adopt []Driver
 	// Warn receives messages for the operator that no caller can act upon. Nil drops them.
 	Warn Warning
@@ -361,8 +359,7 @@ func (t *Table) mountWindow(ctx context.Context, d Driver, dir string, img Image
 	return d.Mount(ctx, src, mountDir(dir))
 }
 
-// bind mounts the pool with d unless it is mounted, and binds the slot of img. It returns the driver
-// that mounted the pool.
+// bind mounts the pool with d if necessary, binds the slot of img, and returns the pool's driver.
 func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driver, error) {
 	l, err := t.ensurePool(ctx, d, img.Tree)
 	if err != nil {
@@ -387,8 +384,7 @@ func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error 
 	})
 }
 
-// withMounted calls do with the entry of a mounted image and its work token. It fails with ErrNotFound
-// if the image is not mounted.
+// withMounted calls do with the locked entry of a mounted image, or returns ErrNotFound.
 func (t *Table) withMounted(ctx context.Context, key string, do func(e *entry) error) error {
 	e, err := t.acquire(ctx, key)
 	if err != nil {

@@ -60,8 +60,7 @@ type bed struct {
 	kind string
 }
 
-// daxDevice names a block device with DAX of at least 512 MiB, such as in a virtual machine. Tests
-// overwrite it.
+// daxDevice names a block device with DAX of at least 512 MiB, which tests overwrite.
 const daxDevice = "DAXFS_TEST_DAX_DEVICE"
 
 // eachDriver runs f with every way to mount a pool, each with its own pool.
@@ -191,8 +190,7 @@ func devOf(t *testing.T, path string) uint64 {
 	return st.Dev
 }
 
-// One superblock serves all images, including those published after the mount, and equal files share
-// an inode.
+// One superblock serves all images, even later ones, and equal files share an inode.
 func TestOnePoolManyImages(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		drv := &counting{Driver: d}

@@ -25,8 +25,7 @@ type Extent struct {
 	Evicted bool
 }
 
-// Unused tells which extents nobody can read, so that their space may be reused. An extent that is
-// used now may be unused later.
+// Unused tells which extents nobody can read, so that their space may be reused.
 //
 // Unused first calls erase, which erases the inodes on disk (nil if that was done). After that an
 // inode opens only if it is in memory. For each one that does, the kernel is asked whether anybody has
@@ -70,8 +69,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	// If a cache keeps an old block anyway, an erased inode opens as if it were in memory. The opposite
-	// error cannot happen.
+	// A cached old block can make an erased inode look as if it were in memory, never the opposite.
 	if err := l.flush(false); err != nil {
 		return nil, err
 	}
@@ -93,8 +91,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 	return out, nil
 }
 
-// handlesWork opens a bound slot, which is certainly in memory. If handles did not work, every inode
-// would look unused.
+// handlesWork opens a bound slot, surely in memory: without handles all inodes would look unused.
 func (t *Table) handlesWork(h *sys.Handles) error {
 	for _, m := range t.List() {
 		if d := t.byName(m.Driver); d == nil || d.Windows() {
@@ -161,8 +158,8 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// gone tells whether opening an inode failed because it is not in memory: the disk has nothing, or the
-// socket in its place.
+// gone tells whether an inode did not open because it is not in memory: the disk has a socket or
+// nothing.
 func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
 // mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, through

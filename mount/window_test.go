@@ -17,8 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// windows is a driver that mounts a window of each image, as daxfs.ko does. Its file systems are
-// tmpfs.
+// windows is a driver that mounts a window of each image, like daxfs.ko, as a tmpfs.
 type windows struct{ fail error }
 
 func (windows) Name() string                               { return "windows" }

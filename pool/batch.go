@@ -31,8 +31,7 @@ func (p *Pool) Begin() *Batch { return &Batch{p: p} }
 // an offset in the pool. The batch holds them. The rest of their last page is zero. Empty contents
 // have no place.
 //
-// Errors: ErrFull, ErrClosed, those of r (io.ErrUnexpectedEOF if r is shorter) and of ctx. An error
-// leaves the batch unchanged.
+// Errors: ErrFull, ErrClosed, io.ErrUnexpectedEOF, those of r and ctx. They leave the batch unchanged.
 func (b *Batch) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	if err := ctx.Err(); err != nil {
 		return daxfs.Data{}, err
@@ -157,8 +156,7 @@ func (w *largeWrite) run(ctx context.Context, r io.Reader) (*extent, error) {
 	return w.settle(ctx)
 }
 
-// compare drops the extents that differ from part at offset at. If none is left, it starts an own
-// extent and copies the beginning.
+// compare drops the extents that differ from part at offset at. If all do, it starts a new extent.
 func (w *largeWrite) compare(at int64, part []byte) (err error) {
 	var same, other []*extent
 	for _, e := range w.like {
@@ -216,8 +214,7 @@ func (p *Pool) alike(key headKey) []*extent {
 	return out
 }
 
-// startLarge makes an extent that begins with the first at bytes of the extents in like, which are
-// equal there.
+// startLarge makes an extent whose first at bytes come from the extents in like, which agree there.
 func (p *Pool) startLarge(size int64, like []*extent, at int64) (*extent, error) {
 	p.mu.Lock()
 	own, err := p.newExtent(size)

@@ -109,8 +109,7 @@ func TestFormatIsPinned(t *testing.T) {
 	}
 }
 
-// TestCatalogueEveryByte changes each byte of the header and the entries: the reader reports damage
-// and never returns anything else.
+// TestCatalogueEveryByte changes each byte of header and entries: the reader reports the damage.
 func TestCatalogueEveryByte(t *testing.T) {
 	b := catalogueBytes(t, someImages(2))
 	for _, r := range [][2]int64{{headerOff(1), headerSize}, {entryOff(0), entrySize}, {entryOff(2), entrySize}} {
@@ -168,8 +167,8 @@ func TestCatalogueRefuses(t *testing.T) {
 	}
 }
 
-// TestCatalogueReaders reads while the owner adds and removes: every image read is readable at its
-// slot, or was removed meanwhile.
+// TestCatalogueReaders reads while the owner works: each image is readable at its slot, or was
+// removed.
 func TestCatalogueReaders(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	addImage(t, p, "stays", random(1, 5000))
@@ -207,8 +206,7 @@ func TestCatalogueReaders(t *testing.T) {
 	wg.Wait()
 }
 
-// FuzzCatalogue reads arbitrary bytes, also with correct checksums: no panic, and the result keeps the
-// promises of ReadCatalogue.
+// FuzzCatalogue reads arbitrary bytes: no panic, and the result keeps ReadCatalogue's promises.
 func FuzzCatalogue(f *testing.F) {
 	b := catalogueBytes(f, someImages(2))
 	f.Add(b[headerOff(1):headerOff(1)+128], b[entryOff(0):entryOff(3)], true)
@@ -258,8 +256,7 @@ func extentsOf(ids ...extentID) []*extent {
 	return out
 }
 
-// FuzzExtents decodes lists of extents and inodes: no panic, bounded memory, and an accepted list
-// encodes to itself.
+// FuzzExtents decodes lists: no panic, bounded memory, and an accepted list encodes to itself.
 func FuzzExtents(f *testing.F) {
 	f.Add(encodeExtents(nil))
 	f.Add(encodeExtents(extentsOf(extentID{off: 4096, size: 5},

@@ -199,8 +199,7 @@ func (c *checker) sameList(key string, es []*extent, stored []extentID) {
 	}
 }
 
-// checkSpace proves that chunks of the tree area, segments, extents and gaps cover each byte of the
-// pool once.
+// checkSpace proves that tree area, segments, extents and gaps cover each byte of the pool once.
 func (c *checker) checkSpace(context.Context) error {
 	p := c.p
 	p.mu.Lock()
@@ -272,8 +271,8 @@ func (c *checker) checkExtents(ctx context.Context) error {
 	return nil
 }
 
-// ofFormat tells whether an error is about the bytes, not about reading them. Unsupported bytes are
-// damage here: the pool wrote them.
+// ofFormat tells whether an error is about the bytes, even unsupported ones, and not about reading
+// them.
 func ofFormat(err error) bool {
 	return errors.Is(err, daxfs.ErrCorrupt) || errors.Is(err, daxfs.ErrUnsupported)
 }

@@ -20,8 +20,8 @@ type Dead struct {
 	Nids      []uint64 // of the inodes
 }
 
-// Dead returns the dead extents, the oldest death first. Putting the same contents again revives an
-// extent, until Erase is called.
+// Dead returns the dead extents, the oldest first. Until Erase, a put of the same contents revives
+// one.
 func (p *Pool) Dead() []Dead {
 	p.mu.Lock()
 	defer p.mu.Unlock()

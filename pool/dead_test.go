@@ -126,8 +126,7 @@ func TestDeadSurvives(t *testing.T) {
 	mustCheck(t, p)
 }
 
-// With DAX, contents belong to one inode: an inode with other metadata, and the second equal file of
-// an image, get a copy.
+// With DAX, other metadata and the second equal file of an image get a copy of the contents.
 func TestDAXVariants(t *testing.T) {
 	dir := t.TempDir()
 	p, err := Create(openRegion(t, dir, 64<<20), filepath.Join(dir, "index"), Options{DAX: Yes, Windows: Yes})

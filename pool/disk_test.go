@@ -107,8 +107,7 @@ func fillDisk(t *testing.T, p *Pool, dir string) {
 	if after := p.Usage(); after != before {
 		t.Errorf("usage %+v, before %+v", after, before)
 	}
-	// Fill the last page, then add an image of the contents: there is no room for its metadata, or for the
-	// index.
+	// Fill the last page, then add an image of the contents: its metadata, or the index, has no room.
 	var some []byte
 	for n := 8 << 20; n >= 4096; {
 		body := random(uint64(n)+uint64(bytesFree(t, dir)), n)

@@ -1,5 +1,4 @@
-// Package pool keeps the contents and the metadata of many images in one region of shared memory, and
-// stores every distinct file once.
+// Package pool keeps many images in one region of shared memory, and stores every distinct file once.
 //
 // A Batch puts contents into the pool as extents. A layer holds the extents of one layer's files and a
 // payload that the pool does not interpret. An image holds the extents of its files and has its own

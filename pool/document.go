@@ -9,8 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// MaxDocument limits the document of an image, in bytes: readers allocate that much for untrusted
-// input.
+// MaxDocument limits the document of an image, in bytes, because readers allocate untrusted sizes.
 const MaxDocument = 8 << 20
 
 // Document is the place of an image's document: bytes that the owner's store wrote for readers. The
@@ -124,8 +123,7 @@ func (p *Pool) setDocument(key string, doc []byte) error {
 	return p.publish(m)
 }
 
-// writeDocument writes a document durably; it returns nil for an empty one. The extent is not listed:
-// no file shares it.
+// writeDocument writes a document durably, or returns nil for an empty one. No file shares its extent.
 func (p *Pool) writeDocument(doc []byte) (*extent, error) {
 	if len(doc) == 0 {
 		return nil, nil
@@ -152,8 +150,7 @@ func (p *Pool) writeDocument(doc []byte) (*extent, error) {
 	return e, nil
 }
 
-// adoptDocument gives a loaded image its document. Preconditions: p is not shared yet, and all other
-// extents of the index are adopted.
+// adoptDocument gives a loaded image its document, after all other extents of the index were adopted.
 func (p *Pool) adoptDocument(m *image) error {
 	d := m.Document
 	if d == (Document{}) {
@@ -167,8 +164,8 @@ func (p *Pool) adoptDocument(m *image) error {
 	return nil
 }
 
-// freeRetired frees documents that no entry names any more. Preconditions: commit is held, mu is not,
-// and the newest header is durable.
+// freeRetired frees replaced documents. Preconditions: commit is held, mu is not, the header is
+// durable.
 func (p *Pool) freeRetired() {
 	if len(p.stale) > 0 {
 		return // an entry may still name one of them

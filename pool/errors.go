@@ -19,8 +19,8 @@ var (
 	ErrForeign = region.ErrForeign
 	// ErrVersion reports a pool that another version of this program made. It is also an ErrForeign.
 	ErrVersion = fmt.Errorf("made by another version: %w", region.ErrForeign)
-	// ErrWiped reports a region without a pool header, such as memory after a reboot. The index is useless
-	// then; Reset makes an empty pool.
+	// ErrWiped reports a region without a pool header, such as memory after a reboot: Reset makes a new
+	// pool.
 	ErrWiped = errors.New("pool was wiped")
 	// ErrCorrupt reports a header, catalogue or index that cannot be valid.
 	ErrCorrupt = errors.New("pool is corrupt")
@@ -68,8 +68,7 @@ const (
 type FullError struct {
 	What string // what did not fit: "extent", "tree area", "window segment" or "slot"
 	Need int64  // bytes needed in one piece; for slots, their number
-	// Have is the longest free piece; for the filesystem below the region its free bytes, for slots their
-	// number.
+	// Have is the longest free piece, or the free bytes of a filesystem, or the number of free slots.
 	Have int64
 	Free int64 // free bytes in all pieces together
 	Err  error // the system's error if the filesystem below the region is full, else nil
@@ -91,8 +90,7 @@ func (e *FullError) Error() string {
 // Is makes errors.Is(err, ErrFull) true.
 func (e *FullError) Is(target error) bool { return target == ErrFull }
 
-// Unwrap returns the system's error, else ErrFull. It is never nil: the gRPC error encoder ends the
-// process on nil.
+// Unwrap returns the system's error, else ErrFull: the gRPC error encoder ends the process on nil.
 func (e *FullError) Unwrap() error {
 	if e.Err == nil {
 		return ErrFull

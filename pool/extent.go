@@ -84,8 +84,7 @@ type headKey struct {
 func (e *extent) headKey() headKey { return headKey{e.head, e.size} }
 
 const (
-	// chunk is the part of a large file in flight: it is read, hashed and written while in the core's
-	// cache.
+	// chunk bytes of a large file are read, hashed and written at a time: they fit the core's cache.
 	chunk = 256 << 10
 	// smallMax is the largest size that is read as a whole before the lookup.
 	smallMax = chunk
@@ -132,8 +131,7 @@ func (p *Pool) unlist(e *extent) {
 	}
 }
 
-// newExtent takes space for size bytes. The extent has one reference and is not listed. Preconditions:
-// mu is held.
+// newExtent takes space for an unlisted extent with one reference. Preconditions: mu is held.
 func (p *Pool) newExtent(size int64) (*extent, error) {
 	if p.closed {
 		return nil, fmt.Errorf("pool: %w", ErrClosed)

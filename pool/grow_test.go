@@ -9,8 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestGrow: a grown pool keeps its contents and has more room, even if its owner dies at any point of
-// the growth.
+// TestGrow: a grown pool keeps its contents, even if its owner dies at any point of the growth.
 func TestGrow(t *testing.T) {
 	const before, after = 16 << 20, 64 << 20
 	body := random(1, 1<<20)

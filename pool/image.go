@@ -31,8 +31,8 @@ type image struct {
 // On memory that kernels read through a block device, the process that has it mounted must drop the
 // kernel's cache of it before it looks at the slot.
 //
-// Errors: ErrFull, with nothing added; ErrNotFound if contents are not in the pool; ErrInvalid; those
-// of daxfs.NewPlan.
+// Errors: ErrFull, with nothing added; ErrNotFound for missing contents; ErrInvalid; those of
+// daxfs.NewPlan.
 func (p *Pool) AddImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
 	if err := checkKey(key); err != nil {
 		return Image{}, fmt.Errorf("pool: image: %w", err)
@@ -293,8 +293,8 @@ func (a *addition) variant(from *extent) (*extent, error) {
 	return e, nil
 }
 
-// brought encodes the new inodes of the run for the index, sorted by the offset of their contents. It
-// returns nil if there are none.
+// brought encodes the new inodes of the run for the index, by the offset of their contents; nil
+// without any.
 func (a *addition) brought() []byte {
 	place := func(i int32) int64 {
 		d, _ := a.plan.FileData(int(i))
@@ -426,8 +426,7 @@ func (p *Pool) freeSegment(m Image) {
 	p.space.FreeSegment(m.Window, m.Segment)
 }
 
-// writeSegment writes the metadata of an image into its window's segment; the rest of it reads as
-// zero.
+// writeSegment writes the metadata of an image into its window's segment, and zeros the rest.
 func (p *Pool) writeSegment(plan *daxfs.Plan, m Image) error {
 	at := daxfs.Placement{Image: m.Window, Meta: m.Window + daxfs.BlockSize, End: m.Window + m.WindowSize}
 	if err := plan.Place(at); err != nil {
@@ -498,8 +497,7 @@ func (p *Pool) publishSlot(m *image) error {
 	return nil
 }
 
-// publishStale retries images that could not be published. Preconditions: commit is held, or p is not
-// shared yet.
+// publishStale retries failed publications. Preconditions: commit is held, or p is not shared yet.
 func (p *Pool) publishStale() error {
 	for _, m := range p.images {
 		if p.stale[m.Slot] == nil {
@@ -567,8 +565,8 @@ func (p *Pool) Images() []Image {
 // memory could see it empty or damaged, though never another image's bytes. RemoveImage itself asks
 // readers that have leases.
 //
-// Errors: ErrNotFound; ErrLeased if readers use the image. The catalogue lists it no longer then, and
-// a later call removes it.
+// Errors: ErrNotFound; ErrLeased if readers use the image: it is unlisted, and a later call removes
+// it.
 func (p *Pool) RemoveImage(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()

@@ -35,8 +35,7 @@ import (
 type index struct {
 	db   *bbolt.DB
 	path string
-	// Test hooks: fail runs before every change, to cut there; done runs after it, to simulate a disk that
-	// fails during a sync.
+	// Test hooks that run before and after every change, to cut there and to fail its sync.
 	fail, done func(op string) error
 
 	mu     sync.Mutex
@@ -208,8 +207,7 @@ func (x *index) unknown() error {
 	return x.broken
 }
 
-// putGeneration records the generation of the next header. The header in the region has it or the one
-// before.
+// putGeneration records the next header's generation. The region has that or the one before.
 func putGeneration(tx *bbolt.Tx, gen uint64) error {
 	return tx.Bucket(bucketMeta).Put(keyGen, binary.LittleEndian.AppendUint64(nil, gen))
 }
@@ -313,8 +311,7 @@ func decodeStored(b []byte, size int64) (*storedImage, error) {
 	return m, err
 }
 
-// putImage records an image, the encoded inodes of its run if it has new ones, and the end of the used
-// tree area.
+// putImage records an image, the encoded inodes of its run, if any, and the end of the used tree area.
 func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []byte, t treeArea, gen uint64) error {
 	return x.update("put image", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
@@ -532,8 +529,7 @@ func (c *contents) loadTree(tx *bbolt.Tx, size int64) error {
 	})
 }
 
-// loadExtents reads the lists of one kind of holder. Each list must have its holder in the other
-// bucket.
+// loadExtents reads the lists of one kind of holder, each with its holder in the other bucket.
 func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error {
 	if a, b := lists.Stats().KeyN, holders.Stats().KeyN; a != b {
 		return fmt.Errorf("%d lists of extents for %d holders", a, b)

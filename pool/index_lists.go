@@ -13,8 +13,7 @@ import (
 type extentID struct {
 	off, size int64
 	sum       [32]byte // SHA-256 of the contents
-	// head is the first bytes of the SHA-256 of the first chunk of large contents. It only finds
-	// candidates for a comparison.
+	// head begins the SHA-256 of the first chunk of large contents. It only finds candidates to compare.
 	head [8]byte
 }
 

@@ -14,8 +14,7 @@ type sharedInode struct {
 	run int64 // offset of the run that contains it
 }
 
-// inodes holds the inodes of an extent after the first. A few are in a list; empty files collect many
-// in an epoch.
+// inodes holds the inodes of an extent after the first: usually few, but many for empty files.
 type inodes struct {
 	list  []sharedInode
 	byKey map[daxfs.InodeKey][]placedInode // used instead of list once there are many

@@ -157,8 +157,7 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// killOnce runs a child for a while, updates m with its steps, and returns the model after the
-// interrupted step.
+// killOnce runs a child for a while, updates m, and returns the model after the interrupted step.
 func killOnce(t *testing.T, exe, dir string, round int, life time.Duration, m *model, steps *int) *model {
 	cmd := exec.Command(exe)
 	cmd.Env = append(os.Environ(), "POOL_TEST_CHILD="+dir, "POOL_TEST_SEED="+strconv.Itoa(round))

@@ -71,8 +71,7 @@ func readKnown(path string, id [16]byte, size int64) (Known, error) {
 	if serr != nil {
 		return nil, fmt.Errorf("index: %w", serr)
 	}
-	// A copy made while the owner wrote may be torn. A change within one tick of the file's clock shows
-	// only in the copy, if at all.
+	// A copy made during a write may be torn. Within one tick of the clock only the copy can show it.
 	if !after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size() {
 		return nil, &region.BusyError{Path: path}
 	}

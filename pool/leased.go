@@ -59,8 +59,7 @@ func (p *Pool) Relist(ctx context.Context, key string) error {
 	return nil
 }
 
-// setUnlisted durably takes an image out of the catalogue or puts it back. Preconditions: commit is
-// held.
+// setUnlisted durably takes an image out of the catalogue or back in. Preconditions: commit is held.
 func (p *Pool) setUnlisted(m *image, unlisted bool) error {
 	if m.unlisted == unlisted && p.stale[m.Slot] == nil && !p.behind {
 		return nil
@@ -77,8 +76,7 @@ func (p *Pool) setUnlisted(m *image, unlisted bool) error {
 	return p.publish(m)
 }
 
-// unleased takes an image out of the catalogue and returns nil if no reader uses it. Preconditions:
-// commit is held.
+// unleased unlists an image and returns nil if no reader uses it. Preconditions: commit is held.
 func (p *Pool) unleased(m *image) error {
 	if p.leases == nil {
 		return nil

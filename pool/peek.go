@@ -69,8 +69,7 @@ func ReadIndex(path string, size int64) (*Peek, error) {
 	return p, err
 }
 
-// openCopy opens a copy of a database in memory, because bbolt locks every file that it opens, even to
-// read.
+// openCopy opens a copy of a database in memory, because bbolt locks every file that it opens.
 func openCopy(f *os.File) (*bbolt.DB, error) {
 	open := func(string, int, os.FileMode) (*os.File, error) {
 		fd, err := unix.MemfdCreate("daxfs-index", unix.MFD_CLOEXEC)
@@ -86,8 +85,7 @@ func openCopy(f *os.File) (*bbolt.DB, error) {
 	return bbolt.Open(f.Name(), 0o600, &bbolt.Options{ReadOnly: true, OpenFile: open})
 }
 
-// safely calls read on a database that may have been copied during a change, and turns panics into
-// errors.
+// safely reads a database that may have been copied during a change, and turns panics into errors.
 func safely(path string, read func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {

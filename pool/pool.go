@@ -81,8 +81,8 @@ type Pool struct {
 	extents map[int64]*extent
 	sums    map[uint64]*extent    // by the first bytes of the sum; each is the first of a list
 	heads   map[headKey][]*extent // large extents only
-	// pending holds extents whose bytes are not in place yet. A channel closes when they are, or when they
-	// never will be.
+	// pending holds extents whose bytes are not in place. A channel closes once they are, or never will
+	// be.
 	pending map[*extent]chan struct{}
 	// found holds the sum read from each extent that a scrub of this process found damaged.
 	found   map[*extent][sha256.Size]byte
@@ -153,8 +153,7 @@ func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 // kernel may have the pool mounted, because a mount remembers the old size. A crash leaves the old or
 // the new size.
 //
-// Errors are those of Open; also ErrBusy if the region is mounted, and region.ErrSize if a pool cannot
-// be that large.
+// Errors are those of Open; ErrBusy if the region is mounted; region.ErrSize if it is too large.
 func Grow(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return open(r, indexPath, o, true)
 }
@@ -472,8 +471,7 @@ func (p *Pool) load(h *header) error {
 	if err := cmp.Or(p.adopt(c), p.adoptDamaged()); err != nil {
 		return fmt.Errorf("pool: index %q: %w: %w", p.index.path, ErrCorrupt, err)
 	}
-	// Each opening gets its own generation, which exposes copies of the index or the region taken in
-	// between.
+	// Each opening gets its own generation, which exposes copies of index or region from in between.
 	gen := h.generation + 1
 	if err := p.index.setGeneration(gen); err != nil {
 		return err
@@ -656,8 +654,7 @@ func (p *Pool) writeHeader(gen uint64) error {
 	return nil
 }
 
-// sync makes the bytes of extents and of spans durable. One call covers all: a file is synced as a
-// whole anyway.
+// sync makes extents and spans durable. One call covers all: a file is synced as a whole anyway.
 func (p *Pool) sync(es []*extent, spans ...alloc.Span) error {
 	lo, hi := p.region.Size(), int64(0)
 	for _, s := range spans {
@@ -743,8 +740,7 @@ func (p *Pool) FlushRecords() error {
 // Records returns all records of a kind.
 func (p *Pool) Records(kind string) (map[string][]byte, error) { return p.index.records(kind) }
 
-// Close gives up the ownership of the index. The caller closes the region. Unfinished batches and
-// images are lost.
+// Close gives up the index; the caller closes the region. Unfinished batches and images are lost.
 func (p *Pool) Close() error {
 	p.commit.Lock()
 	defer p.commit.Unlock()

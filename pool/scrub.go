@@ -19,8 +19,8 @@ import (
 // kindDamaged is the kind of the records of damaged extents: offset -> digest.
 const kindDamaged = "pool/damaged"
 
-// Damage is an extent whose bytes differ from what was put, or whose last page is not zero behind
-// them.
+// Damage is an extent whose bytes differ from what was put, or with a last page that is not zero
+// behind them.
 type Damage struct {
 	Off  int64 `json:"offset"` // in the pool
 	Size int64 `json:"size"`
@@ -105,8 +105,7 @@ func (p *Pool) Scrub(ctx context.Context, o ScrubOptions, report func(Damage)) (
 	return done, nil
 }
 
-// scrubPause is how far a scrub runs ahead of its rate before it sleeps: a wakeup costs more than
-// reading a small file.
+// scrubPause is the lead over the rate before a scrub sleeps: a wakeup costs more than a small read.
 const scrubPause = 100 * time.Millisecond
 
 func pause(ctx context.Context, d time.Duration) error {
@@ -191,8 +190,8 @@ func (p *Pool) read(ctx context.Context, e *extent) (found, error) {
 	return c, nil
 }
 
-// uncache drops a file's pages that a scrub read: kernels that mount the file do not use them, and the
-// next scrub must read the disk.
+// uncache drops pages that a scrub read from a file: no mount uses them, and the next scrub must read
+// the disk.
 func (p *Pool) uncache(off, n int64) {
 	if info := p.region.Info(); info.Kind == region.KindFile && info.FD >= 0 {
 		_ = unix.Fadvise(info.FD, off, n, unix.FADV_DONTNEED) // advisory
@@ -219,8 +218,7 @@ func (p *Pool) markDamaged(e *extent, got [sha256.Size]byte) (bool, error) {
 
 func damagedKey(e *extent) string { return strconv.FormatInt(e.off, 10) }
 
-// hideDamaged takes images that hold damaged extents out of the catalogue. Preconditions: commit is
-// held.
+// hideDamaged takes damaged images out of the catalogue. Preconditions: commit is held.
 func (p *Pool) hideDamaged() error {
 	w := window{p, 0, p.header.size}
 	for _, m := range p.images {

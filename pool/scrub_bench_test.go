@@ -64,8 +64,7 @@ func BenchmarkScrub(b *testing.B) {
 // defaultRate is the daemon's default.
 var defaultRate = int64(config.Default().Pool.Scrub)
 
-// BenchmarkScrubSlowly reads a pool at the daemon's default rate, and reports the use of one
-// processor.
+// BenchmarkScrubSlowly reads a pool at the daemon's default rate, and reports the processor use.
 func BenchmarkScrubSlowly(b *testing.B) {
 	p := scrubPool(b, openRegion(b, b.TempDir(), 64<<20), 32<<20)
 	began, before := time.Now(), processorTime(b)

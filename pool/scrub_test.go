@@ -57,8 +57,7 @@ func scrub(t testing.TB, p *Pool) (list []Damage) {
 	return list
 }
 
-// TestScrubFlips flips 1,000 bits of contents and of the padding in their last page: one scrub finds
-// each.
+// TestScrubFlips flips 1,000 bits of contents and of their padding: one scrub finds each.
 func TestScrubFlips(t *testing.T) {
 	for _, dax := range []Choice{No, Yes} {
 		p, r := simPool(t, 32<<20, 4, Options{DAX: dax})
@@ -221,8 +220,7 @@ type window2 struct {
 
 func (w window2) ReadAt(b []byte, off int64) (int, error) { return w.p.region.ReadAt(b, w.off+off) }
 
-// TestDamaged follows damaged contents until they are gone: others take their place, even after the
-// pool was reopened.
+// TestDamaged follows damaged contents until they are gone and others took their place.
 func TestDamaged(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)

@@ -9,8 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Shared says how much the images of a pool share, in bytes of whole pages, according to the images
-// themselves.
+// Shared says how much images of a pool share by their own metadata, in bytes of whole pages.
 type Shared struct {
 	ImageExtents int64 // contents of all images, each counted once
 	Unshared     int64 // size without any sharing

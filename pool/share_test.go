@@ -75,8 +75,7 @@ func TestTenImagesShareBase(t *testing.T) {
 	}
 }
 
-// TestConcurrent puts equal and different contents from many goroutines, and adds and removes layers
-// and images.
+// TestConcurrent puts contents and adds and removes layers and images from many goroutines.
 func TestConcurrent(t *testing.T) {
 	p := newTestPool(t, 128<<20)
 	shared := [][]byte{random(1, 10), random(2, 40_000), random(3, smallMax+9), random(4, 2<<20)}
@@ -249,8 +248,7 @@ func TestPutErrors(t *testing.T) {
 	}
 }
 
-// TestLargeDivergesLate puts large contents that begin alike: the common part is compared, then
-// copied.
+// TestLargeDivergesLate puts large contents that begin alike: that part is compared, then copied.
 func TestLargeDivergesLate(t *testing.T) {
 	for range 1 {
 		r := newSimRegion(64<<20, &faults{})

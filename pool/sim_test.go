@@ -127,8 +127,7 @@ func (r *simRegion) Sync(off, n int64) error {
 	return nil
 }
 
-// crashClone is the region after a loss of power: everything synced, and a random part of each other
-// write.
+// crashClone is the region after a power loss: all synced writes and a random part of each other.
 func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -155,8 +154,7 @@ func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
 func (r *simRegion) Size() int64  { return int64(len(r.mem)) }
 func (r *simRegion) Close() error { return nil }
 
-// Info reports tmpfs, so that the index is not synced to disk: the test copies it whole between
-// transactions.
+// Info reports tmpfs, so that the index is not synced: the test copies it between transactions.
 func (r *simRegion) Info() region.Info {
 	return region.Info{Kind: region.KindTmpfs, Path: "sim", Persistent: region.PersistsReboot, Sparse: true, FD: -1}
 }

@@ -111,8 +111,7 @@ func (p *Pool) LayerUsage(key string) (held, alone int64, err error) {
 	return held, alone, nil
 }
 
-// TreeRanges returns the ranges of the tree area that runs took in this epoch, as first offset and
-// end.
+// TreeRanges returns the ranges that runs took in this epoch, as first offset and end.
 func (p *Pool) TreeRanges() [][2]int64 {
 	p.commit.Lock()
 	defer p.commit.Unlock()

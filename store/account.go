@@ -126,8 +126,7 @@ func rounded(d time.Duration) string { return d.Round(100 * time.Microsecond).St
 type Room struct {
 	// Pool is the space for contents that is free in the pool.
 	Pool int64 `json:"pool"`
-	// Disk is the free space of the file system that a sparse pool takes its space from; -1 for other
-	// pools.
+	// Disk is the free space of the file system below a sparse pool; -1 for other pools.
 	Disk int64 `json:"disk"`
 }
 

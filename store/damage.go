@@ -51,15 +51,14 @@ func (s *Store) poolKey(key string) string {
 	return free
 }
 
-// retired tells whether nobody gets an image of the pool any more: it is damaged, or was rebuilt under
-// another key.
+// retired tells whether nobody gets an image of the pool any more: it is damaged, or was rebuilt.
 func (s *Store) retired(key string) bool {
 	_, err := s.pool.Image(key)
 	return err == nil && key != s.poolKey(canonical(key))
 }
 
-// retireGrace is how long an image stays after damage was found: a client may just have been told to
-// mount an overlay over it.
+// retireGrace keeps an image after damage was found: an overlay may just be about to be mounted over
+// it.
 const retireGrace = time.Minute
 
 func (s *Store) mayRetire() bool {

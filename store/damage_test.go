@@ -128,8 +128,7 @@ func TestDamagedImage(t *testing.T) {
 	}
 }
 
-// Memory that others can write to is checked before it is mounted: images with changed contents are
-// not served, all others are.
+// Memory that others can write to is checked before the mount: only changed images are not served.
 func TestDamagedBeforeMount(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()

@@ -34,8 +34,7 @@ type OCIImage struct {
 	Name string `json:"name"`
 	// Target is the descriptor of its manifest, or of an index that lists the manifest.
 	Target ocispec.Descriptor `json:"target"`
-	// Blobs are the manifest, the configuration and, if Target is an index, the index; each is found by
-	// its digest.
+	// Blobs are the manifest, the configuration and the index if Target is one, found by their digests.
 	Blobs [][]byte `json:"blobs"`
 }
 

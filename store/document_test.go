@@ -135,8 +135,7 @@ func TestDocumentRefuses(t *testing.T) {
 	}
 }
 
-// FuzzDocument parses arbitrary bytes: no panic; an accepted document keeps ParseDocument's promises
-// and can be marshalled.
+// FuzzDocument parses arbitrary bytes without a panic; accepted documents are valid and marshal again.
 func FuzzDocument(f *testing.F) {
 	raw, err := someDocument(f).Marshal()
 	if err != nil {

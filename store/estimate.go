@@ -54,8 +54,7 @@ func NewEstimator(limits layer.Limits) *Estimator {
 	}
 }
 
-// Add reads an image and returns how much it adds to the images before it. After an error the image
-// may be counted in part.
+// Add reads an image and returns how much it adds. After an error it may be counted in part.
 func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error) {
 	before := e.seen.size
 	var out Estimate
@@ -95,8 +94,7 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 	return out, err
 }
 
-// layer returns a layer and the size of its files in a directory. isNew is false if it was counted
-// before.
+// layer returns a layer, its size in a directory, and whether it was not counted before.
 func (e *Estimator) layer(ctx context.Context,
 	l source.Layer,
 ) (made *layer.Layer, unpacked int64, isNew bool, err error) {

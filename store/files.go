@@ -212,8 +212,8 @@ func (x indexes) complete(p *pool.Pool, path string) (*pool.Pool, error) {
 	return p, nil
 }
 
-// PoolOptions returns the options for a new pool in a region: for the driver that will mount it, with
-// windows as in Pool.Windows.
+// PoolOptions returns the options for a new pool: for its future driver, with windows as in
+// Pool.Windows.
 func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, windows string) pool.Options {
 	o := pool.Options{Windows: choices[windows]}
 	for _, e := range mount.Explain(ctx, drivers, info) {
@@ -226,8 +226,7 @@ func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, 
 
 var choices = map[string]pool.Choice{"": pool.Auto, "auto": pool.Auto, "yes": pool.Yes, "no": pool.No}
 
-// advice says how to fix errors that a change of the configuration or of the program causes when a
-// pool is opened.
+// advice says how to fix errors of opening a pool after the configuration or the program changed.
 func advice(err error, kind string) string {
 	files := region.TraitsOf(kind).Regular
 	switch {
@@ -283,8 +282,7 @@ func (p Pool) region(root string) (region.Config, error) {
 	return rc, nil
 }
 
-// checkOwnDir returns an error unless a directory is ours alone. Anyone can make directories in
-// /dev/shm.
+// checkOwnDir refuses a directory that is not ours alone. Anyone can make directories in /dev/shm.
 func checkOwnDir(dir string) error {
 	st, err := os.Lstat(dir)
 	if err != nil {

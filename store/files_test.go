@@ -101,8 +101,7 @@ func (k *kit) has(key string) bool {
 	return err == nil
 }
 
-// A pool that is missing at one start, because its disk is mounted late, is still good at the next
-// one.
+// A pool missing at one start, because its disk is mounted late, is still good at the next one.
 func TestLatePool(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
 	k := newKit(t, func(c *Config) { c.Pool.Path = filepath.Join(disk, "pool") })
@@ -223,8 +222,7 @@ func oldPoolFile(t *testing.T, path string) {
 	}
 }
 
-// nameInMountTable makes the mount table name a path, as if an image had been mounted from the file
-// there and the file moved away.
+// nameInMountTable makes the mount table name a path whose mounted file was moved away.
 func nameInMountTable(t *testing.T, path string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -238,8 +236,7 @@ func nameInMountTable(t *testing.T, path string) {
 	})
 }
 
-// A pool of version 1 stays unchanged while something uses it, then disappears. Images go into a new
-// pool.
+// A pool of version 1 stays unchanged while it is used, then disappears. Images go into a new pool.
 func TestVersionOnePool(t *testing.T) {
 	for _, explicit := range []bool{false, true} {
 		root := t.TempDir()

@@ -18,8 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// imagePrefix is the prefix of the keys of images; the hash of their layers' keys follows, in
-// hexadecimal.
+// imagePrefix is the prefix of image keys; the hash of the layers' keys follows, in hexadecimal.
 const imagePrefix = "image/"
 
 // ImageKey returns the key of the image made of layers, given by their keys, bottom first.
@@ -49,8 +48,7 @@ func (m Image) layerKeys() []string {
 	return keys
 }
 
-// Lower returns the directory on which an image is mounted. If necessary it restores missing layers,
-// builds the image and mounts it.
+// Lower returns the directory of a mounted image, after restoring, building and mounting as necessary.
 func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 	unlock, err := s.images.lock(ctx, img.Key)
 	if err != nil {

@@ -24,7 +24,7 @@ const blobPrefix = "blob/"
 // BlobKey returns the key of the streamed layer with a diff ID.
 func BlobKey(diffID digest.Digest) string { return blobPrefix + diffID.String() }
 
-// blobDiffID returns the diff ID that the store computed for a streamed layer. ok is false for other
+// blobDiffID returns the diff ID of a streamed layer, computed by the store. ok is false for other
 // keys.
 func blobDiffID(key string) (id digest.Digest, ok bool) {
 	name, ok := strings.CutPrefix(key, blobPrefix)
@@ -55,8 +55,7 @@ type Blob struct {
 	// Digest and MediaType come from the descriptor. Digest is empty if unknown.
 	Digest    digest.Digest
 	MediaType string
-	// Verify computes the digest of the blob. Blobs from containerd do not need it: containerd has done
-	// so.
+	// Verify computes the digest of the blob. containerd has done that for its blobs.
 	Verify bool
 	// DiffID is the expected diff ID; empty if unknown.
 	DiffID digest.Digest
@@ -74,8 +73,7 @@ type Blob struct {
 type Stored struct {
 	Key    string
 	DiffID digest.Digest
-	// Size is the number of bytes of the layer's tar, Bytes that of its files, and Entries its number of
-	// entries.
+	// Size and Bytes are the bytes of the layer's tar and of its files, Entries the number of entries.
 	Size, Bytes, Entries int64
 }
 

@@ -36,8 +36,7 @@ type oldPool struct {
 	index   string
 }
 
-// findOldPool finds the pools of version 1, and renames one that is in the place of the configured
-// pool.
+// findOldPool finds the pools of version 1, and renames one in the place of the configured pool.
 func findOldPool(root string, p Pool) (*oldPool, error) {
 	index := filepath.Join(root, "pool", oldIndex)
 	if _, err := os.Lstat(index); errors.Is(err, fs.ErrNotExist) {
@@ -79,8 +78,7 @@ func isOld(path string) bool {
 	return errors.Is(err, pool.ErrVersion)
 }
 
-// retire unmounts unused mounts of earlier pools and epochs, and removes a pool of version 1 without
-// users.
+// retire removes unused mounts of earlier pools and epochs, and an unused pool of version 1.
 func (s *Store) retire(ctx context.Context) error {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
@@ -126,8 +124,7 @@ func (s *Store) retire(ctx context.Context) error {
 	return nil
 }
 
-// fileInUse reports whether a process, a loop device or a mount has a file open. Then the kernel
-// refuses a write lease.
+// fileInUse reports whether a file is open anywhere: then the kernel refuses a write lease.
 func fileInUse(path string) (bool, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {

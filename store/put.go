@@ -43,8 +43,7 @@ func (s *Store) info(m pool.Image) Info {
 	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders, Brought: r.Brought}
 }
 
-// Find returns the image with a name: its key or a prefix of that, a name of the OCI image, or the
-// name of a pin.
+// Find returns an image by its key, a prefix of that, an OCI image's name, or the name of a pin.
 func (s *Store) Find(name string) (Info, error) { return Match(s.Images(), name) }
 
 // Match is Find in a list of images.

@@ -51,8 +51,7 @@ func putOCIImage(src *source.Image, name string) (_ OCIImage, ok bool) {
 	return OCIImage{}, false
 }
 
-// notePut records the image that is put under a name; a nil src deletes the record. It is durable
-// after FlushRecords.
+// notePut records the image put under a name; nil deletes the record. Durable after FlushRecords.
 func (s *Store) notePut(name, key string, src *source.Image) error {
 	defer s.puts.Add(1)
 	if src != nil {
@@ -63,8 +62,7 @@ func (s *Store) notePut(name, key string, src *source.Image) error {
 	return s.note(kindPut, name, nil)
 }
 
-// Puts rises when images are put or unpinned by hand, to announce work for Publish even if the pool is
-// unchanged.
+// Puts rises when images are put or unpinned by hand, which gives Publish work without a new image.
 func (s *Store) Puts() uint64 { return s.puts.Load() }
 
 // putImages returns the OCI images that were put by hand and are still pinned, by chain ID.

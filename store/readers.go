@@ -41,8 +41,7 @@ const (
 	readersKey  = "pool"
 )
 
-// loadReaders finds out who reads the pool: from the configuration or, without one, from the last
-// recorded value.
+// loadReaders takes the readers of the pool from the configuration, or else from the last record.
 func (s *Store) loadReaders() error {
 	raw, err := s.pool.Records(kindReaders)
 	if err != nil {
@@ -111,8 +110,7 @@ func (r Readers) Validate() error {
 	return nil
 }
 
-// SetReaders records the readers of a pool, for stores without a configured value. Errors:
-// pool.ErrInvalid.
+// SetReaders records readers for stores without a configured value. Errors: pool.ErrInvalid.
 func SetReaders(p *pool.Pool, r Readers) error {
 	if err := errors.Join(r.Validate(), r.beside(p.Region())); err != nil {
 		return err
@@ -225,8 +223,7 @@ func (s *Store) Release(reader string, earlier bool) (int, error) {
 
 type commandKey struct{}
 
-// ByCommand marks a context as that of an explicit request for space. With ReadersKeep only such a
-// request frees images.
+// ByCommand marks an explicit request for space. With ReadersKeep nothing else frees images.
 func ByCommand(ctx context.Context) context.Context {
 	return context.WithValue(ctx, commandKey{}, true)
 }
@@ -236,8 +233,7 @@ func (s *Store) keeps(ctx context.Context) bool {
 	return s.readers.Mode == ReadersKeep && ctx.Value(commandKey{}) == nil
 }
 
-// diffIDsOf returns the diff IDs of layers by their keys. ok is false unless the store computed all of
-// them.
+// diffIDsOf returns diff IDs by layer keys. ok is false unless the store computed all of them.
 func diffIDsOf(layers []string) (ids []digest.Digest, ok bool) {
 	for _, key := range layers {
 		id, isBlob := blobDiffID(key)
@@ -297,8 +293,7 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 		gains := slices.ContainsFunc(d.Images, func(o OCIImage) bool { return !slices.ContainsFunc(had, o.sameName) })
 		list = append(list, telling{m, d, gains})
 	}
-	// When a name moves to another image, first remove it from the old one, so that readers never find it
-	// twice.
+	// Remove a moved name from its old image first, so that readers never find it twice.
 	slices.SortStableFunc(list, func(a, b telling) int {
 		switch {
 		case a.gains == b.gains:

@@ -51,8 +51,7 @@ func (k *kit) documents() map[digest.Digest]*Document {
 	return out
 }
 
-// TestPublish publishes an image of three layers: each prefix becomes an image, and containerd's names
-// come and go.
+// TestPublish publishes an image with its prefixes, while containerd's names come and go.
 func TestPublish(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
 	tars := [][]byte{
@@ -102,8 +101,7 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// TestNameMoves moves a name between two images while a reader looks: in no generation do both have
-// it.
+// TestNameMoves moves a name between two images: in no generation does a reader find it in both.
 func TestNameMoves(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
 	_, ids1 := k.streamed("one", makeTar(file{"a", random(1, 5000)}))
@@ -229,8 +227,7 @@ func TestSweepLeased(t *testing.T) {
 	}
 }
 
-// TestPutTellsReaders: readers see the name and manifest of an image that is put by hand, as long as
-// it is held.
+// TestPutTellsReaders: readers see name and manifest of an image put by hand while it is held.
 func TestPutTellsReaders(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
 	tar := makeTar(file{"a", random(1, 5000)})

@@ -123,8 +123,7 @@ func (s *Store) turn(ctx context.Context) error {
 	return s.turned(ctx, turned)
 }
 
-// UnmountIdle unmounts the pool itself if no image is mounted, so that an ending process leaves no
-// device or server.
+// UnmountIdle unmounts the pool if no image is mounted, to leave no device or server behind.
 func (s *Store) UnmountIdle(ctx context.Context) error {
 	s.epoch.Lock()
 	defer s.epoch.Unlock()

@@ -17,16 +17,14 @@ const (
 	// kindLoose has one record, named by the UUID of an epoch, if an image was removed in that epoch that
 	// something other than overlays of snapshots had used: see reclaim.
 	kindLoose = "loose"
-	// kindStray has one record if a file system of the pool may live without being mounted anywhere: see
-	// unmountAll.
+	// kindStray has one record if a file system of the pool may live unmounted: see unmountAll.
 	kindStray = "stray"
 )
 
 // strayKey is the key of that record.
 const strayKey = "pool"
 
-// imageRecord is the store's record of an image. It outlives the image in the pool, which a new epoch
-// removes.
+// imageRecord is the store's record of an image, which outlives the image in an epoch of the pool.
 type imageRecord struct {
 	// Layers are the keys of its layers, bottom first.
 	Layers []string `json:"layers"`
@@ -53,8 +51,7 @@ type records struct {
 	layers map[string]layerRecord
 	// proven maps the digest of a blob to the key of the layer that was read from it.
 	proven map[digest.Digest]string
-	// loose says that the index has a kindLoose record of this epoch, stray that it has a kindStray
-	// record.
+	// loose and stray say whether the index has a kindLoose record of this epoch, or a kindStray record.
 	loose, stray bool
 }
 

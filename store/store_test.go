@@ -46,8 +46,7 @@ func TestLifeOfAnImage(t *testing.T) {
 	}
 }
 
-// Contents of an open file keep their bytes until it is closed, whatever is added to the pool; then
-// their space becomes free.
+// Contents of an open file keep their bytes, whatever is added, and are freed once it is closed.
 func TestOpenFileKeepsItsBytes(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -120,8 +119,7 @@ func TestMountAt(t *testing.T) {
 	}
 }
 
-// An image that was put stays until it is unpinned, even through a new epoch and beside a containerd
-// that needs nothing.
+// An image that was put stays until it is unpinned, even through a new epoch and without containerd.
 func TestPut(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -159,8 +157,7 @@ func TestPut(t *testing.T) {
 	}
 }
 
-// A layer too large for the cache is encoded while it is dropped from memory, and read again from the
-// pool.
+// A layer too large for the cache is encoded while it is dropped, and read again from the pool.
 func TestLargeLayer(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()

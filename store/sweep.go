@@ -25,8 +25,7 @@ const (
 	Kept
 	// Ready things stay mounted: a container may start from them at any moment.
 	Ready
-	// InUse things must not be touched: something uses them, an operation on them is running, or there is
-	// no other copy.
+	// InUse things must stay: something uses them, an operation is running, or there is no other copy.
 	InUse
 )
 
@@ -253,8 +252,7 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	return nil
 }
 
-// unmount unmounts an image that no snapshot uses, and reports whether it succeeded. Mounts made by
-// hand may still use the image.
+// unmount unmounts an image without snapshots, unless a mount by hand uses it, and reports success.
 func (w *sweep) unmount(ctx context.Context, key string) (free bool, err error) {
 	logger := log.G(ctx).WithField("image", key)
 	where, err := w.table.UsedBy(ctx, key)

@@ -1,6 +1,5 @@
-// Package archtest tests the import table of the project: which package may import which. The test
-// parses the sources itself instead of asking the go command, so its result never comes from a stale
-// test cache.
+// Package archtest tests the import table of the project. It parses the sources itself instead of
+// asking the go command, so its result never comes from a stale test cache.
 package archtest
 
 import (
@@ -178,8 +177,7 @@ func belowAny(dir string, parents []string) bool {
 	return false
 }
 
-// TestWhiteoutName keeps the string ".wh." in the one package that knows how layers mark removed
-// files.
+// TestWhiteoutName keeps the string ".wh." in the package that knows how layers mark removed files.
 func TestWhiteoutName(t *testing.T) {
 	root := filepath.Join("..", "..")
 	err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {

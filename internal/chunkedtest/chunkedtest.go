@@ -31,8 +31,7 @@ type Layer struct {
 type Options struct {
 	// Chunk is the size of chunks; 0 makes one chunk of each file.
 	Chunk int
-	// TOC and Split change the tables before they are stored and hashed, so that their digests are
-	// correct.
+	// TOC and Split change the tables before they are stored and hashed, so their digests stay correct.
 	TOC   func(*chunked.TOC)
 	Split func(lines [][]byte) [][]byte
 	// Frame changes the frames of a chunk.

@@ -13,8 +13,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/chunked"
 )
 
-// SegmentLie is the key of the one layer in Lies that yields a tar, but not the right one: only its
-// digest shows that.
+// SegmentLie is the one layer in Lies that yields a tar; only the digest shows that it is the wrong
+// one.
 const SegmentLie = "split: segment"
 
 // Lies are layers that contradict themselves, their blobs or their diff IDs. The tar must have five

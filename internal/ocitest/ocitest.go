@@ -1,5 +1,4 @@
-// Package ocitest makes OCI images for tests: layers from tars, in an OCI layout directory or in
-// archives.
+// Package ocitest makes OCI images for tests, in a layout directory or in archives.
 package ocitest
 
 import (
@@ -120,8 +119,7 @@ func (l *Layout) Read(d digest.Digest) []byte {
 	return b
 }
 
-// Registry serves the image of a manifest, under any name, from a registry that sends one of its
-// layers with send.
+// Registry serves the image of a manifest under any name, and sends one of its layers with send.
 func (l *Layout) Registry(manifest ocispec.Descriptor, layer digest.Digest,
 	send func(http.ResponseWriter, *http.Request, []byte),
 ) http.Handler {

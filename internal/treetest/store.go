@@ -12,8 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// Store is a layer.Store in memory that keeps equal contents once. The zero value is ready to use. It
-// is safe for concurrent use.
+// Store is a layer.Store in memory, safe for concurrent use. The zero value is ready to use.
 type Store struct {
 	mu   sync.Mutex
 	data map[int64][]byte

@@ -70,8 +70,7 @@ func (f File) X(name, value string) File {
 	return f
 }
 
-// PAXRecord returns one record of an extended header, including those that archive/tar refuses to
-// write.
+// PAXRecord returns a record of an extended header, even one that archive/tar refuses to write.
 func PAXRecord(key, value string) string {
 	n := len(key) + len(value) + 3
 	for n != len(fmt.Sprint(n))+len(key)+len(value)+3 {
@@ -90,8 +89,7 @@ func SetChecksum(h []byte) {
 	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
 }
 
-// Tar returns a tar stream with the files in the given order. It panics if archive/tar cannot write
-// one.
+// Tar returns a tar of the files in the given order. It panics if archive/tar cannot write one.
 func Tar(files ...File) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)

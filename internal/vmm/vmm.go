@@ -45,8 +45,7 @@ func Args(name string, ram int64, devices []Device) ([]string, error) {
 	return args(ram, devices)
 }
 
-// qemu needs a machine type with slots for memory devices, and addresses for them behind the guest's
-// memory. "microvm" has neither.
+// qemu needs a machine type with memory slots and addresses behind the guest's memory: not "microvm".
 func qemu(ram int64, devices []Device) ([]string, error) {
 	const mib, gib = 1 << 20, 1 << 30
 	top := ram

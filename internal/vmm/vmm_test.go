@@ -12,8 +12,8 @@ var devices = []Device{
 	{ID: "daxfs-lease", Path: "/run/lease", Size: 2 << 20},
 }
 
-// QEMU's arguments start virtual machines in integration/qemu; this test pins the parts that those do
-// not use.
+// integration/qemu starts virtual machines with these arguments; this test pins the ones not used
+// there.
 func TestQEMU(t *testing.T) {
 	got, err := Args("qemu", 512<<20, devices)
 	if err != nil {

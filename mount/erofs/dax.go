@@ -12,8 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// DAX mounts a block device with DAX: mapped files are then the memory of the device itself. The zero
-// value is ready to use.
+// DAX mounts a block device with DAX: mapped files are the device's memory. The zero value is usable.
 type DAX struct{}
 
 // Name returns "erofs-dax".

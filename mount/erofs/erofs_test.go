@@ -29,8 +29,7 @@ func tmpfs(t *testing.T) string {
 	return dir
 }
 
-// twoImages makes a file with two images, one at 2 MiB and one behind it, and returns a source for
-// each.
+// twoImages makes a file with images at 2 MiB and behind that, and returns a source for each.
 func twoImages(t *testing.T, dir, treeA, treeB string) (a, b mount.Source) {
 	t.Helper()
 	pool := filepath.Join(dir, "pool")

@@ -149,8 +149,7 @@ func (*File) Match(ctx context.Context, src mount.Source, dir string) error {
 // Unmount implements mount.Driver.
 func (*File) Unmount(ctx context.Context, dir string) error { return unmount(ctx, dir) }
 
-// tinyImage is an EROFS image of an empty root directory: superblock, one inode, one block of
-// directory entries.
+// tinyImage is an EROFS image of an empty root directory: superblock, inode, block of entries.
 func tinyImage() []byte {
 	const bs = 4096
 	b, le := make([]byte, 3*bs), binary.LittleEndian

@@ -57,8 +57,7 @@ func TestServesDescriptor(t *testing.T) {
 	}
 }
 
-// idmapped is a helper that makes an idmapped clone of a mount, as for containers with a user
-// namespace.
+// idmapped is a helper that makes an idmapped clone of a mount, as for user namespaces.
 func idmapped(args []string) error {
 	lower, where := args[0], args[1]
 	user := exec.Command("sleep", "60")

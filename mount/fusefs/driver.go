@@ -78,8 +78,7 @@ func (d Driver) command() ([]string, error) {
 	return append([]string{found}, args...), nil
 }
 
-// file returns what the server opens: a path or, for a dma-buf, the number of a descriptor that it
-// inherits; else -1.
+// file returns the path for the server to open or, for a dma-buf, a descriptor to inherit (else -1).
 func file(r region.Info) (path string, fd int, err error) {
 	switch {
 	case r.Kind == region.KindDMABuf:

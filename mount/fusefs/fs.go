@@ -16,8 +16,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
-// forever is the timeout in seconds for answers that the kernel may keep: the longest that it does not
-// cut off.
+// forever is a timeout in seconds, the longest that the kernel does not cut off.
 const forever = 1 << 40
 
 // server answers requests from an image. All of its methods are safe for concurrent use.
@@ -79,8 +78,7 @@ func (s *server) inode(node uint64) (daxfs.Inode, fuse.Status) {
 	nid := s.nid(node)
 	in, err := s.img.Inode(nid)
 	if err != nil && s.live {
-		// This is a file of a removed image. Another type would make the kernel drop the inode, which may be
-		// open.
+		// A file of a removed image. Another type would make the kernel drop the inode, which may be open.
 		if _, eerr := s.img.Erased(nid); eerr == nil {
 			return in, fuse.Status(unix.ESTALE)
 		}
@@ -150,8 +148,7 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	}
 	switch {
 	case name == "/":
-		// The kernel asks about an inode that it found by a handle and that has no name. An overlay does so to
-		// find the origin of a changed file.
+		// The kernel found the inode by a handle, without a name: an overlay looks for a file's origin.
 		s.entry(out, &dir)
 		return fuse.OK
 	case s.live && h.NodeId == fuse.FUSE_ROOT_ID:
@@ -278,8 +275,7 @@ func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadR
 	return v, fuse.OK
 }
 
-// Directory offsets: 0 is ".", 1 is "..", then cursors of the image plus 2. A cursor after an entry is
-// never 0.
+// Directory offsets: 0 is ".", 1 is "..", then cursors of the image (never 0 after an entry) plus 2.
 
 // ReadDir implements fuse.RawFileSystem.
 func (s *server) ReadDir(_ <-chan struct{}, r *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {

@@ -211,8 +211,7 @@ func mountOverlay(lower, base, options string) (merged string, err error) {
 	return merged, unix.Mount("overlay", merged, "overlay", 0, opts)
 }
 
-// overlay is a helper that mounts an overlay over a lower directory and changes files through it, like
-// a container.
+// overlay is a helper that changes files through an overlay over a lower directory.
 func overlay(args []string) error {
 	lower := args[0]
 	merged, err := mountOverlay(lower, args[1], "")

@@ -118,8 +118,7 @@ func (s *server) options(c Config) *fuse.MountOptions {
 		}
 		return o
 	}
-	// fusermount3 adds nosuid and nodev itself, and allow_other only if /etc/fuse.conf has
-	// user_allow_other.
+	// fusermount3 adds nosuid and nodev, and allow_other only with user_allow_other in /etc/fuse.conf.
 	o.Options = append(o.Options, "ro")
 	return o
 }
@@ -161,8 +160,7 @@ func (s *Server) Counters() *Counters { return &s.fs.count }
 // Done is closed once the file system is unmounted and nothing uses it.
 func (s *Server) Done() <-chan struct{} { return s.done }
 
-// Unmount unmounts the file system, which ends the server. It fails with mount.ErrBusy while it is in
-// use.
+// Unmount unmounts the file system, which ends the server, or fails with mount.ErrBusy.
 func (s *Server) Unmount(ctx context.Context) error { return sys.Unmount(ctx, s.dir) }
 
 // Run starts a server and returns when it has ended. It implements `daxfs mount --driver fuse

@@ -149,8 +149,7 @@ func TestTwoReaders(t *testing.T) {
 	}
 }
 
-// TestCloned boots a second machine with the same identity: the first one notices, and no claim is
-// lost.
+// TestCloned boots a second machine with the same identity: the first notices, and claims stay.
 func TestCloned(t *testing.T) {
 	path := newRegion(t, MinSize)
 	first := open(t, path, guest1)
@@ -172,8 +171,7 @@ func TestCloned(t *testing.T) {
 	}
 }
 
-// TestRebooted tests claims of an earlier boot: they hold until somebody ends them or the new boot
-// takes them over.
+// TestRebooted: claims of an earlier boot hold until they are ended or the new boot takes them over.
 func TestRebooted(t *testing.T) {
 	path := newRegion(t, MinSize)
 	l := open(t, path, guest1)
@@ -382,8 +380,7 @@ func TestWithin(t *testing.T) {
 	}
 }
 
-// TestBlock uses a block device: the reader opens it with direct I/O, the owner opens the file behind
-// it.
+// TestBlock opens a block device in the reader, and the file behind it in the owner.
 func TestBlock(t *testing.T) {
 	if unavailable := os.Getuid() != 0 || testing.Short(); unavailable {
 		t.Skip("needs root, and not -short")

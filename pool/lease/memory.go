@@ -198,8 +198,7 @@ func (m *blockMemory) store(b []byte, off int64) error {
 	})
 }
 
-// blocks reads each block that b touches, and calls f with the part of b and the matching bytes of the
-// block.
+// blocks reads each block that b touches, and calls f with both matching parts and the offset.
 func (m *blockMemory) blocks(b []byte, off int64, f func(part, block []byte, at int64) error) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -170,8 +170,7 @@ func kindOf(dir string) string {
 	return region.KindFile
 }
 
-// crashing is the owner's region. Readers take steps while it is in use; after a crash it does
-// nothing.
+// crashing is the owner's region. Readers take steps during its use; after a crash it does nothing.
 type crashing struct {
 	region.Region
 	w    *world

@@ -14,8 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Regions are the lease regions of a pool's readers, as the owner sees them. They implement
-// pool.Leases.
+// Regions are the lease regions of a pool's readers, seen by the owner. They implement pool.Leases.
 type Regions struct {
 	specs []string
 

@@ -103,8 +103,7 @@ func (l *Lease) open() error {
 	return l.clearTorn()
 }
 
-// lock keeps other processes of this machine out. It does not use flock(2): the reader's launcher may
-// hold that.
+// lock keeps other processes of this machine out. A launcher may hold flock(2), so use another lock.
 func (l *Lease) lock() error {
 	f, off := l.m.file()
 	if f == nil {

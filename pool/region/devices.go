@@ -129,8 +129,7 @@ func openPhys(h host, c Config) (Region, error) {
 		}
 		return nil, errors.Join(err, f.Close())
 	}
-	// Nobody can tell whether the memory is persistent. Flush it anyway: another kernel may map it
-	// uncached.
+	// Nobody knows whether the memory is persistent. Flush: another kernel may map it uncached.
 	return &phys{mapped{f: f, m: m, all: m, sync: flush, info: Info{
 		Kind: c.Kind, Path: f.Name(), Phys: c.Phys, HasPhys: true, Persistent: PersistsProcess,
 		ReadOnly: c.ReadOnly, FD: -1,

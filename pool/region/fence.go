@@ -4,8 +4,7 @@ import "sync/atomic"
 
 var fence atomic.Uint32
 
-// Fence orders all loads and stores before it against all behind it, for every processor that shares
-// the memory.
+// Fence orders all loads and stores before it against all behind it, for all processors.
 func Fence() { fence.Add(1) }
 
 // FlushShared writes the cache lines of mapped memory back, drops them, and fences. After a store it

@@ -160,8 +160,7 @@ func (r *file) Size() int64 { return r.size }
 func (r *file) Info() Info  { return r.info }
 func (r *file) Lock() error { return Flock(r.f) }
 
-// Sync syncs the whole file: no call makes a range of a sparse file durable, because a write may
-// allocate its blocks.
+// Sync syncs the whole file: syncing a range does not make its newly allocated blocks durable.
 //
 // A failed sync is not retried: the kernel reports an error once, drops the unwritten pages and calls
 // the next sync a success. Other pending writes may be lost, too, so every later Sync fails.

@@ -17,8 +17,7 @@ import (
 // labels there, in memory that all kernels which map the range share.
 const labelArea = 128 << 10
 
-// host is the root of the kernel's description of the machine. Tests use a directory with sys and proc
-// below it.
+// host is the root of the kernel's files about the machine; tests have their own sys and proc.
 type host struct{ root string }
 
 var thisHost = host{"/"}
@@ -47,8 +46,7 @@ type iorange struct {
 	depth      int
 }
 
-// iomem reads /proc/iomem. It returns an error if the kernel shows all addresses as zero, for lack of
-// privilege.
+// iomem reads /proc/iomem. Without privilege the kernel shows all addresses as zero: an error.
 func (h host) iomem() ([]iorange, error) {
 	b, err := os.ReadFile(h.path("proc/iomem"))
 	if err != nil {
@@ -136,8 +134,7 @@ type pmemDevice struct {
 	hasPhys bool
 }
 
-// pmem describes the block device with a number. It refuses devices that are not byte addressable
-// memory.
+// pmem describes the block device with a number, or refuses it if it is no byte addressable memory.
 func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	dir, err := filepath.EvalSymlinks(h.path("sys/dev/block", fmt.Sprintf("%d:%d", major, minor)))
 	if err != nil {
@@ -166,8 +163,8 @@ func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	d.size = int64(sectors) * 512
 	dax, _ := disk.number("queue/dax")
 	d.dax = dax == 1
-	// The device is namespaceX.Y or, with struct pages in the memory itself, pfnX.Y; both name the first
-	// byte of data.
+	// The device is namespaceX.Y or, with struct pages in the memory, pfnX.Y; both name the first data
+	// byte.
 	if phys, ok := disk.number("device/resource"); ok && phys != 0 && phys != ^uint64(0) {
 		d.phys, d.hasPhys = phys+start*512, true
 	}

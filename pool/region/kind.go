@@ -12,8 +12,7 @@ const (
 	KindPmem = "pmem"
 	// KindDevDAX is a DAX character device, /dev/daxX.Y.
 	KindDevDAX = "devdax"
-	// KindDMABuf is a buffer from a DMA heap, which lives as long as a process or kernel object refers to
-	// it.
+	// KindDMABuf is a buffer from a DMA heap, which lives as long as something refers to it.
 	KindDMABuf = "dmabuf"
 	// KindPhys is a reserved range of physical memory, mapped through /dev/mem.
 	KindPhys = "phys"
@@ -21,14 +20,12 @@ const (
 
 // Traits are the properties that all regions of a kind share.
 type Traits struct {
-	// Regular says that the region is a sparse regular file, which can be created, moved, leased and
-	// grown.
+	// Regular says that the region is a sparse regular file: it can be created, moved, leased and grown.
 	Regular bool
 	// ByAddress says that other kernels and devices may reach the memory by its address. The memory
 	// existed before it was opened, and others than this machine's root may have written to it.
 	ByAddress bool
-	// MapOnly says that the memory can only be mapped: read(2), loop devices and filesystems cannot use
-	// it.
+	// MapOnly says that the memory can only be mapped: no read(2), loop devices or filesystems.
 	MapOnly bool
 	// Volatile says that the region ends with the kernel at the latest.
 	Volatile bool

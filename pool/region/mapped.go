@@ -9,8 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mapped is a region written through its mapping: everyone who maps the same memory sees the bytes at
-// once, in the order of the stores.
+// mapped is a region written through its mapping: others see bytes at once, in the order of stores.
 type mapped struct {
 	f    *os.File // may be nil
 	m    []byte   // the region

@@ -75,8 +75,7 @@ type Info struct {
 	Persistent  Persistence `json:"persistent"`
 	Sparse      bool        `json:"sparse"` // Punch gives the space back to the system
 	ReadOnly    bool        `json:"readOnly"`
-	// FD is an open file of the region, for example for the mount of a dma-buf; -1 if there is none. The
-	// region owns it.
+	// FD is an open file of the region, such as for the mount of a dma-buf, or -1. The region owns it.
 	FD int `json:"-"`
 }
 
@@ -89,8 +88,7 @@ type Region interface {
 	Size() int64
 	// Sync returns when the bytes written to a range before the call survive what Info().Persistent promises.
 	Sync(off, n int64) error
-	// Punch makes a range read as zero and gives its space back if Info().Sparse. The range may be zero
-	// already.
+	// Punch makes a range read as zero, even if it does already, and frees its space if Info().Sparse.
 	Punch(off, n int64) error
 	Info() Info
 	Close() error
@@ -98,8 +96,7 @@ type Region interface {
 
 // Locker is implemented by regions that can be locked.
 type Locker interface {
-	// Lock makes the caller the only owner until Close, or returns a *BusyError. Regions opened for
-	// reading need no lock.
+	// Lock makes the caller the only owner until Close, or returns a *BusyError. Readers need no lock.
 	Lock() error
 }
 
@@ -129,13 +126,11 @@ type Config struct {
 	Kind string
 	// Path is the file, the device or, for KindDMABuf, the heap. Empty for KindPhys.
 	Path string
-	// Size in bytes, rounded down to a multiple of Align. 0 takes all of the existing file, device or
-	// buffer.
+	// Size in bytes, rounded down to a multiple of Align. 0 takes all of an existing region.
 	Size int64
 	// Phys is the physical address of a KindPhys region, a multiple of Align.
 	Phys uint64
-	// Create makes the file of a KindFile, KindTmpfs or KindHugetlbfs region if there is none; it needs
-	// Size.
+	// Create makes the file of a KindFile, KindTmpfs or KindHugetlbfs region if missing; it needs Size.
 	Create bool
 	// FD is an existing dma-buf for KindDMABuf, which the caller keeps; 0 allocates a new one.
 	FD int

@@ -130,8 +130,7 @@ func TestFileAndTmpfs(t *testing.T) {
 	}
 }
 
-// TestSyncFailsForGood lets one sync fail. The kernel would call the next one a success, without the
-// lost writes.
+// TestSyncFailsForGood lets one sync fail: the kernel calls the next a success despite lost writes.
 func TestSyncFailsForGood(t *testing.T) {
 	r := mustOpen(t,
 		Config{Kind: KindFile, Path: filepath.Join(t.TempDir(), "pool"), Size: 16 << 20, Create: true}).(*file)

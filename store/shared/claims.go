@@ -101,8 +101,7 @@ func (m *member) claim(ctx context.Context, chain digest.Digest) error {
 	return m.checkImage(img)
 }
 
-// keepUnlisted keeps using an image that the owner took out of the catalogue, but keeps while it is
-// leased.
+// keepUnlisted keeps using a leased image that the owner took out of the catalogue.
 func (m *member) keepUnlisted(chain digest.Digest, img pool.Image) error {
 	held, err := m.lease.Claim(m.view.cat.PoolID, img)
 	if err != nil {
@@ -118,8 +117,7 @@ func (m *member) keepUnlisted(chain digest.Digest, img pool.Image) error {
 	return errors.Join(ErrNotFound, m.release(chain))
 }
 
-// takeLease claims an image in the lease region, and makes sure that the owner did not remove it just
-// before.
+// takeLease claims an image in the lease region, and checks that it was not removed just before.
 func (m *member) takeLease(ctx context.Context, chain digest.Digest, img pool.Image) error {
 	if m.lease == nil {
 		return nil

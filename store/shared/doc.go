@@ -11,6 +11,5 @@
 // metadata of an image before its use. Contents are not verified. By configuring a pool, an
 // administrator trusts its owner with the contents of containers.
 //
-// A missing or damaged pool affects only its own images. It is checked again whenever an image is
-// asked for.
+// A missing or damaged pool affects only its own images. Each request for an image looks at it again.
 package shared

@@ -62,8 +62,7 @@ type earlier struct {
 // sourceFile holds the name under which a pool was last found.
 const sourceFile = "source"
 
-// findEarlier reads the claims of former pools of this name that nobody reads now. Preconditions: mu
-// is held.
+// findEarlier reads the claims of unread former pools of this name. Preconditions: mu is held.
 func (m *member) findEarlier() error {
 	m.earlier = nil
 	list, err := os.ReadDir(m.cfg.Root)

@@ -221,8 +221,7 @@ func TestReaderKilled(t *testing.T) {
 	}
 }
 
-// step adds or removes an image, and frees unused ones. It returns 1 if the removal has to wait for a
-// reader.
+// step adds or removes an image and frees unused ones. It returns 1 if a reader delays the removal.
 func (o *owner) step(rng *rand.Rand) int {
 	o.t.Helper()
 	ctx := context.Background()

@@ -23,8 +23,7 @@ type Source struct {
 
 // Config lists the pools and says how to use them.
 type Config struct {
-	// Root is a directory that belongs to this package. Mounts are below it, in one directory for each
-	// pool.
+	// Root is this package's own directory. Mounts are below it, in a directory for each pool.
 	Root string
 	// Pools are searched in this order.
 	Pools []Source
@@ -67,8 +66,7 @@ func (p *Pools) Close() error {
 	return errors.Join(errs...)
 }
 
-// Refresh looks for new publications of the owners, and reports whether there are any. Without news it
-// reads 8 KiB of each pool.
+// Refresh reports whether owners published anything new. Without news it reads 8 KiB of each pool.
 func (p *Pools) Refresh(ctx context.Context) (changed bool) {
 	for _, m := range p.members {
 		m.mu.Lock()
@@ -141,8 +139,7 @@ func (p *Pools) inOrder(chain digest.Digest) []*member {
 	return append(first, rest...)
 }
 
-// Lower claims the image of a chain and returns the directory on which it is mounted. Errors are those
-// of Claim and of package mount.
+// Lower claims and mounts the image of a chain. Errors are those of Claim and of package mount.
 func (p *Pools) Lower(ctx context.Context, chain digest.Digest) (dir string, err error) {
 	err = p.claim(ctx, chain, func(m *member) (err error) {
 		if dir, err = m.lower(ctx, chain); err != nil {

@@ -413,8 +413,7 @@ func TestReset(t *testing.T) {
 	}
 }
 
-// A machine without an identity is told why its lease region belongs to another reader after a reboot,
-// and the remedy.
+// A machine without an identity is told why a reboot made it another reader, and the remedy.
 func TestNoIdentity(t *testing.T) {
 	defer shared.WithoutIdentity()()
 	place := filepath.Join(t.TempDir(), "guest.lease")
@@ -442,8 +441,7 @@ func TestNoIdentity(t *testing.T) {
 	r.open()
 }
 
-// leased sets up a lease region for an owner and a reader. It returns the path and the owner's view of
-// the region.
+// leased sets up a lease region, and returns its path and the owner's view.
 func leased(t *testing.T, o *owner, r *reader) (place string, regions *lease.Regions) {
 	t.Helper()
 	place = filepath.Join(t.TempDir(), "guest.lease")
@@ -687,8 +685,7 @@ func TestWritesNothing(t *testing.T) {
 	}
 }
 
-// The documents read from a pool are limited: images beyond the limit are left out, and other pools
-// keep working.
+// Images with documents beyond a limit are left out; other pools keep working.
 func TestDocumentsAreBounded(t *testing.T) {
 	defer shared.BoundDocuments(1000)()
 	large, other := newOwner(t), newOwner(t)

@@ -20,8 +20,7 @@ var maxDocuments int64 = 256 << 20
 // view is the contents of one generation of a pool.
 type view struct {
 	cat *pool.Catalogue
-	// chains maps chain IDs to images. Of several images with one chain ID the first counts: their trees
-	// are equal.
+	// chains maps chain IDs to images. Of several with equal trees the first counts.
 	chains map[digest.Digest]pool.Image
 	// known holds the documents that were read, by their place.
 	known map[docID]*entry
@@ -51,8 +50,8 @@ type OCIImage struct {
 	Pool string
 }
 
-// read reads the newest generation. It returns the current view if that is the newest. Preconditions:
-// mu is held.
+// read returns the view of the newest generation, unchanged if that is current. Preconditions: mu is
+// held.
 func (m *member) read(ctx context.Context) (*view, error) {
 	cat, err := pool.ReadCatalogue(m.mem)
 	if cat == nil {
@@ -155,8 +154,7 @@ func (p *Pools) OCIImages() []OCIImage {
 	return out
 }
 
-// Document returns the document about an image from OCIImages. Errors: ErrNotFound if the pool no
-// longer has it.
+// Document returns the document of an image from OCIImages. Errors: ErrNotFound if it is gone.
 func (p *Pools) Document(o OCIImage) (*store.Document, error) {
 	for _, m := range p.members {
 		if m.src.Name != o.Pool {

@@ -84,8 +84,7 @@ func NewLivePool(t testing.TB, path string, device bool) *LivePool {
 	return p
 }
 
-// Publish publishes an image of regular files, whose paths may have directories. Equal files of images
-// share an inode.
+// Publish publishes an image of regular files by path. Equal files of images share an inode.
 func (p *LivePool) Publish(t testing.TB, files map[string]string) Slot {
 	t.Helper()
 	s := p.Prepare(t, files)

@@ -57,8 +57,7 @@ func Root(t testing.TB) {
 	}
 }
 
-// Command returns a command that runs a helper of this test binary in another process of the same
-// mount namespace.
+// Command returns a command that runs a helper of this test binary in the same mount namespace.
 func Command(helper string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), envHelper+"="+helper)
@@ -129,8 +128,7 @@ func Tree(t testing.TB) string {
 	return dir
 }
 
-// Mkfs makes an EROFS image of dir with mkfs.erofs, an independent tool. It skips the test if the tool
-// is missing.
+// Mkfs makes an EROFS image of dir with mkfs.erofs, an independent tool, or skips the test.
 func Mkfs(t testing.TB, dir, image string) {
 	t.Helper()
 	if _, err := exec.LookPath("mkfs.erofs"); err != nil {

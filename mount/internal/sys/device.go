@@ -54,8 +54,7 @@ func DropMetadata(major, minor uint32, all bool) error {
 	return nil
 }
 
-// DeviceFree tells whether nobody holds a block device exclusively, as mounted file systems do, even
-// lazily unmounted ones.
+// DeviceFree tells whether nobody, such as a mounted file system, holds a block device exclusively.
 func DeviceFree(path string) (bool, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.EBUSY) {
@@ -115,8 +114,7 @@ func scratch() (fd int, minor uint32, err error) {
 	return fd, unix.Minor(st.Dev), nil
 }
 
-// LoopBacking returns the status of the file below a loop device; only device and inode number are
-// set.
+// LoopBacking returns the device and inode number of the file below a loop device.
 func LoopBacking(path string) (unix.Stat_t, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

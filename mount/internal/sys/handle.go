@@ -68,8 +68,7 @@ func (h *Handles) learn(dir string) error {
 	return unix.Close(fd)
 }
 
-// Open opens an inode and returns its descriptor. The error is ESTALE if the inode is not in memory
-// and cannot be read from the disk.
+// Open opens an inode. The error is ESTALE if it is neither in memory nor readable from the disk.
 func (h *Handles) Open(nid uint64, flags int) (fd int, err error) {
 	nid += h.bias
 	b := make([]byte, 0, 12)

@@ -25,8 +25,7 @@ type Namespace struct {
 	// pin is a mount point, in the namespace via, that keeps this one alive without a process.
 	pin string
 	via *Namespace
-	// table is the mount table, below /proc, of a process whose namespace may not be read. It may
-	// duplicate a known namespace.
+	// table is a mount table below /proc of a process with an unreadable, possibly known namespace.
 	table string
 }
 
@@ -116,8 +115,7 @@ func UnmountIn(n *Namespace, dir string) error {
 	})
 }
 
-// elsewhere runs f on a thread that may change its mount namespace, and that ends afterwards. proc is
-// our own /proc.
+// elsewhere runs f on a thread that may change its mount namespace, then ends. proc is our /proc.
 func elsewhere(f func(proc *os.File) error) error {
 	done := make(chan error)
 	go onThread(done, f)

@@ -1,5 +1,4 @@
-// Package alloc divides a pool into segments, which grow from the bottom, and extents, which come from
-// the top.
+// Package alloc divides a pool into segments, from the bottom, and extents, from the top.
 //
 // Every extent lies above every segment, because a segment can only refer to higher addresses. Between
 // them is a floor: segments are placed below it, extents above it. The floor rises when segments need
@@ -13,8 +12,7 @@ import (
 	"slices"
 )
 
-// Align is the alignment in bytes of segments, and of extents that are at least this long: a huge
-// page.
+// Align is the alignment in bytes of segments, and of extents at least as long: a huge page.
 const Align = 2 << 20
 
 // Unit is the granule of extents in bytes: a page.

@@ -8,8 +8,7 @@ import (
 	"testing"
 )
 
-// check proves that segments, extents and gaps cover each byte of the space once, and that New accepts
-// them.
+// check proves that segments, extents and gaps cover each byte once, and that New accepts them.
 func check(t *testing.T, s *Space, extents map[int64]int64) {
 	t.Helper()
 	spans := s.Gaps()

@@ -136,8 +136,7 @@ func (g *gaps) find(n int64, aligned bool) (start, length int64) {
 	return 0, 0
 }
 
-// smallest returns the smallest gap with room for n bytes at a multiple of Align; of equal gaps the
-// highest.
+// smallest returns the smallest, then highest, gap with room for n bytes at a multiple of Align.
 func (g *gaps) smallest(n int64) (start, length int64) {
 	for s, l := range g.byStart {
 		if alignedFit(s, l) >= n && (length == 0 || l < length || l == length && s > start) {
