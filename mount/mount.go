@@ -11,8 +11,7 @@ import (
 )
 
 var (
-	// ErrBusy says that a process with a file or working directory in it, or another mount, uses the
-	// mount.
+	// ErrBusy says that the mount is in use: by a file, a working directory or another mount.
 	ErrBusy = sys.ErrBusy
 	// ErrNotFound says that the image, or the pool, is not mounted.
 	ErrNotFound = errors.New("not mounted")

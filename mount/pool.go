@@ -96,7 +96,7 @@ func (t *Table) getLive() *live {
 	return t.live
 }
 
-// ensurePool mounts the pool with d unless it is mounted. written are ranges already in final state.
+// ensurePool mounts the pool with d unless it is mounted. written are ranges that never change again.
 func (t *Table) ensurePool(ctx context.Context, d Driver, written []Range) (*live, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -195,7 +195,7 @@ func (t *Table) recoverPool(ctx context.Context) *live {
 	if d == nil || err != nil || len(handle) == 0 {
 		return nil
 	}
-	for _, bound := range t.bound() {
+	for _, bound := range t.bindDirs() {
 		if sys.Alive(ctx, bound) != nil {
 			continue
 		}
@@ -228,8 +228,8 @@ func (t *Table) attachRoot(
 	return t.mountedPool(d, dir, rec)
 }
 
-// bound returns the mount points that may be binds of this pool, from the records.
-func (t *Table) bound() []string {
+// bindDirs returns the mount points that may be binds of this pool, from the records.
+func (t *Table) bindDirs() []string {
 	dirs, err := os.ReadDir(filepath.Join(t.root, "images"))
 	if err != nil {
 		return nil

@@ -84,7 +84,7 @@ type Table struct {
 	pool    Pool
 	opts    Options
 
-	// poolWork is held (one token) while the pool is mounted or unmounted. It is a channel for contexts.
+	// poolWork is held (one token) while the pool is mounted or unmounted. Waiting for it can be cancelled.
 	poolWork chan struct{}
 
 	// mu guards the fields below and the marked fields of entries. It is never held during a system call

@@ -130,7 +130,7 @@ func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
 // unusedInode opens an inode that was erased on disk; that works while it is in memory.
 func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	fd, err := h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if gone(err) {
+	if notInMemory(err) {
 		return true, nil
 	}
 	if err != nil {
@@ -149,7 +149,7 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 		return only, nil
 	}
 	fd, err = h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if gone(err) {
+	if notInMemory(err) {
 		return true, nil
 	}
 	if err == nil {
@@ -158,9 +158,9 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// gone tells whether an inode did not open because it is not in memory: the disk has a socket or
+// notInMemory tells whether an inode did not open because it is not in memory: the disk has a socket or
 // nothing.
-func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
+func notInMemory(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
 // mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, through
 // another name of the device or file.

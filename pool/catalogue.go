@@ -137,7 +137,7 @@ func ReadCatalogue(r io.ReaderAt) (*Catalogue, error) {
 	for try, damaged := 0, 0; try < 100 && damaged < 10; try++ {
 		hs, err := readHeaders(r)
 		if err != nil {
-			return nil, missing(err)
+			return nil, wipedError(err)
 		}
 		c, last = readSlots(r, hs[0])
 		again, err := readHeaders(r)

@@ -304,19 +304,19 @@ func (p *Pool) turn(dead []*extent) error {
 		time.Sleep(time.Millisecond)
 		p.mu.Lock()
 	}
-	p.begun = &uuid
+	p.unwrittenEpoch = &uuid
 	return p.finishEpoch(gen)
 }
 
 // finishEpoch writes the live tree of an epoch that is only in the index. Preconditions: commit and mu
 // are held; nothing is mounted.
 func (p *Pool) finishEpoch(gen uint64) error {
-	if p.begun == nil {
+	if p.unwrittenEpoch == nil {
 		return nil
 	}
-	if err := p.startEpoch(gen, *p.begun); err != nil {
+	if err := p.startEpoch(gen, *p.unwrittenEpoch); err != nil {
 		return fmt.Errorf("pool: begin an epoch: %w", err)
 	}
-	p.begun = nil
+	p.unwrittenEpoch = nil
 	return nil
 }

@@ -93,7 +93,7 @@ func (p *Pool) setDocument(key string, doc []byte) error {
 		return ErrClosed
 	case m == nil:
 		return ErrNotFound
-	case same && (p.stale[m.Slot] != nil || p.behind):
+	case same && (p.stale[m.Slot] != nil || p.unannounced):
 		return p.republishStale()
 	case same:
 		return nil
@@ -119,7 +119,7 @@ func (p *Pool) setDocument(key string, doc []byte) error {
 	}
 	m.storedImage, m.doc = &now, e
 	p.mu.Unlock()
-	p.stale[m.Slot], p.behind = m.slot, true
+	p.stale[m.Slot], p.unannounced = m.slot, true
 	return p.publish(m)
 }
 
@@ -171,7 +171,7 @@ func (p *Pool) freeRetired() {
 		return // an entry may still name one of them
 	}
 	old := p.retired
-	p.behind = false
+	p.unannounced = false
 	p.retired = nil
 	p.unref(old...)
 }

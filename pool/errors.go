@@ -48,8 +48,8 @@ func (e *LeasedError) Error() string {
 // Is makes errors.Is(err, ErrLeased) true.
 func (e *LeasedError) Is(target error) bool { return target == ErrLeased }
 
-// missing is the error for a region in which readHeaders found no pool.
-func missing(err error) error {
+// wipedError is the error for a region in which readHeaders found no pool.
+func wipedError(err error) error {
 	if errors.Is(err, ErrVersion) {
 		return err
 	}

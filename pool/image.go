@@ -165,7 +165,7 @@ func (a *addition) run() error {
 	m.slot = a.plan.Slot()
 	m.own = alloc.Span{Off: a.run0 + a.plan.FileSize(), Len: a.plan.Size() - a.plan.FileSize()}
 	files := a.plan.FileCount()
-	list := a.brought()
+	list := a.newInodes()
 	a.plan = nil
 	if files > manyFiles {
 		debug.FreeOSMemory() // the plan takes more memory than all that follows
@@ -293,9 +293,9 @@ func (a *addition) variant(from *extent) (*extent, error) {
 	return e, nil
 }
 
-// brought encodes the new inodes of the run for the index, by the offset of their contents; nil
+// newInodes encodes the new inodes of the run for the index, by the offset of their contents; nil
 // without any.
-func (a *addition) brought() []byte {
+func (a *addition) newInodes() []byte {
 	place := func(i int32) int64 {
 		d, _ := a.plan.FileData(int(i))
 		if d.Size == 0 {
@@ -322,12 +322,12 @@ func (a *addition) brought() []byte {
 }
 
 // keep updates memory after the index: it adds the image and the new inodes of its run.
-func (a *addition) keep(brought []byte) {
+func (a *addition) keep(newInodes []byte) {
 	p, m := a.p, a.m
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if brought != nil {
-		err := eachInode(brought, func(in runInode) {
+	if newInodes != nil {
+		err := eachInode(newInodes, func(in runInode) {
 			e := p.empty
 			if in.size > 0 {
 				e = p.extents[in.off]

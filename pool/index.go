@@ -242,16 +242,16 @@ func (x *index) payload(key string) ([]byte, error) {
 			return fmt.Errorf("layer %q: %w", key, ErrNotFound)
 		}
 		out = append(make([]byte, 0, len(v)), v...)
-		letGo(v)
+		dropPages(v)
 		return nil
 	})
 	return out, err
 }
 
-// letGo drops pages of the mapped file from this process's memory once v was decoded: lists of a
+// dropPages drops pages of the mapped file from this process's memory once v was decoded: lists of a
 // million extents would otherwise stay beside their decoded form. The page cache keeps them, and v
 // stays valid.
-func letGo(v []byte) {
+func dropPages(v []byte) {
 	page := uintptr(os.Getpagesize())
 	skip := -uintptr(unsafe.Pointer(unsafe.SliceData(v))) & (page - 1)
 	if uintptr(len(v)) < skip+page {
@@ -312,7 +312,7 @@ func decodeStored(b []byte, size int64) (*storedImage, error) {
 }
 
 // putImage records an image, the encoded inodes of its run, if any, and the end of the used tree area.
-func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []byte, t treeArea, gen uint64) error {
+func (x *index) putImage(m *storedImage, used []*extent, run int64, newInodes []byte, t treeArea, gen uint64) error {
 	return x.update("put image", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
 			return err
@@ -320,8 +320,8 @@ func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []by
 		if err := tx.Bucket(bucketUsed).Put([]byte(m.Key), encodeExtents(used)); err != nil {
 			return err
 		}
-		if len(brought) > 0 {
-			if err := tx.Bucket(bucketRuns).Put(runKey(run), brought); err != nil {
+		if len(newInodes) > 0 {
+			if err := tx.Bucket(bucketRuns).Put(runKey(run), newInodes); err != nil {
 				return err
 			}
 		}
@@ -512,7 +512,7 @@ func (c *contents) loadTree(tx *bbolt.Tx, size int64) error {
 		if err != nil || len(k) != 8 {
 			return fmt.Errorf("run %x: %w", k, err)
 		}
-		letGo(v)
+		dropPages(v)
 		c.runs[int64(binary.BigEndian.Uint64(k))] = inodes
 		return nil
 	})
@@ -539,7 +539,7 @@ func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error
 		if err != nil {
 			return fmt.Errorf("extents of %q: %w", k, err)
 		}
-		letGo(v)
+		dropPages(v)
 		if holders.Get(k) == nil {
 			return fmt.Errorf("extents of %q, which does not exist", k)
 		}

@@ -61,7 +61,7 @@ func (p *Pool) Relist(ctx context.Context, key string) error {
 
 // setUnlisted durably takes an image out of the catalogue or back in. Preconditions: commit is held.
 func (p *Pool) setUnlisted(m *image, unlisted bool) error {
-	if m.unlisted == unlisted && p.stale[m.Slot] == nil && !p.behind {
+	if m.unlisted == unlisted && p.stale[m.Slot] == nil && !p.unannounced {
 		return nil
 	}
 	now := *m.storedImage
@@ -72,7 +72,7 @@ func (p *Pool) setUnlisted(m *image, unlisted bool) error {
 	p.mu.Lock()
 	m.storedImage = &now
 	p.mu.Unlock()
-	p.stale[m.Slot], p.behind = m.slot, true
+	p.stale[m.Slot], p.unannounced = m.slot, true
 	return p.publish(m)
 }
 
@@ -94,8 +94,8 @@ func (p *Pool) unleased(m *image) error {
 	return nil
 }
 
-// unleasedPool empties the catalogue and returns nil if no reader uses the pool; no reader can start
-// to then. Otherwise it lists the images again. Preconditions: commit is held.
+// unleasedPool returns nil and leaves the catalogue empty, so that no reader begins, if none uses the
+// pool. Otherwise it lists the images again. Preconditions: commit is held.
 func (p *Pool) unleasedPool() error {
 	if p.leases == nil {
 		return nil

@@ -68,11 +68,11 @@ type Pool struct {
 	tree   treeArea
 	erase  map[int]alloc.Span // slots of removed images, with the span that must be erased
 	// retired holds replaced documents until no entry refers to them.
-	retired []*extent
-	behind  bool      // an entry changed, and no generation announces it yet
-	hidden  bool      // the catalogue lists no image: see unleasedPool
-	leases  Leases    // nil if there are no readers to ask
-	begun   *[16]byte // UUID of an epoch whose live tree could not be written yet
+	retired        []*extent
+	unannounced    bool      // an entry changed, and no generation announces it yet
+	hidden         bool      // the catalogue lists no image: see unleasedPool
+	leases         Leases    // nil if there are no readers to ask
+	unwrittenEpoch *[16]byte // UUID of an epoch whose live tree could not be written yet
 
 	mu      sync.Mutex
 	closed  bool
@@ -142,9 +142,9 @@ func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 
 // Open opens a pool as its only owner. The caller owns the region, which must outlive the pool.
 //
-// Errors: ErrWiped if the region has no pool header; ErrForeign if its pool has another or a newer
-// index, if another version of this program made it, or if the region holds something else; ErrBusy if
-// another process owns it; ErrCorrupt.
+// Errors: ErrWiped if the region has no pool header or is older than the index; ErrForeign if the index
+// is older or of another pool, if another version of this program made the pool, or if the region holds
+// something else; ErrBusy if another process owns it; ErrCorrupt.
 func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return open(r, indexPath, o, false)
 }
@@ -172,7 +172,7 @@ func open(r region.Region, indexPath string, o Options, grow bool) (*Pool, error
 		if ferr := checkEmpty(r); ferr != nil && !hasMagic(r) {
 			return nil, ferr
 		}
-		return nil, fmt.Errorf("pool: %w", missing(err))
+		return nil, fmt.Errorf("pool: %w", wipedError(err))
 	}
 	h := hs[0]
 	if err := fit(h, r, grow); err != nil {

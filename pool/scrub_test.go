@@ -187,7 +187,7 @@ func listing(t *testing.T, p *Pool) string {
 		}
 		list(t, &b, img)
 		if m.Segment > 0 {
-			if img, err = daxfs.Open(window2{p, m.Window}, m.WindowSize); err != nil {
+			if img, err = daxfs.Open(poolRange{p, m.Window}, m.WindowSize); err != nil {
 				t.Fatal(err)
 			}
 			list(t, &b, img)
@@ -212,13 +212,13 @@ func list(t *testing.T, b *strings.Builder, img *daxfs.FS) {
 	}
 }
 
-// window2 reads a range of a pool.
-type window2 struct {
+// poolRange reads a range of a pool.
+type poolRange struct {
 	p   *Pool
 	off int64
 }
 
-func (w window2) ReadAt(b []byte, off int64) (int, error) { return w.p.region.ReadAt(b, w.off+off) }
+func (w poolRange) ReadAt(b []byte, off int64) (int, error) { return w.p.region.ReadAt(b, w.off+off) }
 
 // TestDamaged follows damaged contents until they are gone and others took their place.
 func TestDamaged(t *testing.T) {

@@ -62,9 +62,9 @@ func (a *aside) ReadAt(p []byte, off int64) (int, error) {
 
 // layer returns a layer of the pool. If the pool has no room for it, layer reads it from its source.
 func (a *aside) layer(ctx context.Context, s *Store, f Layer) (*layer.Layer, error) {
-	made, err := s.ensure(ctx, f)
+	parsed, err := s.ensure(ctx, f)
 	if !IsFull(err) {
-		return made, err
+		return parsed, err
 	}
 	if f.Dir != "" {
 		return layer.FromUpper(ctx, f.Dir, a, s.cfg.Limits)
@@ -72,9 +72,9 @@ func (a *aside) layer(ctx context.Context, s *Store, f Layer) (*layer.Layer, err
 	err = s.eachSource(ctx, f, func(rc io.ReadCloser, spec Blob, _ *packs) error {
 		b, err := s.read(ctx, rc, spec, a)
 		if err == nil {
-			made = b.Layer
+			parsed = b.Layer
 		}
 		return err
 	})
-	return made, err
+	return parsed, err
 }

@@ -19,26 +19,26 @@ type cache struct {
 
 // cached is one decoded layer, and the size of its tar.
 type cached struct {
-	key  string
-	made *layer.Layer
-	size int64
+	key    string
+	parsed *layer.Layer
+	size   int64
 }
 
-func (c *cache) get(key string) (made *layer.Layer, size int64, ok bool) {
+func (c *cache) get(key string) (parsed *layer.Layer, size int64, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, ok := c.take(key)
 	if ok {
 		c.put(e)
 	}
-	return e.made, e.size, ok
+	return e.parsed, e.size, ok
 }
 
-func (c *cache) add(key string, made *layer.Layer, size int64) {
+func (c *cache) add(key string, parsed *layer.Layer, size int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.take(key)
-	c.put(cached{key, made, size})
+	c.put(cached{key, parsed, size})
 }
 
 func (c *cache) drop(key string) {
@@ -52,7 +52,7 @@ func (c *cache) take(key string) (cached, bool) {
 	for i, e := range c.order {
 		if e.key == key {
 			c.order = append(c.order[:i], c.order[i+1:]...)
-			c.cost -= e.made.Cost()
+			c.cost -= e.parsed.Cost()
 			return e, true
 		}
 	}
@@ -62,9 +62,9 @@ func (c *cache) take(key string) (cached, bool) {
 // put appends an entry, and removes old ones to make room. Preconditions: mu is held.
 func (c *cache) put(e cached) {
 	c.order = append(c.order, e)
-	c.cost += e.made.Cost()
+	c.cost += e.parsed.Cost()
 	for c.cost > maxCached && len(c.order) > 0 {
-		c.cost -= c.order[0].made.Cost()
+		c.cost -= c.order[0].parsed.Cost()
 		c.order[0] = cached{}
 		c.order = c.order[1:]
 	}

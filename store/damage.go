@@ -57,8 +57,7 @@ func (s *Store) retired(key string) bool {
 	return err == nil && key != s.poolKey(canonical(key))
 }
 
-// retireGrace keeps an image after damage was found: an overlay may just be about to be mounted over
-// it.
+// retireGrace delays removal after damage was found: an overlay may be about to use the image.
 const retireGrace = time.Minute
 
 func (s *Store) mayRetire() bool {
@@ -110,8 +109,8 @@ func (s *Store) Heal(ctx context.Context, layers map[string][]Layer) error {
 	return joinSorted(lost)
 }
 
-// damage returns the failures of Heal for images that are still damaged.
-func (s *Store) damage() error {
+// unhealed returns the failures of Heal for images that are still damaged.
+func (s *Store) unhealed() error {
 	s.mu.Lock()
 	lost := maps.Clone(s.lost)
 	s.mu.Unlock()

@@ -77,7 +77,7 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 		}
 	}
 	for i, l := range img.Layers {
-		made, unpacked, isNew, err := e.layer(ctx, l)
+		parsed, unpacked, isNew, err := e.layer(ctx, l)
 		if err != nil {
 			return out, fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
 		}
@@ -85,7 +85,7 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 			out.Layers++
 			out.Unpacked += unpacked
 		}
-		if err := apply(made); err != nil {
+		if err := apply(parsed); err != nil {
 			return out, fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
 		}
 	}
@@ -97,10 +97,10 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 // layer returns a layer, its size in a directory, and whether it was not counted before.
 func (e *Estimator) layer(ctx context.Context,
 	l source.Layer,
-) (made *layer.Layer, unpacked int64, isNew bool, err error) {
+) (parsed *layer.Layer, unpacked int64, isNew bool, err error) {
 	key := l.DiffID.String()
-	if made, _, ok := e.layers.get(key); ok {
-		return made, 0, false, nil
+	if parsed, _, ok := e.layers.get(key); ok {
+		return parsed, 0, false, nil
 	}
 	rc, err := l.Open(ctx)
 	if err != nil {

@@ -189,8 +189,8 @@ func (x indexes) warnWiped() {
 
 // make makes a pool with an index of its own.
 func (x indexes) make(opts pool.Options) (*pool.Pool, error) {
-	made := PoolOptions(x.ctx, x.config.Drivers, x.region.Info(), x.config.Pool.Windows)
-	opts.Windows, opts.Device, opts.DAX = made.Windows, made.Device, choices[x.config.Pool.DAX]
+	defaults := PoolOptions(x.ctx, x.config.Drivers, x.region.Info(), x.config.Pool.Windows)
+	opts.Windows, opts.Device, opts.DAX = defaults.Windows, defaults.Device, choices[x.config.Pool.DAX]
 	var random [4]byte
 	rand.Read(random[:])
 	path := filepath.Join(x.dir, x.name+"-"+hex.EncodeToString(random[:])+newSuffix)

@@ -159,15 +159,15 @@ func mergeLayers(ctx context.Context, from []Layer,
 ) (*daxfs.Node, error) {
 	m := tree.NewMerger()
 	for _, f := range from {
-		made, err := get(ctx, f)
+		parsed, err := get(ctx, f)
 		if err != nil {
 			return nil, err
 		}
 		apply := m.Apply
-		if made.Cost() > maxCached { // nobody else has it: the cache keeps no layers of that size
+		if parsed.Cost() > maxCached { // nobody else has it: the cache keeps no layers of that size
 			apply = m.Take
 		}
-		if err := apply(made); err != nil {
+		if err := apply(parsed); err != nil {
 			return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
 		}
 	}

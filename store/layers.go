@@ -77,9 +77,9 @@ type Stored struct {
 	Size, Bytes, Entries int64
 }
 
-func stored(diffID digest.Digest, made *layer.Layer, size int64) Stored {
+func newStored(diffID digest.Digest, parsed *layer.Layer, size int64) Stored {
 	return Stored{
-		Key: BlobKey(diffID), DiffID: diffID, Size: size, Bytes: made.Stats.Bytes, Entries: made.Stats.Entries,
+		Key: BlobKey(diffID), DiffID: diffID, Size: size, Bytes: parsed.Stats.Bytes, Entries: parsed.Stats.Entries,
 	}
 }
 
@@ -129,23 +129,23 @@ func (s *Store) readTree(ctx context.Context, holder, key string, read treeReade
 	began := time.Now()
 	b := s.pool.Begin()
 	defer b.Discard()
-	made, err := read(ctx, b, s.cfg.Limits)
+	parsed, err := read(ctx, b, s.cfg.Limits)
 	if err != nil {
 		return err
 	}
-	return s.commit(ctx, b, key, made, 0, Blob{Holder: holder}, began)
+	return s.commit(ctx, b, key, parsed, 0, Blob{Holder: holder}, began)
 }
 
 // commit stores a batch as layer key. It replaces a layer that cannot be read because another version
 // of the program stored it or it is damaged. The layer's record gets digest and holder from the blob
 // of; began is when reading began. The payload is the size of the layer's tar, then the layer.
 // Preconditions: the layer is locked or not known yet.
-func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64, of Blob,
+func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, parsed *layer.Layer, size int64, of Blob,
 	began time.Time,
 ) error {
-	encode, large := made.AppendBinary, made.Cost() > maxCached
+	encode, large := parsed.AppendBinary, parsed.Cost() > maxCached
 	if large { // the cache keeps no layers of that size
-		encode = made.DrainBinary
+		encode = parsed.DrainBinary
 		debug.FreeOSMemory() // the index copies the payload, in one piece
 	}
 	payload, err := encode(binary.AppendUvarint(nil, uint64(size)))
@@ -174,7 +174,7 @@ func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *lay
 		}
 	}
 	if locked := of.DiffID != "" || !strings.HasPrefix(key, blobPrefix); locked && !existed && !large {
-		s.decoded.add(key, made, size)
+		s.decoded.add(key, parsed, size)
 	} else {
 		s.decoded.drop(key) // an existing layer stays as it is
 	}
@@ -191,8 +191,8 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 		s.decoded.drop(key)
 		return nil, 0, fmt.Errorf("layer %q: its contents were found to be damaged: %w", key, pool.ErrCorrupt)
 	}
-	if made, size, ok := s.decoded.get(key); ok {
-		return made, size, nil
+	if parsed, size, ok := s.decoded.get(key); ok {
+		return parsed, size, nil
 	}
 	raw, err := s.pool.Layer(key)
 	if err != nil {
@@ -202,12 +202,12 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 	if n <= 0 {
 		return nil, 0, fmt.Errorf("layer %q: payload of %d bytes: %w", key, len(raw), pool.ErrCorrupt)
 	}
-	made := &layer.Layer{}
-	if err := made.UnmarshalBinary(raw[n:]); err != nil {
+	parsed := &layer.Layer{}
+	if err := parsed.UnmarshalBinary(raw[n:]); err != nil {
 		return nil, 0, fmt.Errorf("layer %q: %w: %w", key, err, pool.ErrCorrupt)
 	}
-	s.decoded.add(key, made, int64(size))
-	return made, int64(size), nil
+	s.decoded.add(key, parsed, int64(size))
+	return parsed, int64(size), nil
 }
 
 // AddBlob stores an OCI layer. The layer survives a reboot once AddBlob returns.
@@ -224,7 +224,7 @@ func (s *Store) AddBlob(ctx context.Context, b Blob) (Stored, error) {
 		}
 		defer unlock()
 		b.Pin(BlobKey(b.DiffID))
-		if st, ok := s.find(ctx, b); ok {
+		if st, ok := s.findStored(ctx, b); ok {
 			return st, s.holdLayer(st.Key, b)
 		}
 	}
@@ -248,15 +248,15 @@ func (s *Store) holdLayer(key string, b Blob) error {
 	return errors.Join(s.noteLayer(key, b), s.pool.FlushRecords())
 }
 
-// find returns a durably stored layer if the caller has its blob. Preconditions: the layer is locked.
-func (s *Store) find(ctx context.Context, b Blob) (Stored, bool) {
+// findStored returns a durably stored layer if the caller has its blob. Preconditions: the layer is locked.
+func (s *Store) findStored(ctx context.Context, b Blob) (Stored, bool) {
 	if b.Digest == "" || b.Digest != b.DiffID && s.provenLayer(b.Digest) != BlobKey(b.DiffID) {
 		return Stored{}, false
 	}
 	if s.packs != nil && !s.packs.has(b.DiffID) {
 		return Stored{}, false
 	}
-	made, size, err := s.load(BlobKey(b.DiffID))
+	parsed, size, err := s.load(BlobKey(b.DiffID))
 	if err != nil {
 		return Stored{}, false
 	}
@@ -265,7 +265,7 @@ func (s *Store) find(ctx context.Context, b Blob) (Stored, bool) {
 		return Stored{}, false // reading it fails the same way, with an error
 	}
 	rc.Close()
-	return stored(b.DiffID, made, size), true
+	return newStored(b.DiffID, parsed, size), true
 }
 
 // stream reads a blob into the pool and, if keep is not nil, into a pack.
@@ -285,11 +285,11 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 	}
 	batch := s.pool.Begin()
 	defer batch.Discard()
-	made, err := s.read(ctx, rc, b, batch)
+	parsed, err := s.read(ctx, rc, b, batch)
 	if err != nil {
 		return st, err
 	}
-	st = stored(made.DiffID, made.Layer, made.Size)
+	st = newStored(parsed.DiffID, parsed.Layer, parsed.Size)
 	b.Pin(st.Key)
 	// The pack comes first: every streamed layer in the pool must have one.
 	if copied != nil {
@@ -297,7 +297,7 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 			return st, err
 		}
 	}
-	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size, b, began)
+	return st, s.commit(ctx, batch, st.Key, parsed.Layer, st.Size, b, began)
 }
 
 // read reads and verifies a blob, and puts the contents of its files into to.

@@ -56,7 +56,7 @@ func (s *Store) loadReaders() error {
 			return fmt.Errorf("record of readers: %w", err)
 		}
 	}
-	if err := s.readers.beside(s.region); err != nil {
+	if err := s.readers.checkBeside(s.region); err != nil {
 		return err
 	}
 	if s.cfg.Readers != nil {
@@ -80,8 +80,8 @@ func (s *Store) loadReaders() error {
 	return nil
 }
 
-// beside returns an error if a lease region lies in the memory of the pool. Errors: pool.ErrInvalid.
-func (r Readers) beside(mem region.Region) error {
+// checkBeside returns an error if a lease region lies in the memory of the pool. Errors: pool.ErrInvalid.
+func (r Readers) checkBeside(mem region.Region) error {
 	for _, spec := range r.Leases {
 		in, err := lease.Within(spec, mem.Info(), mem.Size())
 		if err != nil {
@@ -112,7 +112,7 @@ func (r Readers) Validate() error {
 
 // SetReaders records readers for stores without a configured value. Errors: pool.ErrInvalid.
 func SetReaders(p *pool.Pool, r Readers) error {
-	if err := errors.Join(r.Validate(), r.beside(p.Region())); err != nil {
+	if err := errors.Join(r.Validate(), r.checkBeside(p.Region())); err != nil {
 		return err
 	}
 	raw, err := json.Marshal(r)

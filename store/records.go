@@ -24,7 +24,7 @@ const (
 // strayKey is the key of that record.
 const strayKey = "pool"
 
-// imageRecord is the store's record of an image, which outlives the image in an epoch of the pool.
+// imageRecord is the store's record of an image. A new epoch of the pool removes only the image.
 type imageRecord struct {
 	// Layers are the keys of its layers, bottom first.
 	Layers []string `json:"layers"`

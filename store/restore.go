@@ -32,23 +32,23 @@ func IsFull(err error) bool {
 
 // ensure returns a layer of the pool, and restores it if necessary.
 func (s *Store) ensure(ctx context.Context, f Layer) (*layer.Layer, error) {
-	made, _, err := s.load(f.Key)
+	parsed, _, err := s.load(f.Key)
 	if !errors.Is(err, pool.ErrNotFound) && !errors.Is(err, pool.ErrCorrupt) {
-		return made, err
+		return parsed, err
 	}
 	unlock, err := s.layers.lock(ctx, f.Key)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if made, _, err := s.load(f.Key); err == nil {
-		return made, nil
+	if parsed, _, err := s.load(f.Key); err == nil {
+		return parsed, nil
 	}
 	if err := s.restore(ctx, f); err != nil {
 		return nil, err
 	}
-	made, _, err = s.load(f.Key)
-	return made, err
+	parsed, _, err = s.load(f.Key)
+	return parsed, err
 }
 
 // restore stores a layer again. Preconditions: the layer is locked.
@@ -57,12 +57,12 @@ func (s *Store) restore(ctx context.Context, f Layer) error {
 		return s.addDir(ctx, "", f.Key, f.Dir)
 	}
 	return s.eachSource(ctx, f, func(rc io.ReadCloser, spec Blob, keep *packs) error {
-		return s.again(ctx, f.Key, rc, spec, keep)
+		return s.restoreFrom(ctx, f.Key, rc, spec, keep)
 	})
 }
 
-// again stores a layer under key from an unverified blob.
-func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Blob, keep *packs) error {
+// restoreFrom stores a layer under key from an unverified blob.
+func (s *Store) restoreFrom(ctx context.Context, key string, rc io.ReadCloser, spec Blob, keep *packs) error {
 	began := time.Now()
 	var copied *pack
 	if keep != nil {
@@ -75,16 +75,16 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 	}
 	batch := s.pool.Begin()
 	defer batch.Discard()
-	made, err := s.read(ctx, rc, spec, batch)
+	parsed, err := s.read(ctx, rc, spec, batch)
 	if err != nil {
 		return err
 	}
 	if copied != nil {
-		if err := copied.keep(made.DiffID); err != nil {
+		if err := copied.keep(parsed.DiffID); err != nil {
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{DiffID: made.DiffID}, began)
+	return s.commit(ctx, batch, key, parsed.Layer, parsed.Size, Blob{DiffID: parsed.DiffID}, began)
 }
 
 // eachSource calls use with blobs that may be a layer, until one call succeeds: its pack, then blobs

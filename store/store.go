@@ -203,7 +203,7 @@ func (s *Store) Pool() *pool.Pool { return s.pool }
 func (s *Store) Healthy(ctx context.Context) error {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
-	return errors.Join(s.table.Healthy(ctx), s.damage())
+	return errors.Join(s.table.Healthy(ctx), s.unhealed())
 }
 
 // checkSource verifies bytes that others can have written, before the kernel parses them.

@@ -228,9 +228,9 @@ func (d Driver) await(ctx context.Context, r *os.File, dir string) error {
 	return fmt.Errorf("unexpected words %q: %w", line, err)
 }
 
-// beside returns the directory around the mount point of a table, or "". The directory around a mount
+// tableDir returns the directory around the mount point of a table, or "". The directory around a mount
 // point that a user chose is not ours to write to.
-func beside(dir string) string {
+func tableDir(dir string) string {
 	parent := filepath.Dir(dir)
 	if filepath.Base(dir) != "mnt" {
 		return ""
@@ -246,7 +246,7 @@ func beside(dir string) string {
 // lockFile takes mount.ServerLock, which the server inherits and holds as long as it lives. It returns
 // nil if there is no place for the file.
 func lockFile(dir string) (*os.File, error) {
-	parent := beside(dir)
+	parent := tableDir(dir)
 	if parent == "" {
 		return nil, nil
 	}
@@ -263,7 +263,7 @@ func lockFile(dir string) (*os.File, error) {
 
 // logName is the file for the server's output.
 func logName(dir string) string {
-	if parent := beside(dir); parent != "" {
+	if parent := tableDir(dir); parent != "" {
 		return filepath.Join(parent, "fuse.log")
 	}
 	return os.DevNull

@@ -107,8 +107,8 @@ func (s *server) errno(nid uint64, err error) fuse.Status {
 	return fuse.EIO
 }
 
-// panicked handles a panic while a request is served. It logs a fault of the mapping once per inode,
-// and anything else, which is a bug, with its stack.
+// panicked handles a panic while a request is served. It logs the first fault of the mapping, and
+// anything else, which is a bug, with its stack.
 func (s *server) panicked(p any) fuse.Status {
 	if fault, ok := p.(interface{ Addr() uintptr }); ok {
 		s.faulted.Do(func() {

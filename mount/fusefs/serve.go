@@ -32,8 +32,8 @@ type Config struct {
 	Restrict bool
 	// Log receives reports of damage and other surprises; nil means standard error.
 	Log io.Writer
-	// Readahead is the kernel's read-ahead in KiB; 0 means 1024. With the kernel's default of 128, each
-	// read of 1 MiB from a cold cache would take eight trips to user space.
+	// Readahead is the kernel's read-ahead in KiB; 0 means 1024. The kernel's default is 128, which
+	// makes eight trips to user space of each read from a cold cache.
 	Readahead int
 }
 

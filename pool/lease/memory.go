@@ -190,7 +190,7 @@ func (m *blockMemory) load(b []byte, off int64) error {
 	})
 }
 
-// store reads and writes whole blocks, because nobody else writes the surrounding bytes.
+// store reads and writes whole blocks: nobody else writes the surrounding bytes.
 func (m *blockMemory) store(b []byte, off int64) error {
 	return m.blocks(b, off, func(part, block []byte, at int64) error {
 		copy(block, part)

@@ -55,7 +55,7 @@ func TestInterleavings(t *testing.T) {
 	}
 }
 
-// counts counts events, to show that the test reaches them.
+// counts says how often each event happened, to show that the test reaches it.
 type counts struct {
 	used          int // claims that held
 	late          int // claims that came too late

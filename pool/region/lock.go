@@ -45,8 +45,8 @@ func Flock(f *os.File) error {
 	}
 }
 
-// flockHolder finds the process that holds the flock of a file in /proc/locks, with lines such as "1:
-// FLOCK  ADVISORY  WRITE 712 fe:00:1235 0 EOF". It returns 0 if there is none or it is hidden.
+// flockHolder finds the holder of the flock of a file in /proc/locks, or returns 0. Lines there look like
+// "1: FLOCK  ADVISORY  WRITE 712 fe:00:1235 0 EOF".
 func flockHolder(f *os.File, locks string) int {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {

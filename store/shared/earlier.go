@@ -223,10 +223,10 @@ func list(set map[string]bool, most int) string {
 	return strings.Join(all, ", ")
 }
 
-// mourn logs the lost images, once until they change. Preconditions: mu is held.
-func (m *member) mourn(ctx context.Context) {
-	if text := m.lost(); text != m.mourned {
-		m.mourned = text
+// logLost logs the lost images, once until they change. Preconditions: mu is held.
+func (m *member) logLost(ctx context.Context) {
+	if text := m.lost(); text != m.loggedLost {
+		m.loggedLost = text
 		if text != "" {
 			log.G(ctx).WithField("pool", m.src.Name).Error("images of a shared pool are lost: " + text)
 		}

@@ -47,7 +47,7 @@ func (m *member) openLease(size int64) error {
 // readerName is the name of this reader for the owner of a pool: the host name, if there is one.
 func readerName(host string, machine [16]byte) string {
 	name := strings.ToValidUTF8(host[:min(len(host), 64)], "")
-	if name == "" || name == "(none)" || name == "localhost" { // defaults of the kernel and of systems without a name
+	if name == "" || name == "(none)" || name == "localhost" { // defaults of kernels and systems
 		return fmt.Sprintf("machine-%x", machine[:4])
 	}
 	return name
@@ -77,11 +77,11 @@ func identity() (parts []string) {
 func machineID(root string) (id [16]byte, err error) {
 	parts := identity()
 	if strings.Join(parts, "") == "" {
-		made, err := ownID(filepath.Join(root, "machine-id"))
+		random, err := ownID(filepath.Join(root, "machine-id"))
 		if err != nil {
 			return id, err
 		}
-		parts = append(parts, made)
+		parts = append(parts, random)
 	}
 	sum := sha256.Sum256([]byte(strings.Join(append(parts, root), "\n")))
 	copy(id[:], sum[:])

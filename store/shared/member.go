@@ -36,10 +36,10 @@ type member struct {
 	claims   map[digest.Digest]claim
 	earlier  []*earlier // former pools of this name
 	// checked are the images whose metadata was verified, with the ranges of the metadata.
-	checked map[imageID][]mount.Range
-	told    string // last complaint in the log
-	mourned string // last message in the log about lost images
-	err     error  // result of the last refresh
+	checked     map[imageID][]mount.Range
+	loggedError string // last complaint in the log
+	loggedLost  string // last message in the log about lost images
+	err         error  // result of the last refresh
 }
 
 // tableID identifies what a mount table belongs to. A reopened pool is another file, or one of another
@@ -65,8 +65,8 @@ func (m *member) refresh(ctx context.Context) error {
 		m.view = nil
 		return m.err
 	}
-	m.told = ""
-	m.mourn(ctx)
+	m.loggedError = ""
+	m.logLost(ctx)
 	return nil
 }
 

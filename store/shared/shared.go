@@ -193,8 +193,8 @@ func (p *Pools) Status() []Status {
 
 // complain logs what is wrong with a pool, once until it changes. Preconditions: mu is held.
 func (m *member) complain(ctx context.Context, err error) {
-	if text := err.Error(); text != m.told {
-		m.told = text
+	if text := err.Error(); text != m.loggedError {
+		m.loggedError = text
 		log.G(ctx).WithError(err).WithField("pool", m.src.Name).Error("shared pool can not be used")
 	}
 }

@@ -54,7 +54,7 @@ func DropMetadata(major, minor uint32, all bool) error {
 	return nil
 }
 
-// DeviceFree tells whether nobody, such as a mounted file system, holds a block device exclusively.
+// DeviceFree tells whether nobody holds a block device exclusively, as file systems do until they die.
 func DeviceFree(path string) (bool, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.EBUSY) {
