@@ -111,7 +111,7 @@ func (t *Table) adoptImage(ctx context.Context, dir string) error {
 	}
 	if err != nil {
 		// Running containers keep the old mount. The directory is free for a new one.
-		t.opts.Warn("image %q: what is mounted on %q is not used further: %v", rec.Key, mnt, err)
+		t.opts.Warn("image %q: the mount on %q is not used any more: %v", rec.Key, mnt, err)
 		if err := sys.Detach(mnt); err != nil {
 			return err
 		}

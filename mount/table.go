@@ -257,7 +257,7 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 	switch {
 	case driver != nil && !old.same(img):
 		if err := t.unmount(ctx, e); err != nil {
-			return fmt.Errorf("image %q is another one than the one that is mounted: %w", img.Key, err)
+			return fmt.Errorf("image %q is not the mounted one: %w", img.Key, err)
 		}
 	case driver != nil:
 		err := t.match(ctx, e, windowed, img)

@@ -42,7 +42,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 	defer unlock()
 	l := t.getLive()
 	if l == nil {
-		return nil, fmt.Errorf("who uses contents of the pool: %w", ErrNotFound)
+		return nil, fmt.Errorf("find the users of dead contents: %w", ErrNotFound)
 	}
 	if err := t.answers(ctx, l); err != nil {
 		return nil, err

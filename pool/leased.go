@@ -86,7 +86,7 @@ func (p *Pool) unleased(m *image) error {
 	}
 	users, err := p.leases.Users(p.header.id, m.Image)
 	if err != nil {
-		return fmt.Errorf("which readers use it is not known: %w", err)
+		return fmt.Errorf("find out which readers use it: %w", err)
 	}
 	if len(users) > 0 {
 		return &LeasedError{What: "the image", Users: users}
@@ -116,7 +116,7 @@ func (p *Pool) unleasedPool() error {
 func (p *Pool) anyLease() error {
 	users, err := p.leases.Any(p.header.id)
 	if err != nil {
-		return fmt.Errorf("which readers use the pool is not known: %w", err)
+		return fmt.Errorf("find out which readers use the pool: %w", err)
 	}
 	if len(users) > 0 {
 		return &LeasedError{What: "the pool", Users: users}

@@ -482,7 +482,7 @@ func (p *Pool) load(h *header) error {
 			return fmt.Errorf("pool: begin an epoch: %w", err)
 		}
 	} else if err := p.repair(gen); err != nil {
-		return fmt.Errorf("pool: make the live tree what the index says: %w", err)
+		return fmt.Errorf("pool: bring the live tree in line with the index: %w", err)
 	}
 	if p.region.Info().Sparse {
 		for _, s := range p.space.Gaps() { // a crash left data there

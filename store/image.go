@@ -63,7 +63,7 @@ func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 		// The memory lost what was written there. The index is elsewhere, so the tree can be made again.
 		log.G(ctx).WithError(err).Error("the pool is damaged, making its metadata again")
 		if herr := s.newEpoch(ctx); herr != nil {
-			return "", fmt.Errorf("image %q: %w; and the pool's metadata can not be made again: %w", img.Key, err, herr)
+			return "", fmt.Errorf("image %q: %w; and the pool's metadata cannot be made again: %w", img.Key, err, herr)
 		}
 		m, err = s.mount(ctx, img)
 	}

@@ -109,7 +109,7 @@ func (s *Store) retire(ctx context.Context) error {
 	}
 	logger := log.G(ctx).WithField("pools", old.regions)
 	if user != "" {
-		logger.WithField("user", user).Info("a pool of version 1 stays until nothing that was mounted from it is left")
+		logger.WithField("user", user).Info("a pool of version 1 stays while something is mounted from it")
 		return nil
 	}
 	for _, path := range append(old.regions, old.index) {

@@ -309,7 +309,7 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 		}
 		err := s.setDocument(ctx, t.image, t.doc)
 		if err != nil && !errors.Is(err, pool.ErrNotFound) { // removed meanwhile
-			log.G(ctx).WithError(err).WithField("image", t.image.Key).Warn("readers are not told what an image is")
+			log.G(ctx).WithError(err).WithField("image", t.image.Key).Warn("cannot tell readers about an image")
 		}
 	}
 	return nil

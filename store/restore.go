@@ -130,11 +130,11 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 	case berr == nil, ctx.Err() != nil, IsFull(berr):
 		return berr
 	case errors.Is(perr, os.ErrNotExist):
-		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not to be had "+
+		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not available "+
 			"(%v): %w", id, berr, ErrLost)
 	}
 	// The pack was good when it was written.
-	return fmt.Errorf("layer pack %q is damaged: %w, and the blob is not to be had (%v): %w",
+	return fmt.Errorf("layer pack %q is damaged: %w, and the blob is not available (%v): %w",
 		s.packs.path(id), perr, berr, ErrDamaged)
 }
 

@@ -158,7 +158,7 @@ func (s *Store) open(ctx context.Context) (err error) {
 		return err
 	}
 	if err := s.retire(ctx); err != nil {
-		log.G(ctx).WithError(err).Warn("what an earlier pool left mounted can not be looked at")
+		log.G(ctx).WithError(err).Warn("cannot clean up the mounts of earlier pools")
 	}
 	return nil
 }

@@ -156,7 +156,7 @@ func (m *member) unlease(id [16]byte, img pool.Image) error {
 	case m.src.Lease == "":
 		return nil
 	case m.lease == nil:
-		return fmt.Errorf("lease region %q is not open, so its owner can not be told that image %q is not in use",
+		return fmt.Errorf("lease region %q is not open, so the owner cannot be told that image %q is unused",
 			m.src.Lease,
 			img.Key)
 	}

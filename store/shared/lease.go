@@ -39,7 +39,7 @@ func (m *member) openLease(size int64) error {
 		if errors.Is(err, lease.ErrTaken) && !Identified() {
 			err = fmt.Errorf("%w. If it was this machine before a boot: %s", err, noIdentity)
 		}
-		return fmt.Errorf("what is in use here can not be told to its owner: %w", err)
+		return fmt.Errorf("tell the owner what is in use here: %w", err)
 	}
 	return nil
 }
