@@ -19,8 +19,8 @@ func CheckImage(ctx context.Context, src Source) error {
 	})
 }
 
-// ProveImage proves by daxfs.Prove that src is exactly the image of a root hash. Errors as of
-// CheckImage.
+// ProveImage proves by daxfs.Prove that src is, byte for byte, the image with a root hash. Errors are
+// those of CheckImage.
 func ProveImage(ctx context.Context, src Source, root daxfs.RootHash) error {
 	return eachFinding(ctx, src, func(b []byte, report func(daxfs.Finding) bool) error {
 		return daxfs.Prove(ctx, guarded(b), int64(len(b)), daxfs.ProveOptions{Root: &root}, report)

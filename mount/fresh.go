@@ -77,8 +77,7 @@ func (l *live) setFresh(ranges []Range) {
 	_ = writeRecord(filepath.Dir(l.dir), poolRecordName, l.rec)
 }
 
-// refreshChunk flushes the device until cached and direct reads at an offset agree, using buffers a
-// and b.
+// refreshChunk flushes the device until cached and direct reads agree. a and b are buffers.
 func (l *live) refreshChunk(ctx context.Context, cached, direct *os.File, at int64, a, b []byte) error {
 	for i := range flushes {
 		_, err1 := cached.ReadAt(a, at)

@@ -158,8 +158,8 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// notInMemory tells whether an inode did not open because it is not in memory: the disk has a socket or
-// nothing.
+// notInMemory tells whether an erased inode did not open because it is not in memory: on disk, a
+// socket has its place (ENXIO), or nothing (ESTALE).
 func notInMemory(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
 // mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, through

@@ -32,8 +32,7 @@ func (t *Table) UsedByAll(ctx context.Context) (map[string]string, error) {
 	return usesOf(ctx, dirs)
 }
 
-// usesOf finds the uses of the mounts on dirs. It returns them by the names that dirs gives to the
-// directories.
+// usesOf finds the uses of the mounts on dirs, by the names that dirs gives to them.
 func usesOf(ctx context.Context, dirs map[string]string) (map[string]string, error) {
 	mounts, err := sys.AllMounts(ctx)
 	if err != nil {
@@ -162,8 +161,7 @@ func (u *uses) overlay(m sys.NamespaceMount) {
 	}
 }
 
-// Lowers returns the lower directories from the options of an overlay: "lowerdir=/a:/b" or several
-// "lowerdir+=/a".
+// Lowers parses the options of an overlay: "lowerdir=/a:/b" or several "lowerdir+=/a".
 func Lowers(options string) []string {
 	var out []string
 	for o := range strings.SplitSeq(options, ",") {

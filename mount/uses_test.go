@@ -85,8 +85,7 @@ func privateNamespace() error {
 	return errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 }
 
-// openLazily opens a file through an overlay over args[0] on args[1], then unmounts the overlay
-// lazily.
+// openLazily opens a file through an overlay over args[0] on args[1], and detaches the overlay.
 func openLazily(args []string, flags int) error {
 	opts := fmt.Sprintf("lowerdir=%s:%s", args[0], args[1])
 	return errors.Join(unix.Mount("overlay", args[1], "overlay", 0, opts),
@@ -202,8 +201,7 @@ func points(mounts []sys.NamespaceMount) []string {
 	return out
 }
 
-// idmapped attaches a clone of dir with mapped owners to at, as containerd does for a container with a
-// user namespace.
+// idmapped attaches a clone of dir with mapped owners to at, as containerd does.
 func idmapped(t *testing.T, dir, at string) {
 	t.Helper()
 	user := mounttest.Command("hold", "nothing")

@@ -156,7 +156,8 @@ func (w *largeWrite) run(ctx context.Context, r io.Reader) (*extent, error) {
 	return w.settle(ctx)
 }
 
-// compare drops the extents that differ from part at offset at. If all do, it starts a new extent.
+// compare drops the extents that differ from part at offset at. If none is left, it starts a new
+// extent and copies the beginning.
 func (w *largeWrite) compare(at int64, part []byte) (err error) {
 	var same, other []*extent
 	for _, e := range w.like {

@@ -167,8 +167,7 @@ func TestCatalogueRefuses(t *testing.T) {
 	}
 }
 
-// TestCatalogueReaders reads while the owner works: each image is readable at its slot, or was
-// removed.
+// TestCatalogueReaders reads while the owner works: each image is readable, or was removed.
 func TestCatalogueReaders(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	addImage(t, p, "stays", random(1, 5000))

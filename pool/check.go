@@ -271,8 +271,8 @@ func (c *checker) checkExtents(ctx context.Context) error {
 	return nil
 }
 
-// ofFormat tells whether an error is about the bytes, even unsupported ones, and not about reading
-// them.
+// ofFormat tells whether an error is about the bytes, not about reading them. Unsupported bytes are
+// damage, too: the pool wrote them.
 func ofFormat(err error) bool {
 	return errors.Is(err, daxfs.ErrCorrupt) || errors.Is(err, daxfs.ErrUnsupported)
 }

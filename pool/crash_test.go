@@ -29,7 +29,7 @@ func (m *model) clone() *model {
 	return &model{maps.Clone(m.layers), maps.Clone(m.images), maps.Clone(m.docs)}
 }
 
-// world is a pool and the model of its committed state. A step changes the pool, and then the model.
+// world is a pool and the model of its state. A step changes the pool and, on success, the model.
 type world struct {
 	t     testing.TB
 	r     *simRegion

@@ -12,16 +12,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Dead is an extent without holders that inodes of the live tree point to. A kernel may have such an
-// inode in memory and read through it, so the bytes stay until a caller that can ask the kernel calls
-// Free.
+// Dead is an extent without holders, but with inodes in the live tree. A kernel may have such an inode
+// in memory and read through it, so the bytes stay until a caller asks the kernel and calls Free.
 type Dead struct {
 	Off, Size int64    // of the contents, in bytes
 	Nids      []uint64 // of the inodes
 }
 
-// Dead returns the dead extents, the oldest first. Until Erase, a put of the same contents revives
-// one.
+// Dead returns the dead extents, the oldest first. Until Erase, putting the contents revives one.
 func (p *Pool) Dead() []Dead {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -42,9 +40,8 @@ func (p *Pool) Dead() []Dead {
 	return out
 }
 
-// Erase overwrites the inodes of dead extents, so that a kernel refuses to open them (ENXIO). A kernel
-// that has an inode in memory keeps it. Erase returns the extents that were still dead; they stay
-// dead.
+// Erase overwrites inodes of dead extents on disk: a kernel refuses to open them (ENXIO), unless it
+// has them in memory. Erase returns the extents that were still dead; they stay dead.
 func (p *Pool) Erase(ctx context.Context, dead []Dead) ([]Dead, error) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -89,8 +86,7 @@ func (p *Pool) markErased(d Dead) *extent {
 }
 
 // Free frees the space of dead extents that no kernel can read any more. The caller has proof: Erase
-// returned them, and nothing has their inodes open, or in memory at all if the pool is mounted with
-// DAX.
+// returned them, and nothing has their inodes open or, if the pool is mounted with DAX, in memory.
 func (p *Pool) Free(ctx context.Context, dead []Dead) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()

@@ -164,8 +164,8 @@ func (p *Pool) adoptDocument(m *image) error {
 	return nil
 }
 
-// freeRetired frees replaced documents. Preconditions: commit is held, mu is not, the header is
-// durable.
+// freeRetired frees replaced documents that no entry refers to. Preconditions: commit is held, mu is
+// not, and the newest header is durable.
 func (p *Pool) freeRetired() {
 	if len(p.stale) > 0 {
 		return // an entry may still name one of them

@@ -19,8 +19,7 @@ var (
 	ErrForeign = region.ErrForeign
 	// ErrVersion reports a pool that another version of this program made. It is also an ErrForeign.
 	ErrVersion = fmt.Errorf("made by another version: %w", region.ErrForeign)
-	// ErrWiped reports a region without a pool header, such as memory after a reboot: Reset makes a new
-	// pool.
+	// ErrWiped reports a region without a pool header, such as memory after a reboot: see Reset.
 	ErrWiped = errors.New("pool was wiped")
 	// ErrCorrupt reports a header, catalogue or index that cannot be valid.
 	ErrCorrupt = errors.New("pool is corrupt")

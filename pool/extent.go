@@ -194,9 +194,8 @@ func (p *Pool) forgetExtent(e *extent) {
 	}
 }
 
-// release frees the space of forgotten extents. It clears the bytes before it frees the space, so that
-// nobody writes where zeros are still being written. Preconditions: the caller has counted it in
-// freeing.
+// release frees the space of forgotten extents, but first clears the bytes, so that nobody writes
+// where zeros are still being written. Preconditions: the caller has counted it in freeing.
 func (p *Pool) release(es []*extent) {
 	spans := make([]alloc.Span, len(es))
 	for i, e := range es {

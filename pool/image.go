@@ -31,8 +31,7 @@ type image struct {
 // On memory that kernels read through a block device, the process that has it mounted must drop the
 // kernel's cache of it before it looks at the slot.
 //
-// Errors: ErrFull, with nothing added; ErrNotFound for missing contents; ErrInvalid; those of
-// daxfs.NewPlan.
+// Errors: ErrFull, with nothing added; ErrNotFound for missing contents; ErrInvalid; daxfs.NewPlan's.
 func (p *Pool) AddImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
 	if err := checkKey(key); err != nil {
 		return Image{}, fmt.Errorf("pool: image: %w", err)
@@ -293,8 +292,7 @@ func (a *addition) variant(from *extent) (*extent, error) {
 	return e, nil
 }
 
-// newInodes encodes the new inodes of the run for the index, by the offset of their contents; nil
-// without any.
+// newInodes encodes the run's new inodes for the index, by the offset of their contents, if any.
 func (a *addition) newInodes() []byte {
 	place := func(i int32) int64 {
 		d, _ := a.plan.FileData(int(i))
@@ -565,8 +563,8 @@ func (p *Pool) Images() []Image {
 // memory could see it empty or damaged, though never another image's bytes. RemoveImage itself asks
 // readers that have leases.
 //
-// Errors: ErrNotFound; ErrLeased if readers use the image: it is unlisted, and a later call removes
-// it.
+// Errors: ErrNotFound; ErrLeased if readers use the image. Then the catalogue no longer lists it, and
+// a later call removes it.
 func (p *Pool) RemoveImage(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()

@@ -35,7 +35,7 @@ import (
 type index struct {
 	db   *bbolt.DB
 	path string
-	// Test hooks that run before and after every change, to cut there and to fail its sync.
+	// Test hooks: fail runs before every change, to cut there; done runs after it, to fail its sync.
 	fail, done func(op string) error
 
 	mu     sync.Mutex

@@ -81,8 +81,7 @@ type Pool struct {
 	extents map[int64]*extent
 	sums    map[uint64]*extent    // by the first bytes of the sum; each is the first of a list
 	heads   map[headKey][]*extent // large extents only
-	// pending holds extents whose bytes are not in place. A channel closes once they are, or never will
-	// be.
+	// pending holds extents without their bytes. A channel closes once these are there or never will be.
 	pending map[*extent]chan struct{}
 	// found holds the sum read from each extent that a scrub of this process found damaged.
 	found   map[*extent][sha256.Size]byte

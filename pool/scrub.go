@@ -19,8 +19,7 @@ import (
 // kindDamaged is the kind of the records of damaged extents: offset -> digest.
 const kindDamaged = "pool/damaged"
 
-// Damage is an extent whose bytes differ from what was put, or with a last page that is not zero
-// behind them.
+// Damage is an extent with bytes that differ from what was put, or that follow it in its last page.
 type Damage struct {
 	Off  int64 `json:"offset"` // in the pool
 	Size int64 `json:"size"`
@@ -190,8 +189,7 @@ func (p *Pool) read(ctx context.Context, e *extent) (found, error) {
 	return c, nil
 }
 
-// uncache drops pages that a scrub read from a file: no mount uses them, and the next scrub must read
-// the disk.
+// uncache drops scrubbed pages of a file: no mount uses them, and the next scrub must read the disk.
 func (p *Pool) uncache(off, n int64) {
 	if info := p.region.Info(); info.Kind == region.KindFile && info.FD >= 0 {
 		_ = unix.Fadvise(info.FD, off, n, unix.FADV_DONTNEED) // advisory

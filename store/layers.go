@@ -24,8 +24,7 @@ const blobPrefix = "blob/"
 // BlobKey returns the key of the streamed layer with a diff ID.
 func BlobKey(diffID digest.Digest) string { return blobPrefix + diffID.String() }
 
-// blobDiffID returns the diff ID of a streamed layer, computed by the store. ok is false for other
-// keys.
+// blobDiffID returns the diff ID of a streamed layer, computed by the store, if key names one.
 func blobDiffID(key string) (id digest.Digest, ok bool) {
 	name, ok := strings.CutPrefix(key, blobPrefix)
 	return digest.Digest(name), ok

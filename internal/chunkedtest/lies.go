@@ -13,8 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/chunked"
 )
 
-// SegmentLie is the one layer in Lies that yields a tar; only the digest shows that it is the wrong
-// one.
+// SegmentLie is the one layer in Lies that yields a tar; only the digest proves that tar wrong.
 const SegmentLie = "split: segment"
 
 // Lies are layers that contradict themselves, their blobs or their diff IDs. The tar must have five

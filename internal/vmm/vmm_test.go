@@ -12,8 +12,7 @@ var devices = []Device{
 	{ID: "daxfs-lease", Path: "/run/lease", Size: 2 << 20},
 }
 
-// integration/qemu starts virtual machines with these arguments; this test pins the ones not used
-// there.
+// integration/qemu starts machines with these arguments; this test pins the ones not used there.
 func TestQEMU(t *testing.T) {
 	got, err := Args("qemu", 512<<20, devices)
 	if err != nil {

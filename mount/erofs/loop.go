@@ -100,7 +100,8 @@ func (Loop) Mount(ctx context.Context, src mount.Source, dir string) error {
 // direct tells whether src is a block device that needs no loop device.
 func direct(src mount.Source) bool { return src.Region.BlockDevice != "" && src.Off == 0 }
 
-// attach returns an open loop device over a window of a file. Closing it unmounted removes the device.
+// attach returns an open loop device over a window of a file. Closing it removes the device unless it
+// is mounted.
 func attach(ctx context.Context, path string, off, size int64) (*os.File, error) {
 	back, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -40,6 +40,5 @@
 // endpoint is not connected"). mount.Table notices that and mounts the pool anew for later containers;
 // running ones keep the dead mount and must be restarted.
 //
-// Never read from a mount in the process that serves it: a page fault there blocks the serving
-// threads.
+// Never read from a mount in the process that serves it: a page fault blocks the serving threads.
 package fusefs

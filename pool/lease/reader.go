@@ -103,7 +103,7 @@ func (l *Lease) open() error {
 	return l.clearTorn()
 }
 
-// lock keeps other processes of this machine out. A launcher may hold flock(2), so use another lock.
+// lock keeps other processes of this machine out, but not with flock(2), which a launcher may hold.
 func (l *Lease) lock() error {
 	f, off := l.m.file()
 	if f == nil {

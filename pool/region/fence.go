@@ -4,7 +4,7 @@ import "sync/atomic"
 
 var fence atomic.Uint32
 
-// Fence orders all loads and stores before it against all behind it, for all processors.
+// Fence orders loads and stores before it against those behind it, for all sharing processors.
 func Fence() { fence.Add(1) }
 
 // FlushShared writes the cache lines of mapped memory back, drops them, and fences. After a store it

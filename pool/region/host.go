@@ -163,8 +163,7 @@ func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	d.size = int64(sectors) * 512
 	dax, _ := disk.number("queue/dax")
 	d.dax = dax == 1
-	// The device is namespaceX.Y or, with struct pages in the memory, pfnX.Y; both name the first data
-	// byte.
+	// The device is namespaceX.Y or, with struct pages in it, pfnX.Y; both name the first data byte.
 	if phys, ok := disk.number("device/resource"); ok && phys != 0 && phys != ^uint64(0) {
 		d.phys, d.hasPhys = phys+start*512, true
 	}

@@ -1,5 +1,4 @@
-// Package shared uses images of pools that others own: another process, or another kernel that maps
-// the same memory.
+// Package shared uses pools of other owners: processes, or kernels that map the same memory.
 //
 //	pools, err := shared.Open(ctx, shared.Config{Root: dir, Pools: []shared.Source{{Name: "/dev/pmem0"}}, ...})
 //	err = pools.Claim(ctx, chain)       // the owner keeps the image from now on

@@ -50,8 +50,7 @@ type OCIImage struct {
 	Pool string
 }
 
-// read returns the view of the newest generation, unchanged if that is current. Preconditions: mu is
-// held.
+// read returns the view of the newest generation. Preconditions: mu is held.
 func (m *member) read(ctx context.Context) (*view, error) {
 	cat, err := pool.ReadCatalogue(m.mem)
 	if cat == nil {

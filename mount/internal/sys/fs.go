@@ -33,8 +33,8 @@ func MountOption(m *mountinfo.Info, key string) (string, bool) {
 	return "", false
 }
 
-// MatchTop returns the only mount on dir if it has this type and Do's flags. Else the error describes
-// it.
+// MatchTop returns the only mount on dir if it has the type and the flags that Do sets. Otherwise the
+// error says what is there instead.
 func MatchTop(dir, fstype string, restrict bool) (*mountinfo.Info, error) {
 	m, n, err := Top(dir)
 	switch {
