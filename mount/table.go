@@ -205,7 +205,7 @@ func (t *Table) release(key string, e *entry) {
 	t.leave(key, e)
 }
 
-// leave removes an entry that stands for nothing any more.
+// leave removes an entry that is neither mounted nor in use.
 func (t *Table) leave(key string, e *entry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -237,14 +237,14 @@ func (t *Table) Mount(ctx context.Context, img Image) (Mounted, error) {
 	return e.mounted(), nil
 }
 
-// state returns what e stands for. The caller holds work.
+// state returns the mount that e describes. The caller holds work.
 func (t *Table) state(e *entry) (d Driver, windowed bool, img Image) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return e.driver, e.windowed, e.img
 }
 
-// set changes what e stands for; a nil driver means nothing. The caller holds work.
+// set changes the mount that e describes; a nil driver means none. The caller holds work.
 func (t *Table) set(e *entry, d Driver, windowed bool, img Image) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -13,11 +13,11 @@
 //	...
 //	b := p.Begin()
 //	defer b.Discard()
-//	data, err := b.Put(ctx, size, file) // data.Off is an address in the pool
+//	data, err := b.Put(ctx, size, file) // data.Off is an offset in the pool
 //	...
 //	err = b.CommitLayer(ctx, "sha256:…", payload)
 //	...
-//	img, err := p.AddImage(ctx, chainID, root, daxfs.Options{}) // mount the window [img.Off, img.Off+img.Size)
+//	img, err := p.AddImage(ctx, chainID, root, daxfs.Options{}) // img.Name() is its directory in the mounted pool
 //
 // One process owns a pool. Others, in this kernel and in kernels that map the same memory, read its
 // catalogue with ReadCatalogue and the images in it. Nothing that an image refers to changes until it
