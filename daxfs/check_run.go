@@ -42,16 +42,8 @@ func (f Finding) String() string {
 	return b.String()
 }
 
-// CheckOptions are the options of CheckWith. Check uses the zero value.
-type CheckOptions struct {
-	// SkipTails skips the rule data-tail, and with it all reading of contents, one page per file.
-	SkipTails bool
-	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<24. An inode takes up to
-	// 500 bytes of memory.
-	MaxInodes uint64
-}
-
-const defaultMaxInodes = 1 << 24
+// maxInodes is the most inodes of either half. An inode takes up to 500 bytes of memory.
+const maxInodes = 1 << 24
 
 // Check verifies an image of size bytes: its EROFS half, its DAXFS half, and that both show the same
 // tree over the same contents. An image that passes is safe to mount with either kernel driver and
@@ -63,20 +55,12 @@ const defaultMaxInodes = 1 << 24
 // several findings. The error is the first finding as a *FormatError, or an error of r, which ends the
 // check. It takes O(n log n) time and O(n) memory in the number of inodes and names, both bounded by size.
 func Check(r io.ReaderAt, size int64, report func(Finding) bool) error {
-	return CheckWith(r, size, CheckOptions{}, report)
-}
-
-// CheckWith is Check with options.
-func CheckWith(r io.ReaderAt, size int64, o CheckOptions, report func(Finding) bool) error {
-	c := checker{report: report, tails: !o.SkipTails, max: o.MaxInodes}
-	if c.max == 0 {
-		c.max = defaultMaxInodes
-	}
+	c := checker{report: report, tails: true, max: maxInodes}
 	c.run(r, size)
 	return c.result()
 }
 
-// result returns the error of Check and Prove.
+// result returns the error of Check, CheckLive and Prove.
 func (c *checker) result() error {
 	if c.err != nil && !errors.Is(c.err, errStop) {
 		return c.err

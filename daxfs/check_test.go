@@ -250,12 +250,12 @@ func (failingReader) ReadAt([]byte, int64) (int, error) { return 0, io.ErrClosed
 func TestCheckLimits(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	_, b := s.fileImage(t, randomTree(2, 200, s), daxfs.Options{})
-	err := daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), daxfs.CheckOptions{MaxInodes: 20}, nil)
+	err := daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), 20, true, nil)
 	if !isErr(err, daxfs.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), "more than 20") {
 		t.Errorf("got %v", err)
 	}
 	rules := map[daxfs.Rule]int{}
-	_ = daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), daxfs.CheckOptions{MaxInodes: 20}, func(f daxfs.Finding) bool {
+	_ = daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), 20, true, func(f daxfs.Finding) bool {
 		if strings.Contains(f.Msg, "more than 20") {
 			rules[f.Rule]++
 		}
@@ -274,7 +274,7 @@ func TestCheckSkipTails(t *testing.T) {
 	if err := daxfs.Check(daxfs.Mem(b), int64(len(b)), nil); !isErr(err, daxfs.ErrCorrupt) {
 		t.Errorf("with tails: got %v", err)
 	}
-	if err := daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), daxfs.CheckOptions{SkipTails: true}, nil); err != nil {
+	if err := daxfs.CheckWith(daxfs.Mem(b), int64(len(b)), 1<<24, false, nil); err != nil {
 		t.Errorf("without tails: got %v", err)
 	}
 }

@@ -1,7 +1,6 @@
 package daxfs
 
 import (
-	"encoding/binary"
 	"errors"
 	"slices"
 
@@ -32,7 +31,7 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 		return
 	}
 	for ids := b[disk.ErofsXattrHdrSize:pos]; len(ids) > 0 && c.err == nil; ids = ids[disk.ErofsXattrIDSize:] {
-		c.checkShared(binary.LittleEndian.Uint32(ids), in, where)
+		c.checkShared(disk.ErofsXattrID(ids), in, where)
 	}
 	for pos < len(b) {
 		x, err := parseXattr(b[pos:], in.xoff+int64(pos), in.Nid)

@@ -252,8 +252,8 @@ func (l *Live) Geometry() Geometry { return l.g }
 // empty slot gives an error that wraps ErrCorrupt, as in the kernel.
 func (l *Live) FS() *FS { return l.fs }
 
-// Published reports whether slot i holds an image.
-func (l *Live) Published(i int) (bool, error) {
+// published reports whether slot i holds an image.
+func (l *Live) published(i int) (bool, error) {
 	b, err := l.fs.s.view(l.g.SlotOff(i), slotSize)
 	if err != nil {
 		return false, err
@@ -267,7 +267,7 @@ func (l *Live) Image(i int) (*FS, error) {
 	if i < 0 || i >= l.g.Slots {
 		return nil, fmt.Errorf("slot %d of %d: %w", i, l.g.Slots, errNoImage)
 	}
-	ok, err := l.Published(i)
+	ok, err := l.published(i)
 	if err != nil {
 		return nil, err
 	}

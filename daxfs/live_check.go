@@ -1,7 +1,6 @@
 package daxfs
 
 import (
-	"errors"
 	"io"
 
 	"golang.org/x/sys/unix"
@@ -11,7 +10,8 @@ import (
 
 // LiveCheckOptions are the options of CheckLive. The zero value checks the rules of every live tree.
 type LiveCheckOptions struct {
-	CheckOptions
+	// SkipTails skips the rule data-tail, and with it all reading of contents, one page per file.
+	SkipTails bool
 	// OneInode refuses contents shared by several inodes: with DAX the kernel must not map a page for two inodes.
 	OneInode bool
 	// Slots limits the check to the slots for which it returns true; nil checks all.
@@ -41,19 +41,13 @@ type liveSeen struct {
 // The caller must ensure that nobody publishes or removes an image meanwhile. Time, memory and errors
 // are those of Check; an inode counts once, however many images share it.
 func CheckLive(r io.ReaderAt, size int64, o LiveCheckOptions, report func(Finding) bool) error {
-	c := checker{tails: !o.SkipTails, max: o.MaxInodes}
-	if c.max == 0 {
-		c.max = defaultMaxInodes
-	}
+	c := checker{tails: !o.SkipTails, max: maxInodes}
 	c.live = liveState{on: true, one: o.OneInode}
 	if report != nil {
 		c.report = func(f Finding) bool { return report(c.live.prefix(f)) }
 	}
 	c.runLive(r, size, o)
-	if c.err != nil && !errors.Is(c.err, errStop) {
-		return c.err
-	}
-	return c.first
+	return c.result()
 }
 
 // prefix puts the name of the slot in front of the finding's path.

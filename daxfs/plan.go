@@ -442,16 +442,6 @@ func (p *Plan) Stats() Stats { return p.stats }
 // paths. Their total number is Stats.Names - Stats.V8Names.
 func (p *Plan) LeftOut() []LeftOut { return slices.Clone(p.left) }
 
-// Contents calls f for every regular file with contents, hard links once, in the order of the tree.
-// Contents shared by several files are passed once for each file.
-func (p *Plan) Contents(f func(Data)) {
-	for i := range p.inodes.len() {
-		if in := p.inodes.at(i); in.hasData() {
-			f(p.data(in))
-		}
-	}
-}
-
 // String returns the output of Dump.
 func (p *Plan) String() string {
 	var b bytes.Buffer

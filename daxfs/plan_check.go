@@ -124,10 +124,10 @@ func (p *Plan) checkContents() error {
 	return nil
 }
 
-// CheckXattr returns an error that wraps ErrInvalid if an image cannot hold x. It accepts user,
+// validXattr returns an error that wraps ErrInvalid if an image cannot hold x. It accepts user,
 // trusted and security attributes and the two POSIX ACLs, in the form of getxattr(2): Linux serves no
 // others from EROFS. NewPlan also checks the file type: see the rule xattr-type.
-func CheckXattr(x Xattr) error {
+func validXattr(x Xattr) error {
 	index, rest := splitXattr(x.Name)
 	switch {
 	case index == 0 || strings.IndexByte(x.Name, 0) >= 0 || len(x.Name) > xattrNameMax:
@@ -176,7 +176,7 @@ func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 	list := 0
 	ids := make([]int32, 0, len(xs))
 	for _, x := range xs {
-		if err := CheckXattr(x); err != nil {
+		if err := validXattr(x); err != nil {
 			return nil, err
 		}
 		index, _ := splitXattr(x.Name)

@@ -2,7 +2,6 @@ package daxfs
 
 import (
 	"bytes"
-	"encoding/binary"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
@@ -55,7 +54,7 @@ func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error 
 		pos += int(x.size)
 	}
 	for ; len(ids) > 0; ids = ids[disk.ErofsXattrIDSize:] {
-		x, err := f.sharedXattr(binary.LittleEndian.Uint32(ids), in.Nid)
+		x, err := f.sharedXattr(disk.ErofsXattrID(ids), in.Nid)
 		if err != nil {
 			return err
 		}

@@ -17,7 +17,6 @@ const (
 	ErofsCompatMtime    = 0x2 // inode times are modification times
 
 	ErofsSlot           = 32 // bytes of an inode slot; a nid counts slots from the metadata block address
-	ErofsSlotBits       = 5  // log2 of ErofsSlot
 	ErofsCompactSize    = 32 // bytes of a compact inode
 	ErofsExtendedSize   = 64 // bytes of an extended inode
 	ErofsMaxRootNid     = 1<<16 - 1

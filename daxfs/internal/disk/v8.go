@@ -13,14 +13,12 @@ const (
 	V8InodeSize  = 64
 	V8DirentSize = 272 // distance between entries of a directory
 	V8DirentUnit = 271 // bytes that a directory's size counts per entry
-	V8NameMax    = 255
-	V8RootIno    = 1 // the kernel takes this inode as the root and ignores the superblock's
+	V8RootIno    = 1   // the kernel takes this inode as the root and ignores the superblock's
 
 	V8OverlayMagic   = 0x6f766c79
 	V8OverlayVersion = 2
 	V8OverlayHdrSize = 4096 // header, padded to a page
 	V8OverlaySize    = 8192 // header and one page of empty buckets
-	V8BucketSize     = 16
 )
 
 // V8Super is the DAXFS superblock, at offset 0 of block 0.
