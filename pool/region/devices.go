@@ -9,14 +9,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// deviceSize is the size of the region on a device of size bytes. A pool leaves out the end of the
-// memory, where labels may lie. A reader of another owner's pool takes everything: the owner may have
-// the pool in a file without labels, and pass that file to a virtual machine.
-func deviceSize(size int64, c Config) (int64, error) {
+// deviceSize returns the size of the region on d. A pool leaves out the end of the memory, where labels
+// may lie, and its memory must not be RAM of this host. A reader of another owner's pool takes
+// everything: the owner may have the pool in a file without labels, and pass that file to a virtual
+// machine.
+func (h host) deviceSize(d *device, c Config) (int64, error) {
 	if c.ReadOnly && c.Size == 0 {
-		return usable(size)
+		return usable(d.size)
 	}
-	return beforeLabels(size, c.Size)
+	size, err := beforeLabels(d.size, c.Size)
+	if err == nil && d.hasPhys && !c.ReadOnly {
+		err = h.checkPhys(d.phys, size, true)
+	}
+	return size, err
 }
 
 // beforeLabels is the usable size of memory that may end with labels.
@@ -72,14 +77,9 @@ func openDevDAX(h host, c Config) (_ Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	size, err := deviceSize(d.size, c)
+	size, err := h.deviceSize(d, c)
 	if err != nil {
 		return nil, err
-	}
-	if d.hasPhys && !c.ReadOnly {
-		if err := h.checkPhys(d.phys, size, true); err != nil {
-			return nil, err
-		}
 	}
 	// A mapping must be whole pages of the device's own size; the excess is unused.
 	whole := min((size+d.align-1)/d.align*d.align, d.size)

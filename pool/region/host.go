@@ -126,22 +126,25 @@ func hasAnyPrefix(s string, prefixes []string) bool {
 	return false
 }
 
-type pmemDevice struct {
-	name    string
-	size    int64 // bytes
-	dax     bool
-	phys    uint64
-	hasPhys bool
+// device is memory behind a device, as sysfs describes it.
+type device struct {
+	name       string
+	size       int64 // bytes
+	align      int64 // of mappings; set for character devices
+	dax        bool  // set for block devices
+	phys       uint64
+	hasPhys    bool
+	persistent bool // set for character devices
 }
 
 // pmem describes the block device with a number, or refuses it if it is no byte addressable memory.
-func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
+func (h host) pmem(major, minor uint32) (*device, error) {
 	dir, err := filepath.EvalSymlinks(h.path("sys/dev/block", fmt.Sprintf("%d:%d", major, minor)))
 	if err != nil {
 		return nil, fmt.Errorf("block device %d:%d in sysfs: %w", major, minor, err)
 	}
 	in := host{dir}
-	d := &pmemDevice{name: filepath.Base(dir)}
+	d := &device{name: filepath.Base(dir)}
 	disk, start := in, uint64(0)
 	if in.attr("partition") != "" {
 		disk = host{filepath.Dir(dir)}
@@ -201,23 +204,14 @@ func (h host) checkHolders(dev host, major, minor uint32) error {
 	return nil
 }
 
-// daxDevice describes a DAX character device, from sysfs.
-type daxDevice struct {
-	name       string
-	size       int64
-	align      int64
-	phys       uint64
-	hasPhys    bool
-	persistent bool
-}
-
-func (h host) devdax(major, minor uint32) (*daxDevice, error) {
+// devdax describes the DAX character device with a number.
+func (h host) devdax(major, minor uint32) (*device, error) {
 	dir, err := filepath.EvalSymlinks(h.path("sys/dev/char", fmt.Sprintf("%d:%d", major, minor)))
 	if err != nil {
 		return nil, fmt.Errorf("character device %d:%d in sysfs: %w", major, minor, err)
 	}
 	in := host{dir}
-	d := &daxDevice{name: filepath.Base(dir)}
+	d := &device{name: filepath.Base(dir)}
 	if !strings.HasPrefix(d.name, "dax") {
 		return nil, fmt.Errorf("%q is not a DAX device: %w", d.name, ErrKind)
 	}

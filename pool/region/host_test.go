@@ -143,12 +143,12 @@ var pmemLinks = map[string]string{
 func TestPmemDevice(t *testing.T) {
 	h := fakeHost(t, pmemFiles(nil), pmemLinks)
 	d, err := h.pmem(259, 0)
-	if err != nil || *d != (pmemDevice{name: "pmem0", size: 4 << 30, dax: true, phys: 0x400000000, hasPhys: true}) {
+	if err != nil || *d != (device{name: "pmem0", size: 4 << 30, dax: true, phys: 0x400000000, hasPhys: true}) {
 		t.Errorf("pmem0: %+v, %v", d, err)
 	}
 	d, err = h.pmem(259, 1)
 	if err != nil ||
-		*d != (pmemDevice{name: "pmem0p1", size: 32 << 20, dax: true, phys: 0x400000000 + 2<<20, hasPhys: true}) {
+		*d != (device{name: "pmem0p1", size: 32 << 20, dax: true, phys: 0x400000000 + 2<<20, hasPhys: true}) {
 		t.Errorf("pmem0p1: %+v, %v", d, err)
 	}
 	for minor, want := range map[uint32]string{2: "sector mode"} {
@@ -204,14 +204,14 @@ func TestDevDAXDevice(t *testing.T) {
 	})
 	d, err := h.devdax(252, 0)
 	if err != nil ||
-		*d != (daxDevice{
+		*d != (device{
 			name: "dax0.0", size: 4292870144, align: Align, phys: 0x700200000, hasPhys: true,
 			persistent: true,
 		}) {
 		t.Errorf("dax0.0: %+v, %v", d, err)
 	}
 	d, err = h.devdax(252, 1)
-	if err != nil || *d != (daxDevice{name: "dax1.0", size: 1 << 30, align: Align}) {
+	if err != nil || *d != (device{name: "dax1.0", size: 1 << 30, align: Align}) {
 		t.Errorf("dax1.0: %+v, %v", d, err)
 	}
 	if _, err := h.devdax(1, 3); !errors.Is(err, ErrKind) {

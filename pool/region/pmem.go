@@ -62,14 +62,9 @@ func openPmem(h host, c Config) (_ Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	size, err := deviceSize(d.size, c)
+	size, err := h.deviceSize(d, c)
 	if err != nil {
 		return nil, err
-	}
-	if d.hasPhys && !c.ReadOnly {
-		if err := h.checkPhys(d.phys, size, true); err != nil {
-			return nil, err
-		}
 	}
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_DIRECT); err != nil {
 		return nil, fmt.Errorf("direct I/O: %w", err)
