@@ -37,18 +37,11 @@ func (*File) Windows() bool { return false }
 // versions say little, because distributions backport options and leave CONFIG_EROFS_FS_BACKED_BY_FILE
 // out. Only the bug that Bug knows cannot be tried.
 func (d *File) Probe(_ context.Context, r region.Info) error {
-	if err := sys.HasFilesystem("erofs", remedy); err != nil {
-		return err
-	}
-	path, err := backing(r)
+	path, mode, err := probeBacking(r)
 	if err != nil {
 		return err
 	}
-	st, err := os.Stat(path)
-	if err != nil {
-		return fmt.Errorf("%w: %w", err, mount.ErrUnsupported)
-	}
-	if !st.Mode().IsRegular() {
+	if !mode.IsRegular() {
 		return fmt.Errorf("%q is not an ordinary file: %w", path, mount.ErrUnsupported)
 	}
 	known := d.bug

@@ -31,18 +31,11 @@ func (Loop) Windows() bool { return false }
 
 // Probe implements mount.Driver: it needs a readable path, and a kernel with loop devices.
 func (Loop) Probe(_ context.Context, r region.Info) error {
-	if err := sys.HasFilesystem("erofs", remedy); err != nil {
-		return err
-	}
-	path, err := backing(r)
+	path, mode, err := probeBacking(r)
 	if err != nil {
 		return err
 	}
-	st, err := os.Stat(path)
-	if err != nil {
-		return fmt.Errorf("%w: %w", err, mount.ErrUnsupported)
-	}
-	if !st.Mode().IsRegular() && st.Mode()&os.ModeType != os.ModeDevice {
+	if !mode.IsRegular() && mode&os.ModeType != os.ModeDevice {
 		return fmt.Errorf("%q is neither a file nor a block device, so no loop device can read it: %w", path,
 			mount.ErrUnsupported)
 	}
@@ -51,6 +44,21 @@ func (Loop) Probe(_ context.Context, r region.Info) error {
 		return noLoop(err)
 	}
 	return c.Close()
+}
+
+// probeBacking returns the file or block device behind a region and its mode, if the kernel has EROFS.
+func probeBacking(r region.Info) (path string, mode os.FileMode, err error) {
+	if err = sys.HasFilesystem("erofs", remedy); err != nil {
+		return "", 0, err
+	}
+	if path, err = backing(r); err != nil {
+		return "", 0, err
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return "", 0, fmt.Errorf("%w: %w", err, mount.ErrUnsupported)
+	}
+	return path, st.Mode(), nil
 }
 
 // backing returns the file or block device that holds the bytes of a region.

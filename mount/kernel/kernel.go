@@ -16,7 +16,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"os"
 	"strconv"
 
 	"github.com/daxfs/daxfs-snapshotter/mount"
@@ -24,8 +23,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Align is the alignment of a window in physical memory, so that the kernel maps it with huge pages.
-const Align = 2 << 20
+// align is the alignment of a window in physical memory, so that the kernel maps it with huge pages.
+const align = 2 << 20
 
 // Driver mounts with the kernel module. The zero value is ready to use.
 type Driver struct{}
@@ -54,7 +53,7 @@ func (Driver) Probe(_ context.Context, r region.Info) error {
 	case !r.HasPhys:
 		return fmt.Errorf("the physical address of memory of kind %q is not known; the module needs one, or a "+
 			"dma-buf: %w", r.Kind, mount.ErrUnsupported)
-	case r.Phys%Align != 0:
+	case r.Phys%align != 0:
 		return fmt.Errorf("the region begins at physical address %#x, expected a multiple of 2 MiB: %w", r.Phys,
 			mount.ErrUnsupported)
 	}
@@ -83,7 +82,7 @@ func options(src mount.Source) (sys.Mount, error) {
 		return m, fmt.Errorf("%s: no physical address is known: %w", src, mount.ErrUnsupported)
 	}
 	phys := src.Region.Phys + uint64(src.Off)
-	if phys%Align != 0 {
+	if phys%align != 0 {
 		return m,
 			fmt.Errorf("%s: the window begins at physical address %#x, expected a multiple of 2 MiB: %w", src, phys,
 				mount.ErrUnsupported)
@@ -137,10 +136,4 @@ func (Driver) Unmount(ctx context.Context, dir string) error {
 		return err
 	}
 	return sys.Unmount(ctx, dir)
-}
-
-// Loaded tells whether the module is loaded or built in. It does not load it.
-func Loaded() bool {
-	_, err := os.Stat("/sys/module/daxfs")
-	return err == nil
 }
