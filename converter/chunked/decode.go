@@ -107,7 +107,7 @@ func (l *Layout) check(what string, p Position, maxRaw int64) error {
 		return fmt.Errorf("%s of %d bytes uncompressed, at most %d: %w", what, p.Raw, maxRaw, ErrTooLarge)
 	case p.Length == 0 || p.Raw == 0:
 		return invalidf("%s at %s is empty", what, p)
-	case p.Offset < SkippableHeaderSize || p.Offset > l.Size-p.Length:
+	case p.Offset < skippableHeaderSize || p.Offset > l.Size-p.Length:
 		return invalidf("%s at %s is outside of a blob of %d bytes", what, p, l.Size)
 	}
 	return nil
@@ -227,7 +227,7 @@ func parseTOC(stored []byte, l Layout) (*Tables, digest.Digest, error) {
 		return nil, "", err
 	}
 	defer z.Close()
-	p := tocParser{t: &Tables{}, end: min(l.TOC.Offset, l.TarSplit.Offset) - SkippableHeaderSize}
+	p := tocParser{t: &Tables{}, end: min(l.TOC.Offset, l.TarSplit.Offset) - skippableHeaderSize}
 	if err := p.parse(json.NewDecoder(z)); err != nil {
 		if !errors.Is(err, ErrInvalid) && !errors.Is(err, ErrTooLarge) && !errors.Is(err, ErrNotChunked) {
 			err = invalidf("table of contents: %v", err)

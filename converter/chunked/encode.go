@@ -18,8 +18,8 @@ import (
 // containers/storage refuses to read. Such a layer stays unchanged.
 var ErrUnsuitable = errors.New("not suitable for zstd:chunked")
 
-// MaxTOC bounds the decompressed table of contents, in bytes. It is the limit of containers/storage.
-const MaxTOC = 150 << 20
+// maxEncodedTOC bounds the decompressed table of contents, in bytes. It is the limit of containers/storage.
+const maxEncodedTOC = 150 << 20
 
 // Encoded describes a blob that Encode wrote.
 type Encoded struct {
@@ -64,9 +64,9 @@ func Encode(ctx context.Context, w io.Writer, r io.Reader, workers int) (*Encode
 	if err := toc.Close(); err != nil {
 		return nil, err
 	}
-	if toc.raw > MaxTOC {
+	if toc.raw > maxEncodedTOC {
 		return nil,
-			fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", ErrUnsuitable, toc.raw, MaxTOC)
+			fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", ErrUnsuitable, toc.raw, maxEncodedTOC)
 	}
 	return finish(blob, toc, split, &Encoded{DiffID: digest.NewDigest(digest.SHA256, s.diffID), Files: s.files})
 }
@@ -74,8 +74,8 @@ func Encode(ctx context.Context, w io.Writer, r io.Reader, workers int) (*Encode
 // finish writes the tables and the footer.
 func finish(blob *blobWriter, toc, split *table, e *Encoded) (*Encoded, error) {
 	f := Footer{Type: TOCType}
-	f.TOC = Position{blob.n + SkippableHeaderSize, int64(toc.out.Len()), toc.raw}
-	f.TarSplit = Position{f.TOC.Offset + f.TOC.Length + SkippableHeaderSize, int64(split.out.Len()), split.raw}
+	f.TOC = Position{blob.n + skippableHeaderSize, int64(toc.out.Len()), toc.raw}
+	f.TarSplit = Position{f.TOC.Offset + f.TOC.Length + skippableHeaderSize, int64(split.out.Len()), split.raw}
 	e.Annotations = map[string]string{
 		AnnotationTOCDigest:        digest.FromBytes(toc.out.Bytes()).String(),
 		AnnotationTOCPosition:      fmt.Sprintf("%s:%d", f.TOC, f.Type),

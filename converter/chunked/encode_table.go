@@ -47,11 +47,11 @@ func skippableHeader(n int) []byte {
 }
 
 func (f Footer) encode() []byte {
-	b := make([]byte, 0, FooterSize)
+	b := make([]byte, 0, footerSize)
 	for _, n := range []int64{
 		f.TOC.Offset, f.TOC.Length, f.TOC.Raw, f.Type, f.TarSplit.Offset, f.TarSplit.Length, f.TarSplit.Raw,
 	} {
 		b = binary.LittleEndian.AppendUint64(b, uint64(n))
 	}
-	return append(b, FooterMagic...)
+	return append(b, footerMagic...)
 }

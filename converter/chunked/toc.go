@@ -28,18 +28,18 @@ const (
 )
 
 // The footer is the payload of a blob's last frame: the numbers of Footer in order, 8 bytes each,
-// little endian, then FooterMagic. It makes a blob self-contained. Readers use the annotations, which
+// little endian, then footerMagic. It makes a blob self-contained. Readers use the annotations, which
 // the manifest already holds.
 const (
-	FooterSize  = 64
-	FooterMagic = "GNUlInUx"
+	footerSize  = 64
+	footerMagic = "GNUlInUx"
 )
 
 // SkippableMagic starts a frame that zstd decoders skip. The payload's length (4 bytes, little endian)
 // and the payload follow.
 const (
 	SkippableMagic      = "\x50\x2a\x4d\x18"
-	SkippableHeaderSize = 8
+	skippableHeaderSize = 8
 )
 
 // Types of entries.
@@ -55,11 +55,8 @@ const (
 	TypeChunk = "chunk"
 )
 
-// Types of chunks.
-const (
-	ChunkData  = ""
-	ChunkZeros = "zeros" // all zeros; the blob contains the frame nevertheless
-)
+// ChunkZeros is the type of a chunk of zeros, whose frame the blob contains nevertheless. Other chunks have no type.
+const ChunkZeros = "zeros"
 
 // TOC is the table of contents of a layer, in JSON.
 type TOC struct {

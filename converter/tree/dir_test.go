@@ -72,44 +72,38 @@ func makeDir(t *testing.T) string {
 	t.Helper()
 	requireRoot(t)
 	dir := t.TempDir()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
 	in := func(name string) string { return filepath.Join(dir, name) }
 	for _, d := range []string{"etc", "etc/deep", "etc/deep/er", "usr", "usr/lib", "var"} {
-		must(os.Mkdir(in(d), 0o750))
+		must(t, os.Mkdir(in(d), 0o750))
 	}
 	for i, f := range []string{"etc/a", "etc/b", "etc/deep/c", "etc/deep/er/d", "usr/lib/e", "usr/lib/f", "top"} {
-		must(os.WriteFile(in(f), []byte(strings.Repeat(f, 1000*i)), 0o640))
-		must(os.Chown(in(f), i, 1000+i))
-		must(os.Chtimes(in(f), time.Now(), time.Unix(int64(1000*i), int64(i))))
+		must(t, os.WriteFile(in(f), []byte(strings.Repeat(f, 1000*i)), 0o640))
+		must(t, os.Chown(in(f), i, 1000+i))
+		must(t, os.Chtimes(in(f), time.Now(), time.Unix(int64(1000*i), int64(i))))
 	}
-	must(os.Symlink("usr/lib", in("lib")))
-	must(os.Symlink("/etc", in("abs")))
-	must(os.Symlink("nowhere", in("etc/dangling")))
-	must(os.Link(in("etc/a"), in("var/hard")))
-	must(os.Link(in("etc/dangling"), in("var/hardlink of a link")))
-	must(unix.Mkfifo(in("var/fifo"), 0o600))
-	must(unix.Mknod(in("var/null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
-	must(unix.Mknod(in("var/disk"), unix.S_IFBLK|0o660, int(unix.Mkdev(259, 70000))))
-	must(unix.Setxattr(in("etc/b"), "user.note", []byte("x"), 0))
-	must(unix.Setxattr(in("etc/b"), "trusted.note", nil, 0))
-	must(unix.Setxattr(in("usr"), "user.dir", []byte(strings.Repeat("v", 2000)), 0))
-	must(unix.Setxattr(in("top"), "security.capability",
+	must(t, os.Symlink("usr/lib", in("lib")))
+	must(t, os.Symlink("/etc", in("abs")))
+	must(t, os.Symlink("nowhere", in("etc/dangling")))
+	must(t, os.Link(in("etc/a"), in("var/hard")))
+	must(t, os.Link(in("etc/dangling"), in("var/hardlink of a link")))
+	must(t, unix.Mkfifo(in("var/fifo"), 0o600))
+	must(t, unix.Mknod(in("var/null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
+	must(t, unix.Mknod(in("var/disk"), unix.S_IFBLK|0o660, int(unix.Mkdev(259, 70000))))
+	must(t, unix.Setxattr(in("etc/b"), "user.note", []byte("x"), 0))
+	must(t, unix.Setxattr(in("etc/b"), "trusted.note", nil, 0))
+	must(t, unix.Setxattr(in("usr"), "user.dir", []byte(strings.Repeat("v", 2000)), 0))
+	must(t, unix.Setxattr(in("top"), "security.capability",
 		[]byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0))
-	must(unix.Setxattr(in("var"), aclDefault,
+	must(t, unix.Setxattr(in("var"), aclDefault,
 		acl{{1, 7, aclNoID}, {2, 5, 12}, {4, 5, aclNoID}, {16, 7, aclNoID}, {32, 0, aclNoID}}.value(), 0))
-	must(os.WriteFile(in("var/inherits"), []byte("x"), 0o666))
-	must(os.Chmod(in("top"), 0o755|os.ModeSetuid))
-	must(os.WriteFile(in("\xff name\n"+strings.Repeat("n", 200)), nil, 0o600))
+	must(t, os.WriteFile(in("var/inherits"), []byte("x"), 0o666))
+	must(t, os.Chmod(in("top"), 0o755|os.ModeSetuid))
+	must(t, os.WriteFile(in("\xff name\n"+strings.Repeat("n", 200)), nil, 0o600))
 	sock, err := net.Listen("unix", in("var/s"))
-	must(err)
+	must(t, err)
 	sock.(*net.UnixListener).SetUnlinkOnClose(false)
 	sock.Close()
-	must(os.Truncate(in("usr/lib/f"), 300<<10)) // a hole
+	must(t, os.Truncate(in("usr/lib/f"), 300<<10)) // a hole
 	return dir
 }
 
@@ -232,34 +226,28 @@ func (c *changer) change(t *testing.T, root string) {
 // TestOverlayMarks writes the rarer marks of overlayfs and lets overlayfs read them.
 func TestOverlayMarks(t *testing.T) {
 	lower, top := makeDir(t), t.TempDir()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
 	mkdir := func(name string, xattrs ...string) {
 		t.Helper()
-		must(os.Mkdir(filepath.Join(top, name), 0o755))
+		must(t, os.Mkdir(filepath.Join(top, name), 0o755))
 		for i := 0; i < len(xattrs); i += 2 {
-			must(unix.Setxattr(filepath.Join(top, name), xattrs[i], []byte(xattrs[i+1]), 0))
+			must(t, unix.Setxattr(filepath.Join(top, name), xattrs[i], []byte(xattrs[i+1]), 0))
 		}
 	}
 	file := func(name string, xattrs ...string) {
 		t.Helper()
-		must(os.WriteFile(filepath.Join(top, name), nil, 0o644))
+		must(t, os.WriteFile(filepath.Join(top, name), nil, 0o644))
 		for i := 0; i < len(xattrs); i += 2 {
-			must(unix.Setxattr(filepath.Join(top, name), xattrs[i], []byte(xattrs[i+1]), 0))
+			must(t, unix.Setxattr(filepath.Join(top, name), xattrs[i], []byte(xattrs[i+1]), 0))
 		}
 	}
-	must(unix.Setxattr(top, "trusted.overlay.opaque", []byte("x"), 0)) // xattr whiteouts follow below
+	must(t, unix.Setxattr(top, "trusted.overlay.opaque", []byte("x"), 0)) // xattr whiteouts follow below
 	mkdir("usr", "trusted.overlay.opaque", "y", "trusted.overlay.origin", "", "trusted.overlay.impure", "y")
 	mkdir("etc", "trusted.overlay.opaque", "x")
 	file("etc/a", "trusted.overlay.whiteout", "")
 	file("etc/b", "trusted.overlay.overlay.whiteout", "", "trusted.overlay.overlay.origin", "o")
 	mkdir("var")
-	must(unix.Mknod(filepath.Join(top, "var/hard"), unix.S_IFCHR, 0))
-	must(os.Link(filepath.Join(top, "var/hard"), filepath.Join(top, "var/fifo"))) // overlayfs makes whiteouts once
+	must(t, unix.Mknod(filepath.Join(top, "var/hard"), unix.S_IFCHR, 0))
+	must(t, os.Link(filepath.Join(top, "var/hard"), filepath.Join(top, "var/fifo"))) // overlayfs makes whiteouts once
 
 	upper, merged := overlay(t, []string{top, lower}, "")
 	want, err := treetest.FromPath(merged)
@@ -311,5 +299,12 @@ func TestOverlayUnsupported(t *testing.T) {
 		if !errors.Is(err, layer.ErrUnsupported) || !ok || entry.Entry != test.entry {
 			t.Errorf("%s: %v, want ErrUnsupported of %q", test.options, err, test.entry)
 		}
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

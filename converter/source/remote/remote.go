@@ -19,8 +19,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// MaxManifest bounds a manifest or an index, in bytes. Registries refuse manifests above 4 MiB.
-const MaxManifest = 8 << 20
+// maxManifest bounds a manifest or an index, in bytes. Registries refuse manifests above 4 MiB.
+const maxManifest = 8 << 20
 
 // Config controls the access to registries.
 type Config struct {
@@ -154,12 +154,12 @@ func (e *endpoint) manifest(ctx context.Context, repo, id string, want digest.Di
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", e.name, err)
 	}
-	doc, err := io.ReadAll(io.LimitReader(body, MaxManifest+1))
+	doc, err := io.ReadAll(io.LimitReader(body, maxManifest+1))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", e.name, err)
 	}
-	if len(doc) > MaxManifest {
-		return nil, fmt.Errorf("%s: more than %d bytes", e.name, MaxManifest)
+	if len(doc) > maxManifest {
+		return nil, fmt.Errorf("%s: more than %d bytes", e.name, maxManifest)
 	}
 	if want == "" { // a tag has no digest to verify, but the registry may have sent one
 		if d := digest.Digest(resp.Header.Get("Docker-Content-Digest")); d.Validate() == nil {
