@@ -63,7 +63,7 @@ func (a *aside) ReadAt(p []byte, off int64) (int, error) {
 // layer returns a layer of the pool. If the pool has no room for it, layer reads it from its source.
 func (a *aside) layer(ctx context.Context, s *Store, f Layer) (*layer.Layer, error) {
 	parsed, err := s.ensure(ctx, f)
-	if !IsFull(err) {
+	if !isFull(err) {
 		return parsed, err
 	}
 	if f.Dir != "" {

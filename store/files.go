@@ -37,8 +37,8 @@ type Pool struct {
 	DAX string
 }
 
-// ShmDir is the directory of a pool of kind tmpfs without a path.
-const ShmDir = "/dev/shm/daxfs-snapshotter"
+// shmDir is the directory of a pool of kind tmpfs without a path.
+const shmDir = "/dev/shm/daxfs-snapshotter"
 
 // maxSparse limits the default size of a file: EROFS counts blocks in 32 bits.
 const maxSparse = 8 << 40
@@ -51,7 +51,7 @@ func (p Pool) File(root string) string {
 	case p.Kind == region.KindFile:
 		return filepath.Join(root, "pool", "live")
 	case p.Kind == region.KindTmpfs:
-		return filepath.Join(ShmDir, "pool")
+		return filepath.Join(shmDir, "pool")
 	}
 	return ""
 }

@@ -128,7 +128,7 @@ func (s *Store) noteImage(img Image) error {
 func (s *Store) build(ctx context.Context, img Image) (m pool.Image, added *addition, err error) {
 	began := time.Now()
 	defer func() {
-		if !IsFull(err) {
+		if !isFull(err) {
 			s.cfg.Observe("build", time.Since(began), err)
 		}
 	}()

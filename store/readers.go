@@ -48,13 +48,10 @@ func (s *Store) loadReaders() error {
 		return err
 	}
 	was := raw[readersKey]
-	switch c := s.cfg.Readers; {
-	case c != nil:
-		s.readers = *c
-	case was != nil:
-		if err := json.Unmarshal(was, &s.readers); err != nil {
-			return fmt.Errorf("record of readers: %w", err)
-		}
+	if s.cfg.Readers != nil {
+		s.readers = *s.cfg.Readers
+	} else if s.readers, err = decodeReaders(was); err != nil {
+		return err
 	}
 	if err := s.readers.checkBeside(s.region); err != nil {
 		return err
@@ -78,6 +75,17 @@ func (s *Store) loadReaders() error {
 	}
 	s.pool.SetLeases(s.leases)
 	return nil
+}
+
+// decodeReaders reads the record. Without one there are no readers.
+func decodeReaders(record []byte) (r Readers, err error) {
+	if record == nil {
+		return r, nil
+	}
+	if err := json.Unmarshal(record, &r); err != nil {
+		return r, fmt.Errorf("record of readers: %w", err)
+	}
+	return r, nil
 }
 
 // checkBeside returns an error if a lease region lies in the memory of the pool. Errors: pool.ErrInvalid.
@@ -161,16 +169,9 @@ func (s *Store) LeaseUsers() ([]LeaseUser, error) {
 // reads. Claims of a reader that has ended remain until the owner looks.
 func PeekReaders(p *pool.Peek) ([]LeaseUser, error) {
 	out := []LeaseUser{}
-	text := p.Records[kindReaders][readersKey]
-	if text == nil {
-		return out, nil
-	}
-	var r Readers
-	if err := json.Unmarshal(text, &r); err != nil {
-		return out, fmt.Errorf("record of readers: %w", err)
-	}
-	if r.Mode != ReadersLeases {
-		return out, nil
+	r, err := decodeReaders(p.Records[kindReaders][readersKey])
+	if err != nil || r.Mode != ReadersLeases {
+		return out, err
 	}
 	regions, err := lease.NewRegions(r.Leases)
 	if err != nil {

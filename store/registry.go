@@ -41,7 +41,7 @@ func (s *Store) fromRegistry(ctx context.Context, key string, id digest.Digest, 
 			log.G(ctx).WithField("layer", key).WithField("from", name).Info("restored a layer from a registry")
 			return nil
 		}
-		if ctx.Err() != nil || IsFull(err) {
+		if ctx.Err() != nil || isFull(err) {
 			return err
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", name, err))

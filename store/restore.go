@@ -25,8 +25,8 @@ var ErrLost = errors.New("the layer is lost; pull the image again")
 // ErrDamaged reports a layer whose only copy is damaged. It is also an ErrLost.
 var ErrDamaged = fmt.Errorf("a copy is damaged: %w", ErrLost)
 
-// IsFull reports whether an error means a full pool or a full disk.
-func IsFull(err error) bool {
+// isFull reports whether an error means a full pool or a full disk.
+func isFull(err error) bool {
 	return errors.Is(err, pool.ErrFull) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
@@ -111,7 +111,7 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 		if err == nil {
 			err = use(rc, spec, nil)
 		}
-		if perr = err; perr == nil || ctx.Err() != nil || IsFull(perr) {
+		if perr = err; perr == nil || ctx.Err() != nil || isFull(perr) {
 			return perr
 		}
 	}
@@ -119,7 +119,7 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 	berr := s.fromBlobs(ctx, namespace, id, verified)
 	if berr == nil {
 		log.G(ctx).WithField("layer", f.Key).Info("restored a layer from the blob in containerd")
-	} else if isBlob && ctx.Err() == nil && !IsFull(berr) {
+	} else if isBlob && ctx.Err() == nil && !isFull(berr) {
 		rerr := s.fromRegistry(ctx, f.Key, id, verified)
 		if rerr != nil {
 			rerr = fmt.Errorf("%w; %w", berr, rerr)
@@ -127,7 +127,7 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 		berr = rerr
 	}
 	switch {
-	case berr == nil, ctx.Err() != nil, IsFull(berr):
+	case berr == nil, ctx.Err() != nil, isFull(berr):
 		return berr
 	case errors.Is(perr, os.ErrNotExist):
 		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not available "+
@@ -155,7 +155,7 @@ func (s *Store) fromBlobs(ctx context.Context, namespace string, id digest.Diges
 		if err == nil {
 			err = use(rc)
 		}
-		if err == nil || ctx.Err() != nil || IsFull(err) {
+		if err == nil || ctx.Err() != nil || isFull(err) {
 			return err
 		}
 		errs = append(errs, err)
@@ -183,7 +183,7 @@ func (s *Store) AddClaimed(ctx context.Context, claim Claim) (Stored, error) {
 			Pin:    func(string) {}, // the caller's snapshot names the layer
 			Holder: ContainerdHolder(claim.Namespace),
 		})
-		if err == nil || ctx.Err() != nil || IsFull(err) {
+		if err == nil || ctx.Err() != nil || isFull(err) {
 			return st, err
 		}
 		errs = append(errs, err)
