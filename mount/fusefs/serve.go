@@ -32,9 +32,6 @@ type Config struct {
 	Restrict bool
 	// Log receives reports of damage and other surprises; nil means standard error.
 	Log io.Writer
-	// Readahead is the kernel's read-ahead in KiB; 0 means 1024. The kernel's default is 128, which
-	// makes eight trips to user space of each read from a cold cache.
-	Readahead int
 }
 
 // source is the device in the mount table; Match recognises it.
@@ -61,9 +58,6 @@ func Start(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = os.Stderr
 	}
-	if c.Readahead == 0 {
-		c.Readahead = 1024
-	}
 	l := log.New(c.Log, "daxfs fuse: ", log.LstdFlags)
 	m, err := sys.MapWindow(c.Path, c.Off, c.Size)
 	if err != nil {
@@ -88,7 +82,7 @@ func Start(c Config) (*Server, error) {
 		defer close(s.done)
 		s.fuse.Serve()
 	}()
-	if err := setReadahead(c.Dir, c.Readahead); err != nil {
+	if err := setReadahead(c.Dir); err != nil {
 		l.Printf("read-ahead stays at the kernel's default: %v", err)
 	}
 	return s, nil
@@ -136,9 +130,10 @@ func explain(err error) error {
 	return err
 }
 
-// setReadahead sets the read-ahead of the device behind dir. FUSE limits a server's request to the
-// kernel's default; only sysfs can raise it.
-func setReadahead(dir string, kib int) error {
+// setReadahead sets the read-ahead of the device behind dir to 1 MiB. With the kernel's default of
+// 128 KiB, eight trips to user space make up each read from a cold cache. FUSE limits a server's request
+// to that default; only sysfs can raise it.
+func setReadahead(dir string) error {
 	dir, err := sys.Real(dir)
 	if err != nil {
 		return err
@@ -151,7 +146,7 @@ func setReadahead(dir string, kib int) error {
 		return fmt.Errorf("%q is not in the mount table", dir)
 	}
 	return os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", m.Major, m.Minor),
-		[]byte(strconv.Itoa(kib)), 0)
+		[]byte("1024"), 0)
 }
 
 // Counters returns the counters of the server.
