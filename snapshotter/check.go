@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -38,18 +37,12 @@ func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts
 				report(fmt.Sprintf("record of snapshot %s, which does not exist", id))
 			}
 		}
-		gone, err := goneLowers(tx)
+		strays, err := s.strayDirs(tx, ids)
 		if err != nil {
 			return err
 		}
-		entries, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
-		if err != nil {
-			return err
-		}
-		for _, e := range entries {
-			if ids[e.Name()] == "" && gone[e.Name()] == nil {
-				report(fmt.Sprintf("directory %q belongs to no snapshot", s.dir(e.Name())))
-			}
+		for _, id := range strays {
+			report(fmt.Sprintf("directory %q belongs to no snapshot", s.dir(id)))
 		}
 		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
 			return s.checkOne(ctx, tx, info, facts, report)

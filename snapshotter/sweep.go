@@ -52,18 +52,13 @@ func (s *Snapshotter) removeDirs(ctx context.Context) error {
 				}
 			}
 		}
-		gone, err := goneLowers(tx)
+		strays, err := s.strayDirs(tx, ids)
 		if err != nil {
 			return err
 		}
-		entries, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
-		if err != nil {
-			return err
-		}
-		for _, e := range entries {
-			id := e.Name()
-			if ids[id] != "" || gone[id] != nil || s.pins.has(s.dirKey(id)) {
-				continue // in use, still mounted, or being read: see hold
+		for _, id := range strays {
+			if s.pins.has(s.dirKey(id)) {
+				continue // being read: see hold
 			}
 			// Renamed within the transaction: if the removal fails, the id is given out again, and a directory that is
 			// removed by that name later may be another snapshot's.
@@ -178,4 +173,20 @@ func (p *pins) has(key string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.seen[key] || p.held[key] > 0
+}
+
+// strayDirs lists the directories, by id, that belong to no snapshot of ids and that no mount has left.
+func (s *Snapshotter) strayDirs(tx *bolt.Tx, ids map[string]string) ([]string, error) {
+	gone, err := goneLowers(tx)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
+	var strays []string
+	for _, e := range entries {
+		if id := e.Name(); ids[id] == "" && gone[id] == nil {
+			strays = append(strays, id)
+		}
+	}
+	return strays, err
 }
