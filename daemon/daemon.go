@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
 
@@ -128,11 +127,6 @@ func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 
 // Snapshotter returns the snapshotter. It ends with the daemon.
 func (d *Daemon) Snapshotter() *snapshotter.Snapshotter { return d.sn }
-
-// Differ returns a differ that reads blobs from p instead of containerd.
-func (d *Daemon) Differ(p content.Provider) *snapshotter.Differ {
-	return snapshotter.NewDiffer(d.sn, p)
-}
 
 // Close ends all work and closes what Open opened. Mounts stay.
 func (d *Daemon) Close() error {

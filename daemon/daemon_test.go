@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
 // job is what a daemon in a process of its own is told through the environment.
@@ -74,7 +75,7 @@ func runJob(text string) error {
 	if err != nil {
 		return err
 	}
-	return serveGRPC(ctx, l, s.grpcServer(s.Differ(store)))
+	return serveGRPC(ctx, l, s.grpcServer(snapshotter.NewDiffer(s.Snapshotter(), store)))
 }
 
 // machine is a computer with a disk, a memory, and a daemon that can be killed.

@@ -29,6 +29,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
@@ -162,7 +163,7 @@ func start(ctx context.Context, c *config.Config, blobs content.Provider) (*clie
 		applier: diffproxy.NewDiffApplier(diffapi.NewDiffClient(conn)).(diff.Applier),
 	}
 	ctx, cl.stop = context.WithCancel(context.WithoutCancel(ctx))
-	go func() { cl.served <- serveGRPC(ctx, l, s.grpcServer(s.Differ(blobs))) }()
+	go func() { cl.served <- serveGRPC(ctx, l, s.grpcServer(snapshotter.NewDiffer(s.Snapshotter(), blobs))) }()
 	return cl, nil
 }
 

@@ -28,6 +28,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/config"
 	"github.com/daxfs/daxfs-snapshotter/daemon/api"
+	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
 // Whoever shows an image to others keeps it: a mount that the daemon made for a user, one that he made by hand, and a
@@ -261,12 +262,12 @@ func TestClaimedDiffID(t *testing.T) {
 		"a blob of something else":     fake,
 		"a blob that he does not have": blob,
 	} {
-		if got, err := cl.Differ(noBlob{}).Apply(ctx, desc, mounts); !errdefs.IsNotFound(err) {
+		if got, err := snapshotter.NewDiffer(cl.Snapshotter(), noBlob{}).Apply(ctx, desc, mounts); !errdefs.IsNotFound(err) {
 			t.Errorf("with %s: %+v, %v", name, got, err)
 		}
 	}
 	counted := &counting{Provider: m.store}
-	if _, err := cl.Differ(counted).Apply(ctx, blob, prepare(901)); err != nil || counted.read != 0 {
+	if _, err := snapshotter.NewDiffer(cl.Snapshotter(), counted).Apply(ctx, blob, prepare(901)); err != nil || counted.read != 0 {
 		t.Errorf("with the blob: %v, %d bytes were read", err, counted.read)
 	}
 }
