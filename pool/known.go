@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
@@ -36,47 +35,26 @@ func ReadKnown(path string, id [16]byte, size int64) (Known, error) {
 }
 
 func readKnown(path string, id [16]byte, size int64) (Known, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("index: %w", err)
-	}
-	defer f.Close()
-	before, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("index: %w", err)
-	}
 	k := Known{}
-	db, err := openCopy(f)
-	if err == nil {
-		err = safely(path, func() error {
-			c, err := (&index{db: db, path: path}).load(size)
-			if err != nil {
-				return err
-			}
-			if c.empty || c.id != id {
-				return errors.New("it is not the index of this pool")
-			}
-			for _, lists := range []map[string][]extentID{c.layers, c.used} {
-				for _, ids := range lists {
-					for _, e := range ids {
-						k[e.sum] = e.size
-					}
+	err := readCopy(path, func(x *index) error {
+		c, err := x.load(size)
+		if err == nil && (c.empty || c.id != id) {
+			err = errors.New("it is not the index of this pool")
+		}
+		if err != nil {
+			return fmt.Errorf("index %q: %w: %w", path, ErrCorrupt, err)
+		}
+		for _, lists := range []map[string][]extentID{c.layers, c.used} {
+			for _, ids := range lists {
+				for _, e := range ids {
+					k[e.sum] = e.size
 				}
 			}
-			return nil
-		})
-		err = errors.Join(err, db.Close())
-	}
-	after, serr := f.Stat()
-	if serr != nil {
-		return nil, fmt.Errorf("index: %w", serr)
-	}
-	// A copy made during a write may be torn. Within one tick of the clock only the copy can show it.
-	if !after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size() {
-		return nil, &region.BusyError{Path: path}
-	}
+		}
+		return nil
+	})
 	if err != nil {
-		return nil, fmt.Errorf("index %q: %w: %w", path, ErrCorrupt, err)
+		return nil, err
 	}
 	return k, nil
 }

@@ -35,38 +35,46 @@ type Peek struct {
 // ReadIndex reads an index that no process has open. It neither locks nor changes it, so an owner can
 // start meanwhile. size is the pool's. Errors: region.ErrBusy if there is an owner, which alone knows
 // the current state.
-func ReadIndex(path string, size int64) (*Peek, error) {
+func ReadIndex(path string, size int64) (p *Peek, err error) {
+	if pid := region.LockHolder(path); pid != 0 {
+		return nil, &region.BusyError{Path: path, PID: pid}
+	}
+	err = readCopy(path, func(x *index) (err error) {
+		p, err = peek(x, size)
+		return err
+	})
+	if pid := region.LockHolder(path); pid != 0 {
+		return nil, &region.BusyError{Path: path, PID: pid}
+	}
+	return p, err
+}
+
+// readCopy calls read with a copy of an index in memory. It returns region.ErrBusy if the index changed
+// meanwhile: a copy made during a write may be torn. Within one tick of the clock only the copy can show it.
+func readCopy(path string, read func(*index) error) error {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("index: %w", err)
+		return fmt.Errorf("index: %w", err)
 	}
 	defer f.Close()
 	before, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("index: %w", err)
-	}
-	if pid := region.LockHolder(path); pid != 0 {
-		return nil, &region.BusyError{Path: path, PID: pid}
+		return fmt.Errorf("index: %w", err)
 	}
 	db, err := openCopy(f)
 	if err != nil {
-		return nil, fmt.Errorf("index %q: %w: %w", path, ErrCorrupt, err)
+		err = fmt.Errorf("index %q: %w: %w", path, ErrCorrupt, err)
+	} else {
+		err = errors.Join(safely(path, func() error { return read(&index{db: db, path: path}) }), db.Close())
 	}
-	defer db.Close()
-	var p *Peek
-	err = safely(path, func() error {
-		p, err = peek(&index{db: db, path: path}, size)
-		return err
-	})
 	after, serr := f.Stat()
-	pid := region.LockHolder(path)
 	if serr != nil {
-		return nil, fmt.Errorf("index: %w", serr)
+		return fmt.Errorf("index: %w", serr)
 	}
-	if pid != 0 || !after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size() {
-		return nil, &region.BusyError{Path: path, PID: pid} // changed while it was copied
+	if !after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size() {
+		return &region.BusyError{Path: path, PID: region.LockHolder(path)}
 	}
-	return p, err
+	return err
 }
 
 // openCopy opens a copy of a database in memory, because bbolt locks every file that it opens.

@@ -56,11 +56,6 @@ type Claim struct {
 	Earlier bool
 }
 
-// Of tells whether a claim names an image.
-func (c Claim) Of(poolID [16]byte, m pool.Image) bool {
-	return c.PoolID == poolID && c.UUID == m.UUID && c.Slot == m.Slot
-}
-
 // State is the state of a lease region as the owner sees it.
 type State struct {
 	Region string // file or device
@@ -107,7 +102,7 @@ func (r *Regions) list(owner bool) ([]State, error) {
 
 // Users implements pool.Leases.
 func (r *Regions) Users(poolID [16]byte, m pool.Image) ([]string, error) {
-	return r.users(func(c Claim) bool { return c.Of(poolID, m) })
+	return r.users(func(c Claim) bool { return c.PoolID == poolID && c.UUID == m.UUID && c.Slot == m.Slot })
 }
 
 // Any implements pool.Leases.

@@ -192,6 +192,3 @@ func (s *Space) Gaps() []Span {
 
 // GapCount is the number of gaps that Free counts.
 func (s *Space) GapCount() int { return len(s.ext.byStart) }
-
-// Segments returns the segments in use, by offset.
-func (s *Space) Segments() []Span { return slices.Clone(s.segs) }

@@ -23,7 +23,7 @@ func check(t *testing.T, s *Space, extents map[int64]int64) {
 		}
 	}
 	spans = append(spans, list...)
-	spans = append(spans, s.Segments()...)
+	spans = append(spans, s.segs...)
 	slices.SortFunc(spans, func(a, b Span) int { return cmp.Compare(a.Off, b.Off) })
 	at := s.lo
 	for _, sp := range spans {
@@ -35,7 +35,7 @@ func check(t *testing.T, s *Space, extents map[int64]int64) {
 	if at != s.hi {
 		t.Fatalf("spans end at %d, expected %d", at, s.hi)
 	}
-	again, err := New(s.lo, s.hi, s.reserve, s.Segments(), list)
+	again, err := New(s.lo, s.hi, s.reserve, slices.Clone(s.segs), list)
 	if err != nil {
 		t.Fatal(err)
 	}
