@@ -287,18 +287,9 @@ func (e *env) openLook(c *cli.Context) (*look, error) {
 	if err != nil {
 		return nil, err
 	}
-	rc, err := a.region(true)
+	r, cat, err := a.open()
 	if err != nil {
 		return nil, err
-	}
-	r, err := region.Open(rc)
-	if err != nil {
-		return nil, err
-	}
-	cat, err := pool.ReadCatalogue(r)
-	if err != nil {
-		r.Close()
-		return nil, fmt.Errorf("%s: %w", a.Pool, err)
 	}
 	return &look{r, cat, s}, nil
 }

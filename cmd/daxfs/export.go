@@ -62,15 +62,11 @@ func (e *env) export(c *cli.Context) error {
 }
 
 func (e *env) exportTo(c *cli.Context, out io.Writer) error {
-	img, err := openImage(c.Args().First())
+	img, f, err := openImageFS(c.Args().First())
 	if err != nil {
 		return err
 	}
 	defer img.Close()
-	f, err := img.fs()
-	if err != nil {
-		return err
-	}
 	w := bufio.NewWriterSize(out, 256<<10)
 	x := exporter{
 		ctx: c, w: tar.NewWriter(w), warn: e.stderr, first: map[uint64]string{}, buf: make([]byte, copyBuffer),

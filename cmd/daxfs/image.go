@@ -45,7 +45,20 @@ func openImage(name string) (*image, error) {
 	return &image{f, size}, nil
 }
 
-// fs opens the EROFS half, which holds everything.
+// openImageFS opens an image and its EROFS half, which holds everything. The caller closes the image.
+func openImageFS(name string) (*image, *daxfs.FS, error) {
+	img, err := openImage(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	f, err := img.fs()
+	if err != nil {
+		img.Close()
+		return nil, nil, err
+	}
+	return img, f, nil
+}
+
 func (i *image) fs() (*daxfs.FS, error) {
 	f, err := daxfs.Open(daxfs.NewReadCache(i.File, i.size), i.size)
 	if err != nil {

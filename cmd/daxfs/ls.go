@@ -96,15 +96,11 @@ func (e *env) ls(c *cli.Context) error {
 	if err := needArgs(c, "IMAGE", "[PATH]"); err != nil {
 		return err
 	}
-	img, err := openImage(c.Args().First())
+	img, f, err := openImageFS(c.Args().First())
 	if err != nil {
 		return err
 	}
 	defer img.Close()
-	f, err := img.fs()
-	if err != nil {
-		return err
-	}
 	w := bufio.NewWriter(e.stdout)
 	l := lister{ctx: c, fs: f, w: w}
 	if err := l.list(c.Args().Get(1)); err != nil {
@@ -316,15 +312,11 @@ func (e *env) cat(c *cli.Context) error {
 	if err := needArgs(c, "IMAGE", "PATH"); err != nil {
 		return err
 	}
-	img, err := openImage(c.Args().First())
+	img, f, err := openImageFS(c.Args().First())
 	if err != nil {
 		return err
 	}
 	defer img.Close()
-	f, err := img.fs()
-	if err != nil {
-		return err
-	}
 	in, err := f.Lookup(inside(c.Args().Get(1)), true)
 	if err != nil {
 		return fmt.Errorf("%s: %w", img.Name(), err)

@@ -275,3 +275,10 @@ func TestEveryCommandIsDocumented(t *testing.T) {
 		t.Errorf("found %d examples", examples)
 	}
 }
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

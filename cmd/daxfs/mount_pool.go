@@ -178,15 +178,8 @@ func (e *env) openReader(c *cli.Context, a poolArgs) (_ mounter, err error) {
 			err = errors.Join(err, k.Close())
 		}
 	}()
-	rc, err := a.region(true)
-	if err != nil {
+	if k.mem, k.cat, err = a.open(); err != nil {
 		return nil, err
-	}
-	if k.mem, err = region.Open(rc); err != nil {
-		return nil, err
-	}
-	if k.cat, err = pool.ReadCatalogue(k.mem); err != nil {
-		return nil, fmt.Errorf("%s: %w", a.Pool, err)
 	}
 	list, err := mount.Select(drivers.All(), c.String("driver"))
 	if err != nil {

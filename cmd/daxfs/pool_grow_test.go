@@ -15,13 +15,7 @@ import (
 func TestPoolGrow(t *testing.T) {
 	dir := t.TempDir()
 	p, place := filepath.Join(dir, "pool"), filepath.Join(dir, "guest.lease")
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	must(os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
+	must(t, os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
 	mustPool(t, "init", "--size", "16m", "--readers", "leases", "--lease", place, p)
 	none := []string{"--control", filepath.Join(dir, "none")}
 	with := func(args ...string) []string { return append(args[:1:1], append(none, args[1:]...)...) }
@@ -35,7 +29,7 @@ func TestPoolGrow(t *testing.T) {
 	size := func() int64 {
 		t.Helper()
 		st, err := os.Stat(p)
-		must(err)
+		must(t, err)
 		return st.Size()
 	}
 	refused := func(want string, status int, args ...string) {
@@ -58,16 +52,16 @@ func TestPoolGrow(t *testing.T) {
 	refused("no such file", statusFailed, filepath.Join(dir, "away"), "64m")
 
 	rc, err := region.Named(p)
-	must(err)
+	must(t, err)
 	cat, err := catalogue(rc)
-	must(err)
+	must(t, err)
 	l, err := lease.Open(place, lease.Reader{Name: "guest", Machine: [16]byte{1}})
-	must(err)
+	must(t, err)
 	defer l.Close()
 	_, err = l.Claim(cat.PoolID, cat.Images[0])
-	must(err)
+	must(t, err)
 	refused(`reader "guest"`, statusFailed, p, "64m")
-	must(l.Release(cat.PoolID, cat.Images[0]))
+	must(t, l.Release(cat.PoolID, cat.Images[0]))
 
 	mustPool(t, with("grow", p, "128m")...)
 	if state := showPool(t, p); state.Size != 128<<20 || size() != 128<<20 || len(state.Images) != 1 {
@@ -76,7 +70,7 @@ func TestPoolGrow(t *testing.T) {
 	mustPool(t, with("put", "--name", "large", p, large)...)
 	mustPool(t, with("check", p)...)
 	// It was made larger by hand, or the command was killed.
-	must(os.Truncate(p, 160<<20))
+	must(t, os.Truncate(p, 160<<20))
 	status, _, errs = runPool(t, with("gc", p)...)
 	if status != statusFailed || !strings.Contains(errs, "daxfs pool grow") || strings.Contains(errs, "corrupt") {
 		t.Errorf("a file that was made larger: status %d, %s", status, errs)

@@ -12,7 +12,6 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/pool"
-	"github.com/daxfs/daxfs-snapshotter/pool/region"
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
@@ -88,20 +87,11 @@ func pinName(c *cli.Context, img *source.Image) (string, error) {
 
 // showPut tells what was put. What it takes is read from the pool, as any reader would.
 func (e *env) showPut(c *cli.Context, info store.Info, pin string, added int64) error {
-	a := poolArgsOf(c)
-	rc, err := a.region(true)
-	if err != nil {
-		return err
-	}
-	r, err := region.Open(rc)
+	r, cat, err := poolArgsOf(c).open()
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	cat, err := pool.ReadCatalogue(r)
-	if err != nil {
-		return err
-	}
 	shared, err := pool.ReadShared(r, cat)
 	if err != nil {
 		return err

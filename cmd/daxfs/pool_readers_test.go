@@ -22,13 +22,7 @@ import (
 func TestPoolReadersAlone(t *testing.T) {
 	dir := t.TempDir()
 	p, place := filepath.Join(dir, "pool"), filepath.Join(dir, "guest.lease")
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	must(os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
+	must(t, os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
 	for _, args := range [][]string{
 		{"--readers", "some"}, {"--readers", "leases"}, {"--readers", "keep", "--lease", place}, {"--lease", place},
 	} {
@@ -43,33 +37,33 @@ func TestPoolReadersAlone(t *testing.T) {
 	mustPool(t, "put", "--name", "example.org/web:1", p, "oci:"+layout.Dir+":v1")
 
 	rc, err := region.Named(p)
-	must(err)
+	must(t, err)
 	rc.ReadOnly = true
 	r, err := region.Open(rc)
-	must(err)
+	must(t, err)
 	defer r.Close()
 	cat, err := pool.ReadCatalogue(r)
-	must(err)
+	must(t, err)
 	raw, err := pool.ReadDocument(r, cat.Images[0])
-	must(err)
+	must(t, err)
 	doc, err := store.ParseDocument(raw)
-	must(err)
+	must(t, err)
 	if len(doc.Images) != 1 || doc.Images[0].Name != "example.org/web:1" ||
 		doc.Images[0].Namespace != store.PutNamespace {
 		t.Errorf("readers are told %+v", doc)
 	}
 
 	l, err := lease.Open(place, lease.Reader{Name: "guest\x1b1", Machine: [16]byte{1}})
-	must(err)
+	must(t, err)
 	_, err = l.Claim(cat.PoolID, cat.Images[0])
-	must(err)
-	must(l.Close()) // nobody holds the lock: its launcher is gone
+	must(t, err)
+	must(t, l.Close()) // nobody holds the lock: its launcher is gone
 	before, err := os.ReadFile(place)
-	must(err)
+	must(t, err)
 	none := []string{"--control", filepath.Join(dir, "none")}
 	var state poolState
 	text := mustPool(t, append([]string{"ls", "--json"}, append(none, p)...)...)
-	must(json.Unmarshal([]byte(text), &state))
+	must(t, json.Unmarshal([]byte(text), &state))
 	want := []store.LeaseUser{{
 		Reader: "guest\x1b1", Region: place, Images: []string{cat.Images[0].Key},
 		Earlier: []string{},
@@ -92,7 +86,7 @@ func TestPoolReadersAlone(t *testing.T) {
 	}
 
 	// A region that cannot be read is named, and nothing else is lost.
-	must(os.Truncate(place, 100))
+	must(t, os.Truncate(place, 100))
 	status, text, errs := runPool(t, append([]string{"ls"}, append(none, p)...)...)
 	if status != statusOK || !strings.Contains(errs, "not all readers are known") || !strings.Contains(errs, place) {
 		t.Errorf("ls with a region that is too small: status %d, %s%s", status, text, errs)

@@ -33,6 +33,24 @@ func (a poolArgs) region(readOnly bool) (region.Config, error) {
 	return rc, err
 }
 
+// open opens the memory of a pool for reading, and reads what the pool says of itself. The caller closes the memory.
+func (a poolArgs) open() (region.Region, *pool.Catalogue, error) {
+	rc, err := a.region(true)
+	if err != nil {
+		return nil, nil, err
+	}
+	r, err := region.Open(rc)
+	if err != nil {
+		return nil, nil, err
+	}
+	cat, err := pool.ReadCatalogue(r)
+	if err != nil {
+		r.Close()
+		return nil, nil, fmt.Errorf("%s: %w", a.Pool, err)
+	}
+	return r, cat, nil
+}
+
 // regionAt is the region that a POOL argument stands for, of the kind that follows from it unless one is given.
 func regionAt(kind, arg string) (region.Config, error) {
 	rc := region.Config{Kind: kind, Path: arg}

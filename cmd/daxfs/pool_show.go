@@ -61,19 +61,11 @@ type poolHolds struct {
 // that, at any time. What is in the index is told by the daemon that has it open, or read from the file while nobody
 // has.
 func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
-	rc, err := a.region(true)
-	if err != nil {
-		return nil, err
-	}
-	r, err := region.Open(rc)
+	r, cat, err := a.open()
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
-	cat, err := pool.ReadCatalogue(r)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", a.Pool, err)
-	}
 	s := &poolState{
 		ID: hex.EncodeToString(cat.PoolID[:]), Epoch: uuid(cat.Geometry.UUID),
 		Generation: cat.Generation, Size: cat.Size,
@@ -95,7 +87,7 @@ func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 	if shared != nil {
 		s.Unshared, s.Contents, s.Saved = shared.Unshared, shared.ImageExtents, shared.Unshared-shared.ImageExtents
 	}
-	if err := e.addIndex(c, s, a, rc, cat); err != nil {
+	if err := e.addIndex(c, s, a, cat); err != nil {
 		what := "names, layers and free space are not known"
 		if s.Index != nil {
 			what = "not all readers are known"
@@ -106,7 +98,7 @@ func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 }
 
 // addIndex adds what is in the index.
-func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, rc region.Config, cat *pool.Catalogue) error {
+func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, cat *pool.Catalogue) error {
 	if d := dialControl(c.String("control")); d.owns(c.Context, s.ID) {
 		list, err := d.Images(c.Context)
 		if err != nil {
@@ -124,6 +116,10 @@ func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, rc region.Confi
 			s.name(info)
 		}
 		s.Readers, err = d.Readers(c.Context)
+		return err
+	}
+	rc, err := a.region(true)
+	if err != nil {
 		return err
 	}
 	index := a.findIndex(rc, cat)

@@ -20,19 +20,13 @@ import (
 // TestTopCountsPages: a file that two images have is counted for both, as shared, and its page frames once.
 func TestTopCountsPages(t *testing.T) {
 	one, two := t.TempDir(), t.TempDir()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	must(os.Mkdir(filepath.Join(one, "sub"), 0o755))
-	must(os.WriteFile(filepath.Join(one, "sub/both"), make([]byte, 8192), 0o644))
-	must(os.Link(filepath.Join(one, "sub/both"), filepath.Join(two, "other")))
-	must(os.Link(filepath.Join(one, "sub/both"), filepath.Join(one, "again")))
-	must(os.WriteFile(filepath.Join(one, "alone"), make([]byte, 5000), 0o644))
-	must(os.WriteFile(filepath.Join(one, "empty"), nil, 0o644))
-	must(os.Symlink("/etc", filepath.Join(one, "link")))
+	must(t, os.Mkdir(filepath.Join(one, "sub"), 0o755))
+	must(t, os.WriteFile(filepath.Join(one, "sub/both"), make([]byte, 8192), 0o644))
+	must(t, os.Link(filepath.Join(one, "sub/both"), filepath.Join(two, "other")))
+	must(t, os.Link(filepath.Join(one, "sub/both"), filepath.Join(one, "again")))
+	must(t, os.WriteFile(filepath.Join(one, "alone"), make([]byte, 5000), 0o644))
+	must(t, os.WriteFile(filepath.Join(one, "empty"), nil, 0o644))
+	must(t, os.Symlink("/etc", filepath.Join(one, "link")))
 	image := func(key, dir string) api.Image {
 		return api.Image{
 			Info: store.Info{Image: pool.Image{Key: key}, Names: []string{"name of " + key}}, Dir: dir,
@@ -43,13 +37,13 @@ func TestTopCountsPages(t *testing.T) {
 		image("two", two), image("one", one), image("away", ""),
 		image("gone", filepath.Join(two, "no")),
 	})
-	must(err)
+	must(t, err)
 	if len(list) != 3 || list[0].Image != "one" || list[0].Resident != 4*4096 || list[0].Shared != 2*4096 ||
 		list[1].Image != "two" || list[1].Resident != 2*4096 || list[1].Shared != 2*4096 || list[2].Resident != 0 {
 		t.Errorf("%+v", list)
 	}
 	var out bytes.Buffer
-	must(showTop(&out, list))
+	must(t, showTop(&out, list))
 	if !strings.Contains(out.String(), "16KiB") || !strings.Contains(out.String(), "name of one") ||
 		strings.Contains(out.String(), "\x1b") {
 		t.Errorf("%s", &out)
@@ -62,52 +56,46 @@ func TestTopFindsProcesses(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounts overlays, which needs root")
 	}
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
 	dir := t.TempDir()
 	image, upper := filepath.Join(dir, "image"), filepath.Join(dir, "upper")
 	work, merged := filepath.Join(dir, "work"), filepath.Join(dir, "merged")
 	for _, d := range []string{image, upper, work, merged} {
-		must(os.Mkdir(d, 0o755))
+		must(t, os.Mkdir(d, 0o755))
 	}
 	cat, err := exec.LookPath("cat")
-	must(err)
+	must(t, err)
 	body, err := os.ReadFile(cat)
-	must(err)
-	must(os.WriteFile(filepath.Join(image, "program"), body, 0o755))
-	must(os.WriteFile(filepath.Join(image, "changed"), body, 0o755))
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(image, "program"), body, 0o755))
+	must(t, os.WriteFile(filepath.Join(image, "changed"), body, 0o755))
 	options := "lowerdir=" + image + ",upperdir=" + upper + ",workdir=" + work
-	must(unix.Mount("overlay", merged, "overlay", 0, options))
-	t.Cleanup(func() { must(unix.Unmount(merged, 0)) }) // when the processes have ended
-	must(os.Chmod(filepath.Join(merged, "changed"), 0o700))
+	must(t, unix.Mount("overlay", merged, "overlay", 0, options))
+	t.Cleanup(func() { must(t, unix.Unmount(merged, 0)) }) // when the processes have ended
+	must(t, os.Chmod(filepath.Join(merged, "changed"), 0o700))
 
 	// start runs a program that waits for its input to end.
 	start := func(path string) int {
 		t.Helper()
 		cmd := exec.Command(path)
 		in, err := cmd.StdinPipe()
-		must(err)
+		must(t, err)
 		out, err := cmd.StdoutPipe()
-		must(err)
-		must(cmd.Start())
+		must(t, err)
+		must(t, cmd.Start())
 		t.Cleanup(func() {
 			in.Close()
-			must(cmd.Wait())
+			must(t, cmd.Wait())
 		})
 		_, err = io.WriteString(in, "x")
-		must(err)
+		must(t, err)
 		_, err = io.ReadFull(out, make([]byte, 1)) // it runs
-		must(err)
+		must(t, err)
 		return cmd.Process.Pid
 	}
 	over, direct := start(filepath.Join(merged, "program")), start(filepath.Join(image, "program"))
 	start(filepath.Join(merged, "changed"))
 	list, err := residentOf([]api.Image{{Dir: image}})
-	must(err)
+	must(t, err)
 	var pids []int
 	for _, p := range list[0].Processes {
 		if p.Name != "program" || p.Mapped <= 0 {
@@ -122,7 +110,7 @@ func TestTopFindsProcesses(t *testing.T) {
 		t.Errorf("processes %v map the image, expected %v", pids, want)
 	}
 	var out bytes.Buffer
-	must(showTop(&out, list))
+	must(t, showTop(&out, list))
 	if !strings.Contains(out.String(), "2: program ×2") {
 		t.Errorf("%s", &out)
 	}
