@@ -15,8 +15,9 @@ each container gets an OverlayFS over that mount.
 
 Flags override the configuration file. The file may be missing; then the pool is a file below the state directory.
 
-Stopping the daemon in any way, SIGKILL included, leaves containers and mounts alone. While it does not run, no
-container can be started and no image pulled with it. SIGTERM and SIGINT end it after it has answered pending requests.`,
+Stopping the daemon in any way, SIGKILL included, leaves containers and mounts alone. While it does
+not run, no container can be started and no image pulled with it. SIGTERM and SIGINT end it after it
+has answered pending requests.`,
 	Sections: []manpage.Section{
 		{Title: "FILES", Text: `/etc/daxfs-snapshotter/config.toml	the configuration; "daxfs-snapshotter
 config default" prints one with all keys explained

@@ -67,8 +67,8 @@ Examples:
    daxfs pool init --index /var/lib/range.index 0x300000000+4294967296`, Flags: with(
 				&cli.StringFlag{
 					Name: "dax", Value: "auto",
-					Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device here; " +
-						"say yes for a file that virtual machines get as virtio-pmem",
+					Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device " +
+						"here; say yes for a file that virtual machines get as virtio-pmem",
 				},
 				&cli.StringFlag{
 					Name: "windows", Value: "auto",

@@ -36,8 +36,8 @@ func runOK(t *testing.T, args ...string) {
 	}
 }
 
-// TestWalksAllocateLittle: what a command that walks through an image allocates for each entry does not include a buffer
-// of a size that has nothing to do with the entry.
+// TestWalksAllocateLittle: commands that walk through an image allocate no buffer per entry whose size
+// does not depend on the entry.
 func TestWalksAllocateLittle(t *testing.T) {
 	const few, many = 500, 2500
 	small, large := imageOf(t, few), imageOf(t, many)
