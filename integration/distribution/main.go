@@ -1,5 +1,5 @@
-// Distribution is the registry of the distribution project, which most registries are made of, with files for storage and
-// passwords.
+// Distribution is the registry of the distribution project, the base of most registries, with files
+// for storage and passwords.
 package main
 
 import (

@@ -1,10 +1,10 @@
-// Command testreport runs "go test -json" with the arguments after "--" and prints what a person wants to read: one
-// line per package as it ends, the whole output of tests that failed, and at the end every skipped test with its
-// reason. It exits as go test does.
+// Command testreport runs "go test -json" with the arguments after "--" and prints a readable report:
+// one line per package when it ends, the whole output of failed tests, and at the end every skipped
+// test with its reason. It exits with the status of go test.
 //
 //	testreport [-skips FILE] -- [go test arguments]
 //
-// With -skips the list of skipped tests is also appended to FILE, for runs that consist of several go test commands.
+// -skips also appends the list of skipped tests to FILE, for runs of several go test commands.
 package main
 
 import (
@@ -26,8 +26,8 @@ func main() {
 	os.Exit(run(flag.Args(), *skips, os.Stdout, os.Stderr))
 }
 
-// run starts go test and returns its exit status. Output that is no event (a failure to build, from older tools) is
-// passed on as it is. skips names the file of -skips, or is empty.
+// run runs go test and returns its exit status. It passes on output that is no event, such as build
+// errors of older tools. skips is the file of -skips, or empty.
 func run(args []string, skips string, stdout, stderr io.Writer) int {
 	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
 	cmd.Stderr = stderr
@@ -49,7 +49,7 @@ func run(args []string, skips string, stdout, stderr io.Writer) int {
 	var exit *exec.ExitError
 	switch {
 	case errors.As(waitErr, &exit):
-		return max(exit.ExitCode(), 1) // -1 when a signal ended it
+		return max(exit.ExitCode(), 1) // -1 if a signal ended it
 	case waitErr != nil || readErr != nil:
 		fmt.Fprintln(stderr, "testreport:", errors.Join(waitErr, readErr))
 		return 1
@@ -66,7 +66,7 @@ type event struct {
 
 type testName struct{ pkg, test string }
 
-// report collects what tests print until it is known whether anyone needs to see it.
+// report collects the output of tests until it is known whether anyone needs it.
 type report struct {
 	w       io.Writer
 	output  map[testName][]string
@@ -104,7 +104,7 @@ func (r *report) add(e event) {
 	switch e.Action {
 	case "output":
 		if e.Test == "" {
-			// Package lines: "ok", "FAIL", "?", a panic outside of tests. The bare PASS above each "ok" says nothing.
+			// Package lines: "ok", "FAIL", "?", a panic outside tests. The bare PASS above each "ok" is noise.
 			if e.Output != "PASS\n" {
 				io.WriteString(r.w, e.Output)
 			}
@@ -129,7 +129,7 @@ func (r *report) add(e event) {
 	}
 }
 
-// reason picks the text of t.Skip out of what a test printed.
+// reason extracts the text of t.Skip from a test's output.
 func reason(output []string) string {
 	var b strings.Builder
 	for _, s := range output {
@@ -144,7 +144,7 @@ func reason(output []string) string {
 	return b.String()
 }
 
-// finish prints output of tests that never ended (a panic, a time limit), then the skipped tests.
+// finish prints the output of tests that never ended (a panic, a time limit), then the skipped tests.
 func (r *report) finish(skips string) error {
 	for _, n := range sortedNames(r.output) {
 		for _, s := range r.output[n] {
