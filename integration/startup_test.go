@@ -7,8 +7,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// The stack itself works: overlayfs serves an image, with ctr and with nerdctl. When this fails, no other failure says
-// anything about daxfs.
+// The stack itself works: overlayfs serves an image, with ctr and with nerdctl. If this fails, other
+// failures say nothing about daxfs.
 func TestStackItself(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.None})
 	img, err := testimage.Tiny()

@@ -32,7 +32,7 @@ func TestSpread(t *testing.T) {
 	}
 }
 
-// A goal that is missed is shown in bold, one that was not measured not at all.
+// A missed goal is bold; a goal without measurements is not listed.
 func TestReport(t *testing.T) {
 	b := &bench{loads: []*workload{{name: "python", trees: []string{"a", "b"}}}}
 	b.variants = variants("")

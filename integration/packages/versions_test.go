@@ -14,13 +14,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// version is a release of containerd that daxfs is tried on.
+// version is a release of containerd to test.
 type version struct {
 	module, number string
-	snippet        string // prints what goes into conf.d
+	snippet        string // prints the configuration for conf.d
 }
 
-// versions are the newest releases of each line that operations.md names, but for that of the other tests.
+// versions are the newest releases of each line in operations.md, without the one of the other tests.
 var versions = []version{
 	{
 		"github.com/containerd/containerd", "v1.7.35",
@@ -49,7 +49,7 @@ func makeContainerds(cache string) error {
 	return nil
 }
 
-// build builds the programs from a copy of the module. "go install" refuses modules that exclude others.
+// build builds the programs from a copy of the module. "go install" refuses modules with exclude directives.
 func (v version) build(to string) (err error) {
 	tree, err := os.MkdirTemp("", "containerd-")
 	if err != nil {
@@ -86,7 +86,7 @@ func (v version) build(to string) (err error) {
 	return os.Rename(temp, to)
 }
 
-// What an operator does works with each version of containerd, with its default configuration and our snippet.
+// An operator's actions work with each version of containerd, with its default configuration and our snippet.
 func TestVersions(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {
@@ -101,7 +101,8 @@ func TestVersions(t *testing.T) {
 			r.give(dist(t, oldVersion, "*.deb"), "/root/daxfs.deb")
 			r.sh(`dpkg --install /root/daxfs.deb
 				mkdir -p /etc/containerd/conf.d; containerd config default >/etc/containerd/config.toml
-				grep -q '^imports' /etc/containerd/config.toml && sed -i 's|^imports.*|imports = ["/etc/containerd/conf.d/*.toml"]|' /etc/containerd/config.toml ||
+				grep -q '^imports' /etc/containerd/config.toml &&
+				sed -i 's|^imports.*|imports = ["/etc/containerd/conf.d/*.toml"]|' /etc/containerd/config.toml ||
 					sed -i '1i imports = ["/etc/containerd/conf.d/*.toml"]' /etc/containerd/config.toml
 				` + v.snippet + ` >/etc/containerd/conf.d/daxfs.toml`)
 			serveRegistry(r)
@@ -113,7 +114,7 @@ func TestVersions(t *testing.T) {
 				t.Fatalf("ctr version prints\n%s", out)
 			}
 			ref := registryName + "/web:latest"
-			// By containerd's transfer service, and by ctr itself.
+			// Through containerd's transfer service, and in ctr itself.
 			for _, how := range []string{"--local=false", "--local"} {
 				r.sh("ctr image pull --plain-http " + how + " --snapshotter daxfs " + ref)
 				if out := r.sh("ctr run --rm --snapshotter daxfs " + ref + " c echo hello"); out != "hello\n" {
@@ -143,5 +144,6 @@ func TestVersions(t *testing.T) {
 }
 
 func stop(name string) string {
-	return fmt.Sprintf("p=$(cat /run/%s.pid); kill $p; for i in $(seq 600); do kill -0 $p 2>/dev/null || break; sleep 0.1; done\n", name)
+	return fmt.Sprintf("p=$(cat /run/%s.pid); kill $p\n"+
+		"for i in $(seq 600); do kill -0 $p 2>/dev/null || break; sleep 0.1; done\n", name)
 }
