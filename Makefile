@@ -25,15 +25,15 @@ GO           ?= go
 MODULE       := github.com/daxfs/daxfs-snapshotter
 # Static binaries: one file works on every distribution, and every machine builds the same bytes (-trimpath).
 GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X "$(MODULE)/internal/version.linked=$(VERSION) (commit $(COMMIT))"'
-GOTEST        = $(GO) run ./integration/testreport $(if $(SKIPS),-skips $(SKIPS)) --
+# One line for each package, the whole output of failed tests, and the skipped tests with their reasons.
+GOTEST        = $(TOOLS)/gotestsum --format pkgname-and-test-fails --
 # Time for each fuzz target in "make fuzz"; "make test" gives each 10 s.
 FUZZTIME     ?= 60s
-# The skipped tests of all go test runs of "make test".
-SKIPLIST      = $(DAXFS_TEST_CACHE)/skipped
 TOOLS         = $(DAXFS_TEST_CACHE)/tools
 GOFUMPT      := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK  := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 KUSTOMIZE    := sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
+GOTESTSUM    := gotest.tools/gotestsum@v1.13.0
 ERRORLINT    := github.com/polyfloyd/go-errorlint@v1.8.0
 
 NFPM         := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2
@@ -55,49 +55,47 @@ $(COMMANDS:%=bin/%): bin/%:
 	$(GOBUILD) -o $@ ./cmd/$*
 
 test: test-deps ## All that CI runs: lint, unit, race, fuzz smoke, real containerd, QEMU (root; installs packages)
-	rm -f $(SKIPLIST)
 	$(MAKE) lint
-	$(MAKE) test-unit SKIPS=$(SKIPLIST)
+	$(MAKE) test-unit
 	$(MAKE) test-race
 	$(MAKE) fuzz-smoke FUZZTIME=10s
-	$(MAKE) test-integration SKIPS=$(SKIPLIST)
-	@echo "all tests passed; skipped: $$(cat $(SKIPLIST) 2>/dev/null | wc -l)"; cat $(SKIPLIST) 2>/dev/null || true
+	$(MAKE) test-integration
 
 test-deps: ## Install the Debian packages that the tests use (root)
 	.ci/deps test
 
-test-unit: ## Test every package but integration/, and the reader of layers against podman's library
+test-unit: $(TOOLS)/gotestsum ## Test every package but integration/, and the reader of layers against podman's library
 	$(GOTEST) -timeout 30m $(UNIT_PKGS)
 	cd integration/podman && $(GO) test -tags exclude_graphdriver_btrfs ./...
 
-test-integration: build $(TOOLS)/kustomize $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Test on real containerd, and kernels in QEMU
+test-integration: build $(TOOLS)/kustomize $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Test on real containerd, and kernels in QEMU
 	$(GOTEST) -count 1 -timeout 40m -p 1 ./integration/...
 
 # Not part of "make test", because it takes as long as all of that.
-test-kubernetes: test-deps $(TOOLS)/kustomize ## Run critest beside overlayfs, a kubelet, and an API server (root; 20 minutes)
+test-kubernetes: test-deps $(TOOLS)/kustomize $(TOOLS)/gotestsum ## Run critest beside overlayfs, a kubelet, and an API server (root; 20 minutes)
 	.ci/deps kubernetes
 	$(GOTEST) -tags kubernetes -count 1 -timeout 60m ./integration/kubernetes
 
 # Not part of "make test", because it downloads two Debian systems and builds everything twice.
-test-dist: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Install packages in clean Debian systems, play the operator (root; installs packages)
+test-dist: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Install packages in clean Debian systems, play the operator (root; installs packages)
 	.ci/deps dist
 	$(GOTEST) -tags dist -count 1 -timeout 60m ./integration/packages
 
 # Builds four versions of containerd the first time.
-test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Try packages on versions of containerd, 1.7 to 2.4 (root; installs packages)
+test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Try packages on versions of containerd, 1.7 to 2.4 (root; installs packages)
 	.ci/deps dist
 	$(GOTEST) -tags dist,versions -count 1 -timeout 60m -run TestVersions ./integration/packages
 
-test-short: ## Test what needs neither root nor packages, in about a minute
+test-short: $(TOOLS)/gotestsum ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
 
 # Packages with concurrent code. The others are single-threaded, or spend their time in the kernel; see "make race".
 RACE_PKGS     = ./converter/blob ./converter/chunked ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store/...
 
-test-race: ## Test the concurrent packages with the race detector, briefly (needs gcc)
+test-race: $(TOOLS)/gotestsum ## Test the concurrent packages with the race detector, briefly (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 30m $(RACE_PKGS)
 
-race: ## Test all but integration/ with the race detector (needs gcc)
+race: $(TOOLS)/gotestsum ## Test all but integration/ with the race detector (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -timeout 40m $(UNIT_PKGS)
 
 fuzz: ## Run every fuzz target for FUZZTIME (60s) each
@@ -112,6 +110,7 @@ $(TOOLS)/%:
 $(TOOLS)/gofumpt: TOOL = $(GOFUMPT)
 $(TOOLS)/staticcheck: TOOL = $(STATICCHECK)
 $(TOOLS)/go-errorlint: TOOL = $(ERRORLINT)
+$(TOOLS)/gotestsum: TOOL = $(GOTESTSUM)
 $(TOOLS)/kustomize: TOOL = $(KUSTOMIZE)
 $(TOOLS)/nfpm: TOOL = $(NFPM)
 $(TOOLS)/cyclonedx-gomod: TOOL = $(CYCLONEDX)

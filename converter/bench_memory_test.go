@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// helperEnv makes the test binary convert an image and print the most memory that it ever had: a process of its own,
-// because a peak cannot be reset, and holds nothing else.
+// helperEnv makes the test binary convert an image and print its peak memory. It is a separate
+// process, because a peak cannot be reset and includes everything else.
 const helperEnv = "DAXFS_TEST_CONVERT_MEMORY"
 
 func convertHelper(memory string) error {
@@ -45,7 +45,7 @@ func convertHelper(memory string) error {
 	return err
 }
 
-// peakMemory converts an image in a process of its own, and returns its peak resident memory in bytes.
+// peakMemory converts an image in a separate process and returns its peak resident memory in bytes.
 func peakMemory(tb testing.TB, src string, memory int64) int64 {
 	tb.Helper()
 	cmd := exec.Command(os.Args[0], src, filepath.Join(tb.TempDir(), "image"))
@@ -61,9 +61,9 @@ func peakMemory(tb testing.TB, src string, memory int64) int64 {
 	return kib << 10
 }
 
-// memoryBound is what the package documentation promises for an image of files, converted on this many layers at a time.
+// memoryBound returns the documented memory bound for an image of files with this many concurrent layers.
 func memoryBound(memory int64, layers, files int) int64 {
-	const program = 48 << 20 // what a process that imports all sources takes before it does anything
+	const program = 48 << 20 // memory of an idle process that imports all sources
 	return program + max(memory, 32<<20) + int64(layers)*16<<20 + int64(files)<<10
 }
 
@@ -88,7 +88,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
-// BenchmarkMemory reports the peak for several limits and a realistic image, from a registry: no limit is needed for files.
+// BenchmarkMemory reports the peak for several limits and a realistic image; files need no limit.
 func BenchmarkMemory(b *testing.B) {
 	dir, _, unpacked := benchLayout(b, ocitest.Gzip)
 	src := "docker://" + push(b, dir)

@@ -22,8 +22,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// benchImage is an image like those of Debian with Python or Node: four layers made of what this machine has below
-// /usr, some 400 MB in tens of thousands of files.
+// benchImage is an image like Debian with Python or Node: four layers made from this machine's /usr,
+// some 400 MB in tens of thousands of files.
 var benchImage = sync.OnceValue(func() []ocitest.Layer {
 	tb := &testing.B{}
 	var layers []ocitest.Layer
@@ -44,7 +44,7 @@ var benchImage = sync.OnceValue(func() []ocitest.Layer {
 	return layers
 })
 
-// benchLayout writes the image as a layout and returns its source and its blobs.
+// benchLayout writes the image as a layout and returns directory, blobs and unpacked size.
 func benchLayout(b *testing.B, c ocitest.Compression) (dir string, blobs []string, unpacked int64) {
 	b.Helper()
 	l := ocitest.NewLayout(b, filepath.Join(b.TempDir(), "layout"))
@@ -89,7 +89,7 @@ func benchConvert(b *testing.B, dir, out string, o converter.Options) *converter
 	return res
 }
 
-// atOnce calls f for all items, as many at the same time as there are cores.
+// atOnce calls f for all items, with one goroutine per core.
 func atOnce[T any](b *testing.B, items []T, f func(T) error) {
 	b.Helper()
 	var g errgroup.Group
@@ -102,8 +102,8 @@ func atOnce[T any](b *testing.B, items []T, f func(T) error) {
 	}
 }
 
-// decompressAndHash is the least that a verified conversion has to do, as a plain loop: all layers at the same time,
-// each read, hashed, decompressed with the same library, and hashed.
+// decompressAndHash is the minimum work of a verified conversion, as a plain loop: read, hash,
+// decompress with the same library, and hash all layers concurrently.
 func decompressAndHash(b *testing.B, blobs []string) {
 	b.Helper()
 	atOnce(b, blobs, func(name string) error {
@@ -121,7 +121,7 @@ func decompressAndHash(b *testing.B, blobs []string) {
 	})
 }
 
-// pipelined does the same with the reader that Convert uses.
+// pipelined does the same with the reader of Convert.
 func pipelined(b *testing.B, img *source.Image) {
 	b.Helper()
 	atOnce(b, img.Layers, func(l source.Layer) error {
@@ -139,13 +139,13 @@ func pipelined(b *testing.B, img *source.Image) {
 	})
 }
 
-// cost is what something took: wall time, and the processor time of this process and its children. On a machine that
-// does other things as well the second one is the more honest measure.
+// cost is wall time, and the processor time of this process and its children. On a busy machine,
+// processor time is the more reliable measure.
 type cost struct{ wall, cpu time.Duration }
 
 func (c cost) plus(d cost) cost { return cost{c.wall + d.wall, c.cpu + d.cpu} }
 
-// timed runs f without the garbage of what ran before.
+// timed runs f after a garbage collection.
 func timed(f func()) cost {
 	runtime.GC()
 	start, before := time.Now(), cpuTime()
@@ -169,8 +169,8 @@ func (c cost) report(b *testing.B, name string) {
 	b.ReportMetric(c.cpu.Seconds()/float64(b.N), name+"-cpu-s")
 }
 
-// BenchmarkConvertGzip converts from gzip layers, beside only decompressing and hashing them, in turns: as a plain loop
-// does (the goal is x-decompress ≤ 1.15), and as the stages of a pipeline do (x-pipelined), which keeps both cores busy.
+// BenchmarkConvertGzip alternates conversions from gzip layers with bare decompression and hashing: as a
+// plain loop (the goal is x-decompress ≤ 1.15) and as a pipeline (x-pipelined), which keeps both cores busy.
 func BenchmarkConvertGzip(b *testing.B) {
 	dir, blobs, unpacked := benchLayout(b, ocitest.Gzip)
 	img := benchFind(b, dir)
@@ -183,7 +183,7 @@ func BenchmarkConvertGzip(b *testing.B) {
 		base = base.plus(timed(func() { decompressAndHash(b, blobs) }))
 		pipe = pipe.plus(timed(func() { pipelined(b, img) }))
 		conv = conv.plus(timed(func() { res = benchConvert(b, dir, out, converter.Options{}) }))
-		os.Remove(out) // or the next one would free its pages
+		os.Remove(out) // or the next conversion would have to free its pages
 	}
 	base.report(b, "decompress")
 	pipe.report(b, "pipelined")
@@ -194,8 +194,8 @@ func BenchmarkConvertGzip(b *testing.B) {
 	b.ReportMetric(float64(res.Stats.Inodes), "inodes")
 }
 
-// copyAndHash is the least that a verified conversion of uncompressed layers has to do, as a plain loop: all layers at
-// the same time, each read, hashed, and written.
+// copyAndHash is the minimum work of a verified conversion of uncompressed layers, as a plain loop:
+// read, hash and write all layers concurrently.
 func copyAndHash(b *testing.B, blobs []string, dir string) {
 	b.Helper()
 	atOnce(b, blobs, func(name string) error {
@@ -210,7 +210,7 @@ func copyAndHash(b *testing.B, blobs []string, dir string) {
 		}
 		defer out.Close()
 		h := sha256.New()
-		buf := make([]byte, 128<<10) // as cp
+		buf := make([]byte, 128<<10) // like cp
 		for {
 			n, err := in.Read(buf)
 			if err == io.EOF {
@@ -227,9 +227,9 @@ func copyAndHash(b *testing.B, blobs []string, dir string) {
 	})
 }
 
-// BenchmarkConvertPlain converts from uncompressed layers, beside cp of the same blobs, in turns: the goal is x-cp ≤ 2.
-// What of it is not ours to save tells x-verified-copy: the same bytes copied and hashed on all cores. The blobs are in the
-// page cache, or on disk only.
+// BenchmarkConvertPlain alternates conversions from uncompressed layers with cp of the same blobs: the
+// goal is x-cp ≤ 2. x-verified-copy compares with copying and hashing on all cores, which no
+// conversion can avoid. The blobs are in the page cache, or on disk only.
 func BenchmarkConvertPlain(b *testing.B) {
 	for _, cached := range []bool{true, false} {
 		b.Run(map[bool]string{true: "cached", false: "disk"}[cached], func(b *testing.B) { convertPlain(b, cached) })
@@ -243,7 +243,7 @@ func convertPlain(b *testing.B, cached bool) {
 	var cp, verified, conv cost
 	b.SetBytes(unpacked)
 	b.ReportAllocs()
-	remove := func() { // so that every copy writes new files, as every conversion does
+	remove := func() { // every copy writes new files, like every conversion
 		os.Remove(out)
 		for _, f := range blobs {
 			os.Remove(filepath.Join(copies, filepath.Base(f)))

@@ -20,7 +20,7 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// The images of these tests are such as users of other tools have reported.
+// The images of these tests are modelled on bug reports for other tools.
 
 const (
 	ociManifest    = ocispec.MediaTypeImageManifest
@@ -30,24 +30,24 @@ const (
 	ociLayer       = ocispec.MediaTypeImageLayer
 )
 
-// doc is a JSON document that a test bends.
+// doc is a JSON document that a test modifies.
 type doc = map[string]any
 
-// layerCase is a blob, the tar in it, and the media type that it is said to have.
+// layerCase is a blob, its tar, and the claimed media type.
 type layerCase struct {
 	blob, tar []byte
 	mediaType string
-	diffID    string // replaces the right one
+	diffID    string // replaces the correct one
 }
 
-// imageCase is an image with what is odd about it.
+// imageCase is an odd image.
 type imageCase struct {
 	layers                   []layerCase
-	manifestType, configType string // the ones of OCI if empty
+	manifestType, configType string // OCI types if empty
 	config, manifest, entry  func(doc)
 }
 
-// add puts the image into a layout, and returns its entry for an index.
+// add adds the image to a layout and returns its entry for an index.
 func (c imageCase) add(t *testing.T, l *ocitest.Layout) doc {
 	t.Helper()
 	manifestType, configType := c.manifestType, c.configType
@@ -94,7 +94,7 @@ func without(fields ...string) func(doc) {
 // with sets a field.
 func with(field string, v any) func(doc) { return func(d doc) { d[field] = v } }
 
-// written makes index.json of entries.
+// written writes index.json with the entries.
 func written(t *testing.T, l *ocitest.Layout, entries ...doc) string {
 	t.Helper()
 	b, err := json.Marshal(doc{"schemaVersion": 2, "manifests": entries})
@@ -107,7 +107,7 @@ func written(t *testing.T, l *ocitest.Layout, entries ...doc) string {
 	return l.Dir
 }
 
-// wants converts a source, and compares the names in the image, or what the error says.
+// wants converts a source and compares the names in the image, or the error.
 func wants(t *testing.T, name, source, want string) {
 	t.Helper()
 	image, _, err := convert(t, source, converter.Options{})
@@ -137,7 +137,7 @@ func wants(t *testing.T, name, source, want string) {
 	}
 }
 
-// TestLayersOfOthers: layers whose bytes are not what their media type says, and packed in ways that are rare.
+// TestLayersOfOthers: layers with a wrong media type or a rare compression.
 func TestLayersOfOthers(t *testing.T) {
 	a, b := Tar(Reg("a", "1")), Tar(Reg("b", "2"))
 	gz, zs := ocitest.Pack(t, a, ocitest.Gzip), ocitest.Pack(t, a, ocitest.Zstd)
@@ -229,7 +229,7 @@ func history(c doc) {
 	c["history"] = []doc{{"empty_layer": true}, {"created_by": "x"}, {"empty_layer": true}}
 }
 
-// window packs b with zstd and a window of a size.
+// window compresses b with zstd and the given window size.
 func window(t *testing.T, b []byte, size int) []byte {
 	t.Helper()
 	var out bytes.Buffer
@@ -244,7 +244,7 @@ func window(t *testing.T, b []byte, size int) []byte {
 	return out.Bytes()
 }
 
-// TestManifestsOfOthers: documents that lack what they should have, or have what old tools wrote.
+// TestManifestsOfOthers: incomplete documents, and documents of old tools.
 func TestManifestsOfOthers(t *testing.T) {
 	a := Tar(Reg("a", "1"))
 	layers := []layerCase{{ocitest.Pack(t, a, ocitest.Gzip), a, dockerLayer + ".gzip", ""}}
@@ -286,7 +286,7 @@ func TestManifestsOfOthers(t *testing.T) {
 
 func noConfigType(m doc) { m["config"].(doc)["mediaType"] = "" }
 
-// TestLayoutsOfOthers: layouts that lack a file, or hold more than one image.
+// TestLayoutsOfOthers: layouts that lack a file, or hold several images.
 func TestLayoutsOfOthers(t *testing.T) {
 	image := func(name string) imageCase {
 		tar := Tar(Reg(name, name))

@@ -27,12 +27,12 @@ const (
 	RuleSourceData daxfs.Rule = "source-data"
 )
 
-// Compare reads the image that src holds as Convert does, but keeps no contents, and holds img against it: names,
-// attributes, hard links, link targets, and the bytes of all contents. So it does not matter with which options, or
-// where, img was written. It calls report for each difference until that returns false.
+// Compare reads the image of src like Convert, but keeps no contents, and compares img with it: names,
+// attributes, hard links, link targets, and the bytes of all contents. It does not matter where and with
+// which options img was written. Compare calls report for each difference until report returns false.
 //
-// The error says why the two could not be compared; a difference is none. Time and memory are those of Convert, without
-// the memory for contents. That img is sound is for daxfs.Check to find.
+// The error reports that the comparison failed; a difference is not an error. Time and memory are
+// those of Convert, without the memory for contents. Only daxfs.Check verifies that img is valid.
 func Compare(ctx context.Context, src source.Source, img *daxfs.FS, o Options, report func(daxfs.Finding) bool) error {
 	o = o.withDefaults()
 	from, err := src.Image(ctx, o.Platform)
@@ -52,7 +52,7 @@ func Compare(ctx context.Context, src source.Source, img *daxfs.FS, o Options, r
 	return d.contents(ctx)
 }
 
-// sums knows the digests of contents, and keeps none.
+// sums computes the digests of contents and keeps none.
 type sums struct {
 	max   int64
 	total atomic.Int64
@@ -72,18 +72,17 @@ func (s *sums) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, erro
 
 func (s *sums) Close() error { return nil }
 
-// differ holds an image against a tree.
 type differ struct {
 	img    *daxfs.FS
 	report func(daxfs.Finding) bool
-	done   bool // report wants no more
+	done   bool // report wants no more findings
 
-	nids  map[*daxfs.Node]uint64 // of regular files and others that can have several names
+	nids  map[*daxfs.Node]uint64 // of inodes other than directories, which may have several names
 	nodes map[uint64]*daxfs.Node
 	files []expected
 }
 
-// expected is a regular file of the image whose contents are still to be compared.
+// expected is a regular file of the image with contents still to be compared.
 type expected struct {
 	off, size int64
 	nid       uint64
@@ -97,7 +96,7 @@ func (d *differ) found(rule daxfs.Rule, path string, nid uint64, format string, 
 	}
 }
 
-// inode compares an inode, and all below it.
+// inode compares an inode and everything below it.
 func (d *differ) inode(ctx context.Context, path string, want *daxfs.Node, nid uint64) error {
 	if err := ctx.Err(); err != nil || d.done {
 		return context.Cause(ctx)
@@ -108,7 +107,7 @@ func (d *differ) inode(ctx context.Context, path string, want *daxfs.Node, nid u
 		other := d.nodes[nid]
 		switch {
 		case seen && known == nid:
-			return nil // another name of what was compared
+			return nil // another name of an inode already compared
 		case seen:
 			d.found(RuleSourceTree, path, nid, "it is a file of its own, expected a hard link to inode %d", known)
 		case other != nil:
@@ -189,7 +188,6 @@ func (d *differ) attributes(path string, want *daxfs.Node, have *daxfs.Inode) er
 	return nil
 }
 
-// entries compares the names in a directory.
 func (d *differ) entries(ctx context.Context, path string, want *daxfs.Node, have daxfs.Inode) error {
 	child := func(name string) string {
 		if path == "/" {
@@ -220,7 +218,7 @@ func (d *differ) entries(ctx context.Context, path string, want *daxfs.Node, hav
 	return nil
 }
 
-// contents compares the bytes of all files: each distinct content of the image is read once.
+// contents compares the bytes of all files. It reads each distinct content of the image once.
 func (d *differ) contents(ctx context.Context) error {
 	slices.SortStableFunc(d.files, func(a, b expected) int {
 		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size))
@@ -265,7 +263,7 @@ func (d *differ) contents(ctx context.Context) error {
 	return nil
 }
 
-// untilDone ends reading when its context ends.
+// untilDone ends reads with its context.
 type untilDone struct {
 	ctx context.Context
 	r   io.Reader

@@ -17,7 +17,7 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// compare holds an image against a source.
+// compare compares an image with a source.
 func compare(t *testing.T, name string, b []byte, o converter.Options) (list []string, err error) {
 	t.Helper()
 	src, err := source.Parse(name, source.Config{})
@@ -36,7 +36,7 @@ func compare(t *testing.T, name string, b []byte, o converter.Options) (list []s
 	return list, err
 }
 
-// TestCompare holds images against the source that they came from, whatever the options were.
+// TestCompare compares images with their source, for all options.
 func TestCompare(t *testing.T) {
 	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
 	for _, o := range []converter.Options{{}, {NoAlign: true, Image: daxfs.Options{Label: "label"}}} {
@@ -62,7 +62,7 @@ func TestCompare(t *testing.T) {
 	}
 }
 
-// TestCompareDiffers finds each difference, and says where it is.
+// TestCompareDiffers: each difference is found and located.
 func TestCompareDiffers(t *testing.T) {
 	base := func() []File {
 		return []File{
@@ -82,7 +82,7 @@ func TestCompareDiffers(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		edit func([]File) []File
-		want string // the one finding; empty for none
+		want string // the only finding, or empty
 	}{
 		"nothing":   {func(f []File) []File { return f }, ""},
 		"contents":  {put(1, Reg("dir/file", noise(2, 10_000))), "source-data /dir/file: 10000 bytes have"},
@@ -109,7 +109,7 @@ func TestCompareDiffers(t *testing.T) {
 			}
 		})
 	}
-	// What changed in the image itself.
+	// Changes in the image itself.
 	other := bytes.Clone(b)
 	img, err := daxfs.OpenBytes(other)
 	if err != nil {
@@ -127,7 +127,7 @@ func TestCompareDiffers(t *testing.T) {
 	}
 }
 
-// TestCompareErrors keeps what cannot be compared apart from what differs.
+// TestCompareErrors: an impossible comparison is an error, not a difference.
 func TestCompareErrors(t *testing.T) {
 	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
 	b, _ := mustConvert(t, "oci:"+l.Dir, converter.Options{})
@@ -140,7 +140,7 @@ func TestCompareErrors(t *testing.T) {
 	}
 }
 
-// TestDamagedImageFile refuses to take contents from an image file that changed.
+// TestDamagedImageFile: a changed image file is refused as a source.
 func TestDamagedImageFile(t *testing.T) {
 	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
 	b, _ := mustConvert(t, "oci:"+l.Dir, converter.Options{})

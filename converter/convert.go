@@ -33,36 +33,36 @@ const (
 	maxNames = 1 << 30
 )
 
-// ErrTooLarge is wrapped when an image exceeds Options.MaxSize or what an image file can address.
+// ErrTooLarge is wrapped if an image exceeds Options.MaxSize or the reach of an image file.
 var ErrTooLarge = errors.New("image is too large")
 
 // Options of Convert. The zero value is a good default.
 type Options struct {
-	// Platform chooses among the images of an index. The zero value means this machine's.
+	// Platform selects an image of an index. The zero value means the platform of this machine.
 	Platform source.Platform
-	// Image holds the choices of the image format.
+	// Image holds the options of the image format.
 	Image daxfs.Options
-	// Concurrency is how many layers are read at the same time, at least 4; 0 means one for each core.
+	// Concurrency is the number of layers read at a time, at least 4; 0 means one for each core.
 	Concurrency int
-	// Memory bounds the file contents that wait in memory for those of lower layers, in bytes, at least 32 MiB; 0 means
-	// DefaultMemory. What does not fit waits on disk, beside the output, when layers come over a network. Where they
-	// are files already, they are not read that far ahead: 32 MiB are used for them, whatever Memory says.
+	// Memory bounds the bytes of file contents that wait in memory for those of lower layers, at least 32 MiB;
+	// 0 means DefaultMemory. Contents of layers from a network that do not fit wait on disk, beside the
+	// output. Layers that are local files are not read that far ahead: they use 32 MiB, whatever Memory says.
 	Memory int64
-	// MaxSize bounds the bytes of all layers once they are decompressed, holes of sparse files included; 0 means
-	// DefaultMaxSize. It is what stops a decompression bomb.
+	// MaxSize bounds the decompressed bytes of all layers, holes of sparse files included; 0 means
+	// DefaultMaxSize. It stops decompression bombs.
 	MaxSize int64
-	// MaxEntries bounds the entries of all layers, each of which takes about 400 bytes of memory; 0 means DefaultMaxEntries. Behind
-	// the second xattr of an entry, every two count as one more.
+	// MaxEntries bounds the entries of all layers, which take about 400 bytes of memory each; 0 means
+	// DefaultMaxEntries. From the third xattr of an entry on, every two count as one more entry.
 	MaxEntries int64
-	// NoAlign places files of 2 MiB and more at any block instead of at multiples of 2 MiB. Images get a little
-	// smaller, and cannot be mapped with huge pages.
+	// NoAlign places files of 2 MiB and more at any block instead of at multiples of 2 MiB. Images get a
+	// little smaller, but cannot be mapped with huge pages.
 	NoAlign bool
-	// NoXattrs leaves out all extended attributes, for readers that refuse inodes with any, such as gVisor. Result.LostXattrs
-	// says which.
+	// NoXattrs omits all extended attributes, for readers such as gVisor that refuse inodes with any.
+	// Result.LostXattrs lists them.
 	NoXattrs bool
-	// Sync makes Convert return only when the image is on disk.
+	// Sync makes Convert flush the image to disk before it returns.
 	Sync bool
-	// Progress is told what happens; nil means nobody.
+	// Progress observes the conversion; it may be nil.
 	Progress Progress
 }
 
@@ -86,49 +86,49 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Progress observes a conversion. Its methods are called from several goroutines, and should return soon.
+// Progress observes a conversion. Several goroutines call its methods, which should return soon.
 type Progress interface {
-	// Start is called once, when the layers are known.
+	// Start is called once the layers are known.
 	Start(layers []source.Layer)
-	// Read says that n more bytes of a layer's blob were read.
+	// Read reports n more bytes read from a layer's blob.
 	Read(layer int, n int)
-	// Done says that a layer was read and verified.
+	// Done reports that a layer was read and verified.
 	Done(layer int)
 }
 
-// Result says what was converted.
+// Result describes a conversion.
 type Result struct {
-	// Digest of the manifest (of the configuration where there is no manifest; empty for a tree), and what
-	// Platform it is for.
+	// Digest is the digest of the manifest, or of the configuration if there is no manifest; empty for a
+	// tree. Platform is the platform of the image.
 	Digest   digest.Digest
 	Platform ocispec.Platform
-	// Layers is the number of layers, BytesIn the bytes of their blobs, and Unpacked the bytes of their tars.
+	// Layers is the number of layers, BytesIn the size of their blobs, and Unpacked the size of their tars.
 	Layers   int
 	BytesIn  int64
 	Unpacked int64
 	// BytesOut is the size of the image.
 	BytesOut int64
-	// Deduplicated is the sum of the sizes of file contents that were not stored again because equal ones were there.
+	// Deduplicated is the total size of file contents that were not stored again.
 	Deduplicated int64
 	// Stats are the counts of the image.
 	Stats daxfs.Stats
-	// LeftOut are the names that the DAXFS half cannot hold, see daxfs.Plan.LeftOut.
+	// LeftOut lists the names that the DAXFS half cannot hold; see daxfs.Plan.LeftOut.
 	LeftOut []daxfs.LeftOut
-	// LostXattrs are the extended attributes that Options.NoXattrs left out, sorted by name.
+	// LostXattrs lists the extended attributes that Options.NoXattrs omitted, sorted by name.
 	LostXattrs []tree.LostXattr
-	// Dir counts what the layer of a source without layers has; zero for others.
+	// Dir holds the counts for a source without layers, else zero.
 	Dir layer.Stats
-	// UUID of the image.
+	// UUID is the UUID of the image.
 	UUID [16]byte
 	// RootHash authenticates the image: see daxfs.Prove.
 	RootHash daxfs.RootHash
 }
 
-// Convert writes the image that src holds to the file output, which it replaces. When it fails, or ctx ends, output is
-// as it was before.
+// Convert writes the image of src to the file output and replaces an existing file. On failure or
+// cancellation, output stays unchanged.
 func Convert(ctx context.Context, src source.Source, output string, o Options) (*Result, error) {
 	o = o.withDefaults()
-	f, err := newOutput(output) // first: looking for an image may take a while
+	f, err := newOutput(output) // first: finding the image may take a while
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +150,7 @@ func Convert(ctx context.Context, src source.Source, output string, o Options) (
 	return res, nil
 }
 
-// tooLarge marks errors of those who met a limit.
+// tooLarge marks errors about exceeded limits.
 func tooLarge(err error) error {
 	if errors.Is(err, sink.ErrTooLarge) || errors.Is(err, blob.ErrTooLarge) {
 		return fmt.Errorf("%w: %w", ErrTooLarge, err)
@@ -158,7 +158,6 @@ func tooLarge(err error) error {
 	return err
 }
 
-// write puts the image into f.
 func write(ctx context.Context, img *source.Image, f *output, o Options) (*Result, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -215,7 +214,7 @@ func write(ctx context.Context, img *source.Image, f *output, o Options) (*Resul
 	}, nil
 }
 
-// conversion is the reading half of one Convert or Compare.
+// conversion is the reading part of Convert and Compare.
 type conversion struct {
 	o     Options
 	store func(layer int) contents
@@ -229,36 +228,36 @@ type conversion struct {
 // contents takes the contents of one layer.
 type contents interface {
 	layer.Store
-	// Close says that the layer has no more.
+	// Close ends the contents of the layer.
 	Close() error
 }
 
-// run reads all that the image has, and returns the tree.
+// run reads the whole image and returns its tree.
 func (c *conversion) run(ctx context.Context) (*daxfs.Node, error) {
 	read := c.read
 	if c.img.Tree != nil {
 		read = c.wholeTree
 	}
 	if err := read(ctx); err != nil {
-		// What made the others stop is the reason, not that they stopped.
+		// The cause of the cancellation is the reason; err is only its effect.
 		return nil, cmp.Or(context.Cause(ctx), err)
 	}
 	return c.tree.Root(), nil
 }
 
-// read reads all layers, some of them at the same time, and merges them in their order.
+// read reads all layers, several at a time, and merges them in order.
 func (c *conversion) read(ctx context.Context) error {
 	if c.o.Progress != nil {
 		c.o.Progress.Start(c.img.Layers)
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	parsed := make([]chan *layer.Layer, len(c.img.Layers)) // each gets its layer once that was verified, or is closed
+	parsed := make([]chan *layer.Layer, len(c.img.Layers)) // each channel gets its verified layer, or is closed
 	for i := range parsed {
 		parsed[i] = make(chan *layer.Layer, 1)
 	}
 	merged := make(chan error, 1)
 	go func() { merged <- c.merge(parsed) }()
-	// Layers start in order: those whose contents are placed next are always among them, and nothing waits for ever.
+	// Layers start in order, so the layers to be placed next are always running and nothing waits for ever.
 	g.SetLimit(c.o.Concurrency)
 	for i, l := range c.img.Layers {
 		g.Go(func() error {
@@ -274,12 +273,12 @@ func (c *conversion) read(ctx context.Context) error {
 			return nil
 		})
 	}
-	// A layer that is not what was promised explains more than what it could not be merged with.
+	// A layer that failed verification explains more than a failed merge.
 	err := g.Wait()
 	return cmp.Or(err, <-merged)
 }
 
-// merge applies the layers as they come, up to the first that does not.
+// merge applies the layers in order, up to the first missing one.
 func (c *conversion) merge(parsed []chan *layer.Layer) error {
 	for _, ch := range parsed {
 		l, ok := <-ch
@@ -324,7 +323,6 @@ func (c *conversion) layer(ctx context.Context, i int, l source.Layer) (*layer.L
 	return b.Layer, nil
 }
 
-// wholeTree reads a source that has no layers.
 func (c *conversion) wholeTree(ctx context.Context) error {
 	store := c.store(0)
 	l, err := c.img.Tree(ctx, store, c.limits())
@@ -343,12 +341,12 @@ func (c *conversion) wholeTree(ctx context.Context) error {
 	return c.tree.Take(l)
 }
 
-// limits of one layer. The contents of all layers together are bounded by the sink.
+// limits returns the limits of one layer. The sink bounds the contents of all layers together.
 func (c *conversion) limits() layer.Limits {
 	return layer.Limits{MaxBytes: math.MaxInt64, MaxEntries: c.o.MaxEntries, MaxMetaBytes: maxNames}
 }
 
-// count holds what all layers keep in memory against the limits of the image.
+// count adds what a layer keeps in memory and checks the limits of the image.
 func (c *conversion) count(l *layer.Layer) error {
 	if n := c.entries.Add(l.Cost()); n > c.o.MaxEntries {
 		return fmt.Errorf("%w: more than %d entries in all layers", ErrTooLarge, c.o.MaxEntries)

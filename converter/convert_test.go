@@ -26,7 +26,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// TestSameBytes: the image depends on nothing but the layers.
+// TestSameBytes: the image depends only on the layers.
 func TestSameBytes(t *testing.T) {
 	tars := exampleLayers()
 	var want []byte
@@ -69,7 +69,7 @@ func TestSameBytes(t *testing.T) {
 	same("registry", "docker://"+push(t, gz.Dir), converter.Options{})
 }
 
-// TestFromImageFile: what Convert wrote is a source, of the same tree.
+// TestFromImageFile: a converted image is a source of the same tree.
 func TestFromImageFile(t *testing.T) {
 	first, res := mustConvert(t, "oci:"+newLayout(t, packed(exampleLayers(), ocitest.Gzip)...).Dir, converter.Options{})
 	file := filepath.Join(t.TempDir(), "image.daxfs")
@@ -122,7 +122,7 @@ func TestFromImageFile(t *testing.T) {
 	}
 }
 
-// push serves the image of a layout from a registry in this process, and returns its reference.
+// push serves the image of a layout from a registry in this process and returns its reference.
 func push(t testing.TB, dir string) string {
 	t.Helper()
 	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
@@ -152,7 +152,7 @@ func compress(t *testing.T, from, to string, c ocitest.Compression) {
 	}
 }
 
-// TestRootfs: a directory gives the image of the layer that holds the same.
+// TestRootfs: a directory and a layer of the same content give the same image.
 func TestRootfs(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "root")
 	if err := os.MkdirAll(filepath.Join(dir, "etc"), 0o755); err != nil {
@@ -182,7 +182,7 @@ func TestImageWithoutLayers(t *testing.T) {
 	}
 }
 
-// TestOutputIsReplaced: by a file with the permissions of a new one, and with nothing beside it.
+// TestOutputIsReplaced: by a file with default permissions, and nothing else is left beside it.
 func TestOutputIsReplaced(t *testing.T) {
 	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
 	out, _, err := convert(t, "oci:"+l.Dir, converter.Options{Sync: true})
@@ -201,7 +201,7 @@ func TestOutputIsReplaced(t *testing.T) {
 	}
 }
 
-// TestLongName: the name that the output has before it is complete fits wherever its own does.
+// TestLongName: the temporary name fits any file system that accepts the output's name.
 func TestLongName(t *testing.T) {
 	dir := t.TempDir()
 	name := strings.Repeat("n", 255)
@@ -232,7 +232,7 @@ func checkOnly(t *testing.T, dir string, want ...string) {
 	}
 }
 
-// TestNoXattrs: the image is the one of layers without extended attributes, and what it lacks is told.
+// TestNoXattrs: the image equals that of layers without xattrs, and the result lists the lost ones.
 func TestNoXattrs(t *testing.T) {
 	with := exampleLayers()
 	got, res := mustConvert(t, "oci:"+newLayout(t, packed(with, ocitest.None)...).Dir,
@@ -255,7 +255,7 @@ func TestNoXattrs(t *testing.T) {
 	}
 }
 
-// tarWithoutXattrs packs a tar anew with headers that have no extended attributes.
+// tarWithoutXattrs repacks a tar without extended attributes.
 func tarWithoutXattrs(t *testing.T, old []byte) []byte {
 	t.Helper()
 	var out bytes.Buffer

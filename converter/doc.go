@@ -9,23 +9,22 @@
 //
 // # Flow
 //
-// Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (layer.FromBlob, which the image store
-// of a host uses as well). The contents of files go to one ordered placer (internal/sink), which writes every distinct
-// content once. The changes of
-// verified layers are merged into one tree (package tree) while others are read. Then contents that no file refers to any
-// more are dropped, and the metadata is planned and written behind the contents (package daxfs).
+// Layers are read concurrently, each in one pass: read, hash, decompress, hash, parse (layer.FromBlob,
+// which a host's image store uses as well). The contents of files go to one ordered placer
+// (internal/sink), which writes every distinct content once. Verified layers are merged into one tree
+// (package tree) while others are read. Then contents without a file are dropped, and the metadata is
+// planned and written behind the contents (package daxfs).
 //
-// # What is promised
+// # Guarantees
 //
-// The same layers give the same bytes: on another day, with another concurrency or memory limit, and from whatever
-// source, compressed or not.
+// Equal layers give equal bytes, independent of date, concurrency, memory limit, source and compression.
 //
-// The output appears complete or not at all: it is written to a file without a name and linked to its name at the
-// end. A file that was there stays until it is replaced in one step.
+// The output appears complete or not at all: it is written to an unnamed file, which gets its name at
+// the end. An existing file is replaced in one step.
 //
-// Memory is bounded by Options.Memory for contents, at least 32 MiB (always 32 MiB for layers that are files), plus
-// about 16 MiB for each layer that is read at the same time, of which there are at least four: half of them for contents
-// that are not hashed yet, half for what lies between the stages that read a layer (more for zstd layers with a large
-// window). Entries take about 1 KiB each, of which Options.MaxEntries is the limit, and long names, link targets and
-// xattrs, of which there may be 1 GiB in all layers, take a few times their bytes.
+// Memory is bounded by Options.Memory for contents, at least 32 MiB (always 32 MiB for layers that are
+// local files), plus about 16 MiB for each layer being read, at least four: half for contents not yet
+// hashed, half for data between the stages of reading (more for zstd layers with a large window). An
+// entry takes about 1 KiB, up to Options.MaxEntries; long names, link targets and xattrs, at most
+// 1 GiB in all layers, take a few times their size.
 package converter

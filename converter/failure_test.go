@@ -45,7 +45,7 @@ func readJSON(t *testing.T, file string, v any) {
 	}
 }
 
-// edit changes a blob without telling anybody.
+// edit changes a blob silently.
 func edit(t *testing.T, file string, f func([]byte) []byte) {
 	t.Helper()
 	b, err := os.ReadFile(file)
@@ -57,7 +57,7 @@ func edit(t *testing.T, file string, f func([]byte) []byte) {
 	}
 }
 
-// TestBadInput: the error names the layer and what was expected and found, and the output stays what it was.
+// TestBadInput: the error names the layer, the expected and the found value, and the output stays unchanged.
 func TestBadInput(t *testing.T) {
 	tars := exampleLayers()
 	middle := func(b []byte) []byte { b[len(b)/2] ^= 0x55; return b }
@@ -294,7 +294,7 @@ func TestFullDisk(t *testing.T) {
 	checkUntouched(t, out)
 }
 
-// cancelling is a progress that ends the conversion in the middle of a layer.
+// cancelling is a Progress that ends the conversion in the middle of a layer.
 type cancelling struct {
 	cancel context.CancelCauseFunc
 	err    error
@@ -326,7 +326,7 @@ func TestCancel(t *testing.T) {
 	checkUntouched(t, out)
 }
 
-// TestDamagedLayer: layers that wait for a damaged one give up with it.
+// TestDamagedLayer: layers that wait for a damaged one end with it.
 func TestDamagedLayer(t *testing.T) {
 	var layers [][]byte
 	for i := range uint64(4) {
@@ -371,7 +371,7 @@ func TestOutputMustBeAFile(t *testing.T) {
 		fifo + "/image":                              "not a directory",
 		filepath.Join(dir, strings.Repeat("n", 256)): "file name too long",
 	} {
-		// It is said before layers are read: there is a long way to them.
+		// The error comes before layers are read.
 		unread := unread{t, src}
 		if _, err := converter.Convert(context.Background(), unread, out, converter.Options{}); err == nil ||
 			!strings.Contains(err.Error(), want) {
@@ -381,7 +381,7 @@ func TestOutputMustBeAFile(t *testing.T) {
 	checkOnly(t, dir)
 }
 
-// unread is a source that nobody should ask for its image.
+// unread is a source whose image must not be requested.
 type unread struct {
 	t *testing.T
 	source.Source
@@ -392,7 +392,7 @@ func (u unread) Image(ctx context.Context, p source.Platform) (*source.Image, er
 	return u.Source.Image(ctx, p)
 }
 
-// TestFIFOForALayer: a blob that is a FIFO is an error, not something to wait for.
+// TestFIFOForALayer: a blob that is a FIFO is an error and does not block.
 func TestFIFOForALayer(t *testing.T) {
 	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
 	_, m := manifestOf(t, l)
@@ -410,8 +410,8 @@ func TestFIFOForALayer(t *testing.T) {
 	checkUntouched(t, out)
 }
 
-// TestOutputIsALink: what the link leads to is replaced, the link stays. A link to what is no file is refused, before
-// anything is created beside it.
+// TestOutputIsALink: the target of a link is replaced and the link stays. A link to anything but a
+// file is refused before anything is created beside it.
 func TestOutputIsALink(t *testing.T) {
 	l := newLayout(t, packed(exampleLayers(), ocitest.Gzip)...)
 	src, err := source.Parse("oci:"+l.Dir, source.Config{})

@@ -19,8 +19,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// TestTreeIsThatOfContainerd converts an image and holds what the kernel mounts, and what our reader reads, against the
-// directory into which containerd's applier unpacks the same layers.
+// TestTreeIsThatOfContainerd converts an image and compares the kernel's mount and our reader with the
+// directory unpacked by containerd's applier.
 func TestTreeIsThatOfContainerd(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: the applier sets owners and makes devices")
@@ -30,7 +30,7 @@ func TestTreeIsThatOfContainerd(t *testing.T) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	start := time.Now().Add(-time.Second) // file systems take their time from a coarse clock
+	start := time.Now().Add(-time.Second) // file systems use a coarse clock
 	for _, b := range tars {
 		if _, err := archive.Apply(context.Background(), dir, bytes.NewReader(b)); err != nil {
 			t.Fatal(err)

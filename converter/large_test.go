@@ -14,7 +14,7 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// sparseTar is a layer with one file of size bytes, all of them zero but the last ones, as GNU tar writes it in PAX format.
+// sparseTar is a layer with one file of zeros before end, as written by GNU tar in PAX format.
 func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	t.Helper()
 	chunks := fmt.Sprintf("1\n%d\n%d\n", size-int64(len(end)), len(end))
@@ -26,7 +26,7 @@ func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	pax := PAXRecord("GNU.sparse.major", "1") + PAXRecord("GNU.sparse.minor", "0") +
 		PAXRecord("GNU.sparse.name", name) +
 		PAXRecord("GNU.sparse.realsize", fmt.Sprint(size))
-	// Go's writer refuses these records, so the extended header is written as the file that it is.
+	// Go's writer refuses these records, so write the extended header as a file.
 	for _, e := range []struct {
 		typ  byte
 		name string
@@ -51,7 +51,7 @@ func sparseTar(t testing.TB, name string, size int64, end string) []byte {
 	return raw
 }
 
-// TestLargeFile: sizes that need more than 31 and 32 bits, and files that share all contents but the last bytes.
+// TestLargeFile: sizes of more than 31 and 32 bits, and files that share all contents but the last bytes.
 func TestLargeFile(t *testing.T) {
 	if testing.Short() {
 		t.Skip("reads 7 GiB of zeros")

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// noise is text that neither compresses away nor occurs twice.
+// noise is text that neither compresses well nor repeats.
 func noise(seed uint64, n int) string {
 	rnd := rand.New(rand.NewPCG(seed, 7))
 	b := make([]byte, n)
@@ -41,7 +41,7 @@ func noise(seed uint64, n int) string {
 	return string(b)
 }
 
-// treeTar is a layer of n files of 1 MiB each, which differ in every block.
+// treeTar is a layer of n files of 1 MiB each that differ in every block.
 func treeTar(seed uint64, n int) []byte {
 	body := []byte(noise(seed, 1<<20))
 	var files []File
@@ -54,7 +54,7 @@ func treeTar(seed uint64, n int) []byte {
 	return Tar(files...)
 }
 
-// exampleLayers use every way in which layers act on each other once: package tree tests each of them in depth.
+// exampleLayers use every interaction of layers once; package tree tests them in depth.
 func exampleLayers() [][]byte {
 	big := noise(1, 3<<20)
 	return [][]byte{
@@ -98,7 +98,7 @@ func newLayout(t testing.TB, layers ...ocitest.Layer) *ocitest.Layout {
 	return l
 }
 
-// convert converts what name says, to a file that is the only one of its directory.
+// convert converts the named source to a file that is the only one of its directory.
 func convert(t testing.TB, name string, o converter.Options) (string, *converter.Result, error) {
 	t.Helper()
 	src, err := source.Parse(name, source.Config{PlainHTTP: true})
@@ -114,10 +114,10 @@ func convert(t testing.TB, name string, o converter.Options) (string, *converter
 	return out, res, err
 }
 
-// before is what the output holds before a conversion, and must hold after one that failed.
+// before is the content of the output before a conversion, and after a failed one.
 const before = "what was there before"
 
-// mustConvert is convert for images that are good. What it made passes Check.
+// mustConvert is convert for good images. The result must pass Check.
 func mustConvert(t testing.TB, name string, o converter.Options) ([]byte, *converter.Result) {
 	t.Helper()
 	out, res, err := convert(t, name, o)

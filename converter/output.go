@@ -9,17 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// output is a file that gets its name only when it is complete.
+// output is a file that gets its name only once it is complete.
 type output struct {
 	*os.File
 	path string
-	temp string // the name it has in the meantime; empty when it has none
+	temp string // temporary name, or empty
 }
 
-// newOutput creates a file in the directory of path. Where the file system can, the file has no name, so that not even
-// SIGKILL leaves it behind.
+// newOutput creates a file in the directory of path. If the file system allows, the file has no name,
+// so that not even SIGKILL leaves it behind.
 func newOutput(path string) (*output, error) {
-	// A name that cannot be had would show only when it is given, after all layers were read.
+	// Detect an unusable name now: linking fails only after all layers are read.
 	fi, err := os.Stat(path)
 	switch {
 	case err == nil && !fi.Mode().IsRegular():
@@ -27,7 +27,7 @@ func newOutput(path string) (*output, error) {
 	case err != nil && !errors.Is(err, os.ErrNotExist):
 		return nil, fmt.Errorf("output: %w", err)
 	}
-	// A symbolic link stays; what it leads to is replaced. (/dev/stdout is one.)
+	// Keep a symbolic link and replace its target. (/dev/stdout is one.)
 	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == os.ModeSymlink {
 		if path, err = filepath.EvalSymlinks(path); err != nil {
 			return nil, fmt.Errorf("output is a symbolic link to nothing that can be replaced: %w", err)
@@ -44,12 +44,12 @@ func newOutput(path string) (*output, error) {
 	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
 		return nil, &os.PathError{Op: "create", Path: path, Err: err}
 	}
-	f, err := os.CreateTemp(dir, ".daxfs-*") // without the name of the output, which may be as long as names can be
+	f, err := os.CreateTemp(dir, ".daxfs-*") // without the output's name, which may have the maximum length
 	if err != nil {
 		return nil, err
 	}
 	o := &output{File: f, path: path, temp: f.Name()}
-	// As for any new file: the permissions that the umask leaves.
+	// Use the permissions of any new file, as limited by the umask.
 	mask := unix.Umask(0)
 	unix.Umask(mask)
 	if err := f.Chmod(os.FileMode(0o666 &^ mask)); err != nil {
@@ -59,7 +59,7 @@ func newOutput(path string) (*output, error) {
 	return o, nil
 }
 
-// kind is what a file is that is no regular one.
+// kind describes a file that is not regular.
 func kind(m os.FileMode) string {
 	switch {
 	case m.IsDir():
@@ -72,7 +72,7 @@ func kind(m os.FileMode) string {
 	return "device"
 }
 
-// commit gives the file its name, in place of a file that has it.
+// commit gives the file its name and replaces an existing file.
 func (o *output) commit(sync bool) error {
 	if sync {
 		if err := o.Sync(); err != nil {
@@ -84,7 +84,7 @@ func (o *output) commit(sync bool) error {
 			return err
 		}
 	}
-	if err := o.Close(); err != nil { // some file systems report a full disk only now
+	if err := o.Close(); err != nil { // some file systems report a full disk only here
 		return err
 	}
 	if err := os.Rename(o.temp, o.path); err != nil {
@@ -102,7 +102,7 @@ func (o *output) commit(sync bool) error {
 	return d.Sync()
 }
 
-// link gives the file a temporary name: a link cannot replace a file, a rename can.
+// link gives the file a temporary name: unlike a link, a rename can replace a file.
 func (o *output) link() error {
 	for i := range 1000 {
 		name := filepath.Join(filepath.Dir(o.path), fmt.Sprintf(".daxfs-%d-%d", os.Getpid(), i))
@@ -119,7 +119,7 @@ func (o *output) link() error {
 	return fmt.Errorf("no free temporary name beside %q", o.path)
 }
 
-// discard drops the file unless it was committed.
+// discard removes the file unless it was committed.
 func (o *output) discard() {
 	o.Close()
 	if o.temp != "" {

@@ -2,5 +2,5 @@
 
 package converter_test
 
-// raceDetector tells that the race detector is on, whose own memory counts as the program's.
+// raceDetector is true if the race detector is on, whose memory counts as the program's.
 const raceDetector = true

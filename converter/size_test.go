@@ -12,8 +12,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// TestSize holds the image of what this machine has below /usr, gaps before large files included, to its bound: two
-// hundredths more than the pages of the distinct contents, and 400 bytes for each entry.
+// TestSize: the image of this machine's /usr, gaps before large files included, has at most 1.02 times
+// the pages of the distinct contents, plus 400 bytes for each entry.
 func TestSize(t *testing.T) {
 	layers := [][]byte{
 		ocitest.TarTree(t, 100<<20, "/usr/lib/x86_64-linux-gnu", "/usr/lib64"),
@@ -44,7 +44,8 @@ func TestSize(t *testing.T) {
 		_, res := mustConvert(t, "oci:"+newLayout(t, packed(layers, ocitest.None)...).Dir,
 			converter.Options{NoAlign: noAlign})
 		bound := pages + pages/50 + 400*int64(res.Stats.Names)
-		t.Logf("unaligned %v: %d entries, contents %d bytes in pages, image %d bytes (%.3f x, %d for each entry), bound %d",
+		t.Logf("unaligned %v: %d entries, contents %d bytes in pages, "+
+			"image %d bytes (%.3f x, %d for each entry), bound %d",
 			noAlign, res.Stats.Names, pages, res.BytesOut, float64(res.BytesOut)/float64(pages),
 			(res.BytesOut-pages)/int64(res.Stats.Names), bound)
 		if res.BytesOut > bound {

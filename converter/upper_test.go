@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// upperDir is what an overlay might leave in its upper directory, in the older and in the newer forms.
+// upperDir is an upper directory of an overlay, with marks in the older and newer forms.
 func upperDir(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -29,7 +29,7 @@ func upperDir(t *testing.T) string {
 		unix.Mknod(in("impure/gone"), unix.S_IFCHR, 0), os.Link(in("impure/gone"), in("also gone")),
 		unix.Mknod(in("gone with a mode"), unix.S_IFCHR|0o644, 0), os.Chown(in("gone with a mode"), 3, 4),
 		unix.Mknod(in("null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))), mark("null", "trusted.note", "x"),
-		unix.Mknod(in("block"), unix.S_IFBLK|0o600, 0), // no whiteout
+		unix.Mknod(in("block"), unix.S_IFBLK|0o600, 0), // not a whiteout
 		mark("opaque/file", "user.overlay.note", "user"), mark(".", "trusted.overlay.uuid", "0123456789abcdef"),
 	)
 	if err != nil {
@@ -38,7 +38,7 @@ func upperDir(t *testing.T) string {
 	return dir
 }
 
-// newerMarks adds whiteouts in xattr form, and attributes of an overlay inside the overlay.
+// newerMarks adds whiteouts in xattr form, and attributes of a nested overlay.
 func newerMarks(t *testing.T, dir string) {
 	t.Helper()
 	in := func(name string) string { return filepath.Join(dir, name) }
@@ -54,7 +54,7 @@ func newerMarks(t *testing.T, dir string) {
 	}
 }
 
-// mountOverlay mounts directories below a fresh upper directory, the top one first.
+// mountOverlay mounts directories below a new upper directory, the top one first.
 func mountOverlay(t *testing.T, lowers string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -76,21 +76,21 @@ func mountOverlay(t *testing.T, lowers string) string {
 	return merged
 }
 
-// rootTime leaves out the time of the root directory, which an overlay takes from its upper directory.
+// rootTime ignores the time of the root directory, which an overlay takes from its upper directory.
 func rootTime(want, got *treetest.Entry) {
 	if want.Path == "." {
 		want.Mtime = got.Mtime
 	}
 }
 
-// userMarks leaves out what overlayfs takes for its own only if it is mounted with userxattr: a directory does not tell.
+// userMarks ignores attributes that overlayfs claims only when mounted with userxattr.
 func userMarks(want, got *treetest.Entry) {
 	rootTime(want, got)
 	delete(want.Xattrs, "user.overlay.note")
 }
 
-// TestNotesOfOverlayfs: the image of a directory is the directory, also for an overlay above it; that of an upper directory
-// is what the overlay shows.
+// TestNotesOfOverlayfs: the image of a plain directory keeps the marks, also for an overlay above it;
+// that of an upper directory is the overlay's view.
 func TestNotesOfOverlayfs(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: it makes whiteouts, and mounts")
@@ -128,7 +128,7 @@ func TestNotesOfOverlayfs(t *testing.T) {
 		}
 		mounted := mountErofs(t, plain)
 		compare("mounted", dir, mounted, nil)
-		// Overlayfs lists whiteouts that it then does not find, except where it merges directories.
+		// Overlayfs lists whiteouts that it cannot look up, except in merged directories.
 		base := t.TempDir()
 		for _, d := range []string{"impure", "opaque", "x"} {
 			if err := os.Mkdir(filepath.Join(base, d), 0o755); err != nil {

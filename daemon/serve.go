@@ -70,7 +70,20 @@ func (d *Daemon) Serve(ctx context.Context, ready func()) error {
 	if ready != nil {
 		ready()
 	}
-	return serveGRPC(ctx, l, d.grpcServer(d.differ))
+	err = serveGRPC(ctx, l, d.grpcServer(d.differ))
+	d.cleanupLast(context.WithoutCancel(ctx))
+	return err
+}
+
+// cleanupLast frees what nobody holds any more. The kernel frees an overlay a moment after its last user is gone, which
+// may be after the last cleanup that containerd asked for, and a stopped daemon unmounts nothing: an operator who
+// removes all images and stops the daemon would find one still mounted.
+func (d *Daemon) cleanupLast(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	if err := d.sn.Cleanup(ctx); err != nil {
+		log.G(ctx).WithError(err).Warn("the last cleanup failed; the next start does it again")
+	}
 }
 
 // grpcServer returns a server of the snapshotter and a differ.

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// distroTree is like the root of a Linux distribution with n inodes: directories of some 12 entries, files of 14 KiB on
-// average, one symlink in ten, one time for two thirds of the files.
+// distroTree resembles the root of a Linux distribution with n inodes: directories of some 12 entries,
+// files of 14 KiB on average, one symlink in ten, one time for two thirds of the files.
 func distroTree(n int, s *store) *daxfs.Node {
 	root := dir(map[string]*daxfs.Node{})
 	dirs := []*daxfs.Node{root}
@@ -45,7 +45,7 @@ func benchTree(b *testing.B) (*daxfs.Node, *store) {
 	return distroTree(60_000, s), s
 }
 
-// BenchmarkPlan, BenchmarkWriteTo and BenchmarkCopy share one tree: the last is what only moving the metadata costs.
+// BenchmarkPlan, BenchmarkWriteTo and BenchmarkCopy share one tree; BenchmarkCopy only copies the metadata.
 func BenchmarkPlan(b *testing.B) {
 	root, _ := benchTree(b)
 	b.Run("60000", func(b *testing.B) {
@@ -96,8 +96,8 @@ func BenchmarkCopy(b *testing.B) {
 	})
 }
 
-// TestSize holds the size of an image of many files to its bound: two hundredths more than the pages of its contents,
-// and 400 bytes for each entry.
+// TestSize: the size of an image of many files is at most 1.02 times the pages of its contents, plus
+// 400 bytes for each entry.
 func TestSize(t *testing.T) {
 	for _, n := range []int{1000, 60_000} {
 		s := &store{next: daxfs.BlockSize}

@@ -11,7 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// TestCheckCorrupt makes single corruptions: each must break its rule, and no rule that is not named beside it.
+// TestCheckCorrupt makes single corruptions: each must break exactly its rule and the rules listed with it.
 func TestCheckCorrupt(t *testing.T) {
 	sound := patient(t)
 	mustCheck(t, sound)
@@ -47,7 +47,7 @@ func TestCheckCorrupt(t *testing.T) {
 	}
 }
 
-// stopEverywhere ends the check after each finding: no other may follow, and the same ones come every time.
+// stopEverywhere ends the check after each finding: no other may follow, and the findings are always the same.
 func stopEverywhere(t *testing.T, b []byte, all []daxfs.Finding) {
 	t.Helper()
 	for limit := range min(len(all), 20) {

@@ -10,38 +10,36 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// erofsState is what a check remembers of the EROFS half.
+// erofsState is the state of a check of the EROFS half.
 type erofsState struct {
 	nodes parts[node]
 	byNid nidTable // of nodes
 	dirs  []dirRef
-	todo  []int32 // indexes in dirs that are to be read
-	full  bool    // there are more inodes than wanted: nothing can be said about links
+	todo  []int32 // indexes in dirs still to be read
+	full  bool    // there are more inodes than allowed: link counts are not checked
 
-	sharedSeen map[uint32]bool // shared xattrs that were checked; false if they were bad
+	sharedSeen map[uint32]bool // shared xattrs already checked; false if they were bad
 	names      []string        // scratch: xattr names of one inode
 }
 
-// node is one inode that a name led to.
 type node struct {
 	nid    uint64
-	cursor int64  // of its first name in dir
+	cursor int64  // cursor of its first name in dir
 	dir    int32  // index in dirs; -1 for the root
-	names  uint32 // entries that lead here; of a directory, its subdirectories
+	names  uint32 // entries that lead here; for a directory, its subdirectories
 	nlink  uint32
-	peer   uint32 // its inode in the DAXFS half, 0 if there is none
+	peer   uint32 // its inode in the DAXFS half, or 0
 	mode   uint16
 	ok     bool // the inode could be read
 }
 
-// dirRef is one directory.
 type dirRef struct {
 	node   int32 // index in nodes
-	parent int32 // index in dirs; of the root, its own
+	parent int32 // index in dirs; the root is its own parent
 	depth  int32 // bytes of its path
 }
 
-// checkErofs walks the EROFS half from the root, each directory once, side by side with the DAXFS half.
+// checkErofs walks the EROFS half from the root, each directory once, in parallel with the DAXFS half.
 func (c *checker) checkErofs() {
 	if c.ero == nil {
 		return
@@ -81,12 +79,11 @@ func (c *checker) checkErofs() {
 	}
 }
 
-// node returns the number of the node of an inode, if there is one.
+// node returns the index of an inode's node, if there is one.
 func (c *checker) node(nid uint64) (int32, bool) {
 	return c.byNid.find(nid, func(i int32) uint64 { return c.nodes.at(i).nid })
 }
 
-// addNode adds a node, and returns its number.
 func (c *checker) addNode(n node) int32 {
 	i := c.nodes.len()
 	c.nodes.add(n)
@@ -94,11 +91,11 @@ func (c *checker) addNode(n node) int32 {
 	return i
 }
 
-// maxParts bounds how many names of a path a finding shows: many findings in a deep tree would take forever.
+// maxParts bounds the names in the path of a finding: many findings in a deep tree would take too long.
 const maxParts = 64
 
-// nodePath is the absolute path of a node by its first name, found again in the image: keeping all names takes too much.
-// Of a very deep one it is only the end, after "...".
+// nodePath returns the absolute path of a node by its first name. It reads the names from the image again,
+// because keeping them takes too much memory. A very deep path is shortened to "..." and its last names.
 func (c *checker) nodePath(i int32) string {
 	var parts []string
 	n := c.nodes.at(i)
@@ -117,9 +114,8 @@ func (c *checker) nodePath(i int32) string {
 	return strings.Join(parts, "/")
 }
 
-// nodeName reads the first name of a node.
 func (c *checker) nodeName(n *node) string {
-	name := "?" // only if the bytes have changed since
+	name := "?" // only if the bytes have changed meanwhile
 	dir, err := c.ero.inode(c.nodes.at(c.dirs[n.dir].node).nid)
 	if err == nil && dir.IsDir() {
 		_ = c.ero.entries(&dir, n.cursor, func(e Dirent) bool {
@@ -137,7 +133,7 @@ func childPath(dir string, name []byte) string {
 	return dir + "/" + string(name)
 }
 
-// checkDir checks one directory and every inode that it leads to first.
+// checkDir checks one directory and every inode that it is the first to name.
 func (c *checker) checkDir(d int32) {
 	ref := c.dirs[d]
 	self := *c.nodes.at(ref.node)
@@ -147,7 +143,7 @@ func (c *checker) checkDir(d int32) {
 	}
 	dir, err := c.ero.inode(self.nid)
 	if err != nil {
-		c.broken(err, "") // it was sound when its name was met
+		c.broken(err, "") // the inode was valid when its name was read
 		return
 	}
 	var pathMemo string
@@ -216,7 +212,7 @@ func (c *checker) checkDot(dir *Inode, e *rawDirent, want uint64, off int64, pat
 	}
 }
 
-// checkEntry checks one entry, and the inode if it is the first entry that leads there.
+// checkEntry checks one entry, and its inode if the entry is the first to name it.
 func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, e *rawDirent, other *peerDir) {
 	dirNid := c.nodes.at(c.dirs[d].node).nid
 	i, seen := c.node(e.nid)
@@ -254,7 +250,7 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 		depth := c.dirs[d].depth + 1 + int32(len(e.name))
 		if depth > maxPath {
 			c.finding(RuleDirDepth, off, dirNid, "", "path of %d bytes, expected at most %d", depth, maxPath)
-			n.ok = false // what is in it is not counted
+			n.ok = false // do not count its entries
 			c.skipPeer(other, e.name)
 			return
 		}
@@ -266,7 +262,7 @@ func (c *checker) checkEntry(d int32, dirPath func() string, cursor, off int64, 
 	c.match(other, i, e.name, dirPath)
 }
 
-// checkInode reads and checks a node. path is only known for the root, else it is worked out.
+// checkInode reads and checks a node. path may be empty; it is then computed on demand.
 func (c *checker) checkInode(i int32, path string) {
 	n := c.nodes.at(i)
 	where := func() string {
@@ -290,7 +286,7 @@ func (c *checker) checkInode(i int32, path string) {
 	off := c.ero.inodeOff(n.nid)
 	c.checkFields(&in, &raw, off, where)
 	head := int64(raw.HeaderSize())
-	if !c.live.on || i != 0 { // a slot lies among the others
+	if !c.live.on || i != 0 { // a slot is part of the slot table
 		c.use(off, head+in.xlen, useMeta, in.Nid)
 	}
 	c.checkContents(&in, &raw, off, where)
@@ -305,7 +301,7 @@ func (c *checker) checkInode(i int32, path string) {
 	c.checkXattrs(&in, where)
 }
 
-// checkFields checks what the reader does not need.
+// checkFields checks the fields that the reader ignores.
 func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where func() string) {
 	b, err := c.s.view(off, raw.HeaderSize())
 	if err != nil {
@@ -329,7 +325,7 @@ func (c *checker) checkFields(in *Inode, raw *disk.ErofsInode, off int64, where 
 	}
 }
 
-// checkContents checks where the contents lie, and symbolic links.
+// checkContents checks symbolic links and the place of contents.
 func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, where func() string) {
 	kind := useMeta
 	switch in.Mode & unix.S_IFMT {
@@ -341,7 +337,7 @@ func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, wher
 		}
 	case unix.S_IFLNK:
 		kind = useTarget
-		// Linux looks for an inline target in the block of the inode, not only in one block.
+		// Linux requires an inline target in the same block as the inode.
 		if end := in.tail + in.Size; in.tail != 0 && off/BlockSize != (end-1)/BlockSize {
 			c.finding(RuleInline, off, in.Nid, where(), "target ends at %d, expected it in the block of the inode", end)
 		}
@@ -350,7 +346,7 @@ func (c *checker) checkContents(in *Inode, raw *disk.ErofsInode, off int64, wher
 		}
 	case unix.S_IFDIR:
 	default:
-		// Linux takes the device number for a number of blocks, or refuses the inode.
+		// Linux would take the device number for a number of blocks, or refuse the inode.
 		if raw.Layout != disk.ErofsLayoutPlain {
 			c.finding(RuleLayout, off, in.Nid, where(),
 				"data layout %d of a special file, expected plain (0)", raw.Layout)

@@ -11,10 +11,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// TestCheckFlips flips single bits of the metadata. A flip that Check does not find may change nothing that both
-// halves store: times, device numbers and attributes are in one half only and may have any value, and so may the owner,
-// permissions and names of special files. Targets are stored once for both halves. NULs may follow the last name of a
-// directory.
+// TestCheckFlips flips single bits of the metadata. A flip that Check does not find must not change
+// anything that both halves store. Times, device numbers and attributes are in one half only and may
+// have any value, and so may owner, permissions and names of special files. Targets are stored once
+// for both halves. NULs may follow the last name of a directory.
 func TestCheckFlips(t *testing.T) {
 	sound := fuzzImage(t)
 	o := operate(t, bytes.Clone(sound))
@@ -40,8 +40,8 @@ func TestCheckFlips(t *testing.T) {
 	t.Logf("%d flips are not found and change nothing that counts", silent)
 }
 
-// eachFlip calls fn for the image with one bit flipped: of every byte of the superblocks and of every step'th byte of the
-// metadata. The checksum is right.
+// eachFlip calls fn for the image with one bit flipped: in every byte of the superblocks and every
+// step'th byte of the metadata. The checksum is correct.
 func eachFlip(o *surgeon, step int64, fn func(off int64, b []byte)) {
 	offsets := []int64{}
 	for off := int64(0); off < disk.V8SuperSize; off++ {
@@ -63,7 +63,7 @@ func eachFlip(o *surgeon, step int64, fn func(off int64, b []byte)) {
 	}
 }
 
-// sameTree compares what an image shows with what it showed before a bit at off was flipped.
+// sameTree compares the view of an image with that before a bit at off was flipped.
 func sameTree(t *testing.T, b []byte, off int64, all, v8 map[string]entry) {
 	t.Helper()
 	mustAgree(t, b)
@@ -99,7 +99,7 @@ func holdable(e entry) bool {
 	return false
 }
 
-// same compares what both halves store, each for itself.
+// same compares what both halves store, each separately.
 func same(a, b entry) bool {
 	if a.st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		a.st.Size = b.st.Size

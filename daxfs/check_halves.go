@@ -11,20 +11,20 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// v8Entry is one entry of a directory of the DAXFS half while that directory is looked at.
+// v8Entry is one entry of the DAXFS directory under comparison.
 type v8Entry struct {
 	rawDirent
 	off     int64
 	matched bool // the EROFS half has it, too
 }
 
-// peerDir is the directory of the DAXFS half that is compared with one of the EROFS half, sorted by name.
+// peerDir is the DAXFS counterpart of an EROFS directory, sorted by name.
 type peerDir struct {
 	ino     uint64
 	entries []v8Entry
 }
 
-// listV8 reads the usable entries of a directory, sorted by name. Unusable ones go to bad, if it is not nil.
+// listV8 returns the valid entries of a directory by name. Errors of the others go to bad, if not nil.
 func (c *checker) listV8(dir *Inode, bad func(error)) []v8Entry {
 	var list []v8Entry
 	err := c.v8.eachEntry(dir, 0, func(_ int64, e rawDirent, off int64, err error) bool {
@@ -46,14 +46,14 @@ func (c *checker) listV8(dir *Inode, bad func(error)) []v8Entry {
 	return list
 }
 
-// peerEntries lists the directory of the DAXFS half that is the same as n, or nil if there is none.
+// peerEntries lists the DAXFS counterpart of n, or returns nil if there is none.
 func (c *checker) peerEntries(n *node) *peerDir {
 	if n.peer == 0 {
 		return nil
 	}
 	dir, err := c.v8.inode(uint64(n.peer))
 	if err != nil || !dir.IsDir() || !spend(&c.pairing, dir.Size) {
-		return nil // checkV8 says so
+		return nil // checkV8 reports it
 	}
 	return &peerDir{dir.Nid, c.listV8(&dir, nil)}
 }
@@ -69,7 +69,7 @@ func (p *peerDir) find(name []byte) *v8Entry {
 	return nil
 }
 
-// skipPeer notes that an entry of the EROFS half can not be compared.
+// skipPeer excludes an entry whose EROFS inode cannot be compared.
 func (c *checker) skipPeer(p *peerDir, name []byte) {
 	if e := p.find(name); e != nil {
 		e.matched = true
@@ -101,7 +101,7 @@ func holdable(mode uint32) bool {
 	return false
 }
 
-// unmatched reports what only the DAXFS half has.
+// unmatched reports entries that only the DAXFS half has.
 func (c *checker) unmatched(p *peerDir, dirPath func() string) {
 	if p == nil {
 		return
@@ -118,7 +118,7 @@ func (c *checker) unmatched(p *peerDir, dirPath func() string) {
 	}
 }
 
-// pair notes that node i is the same inode as ino of the DAXFS half, and compares them the first time.
+// pair records that node i and DAXFS inode ino are the same inode. It compares them the first time.
 func (c *checker) pair(i int32, ino uint64, path string) {
 	n := c.nodes.at(i)
 	where := func() string {
@@ -147,7 +147,7 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 	}
 	b, vraw, err := c.v8.readInode(ino)
 	if err != nil {
-		return // checkV8 says so
+		return // checkV8 reports it
 	}
 	off := c.v8.inodeOff(ino)
 	if raw.Ino != uint32(ino) {
@@ -163,7 +163,6 @@ func (c *checker) pair(i int32, ino uint64, path string) {
 	c.compare(&a, &b, &vraw, off, where)
 }
 
-// compare compares the attributes of an inode in both halves.
 func (c *checker) compare(a, b *Inode, vraw *disk.V8Inode, off int64, where func() string) {
 	if a.UID != b.UID || a.GID != b.GID {
 		c.finding(RuleHalvesOwner, off, a.Nid, where(), "owner is %d:%d, in the DAXFS half %d:%d", a.UID,

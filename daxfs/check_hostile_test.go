@@ -25,12 +25,12 @@ func crowd(t testing.TB) *surgeon {
 	for i := range 2000 {
 		root.Entries["big"].Entries[fmt.Sprintf("%d-%s", i, strings.Repeat("b", 100))] = &daxfs.Node{Mode: unix.S_IFREG}
 	}
-	// Every four bytes of the value begin an xattr of 64 KiB with a name of one byte in "user.".
+	// Every four bytes of the value start an xattr of 64 KiB with a name of one byte in "user.".
 	pattern := bytes.Repeat([]byte{1, disk.ErofsXattrUser, 0xff, 0xff}, 16380)
 	root.Entries["big"].Xattrs = []daxfs.Xattr{{Name: "user.large", Value: pattern}}
 	for i := range 300 {
 		d := dir(map[string]*daxfs.Node{"x": dir(nil)})
-		for k := range 255 { // more bytes than a reference: they are shared
+		for k := range 255 { // larger than a reference, so they are shared
 			d.Xattrs = append(d.Xattrs, daxfs.Xattr{Name: fmt.Sprintf("user.many-%d", k), Value: []byte("shared")})
 		}
 		root.Entries[fmt.Sprintf("dir-%d", i)] = d
@@ -39,7 +39,7 @@ func crowd(t testing.TB) *surgeon {
 	return operate(t, b)
 }
 
-// TestCheckHostile gives the checker images whose structures overlap so that they have far more bytes than the image.
+// TestCheckHostile checks images whose overlapping structures have far more bytes than the image.
 func TestCheckHostile(t *testing.T) {
 	sound := crowd(t).b
 	for _, c := range []struct {
@@ -88,7 +88,7 @@ func TestCheckHostile(t *testing.T) {
 			if err == nil || rules["budget"] == 0 {
 				t.Errorf("got %v, %v", rules, err)
 			}
-			// Each of the 300 would be read completely else.
+			// Otherwise each of the 300 would be read completely.
 			if n, limit := after.TotalAlloc-before.TotalAlloc, uint64(40*len(b)); n > limit {
 				t.Errorf("%d bytes allocated for an image of %d, want at most %d", n, len(b), limit)
 			}
@@ -96,7 +96,7 @@ func TestCheckHostile(t *testing.T) {
 	}
 }
 
-// TestWalkLoops checks that walks by path end in images whose directories form loops.
+// TestWalkLoops: walks by path end in images whose directories form loops.
 func TestWalkLoops(t *testing.T) {
 	sound := patient(t)
 	for _, name := range []string{

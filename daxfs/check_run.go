@@ -8,22 +8,21 @@ import (
 	"strings"
 )
 
-// Finding is one rule of the format that an image breaks in one place.
+// Finding is one violation of a rule of the format in one place.
 type Finding struct {
 	// Rule is the id under which docs/format.md explains the rule.
 	Rule Rule
-	// Off is the offset in the image of the structure that breaks the rule, in bytes; -1 where there is none.
+	// Off is the offset in the image, in bytes, of the structure that breaks the rule, or -1.
 	Off int64
-	// Ino is the inode: a nid of the EROFS half, or an inode number of the DAXFS half for rules that start with "v8-".
-	// It is 0 where there is none.
+	// Ino is a nid of the EROFS half, or a DAXFS inode number for rules that start with "v8-", or 0.
 	Ino uint64
-	// Path is the absolute path of the inode, by its first name; empty where it has none or it is not known.
+	// Path is the absolute path of the inode by its first name, or empty if it has none or it is unknown.
 	Path string
 	// Msg says what was expected and what was found.
 	Msg string
 }
 
-// String is the finding in one line.
+// String returns the finding in one line.
 func (f Finding) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: ", f.Rule)
@@ -43,26 +42,26 @@ func (f Finding) String() string {
 	return b.String()
 }
 
-// CheckOptions are the choices of CheckWith. The zero value is what Check does.
+// CheckOptions are the options of CheckWith. Check uses the zero value.
 type CheckOptions struct {
-	// SkipTails leaves out the rule data-tail, and with it all reading of contents: it costs one page per file.
+	// SkipTails skips the rule data-tail, and with it all reading of contents, one page per file.
 	SkipTails bool
-	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<24. Memory use is up to 500 bytes
-	// per inode.
+	// MaxInodes refuses images with more inodes in either half; 0 stands for 1<<24. An inode takes up to
+	// 500 bytes of memory.
 	MaxInodes uint64
 }
 
 const defaultMaxInodes = 1 << 24
 
-// Check proves an image of size bytes: its EROFS half, its DAXFS half, and that both show the same tree over the same
-// contents. What passes is safe to mount with either kernel driver and can be read completely through Open and OpenDAXFS,
-// for as long as nobody changes the bytes.
+// Check verifies an image of size bytes: its EROFS half, its DAXFS half, and that both show the same
+// tree over the same contents. An image that passes is safe to mount with either kernel driver and
+// readable in full through Open and OpenDAXFS, as long as nobody changes its bytes.
 //
-// Bytes that no rule speaks about may hold anything: in a window of a pool the contents of other images lie there.
+// Bytes that no rule covers may have any value: in a window of a pool they are contents of other images.
 //
-// Check calls report for each finding until it returns false; report may be nil. One fault can give several findings. The error is
-// nil only if there was no finding: it is the first finding as a *FormatError, or an error of r, which ends the check.
-// Time is O(n log n) and memory O(n) in the number of inodes and names, whatever the bytes are; both are bounded by size.
+// Check calls report, which may be nil, for each finding until report returns false. One fault can give
+// several findings. The error is the first finding as a *FormatError, or an error of r, which ends the
+// check. It takes O(n log n) time and O(n) memory in the number of inodes and names, both bounded by size.
 func Check(r io.ReaderAt, size int64, report func(Finding) bool) error {
 	return CheckWith(r, size, CheckOptions{}, report)
 }
@@ -77,7 +76,7 @@ func CheckWith(r io.ReaderAt, size int64, o CheckOptions, report func(Finding) b
 	return c.result()
 }
 
-// result is what Check and Prove return.
+// result returns the error of Check and Prove.
 func (c *checker) result() error {
 	if c.err != nil && !errors.Is(c.err, errStop) {
 		return c.err
@@ -85,21 +84,20 @@ func (c *checker) result() error {
 	return c.first
 }
 
-// errStop ends a check whose report function wants no more findings; it never reaches a caller.
+// errStop ends a check when report wants no more findings; it never reaches a caller.
 var errStop = errors.New("stop")
 
-// checker is one run of Check.
 type checker struct {
 	report func(Finding) bool
 	first  error // the first finding
-	err    error // why the check ends early: nothing is reported after it, loops look at it, the rest need not
+	err    error // why the check ends early; no finding is reported after it, and loops stop
 	tails  bool
 	max    uint64
 
 	s    source // reads of metadata: cached unless the image is in memory
 	data source // reads of contents
-	ero  *FS    // nil if that half can not be read
-	v8   *DAXFS // nil if that half can not be read
+	ero  *FS    // nil if that half cannot be read
+	v8   *DAXFS // nil if that half cannot be read
 
 	live liveState
 
@@ -107,8 +105,9 @@ type checker struct {
 	v8State
 	extents parts[extent]
 	page    [BlockSize]byte // scratch
-	// budget is how many bytes of directories and xattrs may still be read, pairing how many of directories of the DAXFS half
-	// beside those of the EROFS half. Each begins with the size of the image: who needs more has structures that overlap.
+	// budget limits the bytes of directories and xattrs that are still to be read; pairing limits the
+	// DAXFS directories read beside those of the EROFS half. Both start at the size of the image: only
+	// overlapping structures exceed it.
 	budget, pairing int64
 }
 
@@ -134,19 +133,17 @@ func (c *checker) run(r io.ReaderAt, size int64) {
 	}
 }
 
-// fail ends the check.
 func (c *checker) fail(err error) {
 	if c.err == nil {
 		c.err = err
 	}
 }
 
-// finding reports one finding.
 func (c *checker) finding(rule Rule, off int64, ino uint64, path, format string, args ...any) {
 	c.emit(&FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))}, path)
 }
 
-// broken reports an error of one of the readers; one that is not about the format ends the check.
+// broken reports an error of a reader. An error that is not a *FormatError ends the check.
 func (c *checker) broken(err error, path string) {
 	var f *FormatError
 	if !errors.As(err, &f) {
@@ -167,14 +164,14 @@ func (c *checker) emit(f *FormatError, path string) {
 		c.fail(errStop)
 		return
 	}
-	// That the image is corrupt goes without saying; that something is only unsupported does not.
+	// A finding of Check implies a corrupt image; only "unsupported" adds information.
 	msg := strings.TrimPrefix(f.Err.Error(), ErrCorrupt.Error()+": ")
 	if !c.report(Finding{f.Rule, f.Off, f.Ino, path, msg}) {
 		c.fail(errStop)
 	}
 }
 
-// spend takes n bytes from a budget, and reports false when it is used up.
+// spend takes n bytes from a budget, or returns false if fewer are left.
 func spend(budget *int64, n int64) bool {
 	if n > *budget {
 		return false
@@ -210,7 +207,7 @@ func (c *checker) checkSupers() {
 
 var zeros [BlockSize]byte
 
-// isZero reports whether all bytes are zero. Comparing is several times faster than a loop.
+// isZero reports whether all bytes are zero. bytes.Equal is several times faster than a loop.
 func isZero(b []byte) bool {
 	for ; len(b) > len(zeros); b = b[len(zeros):] {
 		if !bytes.Equal(b[:len(zeros)], zeros[:]) {

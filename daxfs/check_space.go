@@ -6,13 +6,13 @@ import (
 	"slices"
 )
 
-// extent is a range of the image that one structure uses. There may be millions.
+// extent is a range of the image used by one structure. There may be millions.
 type extent struct {
 	off, size int64
-	by        uint64 // inode, and in the lowest bits what for
+	by        uint64 // inode number, and a useKind in the lowest bits
 }
 
-// kindBits are enough for a useKind. Numbers of inodes have that many to spare: an inode takes 32 bytes.
+// kindBits is the width of a useKind in bits. Inode numbers can spare these bits: an inode takes 32 bytes.
 const kindBits = 3
 
 func (e *extent) kind() useKind { return useKind(e.by & (1<<kindBits - 1)) }
@@ -21,20 +21,20 @@ func (e *extent) ino() uint64   { return e.by >> kindBits }
 type useKind uint8
 
 const (
-	useMeta   useKind = iota // nothing else may lie here
-	useTarget                // target of a symbolic link: both halves, and several links, may share it as a whole
+	useMeta   useKind = iota // nothing else may overlap it
+	useTarget                // target of a symbolic link, which both halves and several links may share as a whole
 	useData                  // contents of a regular file, which may be shared as a whole
-	useV8     = 0x04         // ino is of the DAXFS half
+	useV8     = 0x04         // flag: ino belongs to the DAXFS half
 )
 
-// use notes that a structure uses a range of the image.
+// use records a range used by a structure.
 func (c *checker) use(off, size int64, kind useKind, ino uint64) {
 	if size > 0 {
 		c.extents.add(extent{off, size, ino<<kindBits | uint64(kind)})
 	}
 }
 
-// end is the end of the range: contents take whole pages, because a direct mapping shows whole pages.
+// end returns the end of the range. Contents take whole pages, because a direct mapping shows whole pages.
 func (e *extent) end() int64 {
 	if e.kind()&^useV8 == useData {
 		return roundUp(e.off+e.size, BlockSize)
@@ -42,15 +42,15 @@ func (e *extent) end() int64 {
 	return e.off + e.size
 }
 
-// checkSpace checks that no two structures overlap unless they share everything, and that contents end with zeros.
+// checkSpace checks that structures overlap only if they share everything, and that contents end with zeros.
 func (c *checker) checkSpace() {
 	extents := c.extents.take()
 	slices.SortFunc(extents, func(a, b extent) int {
 		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.kind(), b.kind()),
 			cmp.Compare(a.ino(), b.ino()))
 	})
-	var last, high extent // last one, and the one that ends highest
-	told := false         // that something overlaps high: one finding is enough for all that one wrong size covers
+	var last, high extent // the previous extent, and the one with the highest end
+	reported := false     // an overlap with high was reported: one wrong size gives one finding
 	for _, e := range extents {
 		if c.err != nil {
 			return
@@ -58,8 +58,8 @@ func (c *checker) checkSpace() {
 		kind := e.kind() &^ useV8
 		same := kind != useMeta && kind == last.kind()&^useV8 && e.off == last.off && e.size == last.size
 		if !same {
-			if e.off < high.end() && !told {
-				told = true
+			if e.off < high.end() && !reported {
+				reported = true
 				c.overlap(&e, &high)
 			}
 			c.checkTail(&e)
@@ -69,12 +69,12 @@ func (c *checker) checkSpace() {
 		}
 		last = e
 		if e.end() > high.end() {
-			high, told = e, false
+			high, reported = e, false
 		}
 	}
 }
 
-// overlap reports that e begins before high ends.
+// overlap reports that e begins before the end of high.
 func (c *checker) overlap(e, high *extent) {
 	rule := RuleMetaOverlap
 	if e.kind()&^useV8 == useData && high.kind()&^useV8 == useData {
@@ -84,7 +84,7 @@ func (c *checker) overlap(e, high *extent) {
 		high.what(), high.size, high.off)
 }
 
-// checkTail checks that the last page of contents ends with zeros: a direct mapping shows it.
+// checkTail checks that the last page of contents ends with zeros, because a direct mapping shows it.
 func (c *checker) checkTail(e *extent) {
 	if e.kind()&^useV8 != useData || !c.tails {
 		return
@@ -104,7 +104,7 @@ func (c *checker) checkTail(e *extent) {
 	}
 }
 
-// nid is the inode for a finding whose rule is not about the DAXFS half.
+// nid returns the inode for findings about the EROFS half.
 func (e *extent) nid() uint64 {
 	if e.kind()&useV8 != 0 {
 		return 0
@@ -112,7 +112,7 @@ func (e *extent) nid() uint64 {
 	return e.ino()
 }
 
-// what names the structure.
+// what describes the structure.
 func (e *extent) what() string {
 	name := [...]string{"metadata", "target", "contents"}[e.kind()&^useV8]
 	switch {
@@ -124,7 +124,7 @@ func (e *extent) what() string {
 	return fmt.Sprintf("%s of inode %d", name, e.ino())
 }
 
-// extentPath is the path of the inode of a range, if it is known.
+// extentPath returns the path of the range's inode, if it is known.
 func (c *checker) extentPath(e *extent) string {
 	if e.kind()&useV8 != 0 {
 		return c.v8Path(e.ino())

@@ -6,7 +6,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// checkErofsSuper checks what Open does not need, but the format or a kernel does.
+// checkErofsSuper checks the fields that Open ignores, but the format or a kernel requires.
 func (c *checker) checkErofsSuper(block []byte) {
 	const off = disk.ErofsSuperOff
 	var d disk.ErofsSuper
@@ -35,7 +35,7 @@ func (c *checker) checkErofsSuper(block []byte) {
 		c.finding(RuleLabel, off+64, 0, "", "label is %q, expected at most %d bytes and then NULs", d.Label, MaxLabel)
 	}
 	if n := c.s.size / BlockSize; int64(sb.Blocks) < n {
-		// More is refused by Open.
+		// Open refuses a larger number.
 		c.finding(RuleBlocks, off+36, 0, "", "%d blocks, the image has %d", sb.Blocks, n)
 	}
 	if max := uint64(c.s.size-sb.meta) / disk.ErofsSlot; sb.Inodes > max {
@@ -69,12 +69,14 @@ func (c *checker) checkV8Super(block []byte) {
 	c.checkOverlay(&sb)
 }
 
-// checkOverlay checks that the overlay pair is exactly an empty one: the only form that was tried with the kernel module.
+// checkOverlay requires an empty overlay pair, the only form that was tested with the kernel module.
 func (c *checker) checkOverlay(sb *disk.V8Super) {
 	size := uint64(c.s.size)
 	if sb.OverlaySize != disk.V8OverlaySize || sb.OverlayOff < BlockSize || sb.OverlayOff%BlockSize != 0 ||
 		sb.OverlayOff > size || disk.V8OverlaySize > size-sb.OverlayOff || sb.OverlayBkts != 1 || sb.OverlayShift != 0 {
-		c.finding(RuleV8Overlay, 64, 0, "", "overlay of %d bytes at %d with %d buckets (shift %d), expected %d bytes in the image and 1 bucket (shift 0)",
+		c.finding(RuleV8Overlay, 64, 0, "",
+			"overlay of %d bytes at %d with %d buckets (shift %d), expected %d bytes in the image "+
+				"and 1 bucket (shift 0)",
 			sb.OverlaySize, sb.OverlayOff, sb.OverlayBkts, sb.OverlayShift, disk.V8OverlaySize)
 		return
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// corruption is one thing wrong in an image, and the rules that say so: rule, and others which the same bytes break.
+// corruption is one fault of an image, with the rule that it breaks and others that the same bytes break.
 type corruption struct {
 	name string
 	rule daxfs.Rule
@@ -19,7 +19,7 @@ type corruption struct {
 	edit func(*surgeon)
 }
 
-// corruptions are the table of TestCheckCorrupt. Every rule is in it.
+// corruptions is the table of TestCheckCorrupt. It contains every rule.
 var corruptions = []corruption{
 	// The image as a whole.
 	{"not whole blocks", daxfs.RuleImageSize, "super-blocks v8-overlay v8-size", func(s *surgeon) { s.cut = 100 }},
@@ -540,7 +540,7 @@ var corruptions = []corruption{
 		s.inodeV8("link", func(i *disk.V8Inode) { i.DataOff = s.baseSize() - uint64(i.Size) })
 	}},
 	{"entries past the region", daxfs.RuleV8Bounds, "", func(s *surgeon) {
-		// 271 times the entries would fit, 272 times do not.
+		// The size fits in units of 271, but not of 272 bytes.
 		s.inodeV8("many", func(i *disk.V8Inode) { i.DataOff = s.baseSize() - i.Size })
 	}},
 	{
@@ -578,7 +578,7 @@ var corruptions = []corruption{
 		func(s *surgeon) { s.inodeV8("dir", func(i *disk.V8Inode) { i.Size = i.Size / 271 * 272 }) },
 	},
 	{"entries at the end of the image", daxfs.RuleV8DirSlack, "meta-overlap v8-overlay", func(s *surgeon) {
-		// A base region up to the end of the image, and a directory that is the end of it.
+		// A base region up to the end of the image, with a directory at its end.
 		in := s.lookupV8("dir")
 		n := in.Size / disk.V8DirentUnit * disk.V8DirentSize
 		copy(s.b[int64(len(s.b))-n:], s.b[in.Off:in.Off+n])
@@ -628,7 +628,7 @@ var corruptions = []corruption{
 	{
 		"DAXFS directory below itself without a name", daxfs.RuleV8DirLoop, "halves-ino halves-names halves-nlink",
 		func(s *surgeon) {
-			// The name "dir" leads to an empty directory; the real one is below itself.
+			// The name "dir" leads to an empty directory; the real one lies below itself.
 			self, empty := s.lookupV8("dir").Nid, s.lookupV8("dir/sub2").Nid
 			s.direntV8("dir", "sub2", func(d *disk.V8Dirent) { d.Ino = uint32(self) })
 			s.direntV8(".", "dir", func(d *disk.V8Dirent) { d.Ino = uint32(empty) })
@@ -639,10 +639,10 @@ var corruptions = []corruption{
 		s.inodeV8("dir/sub", func(i *disk.V8Inode) { i.DataOff = uint64(off) })
 	}},
 
-	// Agreement.
+	// Agreement of both halves.
 	{"name in the DAXFS half only", daxfs.RuleHalvesNames, "", func(s *surgeon) { s.entryV8("dir", "x")[16] = 'z' }},
 	{"name in the EROFS half only", daxfs.RuleHalvesNames, "", func(s *surgeon) {
-		// Taking the last entry away leaves an orphan in the DAXFS half, which is no fault of that half.
+		// Removing the last entry leaves an orphan in the DAXFS half, which is valid there.
 		s.inodeV8("dir", func(i *disk.V8Inode) { i.Size -= disk.V8DirentUnit })
 	}},
 	{

@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// findings checks an image and returns what was found. It fails the test if the error does not fit to it.
+// findings checks an image and returns the findings. It fails the test if the error does not fit them.
 func findings(t testing.TB, b []byte) []daxfs.Finding {
 	t.Helper()
 	var list []daxfs.Finding
@@ -40,7 +40,7 @@ func mustCheck(t testing.TB, b []byte) {
 	}
 }
 
-// entry is all that an inode shows.
+// entry holds all that an inode shows.
 type entry struct {
 	st     daxfs.Stat
 	target string
@@ -97,7 +97,7 @@ func readAll(walk func(func(string, daxfs.Inode) error) error) (map[string]entry
 	return all, err
 }
 
-// mustAgree reads everything through both readers and compares it: what a silent Check promises.
+// mustAgree compares the complete views of both readers, which a silent Check guarantees.
 func mustAgree(t testing.TB, b []byte) {
 	t.Helper()
 	f, err := daxfs.OpenBytes(b)
@@ -144,7 +144,7 @@ func mustAgree(t testing.TB, b []byte) {
 	}
 }
 
-// TestCheckSilent checks that images of the writer are sound (their makers check them), in both placements.
+// TestCheckSilent: images of the writer are valid in both placements (their makers check them).
 func TestCheckSilent(t *testing.T) {
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -160,7 +160,7 @@ func TestCheckSilent(t *testing.T) {
 	}
 }
 
-// TestCheckStops checks that a check ends when no more findings are wanted, and that errors of the reader come through.
+// TestCheckStops: a check ends when no more findings are wanted, and returns errors of the reader.
 func TestCheckStops(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	_, b := s.fileImage(t, randomTree(1, 100, s), daxfs.Options{})
@@ -193,7 +193,7 @@ func TestCheckStops(t *testing.T) {
 	}
 }
 
-// TestReadFaults fails one read after the other, the later ones in steps: the error must come through, from a check and from both readers.
+// TestReadFaults fails one read after another: the check and both readers must return the error.
 func TestReadFaults(t *testing.T) {
 	b := patient(t)
 	size := int64(len(b))
@@ -246,7 +246,7 @@ type failingReader struct{}
 
 func (failingReader) ReadAt([]byte, int64) (int, error) { return 0, io.ErrClosedPipe }
 
-// TestCheckLimits checks that more inodes than wanted are refused.
+// TestCheckLimits: images with too many inodes are refused.
 func TestCheckLimits(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	_, b := s.fileImage(t, randomTree(2, 200, s), daxfs.Options{})
@@ -266,7 +266,7 @@ func TestCheckLimits(t *testing.T) {
 	}
 }
 
-// TestCheckSkipTails checks that contents can be left alone.
+// TestCheckSkipTails: contents can be skipped.
 func TestCheckSkipTails(t *testing.T) {
 	b := patient(t)
 	in := operate(t, b).lookup("two")

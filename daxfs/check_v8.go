@@ -8,25 +8,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// v8State is what a check remembers of the DAXFS half.
+// v8State is the state of a check of the DAXFS half.
 type v8State struct {
 	v8nodes []v8node
-	peers   []int32 // by inode number: 1 + index in nodes, 0 if there is none
-	// sameData tells, by inode number, that the contents are those of the EROFS inode, whose range was noted.
+	peers   []int32 // by inode number: 1 + index in nodes, or 0
+	// sameData is true for an inode number whose contents are the range already recorded for its EROFS inode.
 	sameData []bool
 }
 
 // v8node is one inode, by its number less 1.
 type v8node struct {
-	names  uint32 // entries that lead here; of a directory, its subdirectories
+	names  uint32 // entries that lead here; for a directory, its subdirectories
 	nlink  uint32
 	parent uint32 // of a directory; 0 if no name leads to it
 	mode   uint16
 	ok     bool
-	mark   uint8 // while loops are looked for
+	mark   uint8 // state of the search for loops
 }
 
-// v8Path is the path of an inode of the DAXFS half, as far as the EROFS half has it, too.
+// v8Path returns the path of a DAXFS inode, if the EROFS half has it, too.
 func (c *checker) v8Path(ino uint64) string {
 	if ino < uint64(len(c.peers)) && c.peers[ino] != 0 {
 		return c.nodePath(c.peers[ino] - 1)
@@ -34,7 +34,7 @@ func (c *checker) v8Path(ino uint64) string {
 	return ""
 }
 
-// checkV8 checks the DAXFS half on its own, in the order of its table. An inode without a name is no fault.
+// checkV8 checks the DAXFS half on its own, in the order of its table. It accepts inodes without a name.
 func (c *checker) checkV8() {
 	if c.v8 == nil {
 		return
@@ -124,7 +124,6 @@ func (c *checker) checkV8Inode(ino uint64) {
 	}
 }
 
-// checkV8Dir checks the entries of one directory.
 func (c *checker) checkV8Dir(ino uint64) {
 	dir, err := c.v8.inode(ino)
 	if err != nil {
@@ -144,7 +143,7 @@ func (c *checker) checkV8Dir(ino uint64) {
 		}
 		e := &list[i]
 		if i > 0 && bytes.Equal(e.name, list[i-1].name) {
-			c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q is there twice", e.name)
+			c.finding(RuleV8DirTwice, e.off, ino, c.v8Path(ino), "name %q occurs twice", e.name)
 		}
 		if e.odd {
 			c.finding(RuleV8Reserved, e.off, ino, c.v8Path(ino), "reserved bytes of entry %q are not zero", e.name)
@@ -174,7 +173,7 @@ func (c *checker) checkV8Dir(ino uint64) {
 	}
 }
 
-// checkV8Loops looks for directories that are their own ancestors. Every directory has at most one parent by now.
+// checkV8Loops finds directories that are their own ancestors. Every directory has at most one parent by now.
 func (c *checker) checkV8Loops() {
 	const onPath, done = 1, 2
 	for i := range c.v8nodes {

@@ -8,7 +8,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// checkXattrs checks the attributes of one inode: each shared one completely the first time, after that only its name.
+// checkXattrs checks the attributes of one inode. It checks a shared one in full once, later only its name.
 func (c *checker) checkXattrs(in *Inode, where func() string) {
 	c.names = c.names[:0]
 	b, err := c.s.view(in.xoff, int(in.xlen))
@@ -37,7 +37,7 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 	for pos < len(b) {
 		x, err := parseXattr(b[pos:], in.xoff+int64(pos), in.Nid)
 		if err != nil {
-			c.broken(err, where()) // where the next begins is not known
+			c.broken(err, where()) // the start of the next one is unknown
 			return
 		}
 		c.checkXattr(&x, in.Nid, where)
@@ -47,7 +47,6 @@ func (c *checker) checkXattrs(in *Inode, where func() string) {
 	c.checkNames(in, where)
 }
 
-// checkNames checks the names of all attributes of an inode.
 func (c *checker) checkNames(in *Inode, where func() string) {
 	list := 0
 	for _, name := range c.names {
@@ -61,7 +60,7 @@ func (c *checker) checkNames(in *Inode, where func() string) {
 	slices.Sort(c.names)
 	for i := 1; i < len(c.names); i++ {
 		if c.names[i] == c.names[i-1] {
-			c.finding(RuleXattrTwice, in.xoff, in.Nid, where(), "xattr %q is there twice", c.names[i])
+			c.finding(RuleXattrTwice, in.xoff, in.Nid, where(), "xattr %q occurs twice", c.names[i])
 			return
 		}
 	}
@@ -69,7 +68,6 @@ func (c *checker) checkNames(in *Inode, where func() string) {
 
 func (x *rawXattr) fullName() string { return disk.ErofsXattrPrefix(x.index) + string(x.name) }
 
-// checkXattr checks the value of an attribute.
 func (c *checker) checkXattr(x *rawXattr, nid uint64, where func() string) {
 	rule := RuleXattrACL
 	if x.index == disk.ErofsXattrSecurity {
@@ -80,7 +78,6 @@ func (c *checker) checkXattr(x *rawXattr, nid uint64, where func() string) {
 	}
 }
 
-// checkShared checks one reference to a shared attribute.
 func (c *checker) checkShared(id uint32, in *Inode, where func() string) {
 	ok, seen := c.sharedSeen[id]
 	if seen {
@@ -111,7 +108,7 @@ func (c *checker) checkShared(id uint32, in *Inode, where func() string) {
 	c.checkXattr(&x, in.Nid, where)
 }
 
-// addName notes the name of an attribute of an inode and checks whether an inode of that type may have it.
+// addName records the name of an attribute and checks whether an inode of that type may have it.
 func (c *checker) addName(index uint8, name string, in *Inode, where func() string) {
 	c.names = append(c.names, name)
 	if err := checkXattrType(index, name, in.Mode); err != nil {
@@ -119,7 +116,7 @@ func (c *checker) addName(index uint8, name string, in *Inode, where func() stri
 	}
 }
 
-// sharedName notes the name of a shared attribute that was checked before, without reading its value again.
+// sharedName records the name of a shared attribute that was checked before. It does not read the value again.
 func (c *checker) sharedName(id uint32, in *Inode, where func() string) {
 	off := c.ero.sb.xattr + int64(id)*disk.ErofsXattrIDSize
 	b, err := c.s.view(off, int(min(disk.ErofsXattrEntSize+MaxName, c.s.size-off)))

@@ -10,21 +10,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// RootHash authenticates every byte of an image: it is the SHA-256 of the head of the digest table's footer.
+// RootHash authenticates every byte of an image: it is the SHA-256 of the digest table's footer up to
+// the hash.
 type RootHash [sha256.Size]byte
 
-// String is the root hash in hexadecimal.
+// String returns the root hash in hexadecimal.
 func (h RootHash) String() string { return fmt.Sprintf("%x", h[:]) }
 
-// ErrNoDigests reports an image without a digest table: a window, or an image that another program or an earlier
-// version wrote.
+// ErrNoDigests reports an image without a digest table: a window, or an image written by another
+// program or an earlier version.
 var ErrNoDigests = errors.New("the image has no digest table")
 
-// ReadRootHash returns the root hash that an image of size bytes says to have. Only Prove tells whether its bytes are
-// those.
+// ReadRootHash returns the root hash stored in an image of size bytes. Only Prove compares it with the bytes.
 //
-// The error is ErrNoDigests; or a *FormatError of RuleDigestTable if the table is damaged or of an unknown version; or
-// an error of r.
+// The error is ErrNoDigests; or a *FormatError of RuleDigestTable for a damaged table or an unknown
+// version; or an error of r.
 func ReadRootHash(r io.ReaderAt, size int64) (RootHash, error) {
 	s, err := newSource(r, size)
 	if err != nil {
@@ -37,23 +37,22 @@ func ReadRootHash(r io.ReaderAt, size int64) (RootHash, error) {
 	return d.root, nil
 }
 
-// digests is the footer of a digest table whose fields were checked.
+// digests holds the checked fields of a digest table's footer.
 type digests struct {
 	root        RootHash
 	foot        int64 // offset of the footer
-	off         int64 // of the table
+	off         int64 // offset of the table
 	count       int64
 	meta        int64 // offset of the core: contents lie below
 	sum, metSum [sha256.Size]byte
 }
 
-// readDigests reads and checks the footer.
 func readDigests(s *source) (*digests, error) {
 	d := &digests{foot: s.size - disk.V8OverlaySize - disk.DigestFooterSize}
 	if d.foot < BlockSize {
 		return nil, ErrNoDigests
 	}
-	b := make([]byte, disk.DigestFooterSize) // a copy: what was checked must be what is used
+	b := make([]byte, disk.DigestFooterSize) // a copy, so that the checked bytes are the ones used
 	if err := s.readFull(b, d.foot); err != nil {
 		return nil, err
 	}
@@ -63,7 +62,7 @@ func readDigests(s *source) (*digests, error) {
 		return nil, corrupt(RuleDigestTable, d.foot, 0, format, args...)
 	}
 	if string(f.Magic[:]) != disk.DigestMagic {
-		// The rest may tell that it was there.
+		// If the root hash matches with the right magic, only the magic is damaged.
 		copy(b, disk.DigestMagic)
 		if sha256.Sum256(b[:disk.DigestRootOff]) == f.Root {
 			return bad("magic is %q, expected %q", f.Magic, disk.DigestMagic)
@@ -74,7 +73,7 @@ func readDigests(s *source) (*digests, error) {
 	end := d.foot + disk.DigestFooterSize
 	switch {
 	case d.root != f.Root:
-		return bad("the footer has digest %v, it says %x", d.root, f.Root)
+		return bad("the footer has digest %v, but stores %x", d.root, f.Root)
 	case f.Version != disk.DigestVersion || f.Algorithm != disk.DigestSHA256:
 		return nil, unsupported(RuleDigestTable, d.foot+8, 0,
 			"digest table of version %d with algorithm %d, expected %d and %d (SHA-256)",
@@ -98,12 +97,12 @@ func readDigests(s *source) (*digests, error) {
 	return d, nil
 }
 
-// metaRanges are what the digest of the metadata covers, in its order.
+// metaRanges returns the ranges covered by the digest of the metadata, in order.
 func (d *digests) metaRanges(s *source) [3][2]int64 {
 	return [3][2]int64{{0, BlockSize}, {d.meta, d.off}, {s.size - disk.V8OverlaySize, s.size}}
 }
 
-// hashRange adds the bytes from off to end to h, through buf.
+// hashRange adds the bytes from off to end to h. It reads through buf.
 func hashRange(h hash.Hash, s *source, off, end int64, buf []byte) error {
 	for off < end {
 		b, err := s.part(off, min(end-off, proofChunk), buf)
@@ -116,10 +115,10 @@ func hashRange(h hash.Hash, s *source, off, end int64, buf []byte) error {
 	return nil
 }
 
-// proofChunk is how much of an image is read at once.
+// proofChunk is the maximum number of bytes read at once.
 const proofChunk = 1 << 20
 
-// buffer is what part reads into: nothing if the image is in memory.
+// buffer returns a read buffer for part, or nil if the image is in memory.
 func (s *source) buffer() []byte {
 	if s.b != nil {
 		return nil
@@ -127,7 +126,7 @@ func (s *source) buffer() []byte {
 	return make([]byte, min(proofChunk, s.size))
 }
 
-// part returns n bytes at off, at most proofChunk: the memory of the image, or what it read into buf.
+// part returns n bytes at off, at most proofChunk: memory of the image, or bytes read into buf.
 func (s *source) part(off, n int64, buf []byte) ([]byte, error) {
 	if s.b != nil {
 		return s.view(off, int(n))

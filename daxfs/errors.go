@@ -6,21 +6,21 @@ import (
 	"strings"
 )
 
-// ErrCorrupt is wrapped by every error that says that bytes of an image break a rule of the format.
+// ErrCorrupt is wrapped by every error about bytes of an image that break a rule of the format.
 var ErrCorrupt = errors.New("corrupt image")
 
-// ErrUnsupported is wrapped by every error that says that an image is, or may be, sound but uses something that
-// this package does not read: another version, a feature bit, a compressed file.
+// ErrUnsupported is wrapped by every error about a possibly sound image that needs something this
+// package does not read: another version, a feature bit, a compressed file.
 var ErrUnsupported = errors.New("unsupported image")
 
-// FormatError is the error of everything that reads an image. It names the rule that is broken and the place.
+// FormatError is the error of all readers of an image. It names the broken rule and the place.
 type FormatError struct {
 	// Rule is the id under which docs/format.md explains the rule.
 	Rule Rule
-	// Off is the offset in the image of the structure that breaks the rule, in bytes; -1 where there is none.
+	// Off is the offset in the image, in bytes, of the structure that breaks the rule, or -1.
 	Off int64
-	// Ino is the inode that the structure belongs to: a nid of the EROFS half, or an inode number of the DAXFS
-	// half for rules that start with "v8-". It is 0 where the structure belongs to none.
+	// Ino is the inode of the structure: a nid of the EROFS half, or a DAXFS inode number for rules that
+	// start with "v8-", or 0.
 	Ino uint64
 	// Err wraps ErrCorrupt or ErrUnsupported and says what was expected and what was found.
 	Err error
@@ -41,12 +41,12 @@ func (e *FormatError) Error() string {
 
 func (e *FormatError) Unwrap() error { return e.Err }
 
-// corrupt makes the error for bytes at off, of inode ino, that break a rule.
+// corrupt returns the error for bytes at off, of inode ino, that break a rule.
 func corrupt(rule Rule, off int64, ino uint64, format string, args ...any) error {
 	return &FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))}
 }
 
-// unsupported makes the error for what this package does not read.
+// unsupported returns the error for a feature that this package does not read.
 func unsupported(rule Rule, off int64, ino uint64, format string, args ...any) *FormatError {
 	return &FormatError{rule, off, ino, fmt.Errorf("%w: %s", ErrUnsupported, fmt.Sprintf(format, args...))}
 }

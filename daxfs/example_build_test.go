@@ -7,12 +7,13 @@ import (
 	"log"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 	"golang.org/x/sys/unix"
 )
 
-// A self-contained image of three files. Two are one inode, and all have the same contents, which are stored once.
+// A self-contained image of three files. Two are one inode; all share contents that are stored once.
 func ExampleNewPlan() {
 	dir, err := os.MkdirTemp("", "daxfs-example")
 	if err != nil {
@@ -30,7 +31,7 @@ func ExampleNewPlan() {
 	if _, err := f.WriteAt(text, data.Off); err != nil {
 		log.Fatal(err)
 	}
-	const end = 2 * daxfs.BlockSize // of the contents, in whole blocks
+	const end = 2 * daxfs.BlockSize // end of the contents, in whole blocks
 
 	mtime := daxfs.Time{Sec: 1_700_000_000}
 	greeting := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Mtime: mtime, Data: data}
@@ -78,8 +79,8 @@ func ExampleNewPlan() {
 	// greeting: "hello\n" <nil>
 }
 
-// An image in a pool: contents lie high and may belong to many images, the metadata lies low, and the image is the
-// window from its segment to the end of the contents.
+// An image in a pool: contents lie high and may belong to many images, the metadata lies low, and the
+// image is the window from its segment to the end of the contents.
 func ExamplePlan() {
 	pool, err := os.CreateTemp("", "daxfs-example")
 	if err != nil {
@@ -108,9 +109,7 @@ func ExamplePlan() {
 		log.Fatal(err)
 	}
 	fmt.Println("metadata:", plan.MetaSize(), "bytes in a window of", place.End-place.Image)
-	if err := plan.Dump(os.Stdout); err != nil {
-		log.Fatal(err)
-	}
+	fmt.Print(strings.ReplaceAll(plan.String(), " sum=", "\n\tsum=")) // short lines
 	// Output:
 	// metadata: 12288 bytes in a window of 6295552
 	// image uuid=d25b256622138053abc0a75b2982c5f4 label="window" epoch=0.000000000
@@ -120,5 +119,6 @@ func ExamplePlan() {
 	// place image=2097152 meta=2101248 end=8392704 core=+12288 overlay=+4096 base=+12288..+6295552
 	// inode 1 "/" mode=040755 owner=0:0 nlink=2 size=43 mtime=0.000000000 compact inline nid=1 daxfs=320
 	//	entry "motd" 2
-	// inode 2 "/motd" mode=100644 owner=0:0 nlink=1 size=20 mtime=0.000000000 compact plain nid=4 data=8388608 sum=22aad251ac6306b17480f4dc453d11402bdd8604850c3a23a0b5d96a73850111
+	// inode 2 "/motd" mode=100644 owner=0:0 nlink=1 size=20 mtime=0.000000000 compact plain nid=4 data=8388608
+	//	sum=22aad251ac6306b17480f4dc453d11402bdd8604850c3a23a0b5d96a73850111
 }

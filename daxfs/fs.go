@@ -17,11 +17,11 @@ var (
 	_ fs.ReadLinkFS = (*DAXFS)(nil)
 )
 
-// pathFS gives a half its methods that take paths.
+// pathFS adds the methods that take paths to a half.
 type pathFS struct{ h half }
 
-// Open opens the file that path leads to. Symbolic links are followed inside of the image, as if its root were "/".
-// A regular file is also an io.ReaderAt and io.Seeker, a directory an fs.ReadDirFile.
+// Open opens the file at path. It follows symbolic links inside the image, as if its root were "/". A
+// regular file is also an io.ReaderAt and io.Seeker, a directory an fs.ReadDirFile.
 func (p pathFS) Open(path string) (fs.File, error) {
 	in, err := p.resolve("open", path, true)
 	if err != nil {
@@ -30,7 +30,7 @@ func (p pathFS) Open(path string) (fs.File, error) {
 	return newFile(in, path), nil
 }
 
-// Stat describes what path leads to; symbolic links are followed.
+// Stat describes the file at path and follows symbolic links.
 func (p pathFS) Stat(path string) (fs.FileInfo, error) {
 	in, err := p.resolve("stat", path, true)
 	if err != nil {
@@ -39,7 +39,7 @@ func (p pathFS) Stat(path string) (fs.FileInfo, error) {
 	return newInfo(in, base(path)), nil
 }
 
-// Lstat is Stat that does not follow path if it is a symbolic link itself.
+// Lstat is Stat, except that it does not follow a symbolic link at path itself.
 func (p pathFS) Lstat(path string) (fs.FileInfo, error) {
 	in, err := p.resolve("lstat", path, false)
 	if err != nil {
@@ -48,7 +48,7 @@ func (p pathFS) Lstat(path string) (fs.FileInfo, error) {
 	return newInfo(in, base(path)), nil
 }
 
-// ReadLink returns the target of a symbolic link as it is stored.
+// ReadLink returns the target of a symbolic link as stored.
 func (p pathFS) ReadLink(path string) (string, error) {
 	in, err := p.resolve("readlink", path, false)
 	if err != nil {
@@ -89,19 +89,19 @@ func (p pathFS) ReadFile(path string) ([]byte, error) {
 	if int64(int(in.Size)) != in.Size { // on a 32-bit machine
 		return nil, &fs.PathError{Op: "readfile", Path: path, Err: unix.EFBIG}
 	}
-	b := make([]byte, in.Size) // the contents lie in the image: its size bounds this
+	b := make([]byte, in.Size) // in.Size is at most the size of the image
 	if _, err := in.ReadAt(b, 0); err != nil {
 		return nil, &fs.PathError{Op: "readfile", Path: path, Err: err}
 	}
 	return b, nil
 }
 
-// Lookup returns the inode that path leads to; if follow is false, path itself may be a symbolic link.
+// Lookup returns the inode at path. It follows a symbolic link at path itself only if follow is true.
 func (p pathFS) Lookup(path string, follow bool) (Inode, error) {
 	return p.resolve("lookup", path, follow)
 }
 
-// maxLinks is how many symbolic links one path may lead through, as in Linux.
+// maxLinks is the maximum number of symbolic links in the resolution of one path, as in Linux.
 const maxLinks = 40
 
 func (p pathFS) resolve(op, path string, follow bool) (Inode, error) {
@@ -120,7 +120,7 @@ func (p pathFS) walk(path string, follow bool) (Inode, error) {
 	if err != nil || path == "." {
 		return root, err
 	}
-	stack := []Inode{root} // the directories that lead to the place, for ".."
+	stack := []Inode{root} // the open directories from the root, for ".."
 	rest := strings.Split(path, "/")
 	for links := 0; len(rest) > 0; {
 		name := rest[0]
@@ -168,8 +168,8 @@ func (p pathFS) walk(path string, follow bool) (Inode, error) {
 	return stack[len(stack)-1], nil
 }
 
-// descend refuses a directory that is its own ancestor, or that says that its parent is another: a walk of a hostile
-// image would never end.
+// descend refuses a directory that is its own ancestor or whose ".." names another parent: a walk of
+// such a hostile image would never end.
 func (p pathFS) descend(stack []Inode, in *Inode) error {
 	for i := range stack {
 		if stack[i].Nid == in.Nid {
@@ -189,10 +189,10 @@ func (p pathFS) descend(stack []Inode, in *Inode) error {
 	return nil
 }
 
-// Walk calls fn for every entry below the root, parents before children, siblings in stored order (by name in the EROFS
-// half), beginning with the root itself whose path is ".". If fn returns fs.SkipDir for a directory it is not entered;
-// any other error ends the walk. A directory that is reached twice is an error, so that a walk ends whatever the image
-// holds. Memory use is proportional to the number of directories.
+// Walk calls fn for the root, whose path is ".", and every entry below it: parents before children,
+// siblings in stored order (by name in the EROFS half). If fn returns fs.SkipDir for a directory, Walk
+// does not enter it; any other error ends the walk. A directory with two paths is an error, so a walk
+// always ends. Memory use is proportional to the number of directories.
 func (p pathFS) Walk(fn func(path string, in Inode) error) error {
 	root, err := p.h.inode(p.h.root())
 	if err != nil {
@@ -214,8 +214,8 @@ type treeWalk struct {
 	seen map[uint64]struct{}
 }
 
-// maxPath bounds paths that are walked, in bytes. Linux takes 4095 at a time; a tree that is deeper than this is there to
-// exhaust the stack of whatever walks it.
+// maxPath bounds the paths of a walk, in bytes. Linux accepts 4095 at a time; a deeper tree than this
+// can only be meant to exhaust the stack of its reader.
 const maxPath = 1<<16 - 1
 
 func (w *treeWalk) dir(prefix string, dir Inode) error {
@@ -258,7 +258,7 @@ func (w *treeWalk) entry(path string, e Dirent) error {
 	return w.dir(path+"/", in)
 }
 
-// validPath is fs.ValidPath for names of any bytes.
+// validPath is fs.ValidPath without its demand for UTF-8.
 func validPath(path string) bool {
 	if path == "." {
 		return true

@@ -16,12 +16,11 @@ func newFile(in Inode, path string) fs.File {
 	return &file{in: in, path: path, SectionReader: io.NewSectionReader(contents{in}, 0, in.Size)}
 }
 
-// contents is what reading a file gives: nothing but regular files can be read.
+// contents reads any inode; file.Read refuses all but regular files.
 type contents struct{ in Inode }
 
 func (c contents) ReadAt(p []byte, off int64) (int, error) { return c.in.ReadAt(p, off) }
 
-// file is a regular or special file.
 type file struct {
 	in   Inode
 	path string
@@ -38,12 +37,11 @@ func (f *file) Read(p []byte) (int, error) {
 	return f.SectionReader.Read(p)
 }
 
-// dirFile is an open directory.
 type dirFile struct {
 	in     Inode
 	path   string
 	cursor int64
-	// dirs are the directories listed so far: none may appear twice, or the walk of a hostile image takes for ever.
+	// dirs are the directories listed so far: one with two names could make the walk of a hostile image endless.
 	dirs map[uint64]struct{}
 }
 
@@ -86,7 +84,7 @@ func (d *dirFile) ReadDir(n int) ([]fs.DirEntry, error) {
 	return list, nil
 }
 
-// dirEntry reads the inode only when it is asked for.
+// dirEntry reads the inode only in Info.
 type dirEntry struct {
 	h half
 	e Dirent
@@ -110,7 +108,7 @@ func (e dirEntry) Info() (fs.FileInfo, error) {
 	return newInfo(in, e.e.Name), nil
 }
 
-// info is a fs.FileInfo whose Sys is a *Stat.
+// info is an fs.FileInfo whose Sys returns a *Stat.
 type info struct {
 	name string
 	st   Stat
@@ -126,7 +124,7 @@ func (i *info) IsDir() bool        { return i.st.Mode&unix.S_IFMT == unix.S_IFDI
 func (i *info) Sys() any           { return &i.st }
 func (i *info) String() string     { return fs.FormatFileInfo(i) }
 
-// fileMode converts a mode of stat(2) into one of Go.
+// fileMode converts a mode of stat(2) to a mode of Go.
 func fileMode(mode uint32) fs.FileMode {
 	m := fs.FileMode(mode & 0o777)
 	switch mode & unix.S_IFMT {

@@ -14,10 +14,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// Each target but FuzzOpen and FuzzCheck changes one kind of structure of a sound image: an input is a list of
-// changes of 8 bytes each. So nearly every input gets past the checks that come first, and inputs stay small.
+// Each target except FuzzOpen and FuzzCheck changes one kind of structure of a valid image: an input is a
+// list of changes of 8 bytes each. So nearly every input passes the first checks, and inputs stay small.
 
-// fuzzImage is small, so that a run is fast, and has one of everything.
+// fuzzImage is small for fast runs, and has one of everything.
 func fuzzImage(t testing.TB) []byte {
 	t.Helper()
 	s := newStore(daxfs.BlockSize)
@@ -54,11 +54,11 @@ func fuzzTree(s *store) *daxfs.Node {
 	})
 }
 
-// fuzzLimit bounds what one input may allocate: the images are below 64 KiB.
+// fuzzLimit bounds the allocations for one input: the images are below 64 KiB.
 const fuzzLimit = 64 << 20
 
-// prove checks all that must hold for any bytes: no panic, bounded memory, a rule in each error; and when Check finds
-// nothing, that both halves can be read completely and agree.
+// prove checks the guarantees for arbitrary bytes: no panic, bounded memory, and a rule in each error.
+// If Check finds nothing, both halves must be completely readable and agree.
 func prove(t *testing.T, b []byte) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -74,7 +74,7 @@ func prove(t *testing.T, b []byte) {
 		t.Errorf("sound is %v and the error %v", sound, err)
 	}
 	wantRule(t, err)
-	// The same bytes give the same answer when they are not mapped.
+	// The same bytes give the same result when they are not mapped.
 	if other := daxfs.Check(bytes.NewReader(b), int64(len(b)), nil); (err == nil) != (other == nil) {
 		t.Errorf("mapped: %v; read: %v", err, other)
 	}
@@ -97,7 +97,7 @@ func prove(t *testing.T, b []byte) {
 	}
 }
 
-// wantRule fails if an error of a reader names no rule, or does not say whether the image is corrupt or unsupported.
+// wantRule fails if a reader's error has no rule, or is neither ErrCorrupt nor ErrUnsupported.
 func wantRule(t *testing.T, err error) {
 	if err == nil {
 		return
@@ -109,7 +109,7 @@ func wantRule(t *testing.T, err error) {
 	}
 }
 
-// use reads what there is to read, by inode and by path, in bounded time.
+// use reads everything, by inode and by path, in bounded time.
 func use(t *testing.T, walk func(func(string, daxfs.Inode) error) error, fsys fs.FS) {
 	wantRule(t, walk(func(path string, in daxfs.Inode) error {
 		if _, err := in.Xattrs(); err != nil {
@@ -142,8 +142,8 @@ func use(t *testing.T, walk func(func(string, daxfs.Inode) error) error, fsys fs
 	})
 }
 
-// apply makes the changes that data lists to the ranges of b: 2 bytes of range number, 2 of offset, 1 of width, 1 of
-// kind, 2 of value.
+// apply applies the changes in data to the ranges of b: 2 bytes of range number, 2 of offset, 1 of
+// width, 1 of kind, 2 of value.
 func apply(b []byte, ranges [][2]int64, data []byte) {
 	for ; len(data) >= 8; data = data[8:] {
 		r := ranges[int(binary.LittleEndian.Uint16(data))%len(ranges)]
@@ -171,7 +171,7 @@ func apply(b []byte, ranges [][2]int64, data []byte) {
 	binary.LittleEndian.PutUint32(b[disk.ErofsSuperOff+4:], disk.ErofsChecksum(b))
 }
 
-// fuzzRanges runs a target that changes the given ranges of a sound image. Its seeds change each range in every way.
+// fuzzRanges runs a target that changes ranges of a valid image. Its seeds change each in every way.
 func fuzzRanges(f *testing.F, ranges func(s *surgeon) [][2]int64) {
 	sound := fuzzImage(f)
 	rs := ranges(operate(f, bytes.Clone(sound)))
@@ -229,7 +229,7 @@ func FuzzCorruptDirent(f *testing.F) {
 				}
 				at := in.Off + pos
 				if in.Off < 0 {
-					at = int64(bytes.Index(s.b, b)) // in pieces; a block of names is nowhere else
+					at = int64(bytes.Index(s.b, b)) // not contiguous; a block of names occurs only once
 				}
 				rs = append(rs, [2]int64{at, at + int64(len(b))})
 			}
@@ -261,7 +261,7 @@ func walkRanges(s *surgeon, erofs func(string, daxfs.Inode, int64), v8 func(daxf
 	}
 }
 
-// FuzzCheck changes any bytes of the metadata, and the size, of a file image or a window: bit 0 of cut says which.
+// FuzzCheck changes the size and any metadata of a file image or a window, depending on bit 0 of cut.
 func FuzzCheck(f *testing.F) {
 	var images [2][]byte
 	var ranges [2][][2]int64
@@ -286,8 +286,8 @@ func FuzzCheck(f *testing.F) {
 	})
 }
 
-// FuzzOpen reads any bytes as an image. An input is both superblocks without the zeros around them, and what follows
-// block 0 up to the last byte that is not zero: that is a third of the bytes.
+// FuzzOpen reads arbitrary bytes as an image. An input is both superblocks without the zeros around
+// them, and the bytes behind block 0 up to the last one that is not zero: a third of the image.
 func FuzzOpen(f *testing.F) {
 	const supers = disk.V8SuperSize + disk.ErofsSuperSize
 	f.Add([]byte{}, uint16(0))
@@ -301,7 +301,7 @@ func FuzzOpen(f *testing.F) {
 			copy(b, data[:disk.V8SuperSize])
 			copy(b[disk.ErofsSuperOff:], data[disk.V8SuperSize:supers])
 			copy(b[daxfs.BlockSize:], data[supers:])
-			// Else nearly nothing gets past the checksum.
+			// Without this, nearly no input passes the checksum.
 			binary.LittleEndian.PutUint32(b[disk.ErofsSuperOff+4:], disk.ErofsChecksum(b))
 		} else {
 			copy(b, data)
@@ -310,7 +310,7 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// seedImages are small images of one thing each.
+// seedImages returns small images with one feature each.
 func seedImages(t testing.TB) [][]byte {
 	var list [][]byte
 	for _, entries := range []map[string]*daxfs.Node{

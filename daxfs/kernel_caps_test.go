@@ -17,12 +17,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// programs runs programs that have capabilities and compares what the kernel gives them. It is safe for concurrent use.
+// programs runs programs with capabilities and checks what the kernel grants. It is concurrency-safe.
 type programs struct {
-	bound, valid uint64 // capabilities that this process may pass on, and those that the kernel knows
+	bound, valid uint64 // capabilities that this process may pass on, and those known to the kernel
 
 	mu   sync.Mutex
-	sane map[string]bool // what was run and got what it should
+	sane map[string]bool // programs already run with the right result
 	runs int
 }
 
@@ -43,7 +43,7 @@ func newPrograms(t testing.TB) *programs {
 	return &programs{bound: bound, valid: 1<<(n+1) - 1, sane: map[string]bool{}}
 }
 
-// program is an executable that waits for a minute.
+// program returns an executable that waits for a minute.
 func program(t testing.TB) []byte {
 	t.Helper()
 	path, err := exec.LookPath("sleep")
@@ -57,7 +57,7 @@ func program(t testing.TB) []byte {
 	return b
 }
 
-// compare runs a program that anybody may run, and returns what is wrong with its capabilities.
+// compare runs a program executable by everybody and returns what is wrong with its capabilities.
 func (p *programs) compare(host string, in *daxfs.Inode) string {
 	if in.Mode&0o7111 != 0o111 {
 		return ""
@@ -92,7 +92,7 @@ func (p *programs) compare(host string, in *daxfs.Inode) string {
 	return ""
 }
 
-// expect says what capabilities(7) promises a user without capabilities who runs a program with these.
+// expect returns what capabilities(7) guarantees to a user without capabilities who runs a program with these.
 func (p *programs) expect(value []byte) string {
 	le := binary.LittleEndian
 	if len(value) == 24 { // for another user namespace
@@ -113,7 +113,7 @@ func capSets(permitted, effective uint64) string {
 	return fmt.Sprintf("permitted %x effective %x", permitted, effective)
 }
 
-// runAsNobody starts a program as a user without capabilities, looks at it, and kills it.
+// runAsNobody starts a program as a user without capabilities, inspects it and kills it.
 func runAsNobody(host string) string {
 	f, err := os.Open(host)
 	if err != nil {

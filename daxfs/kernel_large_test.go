@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestKernelLarge has contents of more than 32 bits, and block numbers of which the highest bit is set, in a sparse
-// file: metadata high above the data, and a window the other way round.
+// TestKernelLarge has contents of more than 32 bits and block numbers with the highest bit set, in a
+// sparse file: metadata high above the data, and a window the other way round.
 func TestKernelLarge(t *testing.T) {
 	const (
 		tib  = 1 << 40

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernelTrees are trees that exercise one limit of the layout each.
+// kernelTrees returns trees that each exercise one limit of the layout.
 func kernelTrees() map[string]func(s *store) *daxfs.Node {
 	trees := map[string]func(s *store) *daxfs.Node{
 		"empty root": func(*store) *daxfs.Node { return dir(nil) },
@@ -95,7 +95,7 @@ func kernelTrees() map[string]func(s *store) *daxfs.Node {
 		"links": func(s *store) *daxfs.Node {
 			root := dir(map[string]*daxfs.Node{})
 			f := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte("linked")), UID: 1}
-			for i := range 70_000 { // more than 16 bits of links
+			for i := range 70_000 { // link counts of more than 16 bits
 				root.Entries[fmt.Sprint(i)] = f
 			}
 			return root
@@ -110,7 +110,7 @@ func kernelTrees() map[string]func(s *store) *daxfs.Node {
 	return trees
 }
 
-// TestKernel mounts images with the running kernel and compares what it shows with what went in.
+// TestKernel mounts images with the running kernel and compares its view with the input.
 func TestKernel(t *testing.T) {
 	for name, make := range kernelTrees() {
 		t.Run(name, func(t *testing.T) {
@@ -178,7 +178,7 @@ func compareMount(t *testing.T, backing, file string, off, size int64, root *dax
 	}
 }
 
-// fsck lets the reference checker read the whole image.
+// fsck checks the whole image with the reference tool.
 func fsck(t *testing.T, file string) {
 	t.Helper()
 	out, err := runTool(t, "fsck.erofs", "-d1", "--extract", file)
@@ -187,7 +187,7 @@ func fsck(t *testing.T, file string) {
 	}
 }
 
-// recorder counts what a test would report.
+// recorder counts the reports of a test.
 type recorder struct {
 	testing.TB
 	errors []string
@@ -199,7 +199,7 @@ func (r *recorder) Errorf(format string, args ...any) {
 	r.errors = append(r.errors, fmt.Sprintf(format, args...))
 }
 
-// TestCompareTree changes one thing at a time in what is expected of a mount: the comparison must see each.
+// TestCompareTree changes one expectation of a mount at a time: the comparison must find each difference.
 func TestCompareTree(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	make := func() *daxfs.Node {

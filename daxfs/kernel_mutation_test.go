@@ -18,8 +18,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// mutationRun is how many mutations TestKernelMutations makes, and its seed: DAXFS_TEST_MUTATIONS is a number, or a
-// number and a seed with a colon between them.
+// mutationRun returns number and seed of the mutations for TestKernelMutations: DAXFS_TEST_MUTATIONS
+// is a number, or a number, a colon and a seed.
 func mutationRun(t *testing.T) (count, seed uint64) {
 	t.Helper()
 	v := os.Getenv("DAXFS_TEST_MUTATIONS")
@@ -42,13 +42,13 @@ func mutationRun(t *testing.T) (count, seed uint64) {
 	return count, seed
 }
 
-// TestKernelMutations changes the metadata of rich images. The running kernel mounts every image that Check takes: it
-// must show all that our reader shows, and run programs with the capabilities that they have.
+// TestKernelMutations changes the metadata of rich images. The running kernel mounts every image that
+// Check accepts: it must show the same as our reader, and run programs with their capabilities.
 //
-// A mount costs more than all else, so several mutations go into one if they are apart and Check takes them together,
-// too.
+// Mounts dominate the cost, so one mount tests several mutations that are apart and that Check accepts
+// together.
 func TestKernelMutations(t *testing.T) {
-	const run = 256 // mutations of one image, in order: what goes into one mount does not depend on the processors
+	const run = 256 // mutations of one image, in order: the groups do not depend on the number of processors
 	count, seed := mutationRun(t)
 	progs := newPrograms(t)
 	images := make([]*mutator, 4)
@@ -79,7 +79,7 @@ func TestKernelMutations(t *testing.T) {
 		}
 	})
 	if next.Load() == 0 {
-		return // no namespace of our own, and no mounts
+		return // no own namespace and no mounts
 	}
 	t.Logf("%d mutations of seed %d: Check takes %d, which were in %d mounts; programs ran %d times",
 		tried.Load(), seed,
@@ -89,8 +89,8 @@ func TestKernelMutations(t *testing.T) {
 	}
 }
 
-// mutationBed has one file on disk, which is mounted again and again. After a crash of the machine, it holds the image
-// that was mounted.
+// mutationBed has one file on disk, which is mounted repeatedly. After a crash of the machine it holds
+// the mounted image.
 type mutationBed struct {
 	t     *testing.T
 	seed  uint64
@@ -98,10 +98,10 @@ type mutationBed struct {
 	mnt   string
 	name  string
 	file  *os.File
-	have  []byte // what the file holds
+	have  []byte // content of the file
 	buf   []byte
 
-	groups []*mutationGroup // not mounted yet, the oldest first
+	groups []*mutationGroup // not yet mounted, oldest first
 
 	taken, mounts, failed uint64
 }
@@ -117,7 +117,7 @@ func newMutationBed(t *testing.T, seed uint64, progs *programs) *mutationBed {
 	return &mutationBed{t: t, seed: seed, progs: progs, mnt: t.TempDir(), name: name, file: f}
 }
 
-// run makes the mutations from first up to last, and mounts those that Check takes.
+// run makes the mutations from first up to last and mounts those that Check accepts.
 func (bed *mutationBed) run(m *mutator, first, last uint64) {
 	bed.buf = make([]byte, len(m.sound))
 	for n := first; n < last; n++ {
@@ -139,7 +139,7 @@ func (bed *mutationBed) run(m *mutator, first, last uint64) {
 	}
 }
 
-// flush mounts the oldest group. If something is wrong with it, each member is mounted alone, to say which one it is.
+// flush mounts the oldest group. After a failure it mounts each member alone, to identify the faulty one.
 func (bed *mutationBed) flush(m *mutator) {
 	g := bed.groups[0]
 	bed.groups = bed.groups[1:]
@@ -158,7 +158,7 @@ func (bed *mutationBed) flush(m *mutator) {
 	bed.t.Errorf("mutations %d of seed %d together: %q", g.numbers, bed.seed, bad)
 }
 
-// look mounts an image and says what the kernel, or the DAXFS half, does not show as it should.
+// look mounts an image and returns the differences of the kernel and the DAXFS half from our reader.
 func (bed *mutationBed) look(b []byte) (bad []string) {
 	f, err := daxfs.OpenBytes(b)
 	if err != nil {
@@ -190,7 +190,7 @@ const (
 	apart      = 512 // bytes: a piece of the image has only one mutation
 )
 
-// join adds mutation n, which makes b of the sound image, and reports false if it cannot be together with the others.
+// join adds mutation n, with the result b, and returns false if it does not fit the others.
 func (g *mutationGroup) join(sound, b []byte, n uint64) bool {
 	if len(g.numbers) == groupSize || len(b) != len(sound) || len(g.b) != len(sound) {
 		return false
@@ -221,7 +221,7 @@ func (g *mutationGroup) join(sound, b []byte, n uint64) bool {
 	return true
 }
 
-// write makes the file what b is.
+// write writes b to the file.
 func (bed *mutationBed) write(b []byte) error {
 	if len(bed.have) != len(b) {
 		bed.have = make([]byte, len(b))
@@ -242,7 +242,7 @@ func (bed *mutationBed) write(b []byte) error {
 	return unix.Fdatasync(int(bed.file.Fd()))
 }
 
-// mount mounts the file itself, or a loop device where the kernel cannot mount files.
+// mount mounts the file itself, or a loop device if the kernel cannot mount files.
 func (bed *mutationBed) mount() (done func(), err error) {
 	source, detach := bed.name, func() {}
 	err = unix.Mount(source, bed.mnt, "erofs", unix.MS_RDONLY, "")
@@ -255,7 +255,7 @@ func (bed *mutationBed) mount() (done func(), err error) {
 		return nil, err
 	}
 	return func() {
-		// A program that another worker starts has our files for a moment.
+		// A program started by another worker briefly inherits our files.
 		if err := unix.Unmount(bed.mnt, unix.MNT_DETACH); err != nil {
 			bed.t.Fatalf("unmount: %v", err)
 		}

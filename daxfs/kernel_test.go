@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountNamespace moves the test into a mount namespace of its own: a mount cannot outlive the thread, even if the test
-// is killed. The thread is not given back, so it ends with the test.
+// mountNamespace moves the test's thread into its own mount namespace: a mount cannot outlive the
+// thread, even if the test is killed. The thread stays locked and ends with the test.
 func mountNamespace(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -36,8 +36,9 @@ func mountNamespace(t testing.TB) {
 	}
 }
 
-// mountImage mounts size bytes at off of file with erofs. backing is "file" or "loop". device is how the kernel's log names
-// the mount; it is empty for a file, because the log has one name for all mounts of files on the machine.
+// mountImage mounts size bytes at off of file with erofs. backing is "file" or "loop". device is the
+// name of the mount in the kernel's log; it is empty for a file, because all mounts of files share one
+// name in the log.
 func mountImage(t testing.TB, backing, file string, off, size int64) (mnt string, device string) {
 	t.Helper()
 	mnt = t.TempDir()
@@ -67,7 +68,7 @@ func mountImage(t testing.TB, backing, file string, off, size int64) (mnt string
 	return mnt, device
 }
 
-// attachLoop makes a read-only loop device of size bytes at off of file. It goes when its last user does.
+// attachLoop makes a read-only loop device of size bytes at off of file. It vanishes with its last user.
 func attachLoop(t testing.TB, file string, off, size int64) (device string, done func()) {
 	t.Helper()
 	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
@@ -105,7 +106,7 @@ func attachLoop(t testing.TB, file string, off, size int64) (device string, done
 	return "", nil
 }
 
-// kernelLog gives the warnings and errors about device that the kernel logs from now on.
+// kernelLog returns a function for the warnings and errors that the kernel logs about device from now on.
 func kernelLog(t testing.TB) func(device string) []string {
 	t.Helper()
 	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -139,7 +140,7 @@ func kernelLog(t testing.TB) func(device string) []string {
 	}
 }
 
-// tree compares a mounted image with the tree that it was made from, entry by entry.
+// tree compares a mounted image with its input tree, entry by entry.
 type tree struct {
 	t     testing.TB
 	s     *store
@@ -180,7 +181,7 @@ func (c *tree) errorf(path, format string, args ...any) {
 	}
 }
 
-// node compares the entry name of the directory dirfd with n. Paths are relative: those of deep trees are too long.
+// node compares the entry name of the directory dirfd with n. Absolute paths of deep trees are too long.
 func (c *tree) node(dirfd int, name, path string, n *daxfs.Node) {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dirfd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
@@ -190,7 +191,7 @@ func (c *tree) node(dirfd int, name, path string, n *daxfs.Node) {
 	if old := c.inos[st.Ino]; old != nil && old != n || st.Ino == 0 {
 		c.errorf(path, "inode number %d is that of another file", st.Ino)
 	} else if old != nil {
-		return // another name of an inode that was compared
+		return // another name of an inode already compared
 	}
 	c.inos[st.Ino] = n
 	size := n.Data.Size

@@ -18,16 +18,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// view compares all that the kernel shows of a mounted image with what our reader shows.
+// view compares the kernel's view of a mounted image with that of our reader.
 type view struct {
 	mnt   string
 	progs *programs
-	seen  map[uint64]bool // inodes that were compared
+	seen  map[uint64]bool // inodes already compared
 	bad   []string
 	buf   []byte
 }
 
-// compareView returns what differs, at most a few lines. Programs with capabilities are run if progs is not nil.
+// compareView returns a few lines of differences. It runs programs with capabilities if progs is not nil.
 func compareView(f *daxfs.FS, mnt string, progs *programs) []string {
 	v := &view{mnt: mnt, progs: progs, seen: map[uint64]bool{}, buf: make([]byte, 64<<10)}
 	v.super(f)
@@ -57,7 +57,7 @@ func (v *view) super(f *daxfs.FS) {
 	}
 	defer root.Close()
 	var label [256]byte
-	var uuid [17]byte // its length first
+	var uuid [17]byte // starts with its length
 	if ask(root, getLabel, unsafe.Pointer(&label)) && unix.ByteSliceToString(label[:]) != sb.Label {
 		v.errorf("", "label %q, our reader has %q", label, sb.Label)
 	}
@@ -66,19 +66,19 @@ func (v *view) super(f *daxfs.FS) {
 	}
 }
 
-// Requests of ioctl(2), known to new kernels only: FS_IOC_GETFSLABEL and FS_IOC_GETFSUUID.
+// Requests of ioctl(2) of new kernels: FS_IOC_GETFSLABEL and FS_IOC_GETFSUUID.
 const (
 	getLabel = 2<<30 | 256<<16 | 0x94<<8 | 49
 	getUUID  = 2<<30 | 17<<16 | 0x15<<8
 )
 
-// ask reports false if the kernel does not know the request.
+// ask returns false if the kernel does not know the request.
 func ask(f *os.File, request uintptr, answer unsafe.Pointer) bool {
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(answer))
 	return errno == 0
 }
 
-// attributes are the fields of stat(2) but the number of the device.
+// attributes are the fields of stat(2) except the device number.
 type attributes struct {
 	ino, rdev                 uint64
 	mode, nlink, uid, gid     uint32
@@ -127,7 +127,7 @@ func (v *view) inode(path string, in *daxfs.Inode) error {
 	return nil
 }
 
-// xattrs also asks for the size of the list and for an attribute that is not there.
+// xattrs also requests the size of the list and a missing attribute.
 func (v *view) xattrs(path, host string, in *daxfs.Inode) {
 	xs, err := in.Xattrs()
 	if err != nil {
@@ -175,7 +175,7 @@ func (v *view) contents(path, host string, in *daxfs.Inode) {
 	}
 }
 
-// entries compares a listing, and asks for a name that is not there.
+// entries compares a listing and looks up a missing name.
 func (v *view) entries(path, host string, in *daxfs.Inode) {
 	want := []string{fmt.Sprintf("%d %#o %q", in.Nid, unix.S_IFDIR, ".")}
 	err := in.Entries(0, func(e daxfs.Dirent) bool {
@@ -194,7 +194,7 @@ func (v *view) entries(path, host string, in *daxfs.Inode) {
 	}
 }
 
-// list reads a directory with getdents(2). The inode of ".." belongs to another directory and is left out.
+// list reads a directory with getdents(2). It skips the inode of "..", which belongs to another directory.
 func (v *view) list(host string) (list []string, err error) {
 	fd, err := unix.Open(host, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -218,8 +218,8 @@ func (v *view) list(host string) (list []string, err error) {
 	}
 }
 
-// TestCompareView changes one thing at a time in the image that our reader reads, but not in the one that the kernel
-// has mounted: the comparison must see each.
+// TestCompareView changes one thing at a time in the reader's image, but not in the mounted one: the
+// comparison must find each difference.
 func TestCompareView(t *testing.T) {
 	sound := richImage(t, 1)
 	mountNamespace(t)

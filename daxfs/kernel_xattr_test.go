@@ -13,17 +13,17 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// xattrCase is one attribute of one inode, which the writer may refuse.
+// xattrCase is one attribute of one inode. The writer may refuse it.
 type xattrCase struct {
 	name  string
 	typ   uint32
 	index uint8
-	rest  string // of the name
+	rest  string // rest of the name
 	value string
-	rule  daxfs.Rule // that Check says; "" if the attribute is sound
+	rule  daxfs.Rule // expected of Check; "" if the attribute is valid
 }
 
-// le32 is a list of little endian numbers.
+// le32 encodes numbers in little endian.
 func le32(list ...uint32) string {
 	var b []byte
 	for _, n := range list {
@@ -32,7 +32,7 @@ func le32(list ...uint32) string {
 	return string(b)
 }
 
-// aclOf is an ACL of entries of tag, permissions and id.
+// aclOf encodes an ACL. An entry is tag, permissions and id.
 func aclOf(entries ...[3]uint32) string {
 	s := le32(2)
 	for _, e := range entries {
@@ -41,7 +41,7 @@ func aclOf(entries ...[3]uint32) string {
 	return s
 }
 
-// xattrCases have every namespace of EROFS on every file type that matters, and every way in which Linux treats values.
+// xattrCases cover all namespaces of EROFS, the relevant file types, and Linux's treatment of values.
 func xattrCases() []xattrCase {
 	const (
 		none   = 1<<32 - 1
@@ -117,7 +117,7 @@ func xattrCases() []xattrCase {
 		{"ACL of a socket", unix.S_IFSOCK, access, "", aclOf(owner, group, other), ""},
 		{"ACL of a device", unix.S_IFCHR, access, "", aclOf(owner, group, other), ""},
 	}
-	for _, index := range []uint8{0, 5, 7, 64, 128, 129, 134, 255} { // 5 is lustre, from 128 on are long prefixes
+	for _, index := range []uint8{0, 5, 7, 64, 128, 129, 134, 255} { // 5 is lustre, 128 and above are long prefixes
 		cases = append(cases,
 			xattrCase{fmt.Sprint("namespace ", index), reg, index, "name", "value", daxfs.RuleXattrName})
 	}
@@ -153,7 +153,7 @@ func xattrCases() []xattrCase {
 	return cases
 }
 
-// image makes an image with the attribute, which goes in place of one that takes as many bytes.
+// image makes an image in which the attribute replaces another one of the same size.
 func (c *xattrCase) image(t *testing.T) []byte {
 	t.Helper()
 	s := newStore(daxfs.BlockSize)
@@ -184,8 +184,7 @@ func (c *xattrCase) image(t *testing.T) []byte {
 	return o.close()
 }
 
-// TestKernelXattrs lets the kernel say which attributes are sound: those that it shows as they are stored. Check must
-// say the same.
+// TestKernelXattrs: Check accepts exactly those attributes that the kernel shows as they are stored.
 func TestKernelXattrs(t *testing.T) {
 	mountNamespace(t)
 	for _, c := range xattrCases() {
@@ -198,7 +197,7 @@ func TestKernelXattrs(t *testing.T) {
 			if got := strings.Join(rules, " "); got != string(c.rule) {
 				t.Errorf("Check finds %q, expected %q", got, c.rule)
 			}
-			// The kernel first lists the names, then gives each.
+			// The kernel first lists the names, then returns each value.
 			mnt, _ := mountImage(t, "loop", writeTemp(t, b), 0, int64(len(b)))
 			bad := c.differs(mnt + "/it")
 			if (bad == "") != (c.rule == "") {
@@ -208,7 +207,7 @@ func TestKernelXattrs(t *testing.T) {
 	}
 }
 
-// differs says what the kernel shows that is not stored.
+// differs returns the differences between the kernel's view and the stored attribute.
 func (c *xattrCase) differs(host string) string {
 	name := disk.ErofsXattrPrefix(c.index) + c.rest
 	buf := make([]byte, 1<<16)
@@ -223,14 +222,14 @@ func (c *xattrCase) differs(host string) string {
 	if c.typ == unix.S_IFLNK {
 		return ""
 	}
-	// Without a right of its own, somebody who is neither owner nor in the group sees what the ACL says.
+	// A user who is neither owner nor in the group has the access that the ACL grants.
 	if err := unix.Faccessat(unix.AT_FDCWD, host, unix.R_OK, 0); err != nil {
 		return fmt.Sprintf("access %v", err)
 	}
 	return ""
 }
 
-// TestKernelXattrList has the longest list of names that Linux gives, and one that is a byte longer.
+// TestKernelXattrList has the longest list of names that Linux returns, and one that is a byte longer.
 func TestKernelXattrList(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	n := &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: s.put([]byte("contents"))}
@@ -244,7 +243,7 @@ func TestKernelXattrList(t *testing.T) {
 	o := operate(t, bytes.Clone(longest))
 	x := o.xattrs("it")
 	at := strings.Index(string(x), "last")
-	x[at-4]++ // a byte of the value becomes one of the name
+	x[at-4]++ // turn a byte of the value into one of the name
 	x[at-2]--
 	longer := o.close()
 	list := findings(t, longer)

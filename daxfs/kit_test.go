@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// memFile is a file in memory. Writing to it beyond its end fills with zeros.
+// memFile is a file in memory. Writing beyond its end fills the gap with zeros.
 type memFile struct{ b []byte }
 
 func (m *memFile) ReadAt(p []byte, off int64) (int, error) {
@@ -49,7 +49,7 @@ func (m *memFile) grow(size int64) {
 	}
 }
 
-// store keeps contents as a pool does: page aligned, zero tails, equal ones once.
+// store keeps contents like a pool: page aligned, zero tails, equal ones once.
 type store struct {
 	f    memFile
 	next int64
@@ -84,7 +84,7 @@ func (s *store) get(d daxfs.Data) []byte {
 	return s.f.b[d.Off : d.Off+d.Size]
 }
 
-// fileImage plans root and writes it behind the data of s, which began at BlockSize. The image is checked.
+// fileImage plans root and writes it behind the data of s, which starts at BlockSize. It checks the image.
 func (s *store) fileImage(t testing.TB, root *daxfs.Node, o daxfs.Options) (*daxfs.Plan, []byte) {
 	t.Helper()
 	p, err := daxfs.NewPlan(root, o)
@@ -104,7 +104,7 @@ func (s *store) fileImage(t testing.TB, root *daxfs.Node, o daxfs.Options) (*dax
 	return p, s.f.b
 }
 
-// windowImage plans root and writes its segment at image, below the data of s. It returns the window alone, checked.
+// windowImage plans root and writes its segment at image, below the data of s. It returns the checked window.
 func (s *store) windowImage(t testing.TB, root *daxfs.Node, image int64) (*daxfs.Plan, []byte) {
 	t.Helper()
 	p, err := daxfs.NewPlan(root, daxfs.Options{})
@@ -140,7 +140,7 @@ func symlink(target string) *daxfs.Node {
 	return &daxfs.Node{Mode: unix.S_IFLNK | 0o777, Target: target}
 }
 
-// acl is a POSIX ACL in the form of getxattr(2): owner, a named user, group, mask, others.
+// acl returns a POSIX ACL in the form of getxattr(2): owner, a named user, group, mask, others.
 func acl(uid uint32) []byte {
 	b := []byte{2, 0, 0, 0}
 	for _, e := range [][3]uint32{
@@ -158,7 +158,7 @@ func acl(uid uint32) []byte {
 // capability is a security.capability value: cap_net_bind_service+ep, version 2.
 var capability = []byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
-// randomTree makes about n inodes of all kinds. The same seed makes the same tree.
+// randomTree makes about n inodes of all kinds. Equal seeds give equal trees.
 func randomTree(seed uint64, n int, s *store) *daxfs.Node {
 	r := rand.New(rand.NewPCG(seed, 1))
 	g := &generator{r: r, s: s, root: dir(map[string]*daxfs.Node{})}

@@ -12,8 +12,8 @@ import (
 //
 //	slot 0, unused | inodes, xattrs, inline tails, whole blocks, shared xattrs | DAXFS inodes | DAXFS entries | zeros
 //
-// A piece of up to one block never crosses the end of a block: old kernels read inodes only so, and an inline tail must
-// share the block of its inode. What is left at the end of a block is filled by the next pieces that fit.
+// A piece of up to one block never crosses a block boundary: old kernels cannot read such inodes, and
+// an inline tail must share its inode's block. Later pieces fill the gaps at the ends of blocks.
 
 // piece is one run of bytes in the EROFS part of the core.
 type piece struct {
@@ -30,7 +30,6 @@ const (
 	pieceShared                  // all shared xattrs; ino is unused
 )
 
-// layout computes every offset in the core.
 func (p *Plan) layout() error {
 	if err := p.layoutXattrs(); err != nil {
 		return err
@@ -45,14 +44,14 @@ func (p *Plan) layout() error {
 	p.chooseEpoch()
 
 	space := packer{}
-	space.take(disk.ErofsSlot) // a nid of 0 would be an inode number of 0
+	space.take(disk.ErofsSlot) // a nid of 0 would give inode number 0
 	p.pieces = make([]piece, 0, p.inodes.len()+p.inodes.len()/8)
 	for i := range p.inodes.len() {
 		in := p.inodes.at(i)
 		head := int64(in.headerSize() + in.xbytes)
 		tail := int64(0)
 		if in.isSymlink() {
-			tail = in.size + 1 // a NUL after it makes it the target of the DAXFS half, too
+			tail = in.size + 1 // its NUL makes it usable as the target of the DAXFS half, too
 		} else if in.isDir() {
 			tail = in.size % BlockSize
 		}
@@ -97,7 +96,6 @@ func (p *Plan) layout() error {
 	return nil
 }
 
-// headerSize is the number of bytes of the EROFS inode without xattrs.
 func (i *inode) headerSize() int {
 	if i.extended {
 		return disk.ErofsExtendedSize
@@ -105,7 +103,7 @@ func (i *inode) headerSize() int {
 	return disk.ErofsCompactSize
 }
 
-// wholeBlocks is the number of metadata blocks that hold the contents of a directory or symlink outside its inode.
+// wholeBlocks returns the number of blocks of a directory or symlink outside its inode.
 func (i *inode) wholeBlocks() int64 {
 	switch {
 	case i.isDir() && i.inline:
@@ -118,8 +116,8 @@ func (i *inode) wholeBlocks() int64 {
 	return 0
 }
 
-// chooseEpoch finds the time that most inodes share which would fit a compact inode otherwise: a compact inode has no
-// time of its own. Images that are built reproducibly have one time for most files.
+// chooseEpoch picks the most frequent time of inodes that would otherwise fit a compact inode, which
+// has no time of its own. Reproducible images have one time for most files.
 func (p *Plan) chooseEpoch() {
 	uses := map[Time]int{}
 	for i := range p.inodes.len() {
@@ -143,7 +141,7 @@ func (i *inode) fitsCompact() bool {
 	return i.uid <= math.MaxUint16 && i.gid <= math.MaxUint16 && i.nlink <= math.MaxUint16 && i.size <= math.MaxUint32
 }
 
-// layoutXattrs decides which xattrs are shared, and how much room the xattrs of each inode take.
+// layoutXattrs decides which xattrs are shared and how many bytes the xattrs of each inode take.
 func (p *Plan) layoutXattrs() error {
 	for x := range p.xattrs {
 		a := &p.xattrs[x]
@@ -201,18 +199,18 @@ func (p *Plan) placeShared(space *packer) error {
 	return nil
 }
 
-// packer hands out room in a growing run of blocks.
+// packer allocates space in a growing run of blocks.
 type packer struct {
 	blocks int64
-	holes  []hole // with room, oldest first
+	holes  []hole // free space, oldest first
 }
 
 type hole struct{ off, end int64 }
 
-// maxHoles bounds the search for room. More gains nothing measurable: most pieces are one or two slots.
+// maxHoles bounds the search. More holes gain nothing measurable: most pieces take one or two slots.
 const maxHoles = 16
 
-// take finds room for n bytes at a slot boundary: up to a block within one block, more at the start of a block.
+// take allocates n bytes at a slot boundary: up to a block within one block, more at the start of a block.
 func (k *packer) take(n int64) int64 {
 	n = roundUp(n, disk.ErofsSlot)
 	for i := range k.holes {
@@ -242,14 +240,14 @@ func (k *packer) take(n int64) int64 {
 	return off
 }
 
-// takeBlocks finds room for n whole blocks.
+// takeBlocks allocates n whole blocks.
 func (k *packer) takeBlocks(n int64) int64 {
 	off := k.blocks * BlockSize
 	k.blocks += n
 	return off
 }
 
-// end is the offset behind the last byte in use.
+// end returns the offset behind the last byte in use.
 func (k *packer) end() int64 {
 	end := k.blocks * BlockSize
 	for _, h := range k.holes {

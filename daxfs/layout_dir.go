@@ -21,7 +21,7 @@ func (p *Plan) dirents(dst []dirent, idx int32) []dirent {
 	return dst
 }
 
-// dirFill is how many of names fit one directory block, and the bytes that they take.
+// dirFill returns how many of names fit one directory block, and the bytes that they take.
 func dirFill(names []dirent) (n, size int) {
 	for _, d := range names {
 		need := disk.ErofsDirentSize + len(d.name)
@@ -34,7 +34,7 @@ func dirFill(names []dirent) (n, size int) {
 	return n, size
 }
 
-// dirSize is the size of an EROFS directory: whole blocks, and of the last block what is in use.
+// dirSize returns the size of an EROFS directory: whole blocks, and the used bytes of the last block.
 func dirSize(names []dirent) int64 {
 	var total int64
 	for {
@@ -46,8 +46,8 @@ func dirSize(names []dirent) int64 {
 	}
 }
 
-// encodeDir writes one directory block of names to b, which is zeroed and as long as dirFill says, or longer. nid tells
-// which inode an entry leads to.
+// encodeDir writes one directory block of names to b, which is zeroed and at least as long as dirFill
+// says. nid returns the inode of an entry.
 func (p *Plan) encodeDir(b []byte, names []dirent, nid func(dirent) uint64) {
 	at := len(names) * disk.ErofsDirentSize
 	for i, d := range names {
@@ -58,10 +58,10 @@ func (p *Plan) encodeDir(b []byte, names []dirent, nid func(dirent) uint64) {
 	}
 }
 
-// dualNid is the nid of an entry in a dual image.
+// dualNid returns the nid of an entry in a dual image.
 func (p *Plan) dualNid(d dirent) uint64 { return p.inodes.at(d.child).nid() }
 
-// nid is the number of an inode in the EROFS half, which tells where it is.
+// nid returns the number of an inode in the EROFS half, which encodes its offset.
 func (i *inode) nid() uint64 { return uint64(i.off) / disk.ErofsSlot }
 
 func erofsType(mode uint32) uint8 {

@@ -6,33 +6,33 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// Placement says where an image lies, in the space of Data.Off. All three are multiples of BlockSize.
+// Placement positions an image in the space of Data.Off. All three fields are multiples of BlockSize.
 //
-// A file image has Image 0, its data from BlockSize on, Meta at the end of the data and End = Meta + MetaSize. A window
-// of a pool has its segment at Image, Meta = Image + BlockSize, all data behind the metadata, and End at the highest
-// extent.
+// A file image has Image 0, its data from BlockSize on, Meta at the end of the data and End = Meta +
+// MetaSize. A window of a pool has its segment at Image, Meta = Image + BlockSize, all data behind the
+// metadata, and End at the highest extent.
 type Placement struct {
 	Image int64 // of block 0, which holds both superblocks
 	Meta  int64 // of the metadata run: above block 0, and on one side of all data
-	End   int64 // of the image: all data and metadata lie below
+	End   int64 // of the image: above all data and metadata
 }
 
-// spot is a Placement in terms of the image: all offsets count from block 0.
+// spot is a Placement with offsets relative to block 0.
 type spot struct {
 	Placement
-	meta    int64 // the metadata run
-	core    int64 // the core in it
-	overlay int64 // the overlay pair in it
+	meta    int64 // metadata run
+	core    int64 // core in the run
+	overlay int64 // overlay pair in the run
 	base    int64 // start of the base region of the DAXFS half
 	baseEnd int64
 }
 
-// Place says where the metadata goes. It refuses a placement in which metadata and data overlap, or in which one of the
-// two halves cannot reach its data, with a *TreeError that names the file, or an error that wraps ErrInvalid. A plan
-// that was refused a place keeps the one it had.
+// Place positions the metadata. It returns a *TreeError that names the file, or an error that wraps
+// ErrInvalid, if metadata and data overlap or one of the halves cannot reach its data. After an error
+// the plan keeps its old place.
 //
-// daxfs.ko wants its base region, which covers all data and metadata, to be clear of the overlay pair. So the pair is
-// the first part of the metadata run if there is data behind the run, else the last.
+// daxfs.ko requires that the base region, which covers all data and metadata, does not overlap the
+// overlay pair. So the pair comes first in the metadata run if data lies behind the run, else last.
 func (p *Plan) Place(pl Placement) error {
 	s := &spot{Placement: pl, meta: pl.Meta - pl.Image}
 	end := pl.End - pl.Image
@@ -42,8 +42,8 @@ func (p *Plan) Place(pl Placement) error {
 	case pl.Meta <= pl.Image || pl.End < pl.Meta || pl.End-pl.Meta < p.MetaSize():
 		return invalid("placement %+v: expected block 0, then %d bytes of metadata before the end", pl, p.MetaSize())
 	case p.digestSize > 0 && pl.End-pl.Meta != p.MetaSize():
-		return invalid("placement %+v: expected the end behind %d bytes of metadata: a digest table is found from there",
-			pl, p.MetaSize())
+		return invalid("placement %+v: expected the end behind %d bytes of metadata: "+
+			"a digest table is found from there", pl, p.MetaSize())
 	case end/BlockSize > math.MaxUint32:
 		return invalid("an image of %d bytes: expected at most %d, block numbers have 32 bits",
 			end, int64(math.MaxUint32)*BlockSize)

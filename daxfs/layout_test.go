@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inodesOf reads the header of every inode of an image, by its offset.
+// inodesOf reads the headers of all inodes of an image, by offset.
 func inodesOf(t testing.TB, img []byte) map[int64]disk.ErofsInode {
 	t.Helper()
 	f, err := daxfs.OpenBytes(img)
@@ -48,12 +48,12 @@ func inodesOf(t testing.TB, img []byte) map[int64]disk.ErofsInode {
 	return all
 }
 
-// TestLayoutOldKernels holds images to what kernels since 5.4 can read: inode headers within a block, inline tails in
-// the block of their inode's end, symlinks with their inode in one block, contents of regular files never inline.
+// TestLayoutOldKernels: kernels since 5.4 can read the images: inode headers within a block, inline tails in
+// the block of their inode's end, symlinks with their inode in one block, no inline contents of regular files.
 func TestLayoutOldKernels(t *testing.T) {
 	for name, make := range kernelTrees() {
 		if name == "large" || name == "links" {
-			continue // nothing that the others lack, but slow
+			continue // slow and without additional coverage
 		}
 		t.Run(name, func(t *testing.T) {
 			s := newStore(daxfs.BlockSize)
@@ -139,7 +139,7 @@ func TestLayoutCompact(t *testing.T) {
 	if err := p.Place(daxfs.Placement{Meta: meta, End: meta + p.MetaSize()}); err != nil {
 		t.Fatal(err)
 	}
-	// The metadata is moved down, so that nothing of the contents need be there.
+	// Move the metadata down, so that the contents need not exist.
 	if err := p.WriteTo(cut{&s.f, meta}); err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +177,7 @@ func TestLayoutCompact(t *testing.T) {
 	}
 }
 
-// cut moves what is written at or above from down to the second block.
+// cut moves writes at or above from down to the second block.
 type cut struct {
 	f    *memFile
 	from int64
@@ -190,7 +190,7 @@ func (c cut) WriteAt(p []byte, off int64) (int, error) {
 	return c.f.WriteAt(p, off)
 }
 
-// TestLayoutTargets finds every symlink target once in the image: both halves share it.
+// TestLayoutTargets: every symlink target is stored once, because both halves share it.
 func TestLayoutTargets(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	root := dir(map[string]*daxfs.Node{})

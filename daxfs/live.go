@@ -11,36 +11,36 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// The live tree is an EROFS file system that stays mounted while images are added to it. Its root directory has names
-// that are made beforehand, the slots. A slot's inode says nothing until an image is published there; from then on it
-// is the root directory of that image. docs/pool-format.md is the normative description.
+// The live tree is an EROFS file system that stays mounted while images are added. Its root directory
+// has a fixed set of names, the slots. The inode of a slot is invalid until an image is published there;
+// from then on it is the root directory of that image. docs/pool-format.md is the normative description.
 
 const (
-	// MaxSlots is the largest number of slots of a live tree: names have five digits and stay in one size.
+	// MaxSlots is the largest number of slots of a live tree: slot names have exactly five digits.
 	MaxSlots = 65472
-	// slotSize is the room of a slot in bytes: an extended inode, and the header of its xattrs with up to
-	// slotXattrs references to shared ones.
+	// slotSize is the size of a slot in bytes: an extended inode, and an xattr header with up to
+	// slotXattrs references to shared xattrs.
 	slotSize   = 128
 	slotXattrs = (slotSize - disk.ErofsExtendedSize - disk.ErofsXattrHdrSize) / disk.ErofsXattrIDSize
-	// SlotsPerBlock is the number of slots in one block where the kernel does not read blocks through a device.
+	// SlotsPerBlock is the number of slots per block where the kernel does not read through a block device.
 	SlotsPerBlock = BlockSize / slotSize
 
-	liveRoot  = 1 // nid of the root directory: 0 would be an inode number of 0
+	liveRoot  = 1 // nid of the root directory; a nid of 0 would give inode number 0
 	liveLabel = "daxfs pool"
 	slotWidth = 5
 )
 
-// Geometry is what the superblock and the root directory of a live tree say about it. It never changes while the tree
-// is mounted. The zero value is none.
+// Geometry describes the superblock and the root directory of a live tree. It does not change while
+// the tree is mounted. The zero value stands for no tree.
 type Geometry struct {
-	// UUID is that of the superblock: an epoch of a pool has one.
+	// UUID is the UUID of the superblock; each epoch of a pool has its own.
 	UUID [16]byte
 	// Slots is the number of names in the root directory, 2 to MaxSlots.
 	Slots int
-	// PerBlock is the number of slots in one block: SlotsPerBlock, or 1 on memory that kernels read through a block
-	// device, whose page cache would keep an old copy of the other slots.
+	// PerBlock is the number of slots per block: SlotsPerBlock, or 1 if kernels read the memory through a
+	// block device, whose page cache would keep stale copies of the neighbouring slots.
 	PerBlock int
-	// Head is the offset of the block that nids count from, a positive multiple of BlockSize.
+	// Head is the offset of the block from which nids count, a positive multiple of BlockSize.
 	Head int64
 	// Blocks is the number of blocks that the file system covers, from block 0.
 	Blocks uint32
@@ -77,16 +77,15 @@ func (g Geometry) NidOff(nid uint64) int64 { return g.Head + int64(nid)*disk.Ero
 
 func (g Geometry) nid(off int64) uint64 { return uint64(off-g.Head) / disk.ErofsSlot }
 
-// TreeStart is the offset of the first byte after the slots.
+// TreeStart returns the offset of the first byte after the slots.
 func (g Geometry) TreeStart() int64 {
 	blocks := (g.Slots + g.PerBlock - 1) / g.PerBlock
 	return g.slotStart() + int64(blocks)*BlockSize
 }
 
-// slotStart is the offset of slot 0: behind the block of the root inode and the blocks of the root directory.
+// slotStart returns the offset of slot 0, behind the block of the root inode and the root directory.
 func (g Geometry) slotStart() int64 { return g.Head + BlockSize + roundUp(g.rootSize(), BlockSize) }
 
-// rootSize is the size of the root directory in bytes.
 func (g Geometry) rootSize() int64 {
 	names, last := g.Slots, int64(0)
 	first := (BlockSize - 2*disk.ErofsDirentSize - len("...")) / slotEntry // beside "." and ".."
@@ -108,13 +107,13 @@ const (
 	slotsPerDirBlock = BlockSize / slotEntry
 )
 
-// FormatLive writes an empty live tree: the root directory, its slots, and block 0 last. Offsets in w count from block
-// 0. Nothing may be mounted from there.
+// FormatLive writes an empty live tree: the root directory, its slots, and block 0 last. Offsets in w
+// count from block 0. The tree must not be mounted.
 func FormatLive(w io.WriterAt, g Geometry) error {
 	if err := g.Validate(); err != nil {
 		return err
 	}
-	// Without a superblock nothing mounts what is half made.
+	// Without a superblock nobody can mount a half-written tree.
 	if _, err := w.WriteAt(make([]byte, BlockSize), 0); err != nil {
 		return fmt.Errorf("clear the superblock: %w", err)
 	}
@@ -139,7 +138,6 @@ func FormatLive(w io.WriterAt, g Geometry) error {
 	return nil
 }
 
-// writeRootDir writes the blocks of the root directory.
 func (g Geometry) writeRootDir(r *runWriter) {
 	type entry struct {
 		name string
@@ -167,8 +165,8 @@ func (g Geometry) writeRootDir(r *runWriter) {
 	}
 }
 
-// GrowLive writes the superblock of a live tree that covers more blocks than before. All else of g is as it was. The tree
-// is not mounted: a kernel remembers the number of blocks.
+// GrowLive writes the superblock of a live tree with a larger g.Blocks; the rest of g is unchanged.
+// The tree must not be mounted: a kernel remembers the number of blocks.
 func GrowLive(w io.WriterAt, g Geometry) error {
 	if err := g.Validate(); err != nil {
 		return err
@@ -177,7 +175,6 @@ func GrowLive(w io.WriterAt, g Geometry) error {
 	return err
 }
 
-// block0 is the first block of a live tree.
 func (g Geometry) block0() []byte {
 	b := make([]byte, BlockSize)
 	block := uint32(g.Head / BlockSize)
@@ -193,15 +190,15 @@ func (g Geometry) block0() []byte {
 	return b
 }
 
-// emptySlot is a slot where nothing is published. Its format is that of the inode which will be there, so that a lookup
-// at the moment of publication never takes it for an inode of the other size.
+// emptySlot returns a slot without an image. It already has the format bit of an extended inode, so a
+// lookup during publication never takes the slot for a compact inode.
 func emptySlot() []byte {
 	b := make([]byte, slotSize)
 	b[0] = 1
 	return b
 }
 
-// errNotLive says that an EROFS file system is not a live tree.
+// errNotLive reports an EROFS file system that is not a live tree.
 var errNotLive = fmt.Errorf("%w: not a live tree", ErrUnsupported)
 
 // Live reads a live tree, image by image. Like FS it trusts no byte, caches nothing and is safe for concurrent use.
@@ -212,7 +209,7 @@ type Live struct {
 
 // OpenLive reads the superblock and the root directory of a live tree of size bytes.
 //
-// The error is a *FormatError, or wraps ErrUnsupported if there is another EROFS file system.
+// The error is a *FormatError, or wraps ErrUnsupported for another EROFS file system.
 func OpenLive(r io.ReaderAt, size int64) (*Live, error) {
 	f, err := Open(r, size)
 	if err != nil {
@@ -251,11 +248,11 @@ func OpenLive(r io.ReaderAt, size int64) (*Live, error) {
 // Geometry returns what the superblock and the root directory say.
 func (l *Live) Geometry() Geometry { return l.g }
 
-// FS returns the whole file system, whose root is the directory of slots. The inode of a slot where nothing is
-// published is an error that wraps ErrCorrupt, as it is for the kernel.
+// FS returns the whole file system, whose root is the directory of slots. Reading the inode of an
+// empty slot gives an error that wraps ErrCorrupt, as in the kernel.
 func (l *Live) FS() *FS { return l.fs }
 
-// Published tells whether slot i holds an image.
+// Published reports whether slot i holds an image.
 func (l *Live) Published(i int) (bool, error) {
 	b, err := l.fs.s.view(l.g.SlotOff(i), slotSize)
 	if err != nil {
@@ -264,8 +261,8 @@ func (l *Live) Published(i int) (bool, error) {
 	return b[4] != 0 || b[5] != 0, nil
 }
 
-// Image returns the image at slot i: a file system whose root is the slot. The error wraps fs.ErrNotExist if nothing is
-// published there.
+// Image returns the image at slot i as a file system of its own. The error wraps fs.ErrNotExist if the
+// slot is empty.
 func (l *Live) Image(i int) (*FS, error) {
 	if i < 0 || i >= l.g.Slots {
 		return nil, fmt.Errorf("slot %d of %d: %w", i, l.g.Slots, errNoImage)
@@ -280,8 +277,9 @@ func (l *Live) Image(i int) (*FS, error) {
 	return l.fs.at(l.g.SlotNid(i))
 }
 
-// Erased returns an inode as it was before EraseInode erased it. It is for a FUSE server: it has no inodes in memory as a kernel
-// has, and reads on for those who have the file open. The error wraps fs.ErrNotExist if the inode is not an erased one.
+// Erased returns a regular file's inode as it was before EraseInode. A FUSE server needs it for files
+// that are still open: unlike a kernel it keeps no inodes in memory. The error wraps fs.ErrNotExist if
+// the inode is not an erased one.
 func (f *FS) Erased(nid uint64) (Inode, error) {
 	in, raw, err := f.readInode(nid)
 	if raw.Mode != erasedMode || raw.Size == 0 {
@@ -292,7 +290,7 @@ func (f *FS) Erased(nid uint64) (Inode, error) {
 	return in, f.locate(&in, &raw, off, off+int64(raw.HeaderSize()))
 }
 
-// at returns the same file system with another root.
+// at returns the same file system with another root directory.
 func (f *FS) at(root uint64) (*FS, error) {
 	sub := &FS{s: f.s, sb: f.sb}
 	sub.sb.Root = root

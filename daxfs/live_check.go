@@ -9,16 +9,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// LiveCheckOptions are the choices of CheckLive. The zero value checks what every live tree must hold.
+// LiveCheckOptions are the options of CheckLive. The zero value checks the rules of every live tree.
 type LiveCheckOptions struct {
 	CheckOptions
-	// OneInode refuses contents that several inodes share: with DAX the kernel must not map a page for two inodes.
+	// OneInode refuses contents shared by several inodes: with DAX the kernel must not map a page for two inodes.
 	OneInode bool
-	// Slots, if it is not nil, limits the check to images at slots for which it returns true.
+	// Slots limits the check to the slots for which it returns true; nil checks all.
 	Slots func(slot int) bool
 }
 
-// liveState is what a check of a live tree remembers from image to image.
+// liveState is the state that a check of a live tree keeps from image to image.
 type liveState struct {
 	on   bool
 	slot int
@@ -27,19 +27,19 @@ type liveState struct {
 	one  bool     // see LiveCheckOptions.OneInode
 }
 
-// liveSeen is an inode that an image was found to have.
+// liveSeen is an inode that was found in an image.
 type liveSeen struct {
 	nid   uint64
 	nlink uint32
-	slot  uint16 // MaxSlots are fewer
+	slot  uint16 // below MaxSlots
 	mode  uint16 // 0 if the inode could not be read
 }
 
-// CheckLive proves a live tree of size bytes: its superblock, its slots, and every image that is published. What passes is
-// safe to mount. Findings have paths that begin with the name of the slot.
+// CheckLive verifies a live tree of size bytes: its superblock, its slots, and every published image.
+// A tree that passes is safe to mount. The paths of findings begin with the name of the slot.
 //
-// An image may be published or removed meanwhile by the owner in this process; the caller sees to it that none is. Time and
-// memory are those of Check, with every inode counted once however many images share it. Errors are those of Check.
+// The caller must ensure that nobody publishes or removes an image meanwhile. Time, memory and errors
+// are those of Check; an inode counts once, however many images share it.
 func CheckLive(r io.ReaderAt, size int64, o LiveCheckOptions, report func(Finding) bool) error {
 	c := checker{tails: !o.SkipTails, max: o.MaxInodes}
 	if c.max == 0 {
@@ -56,7 +56,7 @@ func CheckLive(r io.ReaderAt, size int64, o LiveCheckOptions, report func(Findin
 	return c.first
 }
 
-// prefix puts the name of the slot in front of a path.
+// prefix puts the name of the slot in front of the finding's path.
 func (s *liveState) prefix(f Finding) Finding {
 	if f.Path != "" && s.slot >= 0 {
 		f.Path = "/" + Geometry{}.SlotName(s.slot) + f.Path
@@ -91,12 +91,12 @@ func (c *checker) runLive(r io.ReaderAt, size int64, o LiveCheckOptions) {
 		}
 	}
 	c.live.slot = -1
-	c.erofsState = erofsState{} // paths belong to one image
+	c.erofsState = erofsState{} // paths are relative to one image
 	c.live.seen, c.live.by = parts[liveSeen]{}, nidTable{}
 	c.checkSpace()
 }
 
-// checkLiveSuper checks the superblock and the root directory, which must lead to every slot and to nothing else.
+// checkLiveSuper checks the superblock and that the root directory lists exactly the slots.
 func (c *checker) checkLiveSuper(l *Live) {
 	got, err := c.s.view(disk.ErofsSuperOff, disk.ErofsSuperSize)
 	if err != nil {
@@ -132,7 +132,6 @@ func (c *checker) checkLiveSuper(l *Live) {
 	}
 }
 
-// checkSlot checks the image at a slot, if there is one.
 func (c *checker) checkSlot(l *Live, i int) {
 	c.live.slot = i
 	slot, err := c.s.view(l.g.SlotOff(i), slotSize)
@@ -158,7 +157,7 @@ func (c *checker) checkSlot(l *Live, i int) {
 	c.checkErofs()
 }
 
-// liveInode looks up an inode that another image has, too, and reports whether everything about it was checked there.
+// liveInode takes over the state of an inode that another image has, too, and reports if there is one.
 func (c *checker) liveInode(n *node, path func() string) (seen bool) {
 	i, ok := c.live.by.find(n.nid, c.live.nid)
 	if !ok {
@@ -169,12 +168,12 @@ func (c *checker) liveInode(n *node, path func() string) (seen bool) {
 	if n.ok && s.mode&unix.S_IFMT != unix.S_IFREG {
 		c.finding(RuleLiveShared, c.ero.inodeOff(n.nid), n.nid, path(),
 			"inode of mode %#o belongs to the image at slot %d, too", s.mode, s.slot)
-		n.ok = false // what is in it was checked
+		n.ok = false // its entries were checked with the other image
 	}
 	return true
 }
 
-// liveSaw notes that an image has the inode.
+// liveSaw records that the current image has the inode.
 func (c *checker) liveSaw(n *node) {
 	s := liveSeen{nid: n.nid, nlink: n.nlink, slot: uint16(c.live.slot)}
 	if n.ok {

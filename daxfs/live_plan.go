@@ -12,30 +12,30 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// errNoImage is the error of a slot where nothing is published.
+// errNoImage reports a slot without a published image.
 var errNoImage = fmt.Errorf("no image is published there: %w", fs.ErrNotExist)
 
-// InodeKey identifies a regular file among those that images of a live tree may share: SHA-256 over its contents'
-// digest and size, mode, owner, modification time, link count and extended attributes.
+// InodeKey identifies a regular file that images of a live tree may share. It is the SHA-256 over
+// digest and size of the contents, mode, owner, modification time, link count and extended attributes.
 type InodeKey [32]byte
 
-// LiveFile is a regular file, or a whole group of hard links, as a live tree shares it.
+// LiveFile is a regular file, or a whole group of hard links, that images of a live tree may share.
 type LiveFile struct {
 	Key InodeKey
-	// Seq counts the files of one image that have the key, from 0. Each takes an inode of its own: overlayfs takes two
-	// names of one lower inode for hard links, whatever its link count.
+	// Seq numbers the files of one image that have the same key, from 0. Each needs its own inode:
+	// overlayfs treats two names of one lower inode as hard links, whatever its link count.
 	Seq int
 	// Data are the contents.
 	Data Data
-	// Nid is the inode, once the plan is placed.
+	// Nid is the inode number, set once the plan is placed.
 	Nid uint64
-	// New tells that the image brings the inode.
+	// New is true if this image adds the inode.
 	New bool
 }
 
-// LivePlan is the layout of one image in a live tree. It is made from a tree with NewLivePlan; Resolve says which
-// regular files have an inode already; Place says where the rest goes; WriteTo writes it; Slot is what publishes it.
-// A LivePlan belongs to one goroutine at a time.
+// LivePlan is the layout of one image in a live tree. NewLivePlan makes it from a tree, Resolve finds
+// the regular files that have an inode already, PlaceLive positions the rest, WriteRun writes it, and
+// Slot returns the bytes that publish it. A LivePlan belongs to one goroutine at a time.
 type LivePlan struct {
 	*Plan
 	live  []liveInode
@@ -43,36 +43,36 @@ type LivePlan struct {
 
 	scratch []byte // for key
 
-	fileBlocks int64 // blocks of the run that hold inodes of regular files
-	dirBlocks  int64 // blocks behind them: everything that is the image's alone
-	xattrOff   int64 // of the root's xattrs in the run, if it has any
+	fileBlocks int64 // blocks of the run with inodes of regular files
+	dirBlocks  int64 // blocks behind them, which belong to this image alone
+	xattrOff   int64 // offset of the root's xattrs in the run, if it has any
 
 	g    Geometry
-	off  int64 // of the run
+	off  int64 // offset of the run
 	slot int
 }
 
-// liveFile is what makes a LiveFile together with its inode. There may be millions: keys are made when somebody asks.
+// liveFile identifies a LiveFile by its inode. There may be millions, so keys are computed on demand.
 type liveFile struct {
 	seq int32
 	ino int32 // index in inodes
 }
 
-// file is the LiveFile of one of files. Whether its inode is new, and where, is known after Resolve and PlaceLive.
+// file returns the LiveFile of f. New is valid after Resolve, Nid after PlaceLive.
 func (l *LivePlan) file(f *liveFile) LiveFile {
 	in := l.inodes.at(f.ino)
 	return LiveFile{Key: l.key(in), Seq: int(f.seq), Data: l.data(in), Nid: l.nid(f.ino), New: !l.live[f.ino].shared}
 }
 
-// liveInode is what the live tree adds to a planned inode.
+// liveInode is the additional state of an inode in a live tree.
 type liveInode struct {
 	at     int64 // of a new inode, its offset in the run; of a shared one, its nid
-	xbytes int32 // of the xattrs behind the inode
+	xbytes int32 // bytes of the xattrs behind the inode
 	inline bool
-	shared bool // the inode is in the tree already
+	shared bool // the inode already exists in the live tree
 }
 
-// nid is that of an inode, once the plan is placed.
+// nid returns the nid of an inode, or 0 for a new inode before PlaceLive.
 func (l *LivePlan) nid(i int32) uint64 {
 	switch li := &l.live[i]; {
 	case li.shared:
@@ -86,8 +86,9 @@ func (l *LivePlan) nid(i int32) uint64 {
 	}
 }
 
-// NewLivePlan lays out the tree below root for a live tree. With window set it can be placed as a dual image as well,
-// over the same contents: Plan.Place and Plan.WriteTo do that after Resolve. Errors are those of NewPlan.
+// NewLivePlan lays out the tree below root for a live tree. With window set, the plan can also be
+// placed as a dual image over the same contents: call Plan.Place and Plan.WriteTo after Resolve.
+// Errors are those of NewPlan.
 func NewLivePlan(root *Node, o Options, window bool) (*LivePlan, error) {
 	p, err := newTree(root, o)
 	if err != nil {
@@ -102,11 +103,11 @@ func NewLivePlan(root *Node, o Options, window bool) (*LivePlan, error) {
 	if err := l.sizes(); err != nil {
 		return nil, err
 	}
-	l.keys()
+	l.listFiles()
 	return l, nil
 }
 
-// sizes computes what does not depend on the place.
+// sizes computes the sizes that do not depend on the place.
 func (l *LivePlan) sizes() error {
 	var names []dirent
 	for i := range l.inodes.len() {
@@ -132,10 +133,10 @@ func (l *LivePlan) sizes() error {
 	return nil
 }
 
-// keys finds the regular files and numbers those of one key.
-func (l *LivePlan) keys() {
+// listFiles collects the regular files and sets the Seq of files with equal keys.
+func (l *LivePlan) listFiles() {
 	l.files = make([]liveFile, 0, l.stats.Files)
-	// By the beginnings of keys, then in the order of the tree: a map of all keys would take more memory than the files.
+	// Sort 8-byte prefixes of the keys: a map of all keys would take more memory than the files.
 	type begin struct {
 		key  uint64
 		file int32
@@ -170,7 +171,6 @@ func (l *LivePlan) keys() {
 	}
 }
 
-// key makes the key of a regular file.
 func (l *LivePlan) key(in *inode) InodeKey {
 	d, b := l.data(in), l.scratch[:0]
 	le := binary.LittleEndian
@@ -188,8 +188,8 @@ func (l *LivePlan) key(in *inode) InodeKey {
 	return sha256.Sum256(b)
 }
 
-// Resolve asks find for every regular file, in the order of the tree: for the nid of the inode that it shares and where
-// its contents lie, or for a nid of 0 and where the contents of a new inode lie.
+// Resolve calls find for every regular file, in the order of the tree. find returns the nid of an
+// existing inode to share, or 0 for a new inode; d is where the contents lie.
 func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)) error {
 	for k := range l.files {
 		f := &l.files[k]
@@ -204,8 +204,8 @@ func (l *LivePlan) Resolve(find func(f LiveFile) (nid uint64, d Data, err error)
 	return l.pack()
 }
 
-// pack lays out the run: inodes of new regular files, then what is the image's alone. Both parts take whole blocks, so
-// that the second can be given up as a whole when the image is removed.
+// pack lays out the run: inodes of new regular files first, then the part that belongs to this image
+// alone. Each part takes whole blocks, so the second can be freed as a whole with the image.
 func (l *LivePlan) pack() error {
 	var files, dirs packer
 	for i := range l.inodes.len() {
@@ -230,7 +230,7 @@ func (l *LivePlan) pack() error {
 				head += tail
 			}
 		}
-		if i != 0 { // the root's inode is the slot
+		if i != 0 { // the slot is the root's inode
 			li.at = dirs.take(head)
 		}
 		if n := li.wholeBlocks(in); n > 0 {
@@ -241,7 +241,7 @@ func (l *LivePlan) pack() error {
 		l.xattrOff = dirs.take(int64(n))
 	}
 	l.fileBlocks, l.dirBlocks = files.blocks, dirs.blocks
-	// What is the image's alone lies behind the inodes of files.
+	// The image's own part lies behind the inodes of files.
 	shift := l.fileBlocks * BlockSize
 	for i := range l.inodes.len() {
 		if in, li := l.inodes.at(i), &l.live[i]; !in.isRegular() {
@@ -258,7 +258,7 @@ func (l *LivePlan) pack() error {
 	return nil
 }
 
-// wholeBlocks is the number of blocks that hold the contents of a directory or symlink outside its inode.
+// wholeBlocks returns the number of blocks of a directory or symlink outside its inode.
 func (li *liveInode) wholeBlocks(in *inode) int64 {
 	switch {
 	case in.isDir() && li.inline:
@@ -271,21 +271,21 @@ func (li *liveInode) wholeBlocks(in *inode) int64 {
 	return 0
 }
 
-// Size is the number of bytes of the run that Place wants, a multiple of BlockSize. It is known after Resolve.
+// Size returns the size of the run in bytes, a multiple of BlockSize. It is valid after Resolve.
 func (l *LivePlan) Size() int64 { return (l.fileBlocks + l.dirBlocks) * BlockSize }
 
-// FileSize is how much of the run, at its start, holds inodes of regular files, which other images may come to share.
-// What lies behind it belongs to this image alone.
+// FileSize returns the size of the run's first part: the inodes of regular files, which other images
+// may share later. The rest of the run belongs to this image alone.
 func (l *LivePlan) FileSize() int64 { return l.fileBlocks * BlockSize }
 
 // FileCount is the number of regular files, hard links counted once.
 func (l *LivePlan) FileCount() int { return len(l.files) }
 
-// File returns the i-th regular file in the order of the tree, from 0. Nids of new inodes are known after Place.
+// File returns the i-th regular file in the order of the tree, from 0. Nids of new inodes are valid
+// after PlaceLive.
 func (l *LivePlan) File(i int) LiveFile { return l.file(&l.files[i]) }
 
-// FileData returns the contents of the i-th regular file, which are of size 0 if it has none, and whether the image
-// brings the inode.
+// FileData returns the contents of the i-th regular file, possibly of Size 0, and whether its inode is new.
 func (l *LivePlan) FileData(i int) (d Data, isNew bool) {
 	f := &l.files[i]
 	return l.data(l.inodes.at(f.ino)), !l.live[f.ino].shared
@@ -294,8 +294,8 @@ func (l *LivePlan) FileData(i int) (d Data, isNew bool) {
 // FilePath returns the first name of the i-th regular file.
 func (l *LivePlan) FilePath(i int) string { return l.path(l.files[i].ino) }
 
-// PlaceLive puts the run at off and the root at a slot. It refuses a place outside of the tree, or one whose nids or
-// blocks cannot be stored, with an error that wraps ErrInvalid.
+// PlaceLive puts the run at off and the root at a slot. It returns an error that wraps ErrInvalid for
+// a place outside of the tree, or one whose nids or block numbers do not fit their fields.
 func (l *LivePlan) PlaceLive(g Geometry, off int64, slot int) error {
 	if err := g.Validate(); err != nil {
 		return err

@@ -17,18 +17,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// livePool publishes images into a live tree, as package pool does, with contents that a store keeps above it.
+// livePool publishes images into a live tree like package pool. Contents lie in a store above the tree.
 type livePool struct {
 	s    *store
 	g    daxfs.Geometry
-	next int64 // of the tree area
-	used int   // slots
+	next int64 // next address of the tree area
+	used int   // used slots
 	have map[daxfs.InodeKey][]uint64
 }
 
 const (
-	liveData = 48 << 20  // where contents begin
-	liveSize = 192 << 20 // of the pool
+	liveData = 48 << 20  // start of contents
+	liveSize = 192 << 20 // size of the pool
 )
 
 func newLivePool(t testing.TB, slots, perBlock int) *livePool {
@@ -45,7 +45,7 @@ func newLivePool(t testing.TB, slots, perBlock int) *livePool {
 	return p
 }
 
-// write writes the run of an image and returns its slot, which is not published yet.
+// write writes the run of an image and returns its unpublished slot.
 func (p *livePool) write(t testing.TB, root *daxfs.Node) (slot int, bytes []byte, plan *daxfs.LivePlan) {
 	t.Helper()
 	plan, err := daxfs.NewLivePlan(root, daxfs.Options{}, false)
@@ -102,16 +102,15 @@ func (p *livePool) check(t testing.TB) {
 	}
 }
 
-// TestLiveKernel publishes image after image into a live tree that is mounted, and compares what the kernel shows with
-// what went in.
+// TestLiveKernel publishes images one by one into a mounted live tree and compares the kernel's view.
 func TestLiveKernel(t *testing.T) {
 	for _, perBlock := range []int{daxfs.SlotsPerBlock, 1} {
 		for _, backing := range []string{"file", "loop"} {
 			t.Run(fmt.Sprint(backing, perBlock), func(t *testing.T) {
 				makers := kernelTrees()
-				p := newLivePool(t, len(makers), perBlock) // as many as images: fsck.erofs dislikes an unpublished slot
+				p := newLivePool(t, len(makers), perBlock) // one per image: fsck.erofs rejects an unpublished slot
 				trees := map[string]*daxfs.Node{}
-				delete(makers, "large") // its contents take long to write
+				delete(makers, "large") // takes long to write its contents
 				for name, make := range makers {
 					trees[name] = make(p.s)
 				}
@@ -168,7 +167,7 @@ func TestLiveKernel(t *testing.T) {
 	}
 }
 
-// flush makes the kernel forget what it cached of a loop device, and with it what was there before a publication.
+// flush makes the kernel drop its cache of a loop device, with the state before a publication.
 func flush(t testing.TB, device string) {
 	t.Helper()
 	d, err := os.Open("/dev/" + device)
@@ -181,8 +180,8 @@ func flush(t testing.TB, device string) {
 	}
 }
 
-// TestLiveShares proves which inodes two images have in common: equal files, the k-th of them the k-th inode, and groups
-// of hard links as a whole or not at all.
+// TestLiveShares: two images share the k-th inode of equal files, and groups of hard links as a whole
+// or not at all.
 func TestLiveShares(t *testing.T) {
 	p := newLivePool(t, 300, daxfs.SlotsPerBlock)
 	file := func(body string) *daxfs.Node {
@@ -319,7 +318,7 @@ func TestLiveCheck(t *testing.T) {
 	}
 }
 
-// A removed image's slot is refused, and so are its files once they are erased.
+// The slot of a removed image is refused, and so are its files once they are erased.
 func TestLiveRetract(t *testing.T) {
 	p := newLivePool(t, 300, daxfs.SlotsPerBlock)
 	slot := p.publish(t, dir(map[string]*daxfs.Node{"f": {Mode: unix.S_IFREG | 0o644, Data: p.s.put([]byte("f"))}}))
@@ -385,7 +384,7 @@ func TestGeometry(t *testing.T) {
 	}
 }
 
-// setChecksum makes the checksum of the superblock of an image right.
+// setChecksum corrects the checksum in the superblock of an image.
 func setChecksum(b []byte) {
 	table := crc32.MakeTable(crc32.Castagnoli)
 	clear(b[1024+4 : 1024+8])

@@ -11,8 +11,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// WriteRun writes the run of the image, and nothing else. Offsets in w count from block 0 of the live tree. Nothing of
-// it can be seen before the slot is published.
+// WriteRun writes the run of the image and nothing else. Offsets in w count from block 0 of the live
+// tree. Readers see none of it before the slot is published.
 func (l *LivePlan) WriteRun(w io.WriterAt) error {
 	if l.g.Slots == 0 {
 		return ErrNotPlaced
@@ -49,7 +49,7 @@ func (l *LivePlan) WriteRun(w io.WriterAt) error {
 	return r.err
 }
 
-// order returns what is to be written, in ascending order.
+// order returns the pieces to write, in ascending order.
 func (l *LivePlan) order() []piece {
 	out := make([]piece, 0, int(l.inodes.len())+l.stats.Directories+1)
 	for i := range l.inodes.len() {
@@ -68,7 +68,7 @@ func (l *LivePlan) order() []piece {
 	return out
 }
 
-// liveNid returns the nids of the entries of a directory. ".." of an image leads to the directory of slots.
+// liveNid returns a function from entries of dir to nids. The ".." of an image is the directory of slots.
 func (l *LivePlan) liveNid(dir int32) func(d dirent) uint64 {
 	return func(d dirent) uint64 {
 		if dir == 0 && d.name == ".." {
@@ -78,7 +78,7 @@ func (l *LivePlan) liveNid(dir int32) func(d dirent) uint64 {
 	}
 }
 
-// inode returns the inode as it is stored, without xattrs.
+// inode returns the inode as stored, without xattrs.
 func (l *LivePlan) inode(idx int32) disk.ErofsInode {
 	in, li := l.inodes.at(idx), &l.live[idx]
 	e := disk.ErofsInode{
@@ -100,7 +100,7 @@ func (l *LivePlan) inode(idx int32) disk.ErofsInode {
 	return e
 }
 
-// writeInode writes one inode with its xattrs and its inline tail. names are the entries if it is a directory.
+// writeInode writes one inode with its xattrs and its inline tail. names are the entries of a directory.
 func (l *LivePlan) writeInode(r *runWriter, at int64, idx int32, names []dirent) {
 	in, li := l.inodes.at(idx), &l.live[idx]
 	head, xbytes := disk.ErofsExtendedSize, int(li.xbytes)
@@ -135,8 +135,8 @@ func (l *LivePlan) writeInode(r *runWriter, at int64, idx int32, names []dirent)
 	}
 }
 
-// Slot returns the slot as it is to be when the image is published: the bytes of its inode, and of the references to its
-// xattrs. They go to Geometry.SlotOff. PublishSlot and RetractSlot write them in the order that a reader needs.
+// Slot returns the bytes of the published slot: the root's inode and the references to its xattrs. They
+// belong at Geometry.SlotOff. PublishSlot and RetractSlot write them in the order that readers need.
 func (l *LivePlan) Slot() []byte {
 	b := make([]byte, slotSize)
 	in := l.inodes.at(0)
@@ -158,14 +158,14 @@ func (l *LivePlan) Slot() []byte {
 	return b
 }
 
-// SlotSize is the number of bytes of a slot.
+// SlotSize is the size of a slot in bytes.
 const SlotSize = slotSize
 
-// modeOff is the offset of i_mode in an inode: as long as it is zero the kernel refuses the inode.
+// modeOff is the offset of i_mode in an inode: the kernel refuses the inode while it is zero.
 const modeOff = 4
 
-// PublishSlot writes what Slot returned to slot i, its mode last: a lookup at that moment sees no inode, or all of it.
-// sync makes what was written so far durable, and visible to those that map the memory.
+// PublishSlot writes the bytes from Slot to slot i, the mode last: a concurrent lookup sees no inode
+// or all of it. sync makes earlier writes durable, and visible to those that map the memory.
 func PublishSlot(w io.WriterAt, g Geometry, i int, slot []byte, sync func() error) error {
 	first := slices.Clone(slot[:slotSize])
 	clear(first[modeOff : modeOff+2])
@@ -181,8 +181,8 @@ func PublishSlot(w io.WriterAt, g Geometry, i int, slot []byte, sync func() erro
 	return sync()
 }
 
-// RetractSlot makes slot i one where nothing is published, its mode first. What has the inode in memory keeps it. The
-// slot must not be used again while the superblock lives.
+// RetractSlot empties slot i, the mode first. A kernel that has the inode in memory keeps it. The slot
+// must not be reused in the same epoch.
 func RetractSlot(w io.WriterAt, g Geometry, i int) error {
 	if _, err := w.WriteAt(make([]byte, 2), g.SlotOff(i)+modeOff); err != nil {
 		return err
@@ -191,17 +191,18 @@ func RetractSlot(w io.WriterAt, g Geometry, i int) error {
 	return err
 }
 
-// EraseInode makes the inode of a regular file that has contents that of a socket, which open(2) refuses with ENXIO. What has
-// the old one in memory keeps it. Zeros would do, but the kernel logs every one that it meets. The rest of the inode stays, see
-// FS.Erased; and two bytes are written at once, so that nobody sees an inode of another size or place.
+// EraseInode turns the inode of a nonempty regular file into a socket, which open(2) refuses with
+// ENXIO. A kernel that has the old inode in memory keeps it. Zeros would also work, but the kernel
+// logs each such inode. Only the two bytes of the mode change, in one write: nobody sees an inode of
+// another size or place, and FS.Erased can read the rest.
 func EraseInode(w io.WriterAt, g Geometry, nid uint64) error {
 	b := binary.LittleEndian.AppendUint16(nil, erasedMode)
 	_, err := w.WriteAt(b, g.NidOff(nid)+modeOff)
 	return err
 }
 
-// erasedMode is the mode of erased inodes: that of a socket which nobody may use.
+// erasedMode is the mode of erased inodes: a socket without permissions.
 const erasedMode = unix.S_IFSOCK
 
-// InodeSize is the number of bytes of an inode in a live tree, without its xattrs.
+// InodeSize is the size of an inode in a live tree in bytes, without its xattrs.
 const InodeSize = disk.ErofsExtendedSize

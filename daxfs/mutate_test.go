@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// richImage is an image of about 100 inodes with everything that the format has. The same seed makes the same image.
+// richImage is an image of about 100 inodes with every feature of the format. Equal seeds give equal images.
 func richImage(t testing.TB, seed uint64) []byte {
 	t.Helper()
 	s := newStore(daxfs.BlockSize)
@@ -84,7 +84,7 @@ type mutator struct {
 	sound []byte
 	meta  int
 	sites [][]site  // by kind
-	pairs [][2]site // an inode in both halves
+	pairs [][2]site // one inode in both halves
 	xs    []site    // entries of xattrs
 	r     *rand.Rand
 }
@@ -123,12 +123,12 @@ func newMutator(t testing.TB, sound []byte) *mutator {
 		t.Fatal(err)
 	}
 	supers := []site{{0, disk.V8SuperSize}, {disk.ErofsSuperOff, disk.ErofsSuperSize}}
-	m.sites = append(m.sites, inodes, inodes, names, names, m.xs, m.xs, m.xs, v8, v8names) // as often as they matter
+	m.sites = append(m.sites, inodes, inodes, names, names, m.xs, m.xs, m.xs, v8, v8names) // weighted by importance
 	m.sites = append(append(m.sites, m.sites...), supers)
 	return m
 }
 
-// slotOf is the offset in the base region of an inode of the DAXFS half.
+// slotOf returns the offset in the base region of an inode of the DAXFS half.
 func slotOf(b []byte, ino uint64) uint64 {
 	var sb disk.V8Super
 	sb.Unmarshal(b)
@@ -158,7 +158,7 @@ func (m *mutator) entry(off int) site {
 	return site{off, e.Size()}
 }
 
-// direntSites are the entries and the names of a directory whose inline tail is at tail.
+// direntSites returns the entries and names of a directory whose inline tail is at tail.
 func direntSites(b []byte, raw *disk.ErofsInode, tail int) (list []site) {
 	for pos := 0; pos < int(raw.Size); pos += daxfs.BlockSize {
 		off, size := int(raw.Union)*daxfs.BlockSize+pos, min(int(raw.Size)-pos, daxfs.BlockSize)
@@ -174,8 +174,8 @@ func direntSites(b []byte, raw *disk.ErofsInode, tail int) (list []site) {
 	return list
 }
 
-// mutate returns a changed image that is only valid until the next call, and what was changed. The same seed and number
-// make the same change.
+// mutate returns a changed image, valid until the next call, and a description of the change. Equal
+// seeds and numbers give equal changes.
 func (m *mutator) mutate(b []byte, seed, number uint64) (mutated []byte, what string) {
 	m.r = rand.New(rand.NewPCG(seed, number))
 	copy(b, m.sound)
@@ -195,7 +195,7 @@ func (m *mutator) mutate(b []byte, seed, number uint64) (mutated []byte, what st
 
 func pick[T any](m *mutator, list []T) T { return list[m.r.IntN(len(list))] }
 
-// place is a byte of a structure, or any byte of the metadata; there are at least n from there on.
+// place returns the offset of a structure or of any metadata, with at least n bytes from there on.
 func (m *mutator) place(n int) int {
 	if m.r.IntN(6) == 0 {
 		return m.meta + m.r.IntN(len(m.sound)-m.meta-n)
@@ -204,14 +204,14 @@ func (m *mutator) place(n int) int {
 	return min(s.off+m.r.IntN(s.size), len(m.sound)-n)
 }
 
-// edges are numbers at which something changes.
+// edges are interesting numbers.
 var edges = []uint64{
 	0, 1, 2, 3, 4, 7, 8, 11, 12, 13, 16, 31, 32, 33, 63, 64, 127, 128, 254, 255, 256, 257, 271, 272, 1000, 4095, 4096,
 	4097, 1<<15 - 1, 1 << 15, 1<<16 - 2, 1<<16 - 1, 1 << 16, 1<<24 | 1, 2 << 24, 3 << 24, 1<<31 - 1, 1 << 31, 1<<32 - 2,
 	1<<32 - 1, 1 << 32, 1<<63 - 1, 1 << 63, 1<<64 - 1, 0o040755, 0o100644, 0o104755, 0o120777, 0o020666,
 }
 
-// number reads n bytes as a number, and put writes one.
+// number reads n bytes as a number, put writes one.
 func number(b []byte, n int) uint64 {
 	var v [8]byte
 	copy(v[:], b[:n])
@@ -228,7 +228,7 @@ func put(b []byte, n int, v uint64) {
 func (m *mutator) once(b []byte) string {
 	width := 1 << m.r.IntN(4)
 	off := m.place(64)
-	at := off &^ (width - 1) // structures begin at multiples of 4
+	at := off &^ (width - 1) // structures start at multiples of 4
 	switch m.r.IntN(12) {
 	case 0, 1:
 		b[off] ^= 1 << m.r.IntN(8)
@@ -267,7 +267,7 @@ func (m *mutator) once(b []byte) string {
 	}
 }
 
-// entryOnce changes an xattr entry so that it stays as large as it is.
+// entryOnce changes an xattr entry without changing its size.
 func (m *mutator) entryOnce(b []byte) string {
 	s := pick(m, m.xs)
 	x := b[s.off:]
@@ -337,7 +337,7 @@ func (m *mutator) pairOnce(b []byte) string {
 	return fmt.Sprintf("inode %d: %+v", p[0].off, i)
 }
 
-// everywhere changes a few bytes wherever they occur: names are in both halves.
+// everywhere changes a few bytes at all their occurrences, because names are in both halves.
 func (m *mutator) everywhere(b []byte) string {
 	s := pick(m, pick(m, m.sites[2:9]))
 	n := min(2+m.r.IntN(5), s.size)

@@ -2,15 +2,16 @@ package daxfs
 
 import "hash/maphash"
 
-// nidTable finds items of a list by the number of their inode. It has the places of the items only, in a quarter of the
-// memory of a map: there may be millions. Numbers come from images, so they are mixed with a secret: see nidSeed.
+// nidTable finds items of a list by inode number. It stores only indexes and takes a quarter of the
+// memory of a map: there may be millions of items. It hashes with a secret because the numbers come
+// from images: see nidSeed.
 type nidTable struct {
-	// 1 + the place of an item, 0 if free; a power of two of them, of which at most three quarters are used
+	// 1 + the index of an item, or 0; the length is a power of two, and at most three quarters are used
 	slots []int32
 	n     int
 }
 
-// find returns the place of the item of an inode. nid returns the inode of the item at a place.
+// find returns the index of the item of inode want. nid returns the inode of the item at an index.
 func (t *nidTable) find(want uint64, nid func(int32) uint64) (int32, bool) {
 	if t.n == 0 {
 		return 0, false
@@ -23,7 +24,7 @@ func (t *nidTable) find(want uint64, nid func(int32) uint64) (int32, bool) {
 	return 0, false
 }
 
-// add adds the item at a place, whose inode has none.
+// add adds the item at index i, whose inode must be new.
 func (t *nidTable) add(i int32, nid func(int32) uint64) {
 	if t.n+1 > len(t.slots)/4*3 {
 		old := t.slots
@@ -52,5 +53,5 @@ func (t *nidTable) first(nid uint64) uint64 {
 
 func (t *nidTable) next(k uint64) uint64 { return (k + 1) & uint64(len(t.slots)-1) }
 
-// nidSeed keeps images from being made so that all of their inodes meet at one place.
+// nidSeed prevents images crafted so that all their inodes collide.
 var nidSeed = maphash.MakeSeed()

@@ -12,18 +12,18 @@ import (
 // FS reads the EROFS half of an image. It implements fs.FS, fs.ReadDirFS, fs.StatFS, fs.ReadLinkFS and fs.ReadFileFS,
 // and gives access by inode number through Root and Inode.
 //
-// It trusts no byte: whatever the image holds, a call returns or gives a *FormatError, in memory and time bounded by
-// what it was asked for. It caches nothing. It is safe for concurrent use. What one call can not see (that no two files
-// overlap, that link counts are right) is what Check is for.
+// It trusts no byte: whatever the image holds, a call returns or gives a *FormatError, in memory and
+// time bounded by the request. It caches nothing and is safe for concurrent use. Faults that one call
+// cannot see, such as overlapping files or wrong link counts, are found by Check.
 //
-// Names in paths need not be valid UTF-8, unlike what fs.ValidPath says: names in images are bytes.
+// Names in paths need not be valid UTF-8, unlike fs.ValidPath requires: names in images are bytes.
 type FS struct {
 	s  source
 	sb Super
 	pathFS
 }
 
-// Super is what the EROFS superblock says about the image.
+// Super holds the fields of the EROFS superblock.
 type Super struct {
 	// Root is the nid of the root directory.
 	Root uint64
@@ -31,11 +31,11 @@ type Super struct {
 	Inodes uint64
 	// Blocks is the number of blocks of BlockSize bytes that the image covers, from block 0.
 	Blocks uint32
-	// UUID is derived from the content by this package's writer.
+	// UUID is derived from the content if this package wrote the image.
 	UUID [16]byte
 	// Label is the volume name, up to 16 bytes.
 	Label string
-	// Time is the time of every inode that stores none of its own.
+	// Time is the modification time of all compact inodes.
 	Time Time
 	// Compat and Incompat are the feature bits.
 	Compat, Incompat uint32
@@ -44,8 +44,8 @@ type Super struct {
 	xattr int64 // offset of shared attribute 0
 }
 
-// Open reads the superblock of the EROFS half of an image of size bytes and returns a reader of it. If r is Mapped,
-// nothing is copied. The FS keeps r and does not close it.
+// Open reads the superblock of the EROFS half of an image of size bytes. It copies nothing if r is
+// Mapped. The FS keeps r and does not close it.
 //
 // The error is a *FormatError that wraps ErrCorrupt or ErrUnsupported, or an error of r.
 func Open(r io.ReaderAt, size int64) (*FS, error) {
@@ -56,7 +56,7 @@ func Open(r io.ReaderAt, size int64) (*FS, error) {
 	return openErofs(s)
 }
 
-// OpenBytes is Open of an image in memory.
+// OpenBytes opens an image in memory.
 func OpenBytes(b []byte) (*FS, error) { return Open(Mem(b), int64(len(b))) }
 
 func openErofs(s source) (*FS, error) {
@@ -77,31 +77,31 @@ func openErofs(s source) (*FS, error) {
 	return f, nil
 }
 
-// Super returns what the superblock says.
+// Super returns the fields of the superblock.
 func (f *FS) Super() Super { return f.sb }
 
 // Root returns the nid of the root directory.
 func (f *FS) Root() uint64 { return f.sb.Root }
 
-// Inode returns an inode by its nid. Any number is safe; one that does not come from a directory of this image gives
-// an error or nonsense.
+// Inode returns an inode by its nid. Any number is safe; a number that no directory of this image
+// names gives an error or nonsense.
 func (f *FS) Inode(nid uint64) (Inode, error) { return f.inode(nid) }
 
 func (f *FS) root() uint64 { return f.sb.Root }
 func (f *FS) src() *source { return &f.s }
 
-// erofsFeatures names the incompatible feature bits, so that a refusal says what is missing.
+// erofsFeatures names the incompatible feature bits for error messages.
 var erofsFeatures = []string{
 	"lz4 zero padding", "big compressed clusters", "chunked files", "device table or second compression head",
 	"compressed tails", "fragments or deduplication", "xattr prefixes", "48-bit addresses", "metadata box",
 }
 
-// incompatAllowed are the incompatible features that change nothing for what is read: zero padding speaks of the
-// layout of compressed files, which are refused one by one.
+// incompatAllowed is the set of harmless incompatible features. Zero padding only affects compressed
+// files, each of which is refused.
 const incompatAllowed = 0x1
 
-// readSuper reads and checks the superblock: magic first, then what decides whether the rest can be understood, then the
-// checksum, then the values.
+// readSuper reads and checks the superblock in this order: magic, fields that decide whether the rest
+// can be understood, checksum, values.
 func (f *FS) readSuper() error {
 	const off = disk.ErofsSuperOff
 	block, err := f.s.view(0, BlockSize)
@@ -109,7 +109,7 @@ func (f *FS) readSuper() error {
 		return err
 	}
 	if f.s.b != nil {
-		block = bytes.Clone(block) // the checksum must be of the bytes that are used
+		block = bytes.Clone(block) // the checksum must cover the bytes that are used
 	}
 	var d disk.ErofsSuper
 	d.Unmarshal(block[off:])

@@ -1,16 +1,16 @@
 package daxfs
 
-// parts is a list that may come to have millions of items. Growing it copies nothing: a slice that grows step by step needs
-// twice its memory and more, and one that is made as large as it can get is there beside all that it is made from.
+// parts is a list for millions of items. Growing it copies nothing. A growing slice needs more than
+// twice its memory; a preallocated one of maximum size would be in memory together with all its sources.
 type parts[T any] struct {
 	list [][]T
 	n    int32
 }
 
-// partLen is how many items are allocated at once.
+// partLen is the number of items per allocation.
 const partLen = 1 << 10
 
-// add appends an item, and returns where it is. It stays there.
+// add appends an item and returns its address, which stays valid.
 func (p *parts[T]) add(v T) *T {
 	if p.n%partLen == 0 {
 		p.list = append(p.list, make([]T, 0, partLen))
@@ -21,13 +21,11 @@ func (p *parts[T]) add(v T) *T {
 	return &(*last)[len(*last)-1]
 }
 
-// at is where item i is.
 func (p *parts[T]) at(i int32) *T { return &p.list[uint32(i)/partLen][uint32(i)%partLen] }
 
-// len is the number of items.
 func (p *parts[T]) len() int32 { return p.n }
 
-// take returns the items as one slice, and forgets them part by part.
+// take returns the items as one slice and frees the parts on the way.
 func (p *parts[T]) take() []T {
 	flat := make([]T, 0, p.n)
 	for i := range p.list {

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// Items are found by their inodes as a map would find them, at any size, and those that are missing are not.
+// TestNidTable: the table finds the same items as a map, at any size, and no missing ones.
 func TestNidTable(t *testing.T) {
 	var (
 		items parts[uint64]
@@ -16,7 +16,7 @@ func TestNidTable(t *testing.T) {
 	)
 	nid := func(i int32) uint64 { return *items.at(i) }
 	for items.len() < 3*partLen+1 {
-		n := rng.Uint64N(8 * partLen) // some come twice
+		n := rng.Uint64N(8 * partLen) // some occur twice
 		got, ok := table.find(n, nid)
 		i, there := want[n]
 		if ok != there || ok && got != i {

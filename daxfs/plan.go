@@ -14,27 +14,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxLabel bounds Options.Label, in bytes. Linux 6.6 and many others mount no image whose label has
-// no NUL behind it.
+// MaxLabel is the maximum length of Options.Label in bytes. Linux 6.6 and many other kernels refuse to
+// mount an image whose label has no NUL behind it.
 const MaxLabel = disk.ErofsLabelSize - 1
 
-// Options are the choices of an image that its tree does not make. The zero value is a good default.
+// Options are the properties of an image that do not come from its tree. The zero value is a good default.
 type Options struct {
 	// Label is the volume name of the EROFS half, up to MaxLabel bytes without NUL.
 	Label string
-	// Digests adds a digest table, by which Prove proves every byte of the image. It is for image files: a window, whose
-	// contents lie behind the metadata, cannot have one. Every Data.Sum has to be right.
+	// Digests adds a digest table, with which Prove verifies every byte of the image. Every Data.Sum must
+	// be correct. Only an image file can have a table: the contents of a window lie behind its metadata.
 	Digests bool
-	// Take uses the tree up while it is planned, also if that fails: directories lose their entries. A tree of millions of
-	// files is then not in memory beside its plan.
+	// Take lets NewPlan consume the tree, even if it fails: directories lose their entries. A tree of
+	// millions of files then does not stay in memory beside its plan.
 	Take bool
 }
 
-// Plan is the layout of an image: every inode and every offset, before a byte is written. The same tree and options
-// give an equal plan, whatever the order in which maps were filled. A plan holds no reference to the tree.
+// Plan is the layout of an image: it fixes every inode and every offset before a byte is written. Equal
+// trees and options give equal plans, independent of map order. A plan keeps no reference to the tree.
 //
-// Place says where the metadata goes; it may be called again for another place. WriteTo writes it. A Plan may be read
-// by several goroutines as long as none calls Place.
+// Place sets the position of the metadata and may be called again; WriteTo writes the image. Several
+// goroutines may read a Plan as long as none calls Place.
 type Plan struct {
 	label  string
 	inodes parts[inode] // depth first, names sorted; the root is the first
@@ -45,55 +45,55 @@ type Plan struct {
 	uuid   [16]byte
 	epoch  Time // modification time of every compact inode
 
-	// The core is the metadata without the overlay pair. Offsets in it count from its first byte.
-	pieces   []piece // of the EROFS part, in the order of their offsets
-	shared   []int32 // shared xattrs in the order of their offsets
+	// The core is the metadata without the overlay pair. Its offsets count from its first byte.
+	pieces   []piece // of the EROFS part, in order of offset
+	shared   []int32 // shared xattrs in order of offset
 	v8Table  int64
 	v8Names  int64
 	coreSize int64
 	// The digest table follows the core, if there is one.
-	digests    []int32 // an inode for each distinct contents, in the order of their addresses
+	digests    []int32 // one inode for each distinct contents, in order of address
 	digestSize int64   // 0 without a table
 
 	place *spot
 }
 
-// inode is one planned inode. There may be millions: what most of them lack is in inodeMore.
+// inode is one planned inode. There may be millions, so rarely used fields are in inodeMore.
 type inode struct {
 	mode     uint32
 	uid, gid uint32
 	nlink    uint32
-	ino      uint32 // from 1; those of the DAXFS half come first
-	parent   int32  // the directory of the first name; the root is its own
-	nth      int32  // the entry of parent that is the first name
-	sum      int32  // of the contents of a regular file with any, in Plan.sums
-	nsec     uint32 // of the modification time
+	ino      uint32 // from 1; inodes of the DAXFS half come first
+	parent   int32  // directory of the first name; the root is its own parent
+	nth      int32  // index of the first name among the entries of parent
+	sum      int32  // index in Plan.sums, for a regular file with contents
+	nsec     uint32 // modification time, nanoseconds
 	extended bool
-	inline   bool // the last block follows inode and xattrs
+	inline   bool // the last block follows the inode and its xattrs
 	sec      int64
-	size     int64 // as the EROFS half stores it; of a regular file, the size of its contents
-	addr     int64 // of the contents
-	off      int64 // of the inode in the core
+	size     int64 // as stored in the EROFS half; for a regular file, the size of its contents
+	addr     int64 // address of the contents
+	off      int64 // offset of the inode in the core
 	*inodeMore
 }
 
 func (i *inode) mtime() Time { return Time{i.sec, i.nsec} }
 
-// inodeMore is what a directory, a symbolic link, a device and an inode with xattrs have besides. The others share
-// noMore, which is never written to.
+// inodeMore holds the extra fields of a directory, symbolic link, device or inode with xattrs. All
+// other inodes share noMore, which is read-only.
 type inodeMore struct {
-	rdev      uint32 // as EROFS stores it
+	rdev      uint32 // in the encoding of EROFS
 	target    string
 	kids      []dirent
-	xattrs    []int32 // numbers of Plan.xattrs, sorted by name
-	nshared   int     // how many of xattrs are references; they come first
+	xattrs    []int32 // indexes in Plan.xattrs, sorted by name
+	nshared   int     // how many of xattrs are stored as references; they come first
 	xbytes    int     // bytes of xattrs after the inode
-	blocks    int64   // of the whole blocks of a directory or symlink in the core; 0 = none
-	v8Off     int64   // of the DAXFS entries or target in the core
+	blocks    int64   // offset of a directory's or symlink's whole blocks in the core; 0 = none
+	v8Off     int64   // offset of the DAXFS entries or target in the core
 	v8Entries int     // entries of a directory in the DAXFS half
-	// Of a directory or symlink in a live tree, whose directories have other bytes; see LivePlan.
-	liveBlocks int64 // of its whole blocks in the run, if it has any
-	liveSize   int64 // of a directory in bytes
+	// A live tree stores directories and symlinks differently; see LivePlan.
+	liveBlocks int64 // offset of the whole blocks in the run, if there are any
+	liveSize   int64 // bytes of a directory
 }
 
 var noMore inodeMore
@@ -103,7 +103,7 @@ type dirent struct {
 	child int32 // index in Plan.inodes
 }
 
-// xattr is one distinct name and value. Its bytes are those of an entry on disk.
+// xattr is one distinct pair of name and value; enc is its entry on disk.
 type xattr struct {
 	name   string
 	enc    string
@@ -116,10 +116,10 @@ func (i *inode) isDir() bool     { return i.mode&unix.S_IFMT == unix.S_IFDIR }
 func (i *inode) isSymlink() bool { return i.mode&unix.S_IFMT == unix.S_IFLNK }
 func (i *inode) isRegular() bool { return i.mode&unix.S_IFMT == unix.S_IFREG }
 
-// hasData tells whether the inode is a regular file with contents.
+// hasData reports whether the inode is a regular file with contents.
 func (i *inode) hasData() bool { return i.isRegular() && i.size > 0 }
 
-// data returns the contents of an inode, which are of size 0 if it has none.
+// data returns the contents of an inode; Size is 0 if it has none.
 func (p *Plan) data(i *inode) Data {
 	if !i.hasData() {
 		return Data{}
@@ -127,10 +127,10 @@ func (p *Plan) data(i *inode) Data {
 	return Data{Off: i.addr, Size: i.size, Sum: *p.sums.at(i.sum)}
 }
 
-// name is the first name of an inode that is not the root.
+// name returns the first name of an inode other than the root.
 func (p *Plan) name(i *inode) string { return p.inodes.at(i.parent).kids[i.nth].name }
 
-// inV8 tells whether the DAXFS half can hold the inode.
+// inV8 reports whether the DAXFS half can hold the inode.
 func (i *inode) inV8() bool { return i.isDir() || i.isSymlink() || i.isRegular() }
 
 // Stats are the counts of a plan.
@@ -141,27 +141,27 @@ type Stats struct {
 	Files       int   // regular files
 	Symlinks    int   //
 	Others      int   // devices, fifos and sockets
-	Xattrs      int   // inodes that have extended attributes: the DAXFS half shows none of them
+	Xattrs      int   // inodes with extended attributes, which the DAXFS half does not show
 	V8Inodes    int   // inodes of the DAXFS half
 	V8Names     int   // directory entries of the DAXFS half
 	FileBytes   int64 // sum of the sizes of all regular files, hard links once
 	MetaBytes   int64 // MetaSize
 }
 
-// maxLeftOut bounds the bytes of the paths that are listed: many devices deep in a tree are small in a layer and in an
-// image, but their paths are not.
+// maxLeftOut bounds the bytes of listed paths: many devices deep in a tree are small in a layer and in
+// an image, but their paths are long.
 const maxLeftOut = 16 << 20
 
-// LeftOut is one name that the DAXFS half does not have because its kernel module refuses such inodes.
+// LeftOut is one name missing from the DAXFS half because its kernel module refuses such inodes.
 type LeftOut struct {
 	Path   string // absolute, "/dev/null"
 	Reason string // "character device"
 }
 
-// ErrInvalid is wrapped by every error that says that a tree, an option or a placement cannot become an image.
+// ErrInvalid is wrapped by every error about a tree, option or placement that cannot become an image.
 var ErrInvalid = errors.New("invalid image input")
 
-// TreeError is the error of a node that an image cannot hold. It wraps ErrInvalid.
+// TreeError reports a node that an image cannot hold. It wraps ErrInvalid.
 type TreeError struct {
 	Path string // absolute, the first name of the node
 	Err  error
@@ -175,9 +175,9 @@ func invalid(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrInvalid, fmt.Sprintf(format, args...))
 }
 
-// NewPlan lays out the tree below root, which is a directory. It refuses what an image cannot hold with a *TreeError,
-// and bad options with an error that wraps ErrInvalid. Without Options.Take the tree is as it was afterwards, and may be
-// changed.
+// NewPlan lays out the tree below root, which must be a directory. It returns a *TreeError for a node
+// that an image cannot hold, and an error that wraps ErrInvalid for bad options. Without Options.Take
+// the tree is unchanged afterwards and may be modified.
 func NewPlan(root *Node, o Options) (*Plan, error) {
 	p, err := newTree(root, o)
 	if err != nil {
@@ -195,7 +195,7 @@ func NewPlan(root *Node, o Options) (*Plan, error) {
 	return p, nil
 }
 
-// newTree checks a tree and plans its inodes, but not where they go.
+// newTree checks a tree and plans its inodes, but not their offsets.
 func newTree(root *Node, o Options) (*Plan, error) {
 	if len(o.Label) > MaxLabel || strings.IndexByte(o.Label, 0) >= 0 {
 		return nil, invalid("label %q: expected at most %d bytes without NUL", o.Label, MaxLabel)
@@ -213,7 +213,7 @@ func newTree(root *Node, o Options) (*Plan, error) {
 	}
 	p := w.plan
 	if o.Take && p.inodes.len() >= collectEvery {
-		debug.FreeOSMemory() // what follows needs memory, too
+		debug.FreeOSMemory() // the next steps need memory, too
 	}
 	if err := p.checkContents(); err != nil {
 		return nil, err
@@ -229,7 +229,6 @@ func (p *Plan) finish() error {
 	return p.layout()
 }
 
-// walker turns nodes into planned inodes.
 type walker struct {
 	plan    *Plan
 	take    bool
@@ -237,11 +236,11 @@ type walker struct {
 	scratch []byte
 }
 
-// collectEvery is how many nodes of a tree that is used up are planned before their memory is given back. Else the
-// collector would come when all memory has grown by a part of it, and the plan would come to lie beside the tree after all.
+// collectEvery is the number of nodes planned between two collections while the tree is consumed. Left alone,
+// the collector waits until the heap has grown by a fraction, and tree and plan would be in memory together.
 const collectEvery = 1 << 18
 
-// add plans n, its first name being entry nth of the directory parent, and everything below it. n's path has depth bytes.
+// add plans n and all below it. Its first name is entry nth of parent; its path has depth bytes.
 func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 	p := w.plan
 	idx := p.inodes.len()
@@ -338,7 +337,7 @@ func (w *walker) add(n *Node, parent int32, nth, depth int) (int32, error) {
 	return idx, nil
 }
 
-// unmark makes the nodes of a tree, which may be none, what they were before they were planned.
+// unmark resets the planning marks of a tree. It stops at nodes that were never planned.
 func unmark(n *Node) {
 	n.planned = 0
 	for _, kid := range n.Entries {
@@ -350,7 +349,7 @@ func unmark(n *Node) {
 
 func (w *walker) fail(idx int32, err error) error { return &TreeError{w.plan.path(idx), err} }
 
-// path is the absolute path of an inode by its first name.
+// path returns the absolute path of an inode by its first name.
 func (p *Plan) path(idx int32) string {
 	if idx == 0 {
 		return "/"
@@ -363,8 +362,8 @@ func (p *Plan) path(idx int32) string {
 	return "/" + strings.Join(names, "/")
 }
 
-// number gives every inode its number: first the inodes of the DAXFS half, dense from 1, which is what its table
-// needs, then the others. So the number is the same in both halves. It also lists what the DAXFS half leaves out.
+// number assigns inode numbers: first to the inodes of the DAXFS half, whose table must be dense from 1,
+// then to the others. Both halves thus use the same number. It also lists what the DAXFS half leaves out.
 func (p *Plan) number() {
 	listed := 0
 	next := uint32(0)
@@ -429,22 +428,22 @@ func typeName(mode uint32) string {
 	return fmt.Sprintf("file type %#o", mode&unix.S_IFMT)
 }
 
-// MetaSize is the number of bytes of the metadata run, a multiple of BlockSize, wherever it is placed. Block 0 is not
-// counted. It includes the digest table, if there is one, and the DAXFS overlay pair.
+// MetaSize returns the size of the metadata run in bytes, a multiple of BlockSize. It includes the
+// digest table, if there is one, and the DAXFS overlay pair, but not block 0.
 func (p *Plan) MetaSize() int64 { return p.coreSize + p.digestSize + disk.V8OverlaySize }
 
-// UUID identifies the tree and its contents: it is derived from all that a reader of the image sees.
+// UUID identifies the tree and its contents: it is derived from everything that a reader of the image sees.
 func (p *Plan) UUID() [16]byte { return p.uuid }
 
-// Stats are the counts of the plan.
+// Stats returns the counts of the plan.
 func (p *Plan) Stats() Stats { return p.stats }
 
-// LeftOut lists the names that the DAXFS half does not have, sorted by path: all of them, or 16 MiB. There are
-// Stats.Names - Stats.V8Names. The EROFS half has them all.
+// LeftOut lists the names that only the EROFS half has, sorted by path and cut off after 16 MiB of
+// paths. Their total number is Stats.Names - Stats.V8Names.
 func (p *Plan) LeftOut() []LeftOut { return slices.Clone(p.left) }
 
-// Contents calls f for the contents of every regular file that has any, hard links once, in the order of the tree.
-// Contents that several files share are named once for each file.
+// Contents calls f for every regular file with contents, hard links once, in the order of the tree.
+// Contents shared by several files are passed once for each file.
 func (p *Plan) Contents(f func(Data)) {
 	for i := range p.inodes.len() {
 		if in := p.inodes.at(i); in.hasData() {
@@ -453,7 +452,7 @@ func (p *Plan) Contents(f func(Data)) {
 	}
 }
 
-// String is the plan as Dump writes it.
+// String returns the output of Dump.
 func (p *Plan) String() string {
 	var b bytes.Buffer
 	_ = p.Dump(&b) // a bytes.Buffer takes everything

@@ -11,13 +11,13 @@ import (
 )
 
 const (
-	targetMax    = 4095    // bytes of a symlink target: a path buffer of Linux without its NUL
+	targetMax    = 4095    // bytes of a symlink target: a Linux path buffer without its NUL
 	xattrNameMax = 255     // bytes of a full xattr name in Linux
 	xattrListMax = 1 << 16 // bytes that listxattr(2) can return: the names of one inode, each with a NUL
 	noID         = 1<<32 - 1
 )
 
-// checkName refuses what cannot be the name of a directory entry.
+// checkName refuses an invalid name of a directory entry.
 func checkName(name string) error {
 	switch {
 	case name == "":
@@ -32,7 +32,7 @@ func checkName(name string) error {
 	return nil
 }
 
-// checkNode refuses a node that an image cannot hold. Xattrs and entries are checked where they are planned.
+// checkNode refuses a node that an image cannot hold. Xattrs and entries are checked when they are planned.
 func checkNode(n *Node) error {
 	if n == nil {
 		return invalid("the node is nil")
@@ -98,13 +98,13 @@ func checkData(d Data) error {
 	return nil
 }
 
-// checkContents refuses files that overlap without being the same: it is what a store with a wrong index would give.
+// checkContents refuses files that overlap in part, as from a store with a corrupt index.
 func (p *Plan) checkContents() error {
 	type contents struct {
 		off, size int64
 		ino       int32
 	}
-	files := make([]contents, 0, p.stats.Files) // small, so that sorting stays in the processor's cache
+	files := make([]contents, 0, p.stats.Files) // small, so that sorting stays in the CPU cache
 	for i := range p.inodes.len() {
 		if in := p.inodes.at(i); in.hasData() {
 			files = append(files, contents{in.addr, in.size, int32(i)})
@@ -124,9 +124,9 @@ func (p *Plan) checkContents() error {
 	return nil
 }
 
-// CheckXattr tells whether an image can hold x; the error wraps ErrInvalid. The namespaces are user, trusted and
-// security, and the two POSIX ACLs, in the form in which getxattr(2) shows them: Linux serves no others from EROFS.
-// NewPlan also looks at the file type: see the rule xattr-type.
+// CheckXattr returns an error that wraps ErrInvalid if an image cannot hold x. It accepts user,
+// trusted and security attributes and the two POSIX ACLs, in the form of getxattr(2): Linux serves no
+// others from EROFS. NewPlan also checks the file type: see the rule xattr-type.
 func CheckXattr(x Xattr) error {
 	index, rest := splitXattr(x.Name)
 	switch {
@@ -142,7 +142,7 @@ func CheckXattr(x Xattr) error {
 	return checkXattrValue(index, x)
 }
 
-// splitXattr gives the name index of a full xattr name and what follows the prefix. Index 0 is an unknown namespace.
+// splitXattr splits a full xattr name into name index and rest. Index 0 is an unknown namespace.
 func splitXattr(name string) (uint8, string) {
 	for _, i := range [...]uint8{disk.ErofsXattrACLAccess, disk.ErofsXattrACLDefault} {
 		if name == disk.ErofsXattrPrefix(i) {
@@ -157,7 +157,7 @@ func splitXattr(name string) (uint8, string) {
 	return 0, ""
 }
 
-// appendXattr appends an attribute as an image stores it.
+// appendXattr appends the stored form of an attribute.
 func appendXattr(b []byte, x Xattr) []byte {
 	index, rest := splitXattr(x.Name)
 	e := disk.ErofsXattrEntry{NameLen: uint8(len(rest)), Index: index, ValueLen: uint16(len(x.Value))}
@@ -168,7 +168,7 @@ func appendXattr(b []byte, x Xattr) []byte {
 	return append(b, make([]byte, e.Size()-(len(b)-start))...)
 }
 
-// addXattrs plans the xattrs of one inode, sorted by name: equal entries of all inodes have one number.
+// addXattrs plans the xattrs of one inode, sorted by name. Equal entries of all inodes share one id.
 func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 	if len(xs) == 0 {
 		return nil, nil
@@ -203,7 +203,7 @@ func (w *walker) addXattrs(mode uint32, xs []Xattr) ([]int32, error) {
 	slices.SortFunc(ids, func(a, b int32) int { return strings.Compare(all[a].name, all[b].name) })
 	for i := 1; i < len(ids); i++ {
 		if all[ids[i]].name == all[ids[i-1]].name {
-			return nil, invalid("xattr %q is there twice", all[ids[i]].name)
+			return nil, invalid("xattr %q occurs twice", all[ids[i]].name)
 		}
 	}
 	return ids, nil

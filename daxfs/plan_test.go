@@ -222,7 +222,7 @@ func TestPlaceRefuses(t *testing.T) {
 	}
 }
 
-// TestPlaceAgain moves one plan through several places: each gives the image that a fresh plan gives.
+// TestPlaceAgain moves one plan through several places: each gives the same image as a fresh plan.
 func TestPlaceAgain(t *testing.T) {
 	s := newStore(4 << 20)
 	root := randomTree(5, 500, s)
@@ -267,7 +267,7 @@ func TestPlanDeterministic(t *testing.T) {
 	}
 }
 
-// TestUUID changes one thing at a time: each gives another UUID, and where the contents lie gives none.
+// TestUUID: each single change gives another UUID, but the place of the contents does not matter.
 func TestUUID(t *testing.T) {
 	tree := func() *daxfs.Node {
 		return dir(map[string]*daxfs.Node{
@@ -330,7 +330,7 @@ func TestUUID(t *testing.T) {
 	}
 }
 
-// TestPlanGolden pins the layout of a small image that has one of everything: a change of the format shows here.
+// TestPlanGolden pins the layout of a small image with one of everything: it detects changes of the format.
 func TestPlanGolden(t *testing.T) {
 	p, img := goldenImage(t)
 	got := p.String() + imageSum(img)
@@ -393,7 +393,7 @@ func TestPlanReports(t *testing.T) {
 	}
 }
 
-// TestPlanListIsBounded: the list of what the DAXFS half leaves out does not grow with the square of the tree.
+// TestPlanListIsBounded: the list of left out names does not grow with the square of the tree.
 func TestPlanListIsBounded(t *testing.T) {
 	root := dir(nil)
 	deep := root

@@ -15,21 +15,22 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// ProveOptions are the choices of Prove.
+// ProveOptions are the options of Prove.
 type ProveOptions struct {
-	// Root is the root hash that the image must have; nil stands for the one that it says to have.
+	// Root is the expected root hash; nil accepts the root hash stored in the image.
 	Root *RootHash
 }
 
-// Prove reads every byte of an image of size bytes and holds it against the image's digest table: contents and metadata
-// have their digests, and all else is zero. With a root hash that comes from somewhere else this proves who made the
-// image; without one it finds what has changed by accident. What is described by the metadata is for Check to find.
+// Prove compares every byte of an image of size bytes with the image's digest table: contents and
+// metadata must match their digests, and all other bytes must be zero. With a root hash from a trusted
+// source this authenticates the image; without one it detects accidental changes. Only Check detects
+// metadata that is wrong by itself.
 //
-// Prove calls report for each finding until it returns false; report may be nil. Findings of contents name the first
-// path of the file. The error is nil only if there was no finding: it is the first finding as a *FormatError;
-// ErrNoDigests if there is no table and no root hash is expected; or an error of r or ctx, which ends the proof.
-// Several goroutines read contents, so r must be safe for concurrent use; report is called by the caller's. Memory is
-// 1 MiB for each processor, and what at most 65,536 findings take.
+// Prove calls report, which may be nil, for each finding until report returns false. Findings about
+// contents name the first path of the file. The error is the first finding as a *FormatError;
+// ErrNoDigests if there is no table and no root hash is expected; or an error of r or ctx, which ends
+// the proof. Several goroutines read r, so r must be safe for concurrent use; only the caller's
+// goroutine calls report. Memory is 1 MiB for each processor plus at most 65,536 findings.
 func Prove(ctx context.Context, r io.ReaderAt, size int64, o ProveOptions, report func(Finding) bool) error {
 	c := checker{report: report}
 	s, err := newSource(r, size)
@@ -55,10 +56,9 @@ func Prove(ctx context.Context, r io.ReaderAt, size int64, o ProveOptions, repor
 	return c.result()
 }
 
-// maxBad bounds the contents that are named as changed: an image that is made to have more says enough with those.
+// maxBad bounds the findings about contents and gaps.
 const maxBad = 1 << 16
 
-// prover is one run of Prove.
 type prover struct {
 	*checker
 	s source
@@ -68,13 +68,13 @@ type prover struct {
 	bad []badData
 }
 
-// badData is a run of contents, or of what lies between them, that is not what the table says.
+// badData is a range of contents with a wrong digest, or a gap between contents that is not zero.
 type badData struct {
 	off, size int64
-	want, got [sha256.Size]byte // equal for a gap that is not zero
+	want, got [sha256.Size]byte // equal for a gap
 }
 
-// proofJob is a run of the image below the metadata. A run of several contents is at most proofChunk long.
+// proofJob is a part of the image below the metadata. With several contents it is at most proofChunk long.
 type proofJob struct {
 	off, end int64
 	entries  []disk.DigestEntry
@@ -98,7 +98,7 @@ func (p *prover) run(ctx context.Context) {
 	p.contents(ctx, buf)
 }
 
-// table proves the table itself. A table that is not what its footer says proves nothing.
+// table verifies the table itself. A table that does not match its footer proves nothing.
 func (p *prover) table(buf []byte) bool {
 	h := sha256.New()
 	end := p.d.off + p.d.count*disk.DigestEntrySize
@@ -122,7 +122,7 @@ func (p *prover) table(buf []byte) bool {
 	return true
 }
 
-// contents proves all that lies between block 0 and the metadata.
+// contents verifies everything between block 0 and the metadata.
 func (p *prover) contents(ctx context.Context, buf []byte) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -148,14 +148,13 @@ func (p *prover) contents(ctx context.Context, buf []byte) {
 		p.fail(err)
 		return
 	}
-	p.tell()
+	p.reportBad()
 	if lie != nil {
 		p.broken(lie, "")
 	}
 }
 
-// cut reads the table and divides what lies below the metadata into jobs. The error is that of an entry that makes no
-// sense, or of a read.
+// cut divides the space below the metadata into jobs. The error reports an invalid entry or a failed read.
 func (p *prover) cut(ctx context.Context, jobs chan<- proofJob, buf []byte) error {
 	send := func(j proofJob) {
 		if j.off == j.end {
@@ -197,7 +196,7 @@ func (p *prover) cut(ctx context.Context, jobs chan<- proofJob, buf []byte) erro
 	return nil
 }
 
-// entryEnd is the end of the last page of the contents of an entry; ok is false if they cannot be contents.
+// entryEnd returns the end of the entry's last page; ok is false if the entry cannot describe contents.
 func (p *prover) entryEnd(e *disk.DigestEntry) (end int64, ok bool) {
 	if e.Off%BlockSize != 0 || e.Off > uint64(p.d.meta) || e.Size == 0 || e.Size > uint64(p.d.meta)-e.Off {
 		return 0, false
@@ -205,7 +204,7 @@ func (p *prover) entryEnd(e *disk.DigestEntry) (end int64, ok bool) {
 	return roundUp(int64(e.Off+e.Size), BlockSize), true
 }
 
-// prove holds the bytes of a job against its entries.
+// prove compares the bytes of a job with its entries.
 func (p *prover) prove(ctx context.Context, j proofJob, buf []byte) error {
 	at := j.off
 	if j.end-j.off <= proofChunk { // in one read
@@ -253,7 +252,7 @@ func (p *prover) zeros(ctx context.Context, at, end int64, buf []byte) error {
 	return nil
 }
 
-// gap notes bytes between contents that are not zero.
+// gap records nonzero bytes between contents.
 func (p *prover) gap(off int64, b []byte) {
 	if isZero(b) {
 		return
@@ -262,7 +261,7 @@ func (p *prover) gap(off int64, b []byte) {
 	p.note(badData{off: off + i, size: int64(len(b)) - i})
 }
 
-// sum notes contents with another digest than that of their entry.
+// sum records contents whose digest differs from their entry's.
 func (p *prover) sum(e *disk.DigestEntry, got [sha256.Size]byte) {
 	if got != e.Sum {
 		p.note(badData{off: int64(e.Off), size: int64(e.Size), want: e.Sum, got: got})
@@ -275,7 +274,7 @@ func (p *prover) note(b badData) {
 	p.bad = append(p.bad, b)
 }
 
-// full ends the proof of an image with too many findings.
+// full ends the proof when there are too many findings.
 func (p *prover) full() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -285,8 +284,8 @@ func (p *prover) full() error {
 	return nil
 }
 
-// tell reports what was found, in the order of the image.
-func (p *prover) tell() {
+// reportBad reports the findings in order of offset.
+func (p *prover) reportBad() {
 	slices.SortFunc(p.bad, func(a, b badData) int { return cmp.Compare(a.off, b.off) })
 	files := p.files()
 	for _, b := range p.bad {
@@ -306,7 +305,7 @@ func (p *prover) tell() {
 	}
 }
 
-// badFile names the files that show changed contents.
+// badFile names the files with one piece of changed contents.
 type badFile struct {
 	path string // the first
 	nid  uint64
@@ -330,8 +329,8 @@ func (f *badFile) others() string {
 	return "; they are those of " + strings.Join(names, ", ") + ", too"
 }
 
-// files finds the names of changed contents by one walk of the tree. A tree that cannot be walked gives the names that
-// it gives: Check says what is wrong with it.
+// files finds the names of changed contents in one walk of the tree. If the walk fails, it returns the
+// names found so far; Check reports the fault.
 func (p *prover) files() map[int64]*badFile {
 	files := map[int64]*badFile{}
 	for _, b := range p.bad {

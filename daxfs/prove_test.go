@@ -19,7 +19,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// reader is an image that is not in memory.
+// reader hides that an image is in memory.
 type reader struct{ io.ReaderAt }
 
 func proof(t testing.TB, b []byte, o daxfs.ProveOptions) (list []daxfs.Finding, err error) {
@@ -38,7 +38,7 @@ func provable(t testing.TB) []byte {
 	return b
 }
 
-// TestProve proves random images. A digest table changes nothing that a reader sees.
+// TestProve verifies random images. A digest table changes nothing for readers.
 func TestProve(t *testing.T) {
 	for seed := range uint64(40) {
 		images := [2][]byte{}
@@ -72,7 +72,7 @@ func TestProve(t *testing.T) {
 	}
 }
 
-// TestProveLarge has contents and gaps that are longer than what is read at once.
+// TestProveLarge has contents and gaps longer than one read.
 func TestProveLarge(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	at := func(off int64, size int) *daxfs.Node {
@@ -127,8 +127,8 @@ func TestProveLarge(t *testing.T) {
 	}
 }
 
-// TestProveFlips flips a bit of every byte of block 0 and of all behind the core, and of every seventh byte of the
-// rest: each flip is found.
+// TestProveFlips flips one bit at a time: in every byte of block 0 and behind the core, and in every
+// seventh byte of the rest. Prove finds each flip.
 func TestProveFlips(t *testing.T) {
 	b := provable(t)
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -148,7 +148,7 @@ func TestProveFlips(t *testing.T) {
 	}
 }
 
-// footer lets edit change the footer, and seals it anew: a table that lies.
+// footer lets edit change the footer and seals it again: a table that lies.
 func (s *surgeon) footer(edit func(*disk.DigestFooter)) {
 	at := s.b[len(s.b)-disk.V8OverlaySize-disk.DigestFooterSize:]
 	var f disk.DigestFooter
@@ -159,7 +159,7 @@ func (s *surgeon) footer(edit func(*disk.DigestFooter)) {
 	copy(at[disk.DigestRootOff:], root[:])
 }
 
-// entry lets edit change an entry of the table, and seals that anew.
+// entry lets edit change an entry of the table and seals the table again.
 func (s *surgeon) entry(n int, edit func(*disk.DigestEntry)) {
 	s.footer(func(f *disk.DigestFooter) {
 		at := s.b[f.TableOff+uint64(n*disk.DigestEntrySize):]
@@ -179,7 +179,7 @@ func inEntry(n int, edit func(*disk.DigestEntry)) func(*surgeon) {
 	return func(s *surgeon) { s.entry(n, edit) }
 }
 
-// lies are digest tables that are damaged, that lie, or that others wrote. All rules of Prove are among them.
+// lies are digest tables that are damaged, wrong, or written by others. They cover all rules of Prove.
 var lies = []corruption{
 	{"damaged magic", daxfs.RuleDigestTable, "", func(s *surgeon) {
 		s.b[len(s.b)-disk.V8OverlaySize-disk.DigestFooterSize]++
@@ -234,7 +234,7 @@ var lies = []corruption{
 	{"overlay", daxfs.RuleDigestMeta, "", func(s *surgeon) { s.b[len(s.b)-1] = 1 }},
 }
 
-// contents is what a file holds.
+// contents returns the contents of a file.
 func (s *surgeon) contents(name string) []byte {
 	in := s.lookup(name)
 	off, size, ok := in.Data()
@@ -244,7 +244,7 @@ func (s *surgeon) contents(name string) []byte {
 	return s.b[off : off+size]
 }
 
-// TestProveLies reads digest tables that are not true: each gives a finding of its rule, and no other.
+// TestProveLies: each wrong digest table gives findings of its rule only.
 func TestProveLies(t *testing.T) {
 	sound := provable(t)
 	for _, c := range lies {
@@ -270,7 +270,7 @@ func TestProveLies(t *testing.T) {
 	}
 }
 
-// TestRootHash holds images against root hashes.
+// TestRootHash compares images with root hashes.
 func TestRootHash(t *testing.T) {
 	b := provable(t)
 	root, err := daxfs.ReadRootHash(daxfs.Mem(b), int64(len(b)))
@@ -284,7 +284,7 @@ func TestRootHash(t *testing.T) {
 		!strings.Contains(list[0].Msg, root.String()) || !strings.Contains(list[0].Msg, other.String()) {
 		t.Errorf("another root hash: %v, %v", list, err)
 	}
-	// A lie that is sealed is found by the root hash.
+	// The root hash detects a sealed lie.
 	s := operate(t, bytes.Clone(b))
 	two := s.contents("two")
 	two[0]++
@@ -309,7 +309,7 @@ func TestRootHash(t *testing.T) {
 	}
 }
 
-// TestProveNames checks what a finding says about contents that have several names.
+// TestProveNames checks the finding for contents with several names.
 func TestProveNames(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	linked := regular()
@@ -340,7 +340,7 @@ func TestProveNames(t *testing.T) {
 	}
 }
 
-// TestProveErrors checks that a proof which cannot be made is no finding.
+// TestProveErrors: a failed read is not a finding.
 func TestProveErrors(t *testing.T) {
 	b := provable(t)
 	size := int64(len(b))
@@ -362,7 +362,7 @@ func TestProveErrors(t *testing.T) {
 	}
 }
 
-// hole is an image of which one page cannot be read.
+// hole is an image with one unreadable page.
 type hole struct {
 	r   io.ReaderAt
 	off int64
@@ -375,7 +375,7 @@ func (h hole) ReadAt(p []byte, off int64) (int, error) {
 	return h.r.ReadAt(p, off)
 }
 
-// TestDigestOptions refuses digest tables that could not be found, or that would be wrong.
+// TestDigestOptions: digest tables that would be wrong or could not be found are refused.
 func TestDigestOptions(t *testing.T) {
 	s := newStore(64 << 10)
 	a := regular()
@@ -406,7 +406,7 @@ func TestDigestOptions(t *testing.T) {
 	}
 }
 
-// FuzzProve changes an image with a digest table: whatever it becomes, it is proven only if it is the same.
+// FuzzProve changes an image with a digest table: only the original passes.
 func FuzzProve(f *testing.F) {
 	sound := provable(f)
 	foot := uint32(len(sound) - disk.V8OverlaySize - disk.DigestFooterSize)

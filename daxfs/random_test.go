@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestRandomTrees writes random trees as files and as windows, and reads all of both halves back.
+// TestRandomTrees writes random trees as files and as windows, and reads both halves back.
 func TestRandomTrees(t *testing.T) {
 	for seed := range uint64(150) {
 		n := 3 + int(seed*seed)%400
@@ -21,7 +21,7 @@ func TestRandomTrees(t *testing.T) {
 			root := randomTree(1000+seed, n, s)
 			var p *daxfs.Plan
 			var img []byte
-			base := int64(0) // of the image in the space of Data.Off
+			base := int64(0) // base of the image in the space of Data.Off
 			if i == 0 {
 				p, img = s.fileImage(t, root, daxfs.Options{})
 			} else {
@@ -128,7 +128,7 @@ func inV8(n *daxfs.Node) bool {
 	return false
 }
 
-// compareInode compares what both halves have.
+// compareInode compares the fields that both halves have.
 func compareInode(t *testing.T, img []byte, base int64, path string, in daxfs.Inode, n *daxfs.Node, nlink uint32,
 	s *store,
 ) error {

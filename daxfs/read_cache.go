@@ -7,10 +7,10 @@ import (
 	"sync"
 )
 
-// ReadCache is a reader of an image that keeps a few chunks of what it read last, 1 MiB in all. A walk through an image
-// reads metadata in small pieces that lie together: with a ReadCache most of them cost no system call.
+// ReadCache is a reader of an image that caches up to 1 MiB of recently read chunks. A walk through an
+// image reads small pieces of metadata that lie together: with a ReadCache most reads cost no system call.
 //
-// It is safe for concurrent use, and for an image that does not change.
+// It is safe for concurrent use. The image must not change.
 type ReadCache struct {
 	r    io.ReaderAt
 	size int64
@@ -24,10 +24,10 @@ type ReadCache struct {
 
 const cacheChunk = 64 << 10
 
-// NewReadCache returns a cache of an image of size bytes.
+// NewReadCache returns a cache for an image of size bytes.
 func NewReadCache(r io.ReaderAt, size int64) *ReadCache { return &ReadCache{r: r, size: size} }
 
-// ReadAt implements io.ReaderAt. A read of a chunk or more goes past the cache.
+// ReadAt implements io.ReaderAt. Reads of a chunk or more bypass the cache.
 func (c *ReadCache) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("daxfs: negative offset %d", off)

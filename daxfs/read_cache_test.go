@@ -19,7 +19,7 @@ func (c *countedReader) ReadAt(p []byte, off int64) (int, error) {
 	return c.ReaderAt.ReadAt(p, off)
 }
 
-// TestReadCache: every read gives what the reader below gives, the end included, in far fewer calls.
+// TestReadCache: every read gives the same as the underlying reader, the end included, in far fewer calls.
 func TestReadCache(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	b := make([]byte, 2<<20+12345)

@@ -9,7 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// fileTypes are the types of entries of the EROFS half, by their number.
+// fileTypes maps the type numbers of EROFS entries to file types.
 var fileTypes = [...]uint32{
 	disk.ErofsFTReg: unix.S_IFREG, disk.ErofsFTDir: unix.S_IFDIR, disk.ErofsFTChr: unix.S_IFCHR,
 	disk.ErofsFTBlk:  unix.S_IFBLK,
@@ -24,7 +24,7 @@ type dirBlock struct {
 	count int
 }
 
-// rawDirent is an entry whose name is still part of the image.
+// rawDirent is an entry whose name still points into the image.
 type rawDirent struct {
 	nid  uint64
 	typ  uint32
@@ -57,7 +57,6 @@ func (f *FS) block(dir *Inode, pos int64) (dirBlock, error) {
 	return d, nil
 }
 
-// entry decodes entry i < count.
 func (d *dirBlock) entry(i int) (rawDirent, error) {
 	var e disk.ErofsDirent
 	e.Unmarshal(d.b[i*disk.ErofsDirentSize:])
@@ -91,7 +90,7 @@ func (d *dirBlock) entry(i int) (rawDirent, error) {
 	return r, nil
 }
 
-// checkStored checks what must hold of every stored name; "." and ".." pass.
+// checkStored checks a stored name; "." and ".." pass.
 func checkStored(name []byte, rule Rule, at int64, ino uint64) error {
 	switch {
 	case len(name) == 0 || len(name) > MaxName:
@@ -104,8 +103,7 @@ func checkStored(name []byte, rule Rule, at int64, ino uint64) error {
 	return nil
 }
 
-// lookup searches the way the kernel does: for the block whose first name is the last one not above the name, then in
-// that block.
+// lookup searches like the kernel: first for the last block whose first name is not above name, then in it.
 func (f *FS) lookup(dir *Inode, name string) (Dirent, error) {
 	var found dirBlock
 	lo, hi := int64(0), (dir.Size+BlockSize-1)/BlockSize
@@ -144,7 +142,7 @@ func (f *FS) lookup(dir *Inode, name string) (Dirent, error) {
 	return Dirent{}, fs.ErrNotExist
 }
 
-// entries has cursors of the form block offset + 12 × number of the entry in its block, as in the kernel.
+// entries uses cursors of the form block offset + 12 × number of the entry in its block, like the kernel.
 func (f *FS) entries(dir *Inode, cursor int64, fn func(Dirent) bool) error {
 	if cursor < 0 || cursor%BlockSize%disk.ErofsDirentSize != 0 {
 		return badCursor(dir, cursor)

@@ -6,7 +6,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// inodeOff returns the offset of an inode; any nid is safe, the result may lie outside of the image or be negative.
+// inodeOff returns the offset of an inode, outside of the image or negative for an invalid nid.
 func (f *FS) inodeOff(nid uint64) int64 {
 	if nid > uint64(f.s.size)/disk.ErofsSlot {
 		return -1
@@ -19,15 +19,15 @@ func (f *FS) inode(nid uint64) (Inode, error) {
 	return in, err
 }
 
-// readInode reads an inode and checks everything that makes its contents safe to read. The Inode is usable only if the
-// error is nil; the raw inode is as far as it was read.
+// readInode reads an inode and checks everything that makes its contents safe to read. The Inode is
+// usable only if the error is nil; the raw inode holds the fields read so far.
 func (f *FS) readInode(nid uint64) (Inode, disk.ErofsInode, error) {
 	var raw disk.ErofsInode
 	off := f.inodeOff(nid)
 	if off < 0 || !f.s.holds(off, disk.ErofsCompactSize) {
 		return Inode{}, raw, corrupt(RuleNid, off, nid, "the inode lies outside of the image of %d bytes", f.s.size)
 	}
-	// Both sizes in one read where the image has room for it.
+	// One read fetches an inode of either size.
 	var buf [disk.ErofsExtendedSize]byte
 	b, err := f.s.view(off, int(min(disk.ErofsExtendedSize, f.s.size-off)))
 	if err != nil {
@@ -81,7 +81,7 @@ func (f *FS) readInode(nid uint64) (Inode, disk.ErofsInode, error) {
 	return in, raw, nil
 }
 
-// locate finds the contents of an inode whose metadata ends at end.
+// locate finds the contents of an inode. end is the end of its metadata.
 func (f *FS) locate(in *Inode, raw *disk.ErofsInode, off, end int64) error {
 	blocks := in.Size
 	switch raw.Layout {

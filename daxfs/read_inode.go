@@ -8,15 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxName and MaxTarget bound names of directory entries and targets of symbolic links, in bytes.
+// MaxName and MaxTarget are the maximum lengths of a directory entry's name and of a symlink target, in bytes.
 const (
 	MaxName   = 255
 	MaxTarget = 4095
 )
 
-// Stat is what an image says about one inode, without its contents. FileInfo.Sys returns a *Stat.
+// Stat holds the attributes of one inode. FileInfo.Sys returns a *Stat.
 type Stat struct {
-	// Nid is the number by which a half finds the inode: what stat(2) shows as the inode number of a mount.
+	// Nid is the number by which a half finds the inode; stat(2) shows it as the inode number.
 	Nid uint64
 	// Mode holds the file type (S_IFMT) and the permission bits exactly as stat(2) reports them.
 	Mode uint32
@@ -24,13 +24,13 @@ type Stat struct {
 	Nlink uint32
 	// UID and GID are the owner.
 	UID, GID uint32
-	// Rdev is the device number of a device, in the encoding of unix.Mkdev; else 0.
+	// Rdev is the device number in the encoding of unix.Mkdev, or 0 if the inode is not a device.
 	Rdev uint64
-	// Mtime is the modification time. The DAXFS half has none: it is zero there.
+	// Mtime is the modification time, zero in the DAXFS half, which stores none.
 	Mtime Time
-	// Size is the number of bytes of a regular file, of the target of a symbolic link, or of a directory as stored.
+	// Size is the size in bytes of a regular file, of a symlink target, or of a directory as stored.
 	Size int64
-	// Off is the offset in the image of the contents if they lie contiguously, else -1 (also when Size is 0).
+	// Off is the offset of contiguous contents in the image, else -1 (also when Size is 0).
 	Off int64
 
 	h half
@@ -45,11 +45,11 @@ func (s *Stat) Xattrs() ([]Xattr, error) {
 	return in.Xattrs()
 }
 
-// half is one of the two filesystems of an image: *FS or *DAXFS. Everything above it is shared.
+// half is one of the two filesystems of an image: *FS or *DAXFS. All code above it serves both.
 type half interface {
 	root() uint64
 	inode(nid uint64) (Inode, error)
-	// parent returns the directory that holds the directory in, and false if this half does not store that.
+	// parent returns the parent of the directory in, and false if this half does not store it.
 	parent(in *Inode) (uint64, bool, error)
 	lookup(dir *Inode, name string) (Dirent, error)
 	entries(dir *Inode, cursor int64, fn func(Dirent) bool) error
@@ -57,26 +57,26 @@ type half interface {
 	src() *source
 }
 
-// Inode is an inode of one half of an image: its attributes, and access to what it holds. It is a value, safe for
-// concurrent use, and costs nothing to keep.
+// Inode is an inode of one half of an image: its attributes and access to its contents. It is a small
+// value, safe for concurrent use.
 type Inode struct {
 	Stat
 
-	base int64 // offset of the contents, or of their whole blocks where the tail is stored apart
-	tail int64 // offset of the last, partial block of the contents where it is stored apart (FLAT_INLINE), else 0
-	// offset and size of the attributes stored with the inode; the size is 0, or room for their header at least
+	base int64 // offset of the contents, or of their whole blocks if the tail is stored apart
+	tail int64 // offset of the partial last block if it is stored apart (FLAT_INLINE), else 0
+	// offset and size of the attributes stored with the inode; the size is 0 or includes their header
 	xoff int64
 	xlen int64
 }
 
 // Dirent is one entry of a directory.
 type Dirent struct {
-	// Nid is the inode, Type its file type (S_IFMT) according to the entry; 0 is a type that is not known.
+	// Nid is the inode, Type its file type (S_IFMT) according to the entry, or 0 if that is unknown.
 	Nid  uint64
 	Type uint32
 	// Name is the name as stored. Reading never returns an empty name or one with '/' or NUL.
 	Name string
-	// Next is the cursor of the entry that follows.
+	// Next is the cursor of the following entry.
 	Next int64
 }
 
@@ -89,8 +89,8 @@ func (in *Inode) IsRegular() bool { return in.Mode&unix.S_IFMT == unix.S_IFREG }
 // IsSymlink reports whether the inode is a symbolic link.
 func (in *Inode) IsSymlink() bool { return in.Mode&unix.S_IFMT == unix.S_IFLNK }
 
-// Lookup returns the inode number of a name in a directory. The error is fs.ErrNotExist if there is no such name.
-// "." and ".." are no names. The EROFS half is searched in O(log n), the DAXFS half in O(n).
+// Lookup returns the inode number of a name in a directory, or fs.ErrNotExist. "." and ".." are not
+// names. It takes O(log n) in the EROFS half and O(n) in the DAXFS half.
 func (in Inode) Lookup(name string) (uint64, error) {
 	if !in.IsDir() {
 		return 0, fmt.Errorf("daxfs: inode %d: %w", in.Nid, unix.ENOTDIR)
@@ -102,9 +102,9 @@ func (in Inode) Lookup(name string) (uint64, error) {
 	return e.Nid, err
 }
 
-// Entries calls fn for the entries of a directory from cursor on, in stored order (by name in the EROFS half), until
-// fn returns false. "." and ".." are left out. A cursor is 0 or the Next of an entry; any other value is safe and gives
-// an error or some entries. Memory use does not depend on the size of the directory.
+// Entries calls fn for the entries of a directory from cursor on, in stored order (by name in the EROFS
+// half), until fn returns false. It skips "." and "..". A cursor is 0 or the Next of an entry; any other
+// value is safe and gives an error or some entries. Memory use does not depend on the size of the directory.
 func (in Inode) Entries(cursor int64, fn func(Dirent) bool) error {
 	if !in.IsDir() {
 		return fmt.Errorf("daxfs: inode %d: %w", in.Nid, unix.ENOTDIR)
@@ -155,8 +155,8 @@ func (in Inode) Xattr(name string) ([]byte, bool, error) {
 	return nil, false, nil
 }
 
-// Data returns the range of the image that holds the contents of a regular file, and false if they do not lie
-// in one piece. A file of size 0 has the range 0, 0.
+// Data returns the range of the image that holds the contents of a regular file, or false if they are
+// not contiguous. A file of size 0 has the range 0, 0.
 func (in Inode) Data() (off, size int64, ok bool) {
 	switch {
 	case !in.IsRegular():
@@ -167,7 +167,7 @@ func (in Inode) Data() (off, size int64, ok bool) {
 	return in.Off, in.Size, in.Off >= 0
 }
 
-// ReadAt reads contents: of a regular file, the target of a symbolic link, the stored bytes of a directory.
+// ReadAt reads the contents of a regular file, a symlink target, or the stored bytes of a directory.
 func (in Inode) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("daxfs: negative offset %d", off)
@@ -188,9 +188,9 @@ func (in Inode) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// View returns up to n bytes of contents from off on without copying if the image is in memory: fewer than n only at
-// the end or where the contents are in pieces, none after the end. The bytes belong to the image: they must not be
-// written to, and not be used after it is unmapped. If the image is not in memory, View reads: then n bounds the memory used.
+// View returns up to n bytes of contents from off on: fewer than n only at the end or where the contents are
+// in pieces, none after the end. If the image is in memory, it does not copy: the caller must not write to
+// the bytes or use them after the image is unmapped. Otherwise it reads, and n bounds the memory used.
 func (in Inode) View(off int64, n int) ([]byte, error) {
 	if off < 0 || n < 0 {
 		return nil, fmt.Errorf("daxfs: view of %d bytes at %d: %w", n, off, unix.EINVAL)
@@ -202,7 +202,7 @@ func (in Inode) View(off int64, n int) ([]byte, error) {
 	return in.h.src().view(at, int(min(int64(n), max)))
 }
 
-// piece returns where in the image the contents at off (< Size) lie, and how many bytes of them lie there.
+// piece returns the place in the image of the contents at off (< Size), and how many bytes lie there.
 func (in *Inode) piece(off int64) (at, n int64) {
 	if in.tail != 0 {
 		full := (in.Size - 1) &^ (BlockSize - 1)
@@ -214,7 +214,7 @@ func (in *Inode) piece(off int64) (at, n int64) {
 	return in.base + off, in.Size - off
 }
 
-// rule picks the id by the half that the inode is of.
+// rule returns erofs or v8, according to the inode's half.
 func (in *Inode) rule(erofs, v8 Rule) Rule {
 	if _, ok := in.h.(*DAXFS); ok {
 		return v8

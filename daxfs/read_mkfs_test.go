@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// makeTree fills dir with one of everything that a reader meets. Special files are left out without privileges.
+// makeTree fills dir with everything that matters to a reader; special files only with privileges.
 func makeTree(t *testing.T, dir string) {
 	t.Helper()
 	must := func(err error) {
@@ -53,7 +53,7 @@ func makeTree(t *testing.T, dir string) {
 	if err := unix.Lsetxattr(path("size100"), "user.hello", []byte("world"), 0); err != nil {
 		t.Logf("no user xattrs here: %v", err)
 	}
-	for i := range 20 { // enough of one kind for mkfs to share them
+	for i := range 20 { // enough equal ones for mkfs to share them
 		_ = unix.Lsetxattr(path(fmt.Sprintf("many/%d-%s", i, strings.Repeat("n", i%240))), "user.shared",
 			bytes.Repeat([]byte("s"), 200), 0)
 	}
@@ -82,7 +82,7 @@ func mkfs(t *testing.T, dir string, args ...string) string {
 	return image
 }
 
-// TestReadMkfs reads images of the reference tool, which we had no hand in, and compares them with their source.
+// TestReadMkfs compares images of the independent reference tool with their source.
 func TestReadMkfs(t *testing.T) {
 	dir := t.TempDir()
 	makeTree(t, dir)
@@ -101,7 +101,7 @@ func TestReadMkfs(t *testing.T) {
 	}
 }
 
-// TestFSMkfs runs the suite of the standard library on everything but what it can not open: dangling links,
+// TestFSMkfs runs the suite of the standard library, except for files it cannot open: dangling links,
 // special files and names that are not UTF-8.
 func TestFSMkfs(t *testing.T) {
 	dir := t.TempDir()
@@ -128,7 +128,7 @@ func open(t *testing.T, b []byte, mapped bool) *daxfs.FS {
 	return f
 }
 
-// compareDir compares an image with the directory that it was made from.
+// compareDir compares an image with its source directory.
 func compareDir(t *testing.T, f *daxfs.FS, dir string, args []string) {
 	t.Helper()
 	seen := 0
@@ -197,7 +197,7 @@ func compareContents(t *testing.T, host, path string, in daxfs.Inode) {
 		}
 	case in.IsDir():
 		n, cursor := 0, int64(0)
-		for more := true; more; { // one entry a call, each looked up by name
+		for more := true; more; { // one entry per call, each looked up by name
 			more = false
 			err := in.Entries(cursor, func(e daxfs.Dirent) bool {
 				n, cursor, more = n+1, e.Next, true
@@ -249,7 +249,7 @@ func compareXattrs(t *testing.T, host, path string, in daxfs.Inode) {
 	}
 }
 
-// TestPaths pins how paths are resolved: inside of the image, whatever symbolic links say.
+// TestPaths pins path resolution: it stays inside the image, whatever the symbolic links.
 func TestPaths(t *testing.T) {
 	dir := t.TempDir()
 	makeTree(t, dir)

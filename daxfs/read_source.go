@@ -6,12 +6,11 @@ import (
 	"io"
 )
 
-// Mapped is what an io.ReaderAt has in addition when all its bytes are in memory. Everything that reads an image
-// from a Mapped reader works on that memory without copying. The bytes must stay mapped for as long as anything
-// that was opened on them is used.
+// Mapped is an io.ReaderAt whose bytes are all in memory. Readers of an image use that memory without
+// copying. The bytes must stay mapped for as long as anything opened on them is in use.
 type Mapped interface {
 	io.ReaderAt
-	// Bytes returns the memory, or nil if there is none; it is then read through ReadAt.
+	// Bytes returns the memory, or nil if there is none and ReadAt must be used.
 	Bytes() []byte
 }
 
@@ -36,17 +35,17 @@ func (m Mem) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// source gives bounded access to the bytes of an image. It is safe for concurrent use if its reader is.
+// source gives bounds-checked access to the bytes of an image. It is safe for concurrent use if its reader is.
 //
-// The bytes may change while they are looked at: the memory is shared. Users decode a value once and check what
-// they decoded; they never check a byte and read it again.
+// The memory is shared, so bytes may change at any time. Callers decode a value once and check the
+// decoded copy; they never check a byte and read it again.
 type source struct {
 	r    io.ReaderAt
 	b    []byte // the whole image if it is in memory, else nil
 	size int64
 }
 
-// maxImage is what block numbers of 32 bits reach. Sums of two offsets in an image do not overflow either.
+// maxImage is the reach of 32-bit block numbers. The sum of two offsets in an image does not overflow.
 const maxImage = (1<<32 - 1) * BlockSize
 
 func newSource(r io.ReaderAt, size int64) (source, error) {
@@ -66,7 +65,7 @@ func newSource(r io.ReaderAt, size int64) (source, error) {
 	return s, nil
 }
 
-// reader returns the source as a reader that Open takes without copying.
+// reader returns the source as a reader that Open uses without copying.
 func (s *source) reader() io.ReaderAt {
 	if s.b != nil {
 		return Mem(s.b)
@@ -79,9 +78,9 @@ func (s *source) holds(off, n int64) bool {
 	return off >= 0 && n >= 0 && off <= s.size && n <= s.size-off
 }
 
-// view returns the n bytes at off: the memory of the image, or a fresh copy. The caller must not write to them.
+// view returns the n bytes at off: memory of the image, or a fresh copy. The caller must not write to them.
 //
-// Preconditions: the range lies in the image, and n is bounded by what the caller means to use at once.
+// Preconditions: n is bounded by what the caller uses at once.
 func (s *source) view(off int64, n int) ([]byte, error) {
 	if !s.holds(off, int64(n)) {
 		return nil, fmt.Errorf("daxfs: read of %d bytes at %d: outside of the image of %d bytes", n, off, s.size)
@@ -96,7 +95,6 @@ func (s *source) view(off int64, n int) ([]byte, error) {
 	return p, nil
 }
 
-// readFull fills p from off.
 func (s *source) readFull(p []byte, off int64) error {
 	if !s.holds(off, int64(len(p))) {
 		return fmt.Errorf("daxfs: read of %d bytes at %d: outside of the image of %d bytes", len(p), off, s.size)

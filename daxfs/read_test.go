@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// TestSuper checks what the superblock tells.
+// TestSuper checks the fields of the superblock.
 func TestSuper(t *testing.T) {
 	b := patient(t)
 	sb := operate(t, b).f.Super()
@@ -76,7 +76,7 @@ func TestBothHalves(t *testing.T) {
 	}
 }
 
-// TestFSDAXFS runs the suite of the standard library on the DAXFS half; every link of this image leads somewhere.
+// TestFSDAXFS runs the suite of the standard library on the DAXFS half. No link of this image dangles.
 func TestFSDAXFS(t *testing.T) {
 	s := newStore(daxfs.BlockSize)
 	_, b := s.fileImage(t, dir(map[string]*daxfs.Node{
@@ -91,7 +91,7 @@ func TestFSDAXFS(t *testing.T) {
 	}
 }
 
-// TestFiles checks open files: random access, reading directories in pieces, what can not be read.
+// TestFiles checks open files: random access, reading directories in pieces, unreadable files.
 func TestFiles(t *testing.T) {
 	o := operate(t, patient(t))
 	open := func(path string) fs.File {
@@ -200,7 +200,7 @@ func TestInodes(t *testing.T) {
 	}
 }
 
-// TestWalkStops checks what the function that Walk calls can do.
+// TestWalkStops checks the return values of the function that Walk calls.
 func TestWalkStops(t *testing.T) {
 	o := operate(t, patient(t))
 	boom := errors.New("boom")
@@ -232,7 +232,7 @@ func TestWalkStops(t *testing.T) {
 	}
 }
 
-// TestMem checks that Mem is the io.ReaderAt that it says to be.
+// TestMem checks that Mem is a correct io.ReaderAt.
 func TestMem(t *testing.T) {
 	m := daxfs.Mem("0123456789")
 	r := bytes.NewReader(m)
@@ -262,7 +262,7 @@ func TestFindingString(t *testing.T) {
 	}
 }
 
-// TestConcurrent reads one image from several goroutines; the race detector looks on.
+// TestConcurrent reads one image from several goroutines, for the race detector.
 func TestConcurrent(t *testing.T) {
 	b := patient(t)
 	for _, mapped := range []bool{true, false} {

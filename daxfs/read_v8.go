@@ -10,9 +10,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// DAXFS reads the DAXFS half of an image: what daxfs.ko shows. It offers what FS offers, with inode numbers for nids;
-// there are no times, no extended attributes and no special files. It is as careful as FS with one exception: a directory
-// does not store its parent, so that a hostile half can give one directory many paths. Check first what you mean to walk.
+// DAXFS reads the DAXFS half of an image as daxfs.ko does. It offers the methods of FS, with inode
+// numbers for nids; there are no times, extended attributes or special files. It is as careful as FS,
+// with one exception: directories do not store their parent, so a hostile half can give one directory
+// many paths. Run Check before you walk an image.
 type DAXFS struct {
 	s  source
 	sb disk.V8Super
@@ -58,11 +59,11 @@ func (d *DAXFS) Inode(ino uint64) (Inode, error) { return d.inode(ino) }
 func (d *DAXFS) root() uint64 { return disk.V8RootIno }
 func (d *DAXFS) src() *source { return &d.s }
 
-// base and end are the bounds of the base region. readSuper has checked that they lie in the image.
+// base and end are the bounds of the base region, which readSuper checks against the image.
 func (d *DAXFS) base() int64 { return int64(d.sb.BaseOff) }
 func (d *DAXFS) end() int64  { return int64(d.sb.BaseOff + d.sb.BaseSize) }
 
-// inodeOff returns the offset of the slot of an inode between 1 and the number of inodes.
+// inodeOff returns the offset of inode ino, which is between 1 and the number of inodes.
 func (d *DAXFS) inodeOff(ino uint64) int64 {
 	return d.base() + int64(d.sb.InodeOff) + int64(ino-1)*disk.V8InodeSize
 }
@@ -101,8 +102,8 @@ func (d *DAXFS) inode(ino uint64) (Inode, error) {
 	return in, err
 }
 
-// readInode reads an inode and checks everything that makes its contents safe to read. The Inode is usable only if the
-// error is nil; the raw inode is as far as it was read.
+// readInode reads an inode and checks everything that makes its contents safe to read. The Inode is
+// usable only if the error is nil; the raw inode holds the fields read so far.
 func (d *DAXFS) readInode(ino uint64) (Inode, disk.V8Inode, error) {
 	var raw disk.V8Inode
 	if ino < 1 || ino > uint64(d.sb.InodeCount) {
@@ -120,7 +121,7 @@ func (d *DAXFS) readInode(ino uint64) (Inode, disk.V8Inode, error) {
 	if raw.Ino != uint32(ino) {
 		return in, raw, corrupt(RuleV8Ino, off, ino, "slot %d holds inode %d", ino, raw.Ino)
 	}
-	need := raw.Size // bytes that the kernel touches
+	need := raw.Size // bytes that the kernel reads
 	switch raw.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 	case unix.S_IFDIR:
@@ -129,7 +130,7 @@ func (d *DAXFS) readInode(ino uint64) (Inode, disk.V8Inode, error) {
 				corrupt(RuleV8DirSize, off, ino, "size of a directory is %d, expected a multiple of %d", raw.Size,
 					disk.V8DirentUnit)
 		}
-		// The entries are further apart than their size says: see format.md.
+		// Entries are wider than the unit of the directory's size: see format.md.
 		need = raw.Size / disk.V8DirentUnit * disk.V8DirentSize
 	case unix.S_IFLNK:
 		if raw.Size < 1 || raw.Size > MaxTarget {
@@ -152,7 +153,7 @@ func (d *DAXFS) readInode(ino uint64) (Inode, disk.V8Inode, error) {
 	return in, raw, nil
 }
 
-// rawEntry reads entry i of a directory from the bytes b of its entry, which lies at off.
+// rawEntry decodes the directory entry b at offset off.
 func (d *DAXFS) rawEntry(b []byte, off int64, dir uint64) (rawDirent, error) {
 	var e disk.V8Dirent
 	e.Unmarshal(b)
@@ -174,8 +175,8 @@ func (d *DAXFS) rawEntry(b []byte, off int64, dir uint64) (rawDirent, error) {
 		nil
 }
 
-// eachEntry calls fn for the entries of a directory from number i on, in stored order, until it returns false. The
-// entry given to fn is valid during the call only. It reads ahead a bounded number of entries.
+// eachEntry calls fn for the entries of a directory from number i on, in stored order, until fn
+// returns false. The entry is valid only during the call. It reads ahead a bounded number of entries.
 func (d *DAXFS) eachEntry(dir *Inode, i int64, fn func(i int64, e rawDirent, off int64, err error) bool) error {
 	const ahead = 60
 	count := dir.Size / disk.V8DirentUnit
@@ -216,7 +217,7 @@ func (d *DAXFS) lookup(dir *Inode, name string) (Dirent, error) {
 	return found, bad
 }
 
-// entries has the number of the entry for a cursor.
+// entries uses the number of an entry as its cursor.
 func (d *DAXFS) entries(dir *Inode, cursor int64, fn func(Dirent) bool) error {
 	if cursor < 0 {
 		return badCursor(dir, cursor)

@@ -7,7 +7,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// rawXattr is an attribute whose name and value are still part of the image.
+// rawXattr is an attribute whose name and value still point into the image.
 type rawXattr struct {
 	index uint8
 	name  []byte // without the prefix that index stands for
@@ -28,7 +28,7 @@ func (f *FS) xattrs(in *Inode) ([]Xattr, error) {
 	return xs, nil
 }
 
-// eachXattr calls fn for the attributes of an inode, those stored with it first: the order in which Linux lists them.
+// eachXattr calls fn for the attributes of an inode in the order of Linux: inline ones first.
 func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error {
 	if in.xlen == 0 {
 		return nil
@@ -66,7 +66,7 @@ func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error 
 	return nil
 }
 
-// sharedXattr reads the attribute that id refers to.
+// sharedXattr reads the shared attribute id.
 func (f *FS) sharedXattr(id uint32, nid uint64) (rawXattr, error) {
 	off, size, err := f.sharedSize(id, nid)
 	if err != nil {
@@ -79,7 +79,7 @@ func (f *FS) sharedXattr(id uint32, nid uint64) (rawXattr, error) {
 	return parseXattr(b, off, nid)
 }
 
-// sharedSize returns where the attribute that id refers to lies; that is inside of the image.
+// sharedSize returns offset and size of the shared attribute id, after checking that it lies in the image.
 func (f *FS) sharedSize(id uint32, nid uint64) (off, size int64, err error) {
 	off = f.sb.xattr + int64(id)*disk.ErofsXattrIDSize
 	if !f.s.holds(off, disk.ErofsXattrEntSize) {

@@ -2,8 +2,8 @@ package daxfs
 
 import "slices"
 
-// Rule is the id of a rule of the image format. docs/format.md explains every rule under its id; ids never change their
-// meaning. Those that start with "v8-" are about the DAXFS half, those that start with "halves-" about the agreement of both.
+// Rule is the id of a rule of the image format. docs/format.md explains every rule under its id; ids never
+// change their meaning. The prefix "v8-" marks the DAXFS half, "halves-" the agreement of both halves.
 type Rule string
 
 // Rules of the image as a whole and of its EROFS half.
@@ -78,7 +78,7 @@ const (
 	RuleV8DirDepth  Rule = "v8-dir-depth"
 )
 
-// Rules of the agreement of both halves.
+// Rules about the agreement of both halves.
 const (
 	RuleHalvesNames  Rule = "halves-names"
 	RuleHalvesMode   Rule = "halves-mode"
@@ -90,7 +90,7 @@ const (
 	RuleHalvesIno    Rule = "halves-ino"
 )
 
-// Rules of the live tree of a pool, besides those of the EROFS half.
+// Additional rules of the live tree of a pool.
 const (
 	RuleLiveSuper  Rule = "live-super"
 	RuleLiveSlots  Rule = "live-slots"
@@ -98,7 +98,7 @@ const (
 	RuleLiveDAX    Rule = "live-dax"
 )
 
-// Rules of images with a digest table, which Prove holds against their bytes.
+// Rules that Prove checks in images with a digest table.
 const (
 	RuleDigestTable Rule = "digest-table"
 	RuleDigestRoot  Rule = "digest-root"
@@ -116,7 +116,7 @@ func Rules() []Rule {
 	return list
 }
 
-// Meaning says in one line what must hold; it is empty for an unknown rule.
+// Meaning returns the rule in one line, or "" for an unknown rule.
 func (r Rule) Meaning() string {
 	if i := slices.IndexFunc(meanings, func(m meaning) bool { return m.rule == r }); i >= 0 {
 		return meanings[i].text
@@ -134,11 +134,11 @@ var meanings = []meaning{
 	{RuleMagic, "the EROFS superblock has its magic number"},
 	{RuleBlockSize, "EROFS blocks have 4096 bytes"},
 	{RuleFeature, "no EROFS feature is used that changes the format"},
-	{RuleChecksum, "the checksum of the EROFS superblock is there and right"},
+	{RuleChecksum, "the EROFS superblock has a correct checksum"},
 	{RuleBlocks, "the EROFS superblock counts all blocks of the image"},
 	{RuleAreas, "metadata and shared xattrs begin inside of the image"},
-	{RuleReserved, "what block 0 does not use is zero"},
-	{RuleUUID, "the UUID is one that a content gives"},
+	{RuleReserved, "unused bytes of block 0 are zero"},
+	{RuleUUID, "the UUID has the form of one derived from contents"},
 	{RuleLabel, "a label ends with a NUL"},
 	{RuleInodes, "the EROFS superblock counts the inodes that names lead to"},
 	{RuleRoot, "the EROFS root is a directory"},
@@ -149,7 +149,7 @@ var meanings = []meaning{
 	{RuleTime, "nanoseconds are less than a second"},
 	{RuleInodeSize, "a size fits the image and the file type"},
 	{RuleLayout, "contents are not compressed or chunked, and only those of directories and links are inline"},
-	{RuleInline, "what is stored with an inode does not cross a block"},
+	{RuleInline, "data stored with an inode does not cross a block"},
 	{RuleNlink, "a link count is the number of links"},
 	{RuleSymlink, "a target has 1 to 4095 bytes without NUL"},
 	{RuleDataBounds, "contents lie inside of the image"},
@@ -159,14 +159,14 @@ var meanings = []meaning{
 	{RuleDirBlock, "a directory block can be taken apart"},
 	{RuleDirName, "a name has 1 to 255 bytes without '/' and NUL"},
 	{RuleDirOrder, "names ascend"},
-	{RuleDots, "a directory has . and .. and they are right"},
+	{RuleDots, "a directory has correct entries . and .."},
 	{RuleDirType, "an entry has the type of its inode"},
 	{RuleDirLoop, "a directory has one name"},
 	{RuleDirDepth, "no path has more than 65,535 bytes"},
 	{RuleXattrBounds, "xattrs lie where their inode or the superblock says"},
 	{RuleXattrName, "an xattr has a name that Linux serves"},
 	{RuleXattrTwice, "an inode has an xattr once"},
-	{RuleXattrType, "an xattr is one that Linux gives for the file type"},
+	{RuleXattrType, "an xattr is one that Linux returns for the file type"},
 	{RuleXattrACL, "a POSIX ACL is one that setxattr takes"},
 	{RuleXattrCaps, "capabilities are shown as they are stored"},
 	{RuleXattrList, "the names of the xattrs of an inode fit one list"},
@@ -202,13 +202,13 @@ var meanings = []meaning{
 	{RuleHalvesData, "both halves have the same contents"},
 	{RuleHalvesNlink, "both halves have the same link counts"},
 	{RuleHalvesIno, "both halves have the same hard links"},
-	{RuleLiveSuper, "the superblock of a live tree is the one that its geometry gives"},
+	{RuleLiveSuper, "the superblock of a live tree matches its geometry"},
 	{RuleLiveSlots, "the root of a live tree leads to its slots, and a slot holds an image or nothing"},
 	{RuleLiveShared, "images of a live tree share regular files only"},
 	{RuleLiveDAX, "with DAX, contents belong to one inode"},
-	{RuleDigestTable, "the digest table is whole and speaks of this image"},
+	{RuleDigestTable, "the digest table is complete and belongs to this image"},
 	{RuleDigestRoot, "the root hash is the expected one"},
 	{RuleDigestMeta, "the metadata has its digest"},
 	{RuleDigestData, "contents have their digest"},
-	{RuleDigestGap, "what lies between contents is zero"},
+	{RuleDigestGap, "gaps between contents are zero"},
 }

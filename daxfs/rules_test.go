@@ -17,8 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// TestRules checks that every rule that the source declares is listed, has a meaning, is explained in docs/format.md,
-// and is broken by a test.
+// TestRules: every declared rule is listed, has a meaning, is in docs/format.md, and is broken by a test.
 func TestRules(t *testing.T) {
 	doc, err := os.ReadFile("../docs/format.md")
 	if err != nil {
@@ -64,7 +63,7 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// declaredRules finds the constants of type Rule in the source.
+// declaredRules returns the constants of type Rule in the source.
 func declaredRules(t *testing.T) []daxfs.Rule {
 	t.Helper()
 	f, err := parser.ParseFile(token.NewFileSet(), "rules.go", nil, 0)
@@ -89,9 +88,9 @@ func declaredRules(t *testing.T) []daxfs.Rule {
 	return rules
 }
 
-// TestDeep checks that trees which are there to exhaust a stack are refused by walks of both halves and found by Check.
+// TestDeep: walks of both halves refuse trees deep enough to exhaust a stack, and Check reports them.
 func TestDeep(t *testing.T) {
-	// Two deep trees; the writer takes no deeper one. Hang the second below the first, in place of an empty directory.
+	// The writer accepts no deeper tree. So make two deep trees and hang the second below the first.
 	chain := func(n int, last map[string]*daxfs.Node) *daxfs.Node {
 		at := dir(last)
 		for range n {
@@ -147,7 +146,8 @@ func TestErrors(t *testing.T) {
 		!errors.Is(err, daxfs.ErrUnsupported) {
 		t.Errorf("got %v", err)
 	}
-	want := "stat one: unsupported image: format is 0x101, expected bits 4 to 15 to be 0 (rule inode-format, inode 31, offset 62432)"
+	want := "stat one: unsupported image: format is 0x101, expected bits 4 to 15 to be 0 " +
+		"(rule inode-format, inode 31, offset 62432)"
 	if err.Error() != want {
 		t.Errorf("got  %v\nwant %v", err, want)
 	}

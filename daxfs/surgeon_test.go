@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// surgeon changes single fields of an image. It finds them through the readers: what they give is the image itself.
+// surgeon changes single fields of an image through the readers, whose slices are the image itself.
 type surgeon struct {
 	t testing.TB
 	b []byte
@@ -25,7 +25,7 @@ type surgeon struct {
 	cut     int  // bytes to cut from the end
 }
 
-// patient is a sound image with one of everything.
+// patient is a valid image with one of everything.
 func patient(t testing.TB) []byte {
 	t.Helper()
 	s := newStore(daxfs.BlockSize)
@@ -81,7 +81,7 @@ func operate(t testing.TB, b []byte) *surgeon {
 	return &surgeon{t: t, b: b, f: f, d: d}
 }
 
-// close finishes the operation: everything but the checksum stays as it was left.
+// close returns the changed image, with a corrected checksum unless keepSum is set.
 func (s *surgeon) close() []byte {
 	if !s.keepSum {
 		binary.LittleEndian.PutUint32(s.b[disk.ErofsSuperOff+4:], disk.ErofsChecksum(s.b))
@@ -112,7 +112,7 @@ func (s *surgeon) overlay(edit func(*disk.V8Overlay)) {
 	o.Marshal(s.b[sb.OverlayOff:])
 }
 
-// overlayBytes is the overlay pair.
+// overlayBytes returns the overlay pair.
 func (s *surgeon) overlayBytes() []byte {
 	var sb disk.V8Super
 	sb.Unmarshal(s.b)
@@ -137,12 +137,12 @@ func (s *surgeon) lookupV8(path string) daxfs.Inode {
 	return in
 }
 
-// raw is the bytes from the inode of path on.
+// raw returns the bytes from the inode of path on.
 func (s *surgeon) raw(path string) []byte {
 	return s.b[s.meta()+int64(s.lookup(path).Nid)*disk.ErofsSlot:]
 }
 
-// meta is the offset of nid 0.
+// meta returns the offset of nid 0.
 func (s *surgeon) meta() int64 {
 	var sb disk.ErofsSuper
 	sb.Unmarshal(s.b[disk.ErofsSuperOff:])
@@ -157,7 +157,7 @@ func (s *surgeon) inode(path string, edit func(*disk.ErofsInode)) {
 	i.Marshal(b)
 }
 
-// rawV8 is the bytes from the slot of the inode of path on.
+// rawV8 returns the bytes from the slot of the inode of path on.
 func (s *surgeon) rawV8(path string) []byte {
 	var sb disk.V8Super
 	sb.Unmarshal(s.b)
@@ -172,7 +172,7 @@ func (s *surgeon) inodeV8(path string, edit func(*disk.V8Inode)) {
 	i.Marshal(b)
 }
 
-// block is the directory block that holds a name, and entry the number of the name in it.
+// block returns the directory block that holds a name, and the number of its entry there.
 func (s *surgeon) block(path, name string) (block []byte, entry int) {
 	s.t.Helper()
 	in := s.lookup(path)
@@ -190,7 +190,7 @@ func (s *surgeon) block(path, name string) (block []byte, entry int) {
 	return nil, 0
 }
 
-// blockNames are the names of a sound directory block.
+// blockNames returns the names of a valid directory block.
 func blockNames(b []byte) []string {
 	var names []string
 	count := int(binary.LittleEndian.Uint16(b[8:])) / disk.ErofsDirentSize
@@ -214,14 +214,14 @@ func (s *surgeon) dirent(path, name string, edit func(*disk.ErofsDirent)) {
 	e.Marshal(b[i*disk.ErofsDirentSize:])
 }
 
-// name is the bytes of a name in its directory block.
+// name returns the bytes of a name in its directory block.
 func (s *surgeon) name(path, name string) []byte {
 	b, i := s.block(path, name)
 	off := binary.LittleEndian.Uint16(b[i*disk.ErofsDirentSize+8:])
 	return b[off:][:len(name)]
 }
 
-// entryV8 is the 272 bytes of an entry.
+// entryV8 returns the 272 bytes of an entry.
 func (s *surgeon) entryV8(path, name string) []byte {
 	s.t.Helper()
 	in := s.lookupV8(path)
@@ -246,7 +246,7 @@ func (s *surgeon) direntV8(path, name string, edit func(*disk.V8Dirent)) {
 	e.Marshal(b)
 }
 
-// xattrs is the bytes of the xattrs of an inode.
+// xattrs returns the bytes of an inode's xattrs.
 func (s *surgeon) xattrs(path string) []byte {
 	b := s.raw(path)
 	var i disk.ErofsInode
@@ -254,7 +254,7 @@ func (s *surgeon) xattrs(path string) []byte {
 	return b[i.HeaderSize():][:disk.ErofsXattrBytes(i.XattrCount)]
 }
 
-// base and baseSize are the base region of the DAXFS half.
+// base and baseSize describe the base region of the DAXFS half.
 func (s *surgeon) base() int64 {
 	var sb disk.V8Super
 	sb.Unmarshal(s.b)
@@ -267,7 +267,7 @@ func (s *surgeon) baseSize() uint64 {
 	return sb.BaseSize
 }
 
-// target is the bytes of the target of a symbolic link.
+// target returns the bytes of a symbolic link's target.
 func (s *surgeon) target(path string) []byte {
 	b, err := s.lookup(path).View(0, 4096)
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// runTool runs a program of erofs-utils and returns all that it prints.
+// runTool runs a program of erofs-utils and returns its output.
 func runTool(t *testing.T, name string, args ...string) (string, error) {
 	t.Helper()
 	path, err := exec.LookPath(name)

@@ -12,9 +12,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// uuidHash derives the UUID of an image from everything that a reader of it can see, and from nothing else: not from where
-// the contents lie. It takes the inodes depth first, names sorted, and numbers them so. Every field has a fixed width or its
-// length before it, so that no two trees have one description.
+// uuidHash derives the UUID of an image from everything that a reader can see, and nothing else: the
+// place of contents does not count. It visits and numbers inodes depth first, names sorted. Every
+// field has a fixed width or is preceded by its length, so no two trees have the same description.
 type uuidHash struct {
 	h hash.Hash
 	b []byte
@@ -34,8 +34,8 @@ func (u *uuidHash) text(s string) {
 	u.b = append(u.b, s...)
 }
 
-// inode begins an inode. Its xattrs as they are on disk follow, then its entries: of each list the length, then the items.
-// rdev is as EROFS stores it.
+// inode starts an inode. The caller then adds the xattrs as stored on disk and the entries, each list
+// as its length and its items. rdev is in the encoding of EROFS.
 func (u *uuidHash) inode(mode, uid, gid, rdev uint32, mtime Time, d Data, target string) {
 	if len(u.b) > 60<<10 {
 		u.h.Write(u.b)
@@ -53,7 +53,7 @@ func (u *uuidHash) inode(mode, uid, gid, rdev uint32, mtime Time, d Data, target
 func (u *uuidHash) uuid() (id [16]byte) {
 	u.h.Write(u.b)
 	copy(id[:], u.h.Sum(nil))
-	id[6] = id[6]&0x0f | 0x80 // version 8: made by a rule of our own
+	id[6] = id[6]&0x0f | 0x80 // version 8: custom derivation
 	id[8] = id[8]&0x3f | 0x80 // the RFC 9562 variant
 	return id
 }
@@ -76,11 +76,11 @@ func (p *Plan) hash() {
 	p.uuid = u.uuid()
 }
 
-// TreeUUID returns the UUID that a plan without a label has of the tree which an image shows. data returns the contents of a
-// regular file that has any, as its Node would have them. Errors are those of reading the image and of data, and wrap
-// ErrCorrupt where the image shows no tree.
+// TreeUUID returns the UUID that a plan without a label has for the tree of an image. data returns the
+// contents of a regular file as its Node has them; it is not called for empty files. Errors come from
+// reading the image and from data; they wrap ErrCorrupt if the image shows no tree.
 //
-// It reads the image twice instead of keeping what it has read: memory is about 10 bytes for each name.
+// It reads the image twice to save memory, which is about 10 bytes for each name.
 func TreeUUID(f *FS, data func(Inode) (Data, error)) ([16]byte, error) {
 	t := treeHasher{fs: f, data: data, dirs: map[uint64]bool{}, linked: map[uint64]uint32{}}
 	if err := t.number(f.Root(), 0); err != nil {
@@ -94,15 +94,15 @@ func TreeUUID(f *FS, data func(Inode) (Data, error)) ([16]byte, error) {
 	return t.hash.uuid(), nil
 }
 
-// treeHasher is one TreeUUID. An inode is numbered when it is met for the first time, and the numbers of the entries of a
-// directory belong to it, so the first pass finds them and the second hashes.
+// treeHasher is one run of TreeUUID. The hash of a directory contains the numbers of its entries,
+// which are assigned on first visit. So the first pass numbers the inodes and the second hashes.
 type treeHasher struct {
 	fs     *FS
 	data   func(Inode) (Data, error)
 	next   uint32
-	dirs   map[uint64]bool   // that were met
+	dirs   map[uint64]bool   // directories already visited
 	linked map[uint64]uint32 // numbers of inodes with several names
-	kids   []uint32          // numbers of the entries of all directories, in the order in which they are met
+	kids   []uint32          // numbers of the entries of all directories, in order of visit
 	hash   *uuidHash
 }
 
@@ -117,7 +117,7 @@ func (t *treeHasher) entries(dir *Inode) ([]Dirent, error) {
 	return all, err
 }
 
-// number numbers an inode that was not met before, and all below it.
+// number numbers an unvisited inode and everything below it.
 func (t *treeHasher) number(nid uint64, depth int) error {
 	in, err := t.fs.Inode(nid)
 	if err != nil {
@@ -142,8 +142,8 @@ func (t *treeHasher) number(nid uint64, depth int) error {
 	first := len(t.kids)
 	t.kids = append(t.kids, make([]uint32, len(list))...)
 	for i, e := range list {
-		n, again := t.linked[e.Nid]
-		if !again {
+		n, numbered := t.linked[e.Nid]
+		if !numbered {
 			n = t.next
 			if err := t.number(e.Nid, depth+1); err != nil {
 				return err
@@ -154,7 +154,7 @@ func (t *treeHasher) number(nid uint64, depth int) error {
 	return nil
 }
 
-// add hashes an inode and all below it.
+// add hashes an inode and everything below it.
 func (t *treeHasher) add(nid uint64) error {
 	t.next++
 	in, err := t.fs.Inode(nid)
@@ -211,7 +211,6 @@ func (t *treeHasher) add(nid uint64) error {
 	return nil
 }
 
-// xattrs hashes the extended attributes of an inode.
 func (t *treeHasher) xattrs(in *Inode) error {
 	xs, err := in.Xattrs()
 	if err != nil {
@@ -227,7 +226,7 @@ func (t *treeHasher) xattrs(in *Inode) error {
 	return nil
 }
 
-// listSize is the size that the writer gives to a directory with these entries, which are sorted by name.
+// listSize returns the size that the writer gives to a directory with these entries, sorted by name.
 func listSize(list []Dirent) int64 {
 	names := append(make([]dirent, 0, len(list)+2), dirent{name: "."}, dirent{name: ".."})
 	for _, e := range list {

@@ -10,12 +10,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// ErrNotPlaced is the error of WriteTo before a successful Place.
+// ErrNotPlaced reports a write before a successful Place.
 var ErrNotPlaced = errors.New("the plan has no place yet")
 
-// WriteTo writes block 0 and the metadata run, and nothing else. Offsets in w count from block 0: for a window of a
-// pool, w is the window. The superblocks are written last, so that an interrupted write leaves nothing that mounts,
-// provided that block 0 was not an image before. Writes are large and in ascending order up to there.
+// WriteTo writes block 0 and the metadata run, and nothing else. Offsets in w count from block 0; for a window
+// of a pool, w is the window. It writes the superblocks last: an interrupted write leaves nothing mountable,
+// provided that block 0 held no image before. The writes before that are large and in ascending order.
 func (p *Plan) WriteTo(w io.WriterAt) error {
 	s := p.place
 	if s == nil {
@@ -54,7 +54,7 @@ func (p *Plan) WriteTo(w io.WriterAt) error {
 	return nil
 }
 
-// block0 is the first block of the image: both superblocks.
+// block0 returns the first block of the image, with both superblocks.
 func (p *Plan) block0() []byte {
 	s := p.place
 	b := make([]byte, BlockSize)
@@ -86,8 +86,8 @@ func (p *Plan) block0() []byte {
 	return b
 }
 
-// writeBuffer is how much runWriter gathers before it writes: larger than any piece, which is at most an inode with
-// 256 KiB of xattrs and a block.
+// writeBuffer is the buffer size of runWriter. It exceeds the largest piece: an inode with 256 KiB of
+// xattrs, and a block.
 const writeBuffer = 1 << 20
 
 // runWriter writes a run of bytes in ascending order through one buffer. Gaps become zeros.
@@ -95,11 +95,11 @@ type runWriter struct {
 	w   io.WriterAt
 	pos int64 // offset of buf in w
 	buf []byte
-	sum hash.Hash // of what is written, if somebody wants it
+	sum hash.Hash // digest of the written bytes, if wanted
 	err error     // of the first failed write
 }
 
-// at gives n zeroed bytes at off, which is not below the end of the last call; they are valid until the next call.
+// at returns n zeroed bytes at off, valid until the next call. off must not be below the end of the last call.
 func (r *runWriter) at(off int64, n int) []byte {
 	for gap := off - r.pos - int64(len(r.buf)); gap > 0; {
 		if len(r.buf) == cap(r.buf) {

@@ -9,7 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// layoutDigests plans the digest table: an entry for each distinct contents.
+// layoutDigests plans the digest table, with one entry for each distinct contents.
 func (p *Plan) layoutDigests() error {
 	p.digests = make([]int32, 0, p.stats.Files)
 	for i := range p.inodes.len() {
@@ -32,7 +32,7 @@ func (p *Plan) layoutDigests() error {
 	return nil
 }
 
-// writeDigests writes the digest table and its footer. meta has seen block 0 and the core.
+// writeDigests writes the digest table and its footer. meta already covers block 0 and the core.
 func (p *Plan) writeDigests(r *runWriter, meta hash.Hash) {
 	s := p.place
 	at := s.core + p.coreSize

@@ -8,9 +8,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// Dump writes the plan as text: one line for each inode, in the order of the tree, with every offset in both halves.
-// Offsets in the metadata count from the core, those of contents are addresses as in Data.Off. The form is stable: two
-// plans with equal dumps and equal contents make equal images.
+// Dump writes the plan as text: one line for each inode, in the order of the tree, with every offset
+// in both halves. Offsets of metadata count from the core, those of contents are addresses as in
+// Data.Off. The form is stable: plans with equal dumps and equal contents make equal images.
 func (p *Plan) Dump(w io.Writer) error {
 	b := bufio.NewWriter(w)
 	s := p.stats

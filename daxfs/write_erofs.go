@@ -2,7 +2,6 @@ package daxfs
 
 import "github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 
-// writeErofs writes the EROFS part of the core.
 func (p *Plan) writeErofs(r *runWriter) {
 	var names []dirent
 	for _, pc := range p.pieces {
@@ -33,7 +32,7 @@ func (p *Plan) writeErofs(r *runWriter) {
 	}
 }
 
-// encodeInode writes one inode with its xattrs and its inline tail. names are the entries if it is a directory.
+// encodeInode writes one inode with its xattrs and its inline tail. names are the entries of a directory.
 func (p *Plan) encodeInode(r *runWriter, at int64, idx int32, names []dirent) {
 	in := p.inodes.at(idx)
 	head := in.headerSize()

@@ -2,11 +2,11 @@ package daxfs
 
 import "github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 
-// writeV8 writes the DAXFS part of the core: inode table and directory entries. Symlink targets are those of the EROFS
-// part, and file data is shared as well.
+// writeV8 writes the DAXFS part of the core: inode table and directory entries. Symlink targets and
+// file data are shared with the EROFS part.
 func (p *Plan) writeV8(r *runWriter) {
 	s := p.place
-	toBase := s.core - s.base // from an offset in the core to one in the base region
+	toBase := s.core - s.base // from offsets in the core to offsets in the base region
 	at := s.core + p.v8Table
 	for i := range p.inodes.len() {
 		in := p.inodes.at(i)
@@ -45,8 +45,8 @@ func (p *Plan) writeV8(r *runWriter) {
 	}
 }
 
-// writeOverlay writes the overlay pair: an empty hash overlay, without which daxfs.ko refuses the private writable
-// mappings that every program needs.
+// writeOverlay writes the overlay pair, an empty hash overlay. Without one daxfs.ko refuses private
+// writable mappings, which every program needs.
 func (p *Plan) writeOverlay(r *runWriter) { p.encodeOverlay(r.at(p.place.overlay, disk.V8OverlaySize)) }
 
 // encodeOverlay writes the overlay pair to b, which is zeroed.

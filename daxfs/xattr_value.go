@@ -8,11 +8,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
-// capabilityName is the attribute that Linux parses before it gives the value to anybody.
+// capabilityName is the attribute whose value Linux parses before it returns it.
 const capabilityName = "security.capability"
 
-// Values of security.capability: a header with a revision and one flag, two sets of 64 bits, and in revision 3 the id
-// of the user who is root in the user namespace that the sets are for.
+// A value of security.capability is a header with a revision and one flag, two sets of 64 bits, and in
+// revision 3 the id of the user who is root in the user namespace of these sets.
 const (
 	capRevision2 = 2 << 24
 	capRevision3 = 3 << 24
@@ -21,7 +21,7 @@ const (
 	capSize3     = 24
 )
 
-// Entries of a POSIX ACL: tag, permissions and id take 8 bytes, behind a version of 4 bytes.
+// A POSIX ACL is a version of 4 bytes, then entries of 8 bytes: tag, permissions and id.
 const (
 	aclVersion = 2
 	aclHeader  = 4
@@ -39,18 +39,18 @@ func isACL(index uint8) bool {
 	return index == disk.ErofsXattrACLAccess || index == disk.ErofsXattrACLDefault
 }
 
-// checkXattrType refuses attributes that Linux lists for any inode and gives for some file types only.
+// checkXattrType refuses attributes that Linux lists for any inode but returns only for some file types.
 func checkXattrType(index uint8, name string, mode uint32) error {
 	typ := mode & unix.S_IFMT
 	switch {
 	case isACL(index) && typ == unix.S_IFLNK,
 		index == disk.ErofsXattrUser && typ != unix.S_IFREG && typ != unix.S_IFDIR:
-		return invalid("xattr %q: Linux gives it to nobody who asks for it of a %s", name, typeName(mode))
+		return invalid("xattr %q: Linux never returns it for a %s", name, typeName(mode))
 	}
 	return nil
 }
 
-// checkXattrValue refuses values that Linux parses and then gives to nobody, or gives in another form.
+// checkXattrValue refuses values that Linux parses and then does not return, or returns in another form.
 func checkXattrValue(index uint8, x Xattr) error {
 	switch {
 	case isACL(index):
@@ -61,8 +61,8 @@ func checkXattrValue(index uint8, x Xattr) error {
 	return nil
 }
 
-// checkCapability looks for what makes getxattr(2) fail or change the value, and execve(2) fail. Revision 1 fails in
-// getxattr only. Linux shows the sets of revision 3 whose root is user 0 as revision 2.
+// checkCapability refuses values that make getxattr(2) fail or change the value, or execve(2) fail.
+// Revision 1 fails in getxattr only. Linux converts sets of revision 3 with root user 0 to revision 2.
 func checkCapability(x Xattr) error {
 	v := x.Value
 	if len(v) < 4 {
@@ -84,9 +84,9 @@ func checkCapability(x Xattr) error {
 	}
 }
 
-// checkACL looks for what makes the kernel fail accesses to a file: it parses the ACL of an inode before it checks a
-// permission (EINVAL, EOPNOTSUPP), and expects an entry that decides (EIO). Entries that name nobody have the id that
-// the kernel shows for them, whatever is stored: all readers show the same bytes.
+// checkACL refuses ACLs that make accesses to the file fail: the kernel parses the ACL before it checks
+// a permission (EINVAL, EOPNOTSUPP) and expects a deciding entry (EIO). An entry without a named user or
+// group must store the id that the kernel shows for it, so that all readers show the same bytes.
 func checkACL(x Xattr) error {
 	v := x.Value
 	if len(v) < aclHeader+aclEntry || (len(v)-aclHeader)%aclEntry != 0 || binary.LittleEndian.Uint32(v) != aclVersion {
@@ -111,8 +111,8 @@ func checkACL(x Xattr) error {
 			return invalid("xattr %q: unknown entry tag %#x", x.Name, tag)
 		}
 		if !aclFollows(last, tag) {
-			return invalid("xattr %q: an entry of tag %#x follows one of tag %#x, expected owner, users, group, groups, "+
-				"mask, others", x.Name, tag, last)
+			return invalid("xattr %q: an entry of tag %#x follows one of tag %#x, expected owner, users, group, "+
+				"groups, mask, others", x.Name, tag, last)
 		}
 		if perm > 7 {
 			return invalid("xattr %q: permissions of an entry are %#o, expected 3 bits", x.Name, perm)
@@ -126,7 +126,7 @@ func checkACL(x Xattr) error {
 	return nil
 }
 
-// aclFollows tells whether an entry of tag may stand behind one of tag last; the first stands behind 0.
+// aclFollows reports whether an entry of tag may follow one of tag last; 0 stands for the start.
 func aclFollows(last, tag uint16) bool {
 	switch tag {
 	case aclOwner:

@@ -12,10 +12,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// adopt fills an empty table from what is mounted below root.
+// adopt fills an empty table from the mounts below root.
 func (t *Table) adopt(ctx context.Context) error {
 	if err := t.adoptPool(ctx); err != nil {
-		// What is there is not used further. It is detached before the pool is mounted anew.
+		// The mount is no longer used; it is detached before the pool is mounted anew.
 		t.opts.Warn("pool directory %q: %v", t.liveDir(), err)
 	}
 	dirs, err := os.ReadDir(filepath.Join(t.root, "images"))
@@ -28,7 +28,7 @@ func (t *Table) adopt(ctx context.Context) error {
 		}
 		dir := filepath.Join(t.root, "images", de.Name())
 		if err := t.adoptImage(ctx, dir); err != nil {
-			// One bad image must not keep the others, and the daemon, from working.
+			// One bad image must not stop the others, or the daemon.
 			t.opts.Warn("image directory %q: %v", dir, err)
 		}
 	}
@@ -64,7 +64,7 @@ func (t *Table) adoptPool(ctx context.Context) error {
 		return fmt.Errorf("%s was %q when it was mounted and is %q now", t.pool.source(), rec.File, now)
 	}
 	if err := d.Match(ctx, rec.source(), mnt); err != nil {
-		// The pool may have been renamed meanwhile.
+		// The pool file may have been renamed meanwhile.
 		if d.Match(ctx, t.pool.source(), mnt) != nil {
 			return err
 		}
@@ -77,16 +77,16 @@ func (t *Table) adoptPool(ctx context.Context) error {
 	return nil
 }
 
-// adoptImage takes over what is mounted in an image directory, if it belongs to this pool.
+// adoptImage takes over the mount in an image directory, if it belongs to this pool.
 func (t *Table) adoptImage(ctx context.Context, dir string) error {
 	var rec imageRecord
 	err := readRecord(dir, recordName, &rec)
 	if errors.Is(err, fs.ErrNotExist) {
-		// No record, nothing of ours is mounted: a crash between making the directory and writing the record.
+		// No record, no mount of ours: a crash between creating the directory and writing the record.
 		return removeEmpty(dir)
 	}
 	if err != nil || rec.Format != recordVersion || rec.Pool != t.pool.uuid() {
-		return nil // not of this pool: see Stale
+		return nil // of another pool: see Stale
 	}
 	if t.imageDir(rec.Key) != dir {
 		return fmt.Errorf("the record is that of image %q, whose directory is %q", rec.Key, t.imageDir(rec.Key))
@@ -110,8 +110,8 @@ func (t *Table) adoptImage(ctx context.Context, dir string) error {
 		err = t.match(ctx, e, rec.Windowed, img)
 	}
 	if err != nil {
-		// Containers that run keep what they have. The directory is free for a new mount.
-		t.opts.Warn("image %q: what is mounted on %q is not used further: %v", rec.Key, mnt, err)
+		// Running containers keep the old mount. The directory is free for a new one.
+		t.opts.Warn("image %q: the mount on %q is not used any more: %v", rec.Key, mnt, err)
 		if err := sys.Detach(mnt); err != nil {
 			return err
 		}
@@ -122,7 +122,7 @@ func (t *Table) adoptImage(ctx context.Context, dir string) error {
 	return nil
 }
 
-// known are all drivers whose mounts may be found. The first of one name counts.
+// known returns all drivers whose mounts may exist. The first with a name counts.
 func (t *Table) known() []Driver { return slices.Concat(t.drivers, t.opts.Adopt) }
 
 func (t *Table) byName(name string) Driver {

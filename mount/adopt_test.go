@@ -58,8 +58,8 @@ func (refusing) Mount(context.Context, mount.Source, string) error {
 	return errors.New("must not be asked to mount")
 }
 
-// What a driver mounted that the configuration no longer names goes on, and new images join it: a second mount of the
-// pool would cache everything again.
+// Mounts of a driver that is no longer configured stay, and new images join them: a second mount of
+// the pool would cache everything again.
 func TestAdoptsFromOtherDriver(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		mustMount(t, b.open(t, mount.Options{}, d), b.add(t, "a", "one"))
@@ -71,7 +71,7 @@ func TestAdoptsFromOtherDriver(t *testing.T) {
 	})
 }
 
-// Mounts that are not what the records say are not used.
+// Mounts that differ from their records are not used.
 func TestAdoptsNothingElse(t *testing.T) {
 	for name, spoil := range map[string]func(t *testing.T, b *bed, m mount.Mounted){
 		"unmounted": func(t *testing.T, _ *bed, m mount.Mounted) { sys.Detach(m.Dir) },
@@ -124,13 +124,13 @@ func TestAdoptsNothingElse(t *testing.T) {
 	}
 }
 
-// The path of the pool was given to a copy of its file. Both have one UUID; what is mounted is the old one.
+// The path of the pool now leads to a copy of its file with the same UUID; the old file is mounted.
 func TestPathOfAnotherFile(t *testing.T) {
 	b := fileBed(t)
 	img := b.add(t, "a", "one")
 	m := mustMount(t, b.open(t, mount.Options{}), img)
 	dev := devOf(t, m.Dir)
-	held, err := os.Open(m.Dir) // so that its device number is not given to another
+	held, err := os.Open(m.Dir) // keeps its device number from being reused
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,8 +154,7 @@ func TestPathOfAnotherFile(t *testing.T) {
 	}
 }
 
-// Somebody unmounts the pool while images of it are bound. It comes back as the same file system, before and after a
-// restart.
+// A pool that is unmounted while its images are bound comes back as the same file system.
 func TestPoolComesBackFromBinds(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		drv := &counting{Driver: d}
@@ -196,7 +195,7 @@ func liveDir(t *testing.T, b *bed) string {
 	return dirs[0]
 }
 
-// Directories below images/ that the table did not make stay as they are.
+// Directories below images/ that the table did not make stay unchanged.
 func TestLeavesForeignDirectories(t *testing.T) {
 	b := fileBed(t)
 	foreign := filepath.Join(b.root, "images", "foreign", "mnt")
@@ -220,7 +219,7 @@ func TestLeavesForeignDirectories(t *testing.T) {
 	}
 }
 
-// Images of another epoch or pool, and those of version 1, run on, and go when nothing uses them.
+// Images of another epoch or pool, and those of version 1, stay while they are used, then disappear.
 func TestStale(t *testing.T) {
 	b := fileBed(t)
 	old := b.open(t, mount.Options{})
@@ -228,7 +227,7 @@ func TestStale(t *testing.T) {
 		mustMount(t, old, b.add(t, "unused", "unused"))
 	over := overlay(t, used.Dir)
 
-	// Version 1 mounted an image by itself.
+	// Version 1 mounted each image separately.
 	v1 := filepath.Join(b.root, "images", strings.Repeat("1", 24))
 	if err := os.MkdirAll(filepath.Join(v1, "mnt"), 0o755); err != nil {
 		t.Fatal(err)
@@ -268,7 +267,7 @@ func TestStale(t *testing.T) {
 	if _, err := os.Stat(unused.Dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the unused image is still there: %v", err)
 	}
-	// There and back: the old pool is found as it was.
+	// Back at the old pool: its mounts are found unchanged.
 	if got := b.open(t, mount.Options{}).List(); len(got) != 2 {
 		t.Errorf("back at the old pool: %+v", got)
 	}

@@ -16,18 +16,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// ServerLock is the name of a file beside the mount point of a table. A server process that outlives us keeps a
-// shared lock on it (flock) as long as it runs.
+// ServerLock is the name of a file beside the mount point of a table. A server that outlives the
+// daemon holds a shared flock on it as long as it runs.
 const ServerLock = "fuse.lock"
 
-// Alive tells whether any file system of the pool lives: mounted here, in another namespace, by hand, or nowhere any
-// more but in use by an overlay or a working directory. False is proof, on this kernel. True may be wrong for a
-// while: a process that reads the pool file counts, too.
+// Alive tells whether any file system of the pool lives: mounted here, in another namespace or by
+// hand, or unmounted but in use by an overlay or a working directory. False is proof, on this kernel.
+// True may be wrong for a while: a process that reads the pool file counts, too.
 //
-//   - A file is asked for a write lease: it is refused while a loop device, a file-backed mount or a server has the
-//     file open.
-//   - A block device is opened with O_EXCL: a file system holds it for itself.
-//   - A FUSE server keeps a lock.
+//   - A write lease on a file is refused while a loop device, a file-backed mount or a server has it
+//     open.
+//   - Opening a block device with O_EXCL fails while a file system holds it.
+//   - A FUSE server holds a lock.
 //   - The daxfs module counts its users.
 func (t *Table) Alive(ctx context.Context) (bool, error) {
 	if t.getLive() != nil || len(t.List()) > 0 {
@@ -39,7 +39,7 @@ func (t *Table) Alive(ctx context.Context) (bool, error) {
 	if alive, err := locked(filepath.Join(t.liveDir(), ServerLock)); err != nil || alive {
 		return alive, err
 	}
-	removeDir(t.liveDir()) // which the lock kept
+	removeDir(t.liveDir()) // the lock kept it
 	r := t.pool.Region
 	if r.HasPhys || r.Kind == region.KindDMABuf {
 		if alive, err := moduleUsed("daxfs"); err != nil || alive {
@@ -47,7 +47,7 @@ func (t *Table) Alive(ctx context.Context) (bool, error) {
 		}
 	}
 	if t := r.Traits(); t.MapOnly && t.ByAddress {
-		return false, nil // only the module and a server mount those
+		return false, nil // only the module and a server mount these
 	}
 	if r.BlockDevice != "" {
 		free, err := sys.DeviceFree(r.BlockDevice)
@@ -72,7 +72,7 @@ func (t *Table) Alive(ctx context.Context) (bool, error) {
 	return !only, nil
 }
 
-// locked tells whether another process holds a lock on a file. A file that is not there is not locked.
+// locked tells whether another process holds a lock on a file. A missing file is not locked.
 func locked(path string) (bool, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -92,9 +92,9 @@ func locked(path string) (bool, error) {
 	}
 }
 
-// moduleUsed tells whether a kernel module has users. Each of its file systems is one.
+// moduleUsed tells whether a kernel module has users. Each of its file systems counts as one.
 func moduleUsed(name string) (bool, error) {
-	path := filepath.Join("/sys/module", name, "refcnt") // not there if it is built in
+	path := filepath.Join("/sys/module", name, "refcnt") // missing if the module is built in
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil

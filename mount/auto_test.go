@@ -10,7 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// fake is a driver for what needs no kernel.
+// fake is a driver that needs no kernel.
 type fake struct {
 	name         string
 	probe, mount error
@@ -46,7 +46,7 @@ func TestAutoPicks(t *testing.T) {
 	if _, err := mount.Auto(t.Context(), drivers[:2], src, "/nowhere", nil); !errors.Is(err, mount.ErrUnsupported) {
 		t.Errorf("nothing works: %v, expected ErrUnsupported", err)
 	}
-	// A failure that is not about support is not papered over by another driver.
+	// Another driver must not hide a failure that has nothing to do with support.
 	broken := errors.New("the image is broken")
 	drivers[1] = fake{"erofs-file", nil, broken, &tried}
 	if _, err := mount.Auto(t.Context(), drivers, src, "/nowhere", nil); !errors.Is(err, broken) {

@@ -23,9 +23,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// The benchmarks run one workload on every driver, and on the same tree in a tmpfs, in one run, and end with the
-// ratios to erofs-loop. Absolute numbers of different runs say nothing about each other. The image lies in a tmpfs,
-// but for erofs-file, which reads it from a disk file. Run them with -benchtime 10x.
+// The benchmarks run one workload on every driver, and on the same tree in a tmpfs, in one run, and
+// report ratios to erofs-loop. Absolute numbers of different runs are not comparable. The image lies
+// in a tmpfs, except for erofs-file, which reads it from a disk file. Run them with -benchtime 10x.
 
 const bigFile = "big" // 128 MiB
 
@@ -64,17 +64,17 @@ func benchTmpfs(b *testing.B) string {
 	return dir
 }
 
-// target is the tree as one driver shows it, or the tree itself.
+// target is the tree as shown by one driver, or the tree itself.
 type target struct {
 	name string
-	// fresh returns a new mount, with nothing cached, and what unmounts it.
+	// fresh returns a new mount with nothing cached, and its unmount function.
 	fresh func() (dir string, done func())
 }
 
-// compare runs f on all targets in turn, round by round, because the machine is not equally busy at all times. It
-// reports the fastest run of each, and the ratios. If warm is set, each target is mounted once and f runs once before
-// it counts; all work is then done by the calling thread and its children, and it is their processor time that
-// counts: waiting for others does not.
+// compare runs f on all targets in turn, round by round, because the load of the machine varies. It
+// reports the fastest run of each, and the ratios. If warm is set, each target is mounted once, and f
+// runs once without being measured. Then the calling thread and its children do all the work, and
+// compare measures their processor time: waiting does not count.
 func compare(b *testing.B, files int, warm bool, f func(dir string)) {
 	all := targets(b, files)
 	if warm {
@@ -111,11 +111,11 @@ func compare(b *testing.B, files int, warm bool, f func(dir string)) {
 		b.ReportMetric(float64(best[t.name].Nanoseconds()), t.name+"-ns")
 		ratios = append(ratios, fmt.Sprintf("%s %.2f", t.name, float64(best["erofs-loop"])/float64(best[t.name])))
 	}
-	b.ReportMetric(0, "ns/op") // of all targets together: says nothing
+	b.ReportMetric(0, "ns/op") // over all targets: meaningless
 	b.Logf("speed relative to erofs-loop: %s", strings.Join(ratios, ", "))
 }
 
-// processorTime is what this thread and the children that ended have used.
+// processorTime returns the time used by this thread and the children that ended.
 func processorTime(b *testing.B) time.Duration {
 	var t unix.Timespec
 	var children unix.Rusage
@@ -194,7 +194,7 @@ func sequential(b *testing.B, warm bool) {
 func BenchmarkSequentialCold(b *testing.B) { sequential(b, false) }
 func BenchmarkSequentialWarm(b *testing.B) { sequential(b, true) }
 
-// random reads 4096 pages in an order of its own.
+// random reads 4096 pages in random order.
 func random(b testing.TB, dir string, buf []byte) {
 	f, err := os.Open(filepath.Join(dir, bigFile))
 	if err != nil {
@@ -264,7 +264,7 @@ func BenchmarkFindWarm50000(b *testing.B) {
 	compare(b, 50_000, true, func(dir string) { findLs(b, dir) })
 }
 
-// BenchmarkMount is what an image costs the first container that uses it, besides its check.
+// BenchmarkMount measures the cost of an image for its first container, besides the check.
 func BenchmarkMount(b *testing.B) {
 	best := map[string]time.Duration{}
 	all := targets(b, 0)[1:]

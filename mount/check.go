@@ -11,24 +11,23 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// CheckImage proves that the bytes of src are a sound image, by daxfs.Check on a mapping of the window. An error
-// wraps ErrCheck and tells the first finding. A region that has no path cannot be checked here: its owner checks it
-// and says so in Source.Checked.
+// CheckImage proves that the bytes of src are a sound image, by daxfs.Check on a mapping of the
+// window. An error wraps ErrCheck and names the first finding. The region needs a path.
 func CheckImage(ctx context.Context, src Source) error {
 	return eachFinding(ctx, src, func(b []byte, report func(daxfs.Finding) bool) error {
 		return guard(func() error { return daxfs.Check(daxfs.Mem(b), int64(len(b)), report) })
 	})
 }
 
-// ProveImage proves by daxfs.Prove that src is, byte for byte, the image that a root hash stands for. Errors are those
-// of CheckImage.
+// ProveImage proves by daxfs.Prove that src is, byte for byte, the image with a root hash. Errors are
+// those of CheckImage.
 func ProveImage(ctx context.Context, src Source, root daxfs.RootHash) error {
 	return eachFinding(ctx, src, func(b []byte, report func(daxfs.Finding) bool) error {
 		return daxfs.Prove(ctx, guarded(b), int64(len(b)), daxfs.ProveOptions{Root: &root}, report)
 	})
 }
 
-// eachFinding maps the window of src, and makes one error of what check finds there.
+// eachFinding maps the window of src and turns the findings of check into one error.
 func eachFinding(ctx context.Context, src Source, check func(b []byte, report func(daxfs.Finding) bool) error) error {
 	path, off := src.Region.Path, src.Off
 	switch r := src.Region; {
@@ -40,7 +39,7 @@ func eachFinding(ctx context.Context, src Source, check func(b []byte, report fu
 		path = r.BlockDevice
 	}
 	if path == "" {
-		return fmt.Errorf("%w: %s has no path to read it from: check it with its owner and set Checked", ErrCheck, src)
+		return fmt.Errorf("%w: %s has no path to read it from", ErrCheck, src)
 	}
 	m, err := sys.MapWindow(path, off, src.Size)
 	if err != nil {
@@ -68,8 +67,7 @@ func eachFinding(ctx context.Context, src Source, check func(b []byte, report fu
 	return nil
 }
 
-// guarded reads memory that may vanish. Unlike daxfs.Mem it gives nobody the memory itself, so several goroutines may
-// read it.
+// guarded reads memory that may vanish. It never hands out the memory itself, so it may be shared.
 type guarded []byte
 
 func (g guarded) ReadAt(p []byte, off int64) (n int, err error) {
@@ -80,16 +78,17 @@ func (g guarded) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// guard calls f, which reads memory that may vanish, as a mapped file does when it is truncated.
+// guard calls f, which reads memory that may vanish, such as a mapped file that is truncated.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
 			fault, ok := p.(interface{ Addr() uintptr })
 			if !ok {
-				panic(p) // a defect of ours, not of the memory
+				panic(p) // our bug, not a fault of the memory
 			}
-			err = fmt.Errorf("reading the image faulted at %#x: the file was truncated, or its memory or disk is broken", fault.Addr())
+			err = fmt.Errorf("reading the image faulted at %#x: the file was truncated, or its memory or disk is "+
+				"broken", fault.Addr())
 		}
 	}()
 	return f()

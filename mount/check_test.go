@@ -43,8 +43,7 @@ func TestCheckImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Every byte of both superblocks and of the metadata behind the data, one at a time, must not be able to crash
-	// the check.
+	// Changing a byte of the superblocks, or of the metadata behind the data, must not crash the check.
 	bad := 0
 	for off := 0; off < len(b); off += 7 {
 		c := append([]byte(nil), b...)
@@ -84,7 +83,7 @@ func TestCheckImage(t *testing.T) {
 	}
 }
 
-// TestProveImage proves an image by its root hash, and nothing else by it.
+// TestProveImage proves one image by its root hash, and no other by it.
 func TestProveImage(t *testing.T) {
 	src := daxfsImage(t, daxfs.Options{Digests: true})
 	b, err := os.ReadFile(src.Region.Path)

@@ -15,13 +15,13 @@ import (
 // Range is a range of bytes of the pool.
 type Range struct{ Off, End int64 }
 
-// freshChunk is how much of a range is compared at a time.
+// freshChunk is the length of one comparison.
 const freshChunk = 1 << 20
 
-// refresh returns when the cache of the block device below the pool holds nothing of ranges that is older than what
-// is on the device. Whoever reads the device, as udev does, makes the kernel cache metadata before it is written, and
-// a page that is being read survives a flush. Ranges are written once, so what was found to be fresh stays so, also
-// for the next process that adopts the mount.
+// refresh waits until the block device's cache holds nothing older in ranges than the device itself. A
+// process that reads the device, as udev does, makes the kernel cache metadata before it is written,
+// and a page that is being read survives a flush. Ranges are written once, so a range found fresh
+// stays fresh, also for the next process that adopts the mount.
 func (l *live) refresh(ctx context.Context, ranges []Range) error {
 	if l.block == "" {
 		return nil
@@ -47,12 +47,12 @@ func (l *live) refresh(ctx context.Context, ranges []Range) error {
 		return err
 	}
 	defer direct.Close()
-	// Anonymous memory is aligned as direct I/O wants it.
+	// Direct I/O needs aligned memory; anonymous memory is.
 	buf, err := unix.Mmap(-1, 0, 2*freshChunk, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		return err
 	}
-	defer unix.Munmap(buf) //nolint:errcheck // of memory that is ours
+	defer unix.Munmap(buf) //nolint:errcheck // cannot fail for our own mapping
 	for _, r := range todo {
 		for at := r.Off; at < r.End; at += freshChunk {
 			n := min(freshChunk, r.End-at)
@@ -65,7 +65,7 @@ func (l *live) refresh(ctx context.Context, ranges []Range) error {
 	return nil
 }
 
-// setFresh notes that ranges are fresh, and records it. The caller has locked mu, or is the only one that knows l.
+// setFresh marks ranges as fresh and records that. The caller has locked mu, or is the only user of l.
 func (l *live) setFresh(ranges []Range) {
 	if l.rec.Fresh == nil {
 		l.rec.Fresh = map[int64]int64{}
@@ -73,11 +73,11 @@ func (l *live) setFresh(ranges []Range) {
 	for _, r := range ranges {
 		l.rec.Fresh[r.Off] = max(l.rec.Fresh[r.Off], r.End)
 	}
-	// Without the new record the next process compares again what it could leave out: no reason to fail.
+	// Without the record the next process only compares again.
 	_ = writeRecord(filepath.Dir(l.dir), poolRecordName, l.rec)
 }
 
-// refreshChunk flushes the device until what is cached at a place is what is there. a and b are buffers.
+// refreshChunk flushes the device until cached and direct reads agree. a and b are buffers.
 func (l *live) refreshChunk(ctx context.Context, cached, direct *os.File, at int64, a, b []byte) error {
 	for i := range flushes {
 		_, err1 := cached.ReadAt(a, at)

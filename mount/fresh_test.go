@@ -11,8 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// keepCached keeps the page of a device that has the byte at off in the kernel's cache: no flush drops it until
-// release is called.
+// keepCached pins the page with the byte at off of a device in the kernel's cache until release.
 func keepCached(t *testing.T, device string, off int64) (release func()) {
 	t.Helper()
 	f, err := os.Open(device)
@@ -31,8 +30,7 @@ func keepCached(t *testing.T, device string, off int64) (release func()) {
 	}
 }
 
-// A process that adopts the mount of the pool does not compare again what another one found to be fresh, and compares
-// what is published afterwards.
+// An adopting process compares only publications that its predecessor has not found fresh.
 func TestFreshAfterRestart(t *testing.T) {
 	b := fileBed(t)
 	first := b.add(t, "a", "one")
@@ -44,7 +42,7 @@ func TestFreshAfterRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// Nothing writes to a range again. That it differs afterwards shows whether it is looked at.
+	// Nothing writes to a range twice. A later difference shows whether the range is read again.
 	end := first.Tree[0].End
 	release := keepCached(t, m.Source, end-1)
 	defer release()

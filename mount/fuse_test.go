@@ -26,8 +26,7 @@ func fuseBed(t *testing.T) *bed {
 	return b
 }
 
-// A server that dies is seen, and the pool is mounted anew at the same place for later containers, before and after a
-// restart.
+// The pool is mounted anew in the place of a dead server, before and after a restart.
 func TestServerDies(t *testing.T) {
 	b := fuseBed(t)
 	var w warnings
@@ -82,7 +81,7 @@ func TestServerDies(t *testing.T) {
 	gone(t, tab)
 }
 
-// A server that hangs is seen, but not replaced: it may be slow.
+// A hanging server is noticed, but not replaced: it may be slow.
 func TestServerHangs(t *testing.T) {
 	b := fuseBed(t)
 	tab := b.open(t, mount.Options{}, fuseDriver())
@@ -134,7 +133,7 @@ func stopped(t *testing.T, pid int) bool {
 	return true
 }
 
-// The root of a pool remembers nothing of a slot before it is published; listing it looks at no slot.
+// The root of a pool remembers nothing about unpublished slots; listing it looks up no slot.
 func TestServerForgetsNothing(t *testing.T) {
 	b := fuseBed(t)
 	tab := b.open(t, mount.Options{}, fuseDriver())

@@ -11,15 +11,14 @@ import (
 )
 
 var (
-	// ErrBusy says that something still uses the mount: a process with a file or working directory in it, or another
-	// mount.
+	// ErrBusy says that the mount is in use: by a file, a working directory or another mount.
 	ErrBusy = sys.ErrBusy
 	// ErrNotFound says that the image, or the pool, is not mounted.
 	ErrNotFound = errors.New("not mounted")
-	// ErrUnsupported says that this kernel, this region or these privileges do not allow what was asked for. The
-	// message says what is missing. Another driver may succeed.
+	// ErrUnsupported says that this kernel, this region or these privileges do not allow the operation.
+	// The message says what is missing. Another driver may succeed.
 	ErrUnsupported = sys.ErrUnsupported
-	// ErrCheck says that the image did not pass daxfs.Check and therefore was not shown to the kernel.
+	// ErrCheck says that the image did not pass daxfs.Check and was therefore not mounted.
 	ErrCheck = errors.New("image check failed")
 )
 
@@ -29,8 +28,8 @@ type Source struct {
 	Key string
 	// Region is the memory, file or device that holds the bytes. An image file is a region of kind "file".
 	Region region.Info
-	// Off and Size are the range in bytes. Off is 0, except for an image inside of a larger file (a multiple of 4096)
-	// and for the windows of the daxfs driver (a multiple of 2 MiB).
+	// Off and Size are the range in bytes. Off is 0, except for an image inside a larger file (a multiple
+	// of 4096) and for the windows of the daxfs driver (a multiple of 2 MiB).
 	Off, Size int64
 	// Restrict mounts with nosuid and nodev, for directories that other users can reach.
 	Restrict bool
@@ -44,7 +43,7 @@ func (s Source) String() string {
 	return fmt.Sprintf("%q (range %d+%d of %s)", s.Key, s.Off, s.Size, s.Where())
 }
 
-// Where names what holds the bytes: the path of a file or device, or the physical address.
+// Where names the holder of the bytes: the path of a file or device, or the physical address.
 func (s Source) Where() string {
 	switch {
 	case s.Region.Path != "":
@@ -57,33 +56,30 @@ func (s Source) Where() string {
 	return s.Region.Kind
 }
 
-// Driver is one way to make a file system of a pool or an image a directory. A Driver has no state of its own: what
-// it made is found again from the directory alone, by another process too. All methods are safe for concurrent use
-// with different directories.
+// Driver is one way to mount a pool or an image. A Driver keeps no state: any process finds its mounts
+// again by their directories. All methods are safe for concurrent use with different directories.
 type Driver interface {
-	// Name is what the configuration and the command line call it: "erofs-dax", "erofs-file", "erofs-loop", "daxfs",
-	// "fuse".
+	// Name is the configured name: "erofs-dax", "erofs-file", "erofs-loop", "daxfs" or "fuse".
 	Name() string
-	// Sharing says in one sentence which memory the containers share, for people.
+	// Sharing says in one sentence, for people, which memory the containers share.
 	Sharing() string
-	// Windows is true if the driver mounts one window for each image. The other drivers mount a pool once, with all
-	// images.
+	// Windows is true if the driver mounts a window for each image, false if it mounts whole pools.
 	Windows() bool
-	// Probe tells whether the region can be mounted here. It tries on a scratch file what can be tried. An error wraps
-	// ErrUnsupported and says why not and what would change that.
+	// Probe tells whether the region can be mounted here; where possible it tries on a scratch file. An
+	// error wraps ErrUnsupported and says why not and what would help.
 	Probe(ctx context.Context, r region.Info) error
-	// Mount mounts src on the existing directory dir (absolute, no symbolic links). If it fails, nothing is left
-	// behind. An error that wraps ErrUnsupported means that another driver may be tried.
+	// Mount mounts src on the existing directory dir (absolute, no symbolic links). A Mount that fails
+	// leaves nothing behind. ErrUnsupported means that another driver may be tried.
 	Mount(ctx context.Context, src Source, dir string) error
 	// Match returns nil if the top mount on dir is what Mount(src, dir) makes, and it answers.
 	Match(ctx context.Context, src Source, dir string) error
-	// Unmount removes the mount on dir and every device that Mount made for it; nil if there was none. It fails with
-	// ErrBusy, and leaves all as it was, while files in it are open.
+	// Unmount removes the mount on dir and every device that Mount made for it, if there are any. While
+	// files in it are open it changes nothing and fails with ErrBusy.
 	Unmount(ctx context.Context, dir string) error
 }
 
-// Select returns the drivers that a name stands for, in the order in which they are to be tried: all of them for
-// "auto" or "", those named "erofs-…" for "erofs", else the one of that name.
+// Select returns the drivers with a name, in the order in which to try them: all for "auto" or "",
+// those named "erofs-…" for "erofs", else the one with that name.
 func Select(drivers []Driver, name string) ([]Driver, error) {
 	if name == "" || name == "auto" {
 		return drivers, nil
@@ -102,14 +98,14 @@ func Select(drivers []Driver, name string) ([]Driver, error) {
 	return found, nil
 }
 
-// Explanation is what one driver can do with a region.
+// Explanation says what one driver can do with a region.
 type Explanation struct {
 	Driver  string `json:"driver"`
 	Sharing string `json:"sharing"`
 	Usable  bool   `json:"usable"`
-	// Picked marks the driver that auto takes: the first that is usable.
+	// Picked marks the driver that auto takes: the first usable one.
 	Picked bool `json:"picked"`
-	// Why tells what is missing when the driver is not usable.
+	// Why says what is missing if the driver is not usable.
 	Why string `json:"why,omitempty"`
 }
 
@@ -129,11 +125,12 @@ func Explain(ctx context.Context, drivers []Driver, r region.Info) []Explanation
 	return out
 }
 
-// Warning receives one line about something that works, but not as well as it could.
+// Warning receives one line about something that works, but worse than it could.
 type Warning func(format string, args ...any)
 
-// Auto mounts src on dir with the first of the drivers that can, and returns it. Each driver that looked usable and
-// then was not (a kernel that silently dropped DAX, say) is reported to warn, which may be nil.
+// Auto mounts src on dir with the first driver that can, and returns that driver. It reports to warn,
+// which may be nil, each driver that looked usable and failed, for example on a kernel that silently
+// dropped DAX.
 func Auto(ctx context.Context, drivers []Driver, src Source, dir string, warn Warning) (Driver, error) {
 	var why reasons
 	for _, d := range drivers {

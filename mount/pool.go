@@ -20,17 +20,17 @@ type live struct {
 	driver Driver
 	dir    string // the mount point
 	root   sys.Root
-	// block is the block device below the file system, "" if there is none. Metadata goes through a cache of the
-	// device, which does not see what is written to the pool.
+	// block is the block device below the file system, or "". The kernel caches metadata of a device, and
+	// that cache does not see writes to the pool.
 	block string
-	// dax is true if files are mapped from the device itself.
+	// dax is true if mapped files are the memory of the device.
 	dax bool
 
 	mu  sync.Mutex
-	rec poolRecord // as it is beside the mount point
+	rec poolRecord // same as beside the mount point
 }
 
-// newLive describes what is mounted on dir, of which rec is the record.
+// newLive describes the mount on dir; rec is its record.
 func newLive(d Driver, dir string, rec poolRecord) (*live, error) {
 	m, _, err := sys.Top(dir)
 	if err != nil {
@@ -56,7 +56,7 @@ func newLive(d Driver, dir string, rec poolRecord) (*live, error) {
 	return l, nil
 }
 
-// answers tells whether the pool is still mounted, and its file system is able to answer.
+// answers returns nil if the pool is still mounted and its file system answers.
 func (t *Table) answers(ctx context.Context, l *live) error {
 	if err := sys.Alive(ctx, l.dir); err != nil {
 		return err
@@ -96,8 +96,7 @@ func (t *Table) getLive() *live {
 	return t.live
 }
 
-// ensurePool mounts the pool with d unless it is mounted, with whatever driver. written are ranges that are never
-// written again.
+// ensurePool mounts the pool with d unless it is mounted. written are ranges that never change again.
 func (t *Table) ensurePool(ctx context.Context, d Driver, written []Range) (*live, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -144,7 +143,7 @@ func (t *Table) mountPool(ctx context.Context, d Driver, written []Range) (*live
 	if err := sys.Detach(mnt); err != nil { // of a server that died
 		return nil, err
 	}
-	// The record comes first: whatever happens after it, the next process knows what may be there.
+	// The record comes first: after a crash, the next process knows what may be mounted there.
 	rec := t.pool.record(d.Name())
 	if err := writeRecord(dir, poolRecordName, rec); err != nil {
 		return nil, fmt.Errorf("mount %s: %w", src, err)
@@ -158,7 +157,7 @@ func (t *Table) mountPool(ctx context.Context, d Driver, written []Range) (*live
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", src, err), d.Unmount(context.WithoutCancel(ctx), mnt))
 	}
 	if l.block != "" && src.Region.BlockDevice == "" {
-		// The driver made a device for this mount, which has cached nothing from before.
+		// The driver made a device for this mount, so nothing old is cached.
 		l.setFresh(written)
 	}
 	return l, nil
@@ -182,9 +181,9 @@ func (t *Table) mountedPool(d Driver, dir string, rec poolRecord) (*live, error)
 	return l, writeRecord(dir, poolRecordName, rec)
 }
 
-// recoverPool attaches the pool again that somebody unmounted while images of it are bound. A bind keeps the
-// superblock, and a handle leads from there to the root. A second superblock would cache everything again. It returns
-// nil if there is no such bind. The caller has locked the pool.
+// recoverPool attaches the pool again if somebody unmounted it while images of it are bound. A bind
+// keeps the superblock, and a handle leads from there to the root; a second superblock would cache
+// everything again. It returns nil if there is no such bind. The caller has locked the pool.
 func (t *Table) recoverPool(ctx context.Context) *live {
 	dir := t.liveDir()
 	var rec poolRecord
@@ -196,7 +195,7 @@ func (t *Table) recoverPool(ctx context.Context) *live {
 	if d == nil || err != nil || len(handle) == 0 {
 		return nil
 	}
-	for _, bound := range t.bound() {
+	for _, bound := range t.bindDirs() {
 		if sys.Alive(ctx, bound) != nil {
 			continue
 		}
@@ -229,8 +228,8 @@ func (t *Table) attachRoot(
 	return t.mountedPool(d, dir, rec)
 }
 
-// bound are the mount points that may be binds of this pool: those of its records.
-func (t *Table) bound() []string {
+// bindDirs returns the mount points that may be binds of this pool, from the records.
+func (t *Table) bindDirs() []string {
 	dirs, err := os.ReadDir(filepath.Join(t.root, "images"))
 	if err != nil {
 		return nil
@@ -289,10 +288,10 @@ func (l *live) matchBind(dir string, img Image) error {
 	return nil
 }
 
-// flushes bounds how often caches are flushed for one image. One flush is not enough while somebody reads the device.
+// flushes limits the cache flushes for one image. One is not enough while somebody reads the device.
 const flushes = 200
 
-// flush makes the file system read its metadata anew. A FUSE server always does.
+// flush makes the file system read its metadata again. A FUSE server does so anyway.
 func (l *live) flush(hard bool) error {
 	if l.driver.Name() == "fuse" {
 		return nil
@@ -304,7 +303,7 @@ func (l *live) flush(hard bool) error {
 	return errors.Join(err, sys.DropMetadata(l.root.Major, l.root.Minor, hard))
 }
 
-// visible returns when the slot, which was published, is a directory for this kernel.
+// visible waits until this kernel sees the published slot as a directory.
 func (l *live) visible(ctx context.Context, slot string) error {
 	var st unix.Stat_t
 	for i := range flushes {
@@ -328,8 +327,8 @@ func (l *live) visible(ctx context.Context, slot string) error {
 		"was the image published?", slot, flushes)
 }
 
-// UnmountPool unmounts the pool after all of its images. It fails with ErrBusy while one is mounted. nil if it is not
-// mounted.
+// UnmountPool unmounts the pool after all of its images. It fails with ErrBusy while an image is
+// mounted, and returns nil if the pool is not.
 func (t *Table) UnmountPool(ctx context.Context) error {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -356,8 +355,8 @@ func (t *Table) UnmountPool(ctx context.Context) error {
 	return nil
 }
 
-// Healthy tells whether what is mounted answers. It asks what the kernel cannot answer from a cache; EROFS has no
-// server that could die, and answers always.
+// Healthy tells whether the mounts answer a question that the kernel cannot answer from a cache. EROFS
+// has no server that could die, and always answers.
 func (t *Table) Healthy(ctx context.Context) error {
 	if l := t.getLive(); l != nil {
 		if err := t.answers(ctx, l); err != nil {

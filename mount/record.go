@@ -21,8 +21,8 @@ const (
 	recordVersion  = 2
 )
 
-// poolRecord is what is mounted beside it, or was about to be (Driver empty). Records have fields of their own, and
-// not those of other packages, because another version of the program reads them.
+// poolRecord describes the mount beside it, or one that was about to be made (Driver is empty).
+// Records do not embed types of other packages, because other versions of the program read them.
 type poolRecord struct {
 	Format      int    `json:"version"`
 	Driver      string `json:"driver"`
@@ -34,12 +34,11 @@ type poolRecord struct {
 	Phys        uint64 `json:"phys,omitempty"`
 	HasPhys     bool   `json:"hasPhys,omitempty"`
 	Size        int64  `json:"size"`
-	// File identifies the file or device behind Path: a path that was given to another file is another region.
+	// File identifies the file or device behind Path, which may later lead to another region.
 	File string `json:"file,omitempty"`
 	// RootHandle is the file handle of the root directory, in hexadecimal: see recoverPool.
 	RootHandle string `json:"rootHandle,omitempty"`
-	// Fresh is what need not be compared again while this mount lasts: the end of each range, by its first byte. See
-	// refresh.
+	// Fresh lists ranges that need no comparison while this mount lasts: first offset to end. See refresh.
 	Fresh map[int64]int64 `json:"fresh,omitempty"`
 }
 
@@ -57,7 +56,7 @@ func (r poolRecord) source() Source {
 	}}
 }
 
-// imageRecord describes the bind or window mount beside it. Version 1 of the program wrote the same key and driver.
+// imageRecord describes the bind or window mount beside it. Version 1 also wrote key and driver.
 type imageRecord struct {
 	Format     int       `json:"version"`
 	Driver     string    `json:"driver"`
@@ -90,7 +89,7 @@ func (r imageRecord) image() (Image, error) {
 	return img, nil
 }
 
-// fileID names the file or device of a region: device and inode number; "" if it has none.
+// fileID identifies the file or device of a region by device and inode number; "" if there is none.
 func fileID(r region.Info) string {
 	path := r.BlockDevice
 	if path == "" {
@@ -110,7 +109,7 @@ func inodeID(st unix.Stat_t) string {
 	return fmt.Sprintf("inode %d on %d:%d", st.Ino, unix.Major(st.Dev), unix.Minor(st.Dev))
 }
 
-// writeRecord replaces a record in one step. It is not synced to disk: mounts do not survive a power failure either.
+// writeRecord replaces a record atomically, without a sync: mounts do not survive a power failure.
 func writeRecord(dir, name string, rec any) error {
 	b, err := json.Marshal(rec)
 	if err != nil {
@@ -130,7 +129,7 @@ func writeRecord(dir, name string, rec any) error {
 	return err
 }
 
-// readRecord fills rec, whatever its version.
+// readRecord fills rec from a record of any version.
 func readRecord(dir, name string, rec any) error {
 	path := filepath.Join(dir, name)
 	b, err := os.ReadFile(path)
@@ -143,19 +142,19 @@ func readRecord(dir, name string, rec any) error {
 	return nil
 }
 
-// removeDir removes a directory of the table after its unmount. rmdir(2) on the mount point fails if something is
-// mounted there after all, and then everything stays.
+// removeDir removes a directory of the table after its unmount. If something is still mounted there,
+// rmdir(2) fails on the mount point and everything stays.
 func removeDir(dir string) {
 	if os.Remove(mountDir(dir)) != nil {
 		if _, err := os.Lstat(mountDir(dir)); !errors.Is(err, fs.ErrNotExist) {
 			return
 		}
 	}
-	// Only names that this package and its drivers make.
+	// Only names that this package and its drivers create.
 	for _, name := range []string{recordName, poolRecordName, "fuse.log"} {
 		os.Remove(filepath.Join(dir, name))
 	}
-	// A server that still runs after a lazy unmount keeps the lock file, and with it the directory.
+	// A server that runs on after a lazy unmount keeps the lock file, and with it the directory.
 	if busy, err := locked(filepath.Join(dir, ServerLock)); err == nil && !busy {
 		os.Remove(filepath.Join(dir, ServerLock))
 	}
@@ -163,10 +162,10 @@ func removeDir(dir string) {
 	os.Remove(dir)
 }
 
-// removeTemps removes records that a killed process did not finish to write.
+// removeTemps removes records that a killed process left half written.
 func removeTemps(dir string) {
 	for _, name := range []string{recordName, poolRecordName} {
-		// The pattern is good unless dir has wildcards, which the names of this package have not.
+		// Glob fails only if dir has wildcards, which the names of this package do not.
 		temps, _ := filepath.Glob(filepath.Join(dir, "."+name+"*"))
 		for _, t := range temps {
 			os.Remove(t)
@@ -174,7 +173,6 @@ func removeTemps(dir string) {
 	}
 }
 
-// removeEmpty removes a directory that holds at most an empty mount point.
 func removeEmpty(dir string) error {
 	if err := os.Remove(mountDir(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

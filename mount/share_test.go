@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// bigFiles are some large and many small files, and the sum of their sizes in pages.
+// bigFiles returns some large and many small files, and the sum of their sizes in whole pages.
 func bigFiles() (files map[string]string, bytes int64) {
 	files = map[string]string{}
 	put := func(name string, size int64) {
@@ -33,7 +33,7 @@ func bigFiles() (files map[string]string, bytes int64) {
 	return files, bytes
 }
 
-// overlay mounts an overlay with an upper directory of its own.
+// overlay mounts an overlay with its own upper directory.
 func overlay(t testing.TB, lower string) (merged string) {
 	t.Helper()
 	base := t.TempDir()
@@ -55,8 +55,8 @@ func overlay(t testing.TB, lower string) (merged string) {
 	return merged
 }
 
-// Twenty containers of four images, whose files are the same but for one, cache them once. Mounting the pool a second
-// time caches them a second time: that shows that the measurement would notice.
+// Twenty containers of four images, which differ in one file, cache their files once. A second mount
+// of the pool caches them a second time, which shows that the measurement works.
 func TestContainersOfManyImagesCacheOnce(t *testing.T) {
 	files, size := bigFiles()
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {

@@ -10,23 +10,23 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// Stale is a directory of the table that belongs to another pool, an earlier epoch, or version 1 of the program,
-// which mounted each image by itself.
+// Stale is a directory of the table that belongs to another pool, an earlier epoch, or version 1 of
+// the program, which mounted each image separately.
 type Stale struct {
 	// Dir is the mount point.
 	Dir string
-	// Key and Driver are those of its record; both may be empty.
+	// Key and Driver come from the record; both may be empty.
 	Key, Driver string
-	// Version is that of the record, 0 if it cannot be read.
+	// Version is the version of the record, 0 if it cannot be read.
 	Version int
 	// Pool is the UUID of the pool or epoch, in hexadecimal; empty for a record of version 1.
 	Pool string
-	// Source is what the kernel shows as the source of the mount; empty if nothing is mounted.
+	// Source is the source of the mount according to the kernel; empty if nothing is mounted.
 	Source string
-	// UsedBy is what still uses it, as UsedBy says; empty if nothing does that a mount table shows.
+	// UsedBy describes a use, as the method UsedBy does; empty if no mount table shows one.
 	UsedBy string
 
-	live bool // a mount of a whole pool, and not of an image
+	live bool // a mount of a whole pool, not of an image
 }
 
 // Stale returns the directories that belong to other pools. Containers may run from them: they stay until RemoveStale.
@@ -68,7 +68,7 @@ func (t *Table) stale(kind, name string) (Stale, bool) {
 	if s.live {
 		record = poolRecordName
 	}
-	var rec struct { // what all versions have
+	var rec struct { // fields of all versions
 		Format int    `json:"version"`
 		Driver string `json:"driver"`
 		Key    string `json:"key"`
@@ -94,9 +94,9 @@ func (t *Table) stale(kind, name string) (Stale, bool) {
 	return s, true
 }
 
-// RemoveStale unmounts and removes the stale directories that nothing uses. keep tells which directories a snapshot
-// may still name as its lower: those stay. It returns those that stay. Unmounting never harms what runs: an overlay
-// keeps its lower.
+// RemoveStale unmounts and removes the stale directories that nothing uses, and returns the others.
+// Directories for which keep returns true stay, because a snapshot may still name them as its lower.
+// Unmounting never harms running containers: an overlay keeps its lower.
 func (t *Table) RemoveStale(ctx context.Context, keep func(dir string) bool) ([]Stale, error) {
 	all, err := t.Stale(ctx)
 	if err != nil {
@@ -104,7 +104,7 @@ func (t *Table) RemoveStale(ctx context.Context, keep func(dir string) bool) ([]
 	}
 	var left []Stale
 	var errs []error
-	pools := map[string]bool{} // with images that stay
+	pools := map[string]bool{} // pools with images that stay
 	for _, s := range all {    // images come before pools
 		if s.UsedBy != "" || !s.live && keep(s.Dir) || s.live && pools[s.Pool] {
 			left = append(left, s)
@@ -125,7 +125,7 @@ func (t *Table) RemoveStale(ctx context.Context, keep func(dir string) bool) ([]
 
 func (t *Table) removeStale(ctx context.Context, s Stale) error {
 	dir := filepath.Dir(s.Dir)
-	// The loop and device-mapper devices of version 1 go with their last user.
+	// Loop and device-mapper devices of version 1 disappear with their last user.
 	if err := sys.Unmount(ctx, s.Dir); err != nil {
 		return err
 	}

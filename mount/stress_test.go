@@ -13,8 +13,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 )
 
-// Images are published and removed through a block device whose cache somebody fills all the time with what is not
-// there yet. Each is seen whole as soon as Mount returns, and what was erased is never found again.
+// Images are published and removed through a block device while a process keeps filling its cache with
+// data that is not there yet. Each image is complete as soon as Mount returns, and an erased one is
+// never found again.
 func TestPublishWhileDeviceIsRead(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)

@@ -21,30 +21,30 @@ import (
 
 // Pool is what a table mounts: one epoch of a pool.
 type Pool struct {
-	// Region is the memory. Where it is a file, Region.FD is the only descriptor that this process has open on it:
+	// Region is the memory. If it is a file, Region.FD must be the only descriptor of this process for it:
 	// Alive asks the kernel whether there are others.
 	Region region.Info
-	// Size is that of the region, in bytes.
+	// Size is the size of the region in bytes.
 	Size int64
-	// UUID is that of the superblock, so of the epoch.
+	// UUID is that of the superblock, and so of the epoch.
 	UUID [16]byte
 }
 
 func (p Pool) uuid() string   { return hex.EncodeToString(p.UUID[:]) }
 func (p Pool) source() Source { return Source{Region: p.Region, Size: p.Size} }
 
-// Image is an image that was published in the pool.
+// Image is an image published in the pool.
 type Image struct {
 	// Key names the image. Any non-empty string.
 	Key string
 	// Name and Nid are the slot: a name in the root directory of the pool, and its inode number.
 	Name string
 	Nid  uint64
-	// Window and WindowSize are the range that the daxfs driver mounts; 0 and 0 if the image has none.
+	// Window and WindowSize are the range that the daxfs driver mounts; both are 0 without a window.
 	Window, WindowSize int64
-	// Tree are the ranges of the pool's tree area that are in use, so that all metadata of the image lies in them.
+	// Tree are the used ranges of the pool's tree area, which hold all metadata of the image.
 	Tree []Range
-	// UUID and Created tell apart images that one key had one after another.
+	// UUID and Created tell apart successive images with the same key.
 	UUID    [16]byte
 	Created time.Time
 }
@@ -70,25 +70,25 @@ func (img Image) validate() error {
 // Mounted is one mounted image.
 type Mounted struct {
 	Image
-	// Dir is the directory, absolute. It stays the same for a key and a pool as long as the root does.
+	// Dir is the absolute directory. It is the same for a key and a pool as long as the root is.
 	Dir     string
 	Driver  string
 	Sharing string
 }
 
-// Table mounts a pool once, and binds its images to directories. It is safe for concurrent use. One process owns a
-// root at a time; the lock of the pool sees to that.
+// Table mounts a pool once, and binds its images to directories. It is safe for concurrent use. The
+// lock of the pool makes sure that only one process uses a root.
 type Table struct {
 	root    string
 	drivers []Driver
 	pool    Pool
 	opts    Options
 
-	// poolWork is held (one token) while the pool is mounted or unmounted: a channel, so that waiting can be cancelled.
+	// poolWork is held (one token) while the pool is mounted or unmounted. Waiting for it can be cancelled.
 	poolWork chan struct{}
 
-	// mu guards the fields below and those of an entry that are marked. It is never held during a system call on a
-	// mount. Lock order: entry.work, poolWork, mu.
+	// mu guards the fields below and the marked fields of entries. It is never held during a system call
+	// on a mount. Lock order: entry.work, poolWork, mu.
 	mu      sync.Mutex
 	entries map[string]*entry
 	live    *live // nil if the pool is not mounted
@@ -96,13 +96,12 @@ type Table struct {
 
 // Options of a Table. The zero value is ready to use.
 type Options struct {
-	// Check proves what others may have written, before the kernel sees it: a pool before it is mounted, a window of an
-	// image before that is. Nil checks nothing.
+	// Check verifies bytes that others may have written, before the kernel sees them: the pool, or a
+	// window, before it is mounted. Nil checks nothing.
 	Check func(ctx context.Context, src Source) error
-	// Adopt are drivers besides those given to Open. What they mounted, under an earlier configuration, is adopted;
-	// no new mount is made with them.
+	// Adopt lists drivers of an earlier configuration, whose mounts are adopted; they make no new ones.
 	Adopt []Driver
-	// Warn receives what an operator should know but no caller can act upon. Nil drops it.
+	// Warn receives messages for the operator that no caller can act upon. Nil drops them.
 	Warn Warning
 }
 
@@ -112,19 +111,19 @@ type entry struct {
 	dir  string // <root>/images/<id>
 
 	// Guarded by Table.mu:
-	users  int    // goroutines that hold or wait for work; an entry with users is never forgotten
+	users  int    // goroutines that hold or wait for work; an entry with users stays in the table
 	driver Driver // nil if it is not mounted
-	// windowed is true if driver mounted the window of the image here; else this is a bind of the slot.
+	// windowed is true if driver mounted the window of the image; false for a bind of the slot.
 	windowed bool
 	img      Image
 
-	// left is the file system of a window that was unmounted and still lives. It needs work.
+	// left is the file system of a window that was unmounted and still lives. work guards it.
 	left sys.Root
 }
 
-// Open returns the table of a root directory, which is made if it does not exist. What an earlier process mounted of
-// the same pool is adopted if it is what its record says and it answers. Mounts of other pools, and of another
-// version of the program, stay as they are: see Stale.
+// Open returns the table of a root directory, which it creates if needed. It adopts mounts of an
+// earlier process if they belong to the same pool, match their record and answer. Mounts of other
+// pools, and of another version of the program, stay as they are: see Stale.
 func Open(ctx context.Context, root string, drivers []Driver, p Pool, opts Options) (*Table, error) {
 	if len(drivers) == 0 {
 		return nil, errors.New("mount table: no drivers given")
@@ -158,8 +157,9 @@ func Open(ctx context.Context, root string, drivers []Driver, p Pool, opts Optio
 	return t, nil
 }
 
-// id is the directory name of a key or a UUID. Keys hold slashes and colons and have any length, and some file
-// systems fold case. It depends on the pool: directories of another pool or epoch are never met.
+// id is the directory name of a key or UUID: a hash, because keys have slashes, colons and any length,
+// and some file systems fold case. It depends on the pool, so pools and epochs never share a
+// directory.
 func (p Pool) id(key string) string {
 	h := sha256.New()
 	h.Write(p.UUID[:])
@@ -175,7 +175,7 @@ func (t *Table) liveDir() string            { return filepath.Join(t.root, "live
 // mountDir is the mount point in a directory of the table.
 func mountDir(dir string) string { return filepath.Join(dir, "mnt") }
 
-// Dir returns where the image of that key is or would be mounted.
+// Dir returns the directory where the image with that key is or would be mounted.
 func (t *Table) Dir(key string) string { return mountDir(t.imageDir(key)) }
 
 // acquire returns the entry of key with its work token taken.
@@ -200,13 +200,12 @@ func (t *Table) acquire(ctx context.Context, key string) (*entry, error) {
 	}
 }
 
-// release gives the work token back.
 func (t *Table) release(key string, e *entry) {
 	<-e.work
 	t.leave(key, e)
 }
 
-// leave forgets an entry that stands for nothing any more.
+// leave removes an entry that is neither mounted nor in use.
 func (t *Table) leave(key string, e *entry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -216,12 +215,11 @@ func (t *Table) leave(key string, e *entry) {
 	}
 }
 
-// Mount mounts the image unless it is mounted already. Of concurrent calls for one key one does the work. A mount
-// that no longer answers (its FUSE server died) is replaced: what was opened through the old one keeps failing, new
-// containers work.
+// Mount mounts the image unless it is mounted. Of concurrent calls for one key, one does the work. A
+// mount that no longer answers (its FUSE server died) is replaced: files opened through the old one
+// keep failing, new containers work.
 //
-// An image that has the key of another one is mounted only after that was unmounted; Mount does it, or fails with
-// ErrBusy.
+// If another image with the same key is mounted, Mount unmounts that first, or fails with ErrBusy.
 func (t *Table) Mount(ctx context.Context, img Image) (Mounted, error) {
 	if err := img.validate(); err != nil {
 		return Mounted{}, err
@@ -239,27 +237,27 @@ func (t *Table) Mount(ctx context.Context, img Image) (Mounted, error) {
 	return e.mounted(), nil
 }
 
-// state returns what e stands for. The caller holds the work token.
+// state returns the mount that e describes. The caller holds work.
 func (t *Table) state(e *entry) (d Driver, windowed bool, img Image) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return e.driver, e.windowed, e.img
 }
 
-// set changes what e stands for; a nil driver means nothing. The caller holds the work token.
+// set changes the mount that e describes; a nil driver means none. The caller holds work.
 func (t *Table) set(e *entry, d Driver, windowed bool, img Image) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e.driver, e.windowed, e.img = d, windowed, img
 }
 
-// ensure makes e mounted from img. The caller holds the work token.
+// ensure makes e a mount of img. The caller holds work.
 func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 	driver, windowed, old := t.state(e)
 	switch {
 	case driver != nil && !old.same(img):
 		if err := t.unmount(ctx, e); err != nil {
-			return fmt.Errorf("image %q is another one than the one that is mounted: %w", img.Key, err)
+			return fmt.Errorf("image %q is not the mounted one: %w", img.Key, err)
 		}
 	case driver != nil:
 		err := t.match(ctx, e, windowed, img)
@@ -271,7 +269,7 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 		}
 		t.opts.Warn("image %q has to be mounted again: %v", img.Key, err)
 	}
-	// Whatever lies on the mount point now is dead, or was not to be adopted.
+	// Anything on the mount point now is dead, or was not adopted.
 	if err := sys.Detach(mountDir(e.dir)); err != nil {
 		return err
 	}
@@ -285,13 +283,13 @@ func (t *Table) ensure(ctx context.Context, e *entry, img Image) error {
 	return nil
 }
 
-// hangs tells whether err says only that an answer did not come in time. A server that is merely slow must not be
-// replaced: its containers would go on with it, and everything would be cached twice.
+// hangs tells whether err only means that an answer did not come in time. A slow server must not be
+// replaced: its containers would stay on it, and everything would be cached twice.
 func hangs(ctx context.Context, err error) bool {
 	return ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded)
 }
 
-// match tells whether what is mounted is img, and answers.
+// match returns nil if the mount is one of img, and answers.
 func (t *Table) match(ctx context.Context, e *entry, windowed bool, img Image) error {
 	dir := mountDir(e.dir)
 	if windowed {
@@ -354,15 +352,14 @@ func (t *Table) mountWindow(ctx context.Context, d Driver, dir string, img Image
 	if err := t.opts.Check(ctx, src); err != nil {
 		return err
 	}
-	// The record comes first: whatever happens after it, the next process knows what may be there.
+	// The record comes first: after a crash, the next process knows what may be mounted there.
 	if err := writeRecord(dir, recordName, img.record(t.pool, d.Name(), true)); err != nil {
 		return err
 	}
 	return d.Mount(ctx, src, mountDir(dir))
 }
 
-// bind mounts the pool with d, unless it is mounted, and binds the slot of img. It returns the driver that mounted
-// the pool.
+// bind mounts the pool with d if necessary, binds the slot of img, and returns the pool's driver.
 func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driver, error) {
 	l, err := t.ensurePool(ctx, d, img.Tree)
 	if err != nil {
@@ -374,8 +371,8 @@ func (t *Table) bind(ctx context.Context, d Driver, dir string, img Image) (Driv
 	return l.driver, l.bind(ctx, img, mountDir(dir))
 }
 
-// Bind shows a mounted image on another directory as well, for a user who asked for that: with nosuid and nodev if
-// restrict is set. It is an ordinary mount, which umount(8) removes; UsedBy tells of it.
+// Bind also shows a mounted image on dir, which a user chose; restrict adds nosuid and nodev. The
+// result is an ordinary mount, which umount(8) removes. UsedBy reports it.
 func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error {
 	return t.withMounted(ctx, key, func(e *entry) error {
 		c, err := sys.OpenClone(mountDir(e.dir))
@@ -387,8 +384,7 @@ func (t *Table) Bind(ctx context.Context, key, dir string, restrict bool) error 
 	})
 }
 
-// withMounted calls do with the entry of an image that is mounted, and its work token taken. It fails with ErrNotFound if
-// the image is not mounted.
+// withMounted calls do with the locked entry of a mounted image, or returns ErrNotFound.
 func (t *Table) withMounted(ctx context.Context, key string, do func(e *entry) error) error {
 	e, err := t.acquire(ctx, key)
 	if err != nil {
@@ -401,16 +397,16 @@ func (t *Table) withMounted(ctx context.Context, key string, do func(e *entry) e
 	return do(e)
 }
 
-// Unmount unmounts an image. It fails with ErrBusy while anything in any mount namespace uses the mount, and with
-// ErrNotFound if it is not mounted.
+// Unmount unmounts an image. It fails with ErrBusy while anything in any mount namespace uses the
+// mount, and with ErrNotFound if it is not mounted.
 //
-// Copies of the mount that a mount namespace got when it was made are unmounted there too. If one of them is in use,
-// the image is unmounted here all the same, and another Unmount tries again.
+// It also unmounts the copies of the mount that other mount namespaces got when they were made. If a
+// copy is in use, the image is still unmounted here, and another Unmount tries the copy again.
 func (t *Table) Unmount(ctx context.Context, key string) error {
 	return t.withMounted(ctx, key, func(e *entry) error { return t.unmount(ctx, e) })
 }
 
-// unmount is Unmount of an entry. The caller holds the work token.
+// unmount is Unmount for an entry. The caller holds work.
 func (t *Table) unmount(ctx context.Context, e *entry) error {
 	driver, windowed, img := t.state(e)
 	dir := mountDir(e.dir)
@@ -433,7 +429,7 @@ func (t *Table) unmount(ctx context.Context, e *entry) error {
 		e.left = root
 	}
 	if e.left != (sys.Root{}) {
-		// No mount table shows it any more; a lazily unmounted overlay would keep the superblock all the same.
+		// No mount table shows it any more, but a lazily unmounted overlay would still keep the superblock.
 		if free, err := sys.DeviceNumberFree(e.left.Major, e.left.Minor); err != nil || !free {
 			return fmt.Errorf("image %q: the file system %d:%d is still in use: %w",
 				img.Key, e.left.Major, e.left.Minor, cmp.Or(err, ErrBusy))
@@ -445,7 +441,7 @@ func (t *Table) unmount(ctx context.Context, e *entry) error {
 	return nil
 }
 
-// Get returns the image of that key if it is mounted. It asks nothing of the file system.
+// Get returns the image with that key if it is mounted. It does not access the file system.
 func (t *Table) Get(key string) (Mounted, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -60,10 +60,10 @@ type bed struct {
 	kind string
 }
 
-// daxDevice names a block device with DAX of at least 512 MiB, which the tests overwrite: as a virtual machine has one.
+// daxDevice names a block device with DAX of at least 512 MiB, which tests overwrite.
 const daxDevice = "DAXFS_TEST_DAX_DEVICE"
 
-// eachDriver runs f on all ways of mounting a pool, with a pool for each.
+// eachDriver runs f with every way to mount a pool, each with its own pool.
 func eachDriver(t *testing.T, f func(t *testing.T, b *bed, d mount.Driver)) {
 	mounttest.Root(t)
 	for _, tc := range []struct {
@@ -115,7 +115,7 @@ func newBed(t *testing.T, tmpfs, device bool) *bed {
 	return b
 }
 
-// fileBed is a pool on a disk, for tests that are the same for all drivers.
+// fileBed is a pool on a disk, for tests that do not depend on the driver.
 func fileBed(t *testing.T) *bed {
 	mounttest.Root(t)
 	return newBed(t, false, true)
@@ -155,7 +155,7 @@ func (b *bed) open(t *testing.T, opts mount.Options, drivers ...mount.Driver) *m
 	return tab
 }
 
-// detachAll removes what lies below the root of a table.
+// detachAll removes all mounts below the root of a table.
 func detachAll(root string) {
 	dirs, _ := filepath.Glob(filepath.Join(root, "*", "*", "mnt"))
 	for _, dir := range dirs {
@@ -190,7 +190,7 @@ func devOf(t *testing.T, path string) uint64 {
 	return st.Dev
 }
 
-// One superblock serves all images, those too that are published after it was mounted; and equal files are one inode.
+// One superblock serves all images, even later ones, and equal files share an inode.
 func TestOnePoolManyImages(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		drv := &counting{Driver: d}
@@ -244,7 +244,7 @@ func TestOnePoolManyImages(t *testing.T) {
 	})
 }
 
-// gone waits until nothing of the pool lives: a server needs a moment to end.
+// gone waits until nothing of the pool lives: a server takes a moment to end.
 func gone(t *testing.T, tab *mount.Table) {
 	t.Helper()
 	for range 500 {
@@ -288,14 +288,14 @@ func TestConcurrentMounts(t *testing.T) {
 	})
 }
 
-// A bind has a directory of its own around it, and shares no peer group with others.
+// A bind has its own directory around it, and shares no peer group with others.
 func TestBindsAreApart(t *testing.T) {
 	b := fileBed(t)
 	if err := unix.Mount(b.root, b.root, "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
 	defer sys.Detach(b.root)
-	if err := unix.Mount("", b.root, "", unix.MS_SHARED, ""); err != nil { // as systemd does
+	if err := unix.Mount("", b.root, "", unix.MS_SHARED, ""); err != nil { // as under systemd
 		t.Fatal(err)
 	}
 	tab := b.open(t, mount.Options{})
@@ -398,7 +398,7 @@ func TestTableRefuses(t *testing.T) {
 	}
 }
 
-// An image that took the key of another one is mounted when that can be unmounted.
+// An image that took over the key of another one is mounted once the other can be unmounted.
 func TestOtherImageOfOneKey(t *testing.T) {
 	b := fileBed(t)
 	tab := b.open(t, mount.Options{})

@@ -16,24 +16,24 @@ import (
 
 // Extent is a range of contents in the pool that no image refers to any more.
 type Extent struct {
-	// Nids are all inodes that ever pointed to it in this epoch.
+	// Nids are all inodes that pointed to it in this epoch.
 	Nids []uint64
-	// Evicted asks for more than that nobody has a file of it open: the kernel must have dropped the inodes, so that
-	// nobody can open them again through a working directory or an O_PATH descriptor in a mount that nothing shows
-	// any more. It takes until the kernel needs the memory. With DAX, and with FUSE, it is always so.
+	// Evicted demands that the kernel has dropped the inodes, not only that nobody has a file of it open.
+	// Then nobody can open them again, even through a working directory or an O_PATH descriptor in a mount
+	// that nothing shows any more. That lasts until the kernel needs the memory. With DAX and FUSE it
+	// always applies.
 	Evicted bool
 }
 
-// Unused tells which extents nobody can read: their space may be given to other contents. What is not unused now may
-// be later.
+// Unused tells which extents nobody can read, so that their space may be reused.
 //
-// erase is called first: it erases the inodes on disk (nil if that was done). Then an inode can no longer be opened
-// unless it is in memory, and the kernel is asked for each that is, whether somebody has it open or mapped, in
-// whatever mount, mount namespace or lazily unmounted overlay. The images of the extents must have been unmounted
-// before, and the overlays over them must be dead.
+// Unused first calls erase, which erases the inodes on disk (nil if that was done). After that an
+// inode opens only if it is in memory. For each one that does, the kernel is asked whether anybody has
+// it open or mapped, in any mount, mount namespace or lazily unmounted overlay. The images of the
+// extents must be unmounted before, and the overlays over them must be dead.
 //
-// The pool must be mounted by this table (else ErrNotFound) and by nobody else on this machine (else ErrBusy): the
-// kernel can be asked about one mounted file system at a time.
+// The pool must be mounted by this table (else ErrNotFound) and by nobody else on this machine (else
+// ErrBusy): the kernel can be asked about one mounted file system at a time.
 func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error) ([]bool, error) {
 	unlock, err := t.lockPool(ctx)
 	if err != nil {
@@ -42,7 +42,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 	defer unlock()
 	l := t.getLive()
 	if l == nil {
-		return nil, fmt.Errorf("who uses contents of the pool: %w", ErrNotFound)
+		return nil, fmt.Errorf("find the users of dead contents: %w", ErrNotFound)
 	}
 	if err := t.answers(ctx, l); err != nil {
 		return nil, err
@@ -69,8 +69,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 			return nil, err
 		}
 	}
-	// Where an old block stays in a cache all the same, an erased inode opens as if it were in memory: never the
-	// other way round.
+	// A cached old block can make an erased inode look as if it were in memory, never the opposite.
 	if err := l.flush(false); err != nil {
 		return nil, err
 	}
@@ -92,8 +91,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 	return out, nil
 }
 
-// handlesWork opens a slot that is bound, which is in memory for certain. If handles did not work, all would look
-// unused.
+// handlesWork opens a bound slot, surely in memory: without handles all inodes would look unused.
 func (t *Table) handlesWork(h *sys.Handles) error {
 	for _, m := range t.List() {
 		if d := t.byName(m.Driver); d == nil || d.Windows() {
@@ -108,14 +106,15 @@ func (t *Table) handlesWork(h *sys.Handles) error {
 	return nil
 }
 
-// NodeBias is the difference between the node number of the FUSE server and the inode number. It is here because the
+// NodeBias is added to an inode number to get a node number of the FUSE server. It is here because the
 // file handle of a FUSE file holds the node number.
 const NodeBias = 2
 
-// Generation is the generation of all nodes but the root of a FUSE server: a part of the UUID of what it serves. FUSE
-// tells the kernel no UUID, and file handles outlive a pool: overlayfs keeps one of what it copied up. One of another
-// epoch has to be stale, not another file. A server outlives its daemon, and a wrong generation would make files look
-// unused, so what this returns must never change.
+// Generation is the generation of all nodes of a FUSE server but the root: a part of the UUID of the
+// pool. FUSE tells the kernel no UUID, and file handles outlive a pool: overlayfs keeps those of
+// copied-up files. A handle of another epoch must be stale, not lead to another file. The result must
+// never change: a server outlives its daemon, and a wrong generation would make used files look
+// unused.
 func Generation(uuid [16]byte) uint32 { return binary.LittleEndian.Uint32(uuid[:]) | 1 }
 
 func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
@@ -128,10 +127,10 @@ func unused(h *sys.Handles, nids []uint64, evicted bool) (bool, error) {
 	return true, nil
 }
 
-// unusedInode opens an inode that was erased on disk: that works as long as it is in memory.
+// unusedInode opens an inode that was erased on disk; that works while it is in memory.
 func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	fd, err := h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if gone(err) {
+	if notInMemory(err) {
 		return true, nil
 	}
 	if err != nil {
@@ -139,7 +138,7 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	}
 	only, err := sys.OnlyUser(fd)
 	if err == nil && only {
-		// Nobody will read these pages again. An inode without pages is dropped sooner. It is only advice.
+		// Nobody will read these pages again, and an inode without pages is dropped sooner. Advisory.
 		_ = unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
 	}
 	unix.Close(fd)
@@ -150,7 +149,7 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 		return only, nil
 	}
 	fd, err = h.Open(nid, unix.O_RDONLY|unix.O_NONBLOCK)
-	if gone(err) {
+	if notInMemory(err) {
 		return true, nil
 	}
 	if err == nil {
@@ -159,12 +158,12 @@ func unusedInode(h *sys.Handles, nid uint64, evicted bool) (bool, error) {
 	return false, err
 }
 
-// gone tells whether opening an inode failed because it is not in memory: what is on the disk is the socket that took
-// its place, or nothing.
-func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
+// notInMemory tells whether an erased inode did not open because it is not in memory: on disk, a
+// socket has its place (ENXIO), or nothing (ESTALE).
+func notInMemory(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ESTALE) }
 
-// mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, by another name of the
-// device or file.
+// mountedElsewhere returns ErrBusy if the pool is mounted a second time on this machine, through
+// another name of the device or file.
 func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {
 	mounts, err := sys.AllMounts(ctx)
 	if err != nil {
@@ -183,7 +182,7 @@ func (t *Table) mountedElsewhere(ctx context.Context, l *live) error {
 	return nil
 }
 
-// sourceID is fileID of what a mount shows as its source.
+// sourceID is fileID for the source of a mount.
 func sourceID(fstype, source string) string {
 	switch fstype {
 	case "erofs":
@@ -202,7 +201,7 @@ func sourceID(fstype, source string) string {
 	if strings.HasPrefix(source, "/dev/loop") {
 		st, err := sys.LoopBacking(source)
 		if err != nil {
-			return "" // it has gone meanwhile
+			return "" // gone meanwhile
 		}
 		return inodeID(st)
 	}

@@ -10,19 +10,20 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
-// UsedBy tells what was made of a mounted image besides its own mount, and is still attached in some mount namespace:
-// an overlay over it, a bind of it or of a directory in it, a clone with mapped owners. It returns "" if there is
-// nothing, and a description of the first otherwise.
+// UsedBy describes the first use of a mounted image, besides its own mount, that is attached in some
+// mount namespace: an overlay over it, a bind of it or of a directory in it, or a clone with mapped
+// owners. It returns "" if there is none.
 //
-// Binds are told by device and root directory, whatever their name. Overlays are told by the names of their lower
-// directories, which is all that the kernel shows: an overlay over a lower that has another name by now, as one with
-// mapped owners is, and what was lazily unmounted, must be found by other means.
+// It recognises binds by device and root directory, whatever their name. It recognises overlays by the
+// names of their lower directories: the kernel shows nothing else. It misses an overlay whose lower
+// has another name by now (as with mapped owners) and lazily unmounted mounts; other means must find
+// those.
 func (t *Table) UsedBy(ctx context.Context, key string) (string, error) {
 	all, err := t.UsedByAll(ctx)
 	return all[key], err
 }
 
-// UsedByAll is UsedBy of all mounted images at the cost of one: keys without a use are missing.
+// UsedByAll is UsedBy for all mounted images at the cost of one. Images without a use are missing.
 func (t *Table) UsedByAll(ctx context.Context) (map[string]string, error) {
 	dirs := map[string]string{}
 	for _, m := range t.List() {
@@ -31,7 +32,7 @@ func (t *Table) UsedByAll(ctx context.Context) (map[string]string, error) {
 	return usesOf(ctx, dirs)
 }
 
-// usesOf finds the uses of what is mounted on dirs, by the name that each of them has.
+// usesOf finds the uses of the mounts on dirs, by the names that dirs gives to them.
 func usesOf(ctx context.Context, dirs map[string]string) (map[string]string, error) {
 	mounts, err := sys.AllMounts(ctx)
 	if err != nil {
@@ -52,26 +53,26 @@ func usesOf(ctx context.Context, dirs map[string]string) (map[string]string, err
 	return u.found, nil
 }
 
-// uses collects who uses which directory.
+// uses collects the uses of directories.
 type uses struct {
 	found map[string]string
 	trees map[device]*slots
-	// dirs are the directories on which a mount of one of the trees lies, in any namespace.
+	// dirs are the mount points of the trees, in any namespace.
 	dirs map[string][]seen
 }
 
 type device struct{ major, minor int }
 
-// slots are the directories of one file system whose uses are looked for: some directories in its root, or all of it.
+// slots are the directories of one file system whose uses are wanted: some in its root, or all of it.
 type slots struct {
-	all    string            // name of the use of the root directory itself
-	byName map[string]string // directory in the root to name of the use
+	all    string            // name for uses of the root directory itself
+	byName map[string]string // name for uses of each directory in the root
 }
 
-// seen is what a mount shows.
+// seen is a mount of one of the trees.
 type seen struct {
 	tree *slots
-	root string // the directory of the file system that is the root of the mount
+	root string // directory of the file system that is the root of the mount
 }
 
 func (u *uses) add(m sys.NamespaceMount, name string) {
@@ -94,7 +95,7 @@ func first(path string) string {
 	return slot
 }
 
-// of returns the names of those who are used by a mount with the given root directory.
+// of returns the names of everything that a mount with the given root directory uses.
 func (s *slots) of(root string) []string {
 	var names []string
 	if s.all != "" {
@@ -112,7 +113,7 @@ func (s *slots) of(root string) []string {
 	return names
 }
 
-// use notes a use.
+// use records a use.
 func (u *uses) use(names []string, m sys.NamespaceMount, what string) {
 	for _, name := range names {
 		if u.found[name] == "" {
@@ -121,21 +122,21 @@ func (u *uses) use(names []string, m sys.NamespaceMount, what string) {
 	}
 }
 
-// mount looks at the device and the root of a mount.
+// mount records a use if the mount shows one of the trees.
 func (u *uses) mount(m sys.NamespaceMount) {
 	tree := u.trees[device{m.Major, m.Minor}]
 	if tree == nil {
 		return
 	}
 	u.dirs[m.Mountpoint] = append(u.dirs[m.Mountpoint], seen{tree, m.Root})
-	// Mounts of a table, and the copies of them that other namespaces got, end with Unmount and UnmountPool.
+	// Unmount and UnmountPool remove mounts of a table, and the copies in other namespaces.
 	if !isCopy(m.Mountpoint) {
 		u.use(tree.of(m.Root), m, "mount")
 	}
 }
 
-// isCopy tells whether a mount point is one of a table: ".../images/<id>/mnt". The root of the table may have another
-// name in another namespace. Nobody makes a directory of such a name by hand.
+// isCopy tells whether a mount point is one of a table: ".../images/<id>/mnt". The root of the table
+// may have another name in another namespace. Nobody makes directories with such names by hand.
 func isCopy(mountpoint string) bool {
 	dir, base := filepath.Split(mountpoint)
 	dir, id := filepath.Split(filepath.Clean(dir))
@@ -143,7 +144,7 @@ func isCopy(mountpoint string) bool {
 	return base == "mnt" && len(id) == idLen && (kind == "images" || kind == "live")
 }
 
-// overlay looks at the lower directories of an overlay.
+// overlay records the uses by the lower directories of an overlay.
 func (u *uses) overlay(m sys.NamespaceMount) {
 	if m.FSType != "overlay" {
 		return
@@ -160,7 +161,7 @@ func (u *uses) overlay(m sys.NamespaceMount) {
 	}
 }
 
-// Lowers returns the lower directories of the options of an overlay: "lowerdir=/a:/b" or several "lowerdir+=/a".
+// Lowers parses the options of an overlay: "lowerdir=/a:/b" or several "lowerdir+=/a".
 func Lowers(options string) []string {
 	var out []string
 	for o := range strings.SplitSeq(options, ",") {
@@ -177,7 +178,7 @@ func Lowers(options string) []string {
 	return out
 }
 
-// splitColons splits at colons that have no backslash before them, and removes the backslashes.
+// splitColons splits at colons without a backslash before them, and removes the backslashes.
 func splitColons(s string) []string {
 	var out []string
 	var cur strings.Builder
@@ -196,8 +197,9 @@ func splitColons(s string) []string {
 	return append(out, cur.String())
 }
 
-// removeCopies unmounts the mounts that other namespaces copied from us: suffix is the mount point below the root of
-// the table. Those that follow our mounts have gone with them. It fails with ErrBusy if one is used.
+// removeCopies unmounts copies of our mounts in other namespaces; suffix is the mount point below the
+// root of the table. Copies that receive our unmounts are gone already. It fails with ErrBusy if one
+// is used.
 func (t *Table) removeCopies(ctx context.Context, suffix string) error {
 	mounts, err := sys.OtherMounts(ctx)
 	if err != nil {

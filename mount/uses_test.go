@@ -22,7 +22,7 @@ import (
 
 func init() { helpers["hold"] = hold }
 
-// hold is a helper process that does something with a path, says so, and goes on until its input ends.
+// hold is a helper process that uses a path, reports that, and goes on until its input ends.
 func hold(args []string) error {
 	runtime.LockOSThread() // a mount namespace belongs to the thread that left the old one
 	f, ok := holds[args[0]]
@@ -56,7 +56,7 @@ var holds = map[string]func(args []string) error{
 	"descriptor in another namespace": func(a []string) error {
 		return errors.Join(unix.Unshare(unix.CLONE_NEWNS), openFor(a[0], unix.O_RDONLY))
 	},
-	// Its overlay is nowhere to be seen.
+	// Nothing shows its overlay.
 	"descriptor through a lazily unmounted overlay": func(a []string) error { return openLazily(a, unix.O_RDONLY) },
 	"nothing":           func([]string) error { return nil },
 	"private namespace": func([]string) error { return privateNamespace() },
@@ -85,7 +85,7 @@ func privateNamespace() error {
 	return errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 }
 
-// openLazily opens a file through an overlay over args[0] on args[1], which it then unmounts lazily.
+// openLazily opens a file through an overlay over args[0] on args[1], and detaches the overlay.
 func openLazily(args []string, flags int) error {
 	opts := fmt.Sprintf("lowerdir=%s:%s", args[0], args[1])
 	return errors.Join(unix.Mount("overlay", args[1], "overlay", 0, opts),
@@ -93,7 +93,7 @@ func openLazily(args []string, flags int) error {
 		unix.Unmount(args[1], unix.MNT_DETACH))
 }
 
-// holder starts a helper and returns what ends it.
+// holder starts a helper and returns a function that ends it.
 func holder(t *testing.T, args ...string) (end func()) {
 	t.Helper()
 	cmd := mounttest.Command("hold", args...)
@@ -159,7 +159,7 @@ func TestUsedBy(t *testing.T) {
 		if err := sys.Detach(at); err != nil {
 			t.Fatal(err)
 		}
-		// Nothing tells any more what the lower is: the owner of the upper directory has to know.
+		// Nothing names the lower any more: the owner of the upper directory has to know.
 		if err := sys.Detach(over); err != nil {
 			t.Fatal(err)
 		}
@@ -179,7 +179,7 @@ func TestUsedBy(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		// A copy of the mount that a namespace got when it was made is none: Unmount removes it.
+		// A namespace's copy of the mount, made with the namespace, is no use: Unmount removes it.
 		end := holder(t, "private namespace")
 		expect("copy in a namespace", "")
 		if err := tab.Unmount(t.Context(), "a"); err != nil {
@@ -201,7 +201,7 @@ func points(mounts []sys.NamespaceMount) []string {
 	return out
 }
 
-// idmapped attaches a clone of dir with mapped owners to at, as containerd does for a container with a user namespace.
+// idmapped attaches a clone of dir with mapped owners to at, as containerd does.
 func idmapped(t *testing.T, dir, at string) {
 	t.Helper()
 	user := mounttest.Command("hold", "nothing")
@@ -238,7 +238,7 @@ func idmapped(t *testing.T, dir, at string) {
 	}
 }
 
-// A copy of the mount in another namespace that is used there keeps the image.
+// A used copy of the mount in another namespace keeps the image.
 func TestUnmountBusyElsewhere(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)
@@ -248,7 +248,7 @@ func TestUnmountBusyElsewhere(t *testing.T) {
 		if err := tab.Unmount(t.Context(), "a"); !errors.Is(err, mount.ErrBusy) {
 			t.Errorf("unmount: %v, expected ErrBusy", err)
 		}
-		if got := read(t, mustMount(t, tab, img).Dir); got != "one" { // it can be used again
+		if got := read(t, mustMount(t, tab, img).Dir); got != "one" { // the mount is usable again
 			t.Errorf("read %q", got)
 		}
 		if err := tab.Unmount(t.Context(), "a"); !errors.Is(err, mount.ErrBusy) {
@@ -261,14 +261,14 @@ func TestUnmountBusyElsewhere(t *testing.T) {
 	})
 }
 
-// Whoever has a file of a removed image open keeps its contents, however he got it.
+// An open file of a removed image keeps its contents, however it was opened.
 func TestUnused(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)
 		mustMount(t, tab, b.add(t, "other", "x"))
 		for _, tc := range []struct {
 			how  string
-			free bool // in spite of the holder, where eviction is not asked for
+			free bool // despite the holder, without eviction
 		}{
 			{"descriptor", false},
 			{"mapping", false},
@@ -281,8 +281,7 @@ func TestUnused(t *testing.T) {
 					"file": "held " + tc.how, "free": "free " + tc.how, "never": "never " + tc.how,
 				})
 				m := mustMount(t, tab, image("a", slot))
-				// The holder comes through an overlay: those that come through the mount itself keep it from being
-				// unmounted.
+				// The holder opens through an overlay: opening through the mount itself would prevent the unmount.
 				read(t, m.Dir)
 				at := t.TempDir()
 				var end func()
@@ -322,10 +321,10 @@ func TestUnused(t *testing.T) {
 					t.Error("an inode that is held counts as evicted")
 				}
 				if d.Name() == "erofs-dax" {
-					return // an inode that was mapped stays in memory as long as the pool is mounted
+					return // a mapped inode stays in memory as long as the pool is mounted
 				}
 				end()
-				for range 100 { // the kernel closes the files of a process that ended a little later
+				for range 100 { // the kernel closes the files of an ended process a little later
 					if got = ask(false, held); got[0] {
 						break
 					}
@@ -346,8 +345,8 @@ func TestUnused(t *testing.T) {
 	})
 }
 
-// A process whose working directory is in an overlay that nobody sees any more cannot open what was erased, unless
-// the inode is in memory; and then it is not evicted.
+// A process whose working directory is in an invisible overlay cannot open an erased file unless the
+// inode is in memory, and then the inode is not evicted.
 func TestUnusedWorkingDirectory(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)
@@ -380,7 +379,7 @@ func TestUnusedWorkingDirectory(t *testing.T) {
 	})
 }
 
-// The pool is mounted a second time by hand: nothing is known about those who use that.
+// The pool is mounted a second time by hand: nothing is known about the users of that mount.
 func TestUnusedMountedTwice(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)
@@ -406,7 +405,7 @@ func TestUnusedMountedTwice(t *testing.T) {
 	})
 }
 
-// What lives of a pool is found when no mount table shows it.
+// Alive finds file systems of a pool that no mount table shows.
 func TestAlive(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)

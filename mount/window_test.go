@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// windows is a driver that mounts a window of each image, as daxfs.ko does. Its file systems are tmpfs.
+// windows is a driver that mounts a window of each image, like daxfs.ko, as a tmpfs.
 type windows struct{ fail error }
 
 func (windows) Name() string                               { return "windows" }
@@ -53,7 +53,7 @@ func TestWindows(t *testing.T) {
 	if m.Driver != "windows" || checked != 1 {
 		t.Errorf("mounted %+v, %d checks", m, checked)
 	}
-	// An image without a window takes the next driver, and an adopted one stays what it is.
+	// An image without a window uses the next driver; an adopted mount keeps its driver.
 	if m := mustMount(t, tab, b.add(t, "b", "two")); m.Driver != "erofs-loop" || read(t, m.Dir) != "two" {
 		t.Errorf("mounted %+v", m)
 	}
@@ -69,7 +69,7 @@ func TestWindows(t *testing.T) {
 		t.Error(err)
 	}
 
-	// No mount table shows who keeps it.
+	// No mount table shows the user.
 	over := overlay(t, m.Dir)
 	dir, err := os.Open(over)
 	if err != nil {
@@ -88,7 +88,7 @@ func TestWindows(t *testing.T) {
 		}
 	}
 	dir.Close()
-	// The kernel takes a detached file system apart some time after its last file was closed.
+	// The kernel destroys a detached file system some time after its last file was closed.
 	err = tab.Unmount(t.Context(), "a")
 	for end := time.Now().Add(time.Minute); errors.Is(err, mount.ErrBusy) && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)

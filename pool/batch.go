@@ -14,24 +14,24 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Batch holds contents that are being put until a layer holds them. Put is safe for concurrent use; CommitLayer and
-// Discard wait for nobody: they are called when all Puts have returned.
+// Batch holds contents from Put until a layer holds them. Put is safe for concurrent use. CommitLayer
+// and Discard do not wait: call them after all Puts have returned.
 type Batch struct {
 	p *Pool
 
 	mu   sync.Mutex
-	held []*extent // some of them several times, each with a reference
+	held []*extent // may contain an extent several times, each with a reference
 	done bool
 }
 
-// Begin starts a batch. Discard it when done with it, also after CommitLayer, where that does nothing.
+// Begin starts a batch. The caller must Discard it in the end; after CommitLayer that does nothing.
 func (p *Pool) Begin() *Batch { return &Batch{p: p} }
 
-// Put stores exactly size bytes from r, or finds them stored already, and returns where they are: Data.Off is an
-// address in the pool. The batch holds them. The rest of their last page is zero. Contents of size 0 have no place.
+// Put stores exactly size bytes from r unless the pool has them, and returns their place: Data.Off is
+// an offset in the pool. The batch holds them. The rest of their last page is zero. Empty contents
+// have no place.
 //
-// Errors: ErrFull, ErrClosed, those of r (io.ErrUnexpectedEOF if it is shorter) and of ctx. After an error the batch is
-// as it was before.
+// Errors: ErrFull, ErrClosed, io.ErrUnexpectedEOF, those of r and ctx. They leave the batch unchanged.
 func (b *Batch) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	if err := ctx.Err(); err != nil {
 		return daxfs.Data{}, err
@@ -64,7 +64,6 @@ func (b *Batch) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, e
 	return daxfs.Data{Off: e.off, Size: e.size, Sum: e.sum}, nil
 }
 
-// putSmall reads all of the contents, then looks for them, then writes them.
 func (p *Pool) putSmall(ctx context.Context, size int, r io.Reader) (*extent, error) {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
@@ -93,13 +92,13 @@ func (p *Pool) putSmall(ctx context.Context, size int, r io.Reader) (*extent, er
 	return e, nil
 }
 
-// maxAlike bounds with how many extents contents are compared while they are read. One that is not among them is found
-// by its digest, after the contents were written.
+// maxAlike limits how many extents putLarge compares with. Contents of an extent beyond the limit are
+// still found by digest, after they were written.
 const maxAlike = 4
 
-// putLarge compares while it reads: as long as an extent of that size has had the same bytes, nothing is written. From
-// the first difference on the contents are streamed into an extent of their own. So putting what is there already
-// needs no space, in a full pool too.
+// putLarge compares while it reads: as long as an extent of that size has the same bytes, nothing is
+// written. From the first difference on, contents are streamed into a new extent. So contents that
+// exist need no space, which matters in a full pool.
 func (p *Pool) putLarge(ctx context.Context, size int64, r io.Reader) (*extent, error) {
 	w := &largeWrite{p: p, size: size, hash: sha256.New()}
 	e, err := w.run(ctx, r)
@@ -110,14 +109,14 @@ func (p *Pool) putLarge(ctx context.Context, size int64, r io.Reader) (*extent, 
 	return e, err
 }
 
-// largeWrite is one putLarge.
+// largeWrite is one call of putLarge.
 type largeWrite struct {
 	p    *Pool
 	size int64
 	hash hash.Hash
 	head [8]byte
-	like []*extent // those that have had the same bytes so far, referenced
-	own  *extent   // what is being written, if nothing has
+	like []*extent // extents with the same bytes so far, referenced
+	own  *extent   // the new extent, if all of like differ
 }
 
 func (w *largeWrite) run(ctx context.Context, r io.Reader) (*extent, error) {
@@ -157,8 +156,8 @@ func (w *largeWrite) run(ctx context.Context, r io.Reader) (*extent, error) {
 	return w.settle(ctx)
 }
 
-// compare drops the extents that have other bytes than part at a place. If none is left it starts one of our own, whose
-// beginning is copied.
+// compare drops the extents that differ from part at offset at. If none is left, it starts a new
+// extent and copies the beginning.
 func (w *largeWrite) compare(at int64, part []byte) (err error) {
 	var same, other []*extent
 	for _, e := range w.like {
@@ -182,7 +181,7 @@ func (w *largeWrite) compare(at int64, part []byte) (err error) {
 	return nil
 }
 
-// settle lists an extent that was written, unless the same contents are there already.
+// settle lists the written extent, unless the same contents exist by now.
 func (w *largeWrite) settle(ctx context.Context) (*extent, error) {
 	own := w.own
 	own.head = w.head
@@ -199,7 +198,7 @@ func (w *largeWrite) settle(ctx context.Context) (*extent, error) {
 	return e, nil
 }
 
-// alike returns extents whose contents begin in the same way, referenced: at most maxAlike, those that came last first.
+// alike returns extents whose contents begin alike, referenced: the newest maxAlike.
 func (p *Pool) alike(key headKey) []*extent {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -216,7 +215,7 @@ func (p *Pool) alike(key headKey) []*extent {
 	return out
 }
 
-// startLarge makes an extent whose first at bytes are those of any of like.
+// startLarge makes an extent whose first at bytes come from the extents in like, which agree there.
 func (p *Pool) startLarge(size int64, like []*extent, at int64) (*extent, error) {
 	p.mu.Lock()
 	own, err := p.newExtent(size)
@@ -263,9 +262,9 @@ func readFull(r io.Reader, b []byte) error {
 	return nil
 }
 
-// CommitLayer makes the batch's contents the layer key with a payload of the caller's, durably. If there is such a
-// layer already it stays as it is and the batch is discarded. After an error the batch may be committed again or
-// discarded.
+// CommitLayer durably turns the batch's contents into the layer key with the caller's payload. If the
+// layer exists it stays unchanged and the batch is discarded. After an error the batch may be
+// committed again or discarded.
 func (b *Batch) CommitLayer(ctx context.Context, key string, payload []byte) error {
 	if err := checkKey(key); err != nil {
 		return fmt.Errorf("pool: layer: %w", err)
@@ -287,7 +286,7 @@ func (b *Batch) CommitLayer(ctx context.Context, key string, payload []byte) err
 	return nil
 }
 
-// commitLayer turns the references of a batch into a layer's. Preconditions: commit is held.
+// commitLayer hands the references of a batch to a layer. Preconditions: commit is held.
 func (p *Pool) commitLayer(key string, payload []byte, held []*extent) error {
 	p.mu.Lock()
 	_, exists := p.layers[key]
@@ -312,7 +311,7 @@ func (p *Pool) commitLayer(key string, payload []byte, held []*extent) error {
 	return nil
 }
 
-// Discard ends a batch and frees what nobody else holds.
+// Discard ends a batch and frees contents that nothing else holds.
 func (b *Batch) Discard() {
 	if held, err := b.finish(); err == nil {
 		b.p.unref(held...)

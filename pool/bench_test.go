@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// tmpfsRegion makes a region on the tmpfs that every Linux has, or skips.
+// tmpfsRegion makes a region on the tmpfs that every Linux system has, or skips.
 func tmpfsRegion(t testing.TB, size int64) (region.Region, string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "pooltest")
@@ -33,8 +33,8 @@ func tmpfsRegion(t testing.TB, size int64) (region.Region, string) {
 	return r, dir
 }
 
-// BenchmarkPut puts fresh contents into a pool on tmpfs and prints the ratio to copying the same bytes into a file on
-// tmpfs: with write, and with memcpy into a mapping. Both fill pages that were not there before.
+// BenchmarkPut puts fresh contents into a pool on tmpfs and reports the ratio to copying the same
+// bytes into a file on tmpfs: with write, and with memcpy into a mapping. Both fill fresh pages.
 func BenchmarkPut(b *testing.B) {
 	for _, size := range []int{4 << 10, 64 << 10, 1 << 20, 64 << 20} {
 		b.Run(fmt.Sprintf("size=%dKiB", size>>10), func(b *testing.B) {
@@ -55,7 +55,7 @@ func BenchmarkPut(b *testing.B) {
 				n := min(total/size, b.N-i)
 				start := time.Now()
 				for k := range n {
-					// Another first and last byte makes other contents.
+					// Different first and last bytes make different contents.
 					body[0], body[1], body[2], body[size-1] = byte(i+k), byte((i+k)>>8), byte((i+k)>>16), byte(i+k)
 					reader.Reset(body)
 					if _, err := batch.Put(ctx, int64(size), reader); err != nil {
@@ -76,7 +76,7 @@ func BenchmarkPut(b *testing.B) {
 	}
 }
 
-// plainWrite writes body n times, one after the other, into a fresh file.
+// plainWrite writes body n times in sequence into a fresh file.
 func plainWrite(b *testing.B, path string, body []byte, n int) time.Duration {
 	f, err := os.Create(path)
 	if err != nil {
@@ -116,8 +116,8 @@ func plainCopy(b *testing.B, path string, body []byte, n int) time.Duration {
 	return time.Since(start)
 }
 
-// BenchmarkCommonBeginning puts files of one size that differ in their last bytes only. The time for a byte must not grow
-// with the number of files.
+// BenchmarkCommonBeginning puts files of one size that differ only in their last bytes. The time per
+// byte must not grow with the number of files.
 func BenchmarkCommonBeginning(b *testing.B) {
 	const size = 512 << 10
 	for _, files := range []int{10, 100, 1000} {

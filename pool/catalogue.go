@@ -20,33 +20,33 @@ type Image struct {
 	Slot    int       `json:"slot"`    // in the root directory of the live tree
 	UUID    [16]byte  `json:"-"`       // of the tree
 	Created time.Time `json:"created"` // when it was added
-	// Window and WindowSize are the range of bytes that daxfs.ko mounts, and Segment the bytes at its start that hold
-	// metadata: multiples of 2 MiB, or all 0 in a pool without windows.
+	// Window and WindowSize are the byte range that daxfs.ko mounts, and Segment the length of the
+	// metadata at its start: multiples of 2 MiB, or all 0 in a pool without windows.
 	Window     int64 `json:"window,omitempty"`
 	WindowSize int64 `json:"windowSize,omitempty"`
 	Segment    int64 `json:"segment,omitempty"`
-	// Document is where the store's document about the image lies: see ReadDocument.
+	// Document is the place of the store's document about the image: see ReadDocument.
 	Document Document `json:"-"`
 }
 
 // Name returns the name of the image in the root directory of the mounted pool.
 func (m Image) Name() string { return daxfs.Geometry{}.SlotName(m.Slot) }
 
-// Catalogue is what a pool says about itself to whoever maps it.
+// Catalogue describes a pool to readers that map it.
 type Catalogue struct {
 	PoolID     [16]byte
 	Generation uint64         // rises with every change
 	Size       int64          // bytes of the pool
 	Geometry   daxfs.Geometry // of the live tree; its UUID is that of the epoch
-	SlotsUsed  int            // slots that were used in this epoch, those of removed images included
+	SlotsUsed  int            // slots used in this epoch, including those of removed images
 	Windows    bool           // images have windows for daxfs.ko
-	DAX        bool           // contents belong to one inode
+	DAX        bool           // each extent belongs to one inode
 	Images     []Image        // by slot
 }
 
 const entryPublished = 1
 
-// encodeImage writes the entry of an image, of entrySize bytes.
+// encodeImage writes the entry of an image, entrySize bytes.
 func encodeImage(b []byte, m *Image) {
 	b = b[:entrySize]
 	clear(b)
@@ -65,7 +65,7 @@ func encodeImage(b []byte, m *Image) {
 	le.PutUint32(b[4:], entrySum(b))
 }
 
-// entrySum is the checksum of an entry, its own field taken as zero.
+// entrySum is the checksum of an entry with its checksum field taken as zero.
 func entrySum(b []byte) uint32 {
 	sum := crc32.Update(0, castagnoli, b[:4])
 	sum = crc32.Update(sum, castagnoli, []byte{0, 0, 0, 0})
@@ -121,22 +121,23 @@ func checkKey(key string) error {
 	return nil
 }
 
-// ReadCatalogue reads the catalogue of a pool without being its owner and without locks: from another process or from
-// another kernel that maps the same memory. It trusts no byte. An image that it returns was published when it was read;
-// while the owner works it is read again until nothing changes, a bounded number of times.
+// ReadCatalogue reads the catalogue of a pool without owning it and without locks, from another
+// process or from another kernel that maps the same memory. It trusts no byte. Every image that it
+// returns was published when it was read. While the owner makes changes it reads again until nothing
+// changes, a bounded number of times.
 //
-// Errors: ErrWiped where there is no pool, ErrVersion where there is one of another version, ErrCorrupt where there is one
-// that can not be true. With ErrCorrupt the catalogue is nil if the pool itself is at fault. If single entries are, it
-// has the images of all others, and the error names the damaged ones.
+// Errors: ErrWiped if there is no pool, ErrVersion if the pool has another version, ErrCorrupt if it
+// cannot be valid. With ErrCorrupt the catalogue is nil if the pool itself is damaged. If only entries
+// are, it has all other images, and the error names the damaged entries.
 func ReadCatalogue(r io.ReaderAt) (*Catalogue, error) {
 	var c *Catalogue
 	var last error
-	// A change may overtake the reader; many times in a row only if changes never stop. An entry that is being written is
-	// damaged for a moment, before the generation rises.
+	// A change may overtake the reader; this repeats only if changes never stop. An entry that is being
+	// written looks damaged for a moment, before the generation rises.
 	for try, damaged := 0, 0; try < 100 && damaged < 10; try++ {
 		hs, err := readHeaders(r)
 		if err != nil {
-			return nil, missing(err)
+			return nil, wipedError(err)
 		}
 		c, last = readSlots(r, hs[0])
 		again, err := readHeaders(r)
@@ -155,14 +156,14 @@ func ReadCatalogue(r io.ReaderAt) (*Catalogue, error) {
 	return c, nil
 }
 
-// readSlots reads the entries of all slots that a header says were used. What it returns with an error lacks the entries
-// that the error names, or is nil.
+// readSlots reads the entries of all used slots of a header. With an error it returns nil or a
+// catalogue without the entries that the error names.
 func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
 	c := &Catalogue{
 		PoolID: h.id, Generation: h.generation, Size: h.size, Geometry: h.geo, SlotsUsed: h.used,
 		Windows: h.windows, DAX: h.dax,
 	}
-	const part = 256 // entries at a time
+	const part = 256 // entries per read
 	b := make([]byte, part*entrySize)
 	keys := map[string]bool{}
 	var errs []error
@@ -193,7 +194,7 @@ func readSlots(r io.ReaderAt, h *header) (*Catalogue, error) {
 	return c, errors.Join(errs...)
 }
 
-// maxNamed is how many damaged entries an error names.
+// maxNamed limits how many damaged entries an error names.
 const maxNamed = 8
 
 func isZero(b []byte) bool {

@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// catalogueBytes is the bottom of a pool with images in its slot table.
+// catalogueBytes is the start of a pool with images in its slot table.
 func catalogueBytes(t testing.TB, images []Image) []byte {
 	t.Helper()
 	h := header{
@@ -61,7 +61,7 @@ func TestCatalogueRoundTrip(t *testing.T) {
 	}
 }
 
-// TestFormatIsPinned holds the numbers of docs/pool-format.md.
+// TestFormatIsPinned pins the numbers of docs/pool-format.md.
 func TestFormatIsPinned(t *testing.T) {
 	if headerSize != 4096 || entrySize != 256 || tableOff != 16384 || MaxKey != 144 || daxfs.SlotSize != 128 ||
 		daxfs.MaxSlots != 65472 {
@@ -109,8 +109,7 @@ func TestFormatIsPinned(t *testing.T) {
 	}
 }
 
-// TestCatalogueEveryByte changes each byte of the header and of the entries: the reader says that it is damaged, and
-// never returns something else.
+// TestCatalogueEveryByte changes each byte of header and entries: the reader reports the damage.
 func TestCatalogueEveryByte(t *testing.T) {
 	b := catalogueBytes(t, someImages(2))
 	for _, r := range [][2]int64{{headerOff(1), headerSize}, {entryOff(0), entrySize}, {entryOff(2), entrySize}} {
@@ -168,8 +167,7 @@ func TestCatalogueRefuses(t *testing.T) {
 	}
 }
 
-// TestCatalogueReaders reads while the owner adds and removes: every image that is read can be read at its slot, or was
-// removed meanwhile.
+// TestCatalogueReaders reads while the owner works: each image is readable, or was removed.
 func TestCatalogueReaders(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	addImage(t, p, "stays", random(1, 5000))
@@ -207,8 +205,7 @@ func TestCatalogueReaders(t *testing.T) {
 	wg.Wait()
 }
 
-// FuzzCatalogue gives the reader anything, also with right checksums: it must not panic, and what it returns must hold
-// what ReadCatalogue promises.
+// FuzzCatalogue reads arbitrary bytes: no panic, and the result keeps ReadCatalogue's promises.
 func FuzzCatalogue(f *testing.F) {
 	b := catalogueBytes(f, someImages(2))
 	f.Add(b[headerOff(1):headerOff(1)+128], b[entryOff(0):entryOff(3)], true)
@@ -258,7 +255,7 @@ func extentsOf(ids ...extentID) []*extent {
 	return out
 }
 
-// FuzzExtents decodes lists of extents and inodes: no panic, bounded memory, and what is accepted encodes to the same list.
+// FuzzExtents decodes lists: no panic, bounded memory, and an accepted list encodes to itself.
 func FuzzExtents(f *testing.F) {
 	f.Add(encodeExtents(nil))
 	f.Add(encodeExtents(extentsOf(extentID{off: 4096, size: 5},

@@ -14,18 +14,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Finding is one thing that Check found wrong. Rules of the live tree are those of daxfs.CheckLive with "live." before
-// them, rules of windows those of daxfs.Check with "window.".
+// Finding is one defect that Check found. Rules of the live tree are those of daxfs.CheckLive with the
+// prefix "live.", rules of windows those of daxfs.Check with "window.".
 type Finding struct {
 	Rule string `json:"rule"`          // such as "pool.overlap"
 	Key  string `json:"key,omitempty"` // image or layer
 	Off  int64  `json:"offset"`        // in the pool
 	Msg  string `json:"message"`
-	// Known says that Scrub found it before: nobody is given those contents any more.
+	// Known says that Scrub found it before: nobody gets these contents any more.
 	Known bool `json:"known,omitempty"`
 }
 
-// String is the finding in one line.
+// String returns the finding in one line.
 func (f Finding) String() string {
 	if f.Key != "" {
 		return fmt.Sprintf("%s: %q at %d: %s", f.Rule, f.Key, f.Off, f.Msg)
@@ -38,7 +38,7 @@ type checker struct {
 	p      *Pool
 	report func(Finding) bool
 	stop   bool
-	bad    map[string]bool // images whose metadata has findings; "" stands for all
+	bad    map[string]bool // images with damaged metadata; "" stands for all
 }
 
 func (c *checker) found(rule, key string, off int64, format string, args ...any) {
@@ -51,14 +51,16 @@ func (c *checker) finding(f Finding) {
 	}
 }
 
-// Check compares everything that is known in more than one place: the header copies, the slot table and the slots with the
-// index, the index with what is in memory, extents, runs and segments with the allocator, the bytes of every extent with
-// its digest, the rest of its last page with zero, the live tree by daxfs.CheckLive, and every window by daxfs.Check. It
-// reads the whole pool. Nothing is changed; adding and removing waits until it has finished. report returns false to stop.
+// Check compares everything that is stored twice: the header copies; slot table and slots with the
+// index; the index with memory; extents, runs and segments with the allocator; the bytes of every
+// extent with its digest, and the rest of its last page with zero; the live tree by daxfs.CheckLive;
+// every window by daxfs.Check. It reads the whole pool and changes nothing; adding and removing wait
+// for it. report returns false to stop.
 //
-// Rules: pool.header, pool.slot, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak, pool.sum, pool.tail,
-// pool.inode (an inode that is not what the index says), pool.image (an image that does not show the tree that was
-// added), pool.document (a document that is not what was set), live.* and window.*. The error is that of a check that could not be made, not of one that found something.
+// Rules: pool.header, pool.slot, pool.catalogue, pool.index, pool.refs, pool.overlap, pool.leak,
+// pool.sum, pool.tail, pool.inode (an inode differs from the index), pool.image (an image does not
+// show the tree that was added), pool.document (a document differs from the one that was set), live.*
+// and window.*. The error is that of a check that could not be made.
 func (p *Pool) Check(ctx context.Context, report func(Finding) bool) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -107,7 +109,7 @@ func (c *checker) checkCatalogue(context.Context) error {
 	}
 	want := make([]byte, int64(p.header.geo.Slots)*entrySize)
 	for _, m := range p.images {
-		if p.stale[m.Slot] == nil { // else writing it failed, and the next change publishes it
+		if p.stale[m.Slot] == nil { // otherwise writing it failed, and the next change publishes it
 			copy(want[m.Slot*entrySize:], p.entry(m))
 		}
 	}
@@ -125,7 +127,6 @@ func (c *checker) checkCatalogue(context.Context) error {
 	return nil
 }
 
-// checkIndex compares the database with memory.
 func (c *checker) checkIndex(context.Context) error {
 	p := c.p
 	have, err := p.index.load(p.region.Size())
@@ -198,7 +199,7 @@ func (c *checker) sameList(key string, es []*extent, stored []extentID) {
 	}
 }
 
-// checkSpace proves that chunks of the tree area, segments, extents and gaps cover the pool, each byte once.
+// checkSpace proves that tree area, segments, extents and gaps cover each byte of the pool once.
 func (c *checker) checkSpace(context.Context) error {
 	p := c.p
 	p.mu.Lock()
@@ -235,7 +236,7 @@ func (c *checker) checkSpace(context.Context) error {
 	return nil
 }
 
-// checkExtents reads the contents of all extents that somebody may be given, or was given.
+// checkExtents reads all extents that readers may hold or get.
 func (c *checker) checkExtents(ctx context.Context) error {
 	for _, e := range c.p.readable() {
 		if err := ctx.Err(); err != nil || c.stop {
@@ -270,13 +271,13 @@ func (c *checker) checkExtents(ctx context.Context) error {
 	return nil
 }
 
-// ofFormat tells whether an error is about bytes, and not about reading them. What a reader calls unsupported is damage
-// here: the pool wrote it.
+// ofFormat tells whether an error is about the bytes, not about reading them. Unsupported bytes are
+// damage, too: the pool wrote them.
 func ofFormat(err error) bool {
 	return errors.Is(err, daxfs.ErrCorrupt) || errors.Is(err, daxfs.ErrUnsupported)
 }
 
-// checkLive checks the live tree. Slots that wait to be published or erased are left out.
+// checkLive checks the live tree without slots that wait to be published or erased.
 func (c *checker) checkLive(ctx context.Context) error {
 	p := c.p
 	names := map[string]string{}
@@ -287,7 +288,7 @@ func (c *checker) checkLive(ctx context.Context) error {
 		_, waits := p.erase[i]
 		return ctx.Err() == nil && p.stale[i] == nil && !waits
 	}}
-	opts.SkipTails = true // checkExtents has looked at all of them
+	opts.SkipTails = true // checkExtents has read all tails
 	err := daxfs.CheckLive(p.region, p.header.size, opts, func(f daxfs.Finding) bool {
 		slot, _, _ := strings.Cut(strings.TrimPrefix(f.Path, "/"), "/")
 		c.bad[names["/"+slot]] = true
@@ -305,8 +306,8 @@ func (c *checker) checkLive(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// checkInodes compares the inodes that the index knows with what the live tree holds there: two files at one address, or a
-// file whose contents are another's, would be found here.
+// checkInodes compares the inodes in the index with the live tree. It finds two files at one address,
+// and a file with the contents of another.
 func (c *checker) checkInodes(ctx context.Context) error {
 	p := c.p
 	live, err := daxfs.OpenLive(p.region, p.header.size)

@@ -7,13 +7,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// checkImages proves that every image shows the tree that was added: its UUID is made of all that a reader can see. The
-// rules of the format leave times, owners and attributes free, so they cannot tell. Images with other findings are left
-// out: their metadata is not safe to walk.
+// checkImages proves that every image shows the tree that was added: its UUID depends on everything
+// that a reader can see. The format rules alone cannot prove it, because they leave times, owners and
+// attributes free. Images with other findings are skipped: walking their metadata is not safe.
 func (c *checker) checkImages(ctx context.Context) error {
 	live, err := daxfs.OpenLive(c.p.region, c.p.header.size)
 	if err != nil {
-		return nil //nolint:nilerr // checkLive has found it
+		return nil //nolint:nilerr // checkLive reports it
 	}
 	for _, m := range c.p.Images() {
 		if err := ctx.Err(); err != nil || c.stop {
@@ -28,8 +28,8 @@ func (c *checker) checkImages(ctx context.Context) error {
 	return nil
 }
 
-// shows compares what an image shows in the live tree, or in its window that begins at base, with what it is to show.
-// err is that of opening it.
+// shows compares an image, in the live tree or in its window at base, with the tree that was added.
+// err is the error of opening the image.
 func (c *checker) shows(m Image, base int64, img *daxfs.FS, err error) {
 	uuid := [16]byte{}
 	if err == nil {
@@ -43,7 +43,7 @@ func (c *checker) shows(m Image, base int64, img *daxfs.FS, err error) {
 	}
 }
 
-// treeUUID returns the UUID of what an image at base shows, with the digests that the index has for its contents.
+// treeUUID computes the UUID of the tree that an image at base shows, with the digests from the index.
 func (p *Pool) treeUUID(img *daxfs.FS, base int64) ([16]byte, error) {
 	return daxfs.TreeUUID(img, func(in daxfs.Inode) (daxfs.Data, error) {
 		off, size, ok := in.Data()

@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// model is what a pool should hold: bodies by key.
+// model is the expected contents of a pool: bodies by key.
 type model struct {
 	layers map[string][][]byte
 	images map[string][][]byte
@@ -29,14 +29,14 @@ func (m *model) clone() *model {
 	return &model{maps.Clone(m.layers), maps.Clone(m.images), maps.Clone(m.docs)}
 }
 
-// world is a pool with the model of what was committed. A step may change the pool and then, if it succeeded, the model.
+// world is a pool and the model of its state. A step changes the pool and, on success, the model.
 type world struct {
 	t     testing.TB
 	r     *simRegion
 	index string
 	p     *Pool
 	m     *model
-	next  *model // what the step in progress makes of m
+	next  *model // m after the step in progress
 	done  func(op string) error
 }
 
@@ -65,7 +65,7 @@ func (w *world) layer(key string, bodies ...[]byte) error {
 	return b.CommitLayer(ctx, key, []byte(key))
 }
 
-// image makes an image of the contents of a layer, which are all there: putting them again finds them.
+// image makes an image of the contents of a layer. Putting them again finds them.
 func (w *world) image(key string, bodies ...[]byte) error {
 	w.next.images[key] = bodies
 	b := w.p.Begin()
@@ -112,7 +112,7 @@ func (w *world) discard(bodies ...[]byte) error {
 	return nil
 }
 
-// turn begins a new epoch: there are enough removed images in this one.
+// turn begins a new epoch: the current one has enough removed images.
 func (w *world) turn() error {
 	clear(w.next.images)
 	clear(w.next.docs)
@@ -132,12 +132,12 @@ func (w *world) reopen(f *faults) error {
 
 const simSize = 16 << 20
 
-// bodies are the contents in these tests: c is large, with a tail, and e is a multiple of 2 MiB.
+// bodies are the contents in these tests: c is large and has a tail, and e is a multiple of 2 MiB.
 var bodies = struct{ a, b, c, d, e, g []byte }{
 	random(1, 3000), random(2, 70_000), random(3, smallMax+chunk/2), random(4, 4096), random(5, 2<<20), random(6, 100),
 }
 
-// steps is the life of a pool. Space is freed and taken again; the images overlap.
+// steps is the life of a pool. Space is freed and reused; the images overlap.
 func steps(f *faults) []func(w *world) error {
 	a, b, c, d, e, g := bodies.a, bodies.b, bodies.c, bodies.d, bodies.e, bodies.g
 	return []func(w *world) error{
@@ -173,7 +173,7 @@ func steps(f *faults) []func(w *world) error {
 	}
 }
 
-// Places in steps.
+// Indexes in steps.
 const (
 	reopenStep = 17
 	turnStep   = 24
@@ -181,7 +181,7 @@ const (
 
 var documentSteps = []int{3, 6, 7, 8, 9, 16, 18}
 
-// matches tells how the pool differs from a model, and nil if it does not.
+// matches returns an error if the pool differs from the model.
 func (m *model) matches(p *Pool) error {
 	if got, want := p.Layers(), slices.Sorted(maps.Keys(m.layers)); !slices.Equal(got, want) {
 		return fmt.Errorf("layers %q, expected %q", got, want)
@@ -233,7 +233,7 @@ func (m *model) matches(p *Pool) error {
 	return nil
 }
 
-// sameDocuments tells whose document differs from the model. One that was replaced may still be there.
+// sameDocuments returns an error if a document differs from the model. A replaced one may still exist.
 func (m *model) sameDocuments(p *Pool) error {
 	for key := range m.images {
 		if err := m.sameDocument(p, key); err != nil {
@@ -243,7 +243,7 @@ func (m *model) sameDocuments(p *Pool) error {
 	return nil
 }
 
-// sameDocument tells how the document of an image differs from the model.
+// sameDocument returns an error if the document of an image differs from the model.
 func (m *model) sameDocument(p *Pool, key string) error {
 	img, err := p.Image(key)
 	if err != nil {
@@ -259,8 +259,9 @@ func (m *model) sameDocument(p *Pool, key string) error {
 	return err
 }
 
-// TestCrash cuts the power at every operation on the region and the index in turn. What was committed must be there
-// after reopening, the step in progress must have happened whole or not at all, and the pool must work.
+// TestCrash cuts the power at every operation on the region and the index in turn. After reopening,
+// everything that was committed must be there, the step in progress must have happened completely or
+// not at all, and the pool must work.
 func TestCrash(t *testing.T) {
 	seeds, stride := uint64(2), 1
 	if testing.Short() {
@@ -313,7 +314,7 @@ func crashAt(t *testing.T, at int, rng *rand.Rand) (finished bool) {
 		return true
 	}
 	if step < 0 {
-		// The fault was only warned of, such as of a punch: everything happened.
+		// The fault was only a warning, for example of a punch: everything happened.
 		w.next = w.m
 	}
 	p, err := Open(survivor, copied, Options{})
@@ -338,8 +339,8 @@ func crashAt(t *testing.T, at int, rng *rand.Rand) (finished bool) {
 	return false
 }
 
-// TestFaults fails every operation in turn, once, in a process that goes on: a step that returns an error must have
-// changed nothing, and must succeed when it is tried again.
+// TestFaults fails every operation in turn, once, in a process that goes on: a step that returns an
+// error must have changed nothing, and must succeed on the next try.
 func TestFaults(t *testing.T) {
 	stride := 1
 	if testing.Short() {
@@ -391,11 +392,11 @@ func faultAt(t *testing.T, at int) (finished bool) {
 	return finished
 }
 
-// settle looks at the pool after a step that failed and tries it again.
+// settle checks the pool after a failed step and repeats the step.
 func (w *world) settle(i int, f *faults, cause error) {
 	isOpen := i == 0 || i == reopenStep
 	if isOpen {
-		// A pool that could not be opened is opened again; a half-made one is wiped.
+		// Reopen a pool that could not be opened; a half-made one is wiped.
 		if err := w.open(f, func() (*Pool, error) { return Open(w.r, w.index, Options{}) }); err != nil {
 			if i != 0 || !errors.Is(err, ErrWiped) {
 				w.t.Fatalf("open again after %v: %v", cause, err)
@@ -410,11 +411,11 @@ func (w *world) settle(i int, f *faults, cause error) {
 		}
 	}
 	if i == turnStep && w.next.matches(w.p) == nil {
-		w.m = w.next // the epoch has turned, and the next image writes its tree
+		w.m = w.next // the epoch has turned; the next image writes its tree
 		return
 	}
 	if slices.Contains(documentSteps, i) && w.next.sameDocuments(w.p) == nil {
-		w.again(i, f, cause) // the index has the document, and the same call publishes it
+		w.again(i, f, cause) // the index has the document; the same call publishes it
 		mustCheck(w.t, w.p)
 		return
 	}
@@ -428,7 +429,7 @@ func (w *world) settle(i int, f *faults, cause error) {
 	w.again(i, f, cause)
 }
 
-// again tries a step again that failed, which must succeed.
+// again repeats a failed step, which must succeed.
 func (w *world) again(i int, f *faults, cause error) {
 	w.next = w.m.clone()
 	if err := steps(f)[i](w); err != nil {
@@ -440,8 +441,9 @@ func (w *world) again(i int, f *faults, cause error) {
 	}
 }
 
-// TestIndexUnknown lets the disk fail at the end of every change of the index in turn, so that it may have the change or
-// not. The pool must say so and do nothing more; whichever of both is there when it is opened again, all is well.
+// TestIndexUnknown lets the disk fail at the end of every change of the index in turn, so that the
+// change may or may not be there. The pool must report that and make no more changes; when it is
+// opened again, either state is fine.
 func TestIndexUnknown(t *testing.T) {
 	for at := 1; ; at++ {
 		if unknownAt(t, at) {

@@ -12,15 +12,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Dead is an extent that nothing holds any more, and to which inodes of the live tree point. A kernel may have one of them
-// in memory and read through it, so the bytes stay until somebody who can ask the kernel calls Free.
+// Dead is an extent without holders, but with inodes in the live tree. A kernel may have such an inode
+// in memory and read through it, so the bytes stay until a caller asks the kernel and calls Free.
 type Dead struct {
 	Off, Size int64    // of the contents, in bytes
 	Nids      []uint64 // of the inodes
 }
 
-// Dead returns the dead extents, those that died first first. Contents that are put again take theirs back to life, until
-// Erase is called.
+// Dead returns the dead extents, the oldest first. Until Erase, putting the contents revives one.
 func (p *Pool) Dead() []Dead {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -41,8 +40,8 @@ func (p *Pool) Dead() []Dead {
 	return out
 }
 
-// Erase makes the inodes of dead extents ones that a kernel refuses to open (ENXIO), and returns those of the extents that were
-// still dead: they stay so. Who has an inode in memory keeps it.
+// Erase overwrites inodes of dead extents on disk: a kernel refuses to open them (ENXIO), unless it
+// has them in memory. Erase returns the extents that were still dead; they stay dead.
 func (p *Pool) Erase(ctx context.Context, dead []Dead) ([]Dead, error) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -73,7 +72,7 @@ func (p *Pool) Erase(ctx context.Context, dead []Dead) ([]Dead, error) {
 	return out, nil
 }
 
-// markErased returns the extent of d if it is dead, and sees to it that it stays so.
+// markErased returns the extent of d if it is dead, and makes that final.
 func (p *Pool) markErased(d Dead) *extent {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -86,8 +85,8 @@ func (p *Pool) markErased(d Dead) *extent {
 	return e
 }
 
-// Free frees the space of dead extents, for which the caller has proof that no kernel can read them any more: Erase
-// returned them, and nothing has one of their inodes open, or in memory at all if the pool is mounted with DAX.
+// Free frees the space of dead extents that no kernel can read any more. The caller has proof: Erase
+// returned them, and nothing has their inodes open or, if the pool is mounted with DAX, in memory.
 func (p *Pool) Free(ctx context.Context, dead []Dead) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -103,7 +102,7 @@ func (p *Pool) Free(ctx context.Context, dead []Dead) error {
 	return p.free(es)
 }
 
-// free takes dead extents out of the index, then frees their space. Preconditions: commit is held.
+// free removes dead extents from the index, then frees their space. Preconditions: commit is held.
 func (p *Pool) free(es []*extent) error {
 	if len(es) == 0 {
 		return nil
@@ -148,17 +147,18 @@ func (p *Pool) free(es []*extent) error {
 	return nil
 }
 
-// NothingMounted frees all dead extents, and turns the epoch if that gains enough: the live tree begins anew, with another
-// UUID and without images. Layers stay, and whoever knows what images are made of adds them again.
+// NothingMounted frees all dead extents, and begins a new epoch if that gains enough: the live tree
+// starts anew, with another UUID and without images. Layers stay; the caller adds images again from
+// them.
 //
-// Preconditions: no superblock of the pool lives in any kernel, and no window of it is mounted; nothing is mounted until
-// the call returns. turned tells whether there is a new epoch.
+// Preconditions: no superblock of the pool lives in any kernel, no window of it is mounted, and
+// nothing is mounted until the call returns. turned tells whether there is a new epoch.
 func (p *Pool) NothingMounted(ctx context.Context) (turned bool, err error) {
 	return p.nothingMounted(ctx, false)
 }
 
-// NewEpoch is NothingMounted that turns the epoch in any case: for a live tree that somebody else has written to, which
-// then is made again from what the index knows.
+// NewEpoch is like NothingMounted, but always begins a new epoch: for a live tree that a foreign
+// process has written to. The tree then starts anew.
 func (p *Pool) NewEpoch(ctx context.Context) error {
 	turned, err := p.nothingMounted(ctx, true)
 	if err == nil && !turned {
@@ -206,7 +206,7 @@ func (p *Pool) nothingMounted(ctx context.Context, always bool) (turned bool, er
 		return false, p.eraseAndFree(es)
 	}
 	if err := p.turn(es); err != nil {
-		if p.hidden { // the epoch goes on
+		if p.hidden { // the old epoch goes on
 			err = errors.Join(err, p.hide(false))
 		}
 		return true, err
@@ -214,7 +214,7 @@ func (p *Pool) nothingMounted(ctx context.Context, always bool) (turned bool, er
 	return true, nil
 }
 
-// worthTurning tells whether a new epoch would gain much: half of the slots, or half of what the tree area has taken.
+// worthTurning tells whether a new epoch would gain half of the slots or half of the used tree area.
 func (p *Pool) worthTurning() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -258,7 +258,7 @@ func (p *Pool) eraseAndFree(es []*extent) error {
 	return p.free(es)
 }
 
-// turn begins a new epoch. The index comes first: whatever happens after it, the next opening finishes it.
+// turn begins a new epoch. The index comes first: after a crash, the next opening finishes the change.
 func (p *Pool) turn(dead []*extent) error {
 	gen := p.header.generation + 1
 	uuid := newUUID()
@@ -295,24 +295,24 @@ func (p *Pool) turn(dead []*extent) error {
 	p.release(dead)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for p.freeing > 0 { // by batches that are discarded at this moment: their spans belong to the old division of space
+	for p.freeing > 0 { // batches are being discarded; their spans belong to the old allocator
 		p.mu.Unlock()
 		time.Sleep(time.Millisecond)
 		p.mu.Lock()
 	}
-	p.begun = &uuid
+	p.unwrittenEpoch = &uuid
 	return p.finishEpoch(gen)
 }
 
-// finishEpoch writes the live tree of an epoch that the index has and the region has not. Preconditions: commit and mu
+// finishEpoch writes the live tree of an epoch that is only in the index. Preconditions: commit and mu
 // are held; nothing is mounted.
 func (p *Pool) finishEpoch(gen uint64) error {
-	if p.begun == nil {
+	if p.unwrittenEpoch == nil {
 		return nil
 	}
-	if err := p.startEpoch(gen, *p.begun); err != nil {
+	if err := p.startEpoch(gen, *p.unwrittenEpoch); err != nil {
 		return fmt.Errorf("pool: begin an epoch: %w", err)
 	}
-	p.begun = nil
+	p.unwrittenEpoch = nil
 	return nil
 }

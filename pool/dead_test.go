@@ -32,8 +32,8 @@ func nidOf(t *testing.T, p *Pool, key, name string) uint64 {
 	return in.Nid
 }
 
-// Contents that are put again before their inodes are erased come back to life with their inodes; after that they are
-// stored anew, and nothing reads the old ones as theirs.
+// Contents that are put again before their inodes are erased come back to life with these inodes.
+// Later they are stored anew, and nothing reads the old ones in their place.
 func TestDeadComesBack(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	body := random(1, 100_000)
@@ -79,7 +79,7 @@ func TestDeadComesBack(t *testing.T) {
 	if u := p.Usage(); u.DeadCount != 0 || u.ExtentCount != 1 {
 		t.Errorf("usage after freeing: %+v", u)
 	}
-	// What is alive is never freed, whatever the caller has.
+	// Live extents are never freed, whatever the caller passes.
 	if err := p.Free(ctx, dead); err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,7 @@ func TestDeadComesBack(t *testing.T) {
 	}
 }
 
-// Dead extents are dead after a restart, and their space is not used.
+// Dead extents are still dead after a restart, and their space is not used.
 func TestDeadSurvives(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 17<<20)
@@ -126,7 +126,7 @@ func TestDeadSurvives(t *testing.T) {
 	mustCheck(t, p)
 }
 
-// With DAX contents belong to one inode: other metadata, and the second equal file of an image, get a copy.
+// With DAX, other metadata and the second equal file of an image get a copy of the contents.
 func TestDAXVariants(t *testing.T) {
 	dir := t.TempDir()
 	p, err := Create(openRegion(t, dir, 64<<20), filepath.Join(dir, "index"), Options{DAX: Yes, Windows: Yes})
@@ -196,7 +196,7 @@ func TestDAXVariants(t *testing.T) {
 	mustCheck(t, p)
 }
 
-// TestEpoch uses up the slots, again and again: an epoch turns when nothing is mounted, and only then.
+// TestEpoch uses up the slots again and again: an epoch turns only when nothing is mounted.
 func TestEpoch(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)
@@ -250,7 +250,6 @@ func TestEpoch(t *testing.T) {
 	}
 }
 
-// TestRecords keeps small records of others.
 func TestRecords(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)

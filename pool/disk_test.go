@@ -51,8 +51,9 @@ func bytesFree(t *testing.T, dir string) int64 {
 	return int64(st.Bavail) * st.Bsize
 }
 
-// TestDiskFull has a sparse pool and its index on a filesystem that is far smaller than the pool. When that is full nothing is
-// half-added, what was there is untouched, and removing works and gives the space back to the filesystem.
+// TestDiskFull has a sparse pool and its index on a much smaller filesystem. When that is full,
+// nothing is half-added, existing data is untouched, and removing works and returns space to the
+// filesystem.
 func TestDiskFull(t *testing.T) {
 	if os.Geteuid() != 0 || !mountns.Inside() {
 		t.Skip("mounting needs root")
@@ -106,7 +107,7 @@ func fillDisk(t *testing.T, p *Pool, dir string) {
 	if after := p.Usage(); after != before {
 		t.Errorf("usage %+v, before %+v", after, before)
 	}
-	// To the last page, then an image of what was put: its metadata has no room, or the index has none.
+	// Fill the last page, then add an image of the contents: its metadata, or the index, has no room.
 	var some []byte
 	for n := 8 << 20; n >= 4096; {
 		body := random(uint64(n)+uint64(bytesFree(t, dir)), n)

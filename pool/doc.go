@@ -1,9 +1,8 @@
-// Package pool keeps the contents and the metadata of many images in one region of shared memory, every distinct file
-// once.
+// Package pool keeps many images in one region of shared memory, and stores every distinct file once.
 //
-// Contents are put in batches, as extents. A layer holds the extents of one layer's files together with a payload that
-// the pool does not look into; an image holds those of its files and has its metadata in a segment. An extent that
-// nothing holds is free.
+// A Batch puts contents into the pool as extents. A layer holds the extents of one layer's files and a
+// payload that the pool does not interpret. An image holds the extents of its files and has its own
+// metadata. An extent without a holder becomes free.
 //
 //	r, err := region.Open(region.Config{Kind: region.KindFile, Path: dir + "/pool", Size: 64 << 30, Create: true})
 //	...
@@ -14,21 +13,23 @@
 //	...
 //	b := p.Begin()
 //	defer b.Discard()
-//	data, err := b.Put(ctx, size, file) // data.Off is an address in the pool
+//	data, err := b.Put(ctx, size, file) // data.Off is an offset in the pool
 //	...
 //	err = b.CommitLayer(ctx, "sha256:…", payload)
 //	...
-//	img, err := p.AddImage(ctx, chainID, root, daxfs.Options{}) // mount the window [img.Off, img.Off+img.Size)
+//	img, err := p.AddImage(ctx, chainID, root, daxfs.Options{}) // img.Name() is its directory in the mounted pool
 //
-// One process owns a pool. Others, in this kernel and in those that map the same memory, read its catalogue with
-// ReadCatalogue and the images it lists; nothing that an image refers to changes until the image is removed.
+// One process owns a pool. Others, in this kernel and in kernels that map the same memory, read its
+// catalogue with ReadCatalogue and the images in it. Nothing that an image refers to changes until it
+// is removed.
 //
 // # What survives
 //
-// CommitLayer and AddImage return when what they added survives whatever the region survives. A crash at any moment
-// leaves everything that was committed, and nothing of what was not. The region says where bytes are and the owner's
-// index, a database file, says what they are: the index is written after the bytes are durable, and what it does not
-// list is free. A region without a header was wiped (ErrWiped) and nothing is believed of it.
+// When CommitLayer and AddImage return, what they added survives whatever the region survives. A crash
+// at any moment leaves everything that was committed, and nothing else. The region holds bytes; the
+// owner's index, a database file, says what they are. The index is written after the bytes are
+// durable, and everything that it does not list is free. A region without a header was wiped
+// (ErrWiped); nothing in it is trusted.
 //
 // docs/pool-format.md describes the bytes.
 package pool

@@ -9,18 +9,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// MaxDocument bounds the document of an image, in bytes: a reader allocates that much for whoever wrote the pool.
+// MaxDocument limits the document of an image, in bytes, because readers allocate untrusted sizes.
 const MaxDocument = 8 << 20
 
-// Document says where the document of an image lies: bytes that the owner's store wrote about the image, for readers. The
-// pool does not look into them. The zero value means that there is none.
+// Document is the place of an image's document: bytes that the owner's store wrote for readers. The
+// pool does not interpret them. The zero value means no document.
 type Document struct {
-	Off  int64    // in the pool, a multiple of 4096
+	Off  int64    // offset in the pool, a multiple of 4096
 	Size int64    // in bytes, at most MaxDocument
 	Sum  [32]byte // SHA-256
 }
 
-// check tells what is wrong with the place of a document in a pool of size bytes.
+// check returns an error if the place is invalid in a pool of size bytes.
 func (d Document) check(size int64) error {
 	if d == (Document{}) {
 		return nil
@@ -34,11 +34,12 @@ func (d Document) check(size int64) error {
 	return nil
 }
 
-// ReadDocument reads the document of an image that ReadCatalogue returned, without locks, as ReadCatalogue does. It trusts
-// no byte: what it returns has the digest that the catalogue gives.
+// ReadDocument reads the document of an image from ReadCatalogue, without locks. It trusts no byte:
+// the result has the digest that the catalogue gives.
 //
-// Errors: ErrNotFound if the image has none. ErrCorrupt if its bytes are others: the owner has replaced the document or
-// removed the image, unless a catalogue that is read after that names the same document.
+// Errors: ErrNotFound if there is no document; ErrCorrupt if the digest differs. Then the owner has
+// replaced the document or removed the image, unless a catalogue that is read afterwards has the same
+// Document.
 func ReadDocument(r io.ReaderAt, m Image) ([]byte, error) {
 	d := m.Document
 	if d == (Document{}) {
@@ -58,12 +59,12 @@ func ReadDocument(r io.ReaderAt, m Image) ([]byte, error) {
 	return b, nil
 }
 
-// SetDocument gives an image a document, in the place of the one that it has; no bytes remove it. When it returns, the
-// document is durable and in the catalogue. Readers that are reading the old one meanwhile may find other bytes, which
-// have another digest.
+// SetDocument sets or replaces the document of an image; an empty doc removes it. On return the
+// document is durable and in the catalogue. Readers of the old one may meanwhile find other bytes,
+// which have another digest.
 //
-// Errors: ErrNotFound; ErrFull, with nothing changed; ErrInvalid if it is too large. After another error the image has the
-// old document or the new one; the same call made again finishes what was begun.
+// Errors: ErrNotFound; ErrFull, with nothing changed; ErrInvalid if doc is too large. After another
+// error the image has the old or the new document; the same call finishes the change.
 func (p *Pool) SetDocument(ctx context.Context, key string, doc []byte) error {
 	if len(doc) > MaxDocument {
 		return fmt.Errorf("pool: document of image %q: %d bytes, expected at most %d: %w", key, len(doc),
@@ -92,7 +93,7 @@ func (p *Pool) setDocument(key string, doc []byte) error {
 		return ErrClosed
 	case m == nil:
 		return ErrNotFound
-	case same && (p.stale[m.Slot] != nil || p.behind):
+	case same && (p.stale[m.Slot] != nil || p.unannounced):
 		return p.republishStale()
 	case same:
 		return nil
@@ -118,12 +119,11 @@ func (p *Pool) setDocument(key string, doc []byte) error {
 	}
 	m.storedImage, m.doc = &now, e
 	p.mu.Unlock()
-	p.stale[m.Slot], p.behind = m.slot, true
+	p.stale[m.Slot], p.unannounced = m.slot, true
 	return p.publish(m)
 }
 
-// writeDocument makes an extent of a document, durably; of no bytes it makes none. The extent is not listed: no file ever
-// shares it.
+// writeDocument writes a document durably, or returns nil for an empty one. No file shares its extent.
 func (p *Pool) writeDocument(doc []byte) (*extent, error) {
 	if len(doc) == 0 {
 		return nil, nil
@@ -146,12 +146,11 @@ func (p *Pool) writeDocument(doc []byte) (*extent, error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	e.document, e.sum = true, sha256.Sum256(doc) // a scrub may read it from now on
+	e.document, e.sum = true, sha256.Sum256(doc) // from now on a scrub may read it
 	return e, nil
 }
 
-// adoptDocument gives an image of the index its document. Preconditions: p is not shared yet, and all other extents that
-// the index lists are adopted.
+// adoptDocument gives a loaded image its document, after all other extents of the index were adopted.
 func (p *Pool) adoptDocument(m *image) error {
 	d := m.Document
 	if d == (Document{}) {
@@ -165,19 +164,19 @@ func (p *Pool) adoptDocument(m *image) error {
 	return nil
 }
 
-// freeRetired frees the documents that no entry names any more. Preconditions: commit is held, mu is not, and the newest
-// header is durable.
+// freeRetired frees replaced documents that no entry refers to. Preconditions: commit is held, mu is
+// not, and the newest header is durable.
 func (p *Pool) freeRetired() {
 	if len(p.stale) > 0 {
 		return // an entry may still name one of them
 	}
 	old := p.retired
-	p.behind = false
+	p.unannounced = false
 	p.retired = nil
 	p.unref(old...)
 }
 
-// checkDocuments compares what images say of their documents with the extents that hold them.
+// checkDocuments compares the documents of images with their extents.
 func (c *checker) checkDocuments(context.Context) error {
 	p := c.p
 	p.mu.Lock()

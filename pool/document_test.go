@@ -10,7 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// readDocument reads the document of an image as a reader does.
+// readDocument reads the document of an image as readers do.
 func readDocument(t testing.TB, p *Pool, key string) ([]byte, error) {
 	t.Helper()
 	c, err := ReadCatalogue(p.Region())
@@ -75,7 +75,7 @@ func TestDocument(t *testing.T) {
 	}
 }
 
-// TestDocumentSame sets the same document again, which changes nothing: the owner does it at each sweep.
+// TestDocumentSame sets the same document again, as the owner does at each sweep: nothing changes.
 func TestDocumentSame(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	addImage(t, p, "a", random(1, 5000))
@@ -95,8 +95,8 @@ func TestDocumentSame(t *testing.T) {
 	}
 }
 
-// TestDocumentReaders reads documents while the owner replaces them and adds contents in their place: a reader gets one
-// that was set, or learns that it has to look again.
+// TestDocumentReaders reads documents while the owner replaces them and reuses their space: a reader
+// gets a document that was set, or an error that tells it to look again.
 func TestDocumentReaders(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	addImage(t, p, "a", random(1, 5000))
@@ -161,8 +161,8 @@ func TestReadDocumentRefuses(t *testing.T) {
 	}
 }
 
-// TestDocumentDamaged changes the bytes of a document. The checker names it, a scrub takes it out of the catalogue but
-// not its image, and setting it again mends it.
+// TestDocumentDamaged changes the bytes of a document. Check names it, a scrub takes it, but not its
+// image, out of the catalogue, and setting it again repairs it.
 func TestDocumentDamaged(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	addImage(t, p, "a", random(1, 5000))

@@ -15,30 +15,30 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// extent is the contents of one file. All fields but the identity are guarded by Pool.mu. There may be millions, so what
-// few of them have is elsewhere.
+// extent is the contents of one file or document. Pool.mu guards all fields but the identity. There
+// may be millions of extents, so rare properties are kept elsewhere.
 type extent struct {
 	extentID
-	refs     int32 // batches, layers, images, and operations that look at it
-	images   int32 // those of refs that are images
+	refs     int32 // batches, layers, images, and operations that use it
+	images   int32 // how many of refs are images
 	firstRun uint32
 	synced   bool // the bytes survive what the region survives
-	pending  bool // the bytes are not in place yet, see Pool.pending
-	failed   bool // they never came
+	pending  bool // the bytes are not in place yet; see Pool.pending
+	failed   bool // the bytes never came
 	listed   bool // in Pool.sums and Pool.heads
 	added    bool // the image that is being added will hold it
-	erased   bool // inodes may be zero already, so the extent never comes to life again
-	damaged  bool // the bytes were found not to be those that were put. The extent is not listed then.
-	document bool // it is the document of an image, which no file shares: it is never listed.
+	erased   bool // inodes may be zero already, so the extent cannot come to life again
+	damaged  bool // the bytes are not those that were put; the extent is not listed then
+	document bool // document of an image, which no file shares: never listed
 
-	// Inodes are those of regular files that have these contents. They stay as long as the extent: while one may be in a
-	// kernel's memory, the bytes that it points to must not become another file's. The first one is here: key, nid and the
-	// number of the page where its run begins; nid is 0 if there is none.
+	// Inodes of regular files with these contents. They live as long as the extent: a kernel may have one
+	// in memory, and the bytes that it points to must not become another file's. The first inode is here:
+	// key, nid (0 if there is none) and the number of the page where its run begins.
 	firstKey daxfs.InodeKey
 	firstNid uint64
 	others   *inodes
-	next     *extent // the next one in the list of Pool.sums
-	died     int64   // when the last reference went; 0 while there is one
+	next     *extent // next in the list of Pool.sums
+	died     int64   // order of death, see Pool.dead; 0 while there is a reference
 }
 
 // find returns an extent with these contents, or nil. Preconditions: mu is held.
@@ -72,7 +72,7 @@ type sumKey struct {
 
 func (e *extent) key() sumKey { return sumKey{e.sum, e.size} }
 
-// short is by what Pool.sums finds extents: whole keys would be most of the memory that a pool takes.
+// short is the key of Pool.sums: whole keys would be most of the memory that a pool takes.
 func (k sumKey) short() uint64 { return binary.LittleEndian.Uint64(k.sum[:]) }
 
 // headKey finds large contents that begin alike.
@@ -84,15 +84,15 @@ type headKey struct {
 func (e *extent) headKey() headKey { return headKey{e.head, e.size} }
 
 const (
-	// chunk is how much of a large file is in flight: it is read, hashed and written while in the cache of the core.
+	// chunk bytes of a large file are read, hashed and written at a time: they fit the core's cache.
 	chunk = 256 << 10
-	// smallMax is the largest size that is read as a whole before it is looked up.
+	// smallMax is the largest size that is read as a whole before the lookup.
 	smallMax = chunk
 )
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 
-// list makes an extent known to those that look for its contents. Preconditions: mu is held, the sum is set.
+// list makes an extent findable by its contents. Preconditions: mu is held, the sum is set.
 func (p *Pool) list(e *extent) {
 	k := e.key().short()
 	e.next = p.sums[k]
@@ -131,7 +131,7 @@ func (p *Pool) unlist(e *extent) {
 	}
 }
 
-// newExtent takes space for size bytes. The extent has one reference and is not listed. Preconditions: mu is held.
+// newExtent takes space for an unlisted extent with one reference. Preconditions: mu is held.
 func (p *Pool) newExtent(size int64) (*extent, error) {
 	if p.closed {
 		return nil, fmt.Errorf("pool: %w", ErrClosed)
@@ -147,8 +147,8 @@ func (p *Pool) newExtent(size int64) (*extent, error) {
 	return e, nil
 }
 
-// unref gives up one reference to each extent. What has none left is freed, or is dead if inodes point to it: see Dead.
-// If nobody knows what the index holds everything stays: it may list them.
+// unref drops one reference to each extent. An extent without references is freed, or becomes dead if
+// inodes point to it: see Dead. If the index is unknown, all extents stay: it may list them.
 func (p *Pool) unref(es ...*extent) {
 	if p.index.unknown() != nil {
 		return
@@ -177,25 +177,25 @@ func (p *Pool) unref(es ...*extent) {
 	}
 }
 
-// ref adds a reference, which brings a dead extent back to life. Preconditions: mu is held; the extent is listed.
+// ref adds a reference, which revives a dead extent. Preconditions: mu is held; the extent is listed.
 func (e *extent) ref() {
 	e.refs++
 	e.died = 0
 }
 
-// forgetExtent takes an extent out of all maps. Preconditions: mu is held.
+// forgetExtent removes an extent from all maps. Preconditions: mu is held.
 func (p *Pool) forgetExtent(e *extent) {
 	p.unlist(e)
 	delete(p.extents, e.off)
 	delete(p.found, e)
-	if e.damaged { // with the change that gives the place to others
+	if e.damaged { // written with the change that reuses the space
 		p.damaged.Add(-1)
 		p.index.noteLast(noted{kindDamaged, damagedKey(e), nil})
 	}
 }
 
-// release frees the space of extents that were forgotten: first the bytes, then the space, so that nobody writes where
-// zeros are still being written. Preconditions: freeing was counted.
+// release frees the space of forgotten extents, but first clears the bytes, so that nobody writes
+// where zeros are still being written. Preconditions: the caller has counted it in freeing.
 func (p *Pool) release(es []*extent) {
 	spans := make([]alloc.Span, len(es))
 	for i, e := range es {
@@ -212,8 +212,8 @@ func (p *Pool) release(es []*extent) {
 	}
 }
 
-// punch returns the space below a free span to the system. If that fails the span is free all the same: the pool
-// writes every byte that it hands out, whatever was there.
+// punch returns the memory or disk blocks of a free span to the system. The span is free even if that
+// fails: the pool writes every byte that it hands out.
 func (p *Pool) punch(s alloc.Span) {
 	if err := p.region.Punch(s.Off, s.Len); err != nil {
 		p.warn(fmt.Errorf("pool: free %d bytes at %d: %w", s.Len, s.Off, err))
@@ -235,7 +235,7 @@ func joined(spans []alloc.Span) []alloc.Span {
 	return out
 }
 
-// write writes to the region and tells a full filesystem below it from other failures.
+// write writes to the region and returns a FullError if the filesystem below is full.
 func (p *Pool) write(b []byte, off int64) error {
 	_, err := p.region.WriteAt(b, off)
 	if errors.Is(err, syscall.ENOSPC) {
@@ -247,9 +247,9 @@ func (p *Pool) write(b []byte, off int64) error {
 	return nil
 }
 
-// share returns a ready extent with these contents, referenced for the caller. If there is none, it lists the one that
-// insert returns, which is called with mu held: lookup and insertion are one step, so that of two that put the same
-// contents at the same time one finds the other's.
+// share returns a ready extent with these contents, referenced for the caller. If there is none, it
+// calls insert with mu held and lists the result. Lookup and insertion are one step, so of two
+// concurrent puts of the same contents one finds the extent of the other.
 func (p *Pool) share(ctx context.Context, key sumKey,
 	insert func() (*extent, error),
 ) (e *extent, shared bool, err error) {
@@ -279,7 +279,7 @@ func (p *Pool) share(ctx context.Context, key sumKey,
 	}
 }
 
-// await waits until the bytes of an extent are in place, and reports whether they are.
+// await waits until the bytes of an extent are in place or never will be, and reports which.
 func (p *Pool) await(ctx context.Context, e *extent, ready chan struct{}) (bool, error) {
 	if ready == nil {
 		return true, nil
@@ -294,7 +294,7 @@ func (p *Pool) await(ctx context.Context, e *extent, ready chan struct{}) (bool,
 	return !e.failed, nil
 }
 
-// finish tells those that wait for an extent how its writing went.
+// finish reports to waiting callers how the writing of an extent ended.
 func (p *Pool) finish(e *extent, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -309,8 +309,9 @@ func (p *Pool) finish(e *extent, err error) {
 	}
 }
 
-// equalBytes compares the region at off with b. It reads instead of looking at the mapping, because pages of a file that
-// this process maps stay in the page cache whatever the kernel is advised: all that was ever found equal would.
+// equalBytes compares the region at off with b. It uses reads, not the mapping: pages of a file that
+// this process maps stay in the page cache despite advice, so everything that was ever compared would
+// stay.
 func (p *Pool) equalBytes(off int64, b []byte) (equal bool, err error) {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)

@@ -2,9 +2,9 @@ package pool
 
 import "io"
 
-// Find returns the contents with a SHA-256 and a size if the pool has them, undamaged as far as is known. The batch
-// holds them, so the reader is good until the batch is committed or discarded. Contents that are still being written
-// count as missing.
+// Find returns contents by SHA-256 and size, if the pool has them and they are not known to be
+// damaged. The batch holds them, so the reader works until the batch is committed or discarded.
+// Contents that are still being written count as missing.
 func (b *Batch) Find(sum [32]byte, size int64) (io.ReaderAt, bool) {
 	p := b.p
 	p.mu.Lock()

@@ -9,7 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestGrow: a pool that has grown has what it had, and room; it does so also if its owner ends at any point of it.
+// TestGrow: a grown pool keeps its contents, even if its owner dies at any point of the growth.
 func TestGrow(t *testing.T) {
 	const before, after = 16 << 20, 64 << 20
 	body := random(1, 1<<20)

@@ -11,17 +11,17 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// The layout of the bottom of a pool; docs/pool-format.md is normative for it. Block 0 is that of the live tree.
+// Layout of the start of a pool; docs/pool-format.md is normative. Block 0 belongs to the live tree.
 const (
 	magic         = "DAXFSPL\x01"
 	formatVersion = 2
 	headerSize    = 4096
-	tableOff      = 4 * headerSize // of the slot table
-	entrySize     = 256            // of one slot in it
+	tableOff      = 4 * headerSize // offset of the slot table
+	entrySize     = 256            // size of an entry
 	// MaxKey is the length of the longest key of an image or layer, in bytes.
 	MaxKey = entrySize - keyOff
-	docOff = 64  // of the place of the document in an entry
-	keyOff = 112 // of the key
+	docOff = 64  // offset of the document's place in an entry
+	keyOff = 112 // offset of the key
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -34,7 +34,7 @@ type header struct {
 	geo        daxfs.Geometry
 	used       int // slots below it were used in this epoch, or are about to be
 	windows    bool
-	dax        bool // contents belong to one inode
+	dax        bool // each extent belongs to one inode
 }
 
 const (
@@ -44,7 +44,7 @@ const (
 
 func headerOff(gen uint64) int64 { return headerSize * int64(1+gen%2) }
 
-// headOf is where the live tree begins behind a slot table.
+// headOf is the offset of the live tree behind a slot table.
 func headOf(slots int) int64 {
 	const block = daxfs.BlockSize
 	return (tableOff + int64(slots)*entrySize + block - 1) / block * block
@@ -114,16 +114,16 @@ func decodeHeader(b []byte, at int64) (*header, error) {
 	return h, nil
 }
 
-// MaxSize is the size of the largest pool, in bytes: what block addresses of 32 bits reach.
+// MaxSize is the size in bytes of the largest pool: the reach of 32-bit block addresses.
 const MaxSize = (1<<32 - 512) * daxfs.BlockSize
 
-// geometry is that of a pool of size bytes; the UUID is the caller's to fill in.
+// geometry is that of a pool of size bytes; the caller fills in the UUID.
 func geometry(size int64, slots, perBlock int) daxfs.Geometry {
-	slots = min(slots, daxfs.MaxSlots+1) // what is too much stays too much
+	slots = min(slots, daxfs.MaxSlots+1) // keep an excessive number excessive
 	return daxfs.Geometry{Slots: slots, PerBlock: perBlock, Head: headOf(slots), Blocks: uint32(size / daxfs.BlockSize)}
 }
 
-// readHeaders returns the valid copies, the newest first, or why there is none.
+// readHeaders returns the valid copies, the newest first. Without any it returns the reason.
 func readHeaders(r io.ReaderAt) ([]*header, error) {
 	var out []*header
 	var firstErr error
@@ -148,7 +148,6 @@ func readHeaders(r io.ReaderAt) ([]*header, error) {
 	if len(out) > 0 {
 		return out, nil
 	}
-	// Version 1 has its first copy at 0.
 	b := make([]byte, 16)
 	if _, err := r.ReadAt(b, 0); err == nil && string(b[:8]) == magic {
 		v := binary.LittleEndian.Uint32(b[8:])

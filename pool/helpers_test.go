@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// openRegion makes a sparse file region of size bytes that is closed at the end of the test.
+// openRegion makes a sparse file region of size bytes, which is closed at the end of the test.
 func openRegion(t testing.TB, dir string, size int64) region.Region {
 	t.Helper()
 	r, err := region.Open(region.Config{
@@ -28,7 +28,7 @@ func openRegion(t testing.TB, dir string, size int64) region.Region {
 	return r
 }
 
-// newTestPool makes an empty pool in a file. Whatever the test does, at its end the pool must pass Check.
+// newTestPool makes an empty pool in a file. At the end of the test the pool must pass Check.
 func newTestPool(t testing.TB, size int64) *Pool {
 	t.Helper()
 	dir := t.TempDir()
@@ -57,7 +57,7 @@ func mustCheck(t testing.TB, p *Pool) {
 	}
 }
 
-// random returns n bytes that depend on seed alone.
+// random returns n bytes that depend only on seed.
 func random(seed uint64, n int) []byte {
 	b := make([]byte, n+8)
 	r := rand.New(rand.NewPCG(seed, 1))
@@ -79,7 +79,7 @@ func put(t testing.TB, b *Batch, body []byte) daxfs.Data {
 	return d
 }
 
-// tree makes a directory with one file for each content.
+// tree makes a directory with one file for each element of files.
 func tree(files ...daxfs.Data) *daxfs.Node {
 	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: map[string]*daxfs.Node{}}
 	for i, d := range files {
@@ -88,7 +88,7 @@ func tree(files ...daxfs.Data) *daxfs.Node {
 	return root
 }
 
-// addImage puts contents as a layer and makes an image of them. Both have the same key.
+// addImage puts contents as a layer and makes an image of them with the same key.
 func addImage(t testing.TB, p *Pool, key string, bodies ...[]byte) Image {
 	t.Helper()
 	b := p.Begin()
@@ -107,7 +107,7 @@ func addImage(t testing.TB, p *Pool, key string, bodies ...[]byte) Image {
 	return m
 }
 
-// reap frees what is dead, as if nobody had ever mounted the pool.
+// reap frees dead contents as if nobody had ever mounted the pool.
 func reap(p *Pool) error {
 	dead, err := p.Erase(context.Background(), p.Dead())
 	if err != nil {

@@ -15,23 +15,23 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// image is an image and what it holds.
+// image is an image in memory, with the extents that it holds.
 type image struct {
 	*storedImage
 	used    []*extent
-	doc     *extent // its document; nil if there is none
+	doc     *extent // its document, or nil
 	leaving bool    // being removed
 }
 
-// AddImage makes the image key of a tree whose files' contents are in this pool: every Data is one that Put returned and
-// that a layer, an image or an open batch holds. When it returns, the image is durable, published at its slot and in the
-// catalogue, and holds the contents by itself. If there is such an image already it is returned as it is, whatever the tree.
-// Of the options only Take may be set.
+// AddImage adds the image key, a tree over contents in this pool: Put returned every Data in the tree,
+// and a layer, an image or an open batch holds it. On return the image is durable, published at its
+// slot and in the catalogue, and holds the contents itself. If the image exists, AddImage returns it
+// and ignores the tree. The only option that may be set is Take.
 //
-// On memory that kernels read through a block device, whoever has it mounted makes the kernel forget what it cached there
-// before it looks at the slot.
+// On memory that kernels read through a block device, the process that has it mounted must drop the
+// kernel's cache of it before it looks at the slot.
 //
-// Errors: ErrFull, with nothing added; ErrNotFound if contents are not in the pool; ErrInvalid; those of daxfs.NewPlan.
+// Errors: ErrFull, with nothing added; ErrNotFound for missing contents; ErrInvalid; daxfs.NewPlan's.
 func (p *Pool) AddImage(ctx context.Context, key string, root *daxfs.Node, opt daxfs.Options) (Image, error) {
 	if err := checkKey(key); err != nil {
 		return Image{}, fmt.Errorf("pool: image: %w", err)
@@ -48,8 +48,8 @@ func (p *Pool) AddImage(ctx context.Context, key string, root *daxfs.Node, opt d
 	return m, nil
 }
 
-// startAdding returns the image if there is one, waiting for another call that adds it. Else the caller adds it, and
-// calls done.
+// startAdding returns the image if it exists, after waiting for another call that adds it. Otherwise
+// done is set: the caller adds the image, then calls done.
 func (p *Pool) startAdding(ctx context.Context, key string) (m Image, done func(), err error) {
 	for {
 		p.mu.Lock()
@@ -115,13 +115,13 @@ func (p *Pool) addImage(ctx context.Context, key string, root *daxfs.Node, opt d
 		return Image{}, errors.Join(err, a.undo())
 	}
 	if err := p.publish(p.images[key]); err != nil {
-		// What can not be taken back stays an image: the index has it, and publishStale comes back to it.
+		// An image that cannot be removed stays: the index has it, and publishStale publishes it later.
 		return Image{}, errors.Join(err, p.removeImage(key))
 	}
 	return a.m.Image, nil
 }
 
-// addition is one image that is being added. Preconditions of all methods: commit is held.
+// addition is one call of AddImage. Preconditions of all methods: commit is held.
 type addition struct {
 	p      *Pool
 	plan   *daxfs.LivePlan
@@ -133,7 +133,7 @@ type addition struct {
 	done   bool      // the index has the image
 }
 
-// finish removes the marks.
+// finish clears the added marks of the extents.
 func (a *addition) finish() {
 	a.p.mu.Lock()
 	defer a.p.mu.Unlock()
@@ -142,7 +142,7 @@ func (a *addition) finish() {
 	}
 }
 
-// run does everything up to the index: what comes after it only makes visible what is there.
+// run does everything up to the change of the index. What follows only makes the image visible.
 func (a *addition) run() error {
 	p, m := a.p, a.m
 	if m.Slot >= p.header.geo.Slots {
@@ -164,7 +164,7 @@ func (a *addition) run() error {
 	m.slot = a.plan.Slot()
 	m.own = alloc.Span{Off: a.run0 + a.plan.FileSize(), Len: a.plan.Size() - a.plan.FileSize()}
 	files := a.plan.FileCount()
-	list := a.brought()
+	list := a.newInodes()
 	a.plan = nil
 	if files > manyFiles {
 		debug.FreeOSMemory() // the plan takes more memory than all that follows
@@ -177,10 +177,10 @@ func (a *addition) run() error {
 	return nil
 }
 
-// manyFiles is from how many files on it pays to give back the memory of their plan.
+// manyFiles is the number of files above which returning the memory of their plan pays off.
 const manyFiles = 100_000
 
-// place finds room for the run and, if there are windows, for the segment, and writes the latter.
+// place finds room for the run and, with windows, for the segment, which it also writes.
 func (a *addition) place() error {
 	p, m := a.p, a.m
 	p.mu.Lock()
@@ -211,7 +211,7 @@ func (a *addition) place() error {
 	return p.writeSegment(a.plan.Plan, m.Image)
 }
 
-// resolve finds the inode of a regular file, or contents for a new one.
+// resolve finds the existing inode of a regular file, or contents for a new inode.
 func (a *addition) resolve(f daxfs.LiveFile) (nid uint64, d daxfs.Data, err error) {
 	p := a.p
 	if f.Data.Size == 0 {
@@ -270,7 +270,7 @@ func (a *addition) use(e *extent) {
 	}
 }
 
-// variant copies contents: with DAX, they belong to one inode.
+// variant copies an extent for another inode: with DAX, an extent belongs to one inode.
 func (a *addition) variant(from *extent) (*extent, error) {
 	p := a.p
 	p.mu.Lock()
@@ -292,9 +292,8 @@ func (a *addition) variant(from *extent) (*extent, error) {
 	return e, nil
 }
 
-// brought lists the inodes that the run brings, by the offset of what they point to, as the index has them. There is
-// nothing if there are none.
-func (a *addition) brought() []byte {
+// newInodes encodes the run's new inodes for the index, by the offset of their contents, if any.
+func (a *addition) newInodes() []byte {
 	place := func(i int32) int64 {
 		d, _ := a.plan.FileData(int(i))
 		if d.Size == 0 {
@@ -320,13 +319,13 @@ func (a *addition) brought() []byte {
 	return list.b
 }
 
-// keep notes in memory what the index has, with the inodes that the run brought.
-func (a *addition) keep(brought []byte) {
+// keep updates memory after the index: it adds the image and the new inodes of its run.
+func (a *addition) keep(newInodes []byte) {
 	p, m := a.p, a.m
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if brought != nil {
-		err := eachInode(brought, func(in runInode) {
+	if newInodes != nil {
+		err := eachInode(newInodes, func(in runInode) {
 			e := p.empty
 			if in.size > 0 {
 				e = p.extents[in.off]
@@ -346,7 +345,7 @@ func (a *addition) keep(brought []byte) {
 	p.stale[m.Slot] = m.slot
 }
 
-// undo gives back what an image that could not be added has taken, unless the index may list it.
+// undo gives back the space that a failed addition took, unless the index may list it.
 func (a *addition) undo() error {
 	p := a.p
 	if a.done || p.index.unknown() != nil {
@@ -364,8 +363,8 @@ func (a *addition) undo() error {
 	return nil
 }
 
-// windowSize ends a window at the first multiple of 2 MiB after its metadata and its highest extent. The pool's size is
-// such a multiple, so there always is one.
+// windowSize ends a window at the first multiple of 2 MiB after its metadata and its highest extent.
+// The pool's size is such a multiple, so the window fits.
 func windowSize(m Image, used []*extent) int64 {
 	end := m.Window + m.Segment
 	for _, e := range used {
@@ -380,7 +379,7 @@ func roundUp(n int64) int64 { return (n + alloc.Align - 1) &^ (alloc.Align - 1) 
 func (p *Pool) hold(plan *daxfs.LivePlan) ([]*extent, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	// There may be millions: a list that grows step by step would take several times its memory.
+	// There may be millions of files: growing the slice step by step would take several times its memory.
 	used := make([]*extent, 0, plan.FileCount())
 	for i := range plan.FileCount() {
 		d, _ := plan.FileData(i)
@@ -414,7 +413,7 @@ func (p *Pool) newSegment(n int64) (int64, error) {
 	return off, nil
 }
 
-// freeSegment frees what newSegment took, unless the index may list it.
+// freeSegment frees the space from newSegment, unless the index may list it.
 func (p *Pool) freeSegment(m Image) {
 	if p.index.unknown() != nil {
 		return
@@ -425,7 +424,7 @@ func (p *Pool) freeSegment(m Image) {
 	p.space.FreeSegment(m.Window, m.Segment)
 }
 
-// writeSegment writes the metadata of an image into its window's segment. What the plan does not write is zero.
+// writeSegment writes the metadata of an image into its window's segment, and zeros the rest.
 func (p *Pool) writeSegment(plan *daxfs.Plan, m Image) error {
 	at := daxfs.Placement{Image: m.Window, Meta: m.Window + daxfs.BlockSize, End: m.Window + m.WindowSize}
 	if err := plan.Place(at); err != nil {
@@ -437,7 +436,7 @@ func (p *Pool) writeSegment(plan *daxfs.Plan, m Image) error {
 	return plan.WriteTo(window{p, m.Window, m.Segment})
 }
 
-// window writes into a range of the pool, at offsets relative to it, and nowhere else.
+// window limits writes to a range of the pool; offsets are relative to its start.
 type window struct {
 	p        *Pool
 	off, len int64
@@ -455,8 +454,9 @@ func (w window) WriteAt(b []byte, off int64) (int, error) {
 
 func entryOff(slot int) int64 { return tableOff + int64(slot)*entrySize }
 
-// publish makes an image that the index has visible: its slot, then its entry of the slot table, then a header. If that
-// fails the image is there all the same, and publishStale comes back to it. Preconditions: commit is held.
+// publish makes an image of the index visible: first its slot, then its entry in the slot table, then
+// a header. If that fails, the image stays, and publishStale tries again. Preconditions: commit is
+// held.
 func (p *Pool) publish(m *image) error {
 	if err := p.publishSlot(m); err != nil {
 		return fmt.Errorf("publish at slot %d: %w", m.Slot, err)
@@ -468,8 +468,8 @@ func (p *Pool) publish(m *image) error {
 	return nil
 }
 
-// publishSlot writes the slot of an image, unless it is there: while it is being written, nobody finds the image by its
-// name. Then it writes the entry.
+// publishSlot writes the slot of an image, then its entry. It leaves a correct slot alone: while a
+// slot is being written, nobody finds the image by name.
 func (p *Pool) publishSlot(m *image) error {
 	g := p.header.geo
 	w := window{p, 0, p.header.size}
@@ -495,7 +495,7 @@ func (p *Pool) publishSlot(m *image) error {
 	return nil
 }
 
-// publishStale publishes what could not be published before. Preconditions: commit is held, or p is not shared yet.
+// publishStale retries failed publications. Preconditions: commit is held, or p is not shared yet.
 func (p *Pool) publishStale() error {
 	for _, m := range p.images {
 		if p.stale[m.Slot] == nil {
@@ -508,7 +508,7 @@ func (p *Pool) publishStale() error {
 	return nil
 }
 
-// republish writes what the index has and readers do not see yet.
+// republish writes images that the index has and readers do not see yet.
 func (p *Pool) republish() error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -518,7 +518,7 @@ func (p *Pool) republish() error {
 	return p.republishStale()
 }
 
-// republishStale is republish. Preconditions: commit is held.
+// republishStale is republish without the lock. Preconditions: commit is held.
 func (p *Pool) republishStale() error {
 	gen := p.header.generation + 1
 	if err := p.index.setGeneration(gen); err != nil {
@@ -556,13 +556,15 @@ func (p *Pool) Images() []Image {
 	return out
 }
 
-// RemoveImage removes an image: from the catalogue, its slot, its directories, and its window if it has one. Contents that
-// nothing else holds are dead then: see Dead. After an error the image is as it was, or it is gone.
+// RemoveImage removes an image: its catalogue entry, slot, directories and window. Contents that
+// nothing else holds become dead: see Dead. After an error the image is unchanged or gone.
 //
-// Preconditions: nothing stands on the image, in any kernel: what has a directory of it in memory could see it empty or
-// damaged, though never another image's bytes. Readers that have leases are asked here.
+// Preconditions: nothing uses the image, in any kernel. A kernel that has one of its directories in
+// memory could see it empty or damaged, though never another image's bytes. RemoveImage itself asks
+// readers that have leases.
 //
-// Errors: ErrNotFound; ErrLeased if readers use it: then the catalogue lists it no more, and it is removed by a later call.
+// Errors: ErrNotFound; ErrLeased if readers use the image. Then the catalogue no longer lists it, and
+// a later call removes it.
 func (p *Pool) RemoveImage(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -624,8 +626,8 @@ func (p *Pool) takeImage(key string) (*image, error) {
 	return m, nil
 }
 
-// eraseRemoved takes removed images out of the slot table and the live tree: first the entry, which readers on other
-// kernels go by. Preconditions: commit is held, or p is not shared yet.
+// eraseRemoved removes images from the slot table and the live tree. The entry goes first: readers on
+// other kernels rely on it. Preconditions: commit is held, or p is not shared yet.
 func (p *Pool) eraseRemoved() error {
 	if len(p.erase) == 0 {
 		return nil

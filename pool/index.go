@@ -19,10 +19,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// index is the owner's database. There is no table of extents: each holder, a layer or an image, lists the extents that
-// it holds in full, and an extent is held while a holder lists it. So no crash can leave an extent without a holder, and
-// removing a holder is one record's removal. An extent that nobody holds but that has inodes in a run is dead: its space
-// is not free yet.
+// index is the owner's database. It has no table of extents: each holder, a layer or an image, lists
+// its extents in full, and an extent is held while a holder lists it. So a crash cannot leave an
+// extent without a holder, and removing a holder removes one record. An extent without a holder but
+// with inodes in a run is dead: its space is not free yet.
 //
 //	meta     id, generation, epoch, tree
 //	layers   key -> payload
@@ -30,28 +30,26 @@ import (
 //	images   key -> slot, entry of the slot table, bytes of the slot, span of the run
 //	used     key -> extents of the image
 //	runs     offset of a run -> inodes of regular files in it
-//	erase    slot -> span of what was the removed image's alone
+//	erase    slot -> span that only the removed image used
 //	records  kind -> key -> value of the store above
 type index struct {
 	db   *bbolt.DB
 	path string
-	// fail is called before every change, for tests that cut there, and done after it was made, for tests of a disk that
-	// fails while it is synced.
+	// Test hooks: fail runs before every change, to cut there; done runs after it, to fail its sync.
 	fail, done func(op string) error
 
 	mu     sync.Mutex
-	broken error // why nobody knows what is in the file; see update
-	// noted are records that the next change writes as well.
-	noted []noted
+	broken error // why the contents of the file are unknown; see update
+	noted  []noted
 }
 
-// noted is a record that waits to be written.
+// noted is a record that the next change writes, too.
 type noted struct {
 	kind, key string
 	value     []byte
 }
 
-// errUnknown reports an index of which nobody knows whether it holds the last change.
+// errUnknown reports that nobody knows whether the file holds the last change.
 var errUnknown = errors.New("whether the disk has it is unknown")
 
 var (
@@ -72,12 +70,12 @@ var (
 		bucketMeta, bucketLayers, bucketHeld, bucketImages, bucketUsed, bucketRuns,
 		bucketErase, bucketRecords,
 	}
-	// perEpoch are the buckets that a new epoch empties.
+	// perEpoch lists the buckets that a new epoch empties.
 	perEpoch = [][]byte{bucketImages, bucketUsed, bucketRuns, bucketErase}
 )
 
-// openIndex opens the database of a pool, or makes an empty one. durable is false for regions that end with the kernel:
-// what the page cache holds then outlives what it describes.
+// openIndex opens or creates the database of a pool. durable is false for regions that end with the
+// kernel: the page cache with the database lives as long.
 func openIndex(path string, durable bool) (*index, error) {
 	db, err := bbolt.Open(path, 0o600,
 		&bbolt.Options{Timeout: time.Millisecond, NoSync: !durable, FreelistType: bbolt.FreelistMapType})
@@ -118,7 +116,7 @@ func putEpoch(tx *bbolt.Tx, gen uint64, uuid [16]byte, t treeArea) error {
 	return errors.Join(putGeneration(tx, gen), t.put(tx))
 }
 
-// newEpoch forgets all images and the tree area.
+// newEpoch deletes all images and the tree area.
 func (x *index) newEpoch(gen uint64, uuid [16]byte, t treeArea) error {
 	return x.update("epoch", func(tx *bbolt.Tx) error {
 		for _, name := range perEpoch {
@@ -133,9 +131,9 @@ func (x *index) newEpoch(gen uint64, uuid [16]byte, t treeArea) error {
 	})
 }
 
-// update makes one change, whole or not at all. If the disk fails at the very end nobody knows which, and the file may
-// come to hold it later. Then no change follows: the caller must keep all that either answer needs, until the pool is opened
-// anew and the file is read.
+// update makes one change atomically. If the disk fails at the very end, the change may or may not be
+// in the file, now or later. No further change is allowed then: the caller must keep everything that
+// either outcome needs, until the pool is opened anew and the file is read.
 func (x *index) update(op string, f func(tx *bbolt.Tx) error) error {
 	wrap := func(err error) error { return fmt.Errorf("index %q: %s: %w", x.path, op, err) }
 	if err := x.unknown(); err != nil {
@@ -171,14 +169,14 @@ func (x *index) update(op string, f func(tx *bbolt.Tx) error) error {
 	return nil
 }
 
-// noteLast keeps a record for the next change.
+// noteLast queues a record for the next change.
 func (x *index) noteLast(n noted) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.noted = append(x.noted, n)
 }
 
-// noteFirst keeps records for the next change that were noted before all others.
+// noteFirst puts records back at the front of the queue.
 func (x *index) noteFirst(records []noted) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -193,23 +191,23 @@ func (x *index) takeNotes() []noted {
 	return notes
 }
 
-// transaction is the number of the last one that readers see.
+// transaction returns the number of the newest transaction that readers see.
 func (x *index) transaction() (id int) {
-	_ = x.db.View(func(tx *bbolt.Tx) error { // of a closed database, whose changes fail as well
+	_ = x.db.View(func(tx *bbolt.Tx) error { // fails on a closed database, whose changes fail, too
 		id = tx.ID()
 		return nil
 	})
 	return id
 }
 
-// unknown returns the error after which nobody knows what is in the file, or nil.
+// unknown returns the error that made the contents of the file unknown, or nil.
 func (x *index) unknown() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.broken
 }
 
-// putGeneration notes the generation that the header is about to get. The header then has it or the one before.
+// putGeneration records the next header's generation. The region has that or the one before.
 func putGeneration(tx *bbolt.Tx, gen uint64) error {
 	return tx.Bucket(bucketMeta).Put(keyGen, binary.LittleEndian.AppendUint64(nil, gen))
 }
@@ -244,30 +242,31 @@ func (x *index) payload(key string) ([]byte, error) {
 			return fmt.Errorf("layer %q: %w", key, ErrNotFound)
 		}
 		out = append(make([]byte, 0, len(v)), v...)
-		letGo(v)
+		dropPages(v)
 		return nil
 	})
 	return out, err
 }
 
-// letGo takes a value that was read out of the memory of this process: lists of a million extents would stay in there beside
-// what was made of them. The page cache keeps them. v is a part of the mapped file, and stays one.
-func letGo(v []byte) {
+// dropPages drops pages of the mapped file from this process's memory once v was decoded: lists of a
+// million extents would otherwise stay beside their decoded form. The page cache keeps them, and v
+// stays valid.
+func dropPages(v []byte) {
 	page := uintptr(os.Getpagesize())
 	skip := -uintptr(unsafe.Pointer(unsafe.SliceData(v))) & (page - 1)
 	if uintptr(len(v)) < skip+page {
 		return
 	}
 	whole := v[skip:][:(uintptr(len(v))-skip)&^(page-1)]
-	_ = unix.Madvise(whole, unix.MADV_DONTNEED) // an advice
+	_ = unix.Madvise(whole, unix.MADV_DONTNEED) // advisory
 }
 
-// storedImage is what the index knows of an image.
+// storedImage is an image as the index records it.
 type storedImage struct {
 	Image
 	slot []byte     // as it is published
-	own  alloc.Span // of the run: what is the image's alone
-	// unlisted is set when the image was removed while readers used it.
+	own  alloc.Span // part of the run that only this image uses
+	// unlisted is set if the image was removed while readers used it.
 	unlisted bool
 }
 
@@ -312,8 +311,8 @@ func decodeStored(b []byte, size int64) (*storedImage, error) {
 	return m, err
 }
 
-// putImage records an image, the encoded inodes that its run brought, if there are any, and how far the tree area is used.
-func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []byte, t treeArea, gen uint64) error {
+// putImage records an image, the encoded inodes of its run, if any, and the end of the used tree area.
+func (x *index) putImage(m *storedImage, used []*extent, run int64, newInodes []byte, t treeArea, gen uint64) error {
 	return x.update("put image", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
 			return err
@@ -321,8 +320,8 @@ func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []by
 		if err := tx.Bucket(bucketUsed).Put([]byte(m.Key), encodeExtents(used)); err != nil {
 			return err
 		}
-		if len(brought) > 0 {
-			if err := tx.Bucket(bucketRuns).Put(runKey(run), brought); err != nil {
+		if len(newInodes) > 0 {
+			if err := tx.Bucket(bucketRuns).Put(runKey(run), newInodes); err != nil {
 				return err
 			}
 		}
@@ -330,7 +329,7 @@ func (x *index) putImage(m *storedImage, used []*extent, run int64, brought []by
 	})
 }
 
-// putStored records what has changed of an image: its document, or whether the catalogue lists it.
+// putStored records a change of an image: of its document, or of whether the catalogue lists it.
 func (x *index) putStored(m *storedImage, gen uint64) error {
 	return x.update("change image", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketImages).Put([]byte(m.Key), m.encode()); err != nil {
@@ -340,7 +339,7 @@ func (x *index) putStored(m *storedImage, gen uint64) error {
 	})
 }
 
-// removeImage forgets an image, and remembers what has to be erased.
+// removeImage deletes an image and records the span that must be erased.
 func (x *index) removeImage(m *storedImage, gen uint64) error {
 	return x.update("remove image", func(tx *bbolt.Tx) error {
 		if err := tx.Bucket(bucketImages).Delete([]byte(m.Key)); err != nil {
@@ -358,7 +357,7 @@ func (x *index) removeImage(m *storedImage, gen uint64) error {
 	})
 }
 
-// erased forgets what had to be erased.
+// erased deletes the records of spans that were erased.
 func (x *index) erased(slots []int) error {
 	return x.update("erase", func(tx *bbolt.Tx) error {
 		for _, i := range slots {
@@ -370,7 +369,7 @@ func (x *index) erased(slots []int) error {
 	})
 }
 
-// putRuns replaces lists of inodes; an empty one is forgotten.
+// putRuns replaces lists of inodes; an empty list is deleted.
 func (x *index) putRuns(runs map[int64][]runInode) error {
 	return x.update("put runs", func(tx *bbolt.Tx) error {
 		for run, inodes := range runs {
@@ -407,7 +406,7 @@ func putRecord(tx *bbolt.Tx, n noted) error {
 	return b.Put([]byte(n.key), n.value)
 }
 
-// flush writes the records that wait.
+// flush writes the queued records.
 func (x *index) flush() error {
 	x.mu.Lock()
 	waiting := len(x.noted)
@@ -418,7 +417,6 @@ func (x *index) flush() error {
 	return x.update("records", func(*bbolt.Tx) error { return nil })
 }
 
-// records returns all records of a kind, copied.
 func (x *index) records(kind string) (map[string][]byte, error) {
 	out := map[string][]byte{}
 	err := x.db.View(func(tx *bbolt.Tx) error {
@@ -434,7 +432,7 @@ func (x *index) records(kind string) (map[string][]byte, error) {
 	return out, err
 }
 
-// contents is all of an index but the payloads and records.
+// contents is an index without payloads and records.
 type contents struct {
 	id     [16]byte
 	gen    uint64
@@ -448,7 +446,7 @@ type contents struct {
 	erase  map[int]alloc.Span // slots of removed images
 }
 
-// load reads everything and checks what can be checked without the region. size is the pool's.
+// load reads the index and checks everything that does not need the region. size is the pool's.
 func (x *index) load(size int64) (*contents, error) {
 	c := &contents{
 		layers: map[string][]extentID{}, images: map[string]*storedImage{}, used: map[string][]extentID{},
@@ -507,14 +505,14 @@ func (c *contents) loadMeta(meta *bbolt.Bucket, size int64) (err error) {
 	return err
 }
 
-// loadTree reads what the tree area holds and what is to be erased there.
+// loadTree reads the runs and the spans to erase.
 func (c *contents) loadTree(tx *bbolt.Tx, size int64) error {
 	err := tx.Bucket(bucketRuns).ForEach(func(k, v []byte) error {
 		inodes, err := decodeRun(v)
 		if err != nil || len(k) != 8 {
 			return fmt.Errorf("run %x: %w", k, err)
 		}
-		letGo(v)
+		dropPages(v)
 		c.runs[int64(binary.BigEndian.Uint64(k))] = inodes
 		return nil
 	})
@@ -531,7 +529,7 @@ func (c *contents) loadTree(tx *bbolt.Tx, size int64) error {
 	})
 }
 
-// loadExtents reads the lists of one kind of holder; each list must have its holder in the other bucket.
+// loadExtents reads the lists of one kind of holder, each with its holder in the other bucket.
 func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error {
 	if a, b := lists.Stats().KeyN, holders.Stats().KeyN; a != b {
 		return fmt.Errorf("%d lists of extents for %d holders", a, b)
@@ -541,7 +539,7 @@ func loadExtents(lists, holders *bbolt.Bucket, into map[string][]extentID) error
 		if err != nil {
 			return fmt.Errorf("extents of %q: %w", k, err)
 		}
-		letGo(v)
+		dropPages(v)
 		if holders.Get(k) == nil {
 			return fmt.Errorf("extents of %q, which does not exist", k)
 		}

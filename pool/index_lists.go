@@ -9,19 +9,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// extentID is what a holder knows of an extent.
+// extentID is an extent as its holder records it.
 type extentID struct {
 	off, size int64
 	sum       [32]byte // SHA-256 of the contents
-	// head is the beginning of the SHA-256 of the first chunk of large contents. It finds candidates to compare with,
-	// and decides nothing.
+	// head begins the SHA-256 of the first chunk of large contents. It only finds candidates to compare.
 	head [8]byte
 }
 
 const extentsVersion = 2
 
-// encodeExtents packs a list, which is sorted by offset: a version byte, the count, then for each the distance from
-// the one before in pages, the size, the digest, and the head if it is large.
+// encodeExtents encodes a list sorted by offset: a version byte, the count, then for each extent the
+// distance from the one before in pages, the size, the digest and, for a large one, the head.
 func encodeExtents(es []*extent) []byte {
 	b := make([]byte, 0, 16+len(es)*40)
 	b = append(b, extentsVersion)
@@ -70,7 +69,7 @@ func decodeExtents(b []byte) ([]extentID, error) {
 	return ids, nil
 }
 
-// countOf reads the version and the number of items, each of which takes at least least bytes.
+// countOf reads the version and the number of items, each at least least bytes long.
 func countOf(b []byte, version byte, least int) (uint64, []byte, error) {
 	if len(b) == 0 || b[0] != version {
 		return 0, nil, errors.New("unknown version")
@@ -83,7 +82,7 @@ func countOf(b []byte, version byte, least int) (uint64, []byte, error) {
 	return count, b[n:], nil
 }
 
-// placeOf reads the distance from at in pages, and a size.
+// placeOf reads a distance from at, in pages, and a size.
 func placeOf(b []byte, at uint64) (off uint64, size int64, rest []byte, err error) {
 	pages, n := binary.Uvarint(b)
 	if n <= 0 || pages >= 1<<50 {
@@ -99,7 +98,7 @@ func placeOf(b []byte, at uint64) (off uint64, size int64, rest []byte, err erro
 	return at, int64(v), b[n+k:], nil
 }
 
-// runInode is an inode of a regular file in a run: what it points to, where it is, and what it is for.
+// runInode is an inode of a regular file in a run, with its extent, number and key.
 type runInode struct {
 	off, size int64 // of the extent; both 0 for empty files
 	nid       uint64
@@ -108,13 +107,12 @@ type runInode struct {
 
 const runVersion = 1
 
-// runList packs the inodes of a run, which are added sorted by the offset of their extent.
+// runList encodes the inodes of a run. They must be added in the order of their extents' offsets.
 type runList struct {
 	b  []byte
-	at int64 // of the extent of the last one
+	at int64 // offset of the last extent
 }
 
-// newRunList begins the list of n inodes.
 func newRunList(n int) *runList {
 	b := append(make([]byte, 0, 16+n*44), runVersion)
 	return &runList{b: binary.AppendUvarint(b, uint64(n))}
@@ -146,7 +144,7 @@ func decodeRun(b []byte) (out []runInode, err error) {
 	return out, err
 }
 
-// eachInode calls fn for each inode of a list, until the list turns out to be damaged.
+// eachInode calls fn for each inode of a list. It stops with an error where the list is damaged.
 func eachInode(b []byte, fn func(runInode)) error {
 	count, b, err := countOf(b, runVersion, 35)
 	if err != nil {

@@ -11,13 +11,13 @@ import (
 type sharedInode struct {
 	key daxfs.InodeKey
 	nid uint64
-	run int64 // offset of the run that brought it
+	run int64 // offset of the run that contains it
 }
 
-// inodes are those of an extent behind its first one. Few are in a list; empty files become more and more in an epoch.
+// inodes holds the inodes of an extent after the first: usually few, but many for empty files.
 type inodes struct {
 	list  []sharedInode
-	byKey map[daxfs.InodeKey][]placedInode // once there are many; list is empty then
+	byKey map[daxfs.InodeKey][]placedInode // used instead of list once there are many
 	n     int
 }
 
@@ -27,10 +27,10 @@ type placedInode struct {
 	run int64
 }
 
-// fewInodes are looked through one by one.
+// fewInodes is the longest list that is searched linearly.
 const fewInodes = 16
 
-// addInode notes an inode that points to the extent. Preconditions: mu is held.
+// addInode records an inode that points to the extent. Preconditions: mu is held.
 func (e *extent) addInode(in sharedInode) {
 	if !e.hasInodes() {
 		e.firstKey, e.firstNid, e.firstRun = in.key, in.nid, uint32(in.run/alloc.Unit)
@@ -57,7 +57,7 @@ func (l *inodes) add(in sharedInode) {
 	l.list = nil
 }
 
-// hasInodes tells whether there is any inode. Preconditions: mu is held.
+// hasInodes tells whether inodes point to the extent. Preconditions: mu is held.
 func (e *extent) hasInodes() bool { return e.firstNid != 0 }
 
 // inodeCount is the number of inodes. Preconditions: mu is held.
@@ -71,12 +71,12 @@ func (e *extent) inodeCount() int {
 	return 1 + e.others.n
 }
 
-// dropInodes forgets all inodes. Preconditions: mu is held.
+// dropInodes removes all inodes. Preconditions: mu is held.
 func (e *extent) dropInodes() {
 	e.firstKey, e.firstNid, e.firstRun, e.others = daxfs.InodeKey{}, 0, 0, nil
 }
 
-// inodes yields all inodes; those of one key in the order in which they came. Preconditions: mu is held.
+// inodes yields all inodes, those of one key in the order of their arrival. Preconditions: mu is held.
 func (e *extent) inodes() iter.Seq[sharedInode] {
 	return func(yield func(sharedInode) bool) {
 		if !e.hasInodes() || !yield(sharedInode{e.firstKey, e.firstNid, int64(e.firstRun) * alloc.Unit}) ||

@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestMain runs the child of TestKill in place of the tests when it is asked to. The tests may mount.
+// TestMain runs the child of TestKill instead of the tests on request. The tests may mount.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("POOL_TEST_CHILD"); dir != "" {
 		seed, _ := strconv.ParseUint(os.Getenv("POOL_TEST_SEED"), 10, 64)
@@ -29,12 +29,12 @@ func TestMain(m *testing.M) {
 	os.Exit(mountns.Main(m))
 }
 
-// killBodies are the contents of the layer and image with a number. Numbers share some.
+// killBodies are the contents of layer and image n. Numbers share some contents.
 func killBodies(n int) [][]byte {
 	return [][]byte{random(uint64(n), 1000+n), random(uint64(n%3), 50_000), random(uint64(100+n%5), smallMax+5000)}
 }
 
-// killChild adds and removes for ever. It says what it is about to do, and what it has done.
+// killChild adds and removes for ever. It announces each step and reports its end.
 func killChild(dir string, seed uint64) error {
 	r, err := region.Open(region.Config{Kind: region.KindFile, Path: filepath.Join(dir, "pool")})
 	if err != nil {
@@ -103,8 +103,8 @@ func childImage(p *Pool, key string, n int) error {
 	return err
 }
 
-// TestKill kills a process that adds and removes, at any moment, and looks at what it left: all that it said it had
-// done, and of what it was doing nothing or all.
+// TestKill kills a process that adds and removes, at any moment, and examines the pool: reported steps
+// must be complete, and the last announced step complete or absent.
 func TestKill(t *testing.T) {
 	exe, err := os.Executable()
 	if err != nil {
@@ -157,7 +157,7 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// killOnce runs a child for a while, puts what it did into m, and returns what it would be after the step that was cut.
+// killOnce runs a child for a while, updates m, and returns the model after the interrupted step.
 func killOnce(t *testing.T, exe, dir string, round int, life time.Duration, m *model, steps *int) *model {
 	cmd := exec.Command(exe)
 	cmd.Env = append(os.Environ(), "POOL_TEST_CHILD="+dir, "POOL_TEST_SEED="+strconv.Itoa(round))

@@ -11,18 +11,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Known are the digests of the contents that a pool had when they were read.
+// Known lists the digests of the contents that a pool had when ReadKnown read them.
 type Known map[[32]byte]int64 // SHA-256 to size
 
-// Find says whether the pool had contents. The reader gives none of them.
+// Find reports whether the pool had contents. The reader always fails.
 func (k Known) Find(sum [32]byte, size int64) (io.ReaderAt, bool) {
 	n, ok := k[sum]
 	return bytes.NewReader(nil), ok && n == size
 }
 
-// ReadKnown reads which contents layers and images of a pool hold from its index, also while an owner has it open: it
-// changes nothing and waits for nobody. size is that of the pool, and id which pool it must be. Errors: region.ErrBusy
-// if the owner changed the index each time that it was copied.
+// ReadKnown lists the contents that layers and images of a pool hold, from its index, even while an
+// owner has it open: it changes nothing and waits for nobody. size is the pool's, and id its expected
+// ID. Errors: region.ErrBusy if the owner changed the index during every attempt to copy it.
 func ReadKnown(path string, id [16]byte, size int64) (Known, error) {
 	const attempts = 20
 	for range attempts {
@@ -71,8 +71,7 @@ func readKnown(path string, id [16]byte, size int64) (Known, error) {
 	if serr != nil {
 		return nil, fmt.Errorf("index: %w", serr)
 	}
-	// A copy that was made while the owner wrote may be torn. A change within one tick of the clock shows in the copy
-	// alone, if at all.
+	// A copy made during a write may be torn. Within one tick of the clock only the copy can show it.
 	if !after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size() {
 		return nil, &region.BusyError{Path: path}
 	}

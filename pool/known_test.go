@@ -12,7 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestReadKnown: what a pool holds is known to others while the owner has it open, and writes.
+// TestReadKnown lists the contents of a pool while its owner has it open and writes.
 func TestReadKnown(t *testing.T) {
 	dir := t.TempDir()
 	index := filepath.Join(dir, "index")
@@ -25,7 +25,7 @@ func TestReadKnown(t *testing.T) {
 	addImage(t, p, "a", bodies...)
 	b := p.Begin()
 	defer b.Discard()
-	put(t, b, random(3, 1000)) // held by nobody yet
+	put(t, b, random(3, 1000)) // not held yet
 	size := p.Usage().Size
 	known, err := ReadKnown(index, p.ID(), size)
 	if err != nil {
@@ -44,7 +44,7 @@ func TestReadKnown(t *testing.T) {
 		t.Error("the index of another pool is taken")
 	}
 
-	// Never more than what was there, and never less, whatever is written meanwhile.
+	// Every answer is complete and true, whatever is written meanwhile.
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -75,7 +75,7 @@ func TestReadKnown(t *testing.T) {
 	wg.Wait()
 }
 
-// TestReadKnownDamaged: an index that is none is an error.
+// TestReadKnownDamaged: a file that is no index is an error.
 func TestReadKnownDamaged(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "index")
 	for _, b := range [][]byte{nil, []byte("no index"), bytes.Repeat([]byte("no index"), 10_000)} {

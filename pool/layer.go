@@ -7,7 +7,7 @@ import (
 	"slices"
 )
 
-// Layer returns the payload of a layer, a copy. Errors: ErrNotFound.
+// Layer returns a copy of a layer's payload. Errors: ErrNotFound.
 func (p *Pool) Layer(key string) ([]byte, error) {
 	b, err := p.index.payload(key)
 	if err != nil {
@@ -16,7 +16,7 @@ func (p *Pool) Layer(key string) ([]byte, error) {
 	return b, nil
 }
 
-// HasLayer reports whether there is a layer of that key.
+// HasLayer reports whether the layer exists.
 func (p *Pool) HasLayer(key string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -31,8 +31,8 @@ func (p *Pool) Layers() []string {
 	return slices.Sorted(maps.Keys(p.layers))
 }
 
-// RemoveLayer removes a layer and frees the extents that nothing else holds. Errors: ErrNotFound; after any other error
-// the layer is as it was.
+// RemoveLayer removes a layer and frees the extents that nothing else holds. Errors: ErrNotFound; any
+// other error leaves the layer unchanged.
 func (p *Pool) RemoveLayer(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()

@@ -6,31 +6,32 @@ import (
 	"fmt"
 )
 
-// Leases tells what readers of the pool use: machines or processes that only read it. It is asked when the catalogue lists
-// the image no more, durably. A reader claims first and reads the catalogue then, so one of both sees the other.
+// Leases tells what readers of the pool use: machines or processes that only read it. The pool asks
+// after the catalogue has durably stopped listing the image. A reader claims first and reads the
+// catalogue afterwards, so at least one side sees the other.
 type Leases interface {
-	// Users names the readers that use an image of a pool. After an error nothing is freed.
+	// Users names the readers that use an image of a pool. After an error the pool frees nothing.
 	Users(poolID [16]byte, m Image) ([]string, error)
-	// Any names the readers that use anything of a pool.
+	// Any names the readers that use any image of a pool.
 	Any(poolID [16]byte) ([]string, error)
 }
 
-// SetLeases tells the pool whom to ask before it frees what readers may use; nil means nobody.
+// SetLeases sets whom the pool asks before it frees space that readers may use; nil means nobody.
 func (p *Pool) SetLeases(l Leases) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	p.leases = l
 }
 
-// Generation is that of the catalogue. It rises with every change that readers can see.
+// Generation returns the generation of the catalogue. It rises with every change that readers can see.
 func (p *Pool) Generation() uint64 {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	return p.header.generation
 }
 
-// Unlisted reports whether an image was removed while readers use it: the catalogue does not list it, so no other reader
-// begins to. RemoveImage removes it when they have released it.
+// Unlisted reports whether an image was removed while readers used it: the catalogue does not list it,
+// so no further reader starts to use it. RemoveImage removes it once they have released it.
 func (p *Pool) Unlisted(key string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -38,7 +39,7 @@ func (p *Pool) Unlisted(key string) bool {
 	return m != nil && m.unlisted
 }
 
-// Relist takes back the removal of an image that readers use. Errors: ErrNotFound.
+// Relist cancels the removal of an image that readers use. Errors: ErrNotFound.
 func (p *Pool) Relist(ctx context.Context, key string) error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -58,9 +59,9 @@ func (p *Pool) Relist(ctx context.Context, key string) error {
 	return nil
 }
 
-// setUnlisted makes the catalogue list an image or not, durably. Preconditions: commit is held.
+// setUnlisted durably takes an image out of the catalogue or back in. Preconditions: commit is held.
 func (p *Pool) setUnlisted(m *image, unlisted bool) error {
-	if m.unlisted == unlisted && p.stale[m.Slot] == nil && !p.behind {
+	if m.unlisted == unlisted && p.stale[m.Slot] == nil && !p.unannounced {
 		return nil
 	}
 	now := *m.storedImage
@@ -71,11 +72,11 @@ func (p *Pool) setUnlisted(m *image, unlisted bool) error {
 	p.mu.Lock()
 	m.storedImage = &now
 	p.mu.Unlock()
-	p.stale[m.Slot], p.behind = m.slot, true
+	p.stale[m.Slot], p.unannounced = m.slot, true
 	return p.publish(m)
 }
 
-// unleased takes an image out of the catalogue, and returns nil if no reader uses it. Preconditions: commit is held.
+// unleased unlists an image and returns nil if no reader uses it. Preconditions: commit is held.
 func (p *Pool) unleased(m *image) error {
 	if p.leases == nil {
 		return nil
@@ -85,7 +86,7 @@ func (p *Pool) unleased(m *image) error {
 	}
 	users, err := p.leases.Users(p.header.id, m.Image)
 	if err != nil {
-		return fmt.Errorf("which readers use it is not known: %w", err)
+		return fmt.Errorf("find out which readers use it: %w", err)
 	}
 	if len(users) > 0 {
 		return &LeasedError{What: "the image", Users: users}
@@ -93,8 +94,8 @@ func (p *Pool) unleased(m *image) error {
 	return nil
 }
 
-// unleasedPool returns nil if no reader uses anything of the pool. Then the catalogue lists no image, so that none begins
-// to. Preconditions: commit is held.
+// unleasedPool returns nil and leaves the catalogue empty, so that no reader begins, if none uses the
+// pool. Otherwise it lists the images again. Preconditions: commit is held.
 func (p *Pool) unleasedPool() error {
 	if p.leases == nil {
 		return nil
@@ -115,7 +116,7 @@ func (p *Pool) unleasedPool() error {
 func (p *Pool) anyLease() error {
 	users, err := p.leases.Any(p.header.id)
 	if err != nil {
-		return fmt.Errorf("which readers use the pool is not known: %w", err)
+		return fmt.Errorf("find out which readers use the pool: %w", err)
 	}
 	if len(users) > 0 {
 		return &LeasedError{What: "the pool", Users: users}
@@ -123,8 +124,8 @@ func (p *Pool) anyLease() error {
 	return nil
 }
 
-// hide takes all images out of the catalogue, or lists them again. If this process ends meanwhile, the next opening lists
-// them. Preconditions: commit is held.
+// hide takes all images out of the catalogue, or lists them again. If this process dies in between,
+// the next opening lists them. Preconditions: commit is held.
 func (p *Pool) hide(hidden bool) error {
 	p.hidden = hidden
 	gen := p.header.generation + 1

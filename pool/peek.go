@@ -14,27 +14,27 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Peek is what the index of a pool says to somebody who is not the owner.
+// Peek is the content of a pool's index for a process that does not own the pool.
 type Peek struct {
 	ID         [16]byte // of the pool
 	Generation uint64
 	Layers     int
-	// Images are those of the pool, without an order. Some may wait for readers and be in the catalogue no more.
+	// Images are in no order. Some may wait for readers, unlisted in the catalogue.
 	Images   []Image
 	Metadata int64 // of the live tree and of windows, and documents
-	// Extents are the bytes of contents that layers and images hold, each once, in whole pages.
+	// Extents is the size of the contents that layers and images hold, each counted once, in whole pages.
 	Extents     int64
 	ExtentCount int
-	// Dead are the bytes of contents that nothing holds and that are not free yet.
+	// Dead is the size of the contents that nothing holds and that are not free yet.
 	Dead      int64
 	DeadCount int
-	// Records are those of the store above, by kind and key.
+	// Records are the records of the store above, by kind and key.
 	Records map[string]map[string][]byte
 }
 
-// ReadIndex reads an index that no process has open, without locking or changing it: an owner that starts meanwhile
-// is not disturbed. size is that of the pool. Errors: region.ErrBusy if there is an owner, which alone knows what
-// holds now.
+// ReadIndex reads an index that no process has open. It neither locks nor changes it, so an owner can
+// start meanwhile. size is the pool's. Errors: region.ErrBusy if there is an owner, which alone knows
+// the current state.
 func ReadIndex(path string, size int64) (*Peek, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -64,12 +64,12 @@ func ReadIndex(path string, size int64) (*Peek, error) {
 		return nil, fmt.Errorf("index: %w", serr)
 	}
 	if pid != 0 || !after.ModTime().Equal(before.ModTime()) || after.Size() != before.Size() {
-		return nil, &region.BusyError{Path: path, PID: pid} // it changed while it was copied
+		return nil, &region.BusyError{Path: path, PID: pid} // changed while it was copied
 	}
 	return p, err
 }
 
-// openCopy opens a copy of a database in memory. The database locks what it opens, also for reading.
+// openCopy opens a copy of a database in memory, because bbolt locks every file that it opens.
 func openCopy(f *os.File) (*bbolt.DB, error) {
 	open := func(string, int, os.FileMode) (*os.File, error) {
 		fd, err := unix.MemfdCreate("daxfs-index", unix.MFD_CLOEXEC)
@@ -85,7 +85,7 @@ func openCopy(f *os.File) (*bbolt.DB, error) {
 	return bbolt.Open(f.Name(), 0o600, &bbolt.Options{ReadOnly: true, OpenFile: open})
 }
 
-// safely reads a database that may have been copied while it changed.
+// safely reads a database that may have been copied during a change, and turns panics into errors.
 func safely(path string, read func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -127,7 +127,7 @@ func peek(x *index, size int64) (p *Peek, err error) {
 	return p, err
 }
 
-// count sums up the extents that are held and those that are dead.
+// count adds up the held and the dead extents.
 func (p *Peek) count(c *contents) {
 	held := map[int64]bool{}
 	for _, lists := range []map[string][]extentID{c.layers, c.used} {

@@ -19,7 +19,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Choice is the answer to a question that is asked when a pool is made.
+// Choice is a yes/no setting of a new pool that may also be left to the kind of the region.
 type Choice int
 
 // The choices. Auto decides by the kind of the region.
@@ -31,74 +31,75 @@ const (
 
 func (c Choice) or(auto bool) bool { return c == Yes || c == Auto && auto }
 
-// Options are the rarely changed settings of a pool. The zero value is right for production. Device, DAX, Windows and Slots
-// matter when a pool is made; an existing pool has its own.
+// Options are the rarely changed settings of a pool. The zero value is right for production. Create
+// and Reset read Device, DAX, Windows and Slots; an existing pool keeps its own values.
 type Options struct {
-	// Force makes Create and Reset take a region with foreign contents, and an index of another pool.
+	// Force lets Create and Reset overwrite a region with foreign contents and the index of another pool.
 	Force bool
-	// Device says that kernels read the pool through a block device: a loop device, or that of a virtual machine. Auto
-	// means no for files on a disk filesystem and hugetlbfs.
+	// Device says that kernels read the pool through a block device: a loop device, or a disk of a virtual
+	// machine. Auto means no for files on a disk filesystem and for hugetlbfs.
 	Device Choice
-	// DAX says that a kernel, this one or another, mounts the pool with DAX: contents then belong to one inode. Auto means
-	// what the region says.
+	// DAX says that a kernel, this one or another, mounts the pool with DAX: each extent then belongs to
+	// one inode. Auto takes the answer from the region.
 	DAX Choice
-	// Windows says that every image has a window for daxfs.ko besides its slot. Auto means yes for memory that other
-	// kernels may reach by address: pmem, devdax, dmabuf and phys.
+	// Windows gives every image a window for daxfs.ko besides its slot. Auto means yes for memory that
+	// other kernels may reach by address: pmem, devdax, dmabuf and phys.
 	Windows Choice
-	// Slots bounds how many images can be added in one epoch; 0 lets the size of the region decide.
+	// Slots limits how many images can be added in one epoch; 0 derives the limit from the region's size.
 	Slots int
-	// Warn is told of what went wrong without making an operation fail, such as space that could not be returned to the
-	// system. It may be called by several goroutines. Nil drops the warnings.
+	// Warn receives problems that do not make an operation fail, such as space that could not be returned
+	// to the system. Several goroutines may call it. Nil drops the warnings.
 	Warn func(error)
 }
 
 // Pool is an open pool. All methods are safe for concurrent use; Close must be called last.
 //
-// Lock order: Pool.commit, then Batch.mu, then Pool.mu. Contents are read, written, compared and synced without mu;
-// the index, the tree area and the slots change only under commit.
+// Lock order: Pool.commit, then Batch.mu, then Pool.mu. Contents are read, written, compared and
+// synced without mu. The index, the tree area and the slots change only under commit.
 type Pool struct {
 	region region.Region
 	index  *index
 	warn   func(error)
 
-	// commit serialises what changes the index, the tree and the header.
+	// commit serialises changes of the index, the tree area and the header.
 	commit sync.Mutex
-	header header         // the newest that was written
-	stale  map[int][]byte // slots that the index holds and that could not be published yet
+	header header         // the newest header in the region
+	stale  map[int][]byte // slots in the index that could not be published yet
 	tree   treeArea
-	erase  map[int]alloc.Span // slots of removed images, and what else has to be erased
-	// retired are documents that were replaced, until no entry names them.
-	retired []*extent
-	behind  bool      // an entry has changed, and no generation tells of it yet
-	hidden  bool      // the catalogue lists no image: see unleasedPool
-	leases  Leases    // nil if no reader has to be asked
-	begun   *[16]byte // UUID of an epoch whose live tree could not be written yet
+	erase  map[int]alloc.Span // slots of removed images, with the span that must be erased
+	// retired holds replaced documents until no entry refers to them.
+	retired        []*extent
+	unannounced    bool      // an entry changed, and no generation announces it yet
+	hidden         bool      // the catalogue lists no image: see unleasedPool
+	leases         Leases    // nil if there are no readers to ask
+	unwrittenEpoch *[16]byte // UUID of an epoch whose live tree could not be written yet
 
 	mu      sync.Mutex
 	closed  bool
 	space   *alloc.Space
 	empty   *extent // stands for the contents of empty files
 	extents map[int64]*extent
-	sums    map[uint64]*extent    // by the beginning of their sums, each the first of a list
-	heads   map[headKey][]*extent // large ones
-	// those whose bytes are not in place yet; closed when they are, or never will be
+	sums    map[uint64]*extent    // by the first bytes of the sum; each is the first of a list
+	heads   map[headKey][]*extent // large extents only
+	// pending holds extents without their bytes. A channel closes once these are there or never will be.
 	pending map[*extent]chan struct{}
-	// what was read of those that were found to be damaged since the pool was opened
+	// found holds the sum read from each extent that a scrub of this process found damaged.
 	found   map[*extent][sha256.Size]byte
 	layers  map[string][]*extent
 	images  map[string]*image
 	adding  map[string]chan struct{} // images that are being added; closed when done
-	dead    int64                    // counts extents that died, to tell which is the oldest
-	freeing int                      // calls that have dropped extents but not yet freed their space
+	dead    int64                    // number of extents that died so far; orders them by age
+	freeing int                      // calls that have dropped extents but not freed their space yet
 
-	damaged atomic.Int64 // number of damaged extents: there are none nearly always
+	damaged atomic.Int64 // number of damaged extents, nearly always 0
 }
 
-// Create makes an empty pool in a region that holds nothing, with a new index, and opens it. The region stays the
-// caller's: it must outlive the pool.
+// Create makes an empty pool in an unused region, with a new index, and opens it. The caller owns the
+// region, which must outlive the pool.
 //
-// Errors: ErrForeign if the first or last 2 MiB of the region are not zero, or there is an index already, and Force is
-// not set; ErrBusy if another process has either open, or, whatever Force says, if something is mounted from the region.
+// Errors: ErrForeign if Force is not set and either the first or last 2 MiB of the region are not zero
+// or an index exists; ErrBusy if another process has either open or, even with Force, if the region is
+// mounted.
 func Create(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := lock(r); err != nil {
 		return nil, err
@@ -116,8 +117,9 @@ func Create(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return format(r, indexPath, o)
 }
 
-// Reset makes an empty pool of a region that Open found to be wiped, and of its index: nothing that the old index says
-// is trusted. Errors are those of Create; an old index is none, and a damaged pool header is none either.
+// Reset makes an empty pool in a region that Open found wiped, and replaces the index: nothing in the
+// old index is trusted. Errors are those of Create, except that it accepts an old index and a damaged
+// header.
 func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := lock(r); err != nil {
 		return nil, err
@@ -137,19 +139,20 @@ func Reset(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return format(r, indexPath, o)
 }
 
-// Open opens a pool as its only owner. The region stays the caller's: it must outlive the pool.
+// Open opens a pool as its only owner. The caller owns the region, which must outlive the pool.
 //
-// Errors: ErrWiped if the region has no pool header, ErrForeign if it has that of a pool with another or an older
-// index, or that of another version of this program, or holds something else; ErrBusy if another process owns it; ErrCorrupt.
+// Errors: ErrWiped if the region has no pool header or is older than the index; ErrForeign if the index
+// is older or of another pool, if another version of this program made the pool, or if the region holds
+// something else; ErrBusy if another process owns it; ErrCorrupt.
 func Open(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return open(r, indexPath, o, false)
 }
 
-// Grow opens a pool whose region was made larger, and makes all of the region the pool's. Nothing of the pool is mounted, in
-// no kernel, because each remembers how large it was. A crash leaves a pool of the old size or of the new one.
+// Grow opens a pool whose region has become larger, and extends the pool to the whole region. No
+// kernel may have the pool mounted, because a mount remembers the old size. A crash leaves the old or
+// the new size.
 //
-// Errors are those of Open; ErrBusy also if something is mounted from the region; region.ErrSize if a pool cannot be that
-// large.
+// Errors are those of Open; ErrBusy if the region is mounted; region.ErrSize if it is too large.
 func Grow(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return open(r, indexPath, o, true)
 }
@@ -168,7 +171,7 @@ func open(r region.Region, indexPath string, o Options, grow bool) (*Pool, error
 		if ferr := checkEmpty(r); ferr != nil && !hasMagic(r) {
 			return nil, ferr
 		}
-		return nil, fmt.Errorf("pool: %w", missing(err))
+		return nil, fmt.Errorf("pool: %w", wipedError(err))
 	}
 	h := hs[0]
 	if err := fit(h, r, grow); err != nil {
@@ -188,7 +191,7 @@ func open(r region.Region, indexPath string, o Options, grow bool) (*Pool, error
 	return p, nil
 }
 
-// fit compares the sizes of a pool and its region. With grow it makes the pool as large as the region.
+// fit compares the sizes of a pool and its region. With grow it extends the pool to the region's size.
 func fit(h *header, r region.Region, grow bool) error {
 	switch size := r.Size(); {
 	case size == h.size:
@@ -199,8 +202,8 @@ func fit(h *header, r region.Region, grow bool) error {
 		return fmt.Errorf("pool: region of %d bytes, block addresses reach %d: %w", size,
 			int64(MaxSize), region.ErrSize)
 	case !grow:
-		return fmt.Errorf("pool: has %d bytes, the region has %d: %w; was it made larger? `daxfs pool grow` gives the pool all of it",
-			h.size, size, region.ErrSize)
+		return fmt.Errorf("pool: has %d bytes, the region has %d: %w; was it made larger? `daxfs pool grow` gives "+
+			"the pool all of it", h.size, size, region.ErrSize)
 	default:
 		if err := region.InUse(r); err != nil {
 			return fmt.Errorf("pool: make it larger: %w", err)
@@ -222,15 +225,15 @@ func newPool(r region.Region, x *index, o Options) *Pool {
 	return p
 }
 
-// forgetExtents empties what is known of contents.
+// forgetExtents empties everything that memory holds about extents.
 func (p *Pool) forgetExtents() {
 	p.empty = &extent{refs: 1, synced: true}
 	p.extents, p.sums, p.heads = map[int64]*extent{}, map[uint64]*extent{}, map[headKey][]*extent{}
 	p.pending, p.found = map[*extent]chan struct{}{}, map[*extent][sha256.Size]byte{}
 }
 
-// durable tells whether the index must be synced to disk: not if the region ends with the kernel whose page cache holds
-// the index.
+// durable tells whether the index must be synced to disk. A region that ends with the kernel needs no
+// sync: the page cache with the index ends with the same kernel.
 func durable(r region.Region) bool {
 	return !r.Info().Traits().Volatile
 }
@@ -247,11 +250,10 @@ func lock(r region.Region) error {
 	return nil
 }
 
-// probeArea is how much of the beginning and the end of a region must be zero for it to be empty: partition tables,
-// filesystems and namespace labels are there.
+// probeArea is how much of the beginning and the end of an unused region must be zero. Partition
+// tables, filesystems and namespace labels lie there.
 const probeArea = 2 << 20
 
-// checkEmpty looks at the first and the last 2 MiB.
 func checkEmpty(r region.Region) error {
 	buf := make([]byte, probeArea)
 	for _, off := range [2]int64{0, r.Size() - probeArea} {
@@ -272,7 +274,7 @@ func checkEmpty(r region.Region) error {
 
 func hasMagic(r region.Region) bool {
 	b := make([]byte, 3*headerSize)
-	_, _ = r.ReadAt(b, 0) // what can not be read is not the magic
+	_, _ = r.ReadAt(b, 0) // bytes that cannot be read are not the magic number
 	for at := 0; at < len(b); at += headerSize {
 		if string(b[at:at+8]) == magic {
 			return true
@@ -281,7 +283,7 @@ func hasMagic(r region.Region) bool {
 	return false
 }
 
-// newHeader decides about everything that a pool keeps for ever.
+// newHeader decides every setting that a pool keeps for ever.
 func newHeader(r region.Region, o Options) (header, error) {
 	info, size := r.Info(), r.Size()
 	if size > MaxSize {
@@ -307,15 +309,15 @@ func newHeader(r region.Region, o Options) (header, error) {
 }
 
 const (
-	// slotShare is how much of a pool there is for each slot, which takes about 400 bytes; a removed image's slot is not
-	// used again in the epoch.
+	// slotShare is how many bytes of pool there are for each slot, which takes about 400 bytes. The slot
+	// of a removed image is not used again in the epoch.
 	slotShare = 32 << 10
-	// deviceSlotShare is that of pools in which a slot has a block of its own.
+	// deviceSlotShare replaces slotShare in pools where each slot has a block of its own.
 	deviceSlotShare = 512 << 10
 	minSlots        = 64
 )
 
-// format makes an empty pool. A crash inside of it leaves a wiped region.
+// format makes an empty pool. A crash during format leaves a wiped region.
 func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := region.InUse(r); err != nil {
 		return nil, fmt.Errorf("pool: make it anew: %w", err)
@@ -331,13 +333,13 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := r.Punch(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
-	// The slot table gets its blocks now: on a disk that is full later, removing an image must not need any.
+	// Allocate the slot table now: removing an image must not need blocks from a disk that is full later.
 	for at := int64(0); at < h.geo.Head; at += chunk {
 		if _, err := r.WriteAt(make([]byte, min(chunk, h.geo.Head-at)), at); err != nil {
 			return nil, fmt.Errorf("pool: clear: %w", err)
 		}
 	}
-	// What is half made is known as such: it has the magic number, and no header.
+	// The magic number without a valid header marks a pool that is only half made.
 	half := h.encode()
 	half[headerSize-1] ^= 0xff
 	if _, err := r.WriteAt(half, headerOff(0)); err != nil {
@@ -346,7 +348,7 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := r.Sync(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
-	// Before the old index goes.
+	// Check this before the old index goes.
 	if err := readBack(r, half, headerOff(0)); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
@@ -367,7 +369,7 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 		if err := x.format(h.id, 1, uuid, h.firstChunk()); err != nil {
 			return err
 		}
-		// The header comes last: with it the pool exists.
+		// The header comes last: it makes the pool exist.
 		return p.startEpoch(1, uuid)
 	}()
 	if err != nil {
@@ -376,8 +378,8 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	return p, nil
 }
 
-// readBack proves that a region keeps what is written to it. Persistent memory that a virtual machine has read-only takes
-// every write without an error and drops it.
+// readBack proves that a region keeps what is written to it. Persistent memory that a virtual machine
+// maps read-only accepts every write without an error and drops it.
 func readBack(r region.Region, written []byte, off int64) error {
 	got := make([]byte, len(written))
 	if _, err := r.ReadAt(got, off); err != nil {
@@ -396,10 +398,10 @@ func newUUID() (id [16]byte) {
 	return id
 }
 
-// lowStart is where chunks of the tree area, window segments and extents begin.
+// lowStart is the first offset for chunks of the tree area, window segments and extents.
 func (h *header) lowStart() int64 { return (h.geo.TreeStart() + alloc.Align - 1) &^ (alloc.Align - 1) }
 
-// firstChunk is the tree area of a new epoch: the rest of the last 2 MiB that the slots take.
+// firstChunk is the tree area of a new epoch: the rest of the last 2 MiB that hold slots.
 func (h *header) firstChunk() treeArea {
 	at := h.geo.TreeStart()
 	if h.lowStart() == at {
@@ -408,7 +410,8 @@ func (h *header) firstChunk() treeArea {
 	return treeArea{chunks: []alloc.Span{{Off: at, Len: h.lowStart() - at}}, next: at}
 }
 
-// startEpoch writes an empty live tree and a header of generation gen that tells of it. The index does already.
+// startEpoch writes an empty live tree and a header of generation gen that describes it. The index
+// describes it already.
 // Preconditions: nothing of the pool is mounted; commit is held, or p is not shared yet.
 func (p *Pool) startEpoch(gen uint64, uuid [16]byte) error {
 	p.header.geo.UUID = uuid
@@ -429,7 +432,7 @@ func (p *Pool) startEpoch(gen uint64, uuid [16]byte) error {
 		extents = append(extents, e.span())
 		metaEnd = min(metaEnd, e.off)
 	}
-	if p.region.Info().Sparse { // what runs and segments of the last epoch took
+	if p.region.Info().Sparse { // space of the last epoch's runs and segments
 		at := p.header.geo.TreeStart()
 		p.punch(alloc.Span{Off: at, Len: metaEnd - at})
 	}
@@ -440,11 +443,11 @@ func (p *Pool) startEpoch(gen uint64, uuid [16]byte) error {
 	return p.writeHeader(gen)
 }
 
-// reserve is what extents leave to metadata, which is about 3 % of the images that were measured.
+// reserve is the space that extents leave to metadata. Metadata took about 3 % of the measured images.
 func (p *Pool) reserve() int64 { return p.header.size / 32 &^ (alloc.Align - 1) }
 
-// load rebuilds everything in memory from the index: extents are what holders list, and what inodes of runs point to;
-// the rest is free.
+// load rebuilds the state in memory from the index. Extents are those that holders list and those that
+// inodes of runs point to; all other space is free.
 func (p *Pool) load(h *header) error {
 	c, err := p.index.load(h.size)
 	if err != nil {
@@ -467,28 +470,28 @@ func (p *Pool) load(h *header) error {
 	if err := cmp.Or(p.adopt(c), p.adoptDamaged()); err != nil {
 		return fmt.Errorf("pool: index %q: %w: %w", p.index.path, ErrCorrupt, err)
 	}
-	// Each opening is a generation of its own: that tells copies of the index or the region that were taken in between.
+	// Each opening gets its own generation, which exposes copies of index or region from in between.
 	gen := h.generation + 1
 	if err := p.index.setGeneration(gen); err != nil {
 		return err
 	}
 	if c.uuid != h.geo.UUID {
-		// The index began an epoch, so nothing was mounted then. The region may have got there or not.
+		// The index began an epoch, so nothing was mounted then. The region may or may not describe it.
 		if err := p.startEpoch(gen, c.uuid); err != nil {
 			return fmt.Errorf("pool: begin an epoch: %w", err)
 		}
 	} else if err := p.repair(gen); err != nil {
-		return fmt.Errorf("pool: make the live tree what the index says: %w", err)
+		return fmt.Errorf("pool: bring the live tree in line with the index: %w", err)
 	}
 	if p.region.Info().Sparse {
-		for _, s := range p.space.Gaps() { // what a crash left below free space
+		for _, s := range p.space.Gaps() { // a crash left data there
 			p.punch(s)
 		}
 	}
 	return nil
 }
 
-// adopt fills the maps and the allocator from the index's contents.
+// adopt fills the maps and the allocator from the contents of the index.
 func (p *Pool) adopt(c *contents) error {
 	hold := func(list []extentID) ([]*extent, error) {
 		out := make([]*extent, 0, len(list))
@@ -565,9 +568,9 @@ func (p *Pool) adopt(c *contents) error {
 	return err
 }
 
-// adoptRuns gives extents their inodes. An extent that only inodes know is dead.
+// adoptRuns gives extents their inodes. An extent that only inodes refer to is dead.
 func (p *Pool) adoptRuns(runs map[int64][]runInode) error {
-	// By place, so that the inodes of a key are in the same order each time.
+	// Go by offset, so that the inodes of a key have the same order each time.
 	for _, run := range slices.Sorted(maps.Keys(runs)) {
 		for _, in := range runs[run] {
 			e := p.empty
@@ -590,15 +593,15 @@ func (p *Pool) adoptRuns(runs map[int64][]runInode) error {
 	return nil
 }
 
-// repair makes slots and slot table what the index says: a crash can have left an image that is not published yet, or a
-// removed one that is not erased.
+// repair brings slots and slot table in line with the index. A crash can leave an image that is not
+// published yet, or a removed one that is not erased.
 func (p *Pool) repair(gen uint64) error {
 	l, err := daxfs.OpenLive(p.region, p.header.size)
 	if err != nil {
 		return err
 	}
 	have := l.Geometry()
-	grown := have.Blocks < p.header.geo.Blocks // by this process, or by one that ended before it was done
+	grown := have.Blocks < p.header.geo.Blocks // by this process, or by one that was interrupted
 	if grown {
 		have.Blocks = p.header.geo.Blocks
 	}
@@ -627,15 +630,15 @@ func (p *Pool) repair(gen uint64) error {
 	if err := p.writeHeader(gen); err != nil || !grown {
 		return err
 	}
-	// The superblock comes last: it never counts blocks that the header does not.
+	// The superblock comes last: it must never count blocks that the header does not.
 	if err := daxfs.GrowLive(p.region, p.header.geo); err != nil {
 		return err
 	}
 	return p.region.Sync(0, daxfs.BlockSize)
 }
 
-// writeHeader makes a generation known to readers. It goes over the generation before the newest one, which stays whole.
-// Preconditions: commit is held, or p is not shared yet.
+// writeHeader announces a generation to readers. It overwrites the second newest header; the newest
+// stays whole. Preconditions: commit is held, or p is not shared yet.
 func (p *Pool) writeHeader(gen uint64) error {
 	h := p.header
 	h.generation = gen
@@ -650,7 +653,7 @@ func (p *Pool) writeHeader(gen uint64) error {
 	return nil
 }
 
-// sync makes the bytes of extents and of spans durable. One call covers all: a file is synced as a whole anyway.
+// sync makes extents and spans durable. One call covers all: a file is synced as a whole anyway.
 func (p *Pool) sync(es []*extent, spans ...alloc.Span) error {
 	lo, hi := p.region.Size(), int64(0)
 	for _, s := range spans {
@@ -682,31 +685,31 @@ func (p *Pool) sync(es []*extent, spans ...alloc.Span) error {
 // Region returns the region below the pool.
 func (p *Pool) Region() region.Region { return p.region }
 
-// ID is the random name that the pool got when it was made.
+// ID returns the random ID that the pool got when it was made.
 func (p *Pool) ID() [16]byte { return p.header.id }
 
-// UUID is that of the live tree: of the superblock that is mounted. A new epoch has a new one.
+// UUID returns the UUID in the superblock of the live tree. Each epoch has its own.
 func (p *Pool) UUID() [16]byte {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	return p.header.geo.UUID
 }
 
-// Geometry is that of the live tree.
+// Geometry returns the geometry of the live tree.
 func (p *Pool) Geometry() daxfs.Geometry {
 	p.commit.Lock()
 	defer p.commit.Unlock()
 	return p.header.geo
 }
 
-// Windows tells whether images have windows for daxfs.ko, DAX whether contents belong to one inode.
+// Windows tells whether images have windows for daxfs.ko.
 func (p *Pool) Windows() bool { return p.header.windows }
 
-// DAX tells whether contents belong to one inode: see Options.
+// DAX tells whether each extent belongs to one inode: see Options.
 func (p *Pool) DAX() bool { return p.header.dax }
 
-// SetRecord stores a small record of the caller's beside the pool, durably; a nil value removes it. The pool looks into
-// none of them. Errors: ErrInvalid for an empty kind or key.
+// SetRecord durably stores a small record of the caller; a nil value removes it. The pool does not
+// interpret records. Errors: ErrInvalid for an empty kind or key.
 func (p *Pool) SetRecord(kind, key string, value []byte) error {
 	if kind == "" || key == "" {
 		return fmt.Errorf("pool: record %q of kind %q: %w", key, kind, ErrInvalid)
@@ -716,8 +719,8 @@ func (p *Pool) SetRecord(kind, key string, value []byte) error {
 	return p.index.setRecord(kind, key, value)
 }
 
-// NoteRecord is SetRecord that waits for the next change of the index, which makes both durable at once. FlushRecords
-// does not wait for one. Records does not tell of it before.
+// NoteRecord queues a record. The next change of the index, or FlushRecords, writes it and makes both
+// durable at once. Until then Records does not return it. Errors are those of SetRecord.
 func (p *Pool) NoteRecord(kind, key string, value []byte) error {
 	if kind == "" || key == "" {
 		return fmt.Errorf("pool: record %q of kind %q: %w", key, kind, ErrInvalid)
@@ -726,7 +729,7 @@ func (p *Pool) NoteRecord(kind, key string, value []byte) error {
 	return nil
 }
 
-// FlushRecords makes the records durable that NoteRecord was given.
+// FlushRecords makes the records passed to NoteRecord durable.
 func (p *Pool) FlushRecords() error {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -736,8 +739,7 @@ func (p *Pool) FlushRecords() error {
 // Records returns all records of a kind.
 func (p *Pool) Records(kind string) (map[string][]byte, error) { return p.index.records(kind) }
 
-// Close ends the ownership of the index. The region is the caller's to close. Batches and images that are not finished
-// are lost.
+// Close gives up the index; the caller closes the region. Unfinished batches and images are lost.
 func (p *Pool) Close() error {
 	p.commit.Lock()
 	defer p.commit.Unlock()

@@ -173,7 +173,7 @@ func TestFull(t *testing.T) {
 	if !errors.As(err, &full) || !errors.Is(err, ErrFull) || full.Need != 7<<20 || full.Have >= full.Need {
 		t.Fatalf("put into a full pool: %v", err)
 	}
-	if full.Unwrap() == nil { // which containerd's errgrpc.ToGRPC does not survive
+	if full.Unwrap() == nil { // containerd's errgrpc.ToGRPC does not survive nil
 		t.Error("the error wraps nothing")
 	}
 	if after := p.Usage(); after != before {

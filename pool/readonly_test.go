@@ -9,13 +9,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// forgetful takes writes and drops them, as memory does that a virtual machine has read-only.
+// forgetful accepts writes and drops them, like read-only memory of a virtual machine.
 type forgetful struct{ region.Region }
 
 func (forgetful) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
 func (forgetful) Punch(int64, int64) error               { return nil }
 
-// A pool is not made of memory that drops writes, whether there was one or not, and the index of one that was there stays.
+// No pool is made in memory that drops writes, whether or not it held one; an old pool's index stays.
 func TestCreateReadOnly(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 16<<20)

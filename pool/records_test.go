@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// A noted record becomes durable with the next change, in the order in which it was noted, also when a change fails in
-// between; FlushRecords and SetRecord do not wait.
+// A noted record becomes durable with the next change, in order, even if a change fails in between.
+// FlushRecords and SetRecord do not wait.
 func TestNotedRecords(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)

@@ -16,25 +16,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// kindDamaged is the kind of the records that remember damaged extents: offset -> digest.
+// kindDamaged is the kind of the records of damaged extents: offset -> digest.
 const kindDamaged = "pool/damaged"
 
-// Damage is contents that are not what was put, or whose last page shows something behind them.
+// Damage is an extent with bytes that differ from what was put, or that follow it in its last page.
 type Damage struct {
 	Off  int64 `json:"offset"` // in the pool
 	Size int64 `json:"size"`
-	// Sum is the SHA-256 of what was put, in hexadecimal; Found that of what Scrub read. Found is empty if an earlier
-	// owner of the pool read it.
+	// Sum is the SHA-256 of the original contents, in hexadecimal, and Found that of what Scrub read.
+	// Found is empty if an earlier owner of the pool read it.
 	Sum   string `json:"expected"`
 	Found string `json:"found,omitempty"`
-	// Images and Layers are the keys of those that hold the contents, sorted.
+	// Images and Layers are the keys of the holders, sorted.
 	Images []string `json:"images"`
 	Layers []string `json:"layers"`
-	// Document says that it is the document of an image, not contents of a file.
+	// Document says that the contents are the document of an image, not of a file.
 	Document bool `json:"document,omitempty"`
 }
 
-// Finding is the damage as Check reports it.
+// Finding returns the damage in the form of Check.
 func (d Damage) Finding() Finding {
 	f := Finding{Rule: "pool.sum", Off: d.Off, Known: d.Found == ""}
 	f.Msg = fmt.Sprintf("%d bytes are not those of sum %s", d.Size, d.Sum)
@@ -56,29 +56,29 @@ func (d Damage) Finding() Finding {
 	return f
 }
 
-// ScrubOptions are the choices of Scrub. The zero value is as fast as one processor can be.
+// ScrubOptions are the settings of Scrub. The zero value is as fast as one processor allows.
 type ScrubOptions struct {
-	// Rate is how many bytes of contents are read in a second; 0 sets no limit.
+	// Rate limits the bytes read per second; 0 sets no limit.
 	Rate int64
 }
 
-// Scrubbed says what a Scrub has read.
+// Scrubbed counts what a Scrub read.
 type Scrubbed struct {
 	Extents int   `json:"extents"`
 	Bytes   int64 `json:"bytes"` // whole pages
 	Damaged int   `json:"damaged"`
 }
 
-// Scrub reads the contents of all extents, and holds them against their digests. Whoever uses the pool goes on
-// meanwhile.
+// Scrub reads all extents and compares them with their digests. Other work goes on meanwhile.
 //
-// What is not what was put is damaged from then on, also after the pool was opened anew, and report is told. A damaged
-// extent is never shared again: contents that are put again get another one, AddImage refuses trees that lead to it,
-// and the catalogue lists no image that holds it. It stays where it is, with whoever reads it, until nothing holds it.
+// An extent that differs is damaged from then on, also after the pool was reopened, and report is
+// called. A damaged extent is never shared again: the same contents, put again, get another extent;
+// AddImage refuses trees that refer to it; and the catalogue lists no image that holds it. It stays in
+// place for those that read it until nothing holds it.
 //
-// Scrub reads the region, not through a mount of it. So it sees the memory of DAX devices. Of a file it sees what the
-// page cache of that file holds, or the disk: it drops the pages that it has read. It does not see the page cache of a
-// mounted live tree.
+// Scrub reads the region, not a mount. So it sees the memory of DAX devices. For a file it sees the
+// page cache of the file, or the disk: it drops the pages that it has read. It does not see the page
+// cache of a mounted live tree.
 //
 // The error is that of a scrub that could not be finished.
 func (p *Pool) Scrub(ctx context.Context, o ScrubOptions, report func(Damage)) (Scrubbed, error) {
@@ -104,7 +104,7 @@ func (p *Pool) Scrub(ctx context.Context, o ScrubOptions, report func(Damage)) (
 	return done, nil
 }
 
-// scrubPause is how far a scrub is ahead of its rate before it waits: waking up costs more than reading a small file.
+// scrubPause is the lead over the rate before a scrub sleeps: a wakeup costs more than a small read.
 const scrubPause = 100 * time.Millisecond
 
 func pause(ctx context.Context, d time.Duration) error {
@@ -121,7 +121,7 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// readable returns the extents that somebody may be given, by offset.
+// readable returns the extents that readers may hold or get, by offset.
 func (p *Pool) readable() []*extent {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -158,7 +158,7 @@ func (p *Pool) scrubOne(ctx context.Context, e *extent, done *Scrubbed, report f
 	return err
 }
 
-// found is what was read of an extent.
+// found is the result of reading an extent.
 type found struct {
 	sum  [sha256.Size]byte
 	tail bool // the rest of the last page is not zero
@@ -166,7 +166,7 @@ type found struct {
 
 func (c found) intact(e *extent) bool { return c.sum == e.sum && !c.tail }
 
-// read reads an extent. It takes no lock: an extent that was freed meanwhile may hold anything.
+// read reads an extent without a lock: an extent that was freed meanwhile may hold anything.
 func (p *Pool) read(ctx context.Context, e *extent) (found, error) {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
@@ -189,16 +189,15 @@ func (p *Pool) read(ctx context.Context, e *extent) (found, error) {
 	return c, nil
 }
 
-// uncache drops pages of a file that were read for a scrub: kernels that mount the file do not use them, and the next
-// scrub shall read the disk.
+// uncache drops scrubbed pages of a file: no mount uses them, and the next scrub must read the disk.
 func (p *Pool) uncache(off, n int64) {
 	if info := p.region.Info(); info.Kind == region.KindFile && info.FD >= 0 {
-		_ = unix.Fadvise(info.FD, off, n, unix.FADV_DONTNEED) // an advice
+		_ = unix.Fadvise(info.FD, off, n, unix.FADV_DONTNEED) // advisory
 	}
 }
 
-// markDamaged makes an extent one that is given to nobody. It reports false if it is one already, or was
-// freed meanwhile.
+// markDamaged marks an extent so that nobody gets it any more. It reports false if the extent is
+// marked already or was freed meanwhile.
 func (p *Pool) markDamaged(e *extent, got [sha256.Size]byte) (bool, error) {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -217,7 +216,7 @@ func (p *Pool) markDamaged(e *extent, got [sha256.Size]byte) (bool, error) {
 
 func damagedKey(e *extent) string { return strconv.FormatInt(e.off, 10) }
 
-// hideDamaged takes images that hold damaged extents out of the catalogue. Preconditions: commit is held.
+// hideDamaged takes damaged images out of the catalogue. Preconditions: commit is held.
 func (p *Pool) hideDamaged() error {
 	w := window{p, 0, p.header.size}
 	for _, m := range p.images {
@@ -238,8 +237,8 @@ func (p *Pool) hideDamaged() error {
 	return p.writeHeader(gen)
 }
 
-// entry is what the slot table says of an image: nothing if it holds damaged extents or waits for readers that use it, and
-// nothing of a damaged document.
+// entry is the slot table entry of an image. It is empty if the image holds damaged extents or waits
+// for readers that use it, and it omits a damaged document.
 func (p *Pool) entry(m *image) []byte {
 	b := make([]byte, entrySize)
 	if p.hidden || m.unlisted || p.isDamaged(m.used) {
@@ -257,7 +256,7 @@ func (p *Pool) isDamaged(es []*extent) bool {
 	return p.damaged.Load() > 0 && slices.ContainsFunc(es, func(e *extent) bool { return e != nil && e.damaged })
 }
 
-// adoptDamaged marks the extents that an earlier owner found to be damaged.
+// adoptDamaged marks the extents that an earlier owner found damaged.
 func (p *Pool) adoptDamaged() error {
 	records, err := p.index.records(kindDamaged)
 	if err != nil {
@@ -277,7 +276,6 @@ func (p *Pool) adoptDamaged() error {
 	return nil
 }
 
-// damage describes a damaged extent.
 func (p *Pool) damage(e *extent) Damage {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -303,7 +301,7 @@ func (p *Pool) damageOf(e *extent) Damage {
 	return d
 }
 
-// Damaged returns the extents that were found to be damaged and that something holds or may still read, by offset.
+// Damaged returns the damaged extents that something holds or may still read, by offset.
 func (p *Pool) Damaged() []Damage {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -317,7 +315,7 @@ func (p *Pool) Damaged() []Damage {
 	return out
 }
 
-// DamagedCount is how many extents Damaged returns. It costs nothing.
+// DamagedCount returns the number of extents that Damaged returns, at no cost.
 func (p *Pool) DamagedCount() int { return int(p.damaged.Load()) }
 
 // ImageDamaged reports whether an image holds damaged contents.

@@ -36,8 +36,8 @@ func scrubPool(b *testing.B, r region.Region, size int64) *Pool {
 	return p
 }
 
-// BenchmarkScrub reads a pool in memory, and one in a file, as fast as one processor can. The latter is read from the
-// disk each time. GB/s is how much is read in a second:
+// BenchmarkScrub reads a pool in memory, and one in a file, as fast as one processor can. The file is
+// read from the disk each time. GB/s is the reading speed:
 //
 //	go test ./pool -run '^$' -bench 'Scrub$|ScrubSlowly' -benchtime 5x
 func BenchmarkScrub(b *testing.B) {
@@ -61,10 +61,10 @@ func BenchmarkScrub(b *testing.B) {
 	}
 }
 
-// defaultRate is that of the daemon.
+// defaultRate is the daemon's default.
 var defaultRate = int64(config.Default().Pool.Scrub)
 
-// BenchmarkScrubSlowly reads a pool at the daemon's default rate, and says how much of one processor that takes.
+// BenchmarkScrubSlowly reads a pool at the daemon's default rate, and reports the processor use.
 func BenchmarkScrubSlowly(b *testing.B) {
 	p := scrubPool(b, openRegion(b, b.TempDir(), 64<<20), 32<<20)
 	began, before := time.Now(), processorTime(b)
@@ -84,10 +84,10 @@ func processorTime(b *testing.B) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// BenchmarkScrubBeside says what a scrub at the daemon's default rate costs work that takes all processors: one that
-// computes, and one that moves memory. Runs of three seconds with and without a scrub take turns, and so does which of
-// them comes first, because machines are not equally fast at all times. lost-% is the median of how much less was done
-// with it:
+// BenchmarkScrubBeside measures how much a scrub at the default rate slows down work that takes all
+// processors: computation, and moving memory. Runs of three seconds with and without a scrub
+// alternate, and so does the order of each pair, because the speed of machines varies over time.
+// lost-% is the median loss of work:
 //
 //	go test ./pool -run '^$' -bench ScrubBeside -benchtime 25x
 func BenchmarkScrubBeside(b *testing.B) {
@@ -126,7 +126,7 @@ func BenchmarkScrubBeside(b *testing.B) {
 	}
 }
 
-// workFor does as much work as it can on all processors, and returns how much that was in a second.
+// workFor works on all processors, and returns the amount of work per second.
 func workFor(d time.Duration, work func(a, b []byte)) float64 {
 	var n atomic.Int64
 	var workers sync.WaitGroup

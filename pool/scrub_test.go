@@ -16,7 +16,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// simPool is a pool in memory with images that have contents in common.
+// simPool is a pool in memory with images that share contents.
 func simPool(t testing.TB, size int64, images int, o Options) (*Pool, *simRegion) {
 	t.Helper()
 	r := newSimRegion(size, &faults{})
@@ -57,7 +57,7 @@ func scrub(t testing.TB, p *Pool) (list []Damage) {
 	return list
 }
 
-// TestScrubFlips flips 1,000 bits of contents and of what lies behind them in their last page: one scrub finds each.
+// TestScrubFlips flips 1,000 bits of contents and of their padding: one scrub finds each.
 func TestScrubFlips(t *testing.T) {
 	for _, dax := range []Choice{No, Yes} {
 		p, r := simPool(t, 32<<20, 4, Options{DAX: dax})
@@ -75,7 +75,7 @@ func TestScrubFlips(t *testing.T) {
 				t.Fatalf("a flip at %d, in the extent at %d: %+v", at, e.off, list)
 			}
 			served(t, p, e)
-			// As it was, for the next flip.
+			// Restore the bit for the next flip.
 			r.mem[at] ^= bit
 			p.mu.Lock()
 			e.damaged = false
@@ -103,7 +103,7 @@ func (p *Pool) showAll() error {
 	return nil
 }
 
-// served fails the test if anybody could be given the contents of a damaged extent.
+// served fails the test if anybody could get the contents of a damaged extent.
 func served(t *testing.T, p *Pool, e *extent) {
 	t.Helper()
 	root := tree(daxfs.Data{Off: e.off, Size: e.size, Sum: e.sum})
@@ -125,7 +125,7 @@ func served(t *testing.T, p *Pool, e *extent) {
 	}
 }
 
-// TestCheckFlips flips 1,000 bits of metadata: Check finds each that changes anything which a reader can see.
+// TestCheckFlips flips 1,000 bits of metadata: Check finds each flip that a reader can notice.
 func TestCheckFlips(t *testing.T) {
 	silent := 0
 	for _, o := range []Options{{}, {Windows: Yes, DAX: Yes}} {
@@ -143,7 +143,7 @@ func TestCheckFlips(t *testing.T) {
 		}
 		before := listing(t, p)
 		rng := rand.New(rand.NewPCG(5, 6))
-		for range 500 { // of each pool
+		for range 500 { // for each pool
 			s := spans[rng.IntN(len(spans))]
 			at, bit := s[0]+rng.Int64N(s[1]-s[0]), byte(1)<<rng.IntN(8)
 			r.mem[at] ^= bit
@@ -167,7 +167,7 @@ func TestCheckFlips(t *testing.T) {
 	t.Logf("%d flips are in bytes that nothing reads", silent)
 }
 
-// listing is all that readers of a pool can see but contents.
+// listing is everything that readers of a pool can see except contents.
 func listing(t *testing.T, p *Pool) string {
 	t.Helper()
 	var b strings.Builder
@@ -187,7 +187,7 @@ func listing(t *testing.T, p *Pool) string {
 		}
 		list(t, &b, img)
 		if m.Segment > 0 {
-			if img, err = daxfs.Open(window2{p, m.Window}, m.WindowSize); err != nil {
+			if img, err = daxfs.Open(poolRange{p, m.Window}, m.WindowSize); err != nil {
 				t.Fatal(err)
 			}
 			list(t, &b, img)
@@ -212,16 +212,15 @@ func list(t *testing.T, b *strings.Builder, img *daxfs.FS) {
 	}
 }
 
-// window2 reads a range of a pool.
-type window2 struct {
+// poolRange reads a range of a pool.
+type poolRange struct {
 	p   *Pool
 	off int64
 }
 
-func (w window2) ReadAt(b []byte, off int64) (int, error) { return w.p.region.ReadAt(b, w.off+off) }
+func (w poolRange) ReadAt(b []byte, off int64) (int, error) { return w.p.region.ReadAt(b, w.off+off) }
 
-// TestDamaged follows damaged contents until they are gone: others take their place, also after the pool was opened
-// anew.
+// TestDamaged follows damaged contents until they are gone and others took their place.
 func TestDamaged(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)
@@ -315,7 +314,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// TestDeadDamaged finds damage in contents that nothing holds and that a put would bring back to life.
+// TestDeadDamaged finds damage in dead contents that a put would revive.
 func TestDeadDamaged(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	body := random(1, 10_000)
@@ -337,7 +336,7 @@ func TestDeadDamaged(t *testing.T) {
 	}
 }
 
-// TestScrubStops ends when its context does, also while it waits for its rate.
+// TestScrubStops checks that a scrub ends with its context, even while it waits for its rate.
 func TestScrubStops(t *testing.T) {
 	p, _ := simPool(t, 32<<20, 2, Options{})
 	short, cancel := context.WithTimeout(ctx, 500*time.Millisecond)

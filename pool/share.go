@@ -9,15 +9,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// Shared says what the images of a pool share, in bytes of whole pages, from what the images themselves say.
+// Shared says how much images of a pool share by their own metadata, in bytes of whole pages.
 type Shared struct {
-	ImageExtents int64 // contents of all images, each once
-	Unshared     int64 // what they would take if each image had its own
+	ImageExtents int64 // contents of all images, each counted once
+	Unshared     int64 // size without any sharing
 	Images       map[string]ImageUsage
 }
 
-// ReadShared reads the metadata of all images of a catalogue. Like ReadCatalogue it needs neither the index nor a lock,
-// and trusts no byte. An image that was removed meanwhile is damaged for the reader: it is left out, and part of the error.
+// ReadShared reads the metadata of all images of a catalogue. Like ReadCatalogue it needs neither the
+// index nor a lock, and trusts no byte. An image that was removed meanwhile looks damaged: it is left
+// out and named in the error.
 func ReadShared(r io.ReaderAt, c *Catalogue) (*Shared, error) {
 	live, err := daxfs.OpenLive(r, c.Size)
 	if err != nil {
@@ -58,7 +59,7 @@ func ReadShared(r io.ReaderAt, c *Catalogue) (*Shared, error) {
 	return out, errors.Join(errs...)
 }
 
-// imageSpans finds where the contents of an image lie in the pool.
+// imageSpans returns the spans of the pool that hold the contents of an image.
 func imageSpans(live *daxfs.Live, m Image) (map[alloc.Span]bool, error) {
 	spans := map[alloc.Span]bool{}
 	err := walkFiles(live, m, func(_ string, off, n int64) {
@@ -67,9 +68,9 @@ func imageSpans(live *daxfs.Live, m Image) (map[alloc.Span]bool, error) {
 	return spans, err
 }
 
-// WalkFiles calls fn for every name in an image that has contents: with its path, "." being the root, and with the place of
-// the contents in the pool, in whole pages. What is at one place is one copy, in whatever image. Like ReadCatalogue it
-// needs neither the index nor a lock, and trusts no byte.
+// WalkFiles calls fn for every name in an image that has contents, with its path ("." is the root) and
+// the place of the contents in the pool, in whole pages. Contents at one place are one copy, in every
+// image. Like ReadCatalogue it needs neither the index nor a lock, and trusts no byte.
 func WalkFiles(r io.ReaderAt, c *Catalogue, m Image, fn func(path string, off, n int64)) error {
 	live, err := daxfs.OpenLive(r, c.Size)
 	if err != nil {

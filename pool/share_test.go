@@ -19,8 +19,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestTenImagesShareBase puts ten images that share a base into a pool and compares what the system says the pool takes
-// with the distinct contents, rounded to pages, and the metadata.
+// TestTenImagesShareBase puts ten images with a common base into a pool. It compares the pool's disk
+// usage with the distinct contents, rounded to pages, plus metadata.
 func TestTenImagesShareBase(t *testing.T) {
 	r, dir := tmpfsRegion(t, 512<<20)
 	p, err := Create(r, filepath.Join(dir, "index"), Options{})
@@ -55,7 +55,7 @@ func TestTenImagesShareBase(t *testing.T) {
 	if u.Extents != distinct {
 		t.Errorf("extents take %d bytes, distinct contents %d", u.Extents, distinct)
 	}
-	// Metadata is the head and the runs: the rest of the tree area takes no memory.
+	// Metadata is the head and the runs; the rest of the tree area takes no memory.
 	meta := u.Head + u.Tree
 	taken, limit := st.Blocks*512, distinct*103/100+meta
 	t.Logf("taken %d KiB for %d KiB of distinct contents (ratio %.4f) and %d KiB of metadata, unshared %d KiB",
@@ -75,7 +75,7 @@ func TestTenImagesShareBase(t *testing.T) {
 	}
 }
 
-// TestConcurrent puts the same and other contents from many goroutines, adds and removes layers and images.
+// TestConcurrent puts contents and adds and removes layers and images from many goroutines.
 func TestConcurrent(t *testing.T) {
 	p := newTestPool(t, 128<<20)
 	shared := [][]byte{random(1, 10), random(2, 40_000), random(3, smallMax+9), random(4, 2<<20)}
@@ -86,7 +86,7 @@ func TestConcurrent(t *testing.T) {
 			for i := range 12 {
 				key := fmt.Sprintf("%d.%d", g, i)
 				if i%3 == 0 {
-					key = fmt.Sprint("same ", i) // several add it
+					key = fmt.Sprint("same ", i) // several goroutines add it
 				}
 				bodies := append([][]byte{random(uint64(1000+i), 5000)}, shared[:1+rng.IntN(len(shared))]...)
 				if err := concurrentStep(p, rng, key, bodies); err != nil {
@@ -115,7 +115,7 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
-// TestPutAtOnce puts the same contents from many goroutines at the same moment: one of them stores them.
+// TestPutAtOnce puts the same contents from many goroutines at once: one of them stores them.
 func TestPutAtOnce(t *testing.T) {
 	p := newTestPool(t, 256<<20)
 	for i := range 20 {
@@ -165,7 +165,7 @@ func concurrentStep(p *Pool, rng *rand.Rand, key string, bodies [][]byte) error 
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	// The image first: another with the same key may have been added, whose layer holds other extents.
+	// The image first: another with the same key may exist, whose layer holds other extents.
 	if _, err := p.AddImage(ctx, key, tree(files...), daxfs.Options{}); err != nil {
 		return err
 	}
@@ -181,7 +181,7 @@ func concurrentStep(p *Pool, rng *rand.Rand, key string, bodies [][]byte) error 
 	return nil
 }
 
-// slowReader gives its bytes when it is told to.
+// slowReader returns its bytes on command.
 type slowReader struct {
 	io.Reader
 	gate chan struct{}
@@ -248,7 +248,7 @@ func TestPutErrors(t *testing.T) {
 	}
 }
 
-// TestLargeDivergesLate puts large contents that begin alike: the common part is compared, then copied.
+// TestLargeDivergesLate puts large contents that begin alike: that part is compared, then copied.
 func TestLargeDivergesLate(t *testing.T) {
 	for range 1 {
 		r := newSimRegion(64<<20, &faults{})
@@ -279,7 +279,7 @@ func TestLargeDivergesLate(t *testing.T) {
 	}
 }
 
-// TestMetaFull fills the place for metadata, and the slots: nothing of the image may stay.
+// TestMetaFull fills the space for metadata, and the slots: nothing of the image may stay.
 func TestMetaFull(t *testing.T) {
 	for what, c := range map[string]struct {
 		o    Options
@@ -424,7 +424,7 @@ func TestTwoOwners(t *testing.T) {
 	}
 }
 
-// TestCheckFinds damages one thing after the other.
+// TestCheckFinds makes one kind of damage after the other.
 func TestCheckFinds(t *testing.T) {
 	for rule, damage := range map[string]func(p *Pool, m Image){
 		"pool.sum":       func(p *Pool, m Image) { flip(p, p.images["a"].used[0].off+5) },

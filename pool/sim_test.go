@@ -13,11 +13,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// simRegion is memory that remembers which writes were synced. It can fail or cut at any operation.
+// simRegion is memory that remembers which writes were synced. It can fail or stop at any operation.
 type simRegion struct {
 	mu      sync.Mutex
-	mem     []byte // what readers see
-	durable []byte // what is certain to survive
+	mem     []byte // seen by readers
+	durable []byte // certain to survive
 	pending []simWrite
 	faults  *faults
 }
@@ -27,13 +27,13 @@ type simWrite struct {
 	b   []byte
 }
 
-// faults counts the operations of a region and its index, and fails those that it is told to.
+// faults counts the operations of a region and its index, and fails chosen ones.
 type faults struct {
 	mu     sync.Mutex
 	n      int
-	at     int    // the operation that fails; 0 = none
-	stay   bool   // all later ones fail too: the process is dead
-	onFail func() // called once, when operation at is reached
+	at     int    // the operation that fails; 0 for none
+	stay   bool   // all later ones fail, too: the process is dead
+	onFail func() // called once, at operation at
 	each   func() // called at each operation
 }
 
@@ -73,7 +73,7 @@ func (r *simRegion) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// WriteAt that fails has written everything for those that read on, and after a crash a random part.
+// WriteAt that fails leaves all bytes for later reads, and a random part after a crash.
 func (r *simRegion) WriteAt(p []byte, off int64) (int, error) {
 	if off < 0 || off+int64(len(p)) > int64(len(r.mem)) {
 		return 0, region.ErrRange
@@ -108,7 +108,7 @@ func (r *simRegion) Sync(off, n int64) error {
 	defer r.mu.Unlock()
 	var rest []simWrite
 	for _, w := range r.pending {
-		// Of a write that the range covers in part only that part is certain.
+		// If the range covers part of a write, only that part is certain.
 		end := w.off + int64(len(w.b))
 		lo, hi := max(w.off, off), min(end, off+n)
 		if lo >= hi {
@@ -127,7 +127,7 @@ func (r *simRegion) Sync(off, n int64) error {
 	return nil
 }
 
-// crashClone is the region after a loss of power: everything that was synced, and of each other write a random part.
+// crashClone is the region after a power loss: all synced writes and a random part of each other.
 func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -154,7 +154,7 @@ func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
 func (r *simRegion) Size() int64  { return int64(len(r.mem)) }
 func (r *simRegion) Close() error { return nil }
 
-// Info says tmpfs, so that the index is not synced to disk: it is copied whole between transactions here.
+// Info reports tmpfs, so that the index is not synced: the test copies it between transactions.
 func (r *simRegion) Info() region.Info {
 	return region.Info{Kind: region.KindTmpfs, Path: "sim", Persistent: region.PersistsReboot, Sparse: true, FD: -1}
 }
@@ -173,7 +173,7 @@ func copyFile(t testing.TB, from, to string) {
 	}
 }
 
-// fastDir is a temporary directory in memory where there is one: bbolt syncs, and here the copies are what is tested.
+// fastDir is a temporary directory, in memory if possible: bbolt syncs, but the tests only use copies.
 func fastDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "pooltest")

@@ -10,15 +10,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
-// treeArea is the part of the pool that runs of the live tree come from. It consists of chunks of the lower part of the
-// pool, which it never gives back while the epoch lasts: an address in it is used once, because kernels keep what they
-// have seen there.
+// treeArea is the part of the pool that holds the runs of the live tree. It consists of chunks from
+// the lower part of the pool and keeps them for the whole epoch. Each address in it is used once,
+// because kernels cache what they have read there.
 type treeArea struct {
-	chunks []alloc.Span // in the order in which they were taken
-	next   int64        // of the free rest of the last one
+	chunks []alloc.Span // in the order of allocation
+	next   int64        // start of the free rest of the last chunk
 }
 
-// room is how much of the last chunk is free.
+// room is the free length of the last chunk.
 func (t *treeArea) room() int64 {
 	if len(t.chunks) == 0 {
 		return 0
@@ -26,7 +26,7 @@ func (t *treeArea) room() int64 {
 	return t.chunks[len(t.chunks)-1].End() - t.next
 }
 
-// used is the number of bytes that runs have taken, and with them what was too short at the end of chunks.
+// used is the number of bytes that runs took, including unused ends of chunks.
 func (t *treeArea) used() (n int64) {
 	for _, c := range t.chunks {
 		n += c.Len
@@ -34,8 +34,8 @@ func (t *treeArea) used() (n int64) {
 	return n - t.room()
 }
 
-// take returns where a run of n bytes goes, and the tree area behind it. The space is asked for a chunk if the last one
-// has no room; a failed publication gives it back with drop.
+// take returns the place for a run of n bytes, and the tree area after it. If the last chunk is full,
+// take gets another from space; after a failed publication, drop gives it back.
 func (t treeArea) take(space *alloc.Space, n int64) (off int64, after treeArea, ok bool) {
 	after = treeArea{chunks: slices.Clone(t.chunks), next: t.next}
 	if t.room() < n {
@@ -57,7 +57,7 @@ func (t treeArea) take(space *alloc.Space, n int64) (off int64, after treeArea, 
 	return off, after, true
 }
 
-// drop undoes a take whose result was never made durable.
+// drop undoes a take that was never made durable.
 func (t treeArea) drop(space *alloc.Space, before treeArea) {
 	have := map[int64]int64{}
 	for _, c := range before.chunks {

@@ -5,8 +5,8 @@ import (
 	"slices"
 )
 
-// UnusedLayers returns the keys of the layers none of whose contents an image holds, sorted. Removing them takes nothing
-// from what can be mounted; an image that needs them later needs their contents again.
+// UnusedLayers returns the keys of the layers without any contents in an image, sorted. Removing them
+// takes nothing from images; a later image of such a layer needs its contents again.
 func (p *Pool) UnusedLayers() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -2,34 +2,34 @@ package pool
 
 import "fmt"
 
-// Usage says what is in a pool, in bytes. Extents count in whole pages, as they lie in memory.
+// Usage says what a pool contains, in bytes. Extents count in whole pages, as in memory.
 type Usage struct {
 	Size        int64 `json:"size"`        // of the region
 	Head        int64 `json:"head"`        // header, slot table and slots
-	Tree        int64 `json:"tree"`        // of the tree area: what runs have taken in this epoch
+	Tree        int64 `json:"tree"`        // taken by runs of the tree area in this epoch
 	Segments    int64 `json:"segments"`    // metadata of windows
-	MetaFree    int64 `json:"metaFree"`    // kept for the tree area and segments, unused
+	MetaFree    int64 `json:"metaFree"`    // reserved for the tree area and segments, unused
 	Extents     int64 `json:"extents"`     // file contents, each distinct file once
-	Documents   int64 `json:"documents"`   // what the store wrote about images, in whole pages
-	Dead        int64 `json:"dead"`        // contents that nothing holds, waiting until nobody can read them
+	Documents   int64 `json:"documents"`   // documents of images, in whole pages
+	Dead        int64 `json:"dead"`        // contents without holders that somebody may still read
 	DeadCount   int   `json:"deadCount"`   // number of such extents
 	Free        int64 `json:"free"`        // for extents
 	LongestFree int64 `json:"longestFree"` // in one piece
 	Gaps        int   `json:"gaps"`        // pieces of Free
 	Layers      int   `json:"layers"`
 	Images      int   `json:"images"`
-	Slots       int   `json:"slots"`     // how many images can be added in one epoch
-	SlotsUsed   int   `json:"slotsUsed"` // of them, those of removed images included
+	Slots       int   `json:"slots"`     // limit of images that can be added in one epoch
+	SlotsUsed   int   `json:"slotsUsed"` // used slots, including those of removed images
 	ExtentCount int   `json:"extentCount"`
-	// ImageExtents are the extents that images hold, each once.
+	// ImageExtents is the size of the extents that images hold, each counted once.
 	ImageExtents int64 `json:"imageExtents"`
-	// Unshared is what the images' contents would take if each image had its own. Unshared - ImageExtents is saved.
+	// Unshared is the size of the images' contents without sharing; Unshared - ImageExtents is saved.
 	Unshared int64 `json:"unshared"`
-	// Reclaimable are the extents that only layers hold: removing layers would free them.
+	// Reclaimable is the size of the extents that only layers hold: removing layers would free them.
 	Reclaimable int64 `json:"reclaimable"`
 }
 
-// Usage returns what is in the pool now.
+// Usage returns the current use of the pool.
 func (p *Pool) Usage() Usage {
 	p.commit.Lock()
 	defer p.commit.Unlock()
@@ -66,16 +66,16 @@ func (p *Pool) Usage() Usage {
 	return u
 }
 
-// ImageUsage says what one image takes, in bytes.
+// ImageUsage says how much one image takes, in bytes.
 type ImageUsage struct {
-	Tree    int64 `json:"tree"`    // what is the image's alone in the tree area
+	Tree    int64 `json:"tree"`    // used by this image only, in the tree area
 	Segment int64 `json:"segment"` // metadata of its window
 	Extents int64 `json:"extents"` // its file contents in whole pages
-	Shared  int64 `json:"shared"`  // those of Extents that other images hold as well
+	Shared  int64 `json:"shared"`  // part of Extents that other images hold, too
 	Files   int   `json:"files"`   // number of its extents
 }
 
-// ImageUsage returns what an image takes now, without removing it. Errors: ErrNotFound.
+// ImageUsage returns how much an image takes now. Errors: ErrNotFound.
 func (p *Pool) ImageUsage(key string) (ImageUsage, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -93,7 +93,7 @@ func (p *Pool) ImageUsage(key string) (ImageUsage, error) {
 	return u, nil
 }
 
-// LayerUsage returns the bytes of contents that a layer holds, and those of them that only it holds: what removing it
+// LayerUsage returns how many bytes of contents a layer holds, and how many of them only it holds and
 // would free. Errors: ErrNotFound.
 func (p *Pool) LayerUsage(key string) (held, alone int64, err error) {
 	p.mu.Lock()
@@ -111,8 +111,7 @@ func (p *Pool) LayerUsage(key string) (held, alone int64, err error) {
 	return held, alone, nil
 }
 
-// TreeRanges returns the ranges of the tree area that runs have taken in this epoch, each as its first byte and the byte
-// behind its last.
+// TreeRanges returns the ranges that runs took in this epoch, as first offset and end.
 func (p *Pool) TreeRanges() [][2]int64 {
 	p.commit.Lock()
 	defer p.commit.Unlock()

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// A pool of a later version is no wiped one: after a downgrade its images are not thrown away.
+// A pool of a later version is not taken for a wiped one: a downgrade does not throw its images away.
 func TestLaterVersionIsKept(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)
@@ -48,7 +48,7 @@ func TestLaterVersionIsKept(t *testing.T) {
 	}
 }
 
-// A pool of version 1, whose header copies are elsewhere, is one of another version, too.
+// A pool of version 1, whose header copies are elsewhere, counts as another version, too.
 func TestVersionOneIsKept(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)

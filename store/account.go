@@ -15,11 +15,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// maxRead bounds the layers whose reading times are kept until an image is made of them.
+// maxRead limits how many layers have their read times kept until an image is made of them.
 const maxRead = 10_000
 
-// noteBrought notes what a layer that was just committed brought, and how long reading it took. Preconditions: the layer
-// was not in the pool before.
+// noteBrought records how many bytes a committed layer added, and how long reading it took.
+// Preconditions: the layer was not in the pool before.
 func (s *Store) noteBrought(key string, began time.Time) error {
 	_, alone, err := s.pool.LayerUsage(key)
 	if err != nil {
@@ -43,7 +43,7 @@ func (s *Store) readTime(layers []string) (sum time.Duration) {
 	return sum
 }
 
-// forgetRead forgets how long reading layers took: another image does not wait for them.
+// forgetRead deletes the read times of layers: further images do not wait for them.
 func (s *Store) forgetRead(layers []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -52,14 +52,14 @@ func (s *Store) forgetRead(layers []string) {
 	}
 }
 
-// broughtBy returns how many bytes an image that was just added brought: contents that came with layers which no other
-// image has, and its metadata.
+// broughtBy returns how many bytes a new image added to the pool: its metadata, and the contents that
+// came with layers which no other image has.
 func (s *Store) broughtBy(key string, layers []string, u pool.ImageUsage) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	taken := map[string]bool{}
 	for other, r := range s.records.images {
-		if other == key || r.Brought == 0 { // an image that was never built brought nothing
+		if other == key || r.Brought == 0 { // an image that was never built added nothing
 			continue
 		}
 		for _, l := range r.Layers {
@@ -75,16 +75,16 @@ func (s *Store) broughtBy(key string, layers []string, u pool.ImageUsage) int64 
 	return n
 }
 
-// addition is what is known of an image that was just added to the pool.
+// addition describes an image that was just added to the pool.
 type addition struct {
 	image  pool.Image
 	layers []string
 	name   string
-	read   time.Duration // of its layers
-	build  time.Duration // merging them and writing the metadata
+	read   time.Duration // time to read the layers
+	build  time.Duration // time to merge them and write the metadata
 }
 
-// noteMade notes what an image brought that was just added.
+// noteMade records how many bytes a new image added.
 func (s *Store) noteMade(b *addition) error {
 	u, err := s.pool.ImageUsage(b.image.Key)
 	if err != nil {
@@ -93,13 +93,13 @@ func (s *Store) noteMade(b *addition) error {
 	key := canonical(b.image.Key)
 	brought := s.broughtBy(key, b.layers, u)
 	return s.amendImage(key, func(r *imageRecord) {
-		if r.Brought == 0 { // one that is made again brings nothing that the pool had not held
+		if r.Brought == 0 { // a rebuilt image adds nothing new
 			r.Brought = brought
 		}
 	})
 }
 
-// logMade says in one line that an image was made. m is nil if it was not mounted.
+// logMade logs one line about a new image. m is nil if it was not mounted.
 func (s *Store) logMade(ctx context.Context, b *addition, m *mount.Mounted, mounting time.Duration) {
 	key := canonical(b.image.Key)
 	r := s.imageRecord(key)
@@ -122,15 +122,15 @@ func (s *Store) logMade(ctx context.Context, b *addition, m *mount.Mounted, moun
 
 func rounded(d time.Duration) string { return d.Round(100 * time.Microsecond).String() }
 
-// Room says how much can be stored, in bytes.
+// Room says how many bytes can be stored.
 type Room struct {
-	// Pool is what the pool has free for contents.
+	// Pool is the space for contents that is free in the pool.
 	Pool int64 `json:"pool"`
-	// Disk is what the file system has free on which the pool takes space as it is filled; -1 if its space is its own.
+	// Disk is the free space of the file system below a sparse pool; -1 for other pools.
 	Disk int64 `json:"disk"`
 }
 
-// Free is the lesser of both.
+// Free returns the smaller of both.
 func (r Room) Free() int64 {
 	if r.Disk < 0 {
 		return r.Pool

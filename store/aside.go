@@ -12,8 +12,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// aside holds contents that the pool has no room for, in a file without a name. Their offsets lie behind the end of the
-// region, so that one reader serves both.
+// aside holds contents for which the pool has no room, in an unnamed file. Their offsets lie behind
+// the end of the region, so that one reader serves both.
 type aside struct {
 	region region.Region
 	file   *os.File
@@ -22,7 +22,7 @@ type aside struct {
 	used int64
 }
 
-// newAside makes an empty file in dir, which is gone when it is closed.
+// newAside makes an empty file in dir. It disappears when it is closed.
 func newAside(r region.Region, dir string) (*aside, error) {
 	f, err := os.CreateTemp(dir, plainNew)
 	if err != nil {
@@ -52,7 +52,7 @@ func (a *aside) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, err
 	return d, nil
 }
 
-// ReadAt reads what lies at an offset in the region or behind it. No contents lie in both.
+// ReadAt reads from the region, or at offsets behind its end from the file. No contents lie in both.
 func (a *aside) ReadAt(p []byte, off int64) (int, error) {
 	if off < a.region.Size() {
 		return a.region.ReadAt(p, off)
@@ -60,11 +60,11 @@ func (a *aside) ReadAt(p []byte, off int64) (int, error) {
 	return a.file.ReadAt(p, off-a.region.Size())
 }
 
-// layer returns a layer of the pool, or reads it from where it comes from if the pool has no room for it.
+// layer returns a layer of the pool. If the pool has no room for it, layer reads it from its source.
 func (a *aside) layer(ctx context.Context, s *Store, f Layer) (*layer.Layer, error) {
-	made, err := s.ensure(ctx, f)
+	parsed, err := s.ensure(ctx, f)
 	if !IsFull(err) {
-		return made, err
+		return parsed, err
 	}
 	if f.Dir != "" {
 		return layer.FromUpper(ctx, f.Dir, a, s.cfg.Limits)
@@ -72,9 +72,9 @@ func (a *aside) layer(ctx context.Context, s *Store, f Layer) (*layer.Layer, err
 	err = s.eachSource(ctx, f, func(rc io.ReadCloser, spec Blob, _ *packs) error {
 		b, err := s.read(ctx, rc, spec, a)
 		if err == nil {
-			made = b.Layer
+			parsed = b.Layer
 		}
 		return err
 	})
-	return made, err
+	return parsed, err
 }

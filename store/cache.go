@@ -6,39 +6,39 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
-// maxCached bounds the layers that are kept in memory, in entries; each takes some 50 bytes. The layers of a pull are
-// merged right after they were read, and images have their lower layers in common.
+// maxCached limits the decoded layers in memory, in entries of about 50 bytes each. The layers of a
+// pull are merged right after they were read, and images share lower layers.
 const maxCached = 100_000
 
-// cache keeps the decoded layers that were used last. The zero value is ready to use.
+// cache keeps the most recently used decoded layers. The zero value is ready to use.
 type cache struct {
 	mu    sync.Mutex
-	order []cached // the one that was used last comes last
+	order []cached // the most recently used one is last
 	cost  int64
 }
 
 // cached is one decoded layer, and the size of its tar.
 type cached struct {
-	key  string
-	made *layer.Layer
-	size int64
+	key    string
+	parsed *layer.Layer
+	size   int64
 }
 
-func (c *cache) get(key string) (made *layer.Layer, size int64, ok bool) {
+func (c *cache) get(key string) (parsed *layer.Layer, size int64, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, ok := c.take(key)
 	if ok {
 		c.put(e)
 	}
-	return e.made, e.size, ok
+	return e.parsed, e.size, ok
 }
 
-func (c *cache) add(key string, made *layer.Layer, size int64) {
+func (c *cache) add(key string, parsed *layer.Layer, size int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.take(key)
-	c.put(cached{key, made, size})
+	c.put(cached{key, parsed, size})
 }
 
 func (c *cache) drop(key string) {
@@ -52,19 +52,19 @@ func (c *cache) take(key string) (cached, bool) {
 	for i, e := range c.order {
 		if e.key == key {
 			c.order = append(c.order[:i], c.order[i+1:]...)
-			c.cost -= e.made.Cost()
+			c.cost -= e.parsed.Cost()
 			return e, true
 		}
 	}
 	return cached{}, false
 }
 
-// put appends an entry, and removes others to make room for it. Preconditions: mu is held.
+// put appends an entry, and removes old ones to make room. Preconditions: mu is held.
 func (c *cache) put(e cached) {
 	c.order = append(c.order, e)
-	c.cost += e.made.Cost()
+	c.cost += e.parsed.Cost()
 	for c.cost > maxCached && len(c.order) > 0 {
-		c.cost -= c.order[0].made.Cost()
+		c.cost -= c.order[0].parsed.Cost()
 		c.order[0] = cached{}
 		c.order = c.order[1:]
 	}

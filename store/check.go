@@ -16,9 +16,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Check compares what the store knows with what there is, and with what containerd needs: its uses, and the layers of
-// each of its images. It tells report of each contradiction and of each thing that is left over. It is exact when
-// nothing else is under way, after Sweep.
+// Check compares the store with the pool and the kernel, and with what containerd needs: use, and the
+// layers of each of its images. It calls report for each contradiction and each leftover. It is exact
+// after a Sweep while nothing else runs.
 func (s *Store) Check(ctx context.Context, use Uses, images map[string][]Layer, report func(msg string)) error {
 	err := s.pool.Check(ctx, func(f pool.Finding) bool {
 		report("pool: " + f.String())
@@ -42,7 +42,7 @@ func (s *Store) Check(ctx context.Context, use Uses, images map[string][]Layer, 
 	return s.checkLoops(ctx, report)
 }
 
-// checkStored holds layers and images against the records.
+// checkStored compares layers and images with the records.
 func (w *sweep) checkStored(images map[string][]Layer, report func(string)) {
 	bad := func(format string, args ...any) { report(fmt.Sprintf(format, args...)) }
 	inPool := map[string]bool{}
@@ -117,7 +117,7 @@ func (w *sweep) checkPlain(report func(string)) error {
 	return err
 }
 
-// checkMounts holds the kernel's mounts, the table and the pool against each other.
+// checkMounts compares the kernel's mounts, the table and the pool with each other.
 func (w *sweep) checkMounts(report func(string)) error {
 	bad := func(format string, args ...any) { report(fmt.Sprintf(format, args...)) }
 	images := filepath.Join(w.cfg.Root, "images")
@@ -159,11 +159,11 @@ func (w *sweep) checkMounts(report func(string)) error {
 	return nil
 }
 
-// loopsLag is how long a loop device may outlive its mount. A runtime that starts a container at the same moment has a
-// copy of all mounts until it changed its root, and with it the device.
+// loopsLag is how long a loop device may outlive its mount. A runtime that is starting a container has
+// a copy of all mounts until it changes its root, and that copy keeps the device.
 const loopsLag = 10 * time.Second
 
-// checkLoops finds loop devices over the pool that belong to no mount. One is enough for all images.
+// checkLoops reports loop devices over the pool without a mount. One device serves all images.
 func (s *Store) checkLoops(ctx context.Context, report func(string)) error {
 	deadline := time.Now().Add(loopsLag)
 	for {
@@ -195,7 +195,7 @@ func loopsOver(path string) (int, error) {
 	n := 0
 	for _, f := range files {
 		raw, err := os.ReadFile(f)
-		// One that can not be read was detached meanwhile.
+		// An unreadable one was detached meanwhile.
 		if err == nil && strings.TrimSuffix(strings.TrimSpace(string(raw)), " (deleted)") == path {
 			n++
 		}

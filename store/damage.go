@@ -15,21 +15,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// An image whose contents were found to be damaged stays in the pool while containers stand on it, and nobody else
-// gets it. The same image is made again beside it, with another key in the pool: its own, a "+" and a number. A sweep
-// removes the damaged one when nothing uses it any more.
+// An image with damaged contents stays in the pool while containers use it, and nobody else gets it.
+// The image is built again beside it, with another key in the pool: its own, a "+" and a number. A
+// sweep removes the damaged one once nothing uses it.
 
-// CanonicalKey returns the key of the image that a key in the pool stands for: an image with damaged contents, and the one
-// that was made again beside it, have different keys in the pool.
+// CanonicalKey returns the key of an image from its key in the pool. A damaged image and its rebuilt
+// copy have different keys in the pool.
 func CanonicalKey(key string) string { return canonical(key) }
 
-// canonical is the key of the image that a key in the pool stands for.
+// canonical is CanonicalKey.
 func canonical(key string) string {
 	key, _, _ = strings.Cut(key, "+")
 	return key
 }
 
-// poolKey returns the key that an image has in the pool, or will have if it is to be built.
+// poolKey returns the key that an image has in the pool, or will have once it is built.
 func (s *Store) poolKey(key string) string {
 	if _, err := s.pool.Image(key); err == nil && !s.pool.ImageDamaged(key) {
 		return key
@@ -51,15 +51,13 @@ func (s *Store) poolKey(key string) string {
 	return free
 }
 
-// retired tells whether an image of the pool is one that nobody gets any more: it is damaged, or there is another one
-// of its layers.
+// retired tells whether nobody gets an image of the pool any more: it is damaged, or was rebuilt.
 func (s *Store) retired(key string) bool {
 	_, err := s.pool.Image(key)
 	return err == nil && key != s.poolKey(canonical(key))
 }
 
-// retireGrace is how long an image stays after damage was found: somebody may have been told a moment ago to mount an
-// overlay over it.
+// retireGrace delays removal after damage was found: an overlay may be about to use the image.
 const retireGrace = time.Minute
 
 func (s *Store) mayRetire() bool {
@@ -68,8 +66,8 @@ func (s *Store) mayRetire() bool {
 	return time.Since(s.damaged) > retireGrace
 }
 
-// Scrub reads the contents of the pool, at most rate bytes a second if rate is not 0, and logs what has changed. Those
-// contents are given to nobody from then on: see pool.Scrub and Heal.
+// Scrub reads the contents of the pool, at most rate bytes per second unless rate is 0, and logs
+// changed contents. Nobody gets those from then on: see pool.Scrub and Heal.
 func (s *Store) Scrub(ctx context.Context, rate int64) (pool.Scrubbed, error) {
 	return s.pool.Scrub(ctx, pool.ScrubOptions{Rate: rate}, func(d pool.Damage) {
 		s.mu.Lock()
@@ -80,9 +78,9 @@ func (s *Store) Scrub(ctx context.Context, rate int64) (pool.Scrubbed, error) {
 	})
 }
 
-// Heal makes the images again that hold damaged contents, beside the containers that stand on them. layers says what
-// images are made of, where more is known of that than their keys. What cannot be made again is returned, and told by
-// Healthy from then on.
+// Heal rebuilds images with damaged contents, beside the containers that use them. layers lists the
+// layers of images for which more is known than their keys. Heal returns the failures, which Healthy
+// also reports from then on.
 func (s *Store) Heal(ctx context.Context, layers map[string][]Layer) error {
 	lost := map[string]error{}
 	for _, m := range s.pool.Images() {
@@ -91,7 +89,7 @@ func (s *Store) Heal(ctx context.Context, layers map[string][]Layer) error {
 			continue
 		}
 		if _, err := s.pool.Image(s.poolKey(key)); err == nil {
-			continue // was made again
+			continue // rebuilt already
 		}
 		img := s.recorded(key)
 		if len(layers[key]) > 0 {
@@ -111,8 +109,8 @@ func (s *Store) Heal(ctx context.Context, layers map[string][]Layer) error {
 	return joinSorted(lost)
 }
 
-// damage returns what Heal could not make again and is still damaged.
-func (s *Store) damage() error {
+// unhealed returns the failures of Heal for images that are still damaged.
+func (s *Store) unhealed() error {
 	s.mu.Lock()
 	lost := maps.Clone(s.lost)
 	s.mu.Unlock()
@@ -132,7 +130,7 @@ func joinSorted(list map[string]error) error {
 	return errors.Join(errs...)
 }
 
-// recorded returns an image as its record describes it.
+// recorded returns an image according to its record.
 func (s *Store) recorded(key string) Image {
 	img := Image{Key: key}
 	for _, l := range s.imageRecord(key).Layers {

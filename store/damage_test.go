@@ -35,8 +35,8 @@ func (k *kit) scrub(want int) {
 	}
 }
 
-// A damaged image stays for those who use it, and nobody else gets it: neither a container, nor who mounts it by hand,
-// nor after a restart. It goes when nothing uses it.
+// A damaged image stays for its users, and nobody else gets it: no container, no mount by hand, and no
+// one after a restart. It disappears once nothing uses it.
 func TestDamagedImage(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -48,7 +48,7 @@ func TestDamagedImage(t *testing.T) {
 	k.must(err)
 	beside, err := k.Lower(ctx, other)
 	k.must(err)
-	user := t.TempDir() // somebody stands on it
+	user := t.TempDir() // somebody uses it
 	k.must(unix.Mount(old, user, "", unix.MS_BIND, ""))
 	used := true
 	leave := func() {
@@ -81,7 +81,7 @@ func TestDamagedImage(t *testing.T) {
 	refused()
 	k.expect(beside, b)
 
-	k.stream(a) // it comes again
+	k.stream(a) // pulled again
 	k.must(k.Heal(ctx, nil))
 	k.must(k.Healthy(ctx))
 	dir, err := k.Lower(ctx, img)
@@ -128,8 +128,7 @@ func TestDamagedImage(t *testing.T) {
 	}
 }
 
-// Memory that others can write to is checked before it is mounted: images with changed contents are not served, and
-// all others are.
+// Memory that others can write to is checked before the mount: only changed images are not served.
 func TestDamagedBeforeMount(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()

@@ -1,5 +1,6 @@
-// Package store is the image store of a host: it keeps layers and images in a pool, mounts images, and knows who holds
-// what. The daemon and the command line use it alike; one process at a time owns a store.
+// Package store is the image store of a host. It keeps layers and images in a pool, mounts images, and
+// records who holds them. The daemon and the command line both use it; one process at a time owns a
+// store.
 //
 //	s, err := store.Open(ctx, store.Config{Root: root, Pool: store.Pool{Kind: region.KindFile}, Drivers: drivers.All()})
 //	...
@@ -8,23 +9,26 @@
 //
 // # Identity
 //
-// A streamed layer is named by its diff ID, which this store computed when it read the layer: "blob/sha256:…". An
-// unpacked layer has a key that its owner chose: "dir/…". An image is named by the keys of its layers, see ImageKey. A
-// caller who merely claims a diff ID is given a layer that is stored only if he has a blob of which the store once
-// computed that diff ID; else his own blob is read. So no claim gives anybody another one's bytes, or plants some.
+// A streamed layer is named by the diff ID that this store computed when it read the layer:
+// "blob/sha256:…". An unpacked layer has a key that its owner chose: "dir/…". An image is named by the
+// keys of its layers, see ImageKey. A caller who only claims a diff ID gets a stored layer only if he
+// has a blob for which the store once computed that diff ID; otherwise the store reads his own blob.
+// So a claim can neither obtain another caller's bytes nor plant any.
 //
 // # Holders
 //
-// Layers and images have holders, which are recorded in the index of the pool: "containerd/<namespace>", "pin/<name>",
-// "mount/<directory>" and "reader/<id>". Sweep frees what nobody holds. The snapshotter's records decide what the
-// holders of containerd's namespaces are; other programs go by what the index says of them.
+// The index of the pool records the holders of layers and images: "containerd/<namespace>",
+// "pin/<name>", "mount/<directory>" and "reader/<id>". Sweep frees what nobody holds. The
+// snapshotter's records decide about the holders of containerd's namespaces; other programs rely on
+// the index for them.
 //
 // # How space becomes free
 //
-// An image that nobody holds is unmounted when nothing is seen to stand on it, then taken out of the pool. Contents
-// that no layer and no image holds are dead: their inodes are erased, then the kernel is asked for each of them whether
-// somebody has it open or mapped. What is free of users is free space. What can not be decided waits for the next
-// sweep, at the latest until nothing is mounted, when the pool may begin a new epoch.
+// An image without holders is unmounted once no use of it is visible, then removed from the pool.
+// Contents that no layer and no image holds are dead. Their inodes are erased, then the kernel is
+// asked for each one whether it is open or mapped. Contents without users become free space. Undecided
+// cases wait for the next sweep, at the latest until nothing is mounted, when the pool may begin a new
+// epoch.
 //
 // # Below the root
 //
@@ -35,10 +39,10 @@
 //
 // # Layer packs
 //
-// Memory does not survive a reboot, containerd's view of its snapshots does. A layer that was unpacked can be restored
-// from its directory; a layer that was streamed has none. Where the region under the pool does not survive a reboot,
-// the blob is copied to packs/ while it is streamed and synced before containerd is told that the layer is applied. The
-// pack is the blob as it came: it takes a fraction of the space of the contents, it costs no more to write than to
-// receive, and its diff ID proves it when it is read again. Where there is no pack, or a damaged one, containerd is
-// asked for the blob.
+// Memory does not survive a reboot, but containerd's view of its snapshots does. An unpacked layer can
+// be restored from its directory; a streamed layer has none. So if the region does not survive a
+// reboot, the blob of a streamed layer is copied to packs/ during the read, and synced before
+// containerd learns that the layer is applied. The pack is the unchanged blob: it takes a fraction of
+// the space of the contents, costs no more to write than to receive, and its diff ID proves it when it
+// is read again. If a pack is missing or damaged, containerd is asked for the blob.
 package store

@@ -17,37 +17,37 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Document is what the owner of a shared pool tells readers about one image: docs/pool-format.md describes its bytes.
+// Document describes one image for readers of a shared pool; docs/pool-format.md defines its bytes.
 type Document struct {
 	// ChainID is the chain ID of DiffIDs.
 	ChainID digest.Digest `json:"chainID"`
-	// DiffIDs are those of the layers, bottom first. The owner computed each from the layer itself.
+	// DiffIDs are the diff IDs of the layers, bottom first. The owner computed each from the layer itself.
 	DiffIDs []digest.Digest `json:"diffIDs"`
 	// Images are the OCI images that have exactly these layers.
 	Images []OCIImage `json:"images,omitempty"`
 }
 
-// OCIImage is an OCI image in the containerd of an owner.
+// OCIImage is an OCI image in the owner's containerd.
 type OCIImage struct {
 	Namespace string `json:"namespace"`
 	// Name is a reference.
 	Name string `json:"name"`
-	// Target is the descriptor of its manifest, or of an index that has it.
+	// Target is the descriptor of its manifest, or of an index that lists the manifest.
 	Target ocispec.Descriptor `json:"target"`
-	// Blobs are the index if Target is one, the manifest and the configuration, each found by its digest.
+	// Blobs are the manifest, the configuration and the index if Target is one, found by their digests.
 	Blobs [][]byte `json:"blobs"`
 }
 
-// Limits of a document, beside its size.
+// Limits of a document, besides its size.
 const (
 	maxDocumentLayers = 1024
 	maxDocumentImages = 1024
-	maxDocumentName   = 1024 // bytes
+	maxDocumentName   = 1024 // in bytes
 	maxImageBlobs     = 3
 )
 
-// ParseDocument reads the bytes of a document, of which it believes nothing. All digests of what it returns are right,
-// and all images have the layers of the document. Errors: pool.ErrCorrupt.
+// ParseDocument parses an untrusted document. In the result all digests are correct, and all images
+// have the layers of the document. Errors: pool.ErrCorrupt.
 func ParseDocument(raw []byte) (*Document, error) {
 	d, err := parseDocument(raw)
 	if err != nil {
@@ -101,8 +101,8 @@ func (d *Document) validate() error {
 	return nil
 }
 
-// Marshal returns the bytes of a document. Equal documents have equal bytes, whatever the order of their images.
-// Errors: pool.ErrInvalid if ParseDocument would refuse it.
+// Marshal returns the bytes of a document. Equal documents have equal bytes, whatever the order of
+// their images. Errors: pool.ErrInvalid if ParseDocument would refuse the result.
 func (d *Document) Marshal() ([]byte, error) {
 	sorted := *d
 	sorted.Images = slices.Clone(d.Images)
@@ -125,18 +125,18 @@ type ContentBlob struct {
 	Bytes []byte
 }
 
-// OCIParts are the documents of an OCI image.
+// OCIParts are the parts of an OCI image.
 type OCIParts struct {
 	// Index is nil if the target is the manifest.
 	Index            *ContentBlob
 	Manifest, Config ContentBlob
-	// Layers are the descriptors of the layer blobs, bottom first, and DiffIDs their diff IDs.
+	// Layers are the descriptors of the layer blobs, bottom first, with their DiffIDs.
 	Layers  []ocispec.Descriptor
 	DiffIDs []digest.Digest
 }
 
-// Parts finds what the target of an OCI image leads to, and proves it: every blob has the digest and the size by which
-// it is named, and there are no others.
+// Parts resolves the target of an OCI image and verifies every blob: its digest and size match its
+// descriptor, and there are no surplus blobs.
 func (m OCIImage) Parts() (*OCIParts, error) {
 	if err := identifiers.Validate(m.Namespace); err != nil {
 		return nil, fmt.Errorf("namespace: %w", err)
@@ -193,7 +193,7 @@ func (m OCIImage) Parts() (*OCIParts, error) {
 	return &p, nil
 }
 
-// finderOf returns a function that finds a blob among those given by its digest.
+// finderOf returns a function that finds one of the blobs by its descriptor.
 func finderOf(blobs [][]byte) func(ocispec.Descriptor) (ContentBlob, error) {
 	byDigest := map[digest.Digest][]byte{}
 	for _, b := range blobs {

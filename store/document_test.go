@@ -27,8 +27,8 @@ func descriptor(mediaType string, b []byte) ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}
 }
 
-// ociImage makes the documents of an OCI image with layers of these diff IDs; inIndex puts its manifest into an index,
-// behind that of another platform.
+// ociImage makes the blobs of an OCI image with layers of these diff IDs; inIndex puts its manifest
+// into an index, behind that of another platform.
 func ociImage(t testing.TB, name string, ids []digest.Digest, inIndex bool) OCIImage {
 	t.Helper()
 	config := toJSON(t, ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: ids}})
@@ -135,7 +135,7 @@ func TestDocumentRefuses(t *testing.T) {
 	}
 }
 
-// FuzzDocument reads anything: no panic, and what is accepted holds what ParseDocument promises and can be written again.
+// FuzzDocument parses arbitrary bytes without a panic; accepted documents are valid and marshal again.
 func FuzzDocument(f *testing.F) {
 	raw, err := someDocument(f).Marshal()
 	if err != nil {

@@ -16,30 +16,31 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// Estimator says what images would take in an empty pool, without storing them. It reads each layer once and remembers
-// digests of contents: some 100 bytes for each distinct file. It belongs to one goroutine.
+// Estimator computes how much space images would take in an empty pool, without storing them. It reads
+// each layer once and remembers digests of contents, about 100 bytes for each distinct file. It
+// belongs to one goroutine.
 type Estimator struct {
 	limits layer.Limits
 	seen   contents
 	layers cache
-	known  map[digest.Digest]int64 // what the distinct layers hold, by diff ID
-	inodes map[estimatedInode]int  // how many there are
+	known  map[digest.Digest]int64 // sizes of files of the distinct layers, by diff ID
+	inodes map[estimatedInode]int  // number of inodes of each kind
 }
 
-// Estimate says what images would take, in bytes. Contents are whole pages.
+// Estimate is the space that images would take, in bytes. Contents are whole pages.
 type Estimate struct {
-	// Contents are those of all layers, each distinct content once.
+	// Contents is the size of the contents of all layers, each distinct content once.
 	Contents int64 `json:"contents"`
-	// Metadata are the trees of the images.
+	// Metadata is the size of the trees of the images.
 	Metadata int64 `json:"metadata"`
-	// Unpacked is what the files of all layers take in directories, each distinct layer once: what overlayfs has on disk,
-	// without its directories and inodes.
+	// Unpacked is the size of the files of all layers in directories, each distinct layer once: overlayfs
+	// on disk, without its directories and inodes.
 	Unpacked int64 `json:"unpacked"`
 	// Layers is the number of distinct layers.
 	Layers int `json:"layers"`
 }
 
-// estimatedInode is what decides whether images share an inode: its attributes, and its contents.
+// estimatedInode identifies an inode that images share: by its attributes and contents.
 type estimatedInode struct {
 	key daxfs.InodeKey
 	off int64
@@ -53,8 +54,7 @@ func NewEstimator(limits layer.Limits) *Estimator {
 	}
 }
 
-// Add reads an image and returns what it would take besides those that were added before. After an error the image may
-// have been counted in part.
+// Add reads an image and returns how much it adds. After an error it may be counted in part.
 func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error) {
 	before := e.seen.size
 	var out Estimate
@@ -77,7 +77,7 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 		}
 	}
 	for i, l := range img.Layers {
-		made, unpacked, isNew, err := e.layer(ctx, l)
+		parsed, unpacked, isNew, err := e.layer(ctx, l)
 		if err != nil {
 			return out, fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
 		}
@@ -85,7 +85,7 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 			out.Layers++
 			out.Unpacked += unpacked
 		}
-		if err := apply(made); err != nil {
+		if err := apply(parsed); err != nil {
 			return out, fmt.Errorf("layer %d (%s): %w", i, l.Name(), err)
 		}
 	}
@@ -94,13 +94,13 @@ func (e *Estimator) Add(ctx context.Context, img *source.Image) (Estimate, error
 	return out, err
 }
 
-// layer returns a layer, and what its files take in a directory. isNew is false if it was counted before.
+// layer returns a layer, its size in a directory, and whether it was not counted before.
 func (e *Estimator) layer(ctx context.Context,
 	l source.Layer,
-) (made *layer.Layer, unpacked int64, isNew bool, err error) {
+) (parsed *layer.Layer, unpacked int64, isNew bool, err error) {
 	key := l.DiffID.String()
-	if made, _, ok := e.layers.get(key); ok {
-		return made, 0, false, nil
+	if parsed, _, ok := e.layers.get(key); ok {
+		return parsed, 0, false, nil
 	}
 	rc, err := l.Open(ctx)
 	if err != nil {
@@ -117,7 +117,7 @@ func (e *Estimator) layer(ctx context.Context,
 	return b.Layer, put.size, !had, nil
 }
 
-// metadata returns what the tree of an image takes besides those before it.
+// metadata returns how much the tree of an image adds to those before it.
 func (e *Estimator) metadata(root *daxfs.Node) (int64, error) {
 	plan, err := daxfs.NewLivePlan(root, daxfs.Options{}, false)
 	if err != nil {
@@ -131,7 +131,7 @@ func (e *Estimator) metadata(root *daxfs.Node) (int64, error) {
 	}
 	err = plan.Resolve(func(f daxfs.LiveFile) (nid uint64, d daxfs.Data, err error) {
 		if f.Seq < e.inodes[id(f)] {
-			nid = 1 // any: nothing is written
+			nid = 1 // any number: nothing is written
 		}
 		return nid, f.Data, nil
 	})
@@ -146,20 +146,20 @@ func (e *Estimator) metadata(root *daxfs.Node) (int64, error) {
 	return plan.Size(), nil
 }
 
-// contentsKey tells contents apart.
+// contentsKey identifies contents.
 type contentsKey struct {
 	sum  [sha256.Size]byte
 	size int64
 }
 
-// contents are distinct contents, each at a place of its own that nothing is written to.
+// contents are distinct contents, each with a place of its own where nothing is written.
 type contents struct {
 	mu   sync.Mutex
 	at   map[contentsKey]int64
-	size int64 // of all, in whole pages
+	size int64 // of all contents, in whole pages
 }
 
-// counted is a layer.Store that keeps no byte. It counts what one layer puts, in whole pages.
+// counted is a layer.Store that keeps no bytes. It counts the contents of one layer, in whole pages.
 type counted struct {
 	*contents
 	size int64

@@ -20,7 +20,7 @@ func sourceOfLayers(layers ...*source.Image) *source.Image {
 	return out
 }
 
-// An estimate is what images then take, whatever they have in common.
+// An estimate equals the space that images then take, whatever they share.
 func TestEstimate(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -55,7 +55,7 @@ func TestEstimate(t *testing.T) {
 			t.Errorf("image %d: estimated %+v; it took %d bytes of contents and %d of metadata", i, got,
 				contents, metadata)
 		}
-		// What an image brought is its contents that were new, and the part of its metadata that is its own.
+		// An image's Brought is its new contents plus its own part of the metadata.
 		if min := contents; !again && (info.Brought < min || info.Brought > contents+metadata) {
 			t.Errorf("image %d brought %d bytes, expected %d to %d", i, info.Brought, min, contents+metadata)
 		}
@@ -71,7 +71,7 @@ func TestEstimate(t *testing.T) {
 	}
 }
 
-// An image that cannot be read is an error.
+// An unreadable image is an error.
 func TestEstimateOfDamage(t *testing.T) {
 	img := sourceOf(file{"a", random(1, 100_000)})
 	img.Layers[0].DiffID = digestOf(file{"b", nil})
@@ -84,7 +84,7 @@ func TestEstimateOfDamage(t *testing.T) {
 	}
 }
 
-// Room is what the pool has free, or less if the disk has less.
+// Room is the free space of the pool, or of the disk if that is less.
 func TestRoom(t *testing.T) {
 	k := newKit(t, nil)
 	room, err := k.Room()

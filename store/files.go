@@ -22,25 +22,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Pool names a pool, as the configuration of the daemon does.
+// Pool names a pool, as in the daemon's configuration.
 type Pool struct {
 	Kind string
-	// Path is the file or device; empty means the default of the kind.
+	// Path is the file or device; empty selects the default of the kind.
 	Path string
-	// Size in bytes; 0 means what is there, and for a new file as much as its file system can hold.
+	// Size in bytes. 0 means the present size, and for a new file as much as its file system can hold.
 	Size int64
 	// Phys is the address of the first byte, for region.KindPhys.
 	Phys uint64
 	// Windows is "auto", "yes" or "no"; empty means "auto".
 	Windows string
-	// DAX is "auto", "yes" or "no"; empty means "auto": whether kernels mount the pool with DAX.
+	// DAX is "auto", "yes" or "no": whether kernels mount the pool with DAX. Empty means "auto".
 	DAX string
 }
 
 // ShmDir is the directory of a pool of kind tmpfs without a path.
 const ShmDir = "/dev/shm/daxfs-snapshotter"
 
-// maxSparse bounds the size that a file gets which was given none: EROFS counts blocks in 32 bits.
+// maxSparse limits the default size of a file: EROFS counts blocks in 32 bits.
 const maxSparse = 8 << 40
 
 // File returns the file or device of a pool.
@@ -56,11 +56,11 @@ func (p Pool) File(root string) string {
 	return ""
 }
 
-// openPool opens the pool of a root directory, and makes it if there is none.
+// openPool opens the pool of a root directory, or makes one.
 //
-// The index lies below the root and is found by trial: it knows which pool it belongs to. So neither a pool that is
-// missing at one start, because the file system that it lies on is mounted late, nor a configuration that is changed
-// and changed back costs an index.
+// The index lies below the root and is found by trial, because it names its pool. So an index is not
+// lost if the pool is missing at one start (its file system is mounted late), or if a configuration is
+// changed and changed back.
 func openPool(ctx context.Context, c Config) (_ region.Region, _ *pool.Pool, err error) {
 	rc, err := c.Pool.region(c.Root)
 	if err != nil {
@@ -68,7 +68,7 @@ func openPool(ctx context.Context, c Config) (_ region.Region, _ *pool.Pool, err
 	}
 	r, err := region.Open(rc)
 	if errors.Is(err, region.ErrForeign) {
-		return nil, nil, err // it says what to do; making a pool there is not it
+		return nil, nil, err // the error says what to do; making a pool there is no remedy
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w%s", err, advice(err, rc.Kind))
@@ -90,7 +90,7 @@ func openPool(ctx context.Context, c Config) (_ region.Region, _ *pool.Pool, err
 	return r, p, nil
 }
 
-// indexName begins the names of the indexes of pools with a kind and a path.
+// indexName is the prefix of the indexes of pools with a kind and a path.
 func indexName(rc region.Config) string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s %s %d", rc.Kind, rc.Path, rc.Phys))
 	return hex.EncodeToString(sum[:6])
@@ -101,19 +101,19 @@ type indexes struct {
 	ctx    context.Context
 	region region.Region
 	dir    string
-	name   string // begins the names of those that were made for this kind and path
+	name   string // prefix of indexes made for this kind and path
 	config Config
 }
 
 const (
 	indexSuffix = ".db"
-	// newSuffix is that of an index until its pool is complete.
+	// newSuffix is the suffix of an index until its pool is complete.
 	newSuffix = ".new"
 )
 
 func (x indexes) mine(path string) bool { return strings.HasPrefix(filepath.Base(path), x.name+"-") }
 
-// open opens the pool with the index that belongs to it, or makes a pool if the region is new.
+// open opens the pool with its index, or makes a pool if the region is new.
 func (x indexes) open() (*pool.Pool, error) {
 	opts := pool.Options{Warn: func(err error) { log.L.WithError(err).Warn("pool") }}
 	all, err := x.list()
@@ -133,7 +133,7 @@ func (x indexes) open() (*pool.Pool, error) {
 			if errors.Is(err, pool.ErrForeign) {
 				foreign = err
 			}
-			// An index that was never complete is of no pool; one of memory that lost its bytes says nothing any more.
+			// An incomplete index has no pool, and an index is useless once its memory was lost.
 			lost := errors.Is(err, pool.ErrWiped) && x.region.Info().Persistent < region.PersistsReboot
 			if x.mine(path) && (isNew || lost) {
 				if err := os.Remove(path); err != nil {
@@ -154,7 +154,7 @@ func (x indexes) open() (*pool.Pool, error) {
 	return p, err
 }
 
-// list returns the indexes below the root: those of the same kind and path first.
+// list returns the indexes below the root, those of the same kind and path first.
 func (x indexes) list() ([]string, error) {
 	var all []string
 	for _, suffix := range []string{indexSuffix, newSuffix} {
@@ -189,8 +189,8 @@ func (x indexes) warnWiped() {
 
 // make makes a pool with an index of its own.
 func (x indexes) make(opts pool.Options) (*pool.Pool, error) {
-	made := PoolOptions(x.ctx, x.config.Drivers, x.region.Info(), x.config.Pool.Windows)
-	opts.Windows, opts.Device, opts.DAX = made.Windows, made.Device, choices[x.config.Pool.DAX]
+	defaults := PoolOptions(x.ctx, x.config.Drivers, x.region.Info(), x.config.Pool.Windows)
+	opts.Windows, opts.Device, opts.DAX = defaults.Windows, defaults.Device, choices[x.config.Pool.DAX]
 	var random [4]byte
 	rand.Read(random[:])
 	path := filepath.Join(x.dir, x.name+"-"+hex.EncodeToString(random[:])+newSuffix)
@@ -204,7 +204,7 @@ func (x indexes) make(opts pool.Options) (*pool.Pool, error) {
 	return x.complete(p, path)
 }
 
-// complete gives the index of a new pool its name.
+// complete gives the index of a new pool its final name.
 func (x indexes) complete(p *pool.Pool, path string) (*pool.Pool, error) {
 	if err := os.Rename(path, strings.TrimSuffix(path, newSuffix)+indexSuffix); err != nil {
 		return nil, errors.Join(err, p.Close())
@@ -212,7 +212,7 @@ func (x indexes) complete(p *pool.Pool, path string) (*pool.Pool, error) {
 	return p, nil
 }
 
-// PoolOptions returns how a pool in a region is to be made: for the driver that will mount it, with windows as in
+// PoolOptions returns the options for a new pool: for its future driver, with windows as in
 // Pool.Windows.
 func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, windows string) pool.Options {
 	o := pool.Options{Windows: choices[windows]}
@@ -226,14 +226,13 @@ func PoolOptions(ctx context.Context, drivers []mount.Driver, info region.Info, 
 
 var choices = map[string]pool.Choice{"": pool.Auto, "auto": pool.Auto, "yes": pool.Yes, "no": pool.No}
 
-// advice says what to do about the errors of opening a pool that a change of the configuration, or of the program,
-// causes.
+// advice says how to fix errors of opening a pool after the configuration or the program changed.
 func advice(err error, kind string) string {
 	files := region.TraitsOf(kind).Regular
 	switch {
 	case errors.Is(err, region.ErrSize) && files:
-		return "; set pool.size to the size that the pool has or leave it out, or stop all containers and make the pool larger with " +
-			"`daxfs pool grow`; a smaller one is a new one: end all containers and remove the file"
+		return "; set pool.size to the size that the pool has or leave it out, or stop all containers and make the " +
+			"pool larger with `daxfs pool grow`; a smaller one is a new one: end all containers and remove the file"
 	case errors.Is(err, region.ErrSize) && kind == region.KindPhys:
 		return "; set pool.phys and pool.size to a range that the kernel was told to reserve, in whole 2 MiB"
 	case errors.Is(err, region.ErrSize):
@@ -267,7 +266,7 @@ func (p Pool) region(root string) (region.Config, error) {
 		return rc, nil
 	}
 	if st, err := os.Stat(rc.Path); err == nil && st.Size() > 0 {
-		return rc, nil // as large as it was made
+		return rc, nil // the size of the existing file
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -283,7 +282,7 @@ func (p Pool) region(root string) (region.Config, error) {
 	return rc, nil
 }
 
-// checkOwnDir returns an error unless a directory is ours alone. Anyone can make directories in /dev/shm.
+// checkOwnDir refuses a directory that is not ours alone. Anyone can make directories in /dev/shm.
 func checkOwnDir(dir string) error {
 	st, err := os.Lstat(dir)
 	if err != nil {
@@ -291,8 +290,8 @@ func checkOwnDir(dir string) error {
 	}
 	owner := int(st.Sys().(*syscall.Stat_t).Uid)
 	if !st.IsDir() || owner != os.Geteuid() || st.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("directory %q of the pool: found %s of user %d, expected a directory of user %d that nobody else "+
-			"can write to; remove it if you did not make it, or set pool.path: %w",
+		return fmt.Errorf("directory %q of the pool: found %s of user %d, expected a directory of user %d that nobody "+
+			"else can write to; remove it if you did not make it, or set pool.path: %w",
 			dir, st.Mode(), owner, os.Geteuid(), region.ErrForeign)
 	}
 	return nil

@@ -13,13 +13,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Errors of opening a pool say what to do.
+// Errors of opening a pool say how to fix them.
 func TestPoolAdvice(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(k *kit)
-		back   func(path string) error // what change did to the file, undone
+		back   func(path string) error // undoes what change did to the file
 		want   []string
-		not    string // in the error
+		not    string // not in the error
 	}{
 		"another size": {
 			func(k *kit) { k.cfg.Pool.Size = 64 << 20 }, nil,
@@ -90,7 +90,7 @@ func TestPoolAdvice(t *testing.T) {
 	}
 }
 
-// putLayer stores a layer that a test looks for later.
+// putLayer stores a layer for a later lookup.
 func (k *kit) putLayer() (key string) {
 	k.t.Helper()
 	return k.stream(file{"a", random(1, 5000)}).Key
@@ -101,7 +101,7 @@ func (k *kit) has(key string) bool {
 	return err == nil
 }
 
-// A pool that is missing at one start, because what it lies on is mounted late, is still good at the next one.
+// A pool missing at one start, because its disk is mounted late, is still good at the next one.
 func TestLatePool(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
 	k := newKit(t, func(c *Config) { c.Pool.Path = filepath.Join(disk, "pool") })
@@ -111,7 +111,7 @@ func TestLatePool(t *testing.T) {
 		t.Error("without its pool the store knows the layer")
 	}
 	other := k.stream(file{"b", random(2, 5000)}).Key
-	for range 2 { // once more: whichever is there is found
+	for range 2 { // twice: either pool is found
 		k.restart(func() { k.must(errors.Join(os.Rename(disk, disk+".root"), os.Rename(disk+".away", disk))) })
 		if !k.has(key) || k.has(other) {
 			t.Error("with its pool back the store does not know the layer, or another pool's")
@@ -147,7 +147,7 @@ func TestThereAndBack(t *testing.T) {
 	}
 }
 
-// A stranger's file, link or directory where the pool is to be is refused, and left as it is.
+// A stranger's file, link or directory in the place of the pool is refused and stays unchanged.
 func TestStrangersFile(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("makes files of another user, which needs root")
@@ -189,7 +189,7 @@ func TestStrangersFile(t *testing.T) {
 	}
 }
 
-// The directory of the default pool in memory is ours alone.
+// The directory of the default pool in memory must be ours alone.
 func TestStrangersDirectory(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("makes files of another user, which needs root")
@@ -211,7 +211,7 @@ func TestStrangersDirectory(t *testing.T) {
 	}
 }
 
-// oldPoolFile makes what a pool of version 1 begins with.
+// oldPoolFile makes the beginning of a pool of version 1.
 func oldPoolFile(t *testing.T, path string) {
 	t.Helper()
 	b := make([]byte, 64<<20)
@@ -222,8 +222,7 @@ func oldPoolFile(t *testing.T, path string) {
 	}
 }
 
-// nameInMountTable makes the mount table name a path, as it does while an image is mounted from the file there and
-// after that was moved away.
+// nameInMountTable makes the mount table name a path whose mounted file was moved away.
 func nameInMountTable(t *testing.T, path string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -237,7 +236,7 @@ func nameInMountTable(t *testing.T, path string) {
 	})
 }
 
-// A pool of version 1 stays as it is while something uses it, and goes then. Images go into a new pool.
+// A pool of version 1 stays unchanged while it is used, then disappears. Images go into a new pool.
 func TestVersionOnePool(t *testing.T) {
 	for _, explicit := range []bool{false, true} {
 		root := t.TempDir()
@@ -257,7 +256,7 @@ func TestVersionOnePool(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		user, err := os.Open(path) // as a mount or a loop device has it
+		user, err := os.Open(path) // like a mount or a loop device
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -289,11 +288,11 @@ func TestVersionOnePool(t *testing.T) {
 	}
 }
 
-// A pool that was being made when the process was killed is made again.
+// A pool is made again if the process was killed while making it.
 func TestHalfMadePool(t *testing.T) {
 	k := newKit(t, nil)
 	k.restart(func() {
-		// The index has its name only when the pool is complete.
+		// The index gets its name only when the pool is complete.
 		all, err := filepath.Glob(filepath.Join(k.cfg.Root, "pool/*.db"))
 		if err != nil || len(all) != 1 {
 			t.Fatalf("indexes %q, %v", all, err)

@@ -18,10 +18,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// imagePrefix begins the keys of images; the hash of the keys of their layers follows, in hexadecimal.
+// imagePrefix is the prefix of image keys; the hash of the layers' keys follows, in hexadecimal.
 const imagePrefix = "image/"
 
-// ImageKey returns the key of the image that layers make. It takes their keys, bottom first.
+// ImageKey returns the key of the image made of layers, given by their keys, bottom first.
 func ImageKey(layers []string) string {
 	h := sha256.New()
 	for _, key := range layers {
@@ -30,13 +30,13 @@ func ImageKey(layers []string) string {
 	return imagePrefix + hex.EncodeToString(h.Sum(nil))
 }
 
-// Image is a chain of layers, bottom first, that makes an image.
+// Image is an image to make: a chain of layers, bottom first.
 type Image struct {
 	Key    string
 	Layers []Layer
-	// Holder is who wants the image.
+	// Holder will hold the image.
 	Holder string
-	// Name is a reference of the OCI image; empty if it is not known.
+	// Name is a reference of the OCI image; empty if unknown.
 	Name string
 }
 
@@ -48,8 +48,7 @@ func (m Image) layerKeys() []string {
 	return keys
 }
 
-// Lower returns the directory at which an image is mounted. It restores layers that are missing, and builds and mounts
-// the image where that is not yet done.
+// Lower returns the directory of a mounted image, after restoring, building and mounting as necessary.
 func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 	unlock, err := s.images.lock(ctx, img.Key)
 	if err != nil {
@@ -57,14 +56,14 @@ func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 	}
 	defer unlock()
 	m, err := s.mount(ctx, img)
-	if err == nil && s.pool.ImageDamaged(m.Key) { // found while the pool was mounted
+	if err == nil && s.pool.ImageDamaged(m.Key) { // found damaged while the pool was mounted
 		m, err = s.mount(ctx, img)
 	}
 	if errors.Is(err, mount.ErrCheck) {
-		// The memory no longer holds what was written there. The index does not lie in it: the tree is made again.
+		// The memory lost what was written there. The index is elsewhere, so the tree can be made again.
 		log.G(ctx).WithError(err).Error("the pool is damaged, making its metadata again")
 		if herr := s.newEpoch(ctx); herr != nil {
-			return "", fmt.Errorf("image %q: %w; and the pool's metadata can not be made again: %w", img.Key, err, herr)
+			return "", fmt.Errorf("image %q: %w; and the pool's metadata cannot be made again: %w", img.Key, err, herr)
 		}
 		m, err = s.mount(ctx, img)
 	}
@@ -74,7 +73,7 @@ func (s *Store) Lower(ctx context.Context, img Image) (string, error) {
 	return m.Dir, nil
 }
 
-// mount mounts an image, which it adds to the pool if it is not there. Preconditions: the image is locked.
+// mount mounts an image, and adds it to the pool if it is missing. Preconditions: the image is locked.
 func (s *Store) mount(ctx context.Context, img Image) (mount.Mounted, error) {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
@@ -90,7 +89,7 @@ func (s *Store) mount(ctx context.Context, img Image) (mount.Mounted, error) {
 	return mounted, err
 }
 
-// mountable describes an image of the pool to the table.
+// mountable describes an image of the pool for the table.
 func (s *Store) mountable(m pool.Image) mount.Image {
 	img := mount.Image{
 		Key: m.Key, Name: m.Name(), Nid: s.pool.Geometry().SlotNid(m.Slot), Window: m.Window, WindowSize: m.WindowSize,
@@ -102,8 +101,8 @@ func (s *Store) mountable(m pool.Image) mount.Image {
 	return img
 }
 
-// add returns the image of the pool, which it builds if there is none, and records who wants it. built is nil if the image
-// was there. Preconditions: the image is locked, and epoch is held for reading.
+// add returns the image of the pool, which it builds if there is none, and records its holder. built
+// is nil if the image existed. Preconditions: the image is locked, and epoch is held for reading.
 func (s *Store) add(ctx context.Context, img Image) (m pool.Image, built *addition, err error) {
 	m, err = s.pool.Image(s.poolKey(img.Key))
 	if errors.Is(err, pool.ErrNotFound) {
@@ -118,7 +117,7 @@ func (s *Store) add(ctx context.Context, img Image) (m pool.Image, built *additi
 	return m, built, errors.Join(s.noteImage(img), s.pool.FlushRecords())
 }
 
-// noteImage notes what an image is made of, and who wants it.
+// noteImage records the layers, the holder and the name of an image.
 func (s *Store) noteImage(img Image) error {
 	return s.amendImage(img.Key, func(r *imageRecord) {
 		r.Layers = img.layerKeys()
@@ -149,34 +148,34 @@ func (s *Store) build(ctx context.Context, img Image) (m pool.Image, added *addi
 		return m, nil, err
 	}
 	added = &addition{image: m, layers: keys, name: img.Name, read: s.readTime(keys)}
-	added.build = max(0, time.Since(began)-(added.read-before)) // layers that were missing were read meanwhile
+	added.build = max(0, time.Since(began)-(added.read-before)) // without reading missing layers meanwhile
 	s.forgetRead(keys)
 	return m, added, s.noteMade(added)
 }
 
-// mergeLayers merges what get returns for layers, bottom first.
+// mergeLayers merges layers, bottom first; get returns each of them.
 func mergeLayers(ctx context.Context, from []Layer,
 	get func(context.Context, Layer) (*layer.Layer, error),
 ) (*daxfs.Node, error) {
 	m := tree.NewMerger()
 	for _, f := range from {
-		made, err := get(ctx, f)
+		parsed, err := get(ctx, f)
 		if err != nil {
 			return nil, err
 		}
 		apply := m.Apply
-		if made.Cost() > maxCached { // nobody else has it: the cache keeps none that large
+		if parsed.Cost() > maxCached { // nobody else has it: the cache keeps no layers of that size
 			apply = m.Take
 		}
-		if err := apply(made); err != nil {
+		if err := apply(parsed); err != nil {
 			return nil, fmt.Errorf("%w: %w", layer.ErrInvalid, err)
 		}
 	}
 	return m.Root(), nil
 }
 
-// rebuild adds the images again that somebody holds without having asked for them: those that were put into the pool to
-// be found there. A new epoch removed them.
+// rebuild adds the pinned images, and those of readers, that a new epoch removed: somebody wants them
+// in the pool although no container asks for them.
 func (s *Store) rebuild(ctx context.Context) error {
 	var errs []error
 	for key, r := range s.imageRecords() {

@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// keyLock is one lock for each key in use. The zero value is ready to use.
+// keyLock holds one lock for each key in use. The zero value is ready to use.
 type keyLock struct {
 	mu    sync.Mutex
 	locks map[string]*keyed

@@ -73,7 +73,7 @@ func (k *kit) open() {
 	k.Store = s
 }
 
-// restart closes the store, lets change happen, and opens it again.
+// restart closes the store, calls change, and opens the store again.
 func (k *kit) restart(change func()) {
 	k.t.Helper()
 	k.must(k.Close())
@@ -90,20 +90,20 @@ func (k *kit) must(err error) {
 	}
 }
 
-// sweep sweeps as the command line does.
+// sweep sweeps like the command line.
 func (k *kit) sweep() {
 	k.t.Helper()
 	k.must(k.Sweep(k.t.Context(), nil, false))
 }
 
-// check wants that the pool and its mounts agree.
+// check returns an error unless the pool and its mounts agree.
 func (k *kit) check() error {
 	var errs []error
 	err := k.Check(context.Background(), nothing{}, nil, func(msg string) { errs = append(errs, errors.New(msg)) })
 	return errors.Join(append(errs, err)...)
 }
 
-// nothing is the uses of a containerd that keeps what there is.
+// nothing is the Uses of a containerd that keeps everything.
 type nothing struct{}
 
 func (nothing) Image(string) Use           { return Kept }
@@ -111,7 +111,7 @@ func (nothing) Layer(string) Use           { return Kept }
 func (nothing) Plain(string) bool          { return true }
 func (nothing) Namespaces(string) []string { return nil }
 
-// wants is the uses of a containerd that needs some images, with their layers.
+// wants is the Uses of a containerd that needs some images with their layers.
 type wants map[string]Use
 
 func (w wants) Image(key string) Use  { return w[key] }
@@ -173,7 +173,7 @@ func (k *kit) stream(files ...file) Layer {
 	return Layer{Key: st.Key}
 }
 
-// image describes the image of layers.
+// image describes the image made of layers.
 func image(layers ...Layer) Image {
 	img := Image{Layers: layers, Holder: ContainerdHolder("default")}
 	img.Key = ImageKey(img.layerKeys())

@@ -18,13 +18,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// blobPrefix begins the keys of streamed layers; the diff ID follows.
+// blobPrefix is the prefix of the keys of streamed layers; the diff ID follows.
 const blobPrefix = "blob/"
 
 // BlobKey returns the key of the streamed layer with a diff ID.
 func BlobKey(diffID digest.Digest) string { return blobPrefix + diffID.String() }
 
-// blobDiffID returns the diff ID of a streamed layer, which the store computed. ok is false for another key.
+// blobDiffID returns the diff ID of a streamed layer, computed by the store, if key names one.
 func blobDiffID(key string) (id digest.Digest, ok bool) {
 	name, ok := strings.CutPrefix(key, blobPrefix)
 	return digest.Digest(name), ok
@@ -33,38 +33,38 @@ func blobDiffID(key string) (id digest.Digest, ok bool) {
 // Layer is one layer of a chain.
 type Layer struct {
 	Key string
-	// Dir is the directory that an unpacked layer can be restored from, if it is still there.
+	// Dir is the directory from which an unpacked layer can be restored while it exists.
 	Dir string
-	// Claim says which blob an unpacked layer without a directory was made of, according to its owner.
+	// Claim says from which blob an unpacked layer without a directory was made, according to its owner.
 	Claim Claim
 }
 
-// Claim is what somebody says about a layer.
+// Claim is an unproven statement about a layer.
 type Claim struct {
-	// Namespace is the namespace of containerd whose blobs count.
+	// Namespace is the containerd namespace whose blobs count.
 	Namespace string
-	// DiffID is the claimed diff ID; empty if there is no claim.
+	// DiffID is the claimed diff ID, or empty.
 	DiffID digest.Digest
-	// Blob is the digest of the blob; empty if it is not known.
+	// Blob is the digest of the blob; empty if unknown.
 	Blob digest.Digest
 }
 
-// Blob is an OCI layer to be streamed.
+// Blob is an OCI layer to stream.
 type Blob struct {
-	// Digest and MediaType are those of the descriptor. The digest is empty if it is not known.
+	// Digest and MediaType come from the descriptor. Digest is empty if unknown.
 	Digest    digest.Digest
 	MediaType string
-	// Verify computes the digest of the blob. It is not needed for blobs from containerd, which did it.
+	// Verify computes the digest of the blob. containerd has done that for its blobs.
 	Verify bool
-	// DiffID is the diff ID that the blob is expected to have; empty if it is not known.
+	// DiffID is the expected diff ID; empty if unknown.
 	DiffID digest.Digest
-	// Size is the number of bytes that Open yields.
+	// Size is the number of bytes from Open.
 	Size int64
-	// Open starts reading the blob. That it succeeds proves that the caller has the blob.
+	// Open starts reading the blob. If it succeeds, the caller has the blob.
 	Open func(ctx context.Context) (io.ReadCloser, error)
-	// Pin is called with the key of the layer before the layer is stored, or found to be stored already.
+	// Pin is called with the key of the layer before the layer is stored, or when it was found stored.
 	Pin func(key string)
-	// Holder is who holds the layer.
+	// Holder will hold the layer.
 	Holder string
 }
 
@@ -72,18 +72,18 @@ type Blob struct {
 type Stored struct {
 	Key    string
 	DiffID digest.Digest
-	// Size is the number of bytes of the layer's tar, Bytes that of its files, and Entries their number.
+	// Size and Bytes are the bytes of the layer's tar and of its files, Entries the number of entries.
 	Size, Bytes, Entries int64
 }
 
-func stored(diffID digest.Digest, made *layer.Layer, size int64) Stored {
+func newStored(diffID digest.Digest, parsed *layer.Layer, size int64) Stored {
 	return Stored{
-		Key: BlobKey(diffID), DiffID: diffID, Size: size, Bytes: made.Stats.Bytes, Entries: made.Stats.Entries,
+		Key: BlobKey(diffID), DiffID: diffID, Size: size, Bytes: parsed.Stats.Bytes, Entries: parsed.Stats.Entries,
 	}
 }
 
-// AddDir stores the changes in dir, the upper directory of an overlay, as layer key, which holder holds. It does
-// nothing if the layer is stored already.
+// AddDir stores the changes in dir, the upper directory of an overlay, as layer key for holder. It
+// does nothing if the layer is stored.
 func (s *Store) AddDir(ctx context.Context, holder, key, dir string) error {
 	unlock, err := s.layers.lock(ctx, key)
 	if err != nil {
@@ -96,7 +96,7 @@ func (s *Store) AddDir(ctx context.Context, holder, key, dir string) error {
 	return s.holdLayer(key, Blob{Holder: holder})
 }
 
-// addDir stores the changes in dir unless the layer is stored. Preconditions: the layer is locked.
+// addDir is AddDir. Preconditions: the layer is locked.
 func (s *Store) addDir(ctx context.Context, holder, key, dir string) error {
 	if _, _, err := s.load(key); err == nil {
 		return nil
@@ -110,7 +110,7 @@ func (s *Store) addDir(ctx context.Context, holder, key, dir string) error {
 // treeReader reads a tree as one layer.
 type treeReader func(ctx context.Context, to layer.Store, lim layer.Limits) (*layer.Layer, error)
 
-// addTree stores what read reads as layer key, which is new and which holder holds.
+// addTree stores the tree from read as the new layer key for holder.
 func (s *Store) addTree(ctx context.Context, holder, key string, read treeReader) error {
 	unlock, err := s.layers.lock(ctx, key)
 	if err != nil {
@@ -123,28 +123,28 @@ func (s *Store) addTree(ctx context.Context, holder, key string, read treeReader
 	return s.holdLayer(key, Blob{Holder: holder})
 }
 
-// readTree stores what read reads. Preconditions: the layer is locked.
+// readTree stores the tree from read as layer key for holder. Preconditions: the layer is locked.
 func (s *Store) readTree(ctx context.Context, holder, key string, read treeReader) error {
 	began := time.Now()
 	b := s.pool.Begin()
 	defer b.Discard()
-	made, err := read(ctx, b, s.cfg.Limits)
+	parsed, err := read(ctx, b, s.cfg.Limits)
 	if err != nil {
 		return err
 	}
-	return s.commit(ctx, b, key, made, 0, Blob{Holder: holder}, began)
+	return s.commit(ctx, b, key, parsed, 0, Blob{Holder: holder}, began)
 }
 
-// commit makes a layer of a batch, in the place of one that cannot be read: another version of the program may have
-// stored it, or it is damaged. Of the blob that it was read from its record has the digest and the holder. The payload
-// is the size of the layer's tar, then the layer. Reading it began at began. Preconditions: the layer is locked, or not
-// known yet.
-func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *layer.Layer, size int64, of Blob,
+// commit stores a batch as layer key. It replaces a layer that cannot be read because another version
+// of the program stored it or it is damaged. The layer's record gets digest and holder from the blob
+// of; began is when reading began. The payload is the size of the layer's tar, then the layer.
+// Preconditions: the layer is locked or not known yet.
+func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, parsed *layer.Layer, size int64, of Blob,
 	began time.Time,
 ) error {
-	encode, large := made.AppendBinary, made.Cost() > maxCached
-	if large { // the cache keeps none that large
-		encode = made.DrainBinary
+	encode, large := parsed.AppendBinary, parsed.Cost() > maxCached
+	if large { // the cache keeps no layers of that size
+		encode = parsed.DrainBinary
 		debug.FreeOSMemory() // the index copies the payload, in one piece
 	}
 	payload, err := encode(binary.AppendUvarint(nil, uint64(size)))
@@ -165,7 +165,7 @@ func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *lay
 		return err
 	}
 	if large {
-		debug.FreeOSMemory() // all that was in memory at once
+		debug.FreeOSMemory() // frees layer, payload and copy together
 	}
 	if !existed {
 		if err := s.noteBrought(key, began); err != nil {
@@ -173,9 +173,9 @@ func (s *Store) commit(ctx context.Context, b *pool.Batch, key string, made *lay
 		}
 	}
 	if locked := of.DiffID != "" || !strings.HasPrefix(key, blobPrefix); locked && !existed && !large {
-		s.decoded.add(key, made, size)
+		s.decoded.add(key, parsed, size)
 	} else {
-		s.decoded.drop(key) // a layer that was there already stays as it is
+		s.decoded.drop(key) // an existing layer stays as it is
 	}
 	return nil
 }
@@ -190,8 +190,8 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 		s.decoded.drop(key)
 		return nil, 0, fmt.Errorf("layer %q: its contents were found to be damaged: %w", key, pool.ErrCorrupt)
 	}
-	if made, size, ok := s.decoded.get(key); ok {
-		return made, size, nil
+	if parsed, size, ok := s.decoded.get(key); ok {
+		return parsed, size, nil
 	}
 	raw, err := s.pool.Layer(key)
 	if err != nil {
@@ -201,29 +201,29 @@ func (s *Store) load(key string) (*layer.Layer, int64, error) {
 	if n <= 0 {
 		return nil, 0, fmt.Errorf("layer %q: payload of %d bytes: %w", key, len(raw), pool.ErrCorrupt)
 	}
-	made := &layer.Layer{}
-	if err := made.UnmarshalBinary(raw[n:]); err != nil {
+	parsed := &layer.Layer{}
+	if err := parsed.UnmarshalBinary(raw[n:]); err != nil {
 		return nil, 0, fmt.Errorf("layer %q: %w: %w", key, err, pool.ErrCorrupt)
 	}
-	s.decoded.add(key, made, int64(size))
-	return made, int64(size), nil
+	s.decoded.add(key, parsed, int64(size))
+	return parsed, int64(size), nil
 }
 
-// AddBlob stores an OCI layer. The layer survives a reboot when AddBlob returns.
+// AddBlob stores an OCI layer. The layer survives a reboot once AddBlob returns.
 //
-// A layer that is stored already is not read again if the store once read it from the blob with the same digest, and
-// the caller can open that blob. That the caller expects its diff ID is no reason: it would give him bytes that he
-// may not have.
+// A stored layer is not read again if the store once read it from a blob with the same digest, and the
+// caller can open that blob. The expected diff ID alone is not enough: it would give the caller bytes
+// that he may not have.
 func (s *Store) AddBlob(ctx context.Context, b Blob) (Stored, error) {
 	if b.DiffID != "" {
-		// Others that stream the same layer wait here, and then find it.
+		// Other callers that stream the same layer wait here, then find it.
 		unlock, err := s.layers.lock(ctx, BlobKey(b.DiffID))
 		if err != nil {
 			return Stored{}, err
 		}
 		defer unlock()
 		b.Pin(BlobKey(b.DiffID))
-		if st, ok := s.find(ctx, b); ok {
+		if st, ok := s.findStored(ctx, b); ok {
 			return st, s.holdLayer(st.Key, b)
 		}
 	}
@@ -234,7 +234,7 @@ func (s *Store) AddBlob(ctx context.Context, b Blob) (Stored, error) {
 	return st, s.holdLayer(st.Key, b)
 }
 
-// noteLayer notes who holds a layer, and which blob it was read from.
+// noteLayer records the holder of a layer, and the blob that it was read from.
 func (s *Store) noteLayer(key string, b Blob) error {
 	return s.amendLayer(key, func(r *layerRecord) {
 		r.Holders = add(r.Holders, b.Holder)
@@ -242,33 +242,32 @@ func (s *Store) noteLayer(key string, b Blob) error {
 	})
 }
 
-// holdLayer is noteLayer whose result is durable.
+// holdLayer is noteLayer with a durable result.
 func (s *Store) holdLayer(key string, b Blob) error {
 	return errors.Join(s.noteLayer(key, b), s.pool.FlushRecords())
 }
 
-// find returns a layer that is stored, durably, and of which the caller has the blob. Preconditions: the layer is
-// locked.
-func (s *Store) find(ctx context.Context, b Blob) (Stored, bool) {
+// findStored returns a durably stored layer if the caller has its blob. Preconditions: the layer is locked.
+func (s *Store) findStored(ctx context.Context, b Blob) (Stored, bool) {
 	if b.Digest == "" || b.Digest != b.DiffID && s.provenLayer(b.Digest) != BlobKey(b.DiffID) {
 		return Stored{}, false
 	}
 	if s.packs != nil && !s.packs.has(b.DiffID) {
 		return Stored{}, false
 	}
-	made, size, err := s.load(BlobKey(b.DiffID))
+	parsed, size, err := s.load(BlobKey(b.DiffID))
 	if err != nil {
 		return Stored{}, false
 	}
 	rc, err := b.Open(ctx)
 	if err != nil {
-		return Stored{}, false // reading it fails in the same way, and says so
+		return Stored{}, false // reading it fails the same way, with an error
 	}
 	rc.Close()
-	return stored(b.DiffID, made, size), true
+	return newStored(b.DiffID, parsed, size), true
 }
 
-// stream reads a blob into the pool, and into a pack if packs are to be kept.
+// stream reads a blob into the pool and, if keep is not nil, into a pack.
 func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err error) {
 	began := time.Now()
 	rc, err := b.Open(ctx)
@@ -285,19 +284,19 @@ func (s *Store) stream(ctx context.Context, b Blob, keep *packs) (st Stored, err
 	}
 	batch := s.pool.Begin()
 	defer batch.Discard()
-	made, err := s.read(ctx, rc, b, batch)
+	parsed, err := s.read(ctx, rc, b, batch)
 	if err != nil {
 		return st, err
 	}
-	st = stored(made.DiffID, made.Layer, made.Size)
+	st = newStored(parsed.DiffID, parsed.Layer, parsed.Size)
 	b.Pin(st.Key)
-	// The pack first: a layer in the pool is taken to have one.
+	// The pack comes first: every streamed layer in the pool must have one.
 	if copied != nil {
 		if err := copied.keep(st.DiffID); err != nil {
 			return st, err
 		}
 	}
-	return st, s.commit(ctx, batch, st.Key, made.Layer, st.Size, b, began)
+	return st, s.commit(ctx, batch, st.Key, parsed.Layer, st.Size, b, began)
 }
 
 // read reads and verifies a blob, and puts the contents of its files into to.
@@ -309,7 +308,7 @@ func (s *Store) read(ctx context.Context, rc io.ReadCloser, b Blob, to layer.Sto
 	return layer.FromBlob(ctx, rc, spec, to, s.cfg.Limits)
 }
 
-// maxTar bounds a tar by what its contents may be, with room for headers.
+// maxTar limits the length of a tar: the limit of its contents, plus room for headers.
 func (s *Store) maxTar() int64 {
 	if s.cfg.Limits.MaxBytes <= 0 {
 		return 0

@@ -14,8 +14,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// MountAt mounts an image, named as for Find, on a directory for a user who asked for that: with nosuid and nodev if
-// restrict is set. The mount holds the image.
+// MountAt mounts an image, named as for Find, on a directory that a user chose; restrict adds nosuid
+// and nodev. The mount holds the image.
 func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (Info, error) {
 	dir, err := cleanDir(dir)
 	if err != nil {
@@ -46,7 +46,7 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	if err != nil {
 		return Info{}, err
 	}
-	// What its user lays over it, nothing tells us: an overlay keeps a mount of its own of what lies below it.
+	// Nothing reports a user's overlay over it: an overlay keeps its own mount of its lower.
 	if err := s.noteLoose(); err != nil {
 		return Info{}, errors.Join(err, s.dropHolder(key, holder))
 	}
@@ -56,7 +56,7 @@ func (s *Store) MountAt(ctx context.Context, name, dir string, restrict bool) (I
 	return s.info(m), nil
 }
 
-// UnmountAt ends what MountAt began. Errors: mount.ErrBusy, mount.ErrNotFound.
+// UnmountAt undoes MountAt. Errors: mount.ErrBusy, mount.ErrNotFound.
 func (s *Store) UnmountAt(ctx context.Context, dir string) error {
 	dir, err := cleanDir(dir)
 	if err != nil {
@@ -67,12 +67,12 @@ func (s *Store) UnmountAt(ctx context.Context, dir string) error {
 		if !slices.Contains(r.Holders, holder) {
 			continue
 		}
-		// An ordinary unmount fails while a process is in there, so afterwards none is.
+		// An ordinary unmount fails while a process is inside, so afterwards none is.
 		err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 		switch {
 		case errors.Is(err, unix.EBUSY):
 			return fmt.Errorf("unmount %q: %w", dir, mount.ErrBusy)
-		case err != nil && !errors.Is(err, unix.EINVAL): // EINVAL: it is no mount point any more
+		case err != nil && !errors.Is(err, unix.EINVAL): // EINVAL: no mount point any more
 			return fmt.Errorf("unmount %q: %w", dir, err)
 		}
 		return s.dropHolder(key, holder)
@@ -80,7 +80,7 @@ func (s *Store) UnmountAt(ctx context.Context, dir string) error {
 	return fmt.Errorf("no image of this pool is mounted on %q: %w", dir, mount.ErrNotFound)
 }
 
-// Mounts returns where users had images mounted, with the keys of the images.
+// Mounts returns the directories on which users had images mounted, with the keys of the images.
 func (s *Store) Mounts() map[string]string {
 	out := map[string]string{}
 	for key, r := range s.imageRecords() {

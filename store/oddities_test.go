@@ -61,7 +61,7 @@ func makeOddities(t *testing.T, dir string) {
 	}
 }
 
-// describe writes down a directory with all attributes.
+// describe lists a directory with all attributes.
 func describe(t *testing.T, root string) string {
 	t.Helper()
 	var b strings.Builder

@@ -15,28 +15,28 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Version 1 of the program had its pool in <root>/pool/region, unless the configuration said otherwise, and its index
-// in <root>/pool/index.db. Images are made again in a pool of this version; the old one stays as long as something that
-// was mounted from it lives.
+// Version 1 of the program had its pool in <root>/pool/region, unless configured otherwise, and its
+// index in <root>/pool/index.db. Images are made again in a pool of this version. The old pool stays
+// while a mount of it lives.
 const (
 	oldRegion = "region"
 	oldIndex  = "index.db"
-	// oldSuffix is added to the name of a pool of version 1 whose path the configuration names: the new pool takes its
-	// place. Nothing that is mounted minds.
+	// oldSuffix is appended to the name of a version 1 pool with a configured path: the new pool takes its
+	// place. Mounts survive the renaming.
 	oldSuffix = ".v1"
 )
 
-// oldShm was the default for kind tmpfs.
+// oldShm was the default path of kind tmpfs.
 const oldShm = "/dev/shm/daxfs-snapshotter.pool"
 
-// oldPool is what is left of version 1: pools, of which there is more than one if the configuration was changed, and
-// the index. A pool on a device has no file that could be removed.
+// oldPool lists the remains of version 1: the index and its pools, several if the configuration was
+// changed. A pool on a device has no file to remove.
 type oldPool struct {
 	regions []string
 	index   string
 }
 
-// findOldPool finds the pools of version 1, and moves one out of the way of the pool that is configured.
+// findOldPool finds the pools of version 1, and renames one in the place of the configured pool.
 func findOldPool(root string, p Pool) (*oldPool, error) {
 	index := filepath.Join(root, "pool", oldIndex)
 	if _, err := os.Lstat(index); errors.Is(err, fs.ErrNotExist) {
@@ -63,7 +63,7 @@ func findOldPool(root string, p Pool) (*oldPool, error) {
 	return old, nil
 }
 
-// isOld reports whether a path is a file of ours that holds a pool of an earlier version.
+// isOld reports whether a path is a file of ours with a pool of an earlier version.
 func isOld(path string) bool {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -78,8 +78,7 @@ func isOld(path string) bool {
 	return errors.Is(err, pool.ErrVersion)
 }
 
-// retire unmounts what earlier pools and epochs left mounted and nothing uses, and removes a pool of version 1 that
-// nothing stands on.
+// retire removes unused mounts of earlier pools and epochs, and an unused pool of version 1.
 func (s *Store) retire(ctx context.Context) error {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
@@ -110,7 +109,7 @@ func (s *Store) retire(ctx context.Context) error {
 	}
 	logger := log.G(ctx).WithField("pools", old.regions)
 	if user != "" {
-		logger.WithField("user", user).Info("a pool of version 1 stays until nothing that was mounted from it is left")
+		logger.WithField("user", user).Info("a pool of version 1 stays while something is mounted from it")
 		return nil
 	}
 	for _, path := range append(old.regions, old.index) {
@@ -125,8 +124,7 @@ func (s *Store) retire(ctx context.Context) error {
 	return nil
 }
 
-// fileInUse reports whether anything has a file open: a process, a loop device, a mount. The kernel refuses a write
-// lease then.
+// fileInUse reports whether a file is open anywhere: then the kernel refuses a write lease.
 func fileInUse(path string) (bool, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -15,10 +15,10 @@ import (
 // packs is the directory of layer packs.
 type packs struct{ dir string }
 
-// tempPrefix begins the names of packs that are being written.
+// tempPrefix is the prefix of unfinished packs.
 const tempPrefix = "new-"
 
-// openPacks makes the directory and removes what a crash left unfinished.
+// openPacks makes the directory and removes packs that a crash left unfinished.
 func openPacks(dir string) (*packs, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -41,7 +41,7 @@ func (p *packs) path(diffID digest.Digest) string {
 	return filepath.Join(p.dir, strings.ReplaceAll(diffID.String(), ":", "-"))
 }
 
-// open reads the pack of a layer. Where no packs are kept there is none.
+// open opens the pack of a layer. A nil packs has none.
 func (p *packs) open(diffID digest.Digest) (io.ReadCloser, error) {
 	if p == nil {
 		return nil, fmt.Errorf("no layer packs are kept: %w", fs.ErrNotExist)
@@ -54,7 +54,6 @@ func (p *packs) has(diffID digest.Digest) bool {
 	return err == nil
 }
 
-// remove removes the pack of a layer, if there is one.
 func (p *packs) remove(diffID digest.Digest) error {
 	if err := os.Remove(p.path(diffID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -79,14 +78,14 @@ func (p *packs) list() ([]digest.Digest, error) {
 	return ids, nil
 }
 
-// pack is a layer pack that is being written: a copy of all that is read from the blob.
+// pack is an unfinished layer pack: a copy of everything read from the blob.
 type pack struct {
 	io.ReadCloser
 	packs *packs
 	file  *os.File
 }
 
-// copyOf returns a reader of rc that writes what it reads to a new pack. The caller calls drop in the end.
+// copyOf returns a reader of rc that copies to a new pack. The caller must call drop in the end.
 func (p *packs) copyOf(rc io.ReadCloser) (*pack, error) {
 	f, err := os.CreateTemp(p.dir, tempPrefix)
 	if err != nil {
@@ -103,7 +102,7 @@ func (k *pack) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// keep makes the pack that of diffID, durably.
+// keep durably makes the pack that of diffID.
 func (k *pack) keep(diffID digest.Digest) error {
 	if err := k.file.Sync(); err != nil {
 		return fmt.Errorf("layer pack: %w", err)
@@ -125,5 +124,5 @@ func (k *pack) keep(diffID digest.Digest) error {
 // drop closes the pack and removes it unless it was kept.
 func (k *pack) drop() {
 	k.file.Close()
-	os.Remove(k.file.Name()) // after keep the name is gone
+	os.Remove(k.file.Name()) // no effect after keep
 }

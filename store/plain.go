@@ -17,10 +17,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// A plain copy is an image as an ordinary directory. It is made where the pool has no room for an image whose layers
-// have no directories, so that a container can start all the same. A layer need not fit into the pool for that.
+// A plain copy is an image as an ordinary directory. It is made if the pool has no room for an image
+// whose layers have no directories, so that a container can start anyway. Its layers need not fit into
+// the pool.
 
-// Names in plain/ that are no copies.
+// Names in plain/ that are not copies.
 const (
 	plainNew  = "new-"
 	plainDead = "removed-"
@@ -28,12 +29,12 @@ const (
 
 func (s *Store) plainDir() string { return filepath.Join(s.cfg.Root, "plain") }
 
-// plainPath is where the copy of an image is. Keys of images are hashes in hexadecimal.
+// plainPath is the path of the copy of an image. Keys of images end in hashes.
 func (s *Store) plainPath(key string) string {
 	return filepath.Join(s.plainDir(), strings.TrimPrefix(key, imagePrefix))
 }
 
-// openPlain removes what a crash left unfinished.
+// openPlain removes copies that a crash left unfinished.
 func (s *Store) openPlain() error {
 	entries, err := os.ReadDir(s.plainDir())
 	if errors.Is(err, os.ErrNotExist) {
@@ -48,7 +49,7 @@ func (s *Store) openPlain() error {
 	return errors.Join(errs...)
 }
 
-// Plain returns a directory on disk that holds a copy of an image.
+// Plain returns a directory on disk with a copy of an image.
 func (s *Store) Plain(ctx context.Context, img Image) (_ string, err error) {
 	unlock, err := s.images.lock(ctx, img.Key)
 	if err != nil {
@@ -64,7 +65,7 @@ func (s *Store) Plain(ctx context.Context, img Image) (_ string, err error) {
 	}
 	began := time.Now()
 	defer func() { s.cfg.Observe("plain", time.Since(began), err) }()
-	if err := os.MkdirAll(s.plainDir(), 0o711); err != nil { // containers with mapped owners pass through it
+	if err := os.MkdirAll(s.plainDir(), 0o711); err != nil { // containers with mapped owners traverse it
 		return "", err
 	}
 	contents, err := newAside(s.region, s.plainDir())
@@ -100,7 +101,7 @@ func (s *Store) sweepPlain(ctx context.Context, needed func(key string) bool) er
 	errs := []error{err}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), plainNew) {
-			continue // it is being made
+			continue // unfinished
 		}
 		errs = append(errs, s.removePlain(ctx, e.Name(), needed))
 	}
@@ -182,8 +183,8 @@ func (w *writer) make(path string, kind uint32, n *daxfs.Node) error {
 	return nil
 }
 
-// attributes sets the attributes of an inode. The owner comes before the mode and the capabilities, which a change of
-// owner clears; the time comes last.
+// attributes sets the attributes of an inode: the owner first, because changing it clears mode bits
+// and capabilities, and the time last.
 func attributes(path string, kind uint32, n *daxfs.Node) error {
 	if err := os.Lchown(path, int(n.UID), int(n.GID)); err != nil {
 		return err

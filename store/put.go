@@ -15,23 +15,23 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Info is an image of the store.
+// Info describes an image of the store.
 type Info struct {
 	pool.Image
 	// Layers are the keys of its layers, bottom first.
 	Layers  []string `json:"layers"`
 	Names   []string `json:"names,omitempty"`
 	Holders []string `json:"holders,omitempty"`
-	// Brought is how many bytes the pool holds because of the image that it did not hold before it.
+	// Brought is how many bytes the image added to the pool.
 	Brought int64 `json:"brought"`
 }
 
-// Images returns the images that are in the pool, by slot.
+// Images returns the images in the pool, by slot.
 func (s *Store) Images() []Info {
 	var out []Info
 	for _, m := range s.pool.Images() {
 		if _, err := s.pool.Image(s.poolKey(canonical(m.Key))); err == nil && s.retired(m.Key) {
-			continue // there is a better one
+			continue // replaced by another copy
 		}
 		out = append(out, s.info(m))
 	}
@@ -43,11 +43,10 @@ func (s *Store) info(m pool.Image) Info {
 	return Info{Image: m, Layers: r.Layers, Names: r.Names, Holders: r.Holders, Brought: r.Brought}
 }
 
-// Find returns the image that a user means: by its key or the beginning of that, a name of the OCI image, or the name
-// of a pin.
+// Find returns an image by its key, a prefix of that, an OCI image's name, or the name of a pin.
 func (s *Store) Find(name string) (Info, error) { return Match(s.Images(), name) }
 
-// Match is Find among images that a store listed.
+// Match is Find in a list of images.
 func Match(images []Info, name string) (Info, error) {
 	var found []Info
 	for _, info := range images {
@@ -68,8 +67,8 @@ func Match(images []Info, name string) (Info, error) {
 	return Info{}, fmt.Errorf("image %q: %d images begin with that: %w", name, len(found), pool.ErrInvalid)
 }
 
-// Put puts an OCI image, or the tree of a source without layers, into the pool, where pin/<name> holds it until
-// Unpin. A pin of that name moves from the image that it held before.
+// Put puts an OCI image, or the tree of a source without layers, into the pool. pin/<name> holds it
+// until Unpin. An existing pin with that name moves to the new image.
 func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, error) {
 	if name == "" {
 		return Info{}, fmt.Errorf("an image is put under a name, found none: %w", pool.ErrInvalid)
@@ -77,7 +76,7 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 	holder := holderPin + name
 	img := Image{Holder: holder, Name: src.Name}
 	if src.Tree != nil {
-		// The tree that was put under this name before may differ, so each has a key of its own.
+		// An earlier tree under this name may differ, so each tree has a key of its own.
 		var random [8]byte
 		rand.Read(random[:])
 		key := "dir/put/" + digest.FromString(name).Encoded()[:16] + "/" + hex.EncodeToString(random[:])
@@ -107,8 +106,8 @@ func (s *Store) Put(ctx context.Context, src *source.Image, name string) (Info, 
 	return s.info(m), err
 }
 
-// Pin lets pin/<name> hold an image that is in the pool, named as for Find, until Unpin. A pin of that name moves from the
-// image that it held before. Errors: pool.ErrNotFound, pool.ErrInvalid.
+// Pin makes pin/<name> hold an image of the pool, named as for Find, until Unpin. An existing pin with
+// that name moves to this image. Errors: pool.ErrNotFound, pool.ErrInvalid.
 func (s *Store) Pin(ctx context.Context, image, name string) (Info, error) {
 	if name == "" {
 		return Info{}, fmt.Errorf("an image is pinned under a name, found none: %w", pool.ErrInvalid)
@@ -137,7 +136,7 @@ func (s *Store) findLocked(ctx context.Context, name string) (_ Info, unlock fun
 	return info, unlock, err
 }
 
-// Unpin ends what Put or Pin began. Sweep frees what nobody else holds. Errors: pool.ErrNotFound.
+// Unpin undoes Put or Pin. Sweep frees the image unless others hold it. Errors: pool.ErrNotFound.
 func (s *Store) Unpin(name string) error {
 	pinned := false
 	for _, r := range s.imageRecords() {
@@ -149,7 +148,7 @@ func (s *Store) Unpin(name string) error {
 	return errors.Join(s.notePut(name, "", nil), s.unpin(name, ""))
 }
 
-// unpin takes a pin from all images but one, and from their layers.
+// unpin removes a pin from all images but one, and from their layers.
 func (s *Store) unpin(name, except string) error {
 	holder := holderPin + name
 	is := func(h string) bool { return h == holder }

@@ -14,21 +14,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// PutNamespace stands for the namespace of containerd in documents of OCI images that Put put into the pool.
+// PutNamespace is the namespace, in documents, of OCI images that Put added.
 const PutNamespace = "daxfs.put"
 
-// kindPut has a putRecord for the name of each pin whose image has a manifest.
+// kindPut has a putRecord under the name of each pin whose image has a manifest.
 const kindPut = "put"
 
 // putRecord is an OCI image that was put by hand.
 type putRecord struct {
-	// Key is that of the image.
+	// Key is the key of the image.
 	Key   string   `json:"key"`
 	Image OCIImage `json:"image"`
 }
 
-// putOCIImage returns what readers are told of an image that is put under a name. ok is false if its source has no
-// manifest, or if nothing of it is a reference.
+// putOCIImage returns the description for readers of an image that is put under a name. ok is false if
+// its source has no manifest, or if neither of its names is a reference.
 func putOCIImage(src *source.Image, name string) (_ OCIImage, ok bool) {
 	if len(src.Manifest) == 0 || len(src.Config) == 0 {
 		return OCIImage{}, false
@@ -51,8 +51,7 @@ func putOCIImage(src *source.Image, name string) (_ OCIImage, ok bool) {
 	return OCIImage{}, false
 }
 
-// notePut records an image that is put under a name, or that none is any more if src is nil. It is durable after
-// FlushRecords.
+// notePut records the image put under a name; nil deletes the record. Durable after FlushRecords.
 func (s *Store) notePut(name, key string, src *source.Image) error {
 	defer s.puts.Add(1)
 	if src != nil {
@@ -63,10 +62,10 @@ func (s *Store) notePut(name, key string, src *source.Image) error {
 	return s.note(kindPut, name, nil)
 }
 
-// Puts rises when what was put by hand changes. Publish then has something to tell, although the pool may hold the same.
+// Puts rises when images are put or unpinned by hand, which gives Publish work without a new image.
 func (s *Store) Puts() uint64 { return s.puts.Load() }
 
-// putImages returns the OCI images that were put by hand and that are held for it, by chain ID.
+// putImages returns the OCI images that were put by hand and are still pinned, by chain ID.
 func (s *Store) putImages() (map[digest.Digest][]OCIImage, error) {
 	raw, err := s.pool.Records(kindPut)
 	if err != nil {
@@ -83,7 +82,7 @@ func (s *Store) putImages() (map[digest.Digest][]OCIImage, error) {
 			continue // the pin has moved
 		}
 		id := identity.ChainID(parts.DiffIDs)
-		if !slices.ContainsFunc(out[id], r.Image.named) { // two pins of one image without a name of their own
+		if !slices.ContainsFunc(out[id], r.Image.named) { // two pins of one image without a name of its own
 			out[id] = append(out[id], r.Image)
 		}
 	}

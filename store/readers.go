@@ -17,31 +17,31 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// What keeps the images of a pool for its readers.
+// Modes of keeping the images of a pool for its readers.
 const (
-	// ReadersNone says that nobody else reads the pool.
+	// ReadersNone means that nobody else reads the pool.
 	ReadersNone = "none"
-	// ReadersKeep says that images stay in the pool until somebody asks for their removal.
+	// ReadersKeep means that images stay in the pool until somebody asks for their removal.
 	ReadersKeep = "keep"
-	// ReadersLeases says that images stay while lease regions name them.
+	// ReadersLeases means that images stay while lease regions name them.
 	ReadersLeases = "leases"
 )
 
-// Readers says how the pool is shared with others that read it.
+// Readers describes who else reads the pool.
 type Readers struct {
 	// Mode is one of the constants.
 	Mode string `json:"mode"`
-	// Leases are the lease regions, as lease.NewRegions takes them.
+	// Leases are the lease regions, in the notation of lease.NewRegions.
 	Leases []string `json:"leases,omitempty"`
 }
 
-// kindReaders has one record: the Readers of the pool. So whoever becomes the owner for a moment knows of them.
+// kindReaders has one record, the Readers of the pool, so that a temporary owner knows them.
 const (
 	kindReaders = "readers"
 	readersKey  = "pool"
 )
 
-// loadReaders finds out who reads the pool: what the configuration says, else what the last owner with one noted.
+// loadReaders takes the readers of the pool from the configuration, or else from the last record.
 func (s *Store) loadReaders() error {
 	raw, err := s.pool.Records(kindReaders)
 	if err != nil {
@@ -56,7 +56,7 @@ func (s *Store) loadReaders() error {
 			return fmt.Errorf("record of readers: %w", err)
 		}
 	}
-	if err := s.readers.beside(s.region); err != nil {
+	if err := s.readers.checkBeside(s.region); err != nil {
 		return err
 	}
 	if s.cfg.Readers != nil {
@@ -80,8 +80,8 @@ func (s *Store) loadReaders() error {
 	return nil
 }
 
-// beside returns an error if a lease region lies in the memory of the pool. Errors: pool.ErrInvalid.
-func (r Readers) beside(mem region.Region) error {
+// checkBeside returns an error if a lease region lies in the memory of the pool. Errors: pool.ErrInvalid.
+func (r Readers) checkBeside(mem region.Region) error {
 	for _, spec := range r.Leases {
 		in, err := lease.Within(spec, mem.Info(), mem.Size())
 		if err != nil {
@@ -95,7 +95,7 @@ func (r Readers) beside(mem region.Region) error {
 	return nil
 }
 
-// Validate returns an error for what no store takes. Errors: pool.ErrInvalid.
+// Validate returns an error if the mode or the lease regions are invalid. Errors: pool.ErrInvalid.
 func (r Readers) Validate() error {
 	if !slices.Contains([]string{ReadersNone, ReadersKeep, ReadersLeases}, r.Mode) {
 		return fmt.Errorf("readers %q, expected none, keep or leases: %w", r.Mode, pool.ErrInvalid)
@@ -110,9 +110,9 @@ func (r Readers) Validate() error {
 	return nil
 }
 
-// SetReaders notes who reads a pool, for stores of it whose configuration does not say so. Errors: pool.ErrInvalid.
+// SetReaders records readers for stores without a configured value. Errors: pool.ErrInvalid.
 func SetReaders(p *pool.Pool, r Readers) error {
-	if err := errors.Join(r.Validate(), r.beside(p.Region())); err != nil {
+	if err := errors.Join(r.Validate(), r.checkBeside(p.Region())); err != nil {
 		return err
 	}
 	raw, err := json.Marshal(r)
@@ -127,27 +127,27 @@ func (s *Store) Shared() bool {
 	return s.readers.Mode == ReadersKeep || s.readers.Mode == ReadersLeases
 }
 
-// ReadersMode is how images are kept for others that read the pool: one of the constants.
+// ReadersMode returns the mode: one of the constants.
 func (s *Store) ReadersMode() string {
 	return cmp.Or(s.readers.Mode, ReadersNone)
 }
 
-// LeaseUser is a reader and what it uses.
+// LeaseUser is a reader with its claims.
 type LeaseUser struct {
-	Reader string `json:"reader"` // its name; empty if nobody has opened the region
-	Region string `json:"region"` // its lease region
-	// Images are the keys of the images that it has claimed, sorted.
+	Reader string `json:"reader"` // name of the reader; empty if nobody has opened the region
+	Region string `json:"region"` // lease region of the reader
+	// Images are the keys of the claimed images, sorted.
 	Images []string `json:"images"`
-	// Earlier are those that it has claimed before it booted the last time, and not since.
+	// Earlier are the images that it claimed before its last boot, but not since.
 	Earlier []string `json:"earlier"`
-	// Torn is the number of entries that nobody can read: they hold all images.
+	// Torn is the number of unreadable entries; they hold all images.
 	Torn int `json:"torn,omitempty"`
 }
 
-// Holder is what the reader is among the holders of an image.
+// Holder returns the name of the reader as a holder of images.
 func (u LeaseUser) Holder() string { return holderReader + cmp.Or(u.Reader, u.Region) }
 
-// LeaseUsers returns who uses images of the pool. The error names lease regions that cannot be read.
+// LeaseUsers returns the readers and their claims. The error names unreadable lease regions.
 func (s *Store) LeaseUsers() ([]LeaseUser, error) {
 	out := []LeaseUser{}
 	if s.leases == nil {
@@ -157,8 +157,8 @@ func (s *Store) LeaseUsers() ([]LeaseUser, error) {
 	return leaseUsers(states, s.pool.ID(), s.pool.Images()), err
 }
 
-// PeekReaders is LeaseUsers for somebody who is not the owner of the pool and has read its index. It only reads. Claims of
-// a reader that has ended stand as long as the owner did not look.
+// PeekReaders is LeaseUsers for a process that does not own the pool but has read its index. It only
+// reads. Claims of a reader that has ended remain until the owner looks.
 func PeekReaders(p *pool.Peek) ([]LeaseUser, error) {
 	out := []LeaseUser{}
 	text := p.Records[kindReaders][readersKey]
@@ -180,9 +180,9 @@ func PeekReaders(p *pool.Peek) ([]LeaseUser, error) {
 	return leaseUsers(states, p.ID, p.Images), err
 }
 
-// leaseUsers says what lease regions claim of a pool.
+// leaseUsers matches the claims in lease regions with the images of a pool.
 func leaseUsers(states []lease.State, id [16]byte, images []pool.Image) []LeaseUser {
-	type tree struct { // a reader that lies may have as many claims as its region holds
+	type tree struct { // index by tree: a reader that lies may fill its whole region with claims
 		uuid [16]byte
 		slot int
 	}
@@ -212,8 +212,8 @@ func leaseUsers(states []lease.State, id [16]byte, images []pool.Image) []LeaseU
 	return out
 }
 
-// Release ends the claims of a reader that is gone, named by itself or by its lease region; with earlier, those that it
-// made before it booted the last time. Errors: pool.ErrNotFound, pool.ErrInvalid.
+// Release ends the claims of a reader that is gone, named by its name or its lease region; with
+// earlier, only those from before its last boot. Errors: pool.ErrNotFound, pool.ErrInvalid.
 func (s *Store) Release(reader string, earlier bool) (int, error) {
 	if s.leases == nil {
 		return 0, fmt.Errorf("reader %q: the pool has no lease regions: %w", reader, pool.ErrNotFound)
@@ -223,7 +223,7 @@ func (s *Store) Release(reader string, earlier bool) (int, error) {
 
 type commandKey struct{}
 
-// ByCommand marks a context as that of somebody who asked for space. Where readers say "keep", nothing else frees images.
+// ByCommand marks an explicit request for space. With ReadersKeep nothing else frees images.
 func ByCommand(ctx context.Context) context.Context {
 	return context.WithValue(ctx, commandKey{}, true)
 }
@@ -233,7 +233,7 @@ func (s *Store) keeps(ctx context.Context) bool {
 	return s.readers.Mode == ReadersKeep && ctx.Value(commandKey{}) == nil
 }
 
-// diffIDsOf returns the diff IDs of layers by their keys. ok is false unless the store computed all of them.
+// diffIDsOf returns diff IDs by layer keys. ok is false unless the store computed all of them.
 func diffIDsOf(layers []string) (ids []digest.Digest, ok bool) {
 	for _, key := range layers {
 		id, isBlob := blobDiffID(key)
@@ -245,11 +245,11 @@ func diffIDsOf(layers []string) (ids []digest.Digest, ok bool) {
 	return ids, len(ids) > 0
 }
 
-// Publish tells readers what the images of the pool are. found are the OCI images that containerd has; nil means that
-// containerd does not answer, and those that were found before stay. OCI images that were put by hand are in PutNamespace.
-// Every prefix of a chain becomes an image of its own.
+// Publish writes the documents that tell readers about the images of the pool. found are the OCI
+// images in containerd; nil means that containerd does not answer, and keeps the images found earlier.
+// Images put by hand are in PutNamespace. Every prefix of a chain becomes an image of its own.
 //
-// What cannot be published is logged, and tried again by the next call.
+// Failures are logged, and the next call tries again.
 func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 	if !s.Shared() {
 		return nil
@@ -274,7 +274,7 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 	type telling struct {
 		image pool.Image
 		doc   Document
-		gains bool // it gets a name that it does not have
+		gains bool // it gets a new name
 	}
 	var list []telling
 	for _, m := range s.pool.Images() {
@@ -293,7 +293,7 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 		gains := slices.ContainsFunc(d.Images, func(o OCIImage) bool { return !slices.ContainsFunc(had, o.sameName) })
 		list = append(list, telling{m, d, gains})
 	}
-	// A name that goes to another image is first taken from the one that has it: readers never find two that have it.
+	// Remove a moved name from its old image first, so that readers never find it twice.
 	slices.SortStableFunc(list, func(a, b telling) int {
 		switch {
 		case a.gains == b.gains:
@@ -308,8 +308,8 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 			return err
 		}
 		err := s.setDocument(ctx, t.image, t.doc)
-		if err != nil && !errors.Is(err, pool.ErrNotFound) { // it was removed meanwhile
-			log.G(ctx).WithError(err).WithField("image", t.image.Key).Warn("readers are not told what an image is")
+		if err != nil && !errors.Is(err, pool.ErrNotFound) { // removed meanwhile
+			log.G(ctx).WithError(err).WithField("image", t.image.Key).Warn("cannot tell readers about an image")
 		}
 	}
 	return nil
@@ -317,7 +317,7 @@ func (s *Store) Publish(ctx context.Context, found []OCIImage) error {
 
 func (m OCIImage) sameName(o OCIImage) bool { return m.Namespace == o.Namespace && m.Name == o.Name }
 
-// published returns the diff IDs of an image that readers are told about.
+// published returns the diff IDs of an image, if readers are told about it.
 func (s *Store) published(m pool.Image) ([]digest.Digest, bool) {
 	if s.pool.Unlisted(m.Key) || s.retired(m.Key) || s.pool.ImageDamaged(m.Key) {
 		return nil, false
@@ -350,7 +350,7 @@ func (s *Store) addPrefixes(ctx context.Context) {
 	}
 }
 
-// documented returns the OCI images that the document of an image has.
+// documented returns the OCI images in the document of an image.
 func (s *Store) documented(m pool.Image) []OCIImage {
 	raw, err := pool.ReadDocument(s.region, m)
 	if err != nil {
@@ -376,7 +376,7 @@ func (s *Store) setDocument(ctx context.Context, m pool.Image, d Document) error
 	return s.pool.SetDocument(ctx, m.Key, raw)
 }
 
-// findPrefixes finds the images that are prefixes of one that is needed.
+// findPrefixes finds the images that are prefixes of a needed one.
 func (w *sweep) findPrefixes() {
 	w.prefixes = map[string]bool{}
 	if !w.Shared() {

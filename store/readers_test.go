@@ -19,7 +19,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/lease"
 )
 
-// streamed puts layers into a store and returns the image of them with its diff IDs.
+// streamed stores layers and returns their image with its diff IDs.
 func (k *kit) streamed(name string, tars ...[]byte) (Image, []digest.Digest) {
 	k.t.Helper()
 	img := Image{Holder: "pin/" + name, Name: name}
@@ -51,7 +51,7 @@ func (k *kit) documents() map[digest.Digest]*Document {
 	return out
 }
 
-// TestPublish tells readers of an image of three layers: each prefix is an image, and containerd's names come and go.
+// TestPublish publishes an image with its prefixes, while containerd's names come and go.
 func TestPublish(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
 	tars := [][]byte{
@@ -71,7 +71,7 @@ func TestPublish(t *testing.T) {
 			t.Errorf("prefix of %d layers: %+v", n, d)
 		}
 	}
-	// Nothing changes: the generation stays.
+	// Without a change the generation stays.
 	gen := k.pool.Generation()
 	k.must(k.Publish(t.Context(), []OCIImage{oci}))
 	k.must(k.Publish(t.Context(), nil)) // containerd does not answer
@@ -86,7 +86,7 @@ func TestPublish(t *testing.T) {
 	if top() != 0 {
 		t.Error("the name was not removed")
 	}
-	// With keep nothing goes but by command; also when another process is the owner that was told nothing.
+	// With keep, only a command removes images; that also holds for an owner without a configuration.
 	k.must(k.Unpin("web"))
 	k.sweep()
 	k.cfg.Readers = nil
@@ -101,7 +101,7 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// TestNameMoves moves a name between two images while a reader looks: in no generation two have it.
+// TestNameMoves moves a name between two images: in no generation does a reader find it in both.
 func TestNameMoves(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
 	_, ids1 := k.streamed("one", makeTar(file{"a", random(1, 5000)}))
@@ -153,7 +153,7 @@ func TestNameMoves(t *testing.T) {
 	}
 }
 
-// TestLeaseInOwnPool refuses lease regions in the pool, which would write over each other.
+// TestLeaseInOwnPool refuses lease regions inside the pool, which would overwrite each other.
 func TestLeaseInOwnPool(t *testing.T) {
 	k := newKit(t, nil)
 	spec := k.region.Info().Path + "@2097152+8192"
@@ -168,8 +168,8 @@ func TestLeaseInOwnPool(t *testing.T) {
 	k.must(err)
 }
 
-// TestSweepLeased removes an image that a reader uses: it stays for the reader alone, also when the owner starts again,
-// and goes when it is released.
+// TestSweepLeased removes an image that a reader uses: only this reader keeps it, even after the owner
+// restarts, and it disappears once it is released.
 func TestSweepLeased(t *testing.T) {
 	region := filepath.Join(t.TempDir(), "a.lease")
 	if err := os.WriteFile(region, make([]byte, lease.MinSize), 0o600); err != nil {
@@ -207,7 +207,7 @@ func TestSweepLeased(t *testing.T) {
 	k.restart(nil)
 	k.sweep()
 	waits()
-	k.must(k.Publish(t.Context(), nil)) // which tells of nothing that is not listed
+	k.must(k.Publish(t.Context(), nil)) // announces only listed images
 	waits()
 	// Somebody wants it again, so all readers find it again.
 	k.streamed("web", makeTar(file{"a", random(1, 5000)}), makeTar(file{"b", random(2, 6000)}))
@@ -227,7 +227,7 @@ func TestSweepLeased(t *testing.T) {
 	}
 }
 
-// TestPutTellsReaders: an image that is put by hand has its name and its manifest for readers, as long as it is held.
+// TestPutTellsReaders: readers see name and manifest of an image put by hand while it is held.
 func TestPutTellsReaders(t *testing.T) {
 	k := newKit(t, func(c *Config) { c.Readers = &Readers{Mode: ReadersKeep} })
 	tar := makeTar(file{"a", random(1, 5000)})
@@ -242,7 +242,7 @@ func TestPutTellsReaders(t *testing.T) {
 		_, err := k.Put(t.Context(), src, name)
 		k.must(err)
 	}
-	// told are the names that readers find, as NAMESPACE NAME.
+	// told returns the names that readers find, as NAMESPACE NAME.
 	told := func(found []OCIImage) (names []string) {
 		t.Helper()
 		k.must(k.Publish(t.Context(), found))
@@ -270,7 +270,7 @@ func TestPutTellsReaders(t *testing.T) {
 	expect("another process", told([]OCIImage{}), "daxfs.put example.org/web:1", "daxfs.put web")
 	k.must(k.Unpin("web"))
 	expect("unpinned", told(nil), "daxfs.put example.org/web:1")
-	// The name moves to an image of another tree, which has no manifest.
+	// The name moves to an image of another tree without a manifest.
 	bare := &source.Image{Layers: []source.Layer{blobLayer(makeTar(file{"b", random(2, 100)}))}}
 	_, err := k.Put(t.Context(), bare, "example.org/web:1")
 	k.must(err)

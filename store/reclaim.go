@@ -12,14 +12,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// batchSize is how many extents the kernel is asked for at a time.
+// batchSize is how many extents are asked about at a time.
 const batchSize = 512
 
 // reclaim frees the contents that nothing holds and that nobody can read any more.
 //
-// Overlays of snapshots are dead when their image is removed: the snapshotter asked the kernel. So nobody can open a
-// file any more that he did not have open, and the kernel is asked for those. Mounts that others made may live on
-// detached, with a process in them; once there was one, contents wait until the kernel has forgotten their inodes.
+// Overlays of snapshots are dead when their image is removed: the snapshotter asked the kernel. So
+// only files that are open now can still be read, and the kernel is asked about those. Foreign mounts
+// may live on detached, with a process inside; once there was one in an epoch, contents wait until the
+// kernel has dropped their inodes.
 func (s *Store) reclaim(ctx context.Context) error {
 	dead := s.pool.Dead()
 	if len(dead) == 0 {
@@ -52,12 +53,12 @@ func (s *Store) reclaim(ctx context.Context) error {
 	return nil
 }
 
-// Free frees those of dead that nobody can read any more, and returns how many they are. It is the order in which
-// contents go: their inodes are erased, the kernel is asked who has them, and only then is their space given away.
-// With evicted, contents wait until the kernel has forgotten their inodes, whoever has them.
+// Free frees those of dead that nobody can read any more, and returns their number. The order is:
+// erase the inodes, ask the kernel who has them, and only then free the space. With evicted, contents
+// wait until the kernel has dropped their inodes.
 //
-// The images of dead are removed from p and unmounted, and overlays over them are dead. p is mounted by t (else
-// mount.ErrNotFound) and by nobody else on this machine (else mount.ErrBusy).
+// Preconditions: the images of dead are removed from p and unmounted, and overlays over them are dead.
+// p is mounted by t (else mount.ErrNotFound) and by nobody else on this machine (else mount.ErrBusy).
 func Free(ctx context.Context, p *pool.Pool, t *mount.Table, dead []pool.Dead, evicted bool) (int, error) {
 	var erased []pool.Dead
 	extents := make([]mount.Extent, len(dead))
@@ -87,7 +88,7 @@ func (s *Store) epochName() string {
 	return hex.EncodeToString(uuid[:])
 }
 
-// noteLoose records that something else than overlays of snapshots used an image in this epoch.
+// noteLoose records that something other than overlays of snapshots used an image in this epoch.
 func (s *Store) noteLoose() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -101,8 +102,8 @@ func (s *Store) noteLoose() error {
 	return nil
 }
 
-// turn frees everything that waits if nothing is mounted, and lets the pool begin a new epoch if that is worth it. It
-// does nothing while images are added or mounted.
+// turn frees all dead contents if nothing is mounted, and begins a new epoch of the pool if that pays
+// off. It does nothing while images are added or mounted.
 func (s *Store) turn(ctx context.Context) error {
 	if s.keeps(ctx) || !s.epoch.TryLock() {
 		return nil
@@ -122,7 +123,7 @@ func (s *Store) turn(ctx context.Context) error {
 	return s.turned(ctx, turned)
 }
 
-// UnmountIdle unmounts the pool itself if no image is mounted: somebody who ends leaves no device and no server behind.
+// UnmountIdle unmounts the pool if no image is mounted, to leave no device or server behind.
 func (s *Store) UnmountIdle(ctx context.Context) error {
 	s.epoch.Lock()
 	defer s.epoch.Unlock()
@@ -147,10 +148,10 @@ func (s *Store) newEpoch(ctx context.Context) error {
 	return s.turned(ctx, true)
 }
 
-// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives on this machine.
-// One that does, because a process has a file open that it opened through a mount which is detached, is out of reach:
-// the next mount of the pool is another file system, and what the kernel says of that one is not the whole truth. From
-// then on nothing is freed until the pool is unmounted again, and the kernel says that all are gone.
+// unmountAll unmounts the pool if no image is mounted, and reports whether no file system of it lives
+// on this machine. One may live on if a process has a file open through a detached mount. It is out of
+// reach: the next mount of the pool is another file system, which the kernel answers for separately.
+// Then nothing is freed until the pool is unmounted again and the kernel says that all are gone.
 //
 // Preconditions: epoch is held for writing.
 func (s *Store) unmountAll(ctx context.Context) (idle bool, err error) {

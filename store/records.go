@@ -14,34 +14,34 @@ import (
 const (
 	kindImage = "image"
 	kindLayer = "layer"
-	// kindLoose has one record, under the UUID of an epoch, if an image was removed in that epoch which others than
-	// overlays of snapshots had used: see reclaim.
+	// kindLoose has one record, named by the UUID of an epoch, if an image was removed in that epoch that
+	// something other than overlays of snapshots had used: see reclaim.
 	kindLoose = "loose"
-	// kindStray has one record if a file system of the pool may live that is mounted nowhere: see unmountAll.
+	// kindStray has one record if a file system of the pool may live unmounted: see unmountAll.
 	kindStray = "stray"
 )
 
-// strayKey is the key of the one record of its kind.
+// strayKey is the key of that record.
 const strayKey = "pool"
 
-// imageRecord is what the store knows of an image. It outlives the image in the pool, which a new epoch removes.
+// imageRecord is the store's record of an image. A new epoch of the pool removes only the image.
 type imageRecord struct {
 	// Layers are the keys of its layers, bottom first.
 	Layers []string `json:"layers"`
 	// Names are references of OCI images, sorted.
 	Names []string `json:"names,omitempty"`
-	// Holders, sorted.
+	// Holders are sorted.
 	Holders []string `json:"holders,omitempty"`
-	// Brought is how many bytes the pool holds because of the image that it did not hold before.
+	// Brought is how many bytes the image added to the pool.
 	Brought int64 `json:"brought,omitempty"`
 }
 
-// layerRecord is what the store knows of a layer.
+// layerRecord is the store's record of a layer.
 type layerRecord struct {
 	Holders []string `json:"holders,omitempty"`
-	// Blobs are the digests of the blobs of which the layer was once read, sorted.
+	// Blobs are the digests of the blobs from which the layer was read, sorted.
 	Blobs []digest.Digest `json:"blobs,omitempty"`
-	// Brought is how many bytes of contents came with the layer that were not in the pool before.
+	// Brought is how many bytes of contents the layer added to the pool.
 	Brought int64 `json:"brought,omitempty"`
 }
 
@@ -49,13 +49,13 @@ type layerRecord struct {
 type records struct {
 	images map[string]imageRecord
 	layers map[string]layerRecord
-	// proven gives the key of the layer that was read from a blob.
+	// proven maps the digest of a blob to the key of the layer that was read from it.
 	proven map[digest.Digest]string
-	// loose is true if the index has a kindLoose record of this epoch, stray if it has a kindStray record.
+	// loose and stray say whether the index has a kindLoose record of this epoch, or a kindStray record.
 	loose, stray bool
 }
 
-// The beginnings of holders.
+// Prefixes of holders.
 const (
 	holderContainerd = "containerd/"
 	holderPin        = "pin/"
@@ -63,7 +63,7 @@ const (
 	holderReader     = "reader/"
 )
 
-// ContainerdHolder is the holder that stands for a namespace of containerd.
+// ContainerdHolder returns the holder for a namespace of containerd.
 func ContainerdHolder(namespace string) string { return holderContainerd + namespace }
 
 func (s *Store) loadRecords() error {
@@ -108,8 +108,8 @@ func load[R any](s *Store, kind string, into map[string]R) error {
 	return nil
 }
 
-// note writes a record with the next change of the index, or with FlushRecords; nil removes it. Most records change
-// together with what they are about, and each change of the index waits for the disk.
+// note writes a record with the next change of the index, or with FlushRecords; nil removes it. Most
+// records change together with their subject, and each change of the index waits for the disk.
 func (s *Store) note(kind, key string, r any) error {
 	if r == nil {
 		return s.pool.NoteRecord(kind, key, nil)
@@ -121,7 +121,7 @@ func (s *Store) note(kind, key string, r any) error {
 	return s.pool.NoteRecord(kind, key, raw)
 }
 
-// amendImage changes the record of an image, which it makes if there is none. It is durable after FlushRecords.
+// amendImage changes or creates the record of an image. It is durable after FlushRecords.
 func (s *Store) amendImage(key string, change func(*imageRecord)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -140,7 +140,7 @@ func (s *Store) amendImage(key string, change func(*imageRecord)) error {
 	return nil
 }
 
-// amendLayer changes the record of a layer, which it makes if there is none. It is durable after FlushRecords.
+// amendLayer changes or creates the record of a layer. It is durable after FlushRecords.
 func (s *Store) amendLayer(key string, change func(*layerRecord)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -206,7 +206,7 @@ func (s *Store) imageRecord(key string) imageRecord {
 	return s.records.images[key]
 }
 
-// imageRecords returns a copy of all records of images, layerRecords one of those of layers.
+// imageRecords returns a copy of all image records.
 func (s *Store) imageRecords() map[string]imageRecord {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -219,7 +219,7 @@ func (s *Store) layerRecords() map[string]layerRecord {
 	return maps.Clone(s.records.layers)
 }
 
-// add returns a sorted list with value in it.
+// add adds a value to a sorted list.
 func add[S ~[]E, E ~string](list S, value E) S {
 	if value == "" {
 		return list
@@ -231,8 +231,8 @@ func add[S ~[]E, E ~string](list S, value E) S {
 	return slices.Insert(list, at, value)
 }
 
-// without returns a list without the values that drop says.
+// without removes the values from a list for which drop returns true.
 func without(list []string, drop func(string) bool) []string { return slices.DeleteFunc(list, drop) }
 
-// ofContainerd reports whether a holder stands for a namespace of containerd.
+// ofContainerd reports whether a holder is a namespace of containerd.
 func ofContainerd(holder string) bool { return strings.HasPrefix(holder, holderContainerd) }

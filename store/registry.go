@@ -13,16 +13,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// Registry finds an image where its name says that it is.
+// Registry returns the source of an image by its name.
 type Registry func(name string) (source.Source, error)
 
-// maxAsked bounds for how many names of images a registry is asked when one layer is restored: each may take a while, and
-// somebody who starts a container may wait.
+// maxAsked limits how many image names are looked up in registries to restore one layer: each may take
+// a while, and a starting container may be waiting.
 const maxAsked = 4
 
-// fromRegistry calls use with the blobs of a layer that registries have, until one succeeds. It asks for the images that
-// the layer was part of, by the names that they had. A name may mean another image now, so only layers count that
-// say to have the diff ID; the caller verifies it.
+// fromRegistry calls use with the blobs of a layer in registries, until one call succeeds. It looks up
+// the images that contained the layer by their recorded names. A name may mean another image now, so
+// only layers with a matching diff ID count; the caller verifies it.
 func (s *Store) fromRegistry(ctx context.Context, key string, id digest.Digest, use func(io.ReadCloser) error) error {
 	if s.cfg.Registry == nil {
 		return errors.New("no registry is asked, see layers.registries")

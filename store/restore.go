@@ -18,37 +18,37 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// ErrLost reports a layer that is no longer in the pool and can not be restored from anything. Pulling the OCI image
+// ErrLost reports a layer that is no longer in the pool and cannot be restored. Pulling the OCI image
 // again brings it back.
 var ErrLost = errors.New("the layer is lost; pull the image again")
 
-// ErrDamaged reports a layer whose one copy is damaged. It is an ErrLost, too.
+// ErrDamaged reports a layer whose only copy is damaged. It is also an ErrLost.
 var ErrDamaged = fmt.Errorf("a copy is damaged: %w", ErrLost)
 
-// IsFull reports whether an error is that of a full pool or a full disk.
+// IsFull reports whether an error means a full pool or a full disk.
 func IsFull(err error) bool {
 	return errors.Is(err, pool.ErrFull) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// ensure returns a layer of the pool, after restoring it where that is needed.
+// ensure returns a layer of the pool, and restores it if necessary.
 func (s *Store) ensure(ctx context.Context, f Layer) (*layer.Layer, error) {
-	made, _, err := s.load(f.Key)
+	parsed, _, err := s.load(f.Key)
 	if !errors.Is(err, pool.ErrNotFound) && !errors.Is(err, pool.ErrCorrupt) {
-		return made, err
+		return parsed, err
 	}
 	unlock, err := s.layers.lock(ctx, f.Key)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if made, _, err := s.load(f.Key); err == nil {
-		return made, nil
+	if parsed, _, err := s.load(f.Key); err == nil {
+		return parsed, nil
 	}
 	if err := s.restore(ctx, f); err != nil {
 		return nil, err
 	}
-	made, _, err = s.load(f.Key)
-	return made, err
+	parsed, _, err = s.load(f.Key)
+	return parsed, err
 }
 
 // restore stores a layer again. Preconditions: the layer is locked.
@@ -57,12 +57,12 @@ func (s *Store) restore(ctx context.Context, f Layer) error {
 		return s.addDir(ctx, "", f.Key, f.Dir)
 	}
 	return s.eachSource(ctx, f, func(rc io.ReadCloser, spec Blob, keep *packs) error {
-		return s.again(ctx, f.Key, rc, spec, keep)
+		return s.restoreFrom(ctx, f.Key, rc, spec, keep)
 	})
 }
 
-// again stores a layer under key from a blob, which need not be what it should be.
-func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Blob, keep *packs) error {
+// restoreFrom stores a layer under key from an unverified blob.
+func (s *Store) restoreFrom(ctx context.Context, key string, rc io.ReadCloser, spec Blob, keep *packs) error {
 	began := time.Now()
 	var copied *pack
 	if keep != nil {
@@ -75,26 +75,26 @@ func (s *Store) again(ctx context.Context, key string, rc io.ReadCloser, spec Bl
 	}
 	batch := s.pool.Begin()
 	defer batch.Discard()
-	made, err := s.read(ctx, rc, spec, batch)
+	parsed, err := s.read(ctx, rc, spec, batch)
 	if err != nil {
 		return err
 	}
 	if copied != nil {
-		if err := copied.keep(made.DiffID); err != nil {
+		if err := copied.keep(parsed.DiffID); err != nil {
 			return err
 		}
 	}
-	return s.commit(ctx, batch, key, made.Layer, made.Size, Blob{DiffID: made.DiffID}, began)
+	return s.commit(ctx, batch, key, parsed.Layer, parsed.Size, Blob{DiffID: parsed.DiffID}, began)
 }
 
-// eachSource calls use with one blob after another that may be a layer, until one succeeds: its pack, then what
-// containerd has, then what registries have. keep is nil if no pack is to be made of the blob.
+// eachSource calls use with blobs that may be a layer, until one call succeeds: its pack, then blobs
+// in containerd, then those in registries. keep is nil if use should make no pack of the blob.
 func (s *Store) eachSource(ctx context.Context, f Layer,
 	use func(rc io.ReadCloser, spec Blob, keep *packs) error,
 ) error {
-	// A layer whose diff ID this store computed may be restored from anybody's blob: the bytes are proven to be those.
-	// What only its owner says to have that diff ID must be the owner's, and is asked of no registry: that would be done
-	// with this machine's credentials.
+	// If this store computed the diff ID, anybody's blob may restore the layer: the bytes prove
+	// themselves. If only its owner claims the diff ID, the blob must be the owner's, and no registry is
+	// asked, because that would use this machine's credentials.
 	id, namespace, keep := f.Claim.DiffID, f.Claim.Namespace, (*packs)(nil)
 	name, isBlob := strings.CutPrefix(f.Key, blobPrefix)
 	if isBlob {
@@ -130,15 +130,15 @@ func (s *Store) eachSource(ctx context.Context, f Layer,
 	case berr == nil, ctx.Err() != nil, IsFull(berr):
 		return berr
 	case errors.Is(perr, os.ErrNotExist):
-		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not to be had (%v): %w",
-			id, berr, ErrLost)
+		return fmt.Errorf("layer %s is no longer in the pool, it has no layer pack, and its blob is not available "+
+			"(%v): %w", id, berr, ErrLost)
 	}
-	// It was a good layer when it was written.
-	return fmt.Errorf("layer pack %q is damaged: %w, and the blob is not to be had (%v): %w",
+	// The pack was good when it was written.
+	return fmt.Errorf("layer pack %q is damaged: %w, and the blob is not available (%v): %w",
 		s.packs.path(id), perr, berr, ErrDamaged)
 }
 
-// fromBlobs calls use with the blobs that containerd says to have a diff ID, until one succeeds.
+// fromBlobs calls use with the blobs that containerd labels with a diff ID, until one call succeeds.
 func (s *Store) fromBlobs(ctx context.Context, namespace string, id digest.Digest,
 	use func(io.ReadCloser) error,
 ) error {
@@ -163,7 +163,7 @@ func (s *Store) fromBlobs(ctx context.Context, namespace string, id digest.Diges
 	return errors.Join(errs...)
 }
 
-// AddClaimed stores an OCI layer of which only a claim is known, from a blob that the namespace of the claim has.
+// AddClaimed stores an OCI layer of which only a claim is known, from a blob in the claim's namespace.
 func (s *Store) AddClaimed(ctx context.Context, claim Claim) (Stored, error) {
 	if s.cfg.Blobs == nil {
 		return Stored{}, fmt.Errorf("layer %s: containerd is not asked: %w", claim.DiffID, ErrLost)

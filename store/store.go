@@ -21,39 +21,39 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Config says what a store is made of.
+// Config is the configuration of a store.
 type Config struct {
 	// Root is the directory of the store's own state.
 	Root string
 	// Pool names the pool.
 	Pool Pool
-	// Drivers mount the pool, the first that can. Adopt are further ones whose mounts may be found.
+	// Drivers mount the pool; the first that can does. Mounts of the drivers in Adopt are only taken over.
 	Drivers, Adopt []mount.Driver
-	// Limits bound one layer.
+	// Limits apply to each layer.
 	Limits layer.Limits
-	// Packs keeps a copy of each streamed blob where the pool does not survive a reboot.
+	// Packs keeps a copy of each streamed blob if the pool does not survive a reboot.
 	Packs bool
-	// Blobs is containerd's content store; nil if there is none to restore layers from.
+	// Blobs is containerd's content store, from which layers are restored; nil if there is none.
 	Blobs Blobs
-	// Observe, if set, is told how long it took to make an image: "build" in the pool, "plain" a copy in a directory. A
-	// build for which there was no room is not told of: the caller makes room and comes again, or does without. It may be
-	// called concurrently.
+	// Observe, if set, receives the time it took to make an image: "build" in the pool, "plain" as a copy
+	// in a directory. It is not called for a build that lacked room: the caller makes room and tries
+	// again, or gives up. Calls may be concurrent.
 	Observe func(phase string, took time.Duration, err error)
-	// Evicted, if set, is told each time that an image or a layer leaves the pool to make room, although it is needed:
-	// "image" or "layer". It may be called concurrently.
+	// Evicted, if set, is called with "image" or "layer" each time that a needed one leaves the pool to
+	// make room. Calls may be concurrent.
 	Evicted func(what string)
-	// Registry finds images to restore layers from that nothing on this machine has; nil if no registry is to be asked.
+	// Registry finds images to restore layers that nothing on this machine has; nil asks no registry.
 	Registry Registry
-	// Readers says who else reads the pool; nil leaves it as the last owner with a configuration had it.
+	// Readers says who else reads the pool; nil keeps the last configured value.
 	Readers *Readers
 }
 
 // Blobs finds blobs in containerd.
 type Blobs interface {
-	// Find returns the blobs that a label says to have a diff ID when they are uncompressed. It looks in one namespace,
-	// or in all of them if namespace is empty. The caller verifies what it reads.
+	// Find returns the blobs whose label says that they have a diff ID when uncompressed. It looks in one
+	// namespace or, if namespace is empty, in all. The caller verifies what it reads.
 	Find(ctx context.Context, namespace string, diffID digest.Digest) ([]Found, error)
-	// Open opens a blob that a namespace has.
+	// Open opens a blob of a namespace.
 	Open(ctx context.Context, namespace string, desc ocispec.Descriptor) (io.ReadCloser, error)
 }
 
@@ -65,36 +65,35 @@ type Found struct {
 
 // Store is an open store. It is safe for concurrent use.
 //
-// Lock order: the lock of an image, then epoch, then the lock of a layer, then what pool and table have inside, then
-// mu.
+// Lock order: the lock of an image, epoch, the lock of a layer, locks inside pool and table, mu.
 type Store struct {
 	cfg    Config
 	region region.Region
 	pool   *pool.Pool
-	packs  *packs // nil: streamed layers need none, or containerd keeps the blobs
-	// private says that nobody but root can have written to the region, so that what is in it is as we wrote it.
+	packs  *packs // nil if streamed layers need none, or containerd keeps the blobs
+	// private says that only root can have written to the region, so its bytes are as we wrote them.
 	private bool
 
 	images, layers keyLock
 	decoded        cache
-	sweeping       sync.Mutex // held by the one Sweep or Reclaim under way
-	publishing     sync.Mutex // held by the one Publish under way
+	sweeping       sync.Mutex // held by the one running Sweep or Reclaim
+	publishing     sync.Mutex // held by the one running Publish
 	puts           atomic.Uint64
 
 	readers Readers
-	leases  *lease.Regions // nil if there are none
+	leases  *lease.Regions // nil without lease regions
 
-	// epoch is held for reading while an image is added or mounted, and for writing while the pool begins a new epoch. It
-	// guards table, which belongs to one epoch.
+	// epoch is held for reading while an image is added or mounted, and for writing while the pool begins
+	// a new epoch. It guards table, which belongs to one epoch.
 	epoch sync.RWMutex
 	table *mount.Table
 
 	mu      sync.Mutex
 	records records
-	damaged time.Time                // when damage was found the last time
-	lost    map[string]error         // images that hold damaged contents and could not be made again
-	reading map[string]time.Duration // how long reading took, of layers that belong to no image yet
-	old     *oldPool                 // what is left of version 1; nil if there is nothing
+	damaged time.Time                // when damage was last found
+	lost    map[string]error         // images with damaged contents that could not be rebuilt
+	reading map[string]time.Duration // read times of layers that belong to no image yet
+	old     *oldPool                 // remains of version 1, or nil
 }
 
 func (c Config) withDefaults() Config {
@@ -107,8 +106,8 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Open opens the store below a root directory, and makes its pool if there is none. It waits for nothing but the disk.
-// The caller closes the store.
+// Open opens the store below a root directory, and makes its pool if there is none. It waits only for
+// the disk. The caller closes the store.
 func Open(ctx context.Context, c Config) (_ *Store, err error) {
 	s := &Store{cfg: c.withDefaults(), reading: map[string]time.Duration{}}
 	defer func() {
@@ -128,8 +127,8 @@ func Open(ctx context.Context, c Config) (_ *Store, err error) {
 	return s, nil
 }
 
-// New opens the store of a pool that the caller opened. The store closes it and its region, also when New fails.
-// Config.Pool is ignored, and what an earlier version left below the root is left alone.
+// New opens the store of an open pool. The store closes the pool and its region, even if New fails.
+// New ignores Config.Pool and leaves remains of earlier versions alone.
 func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, error) {
 	s := &Store{cfg: c.withDefaults(), region: r, pool: p, reading: map[string]time.Duration{}}
 	if err := s.open(ctx); err != nil {
@@ -138,7 +137,7 @@ func New(ctx context.Context, c Config, r region.Region, p *pool.Pool) (*Store, 
 	return s, nil
 }
 
-// open opens what belongs to the pool.
+// open opens everything that belongs to the pool.
 func (s *Store) open(ctx context.Context) (err error) {
 	s.private = !s.region.Info().Traits().ByAddress
 	if err := errors.Join(s.loadRecords(), s.loadReaders()); err != nil {
@@ -159,7 +158,7 @@ func (s *Store) open(ctx context.Context) (err error) {
 		return err
 	}
 	if err := s.retire(ctx); err != nil {
-		log.G(ctx).WithError(err).Warn("what an earlier pool left mounted can not be looked at")
+		log.G(ctx).WithError(err).Warn("cannot clean up the mounts of earlier pools")
 	}
 	return nil
 }
@@ -179,7 +178,7 @@ func (s *Store) openTable(ctx context.Context) error {
 	return err
 }
 
-// Close closes what Open opened. Mounts stay.
+// Close closes the pool and its region. Mounts stay.
 func (s *Store) Close() error {
 	var errs []error
 	if s.pool != nil {
@@ -191,23 +190,23 @@ func (s *Store) Close() error {
 	return errors.Join(errs...)
 }
 
-// Durable reports whether what is in the pool survives a reboot.
+// Durable reports whether the pool survives a reboot.
 func (s *Store) Durable() bool { return s.region.Info().Persistent >= region.PersistsReboot }
 
 // Region describes the memory of the pool.
 func (s *Store) Region() region.Info { return s.region.Info() }
 
-// Pool returns the pool, to be looked at.
+// Pool returns the pool, for reading.
 func (s *Store) Pool() *pool.Pool { return s.pool }
 
-// Healthy returns nil if what is mounted answers, and no image is damaged for good.
+// Healthy returns nil if the mounts answer and no image is damaged for good.
 func (s *Store) Healthy(ctx context.Context) error {
 	s.epoch.RLock()
 	defer s.epoch.RUnlock()
-	return errors.Join(s.table.Healthy(ctx), s.damage())
+	return errors.Join(s.table.Healthy(ctx), s.unhealed())
 }
 
-// checkSource proves what others can have written, before the kernel parses it.
+// checkSource verifies bytes that others can have written, before the kernel parses them.
 func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 	if s.private {
 		return nil
@@ -219,7 +218,7 @@ func (s *Store) checkSource(ctx context.Context, src mount.Source) error {
 	n, contents := 0, false
 	err := s.pool.Check(ctx, func(f pool.Finding) bool {
 		switch f.Rule {
-		case "pool.sum", "pool.tail", "pool.document": // nobody has to get those
+		case "pool.sum", "pool.tail", "pool.document": // nobody has to get damaged contents
 			contents = contents || !f.Known
 			return true
 		}

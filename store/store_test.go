@@ -11,7 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
-// A layer goes in, an image comes out; what nobody needs goes, and its space is free again.
+// A layer goes in, an image comes out; unneeded ones are removed, and their space is free again.
 func TestLifeOfAnImage(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -46,8 +46,7 @@ func TestLifeOfAnImage(t *testing.T) {
 	}
 }
 
-// Contents that somebody has open keep their bytes until he closes them, whatever comes into the pool; then their space
-// comes back by itself.
+// Contents of an open file keep their bytes, whatever is added, and are freed once it is closed.
 func TestOpenFileKeepsItsBytes(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -62,7 +61,7 @@ func TestOpenFileKeepsItsBytes(t *testing.T) {
 	f, err := os.Open(filepath.Join(dir, "a"))
 	k.must(err)
 	defer f.Close()
-	// The mount is busy while a file in it is open, so the file outlives its mount only when that is detached.
+	// The mount is busy while a file in it is open, so the file can outlive only a detached mount.
 	k.must(detach(dir))
 	k.must(k.Sweep(ctx, need, false))
 	for i := range 20 {
@@ -120,8 +119,7 @@ func TestMountAt(t *testing.T) {
 	}
 }
 
-// An image that was put stays until it is unpinned, also through a new epoch and beside a containerd that knows
-// nothing.
+// An image that was put stays until it is unpinned, even through a new epoch and without containerd.
 func TestPut(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -159,7 +157,7 @@ func TestPut(t *testing.T) {
 	}
 }
 
-// A layer that is too large for the cache is encoded while it is forgotten, and read again from the pool.
+// A layer too large for the cache is encoded while it is dropped, and read again from the pool.
 func TestLargeLayer(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -233,7 +231,7 @@ func TestDamagedTree(t *testing.T) {
 	k.expect(dir, a)
 }
 
-// A copy on disk is the image, with all attributes.
+// A copy on disk equals the image, with all attributes.
 func TestPlain(t *testing.T) {
 	k := newKit(t, nil)
 	ctx := t.Context()
@@ -251,7 +249,7 @@ func TestPlain(t *testing.T) {
 	if again, err := k.Plain(ctx, img); err != nil || again != dir {
 		t.Errorf("again at %q, %v", again, err)
 	}
-	k.must(os.MkdirAll(filepath.Join(k.plainDir(), "new-1/tree"), 0o700)) // as a killed process leaves it
+	k.must(os.MkdirAll(filepath.Join(k.plainDir(), "new-1/tree"), 0o700)) // left by a killed process
 	k.restart(nil)
 	delete(need, "plain "+img.Key)
 	k.must(k.Sweep(ctx, need, false))

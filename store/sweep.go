@@ -14,24 +14,23 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Use says how much something is needed.
+// Use says how urgently an image or layer is needed.
 type Use int
 
-// The degrees of need, in rising order.
+// The degrees of need, lowest first.
 const (
-	// Unused things are freed, together with everything that they could be restored from.
+	// Unused things are freed, together with everything from which they could be restored.
 	Unused Use = iota
 	// Kept things stay in the pool, unmounted.
 	Kept
 	// Ready things stay mounted: a container may start from them at any moment.
 	Ready
-	// InUse things may not be touched: something stands on them, an operation on them is under way, or there is no other
-	// copy.
+	// InUse things must stay: something uses them, an operation is running, or there is no other copy.
 	InUse
 )
 
-// Uses tells Sweep what containerd needs. Its methods are cheap and are asked at the moment of freeing, under the lock
-// that excludes Lower and AddBlob for the same key.
+// Uses tells Sweep what containerd needs. Its methods must be cheap. They are called at the moment of
+// freeing, under the lock that excludes Lower and AddBlob for the same key.
 type Uses interface {
 	Image(key string) Use
 	Layer(key string) Use
@@ -41,9 +40,9 @@ type Uses interface {
 	Namespaces(key string) []string
 }
 
-// Sweep frees what nobody holds. use tells what containerd needs; with nil its namespaces hold what the index says that
-// they hold. With short set memory is wanted: what is merely Kept or Ready is freed as well if it can be made again.
-// What is busy stays, for the next sweep.
+// Sweep frees what nobody holds. use tells what containerd needs; without it, containerd's namespaces
+// hold what the index says. With short set memory is needed: Sweep also frees Kept and Ready things
+// that can be made again. Busy things stay until the next sweep.
 func (s *Store) Sweep(ctx context.Context, use Uses, short bool) error {
 	s.sweeping.Lock()
 	defer s.sweeping.Unlock()
@@ -85,22 +84,22 @@ func (s *Store) Mounted() []mount.Mounted {
 	return s.table.List()
 }
 
-// sweep is one sweep.
+// sweep is one call of Sweep.
 type sweep struct {
 	*Store
 	use   Uses
 	short bool
-	held  map[string]bool // layers of images that somebody else than containerd holds
-	// prefixes are images that readers need as bases beside the one that is needed.
+	held  map[string]bool // layers of images with holders outside containerd
+	// prefixes are images that readers need as bases of needed ones.
 	prefixes map[string]bool
 }
 
-// lasting reports whether a holder wants an image to be in the pool, although nothing of this host may use it.
+// lasting reports whether a holder wants an image in the pool even if nothing on this host uses it.
 func lasting(holder string) bool {
 	return strings.HasPrefix(holder, holderPin) || strings.HasPrefix(holder, holderReader)
 }
 
-// needOf returns how much the holders of something need it.
+// needOf returns the need of holders. containerd says whether holders of containerd count.
 func needOf(holders []string, containerd bool) Use {
 	need := Unused
 	for _, h := range holders {
@@ -125,7 +124,7 @@ func (w *sweep) needOfImage(key string) Use {
 	return w.needOf(canonical(key))
 }
 
-// needOf returns how much an image is needed, in whatever form it is in the pool.
+// needOf returns the need of an image, whichever key it has in the pool.
 func (w *sweep) needOf(key string) Use {
 	need := needOf(w.imageRecord(key).Holders, w.use == nil)
 	if w.use != nil {
@@ -151,7 +150,7 @@ func (w *sweep) needOfLayer(key string) Use {
 	return need
 }
 
-// reconcile makes the holders of containerd in the index what the snapshotter's records say.
+// reconcile updates containerd's holders in the index from the snapshotter's records.
 func (w *sweep) reconcile() error {
 	if w.use == nil {
 		return nil
@@ -170,7 +169,7 @@ func (w *sweep) reconcile() error {
 	for key := range w.layerRecords() {
 		errs = append(errs, w.amendLayer(key, func(r *layerRecord) { r.Holders = holders(key, r.Holders) }))
 	}
-	for _, key := range w.pool.Layers() { // those that have no record yet
+	for _, key := range w.pool.Layers() { // layers without a record
 		if w.use.Layer(key) > Unused {
 			errs = append(errs, w.amendLayer(key, func(r *layerRecord) { r.Holders = holders(key, r.Holders) }))
 		}
@@ -178,7 +177,7 @@ func (w *sweep) reconcile() error {
 	return errors.Join(errs...)
 }
 
-// findHeld finds the layers that images need which containerd does not know.
+// findHeld finds the layers of images that containerd does not know.
 func (w *sweep) findHeld() {
 	w.held = map[string]bool{}
 	for _, r := range w.imageRecords() {
@@ -193,7 +192,7 @@ func (w *sweep) findHeld() {
 // image unmounts an image that need not be ready, and removes one that is not needed.
 func (w *sweep) image(ctx context.Context, key string) error {
 	if w.needOfImage(key) == InUse {
-		return nil // and it may be in the making: do not wait for that
+		return nil // it may be in the making: do not wait for that
 	}
 	unlock, err := w.images.lock(ctx, canonical(key))
 	if err != nil {
@@ -253,8 +252,7 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	return nil
 }
 
-// unmount unmounts an image that no snapshot uses, and reports whether that is done. Something that was mounted from it
-// by hand may still stand on it.
+// unmount unmounts an image without snapshots, unless a mount by hand uses it, and reports success.
 func (w *sweep) unmount(ctx context.Context, key string) (free bool, err error) {
 	logger := log.G(ctx).WithField("image", key)
 	where, err := w.table.UsedBy(ctx, key)
@@ -274,7 +272,7 @@ func (w *sweep) unmount(ctx context.Context, key string) (free bool, err error) 
 	return err == nil, err
 }
 
-// layer removes a layer that is not needed, or that can be restored if memory is wanted.
+// layer removes a layer that is not needed or, if memory is short, one that can be restored.
 func (w *sweep) layer(ctx context.Context, key string) error {
 	if w.needOfLayer(key) == InUse {
 		return nil
@@ -312,7 +310,7 @@ func (w *sweep) layer(ctx context.Context, key string) error {
 	return nil
 }
 
-// restorable tells whether a layer that is not in use can be restored: from its directory, or from its pack.
+// restorable tells whether a layer that is not in use can be restored from its directory or its pack.
 func (s *Store) restorable(key string) bool {
 	id, isBlob := strings.CutPrefix(key, blobPrefix)
 	return !isBlob || s.packs != nil && s.packs.has(digest.Digest(id))
@@ -343,8 +341,8 @@ func (w *sweep) pack(ctx context.Context, id digest.Digest) error {
 	return w.packs.remove(id)
 }
 
-// dropMounts drops the holders that stand for directories which show the image no more. Somebody unmounted them without
-// asking, so a process may still be in there.
+// dropMounts removes the holders of directories that no longer show the image. Somebody unmounted them
+// without asking, so a process may still be inside.
 func (s *Store) dropMounts(ctx context.Context) error {
 	var errs []error
 	for key, r := range s.imageRecords() {

@@ -10,15 +10,15 @@ import (
 )
 
 const (
-	// chunkSize is the unit in which the stages of a Reader hand bytes over. It fits the second-level cache of one
-	// core, so that the stage that reads a chunk next mostly finds it there.
+	// chunkSize is the unit of transfer between the stages of a Reader. It fits a core's second-level
+	// cache, so the next stage mostly finds a chunk there.
 	chunkSize = 256 << 10
-	// depth is how many chunks may wait between two stages. The parser stops for the write of a file, the
-	// decompressor does not have to.
+	// depth is the number of chunks that may wait between two stages: the decompressor can continue while
+	// the parser waits for a write.
 	depth = 4
 )
 
-// chunk is a buffer that several stages read at the same time. The last one to release it gives it back.
+// chunk is a buffer shared by several stages. The last one to release it returns it to the pool.
 type chunk struct {
 	buf  [chunkSize]byte
 	n    int
@@ -42,7 +42,7 @@ func (c *chunk) release() {
 	}
 }
 
-// hasher hashes chunks in a goroutine of its own, in the order in which they were given.
+// hasher hashes chunks in its own goroutine, in the order of add.
 type hasher struct {
 	h    hash.Hash
 	in   chan *chunk
@@ -61,30 +61,30 @@ func newHasher(h hash.Hash) *hasher {
 	return s
 }
 
-// add shares c with the hasher. Hashers never fail, so that this never blocks for ever.
+// add shares c with the hasher. A hasher never fails, so add never blocks for ever.
 func (s *hasher) add(c *chunk) {
 	c.refs.Add(1)
 	s.in <- c
 }
 
-// close waits for the hash of all that was added.
+// close waits until all added chunks are hashed.
 func (s *hasher) close() {
 	close(s.in)
 	<-s.done
 }
 
-// stream is one direction between two stages: a bounded queue of chunks that ends with an error or io.EOF.
+// stream is a bounded queue of chunks between two stages, which ends with an error or io.EOF.
 type stream struct {
 	ctx context.Context
 	ch  chan *chunk
-	err error // why ch was closed; io.EOF at the regular end. Set before ch is closed.
+	err error // why ch was closed, io.EOF at the regular end; set before ch is closed
 }
 
 func newStream(ctx context.Context) *stream {
 	return &stream{ctx: ctx, ch: make(chan *chunk, depth)}
 }
 
-// send hands c over, or releases it and returns the context's error when nobody wants it any more.
+// send passes c on, or releases it and returns the context's cause if ctx is done.
 func (s *stream) send(c *chunk) error {
 	select {
 	case s.ch <- c:
@@ -116,7 +116,7 @@ type reader struct {
 	s   *stream
 	cur *chunk
 	pos int
-	err error // of the stream, once it was met
+	err error // of the stream, once reached
 }
 
 func (r *reader) fill() error {
@@ -147,7 +147,7 @@ func (r *reader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo lets io.Copy take whole chunks without a buffer of its own.
+// WriteTo lets io.Copy use whole chunks without an additional buffer.
 func (r *reader) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
@@ -165,7 +165,7 @@ func (r *reader) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-// drop releases what is left, in and behind the current chunk.
+// drop releases the current and all remaining chunks.
 func (r *reader) drop() {
 	if r.cur != nil {
 		r.cur.release()

@@ -1,7 +1,8 @@
-// Package blob reads one layer blob once: it hashes the bytes as they are stored, decompresses them, hashes the
-// result, and hands the uncompressed tar to whoever parses it.
+// Package blob reads a layer blob once: it hashes the stored bytes, decompresses them, hashes the
+// result, and passes the uncompressed tar to a parser.
 //
-//	r, err := blob.NewReader(ctx, rc, blob.Spec{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size, DiffID: id})
+//	spec := blob.Spec{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size, DiffID: id}
+//	r, err := blob.NewReader(ctx, rc, spec)
 //	if err != nil {
 //		return err
 //	}
@@ -11,9 +12,10 @@
 //		return err
 //	}
 //
-// Nothing that was parsed may be used before Finish has returned nil: hashes are only known at the end of the blob.
+// Parsed data must not be used before Finish has returned nil: the hashes are complete only at the end
+// of the blob.
 //
-// Reading, hashing, decompressing and the parser run in goroutines of their own, which pass buffers of 256 KiB by
-// reference. A Reader holds at most about 5 MiB beside the window of the decompressor (32 KiB for gzip, at most
-// 128 MiB for zstd), whatever the size of the blob.
+// Reading, hashing, decompressing and parsing run in separate goroutines, which pass buffers of
+// 256 KiB by reference. A Reader holds at most about 5 MiB beside the decompressor's window (32 KiB
+// for gzip, at most 128 MiB for zstd), whatever the size of the blob.
 package blob

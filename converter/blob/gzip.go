@@ -10,18 +10,18 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// errTrailing is returned for bytes behind compressed data that nothing proves to be worthless.
+// errTrailing reports bytes behind compressed data that are not provably worthless.
 var errTrailing = errors.New("other bytes behind the compressed data")
 
-// gzipMembers reads the members of a gzip file, and what is behind them, as gzip(1) does: zeros are padding, which tapes
-// and block devices leave. Go's decompressor refuses them, and so does containerd.
+// gzipMembers reads the members of a gzip file, and the rest, like gzip(1): zeros are padding from
+// tapes and block devices. Go's decompressor refuses them, and so does containerd.
 type gzipMembers struct {
 	in *bufio.Reader
 	z  *gzip.Reader
 }
 
 func newGzipMembers(r io.Reader) (*gzipMembers, error) {
-	// The decompressor has a fast path for bufio.Reader, not for our type. It leaves such a reader right behind a member.
+	// The decompressor has a fast path for bufio.Reader. It stops reading right after a member.
 	in := bufio.NewReaderSize(r, 64<<10)
 	z, err := gzip.NewReader(in)
 	if err != nil {
@@ -31,7 +31,7 @@ func newGzipMembers(r io.Reader) (*gzipMembers, error) {
 	return &gzipMembers{in, z}, nil
 }
 
-// WriteTo returns errTrailing, when all members are written, if something else than zeros is behind them.
+// WriteTo writes all members, then returns errTrailing if anything but zeros follows.
 func (g *gzipMembers) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
@@ -54,7 +54,7 @@ func (g *gzipMembers) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-// padding reads to the end.
+// padding reads to the end and accepts only zeros.
 func (g *gzipMembers) padding() error {
 	var buf [4096]byte
 	for {

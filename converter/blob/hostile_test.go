@@ -12,8 +12,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// TestZstdWindow: a frame of some bytes can ask for a window of any size. What zstd decodes without being asked for more
-// is decoded, and nothing beyond is allocated.
+// TestZstdWindow: a few bytes of a frame can request any window. Windows that zstd accepts by default
+// are decoded; nothing larger is allocated.
 func TestZstdWindow(t *testing.T) {
 	frame := func(windowLog int) []byte {
 		// Magic, no flags, window, and an empty last block.
@@ -47,7 +47,7 @@ func TestZstdWindow(t *testing.T) {
 	}
 }
 
-// TestWindowOfLongDistance: what zstd --long=27 makes can be read.
+// TestWindowOfLongDistance: the output of zstd --long=27 can be read.
 func TestWindowOfLongDistance(t *testing.T) {
 	tar := text(3 << 20)
 	var b bytes.Buffer
@@ -66,7 +66,7 @@ func TestWindowOfLongDistance(t *testing.T) {
 	}
 }
 
-// TestCut: a blob that ends too early is an error even when the digest covers it.
+// TestCut: a blob that ends early is an error even if the digest matches.
 func TestCut(t *testing.T) {
 	tar := text(1 << 20)
 	for _, p := range []packing{gzipped, zstandard} {

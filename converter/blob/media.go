@@ -9,21 +9,21 @@ import (
 )
 
 var (
-	// ErrMediaType is returned for a blob whose media type is not that of a layer.
+	// ErrMediaType reports a blob whose media type is not that of a layer.
 	ErrMediaType = errors.New("not a layer media type")
-	// ErrEncrypted is returned for a layer that was encrypted (ocicrypt).
+	// ErrEncrypted reports an encrypted layer (ocicrypt).
 	ErrEncrypted = errors.New("layer is encrypted")
 )
 
-// packing says how the tar of a layer is packed into its blob.
+// packing is the compression of a layer's tar.
 type packing int
 
 const (
 	plain packing = iota
 	gzipped
 	zstandard
-	// sniffed means that the first bytes decide. Docker's types never said how a layer is compressed, and tools
-	// relabel layers without packing them again; containerd looks at the bytes too.
+	// sniffed means that the first bytes decide. Docker's types do not tell the compression of a layer,
+	// and tools relabel layers without repacking them; containerd inspects the bytes, too.
 	sniffed
 )
 
@@ -31,7 +31,7 @@ func (p packing) String() string {
 	return [...]string{"uncompressed", "gzip", "zstd", "unknown"}[p]
 }
 
-// layerTypes are the media types of layers, without the suffix that names the compression.
+// layerTypes are the media types of layers, without the compression suffix.
 var layerTypes = []string{
 	"application/vnd.oci.image.layer.v1.tar",
 	"application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -39,8 +39,8 @@ var layerTypes = []string{
 	"application/vnd.docker.image.rootfs.foreign.diff.tar",
 }
 
-// CheckMediaType returns an error that wraps ErrEncrypted or ErrMediaType when mediaType is not that of a layer this
-// package can read. The empty type is that of an archive which does not say: the bytes decide.
+// CheckMediaType returns an error that wraps ErrEncrypted or ErrMediaType unless this package can read
+// layers of mediaType. In an archive without types, mediaType is empty and the bytes decide.
 func CheckMediaType(mediaType string) error {
 	_, err := packingOf(mediaType)
 	return err
@@ -51,7 +51,7 @@ func packingOf(mediaType string) (packing, error) {
 		return sniffed, nil
 	}
 	if t, _, err := mime.ParseMediaType(mediaType); err == nil {
-		mediaType = t // in small letters, without parameters
+		mediaType = t // in lower case, without parameters
 	}
 	if strings.HasSuffix(mediaType, "+encrypted") {
 		return 0,
@@ -76,7 +76,7 @@ func packingOf(mediaType string) (packing, error) {
 	return 0, fmt.Errorf("%w: %q (expected an OCI or Docker layer: tar, tar+gzip or tar+zstd)", ErrMediaType, mediaType)
 }
 
-// magics are the first bytes of compressed files that are not read.
+// magics are the first bytes of unsupported compressed files.
 var magics = []struct{ name, magic string }{
 	{"bzip2", "BZh"},
 	{"xz", "\xfd7zXZ\x00"},
@@ -94,10 +94,10 @@ var magics = []struct{ name, magic string }{
 	{"Snappy", "\xff\x06\x00\x00sNaPpY"},
 }
 
-// HeadSize is how many bytes of a file LooksLike wants to see.
+// HeadSize is the number of bytes that LooksLike needs.
 const HeadSize = 16
 
-// LooksLike names the compression of a file that cannot be read as a tar by its first bytes; empty if they say nothing.
+// LooksLike returns the compression that the first bytes of an unreadable tar suggest, or "".
 func LooksLike(head []byte) string {
 	if p := sniff(head); p != plain {
 		return p.String()
@@ -110,11 +110,11 @@ func LooksLike(head []byte) string {
 	return ""
 }
 
-// IsCompressed says whether the first bytes of a file, at least 4 of them, are those of gzip or zstd.
+// IsCompressed reports whether a file starts like gzip or zstd. head must have at least 4 bytes.
 func IsCompressed(head []byte) bool { return sniff(head) != plain }
 
-// sniff tells the packing from the first bytes of a blob. A tar begins with a file name; one that begins with the
-// magic of gzip or zstd does not occur by accident.
+// sniff derives the packing from the first bytes of a blob. A tar starts with a file name, which does
+// not accidentally equal the magic of gzip or zstd.
 func sniff(head []byte) packing {
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b, 0x08}):
@@ -122,7 +122,7 @@ func sniff(head []byte) packing {
 	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		return zstandard
 	case len(head) >= 4 && head[0]&0xf0 == 0x50 && head[1] == 0x2a && head[2] == 0x4d && head[3] == 0x18:
-		return zstandard // a skippable frame: zstd:chunked and pzstd may begin with one
+		return zstandard // a skippable frame, with which zstd:chunked and pzstd may start
 	}
 	return plain
 }

@@ -14,18 +14,17 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// maxWindow bounds the memory that a zstd frame may ask for: that of zstd --long=27, which every zstd decodes
-// without an option.
+// maxWindow bounds the memory of a zstd frame: the window of zstd --long=27, the default limit of zstd.
 const maxWindow = 128 << 20
 
 var (
 	// ErrMismatch is wrapped by every *MismatchError.
 	ErrMismatch = errors.New("blob does not match its description")
-	// ErrTooLarge is returned when a layer is larger than Spec.MaxSize once it is decompressed.
+	// ErrTooLarge reports a layer larger than Spec.MaxSize after decompression.
 	ErrTooLarge = errors.New("layer exceeds the size limit")
 )
 
-// MismatchError says which property of a blob is not what its description promised.
+// MismatchError names the property of a blob that differs from its description.
 type MismatchError struct {
 	What      string // "size", "digest" or "diff ID"
 	Want, Got string
@@ -38,46 +37,46 @@ func (e *MismatchError) Error() string {
 // Unwrap makes errors.Is(err, ErrMismatch) true.
 func (e *MismatchError) Unwrap() error { return ErrMismatch }
 
-// Spec is what is known about a layer blob before it is read. What is unknown is left zero and not verified.
+// Spec describes a layer blob before it is read. Unknown properties are zero and not verified.
 type Spec struct {
-	// MediaType of the layer. Empty means that the first bytes tell the compression.
+	// MediaType is the layer's media type. If it is empty, the first bytes determine the compression.
 	MediaType string
-	// Digest of the blob as it is stored, and its Size in bytes.
+	// Digest and Size describe the stored blob; Size is in bytes.
 	Digest digest.Digest
 	Size   int64
 	// DiffID is the digest of the uncompressed tar.
 	DiffID digest.Digest
 	// MaxSize limits the bytes of the uncompressed tar; 0 means no limit.
 	MaxSize int64
-	// Progress is called with the number of bytes that were read from the source, by one goroutine.
+	// Progress is called by one goroutine with the number of bytes just read from the source.
 	Progress func(n int)
 }
 
-// Reader reads the uncompressed tar of one layer. Its methods are for one goroutine.
+// Reader reads the uncompressed tar of one layer. Its methods belong to one goroutine.
 type Reader struct {
 	reader
 	spec        Spec
 	src         io.ReadCloser
-	closeSource func() error // once
+	closeSource func() error // runs once
 	ctx         context.Context
 	cancel      context.CancelCauseFunc
 	stages      sync.WaitGroup
 
-	raw *hasher // of the blob; nil when Digest is not known
-	tar *hasher // of the uncompressed tar; nil until it is known that it differs from the blob
+	raw *hasher // of the blob; nil if Digest is unknown
+	tar *hasher // of the uncompressed tar; nil if it equals the blob, or while that is unknown
 
-	read int64 // bytes of the blob that were read
+	read int64 // bytes read from the blob
 	size int64 // bytes of the tar
-	// trailing is set if the compressed data was followed by other bytes, which were ignored.
+	// trailing is true if ignored bytes follow the compressed data.
 	trailing bool
-	looks    string // the compression that the tar looks like, which only matters if it cannot be parsed
-	srcErr   error  // why reading the blob ended; nil at its end
+	looks    string // apparent compression of the tar, for the message if it cannot be parsed
+	srcErr   error  // why reading the blob failed; nil at its end
 	digest   digest.Digest
 	diffID   digest.Digest
 }
 
-// NewReader starts to read src, which the Reader owns from then on: Close closes it, also when NewReader fails.
-// Cancelling ctx ends all reads with its cause.
+// NewReader starts to read src and takes ownership of it: Close closes src, and so does a failing
+// NewReader. Cancelling ctx ends all reads with its cause.
 func NewReader(ctx context.Context, src io.ReadCloser, spec Spec) (*Reader, error) {
 	pack, err := packingOf(spec.MediaType)
 	for _, d := range []digest.Digest{spec.Digest, spec.DiffID} {
@@ -93,7 +92,7 @@ func NewReader(ctx context.Context, src io.ReadCloser, spec Spec) (*Reader, erro
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	r := &Reader{spec: spec, src: src, ctx: ctx, cancel: cancel, closeSource: sync.OnceValue(src.Close)}
-	context.AfterFunc(ctx, func() { r.closeSource() }) // ends a read that waits for a network
+	context.AfterFunc(ctx, func() { r.closeSource() }) // interrupts a read from a network
 	in, out := newStream(ctx), newStream(ctx)
 	r.reader.s = out
 	if spec.Digest != "" {
@@ -118,7 +117,7 @@ func NewReader(ctx context.Context, src io.ReadCloser, spec Spec) (*Reader, erro
 	return r, nil
 }
 
-// fetch reads the source to its end, or one byte past its size, or to an error.
+// fetch reads the source to its end, to one byte past its size, or to an error.
 func (r *Reader) fetch(in *stream) error {
 	for {
 		c := newChunk()
@@ -144,7 +143,7 @@ func (r *Reader) fetch(in *stream) error {
 		}
 		switch err {
 		case nil:
-		case io.EOF, io.ErrUnexpectedEOF: // of ReadFull: the source ended
+		case io.EOF, io.ErrUnexpectedEOF: // from ReadFull: the source ended
 			return nil
 		default:
 			return fmt.Errorf("read after %d bytes: %w", r.read, err)
@@ -152,8 +151,8 @@ func (r *Reader) fetch(in *stream) error {
 	}
 }
 
-// unpack turns the blob's bytes into the tar's. It reads the blob to its end in any case, so that an error of the
-// decompressor can be told from a blob that is not the one that was promised.
+// unpack decompresses the blob into the tar. It always reads the blob to its end, so that a wrong blob
+// can be told from a decompressor's error.
 func (r *Reader) unpack(pack packing, in, out *stream) error {
 	src := &reader{s: in}
 	defer src.drop()
@@ -161,7 +160,7 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 		if err := src.fill(); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		var head []byte // of a blob that is not empty
+		var head []byte // of a nonempty blob
 		if src.cur != nil {
 			head = src.cur.bytes()
 		}
@@ -198,22 +197,22 @@ func (r *Reader) unpack(pack packing, in, out *stream) error {
 	w := &chunkWriter{r: r, out: out}
 	_, err := dec.WriteTo(w)
 	if errors.Is(err, zstd.ErrMagicMismatch) && w.written > 0 {
-		err = errTrailing // what is not a frame stands behind one
+		err = errTrailing // the first bytes behind a frame are not a frame
 	}
 	if errors.Is(err, errTrailing) && r.spec.DiffID != "" {
-		r.trailing, err = true, nil // the diff ID tells whether anything is missing
+		r.trailing, err = true, nil // the diff ID detects missing data
 	}
 	if err == nil {
 		err = w.flush()
 	}
 	w.drop()
 	if err != nil && (src.err == nil || errors.Is(src.err, io.EOF)) && w.err == nil {
-		err = fmt.Errorf("%s: %w", pack, err) // neither the source's error nor the consumer's
+		err = fmt.Errorf("%s: %w", pack, err) // an error of neither the source nor the consumer
 	}
 	return err
 }
 
-// forward passes the chunks of an uncompressed blob on as they are.
+// forward passes the chunks of an uncompressed blob through.
 func (r *Reader) forward(src *reader, out *stream) error {
 	for {
 		if err := src.fill(); errors.Is(err, io.EOF) {
@@ -229,7 +228,7 @@ func (r *Reader) forward(src *reader, out *stream) error {
 	}
 }
 
-// emit hashes and hands over one chunk of the tar.
+// emit hashes one chunk of the tar and sends it.
 func (r *Reader) emit(c *chunk, out *stream) error {
 	r.size += int64(c.n)
 	if r.spec.MaxSize > 0 && r.size > r.spec.MaxSize {
@@ -242,12 +241,12 @@ func (r *Reader) emit(c *chunk, out *stream) error {
 	return out.send(c)
 }
 
-// chunkWriter collects what the decompressor writes into chunks.
+// chunkWriter collects the decompressor's output in chunks.
 type chunkWriter struct {
 	r   *Reader
 	out *stream
 	cur *chunk
-	err error // why no more bytes are wanted
+	err error // why the consumer wants no more bytes
 
 	written int64
 }
@@ -288,9 +287,9 @@ func (w *chunkWriter) drop() {
 	}
 }
 
-// Finish reads what the parser left (a tar may be followed by padding, and the hashes cover it), verifies size, digest
-// and diff ID, and closes the Reader. cause is the parser's error; Finish returns it only when the blob is what was
-// promised, since a damaged blob explains a parser's error better than the error does.
+// Finish reads the rest that the parser left (padding after the tar counts for the hashes), verifies
+// size, digest and diff ID, and closes the Reader. cause is the parser's error. Finish returns it only
+// if the blob is correct, because a damaged blob explains the failure better.
 func (r *Reader) Finish(cause error) error {
 	defer r.Close()
 	_, readErr := r.reader.WriteTo(io.Discard)
@@ -299,7 +298,7 @@ func (r *Reader) Finish(cause error) error {
 		return cmp.Or(cause, err)
 	}
 	if r.srcErr != nil {
-		return r.srcErr // longer than promised, or not read to its end: nothing can be said about its hash
+		return r.srcErr // too long, or not read to its end: the hash means nothing
 	}
 	if err := r.verifyBlob(); err != nil {
 		return err
@@ -348,20 +347,20 @@ func (r *Reader) verifyBlob() error {
 	return nil
 }
 
-// DiffID returns the digest of the uncompressed tar, once Finish has returned nil.
+// DiffID returns the digest of the uncompressed tar. It is valid once Finish has returned nil.
 func (r *Reader) DiffID() digest.Digest { return r.diffID }
 
-// Size returns the bytes of the uncompressed tar, once Finish has returned nil.
+// Size returns the size of the uncompressed tar in bytes. It is valid once Finish has returned nil.
 func (r *Reader) Size() int64 { return r.size }
 
-// BytesRead returns the bytes that were read from the source, once Finish has returned.
+// BytesRead returns the bytes read from the source. It is valid once Finish has returned.
 func (r *Reader) BytesRead() int64 { return r.read }
 
 var errClosed = errors.New("blob reader is closed")
 
-// Close ends the reading and closes the source. It may be called more than once, also after Finish.
+// Close ends reading and closes the source. It may be called repeatedly, also after Finish.
 func (r *Reader) Close() error {
-	r.cancel(errClosed) // and with it the source
+	r.cancel(errClosed) // also closes the source
 	r.reader.drop()
 	r.stages.Wait()
 	r.closeSource()

@@ -43,7 +43,7 @@ func pack(t testing.TB, b []byte, p packing) []byte {
 	return out.Bytes()
 }
 
-// text compresses, but not to nothing.
+// text is compressible, but not to nothing.
 func text(n int) []byte {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	b := make([]byte, n)
@@ -57,7 +57,7 @@ func specOf(blob, tar []byte) Spec {
 	return Spec{Digest: digest.FromBytes(blob), Size: int64(len(blob)), DiffID: digest.FromBytes(tar)}
 }
 
-// read reads a blob the way a parser does that stops before the end.
+// read reads a blob like a parser that stops before the end.
 func read(t *testing.T, blob []byte, spec Spec, stop int64) ([]byte, *Reader, error) {
 	t.Helper()
 	r, err := NewReader(context.Background(), io.NopCloser(bytes.NewReader(blob)), spec)
@@ -90,7 +90,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// TestDiffIDIsComputed: a differ does not know it beforehand.
+// TestDiffIDIsComputed: a differ does not know the diff ID beforehand.
 func TestDiffIDIsComputed(t *testing.T) {
 	tar := text(100_000)
 	for _, p := range []packing{plain, gzipped} {
@@ -102,7 +102,7 @@ func TestDiffIDIsComputed(t *testing.T) {
 	}
 }
 
-// TestOtherAlgorithms: digest and diff ID need not be of one kind.
+// TestOtherAlgorithms: digest and diff ID may use different algorithms.
 func TestOtherAlgorithms(t *testing.T) {
 	tar := text(300_000)
 	spec := Spec{Digest: digest.SHA512.FromBytes(tar), DiffID: digest.SHA256.FromBytes(tar)}
@@ -119,7 +119,7 @@ func TestSeveralMembers(t *testing.T) {
 	tar := text(1_000_000)
 	for _, p := range []packing{gzipped, zstandard} {
 		blob := append(pack(t, tar[:400_000], p), pack(t, tar[400_000:], p)...)
-		if p == zstandard { // as zstd:chunked has it: a frame that is skipped, at the end and at the start
+		if p == zstandard { // like zstd:chunked: a skippable frame at the end and at the start
 			skip := []byte{0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3}
 			blob = append(append(skip, blob...), skip...)
 		}
@@ -156,7 +156,7 @@ func TestMismatch(t *testing.T) {
 	}
 }
 
-// TestDamagedBehindTheDigest: the digest is right, but what it is the digest of cannot be decompressed.
+// TestDamagedBehindTheDigest: the digest is correct, but the blob cannot be decompressed.
 func TestDamagedBehindTheDigest(t *testing.T) {
 	tar := text(700_000)
 	for _, p := range []packing{gzipped, zstandard} {
@@ -283,7 +283,7 @@ func (h *hanging) Read(p []byte) (int, error) {
 
 func (h *hanging) Close() error { close(h.closed); return nil }
 
-// TestEndsWithoutFinish: Close and a cancelled context end all goroutines, also those that wait for the source.
+// TestEndsWithoutFinish: Close and cancelling ctx end all goroutines, even those waiting for the source.
 func TestEndsWithoutFinish(t *testing.T) {
 	before := runtime.NumGoroutine()
 	why := errors.New("stop")
@@ -322,7 +322,7 @@ func TestEndsWithoutFinish(t *testing.T) {
 	t.Errorf("%d goroutines, %d before", runtime.NumGoroutine(), before)
 }
 
-// FuzzReader: whatever the bytes are, reading ends, and gives no tar other than the one that was promised.
+// FuzzReader: for any bytes, reading ends and gives no tar but the promised one.
 func FuzzReader(f *testing.F) {
 	tar := text(3000)
 	for _, p := range []packing{plain, gzipped, zstandard} {

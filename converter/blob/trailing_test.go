@@ -10,8 +10,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 )
 
-// TestTrailing: what may stand behind compressed data. gzip(1) is asked about gzip: 0 means that it takes it without a
-// word, 2 that it warns of what it ignores, 1 that it fails. containerd takes nothing but whole members.
+// TestTrailing checks bytes behind compressed data. The exit status of gzip(1) is 0 if it accepts them
+// silently, 2 if it warns, 1 if it fails. containerd accepts only whole members.
 func TestTrailing(t *testing.T) {
 	t.Setenv("CONTAINERD_DISABLE_PIGZ", "1")
 	t.Setenv("CONTAINERD_DISABLE_IGZIP", "1")
@@ -20,10 +20,10 @@ func TestTrailing(t *testing.T) {
 	empty := pack(t, nil, gzipped)
 	frames := join(pack(t, tar[:70_001], zstandard), pack(t, tar[70_001:], zstandard))
 	two := join(pack(t, tar[:70_001], gzipped), pack(t, tar[70_001:], gzipped))
-	const none = -1 // gzip(1) knows no zstd
+	const none = -1 // gzip(1) does not know zstd
 	for name, c := range map[string]struct {
 		blob          []byte
-		proven, alone bool // taken with a diff ID, and without one
+		proven, alone bool // accepted with a diff ID, and without one
 		gzip          int
 		containerd    bool
 	}{
@@ -90,7 +90,7 @@ func TestTrailing(t *testing.T) {
 			t.Errorf("%s: gzip ends with %d after %d bytes, expected %d", name, status, len(out), c.gzip)
 		}
 	}
-	// What is behind the data is part of the explanation when the diff ID is another one.
+	// The trailing bytes are part of the explanation for a wrong diff ID.
 	b := join(gz, []byte("garbage!"))
 	_, _, err := read(t, b, specOf(b, tar[1:]), 1<<30)
 	if !errors.Is(err, ErrMismatch) || !errors.Is(err, errTrailing) {

@@ -16,7 +16,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// contents opens the contents of files, one after the other, in the order of the tar.
+// contents opens the contents of files one after another, in the order of the tar.
 type contents struct {
 	plan  *Plan
 	dir   string
@@ -25,10 +25,10 @@ type contents struct {
 
 	spool   *os.File
 	spooled int64         // bytes in spool
-	places  map[int]int64 // where in spool the contents of a file are
+	places  map[int]int64 // places in spool, by index of the file
 }
 
-// newContents fetches nothing yet. The caller closes it.
+// newContents fetches nothing. The caller closes the result.
 func newContents(ctx context.Context, p *Plan, src Source, o Options) (*contents, error) {
 	z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(maxWindow))
@@ -40,7 +40,7 @@ func newContents(ctx context.Context, p *Plan, src Source, o Options) (*contents
 	}, nil
 }
 
-// open returns the contents of a file. Those of the file before were read to their end.
+// open returns the contents of a file. The previous file must have been read to its end.
 func (c *contents) open(i int) (io.Reader, error) {
 	f, from := &c.plan.t.Files[i], c.plan.files[i]
 	switch {
@@ -50,7 +50,7 @@ func (c *contents) open(i int) (io.Reader, error) {
 		return io.NewSectionReader(c.spool, c.places[from.earlier-1], f.Size), nil
 	}
 	r := &fetched{c: c, file: f, chunk: f.first - 1, hash: sha256.New()}
-	if from.again {
+	if from.repeated {
 		if c.spool == nil {
 			var err error
 			if c.spool, err = openSpool(c.dir); err != nil {
@@ -63,7 +63,7 @@ func (c *contents) open(i int) (io.Reader, error) {
 	return r, nil
 }
 
-// openSpool opens a file that has no name, so that nothing is left of it after a crash.
+// openSpool opens an unnamed file, so that nothing is left after a crash.
 func openSpool(dir string) (*os.File, error) {
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
@@ -72,7 +72,7 @@ func openSpool(dir string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), dir+"/spool"), nil
 }
 
-// Close ends what is being fetched.
+// Close cancels fetching.
 func (c *contents) Close() error {
 	c.fetch.Close()
 	c.zstd.Close()
@@ -82,17 +82,17 @@ func (c *contents) Close() error {
 	return nil
 }
 
-// fetched are contents that come from the blob.
+// fetched reads the contents of a file from the blob.
 type fetched struct {
 	c     *contents
 	file  *File
-	chunk int // that is being read
+	chunk int // index of the current chunk
 	left  int64
 	hash  hash.Hash
 	spool bool
 }
 
-// Read implements io.Reader. Its io.EOF says that the contents are what the table says.
+// Read implements io.Reader. io.EOF means that the contents match the table.
 func (r *fetched) Read(p []byte) (int, error) {
 	for r.left == 0 {
 		if r.chunk++; r.chunk == r.file.end {
@@ -131,7 +131,7 @@ func (r *fetched) Read(p []byte) (int, error) {
 
 func (r *fetched) zeros() bool { return r.c.plan.t.chunks[r.chunk].zeros }
 
-// begin starts on the next chunk.
+// begin starts the next chunk.
 func (r *fetched) begin() error {
 	c := &r.c.plan.t.chunks[r.chunk]
 	r.left = c.size
@@ -144,7 +144,7 @@ func (r *fetched) begin() error {
 	return nil
 }
 
-// end sees to it that a chunk has no more bytes than it should. A bomb is found at its first byte too many.
+// end verifies that a chunk has no further bytes. It finds a bomb at the first excess byte.
 func (r *fetched) end() error {
 	var one [1]byte
 	for range 100 { // empty frames
@@ -161,7 +161,7 @@ func (r *fetched) end() error {
 	return r.failed(io.ErrNoProgress)
 }
 
-// verify holds the contents against their digest. It returns io.EOF if they are right.
+// verify compares the contents with their digest. It returns io.EOF if they match.
 func (r *fetched) verify() error {
 	if got := [32]byte(r.hash.Sum(nil)); got != r.file.Sum {
 		return r.failed(&blob.MismatchError{

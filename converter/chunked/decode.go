@@ -19,10 +19,10 @@ import (
 )
 
 var (
-	// ErrNotChunked reports a layer whose annotations name no tables, or tables without a proof of the diff ID: another
-	// format, or an old version of this one.
+	// ErrNotChunked reports a layer without annotated tables, or tables without a proof of the diff ID:
+	// another format, or an old version of this one.
 	ErrNotChunked = errors.New("the layer is not zstd:chunked with tar-split")
-	// ErrInvalid reports tables that contradict each other, the format, or the blob that they are in.
+	// ErrInvalid reports tables that contradict each other, the format, or their blob.
 	ErrInvalid = errors.New("invalid zstd:chunked layer")
 	// ErrTooLarge reports tables or contents above a limit.
 	ErrTooLarge = errors.New("limit of zstd:chunked layers exceeded")
@@ -32,24 +32,24 @@ func invalidf(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }
 
-// Limits of one layer. 180,000 entries have a table of contents of 64 MiB, and one of 5 MiB as it is stored.
+// Limits of one layer. A layer of 180,000 entries has a table of contents of 64 MiB, 5 MiB compressed.
 const (
-	maxStored   = 32 << 20 // bytes of a table as it is stored; it is held in memory
-	maxTOC      = 64 << 20 // bytes of the table of contents, uncompressed; entries are read one by one
-	maxTarSplit = 1 << 30  // bytes, uncompressed; it is never held in memory as a whole
-	maxEntries  = 1 << 20  // of the table of contents, chunks included
-	maxContents = 1 << 50  // bytes of all files: callers add up and compare them
-	maxLine     = 8 << 20  // of tar-split: one header with all its PAX records, in base64
+	maxStored   = 32 << 20 // bytes of a compressed table, which is held in memory
+	maxTOC      = 64 << 20 // bytes of the uncompressed table of contents; entries are read one by one
+	maxTarSplit = 1 << 30  // bytes, uncompressed; it is never in memory as a whole
+	maxEntries  = 1 << 20  // in the table of contents, chunks included
+	maxContents = 1 << 50  // bytes of all files: callers add up and compare sizes without overflow
+	maxLine     = 8 << 20  // bytes of a line of tar-split: one header with all its PAX records, in base64
 	maxWindow   = 64 << 20
 )
 
-// Source is a blob of which parts can be read.
+// Source is a blob with random access.
 type Source interface {
-	// Part returns exactly the bytes [from, to) of the blob. It may be called concurrently. The bytes are not verified.
+	// Part returns exactly the bytes [from, to) of the blob, unverified. It may be called concurrently.
 	Part(ctx context.Context, from, to int64) ([]byte, error)
 }
 
-// Layout says where the tables of a layer are and what they must be.
+// Layout gives the places of a layer's tables and their expected digest.
 type Layout struct {
 	TOC       Position
 	TOCDigest digest.Digest
@@ -82,7 +82,7 @@ func ParseLayout(d ocispec.Descriptor) (Layout, error) {
 	return l, errors.Join(l.check("table of contents", l.TOC, maxTOC), l.check("tar-split", l.TarSplit, maxTarSplit))
 }
 
-// numbers reads the numbers of an annotation.
+// numbers parses an annotation of n numbers.
 func numbers(annotations map[string]string, name string, n int) ([]int64, error) {
 	fields := strings.Split(annotations[name], ":")
 	if len(fields) != n {
@@ -113,16 +113,16 @@ func (l *Layout) check(what string, p Position, maxRaw int64) error {
 	return nil
 }
 
-// Tables are the verified tables of a layer. They are not changed after they were made.
+// Tables are the verified tables of a layer. They are immutable.
 type Tables struct {
-	// Files are the regular files that have contents, in the order of the tar.
+	// Files are the regular files with contents, in the order of the tar.
 	Files []File
-	// Stored is the number of bytes of both tables as they are stored.
+	// Stored is the compressed size of both tables in bytes.
 	Stored int64
 
 	chunks   []chunk
-	tarSplit []byte // as stored
-	raw      int64  // length of tar-split
+	tarSplit []byte // compressed
+	raw      int64  // uncompressed length of tar-split
 }
 
 // File is a regular file with contents.
@@ -131,17 +131,17 @@ type File struct {
 	Size int64  // > 0
 	Sum  [32]byte
 
-	first, end int // of Tables.chunks
+	first, end int // indexes in Tables.chunks
 }
 
-// chunk is a part of a file's contents. Parts follow each other in files as in the blob.
+// chunk is a part of a file's contents. Chunks have the same order in the file and in the blob.
 type chunk struct {
-	from, to int64 // of the frames in the blob
+	from, to int64 // place of the frames in the blob
 	size     int64
-	zeros    bool // so that nothing has to be fetched
+	zeros    bool // nothing has to be fetched
 }
 
-// ReadTables fetches and verifies the tables of a layer. Errors: those of src and ParseLayout.
+// ReadTables fetches and verifies the tables of a layer. Errors are those of src and ParseLayout.
 func ReadTables(ctx context.Context, src Source, l Layout) (*Tables, error) {
 	toc, split, err := fetchTables(ctx, src, l)
 	if err != nil {
@@ -165,7 +165,7 @@ func mismatch(what string, want, got digest.Digest) error {
 	return fmt.Errorf("%w: %w", &blob.MismatchError{What: what, Want: want.String(), Got: got.String()}, ErrInvalid)
 }
 
-// fetchTables fetches both tables, in one request where they stand together, as they do in all layers that we know.
+// fetchTables fetches both tables. One request suffices if they lie together, as in all known layers.
 func fetchTables(ctx context.Context, src Source, l Layout) (toc, split []byte, err error) {
 	from := min(l.TOC.Offset, l.TarSplit.Offset)
 	to := max(l.TOC.Offset+l.TOC.Length, l.TarSplit.Offset+l.TarSplit.Length)
@@ -187,7 +187,7 @@ func fetchTables(ctx context.Context, src Source, l Layout) (toc, split []byte, 
 	return toc, split, err
 }
 
-// unpack returns a reader of a table. It ends with an error if there are not exactly raw bytes in it.
+// unpack returns a reader of a table. It fails unless the table has exactly raw bytes.
 func unpack(b []byte, raw int64) (*unpacked, error) {
 	z, err := zstd.NewReader(bytes.NewReader(b), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(maxWindow))
@@ -220,7 +220,7 @@ func (t *unpacked) Read(p []byte) (int, error) {
 
 func (t *unpacked) Close() { t.z.Close() }
 
-// parseTOC reads the table of contents entry by entry: as a whole it could be made to take a hundred times its size.
+// parseTOC reads the table of contents entry by entry: as a whole, it may take a hundred times its size.
 func parseTOC(stored []byte, l Layout) (*Tables, digest.Digest, error) {
 	z, err := unpack(stored, l.TOC.Raw)
 	if err != nil {
@@ -237,7 +237,8 @@ func parseTOC(stored []byte, l Layout) (*Tables, digest.Digest, error) {
 	return p.t, p.split, nil
 }
 
-// entry are the fields of an Entry that are needed to find contents. The others could be made to take much memory.
+// entry has those fields of an Entry that locate contents. A crafted table could use the others to
+// take much memory.
 type entry struct {
 	Type        string        `json:"type"`
 	Name        string        `json:"name"`
@@ -252,10 +253,10 @@ type entry struct {
 
 type tocParser struct {
 	t       *Tables
-	end     int64 // where the frames of contents must end
-	at      int64 // where the last ones ended
-	last    int64 // where the frames of the last file end; 0 if its chunks are complete
-	done    int64 // bytes in its chunks so far
+	end     int64 // upper limit of the frames of contents
+	at      int64 // end of the frames of the last complete file
+	last    int64 // end of the frames of the current file; 0 if its chunks are complete
+	done    int64 // bytes in the current file's chunks so far
 	total   int64 // bytes of all files
 	entries int
 	split   digest.Digest
@@ -288,7 +289,7 @@ func (p *tocParser) parse(d *json.Decoder) error {
 	if err := expect(d, '}'); err != nil {
 		return err
 	}
-	if _, err := d.Token(); err != io.EOF { // read to the end: only then its length is known to be right
+	if _, err := d.Token(); err != io.EOF { // reading to the end verifies the length
 		return invalidf("table of contents: bytes behind its end (%v)", err)
 	}
 	if p.version != TOCVersion {
@@ -390,7 +391,7 @@ func (p *tocParser) entry(e *entry) error {
 	return nil
 }
 
-// chunk adds a further chunk to the last file.
+// chunk adds another chunk to the current file.
 func (p *tocParser) chunk(e *entry) error {
 	if p.last == 0 {
 		return invalidf("a chunk without a file")
@@ -412,7 +413,7 @@ func (p *tocParser) chunk(e *entry) error {
 	return nil
 }
 
-// endFile checks the last file, whose chunks are complete now.
+// endFile checks the current file, whose chunks are now complete.
 func (p *tocParser) endFile() error {
 	if p.last == 0 {
 		return nil

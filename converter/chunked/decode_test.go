@@ -48,7 +48,7 @@ func (m *memory) Part(ctx context.Context, from, to int64) ([]byte, error) {
 	return b, ctx.Err()
 }
 
-// have is contents by their digest.
+// have finds contents by their digest.
 type have map[[32]byte][]byte
 
 func (h have) Find(sum [32]byte, size int64) (io.ReaderAt, bool) {
@@ -56,7 +56,7 @@ func (h have) Find(sum [32]byte, size int64) (io.ReaderAt, bool) {
 	return bytes.NewReader(b), ok && int64(len(b)) == size
 }
 
-// files are some files; tarOf makes a tar of them, by their names.
+// files returns some files; tarOf makes a tar of them, in order of name.
 func files(n int, seed uint64) map[string][]byte {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	out := map[string][]byte{}
@@ -99,7 +99,7 @@ func encode(t testing.TB, raw []byte, o chunkedtest.Options) *chunkedtest.Layer 
 	return l
 }
 
-// pull does what a pull does and returns the tar.
+// pull acts like a pull and returns the tar.
 func pull(t testing.TB, src chunked.Source, d ocispec.Descriptor, h chunked.Contents) ([]byte, *chunked.Plan, error) {
 	t.Helper()
 	layout, err := chunked.ParseLayout(d)
@@ -118,7 +118,7 @@ func pull(t testing.TB, src chunked.Source, d ocispec.Descriptor, h chunked.Cont
 	return raw, plan, err
 }
 
-// The tar comes out, byte by byte, whichever files are there already, and only what is missing is fetched.
+// TestTar: the tar is equal byte by byte, whichever files are present, and only missing ones are fetched.
 func TestTar(t *testing.T) {
 	all := files(200, 1)
 	all["./dir/same-1"] = bytes.Repeat([]byte("again "), 50_000)
@@ -174,14 +174,14 @@ func TestTar(t *testing.T) {
 	}
 }
 
-// tablesOf is the length of the one request for both tables.
+// tablesOf returns the length of the one request for both tables.
 func tablesOf(t testing.TB, l *chunkedtest.Layer) int64 {
 	layout, err := chunked.ParseLayout(l.Desc)
 	must(t, err)
 	return layout.TarSplit.Offset + layout.TarSplit.Length - layout.TOC.Offset
 }
 
-// A layer that lies gives an error or a tar with another digest, and nothing is read beyond what is bounded.
+// TestLies: a layer that lies gives an error or a tar with another digest, within the limits.
 func TestLies(t *testing.T) {
 	raw := tarOf(t, files(20, 2))
 	for name, o := range chunkedtest.Lies() {
@@ -206,7 +206,7 @@ func TestLies(t *testing.T) {
 	}
 }
 
-// Sizes that add up beyond what a number holds would look as if nothing were missing.
+// TestSizesAddUp: if the sum of sizes overflowed, nothing would seem missing.
 func TestSizesAddUp(t *testing.T) {
 	l := encode(t, tarOf(t, files(20, 2)), chunkedtest.Options{TOC: func(t *chunked.TOC) {
 		for i := range t.Entries {
@@ -222,7 +222,7 @@ func TestSizesAddUp(t *testing.T) {
 	}
 }
 
-// What annotations say is bounded before anything is fetched.
+// TestLayout: annotations are checked before anything is fetched.
 func TestLayout(t *testing.T) {
 	l := encode(t, tarOf(t, files(3, 3)), chunkedtest.Options{})
 	for name, c := range map[string]struct {
@@ -253,7 +253,7 @@ func TestLayout(t *testing.T) {
 	}
 }
 
-// Tables that unpack to another length than the annotations say are refused, at the first byte too many.
+// TestRawLength: tables with another uncompressed length than annotated are refused, at the first excess byte.
 func TestRawLength(t *testing.T) {
 	l := encode(t, tarOf(t, files(3, 3)), chunkedtest.Options{})
 	for _, key := range []string{chunked.AnnotationTOCPosition, chunked.AnnotationTarSplitPosition} {
@@ -274,7 +274,7 @@ func TestRawLength(t *testing.T) {
 	}
 }
 
-// Ranges that bring other bytes, or another number of them, are found out.
+// TestOtherBytes: ranges with other bytes, or another number of bytes, are detected.
 func TestOtherBytes(t *testing.T) {
 	all := files(50, 4)
 	raw := tarOf(t, all)
@@ -309,7 +309,7 @@ func TestOtherBytes(t *testing.T) {
 	}
 }
 
-// Whatever the tables are, nothing panics, and a tar is never longer than files and tables can make it.
+// FuzzTables: no tables cause a panic, and the length of a tar is bounded by files and tables.
 func FuzzTables(f *testing.F) {
 	l := encode(f, tarOf(f, files(3, 5)), chunkedtest.Options{Chunk: 1000})
 	z, err := zstd.NewReader(nil)
@@ -328,7 +328,7 @@ func FuzzTables(f *testing.F) {
 	f.Fuzz(func(t *testing.T, toc, split []byte) {
 		var table chunked.TOC
 		storedSplit := w.EncodeAll(split, nil)
-		if json.Unmarshal(toc, &table) == nil { // with the right digest more is reached
+		if json.Unmarshal(toc, &table) == nil { // the right digest lets more inputs pass
 			table.TarSplitDigest = digest.FromBytes(storedSplit)
 			toc, _ = json.Marshal(table)
 		}
@@ -356,7 +356,7 @@ func sizesOf(t chunked.TOC) (n int64) {
 	return n
 }
 
-// A connection that ends is not the end of a file, and the error says what it was.
+// TestSourceFails: a lost connection does not end a file, and the error gives the cause.
 func TestSourceFails(t *testing.T) {
 	l := encode(t, tarOf(t, files(20, 6)), chunkedtest.Options{})
 	lost := &lostError{}
@@ -378,7 +378,7 @@ type lostError struct{}
 
 func (*lostError) Error() string { return "lost" }
 
-// Whoever reads a tar closes it to end a read that waits for the registry.
+// TestCloseWhileReading: closing a tar ends a read that waits for the registry.
 func TestCloseWhileReading(t *testing.T) {
 	raw := tarOf(t, files(100, 7))
 	l := encode(t, raw, chunkedtest.Options{})

@@ -1,6 +1,5 @@
-// Package chunked is the format zstd:chunked, as containers/storage (podman) writes and reads it: a layer that any zstd
-// decoder turns into its tar, and that says which files it is made of, so that a client can fetch only those that it
-// lacks.
+// Package chunked implements the format zstd:chunked of containers/storage (podman): a layer that any zstd
+// decoder turns into its tar, and that lists its files, so that a client can fetch only those it lacks.
 //
 // A blob is a sequence of zstd frames:
 //
@@ -9,6 +8,7 @@
 //	skippable frame       tar-split: all bytes of the tar that are not contents, compressed with zstd
 //	skippable frame       Footer
 //
-// Annotations of the layer's descriptor say where the tables are and have the digest of the table of contents, which
-// has that of tar-split. Contents in the order of tar-split give the tar, and its digest must be the diff ID.
+// Annotations of the layer's descriptor hold the places of the tables and the digest of the table of
+// contents, which contains the digest of tar-split. Contents in the order of tar-split produce the
+// tar, whose digest must be the diff ID.
 package chunked

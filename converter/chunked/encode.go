@@ -14,30 +14,30 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// ErrUnsuitable is wrapped when a tar has what a table of contents cannot say, or what containers/storage refuses to
-// read. Such a layer stays as it is.
+// ErrUnsuitable is wrapped if a tar has something that a table of contents cannot express or
+// containers/storage refuses to read. Such a layer stays unchanged.
 var ErrUnsuitable = errors.New("not suitable for zstd:chunked")
 
-// MaxTOC bounds the table of contents, decompressed, in bytes. It is what containers/storage reads at most.
+// MaxTOC bounds the decompressed table of contents, in bytes. It is the limit of containers/storage.
 const MaxTOC = 150 << 20
 
 // Encoded describes a blob that Encode wrote.
 type Encoded struct {
 	Digest digest.Digest // of the blob
 	Size   int64         // of the blob, in bytes
-	// DiffID is the digest of what the blob is decompressed to, which is also what tar-split and the contents give.
+	// DiffID is the digest of the decompressed blob, which equals the tar built from tar-split and contents.
 	DiffID digest.Digest
-	// Annotations for the descriptor of the layer.
+	// Annotations are those for the layer's descriptor.
 	Annotations map[string]string
-	// Files is the number of files that have contents.
+	// Files is the number of files with contents.
 	Files int
 }
 
-// Encode reads the tar of a layer to its end and writes it to w as zstd:chunked. workers is how many goroutines
-// compress, each with about 50 MiB of memory; 0 means one for each core. The same tar gives the same bytes, whatever
-// workers is. The caller compares the DiffID with that of the configuration before it uses the blob.
+// Encode reads the tar of a layer to its end and writes it to w as zstd:chunked. workers is the number of
+// compressing goroutines, each with about 50 MiB of memory; 0 means one for each core. The output does not
+// depend on workers. The caller compares the DiffID with that of the configuration before it uses the blob.
 //
-// An error of r, w or ctx is wrapped. An error of the tar itself wraps ErrUnsuitable.
+// Errors of r, w and ctx are wrapped. An error of the tar itself wraps ErrUnsuitable.
 func Encode(ctx context.Context, w io.Writer, r io.Reader, workers int) (*Encoded, error) {
 	if workers <= 0 {
 		workers = runtime.GOMAXPROCS(0)
@@ -90,7 +90,7 @@ func finish(blob *blobWriter, toc, split *table, e *Encoded) (*Encoded, error) {
 	return e, nil
 }
 
-// place tells entries where their contents are, and adds those of further chunks.
+// place sets the places of the entries' contents and adds entries for further chunks.
 func place(entries []Entry, frames []frame) []Entry {
 	further := 0
 	for _, f := range frames {
@@ -129,8 +129,8 @@ func place(entries []Entry, frames []frame) []Entry {
 	return placed
 }
 
-// level is that of containers/storage minus one: it compresses three times as fast, and whole files make up for what it
-// loses against chunks of 64 KiB.
+// level is the level of containers/storage minus one. It compresses three times as fast; compressing
+// whole files instead of 64 KiB chunks makes up for the loss.
 const level = zstd.SpeedBetterCompression
 
 // blobWriter counts and hashes what it writes.

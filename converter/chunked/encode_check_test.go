@@ -13,8 +13,8 @@ import (
 	"github.com/vbatts/tar-split/tar/storage"
 )
 
-// tables reads the tables where the annotations say, and checks them as containers/storage does: names in both are the
-// same and distinct, and all digests are right.
+// tables reads the annotated tables and checks them like containers/storage: names in both are equal
+// and distinct, and all digests are correct.
 func tables(t testing.TB, blob []byte, e *Encoded) (*TOC, []byte) {
 	t.Helper()
 	z, err := zstd.NewReader(nil)
@@ -79,7 +79,7 @@ func tables(t testing.TB, blob []byte, e *Encoded) (*TOC, []byte) {
 	return toc, split
 }
 
-// FuzzEncode: whatever the tar, it is encoded so that it comes out again in both ways, or refused.
+// FuzzEncode: any tar is refused, or encoded so that both ways restore it.
 func FuzzEncode(f *testing.F) {
 	f.Add(tarOf(f, regular("a", []byte("x")), regular("b/c", nil), regular("d", random(1, 2000))), uint8(1))
 	f.Add(tarOf(f, special("l", '2'), special("dir/", '5'), special("p", '6')), uint8(2))

@@ -1,16 +1,17 @@
 package chunked
 
-// Files are cut where their contents say, so that two versions of a large file have most chunks in common, wherever
-// bytes were added. A chunk has 64 KiB in containers/storage. Larger ones compress better, and most files are not cut.
+// Files are cut at places that depend on their contents, so that two versions of a large file share
+// most chunks, wherever bytes were added. Chunks of containers/storage have 64 KiB. Larger ones
+// compress better, and leave most files whole.
 const (
 	minChunk  = 512 << 10
 	maxChunk  = 4 << 20
-	cutBits   = 20 // a cut about every MiB behind minChunk
+	cutBits   = 20 // on average one cut per MiB behind minChunk
 	cutMask   = (1<<cutBits - 1) << (64 - cutBits)
-	readBlock = 256 << 10 // what is read at a time
+	readBlock = 256 << 10 // bytes per read
 )
 
-// gear gives each byte a number. The numbers decide where files are cut, and so belong to the output: they must not
+// gear maps each byte to a number. The numbers determine the cuts and thus the output: they must not
 // change without need.
 var gear = func() (g [256]uint64) {
 	x := uint64(0)
@@ -24,14 +25,14 @@ var gear = func() (g [256]uint64) {
 	return g
 }()
 
-// cutter finds the end of one chunk in bytes that come in parts.
+// cutter finds the end of one chunk in data that arrives in parts.
 type cutter struct {
 	sum uint64 // of the last 64 bytes
-	at  int    // bytes that were looked at
+	at  int    // bytes already examined
 }
 
-// find returns how many bytes of data, which has all bytes of the chunk so far, belong to the chunk, and whether it ends
-// there.
+// find returns how many bytes of data belong to the chunk, and whether the chunk ends there. data
+// holds all bytes of the chunk so far.
 func (c *cutter) find(data []byte) (int, bool) {
 	c.at = max(c.at, min(len(data), minChunk-64))
 	sum := c.sum

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// contentsOf finds contents in a blob as a reader does.
+// contentsOf finds contents in a blob like a reader.
 type contentsOf struct {
 	blob []byte
 	toc  *TOC
@@ -37,7 +37,7 @@ func (c contentsOf) Get(name string) (io.ReadCloser, error) {
 	return nil, os.ErrNotExist
 }
 
-// TestGNUTar: what GNU tar writes in each of its formats is encoded and comes out again; files with holes are refused.
+// TestGNUTar: output of GNU tar in each of its formats survives encoding; files with holes are refused.
 func TestGNUTar(t *testing.T) {
 	dir := t.TempDir()
 	long := strings.Repeat("long/", 40)
@@ -98,8 +98,7 @@ func TestGNUTar(t *testing.T) {
 	}
 }
 
-// replays checks that tar-split and the contents give the tar, as tar-split's own package puts it together and as we
-// do.
+// replays checks that tar-split's own package and ours restore the tar from tar-split and contents.
 func replays(t testing.TB, blob []byte, e *Encoded, raw []byte) {
 	t.Helper()
 	toc, split := tables(t, blob, e)
@@ -129,7 +128,7 @@ func replays(t testing.TB, blob []byte, e *Encoded, raw []byte) {
 	}
 }
 
-// inMemory is a blob of which parts are read.
+// inMemory is a blob in memory.
 type inMemory []byte
 
 func (b inMemory) Part(_ context.Context, from, to int64) ([]byte, error) {

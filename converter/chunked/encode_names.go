@@ -10,11 +10,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
-// names are the paths of a tar, each with whether it is a directory. They have to be such that files that are put in
-// place one by one, in any order, give what the tar gives.
+// names maps the paths of a tar to whether they are directories. The paths must allow placing files
+// one by one, in any order, with the same result as the tar.
 type names map[string]bool
 
-// add takes an entry.
+// add checks and adds an entry.
 func (n names) add(e *Entry) error {
 	p := path.Clean("/" + e.Name)
 	switch {
@@ -22,18 +22,18 @@ func (n names) add(e *Entry) error {
 		return errors.New(`".." in a name`)
 	case e.Type == TypeReg && strings.HasSuffix(e.Name, "/"):
 		return errors.New(`a file with "/" at the end of its name`)
-	case e.Size > 0 && layer.IsWhiteout(path.Base(p)): // readers put no file in its place
+	case e.Size > 0 && layer.IsWhiteout(path.Base(p)): // readers do not place a file for it
 		return errors.New("a whiteout with contents")
 	}
 	if _, ok := n[p]; ok {
-		return errors.New("there is more than one of this name")
+		return errors.New("the name occurs more than once")
 	}
 	n[p] = e.Type == TypeDir
 	return nil
 }
 
-// complete reports whether all paths lead through directories of the tar. A directory that it does not have would be
-// made without permissions by containers/storage.
+// complete returns an error unless all paths lead through directories of the tar. containers/storage
+// would create a missing directory without permissions.
 func (n names) complete() error {
 	missing := ""
 	for p := range n {

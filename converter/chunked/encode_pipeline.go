@@ -15,24 +15,24 @@ import (
 const (
 	// inFlight bounds the bytes of pieces that wait to be compressed or written.
 	inFlight = 32 << 20
-	// pieceCost is what a piece counts beside its bytes.
+	// pieceCost is the cost of a piece in addition to its bytes.
 	pieceCost = 1 << 10
 )
 
 // piece is a part of the tar that becomes one frame.
 type piece struct {
 	data, frame []byte
-	entry       int   // whose contents data is; negative for what is between contents
-	offset      int64 // of data in these contents
+	entry       int   // index of the entry with the contents; negative between contents
+	offset      int64 // offset of data in the contents
 	sum         [sha256.Size]byte
-	done        chan struct{} // gets a value when frame and sum are there
+	done        chan struct{} // receives a value when frame and sum are set
 }
 
 var pieces = sync.Pool{New: func() any { return &piece{done: make(chan struct{}, 1)} }}
 
 func (p *piece) cost() int64 { return pieceCost + int64(len(p.data)) }
 
-// frame is where a piece of contents lies in the blob.
+// frame is the place of a piece of contents in the blob.
 type frame struct {
 	entry        int
 	offset, size int64 // in the contents
@@ -42,7 +42,7 @@ type frame struct {
 
 func (f *frame) digest() digest.Digest { return digest.NewDigestFromBytes(digest.SHA256, f.sum[:]) }
 
-// pipeline compresses pieces in parallel and writes them in the order in which they were given.
+// pipeline compresses pieces in parallel and writes them in the order of add.
 type pipeline struct {
 	ctx    context.Context // ends with the first error
 	cancel context.CancelCauseFunc
@@ -51,7 +51,7 @@ type pipeline struct {
 	work   chan *piece
 	order  chan *piece
 	blob   *blobWriter
-	frames []frame // of contents; once close has returned
+	frames []frame // of contents; valid once close has returned
 }
 
 func newPipeline(ctx context.Context, blob *blobWriter, workers int) *pipeline {
@@ -68,7 +68,7 @@ func newPipeline(ctx context.Context, blob *blobWriter, workers int) *pipeline {
 	return p
 }
 
-// add hands a piece over. The channels have room for all pieces that the semaphore lets in.
+// add passes a piece on. The channels have room for all pieces that the semaphore admits.
 func (p *pipeline) add(c *piece) error {
 	if err := p.room.Acquire(p.ctx, c.cost()); err != nil {
 		return context.Cause(p.ctx)
@@ -78,7 +78,7 @@ func (p *pipeline) add(c *piece) error {
 	return nil
 }
 
-// close waits for all pieces. err says why there are not all that there should be. The first error counts.
+// close waits for all pieces. err is the error that stopped the producer, if any. The first error is returned.
 func (p *pipeline) close(err error) error {
 	if err != nil {
 		p.cancel(err)

@@ -23,13 +23,14 @@ import (
 )
 
 const (
-	// maxRaw bounds the bytes between contents that become one frame, and one segment of tar-split at the end of the tar.
+	// maxRaw bounds the bytes between contents that become one frame, or at the end of the tar one segment
+	// of tar-split.
 	maxRaw = 1 << 20
-	// maxHeaders bounds the headers of one entry, which are held in memory and become one line of tar-split.
+	// maxHeaders bounds the headers of one entry, which are in memory and become one line of tar-split.
 	maxHeaders = 4 << 20
 )
 
-// source notes why reading ended, which tells a damaged tar from one that could not be read, and how long the tar is.
+// source counts the bytes of the tar and keeps its read error, to tell a damaged tar from an unreadable one.
 type source struct {
 	r   io.Reader
 	n   int64
@@ -60,8 +61,8 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// scanner cuts a tar into pieces and writes tar-split and the entries of the table of contents. It hashes what it hands
-// on, not what it reads: the result is a diff ID that tar-split and contents are known to give.
+// scanner cuts a tar into pieces and writes tar-split and the entries of the table of contents. It
+// hashes its output, not its input: the result is the diff ID that tar-split and contents produce.
 type scanner struct {
 	ctx    context.Context
 	src    *source
@@ -71,15 +72,14 @@ type scanner struct {
 	line   int
 	names  names
 	diffID hash.Hash
-	n      int64  // bytes that were handed on
-	raw    *piece // bytes between contents, which wait for more
-	rest   []byte // bytes of the file that were read behind its last chunk
+	n      int64  // bytes passed on
+	raw    *piece // collected bytes between contents
+	rest   []byte // bytes of the file read beyond its last chunk
 	files  int
 
 	entries []Entry
 }
 
-// run reads the whole tar.
 func (s *scanner) run() ([]Entry, error) {
 	s.lines = json.NewEncoder(s.split)
 	s.names = names{}
@@ -94,9 +94,9 @@ func (s *scanner) run() ([]Entry, error) {
 	if err := s.trailing(in); err != nil {
 		return nil, err
 	}
-	// The tar reader hands nothing on of a block that is cut off.
+	// The tar reader passes on nothing of a truncated block.
 	if s.n != s.src.n {
-		return nil, fmt.Errorf("%w: it has %d bytes, of which %d can be said by tar-split: is its end cut off",
+		return nil, fmt.Errorf("%w: it has %d bytes, tar-split covers only %d: is its end cut off?",
 			ErrUnsuitable, s.src.n, s.n)
 	}
 	if s.n == 0 {
@@ -105,7 +105,6 @@ func (s *scanner) run() ([]Entry, error) {
 	return s.entries, s.flush()
 }
 
-// tar reads up to the end marker.
 func (s *scanner) tar(r io.Reader) error {
 	in := &bounded{r: r}
 	tr := tar.NewReader(in)
@@ -133,7 +132,7 @@ func (s *scanner) tar(r io.Reader) error {
 	}
 }
 
-// bad makes an error of one that the tar reader gave.
+// bad converts an error of the tar reader.
 func (s *scanner) bad(err error) error {
 	if s.src.err != nil {
 		return s.src.err
@@ -141,7 +140,7 @@ func (s *scanner) bad(err error) error {
 	return fmt.Errorf("%w: %w", ErrUnsuitable, err)
 }
 
-// segment takes bytes that are not contents.
+// segment takes bytes outside of contents.
 func (s *scanner) segment(b []byte) error {
 	if err := s.pack(storage.Entry{Type: storage.SegmentType, Payload: b}); err != nil {
 		return err
@@ -169,7 +168,7 @@ func (s *scanner) pack(e storage.Entry) error {
 	return nil
 }
 
-// flush hands on the bytes between contents.
+// flush passes on the collected bytes between contents.
 func (s *scanner) flush() error {
 	p := s.raw
 	if p == nil {
@@ -201,10 +200,10 @@ func (s *scanner) entry(hdr *tar.Header, r io.Reader) error {
 	return s.pack(f)
 }
 
-// contents hands on the contents of the last entry in chunks, and returns the checksum that tar-split wants.
+// contents passes on the contents of the last entry in chunks. It returns the checksum for tar-split.
 func (s *scanner) contents(r io.Reader, size int64) ([]byte, error) {
 	crc := crc64.New(storage.CRCTable)
-	var whole hash.Hash // of a file of several chunks
+	var whole hash.Hash // hash of a file of several chunks
 	i := len(s.entries) - 1
 	s.rest = s.rest[:0]
 	for offset := int64(0); offset < size; {
@@ -233,7 +232,7 @@ func (s *scanner) contents(r io.Reader, size int64) ([]byte, error) {
 	return crc.Sum(nil), nil
 }
 
-// chunk reads the next chunk of a file of which left bytes were not handed on.
+// chunk reads the next chunk of a file. left bytes of the file are not yet passed on.
 func (s *scanner) chunk(p *piece, r io.Reader, left int64) error {
 	p.data = append(p.data[:0], s.rest...)
 	s.rest = s.rest[:0]
@@ -260,9 +259,9 @@ func (s *scanner) chunk(p *piece, r io.Reader, left int64) error {
 	}
 }
 
-var errTrailing = fmt.Errorf("%w: there are other bytes than zeros behind its end", ErrUnsuitable)
+var errTrailing = fmt.Errorf("%w: bytes other than zeros follow its end", ErrUnsuitable)
 
-// trailing takes what is behind the end marker. containers/storage reads it as a tar and fails if it is none.
+// trailing takes the bytes behind the end marker. containers/storage fails if they are not a tar.
 func (s *scanner) trailing(in io.Reader) error {
 	buf := make([]byte, maxRaw)
 	for {
@@ -294,8 +293,8 @@ var types = map[byte]string{
 	tar.TypeChar: TypeChar, tar.TypeBlock: TypeBlock, tar.TypeFifo: TypeFIFO,
 }
 
-// entryOf makes the entry of the table of contents. It refuses what JSON cannot hold, and what readers take for
-// something else than the tar says.
+// entryOf returns the entry of the table of contents. It refuses what JSON cannot hold and what
+// readers interpret differently from the tar.
 func entryOf(hdr *tar.Header) (Entry, error) {
 	e := Entry{
 		Type: types[hdr.Typeflag], Name: hdr.Name, Linkname: hdr.Linkname, Mode: hdr.Mode, Size: hdr.Size,

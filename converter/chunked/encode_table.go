@@ -8,18 +8,18 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// table collects what is written to it, compressed.
+// table collects and compresses its input.
 type table struct {
 	out bytes.Buffer
-	raw int64 // bytes that were written
+	raw int64 // uncompressed bytes
 	z   *zstd.Encoder
 }
 
-// encoders have tables of some 10 MB that are worth keeping.
+// encoders pools encoders: their tables of about 10 MB are worth keeping.
 var encoders = sync.Pool{New: func() any {
 	z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithEncoderConcurrency(1))
 	if err != nil {
-		panic(err) // of an option that is wrong
+		panic(err) // an option is wrong
 	}
 	return z
 }}
@@ -36,7 +36,7 @@ func (t *table) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Close ends the compressed data. No bytes follow.
+// Close ends the compressed data.
 func (t *table) Close() error {
 	defer encoders.Put(t.z)
 	return t.z.Close()
@@ -46,7 +46,6 @@ func skippableHeader(n int) []byte {
 	return binary.LittleEndian.AppendUint32([]byte(SkippableMagic), uint32(n))
 }
 
-// encode makes the payload of the last frame.
 func (f Footer) encode() []byte {
 	b := make([]byte, 0, FooterSize)
 	for _, n := range []int64{

@@ -52,7 +52,7 @@ func special(name string, typeflag byte) file {
 	return file{tar.Header{Name: name, Linkname: "target", Typeflag: typeflag, Mode: 0o755}, nil}
 }
 
-// random makes bytes that are the same in all runs.
+// random returns bytes that are the same in all runs.
 func random(seed uint64, n int) []byte {
 	b := make([]byte, n)
 	r := rand.NewChaCha8([32]byte{byte(seed)})
@@ -60,7 +60,7 @@ func random(seed uint64, n int) []byte {
 	return b
 }
 
-// encode encodes a tar, and checks all that holds for each blob.
+// encode encodes a tar and checks the guarantees for a blob.
 func encode(t testing.TB, raw []byte, workers int) ([]byte, *Encoded, error) {
 	t.Helper()
 	var out bytes.Buffer
@@ -84,7 +84,7 @@ func encode(t testing.TB, raw []byte, workers int) ([]byte, *Encoded, error) {
 	return blob, e, nil
 }
 
-// TestSameBytes: as many goroutines as there may be write the same.
+// TestSameBytes: the output does not depend on the number of goroutines.
 func TestSameBytes(t *testing.T) {
 	files := []file{{tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}, nil}}
 	for i := range 300 {
@@ -102,7 +102,7 @@ func TestSameBytes(t *testing.T) {
 	}
 }
 
-// TestLargeFilesHaveChunksInCommon: a byte in front changes the chunk that it is in.
+// TestLargeFilesHaveChunksInCommon: an additional byte at the start changes only its chunk.
 func TestLargeFilesHaveChunksInCommon(t *testing.T) {
 	data := random(3, 24<<20)
 	chunks := func(data []byte) map[digest.Digest]bool {
@@ -130,7 +130,7 @@ func TestLargeFilesHaveChunksInCommon(t *testing.T) {
 	}
 }
 
-// TestUnsuitable: what a table of contents cannot say is not encoded, and the reason is said.
+// TestUnsuitable: a tar that a table of contents cannot express gives an error with the reason.
 func TestUnsuitable(t *testing.T) {
 	link := tar.Header{Name: "l", Typeflag: tar.TypeLink, Linkname: "a"}
 	good := tarOf(t, regular("a", []byte("x")))
@@ -139,8 +139,8 @@ func TestUnsuitable(t *testing.T) {
 		raw          []byte
 	}{
 		{"nothing", "empty", nil},
-		{"same name twice", `"./a": there is more than one`, tarOf(t, regular("a", nil), regular("./a", nil))},
-		{"same name, absolute", `"/a": there is more than one`, tarOf(t, regular("a", nil), regular("/a", nil))},
+		{"same name twice", `"./a": the name occurs more than`, tarOf(t, regular("a", nil), regular("./a", nil))},
+		{"same name, absolute", `"/a": the name occurs more than`, tarOf(t, regular("a", nil), regular("/a", nil))},
 		{"name that leads up", `".." in a name`, tarOf(t, regular("a/../../b", nil))},
 		{"file like a directory", `"/" at the end`, withType(tarOf(t, special("a/", '5')), '0')},
 		{"whiteout with contents", "a whiteout with contents", tarOf(t, regular(".wh.a", []byte("x")))},
@@ -157,8 +157,8 @@ func TestUnsuitable(t *testing.T) {
 			Name: "a", ModTime: time.Unix(1<<40, 0), Format: tar.FormatGNU,
 		}})},
 		{"cut off", "unexpected EOF", tarOf(t, regular("a", make([]byte, 9999)))[:5000]},
-		{"bytes behind the end", "behind its end", append(bytes.Clone(good), good...)},
-		{"half a block behind the end", "behind its end", append(bytes.Clone(good), make([]byte, 100)...)},
+		{"bytes behind the end", "follow its end", append(bytes.Clone(good), good...)},
+		{"half a block behind the end", "follow its end", append(bytes.Clone(good), make([]byte, 100)...)},
 		{"no tar", "invalid tar header", bytes.Repeat([]byte("no tar "), 1000)},
 		{"link with a size", "a hardlink of 5 bytes", withSize(tarOf(t, file{Header: link}), 5)},
 	} {
@@ -169,19 +169,19 @@ func TestUnsuitable(t *testing.T) {
 	}
 }
 
-// withSize writes another size into the first header of a tar.
+// withSize changes the size in the first header of a tar.
 func withSize(raw []byte, n int) []byte {
 	copy(raw[124:136], fmt.Sprintf("%011o\x00", n))
 	return checksummed(raw)
 }
 
-// withType writes another type into the first header of a tar.
+// withType changes the type in the first header of a tar.
 func withType(raw []byte, typeflag byte) []byte {
 	raw[156] = typeflag
 	return checksummed(raw)
 }
 
-// checksummed makes the checksum of the first header right.
+// checksummed corrects the checksum of the first header.
 func checksummed(raw []byte) []byte {
 	copy(raw[148:156], "        ")
 	sum := 0
@@ -205,7 +205,7 @@ func (f *failing) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestErrorsOfOthers: of what is read and written, and of the context, are no fault of the tar.
+// TestErrorsOfOthers: errors of reading, writing and the context are not attributed to the tar.
 func TestErrorsOfOthers(t *testing.T) {
 	raw := tarOf(t, regular("a", random(1, 9<<20)), regular("b", []byte("b")))
 	want := errors.New("broken")

@@ -11,23 +11,22 @@ import (
 )
 
 const (
-	// maxGap is how many bytes that nobody needs are fetched at most rather than a further request made.
+	// maxGap is the largest gap that is fetched to save a request, in bytes.
 	maxGap = 64 << 10
-	// freeGap is how many are always fetched: what a request and its answer say besides takes as many.
+	// freeGap is the largest gap that is always fetched: the headers of a request are as large.
 	freeGap = 1 << 10
-	// maxWaste is which part (1/10) of what is needed all gaps may take, unless there would be more requests than
-	// manySpans.
+	// maxWaste limits all gaps to 1/10 of the needed bytes, unless there are more requests than manySpans.
 	maxWaste  = 10
 	manySpans = 256
-	// maxPart bounds a request. As many of them as are made at once are in memory.
+	// maxPart bounds a request. All concurrent requests are in memory.
 	maxPart = 4 << 20
 )
 
-// span are bytes [from, to) of a blob.
+// span is the bytes [from, to) of a blob.
 type span struct{ from, to int64 }
 
-// join joins spans, which come in order, over small gaps, the smallest ones first. needed is how many bytes are fetched
-// besides the gaps.
+// join joins ordered spans over small gaps, the smallest gaps first. needed is the number of bytes to
+// fetch without the gaps.
 func join(spans []span, needed int64) []span {
 	gaps := make([]int, 0, len(spans)) // before each span but the first
 	for i := 1; i < len(spans); i++ {
@@ -57,7 +56,7 @@ func join(spans []span, needed int64) []span {
 	return out
 }
 
-// cut makes parts of spans that are at most maxPart long.
+// cut cuts spans into parts of at most maxPart.
 func cut(spans []span) []span {
 	var parts []span
 	for _, s := range spans {
@@ -69,7 +68,7 @@ func cut(spans []span) []span {
 	return parts
 }
 
-// fetcher fetches parts of a blob in order, some of them ahead of what is read. Its methods are for one goroutine.
+// fetcher fetches parts of a blob in order and ahead of the reader. Its methods belong to one goroutine.
 type fetcher struct {
 	src    Source
 	parts  []span
@@ -77,15 +76,15 @@ type fetcher struct {
 	cancel context.CancelFunc
 
 	started int
-	results chan chan result // of the parts that were started and not read, in their order
+	results chan chan result // of started parts not yet read, in order
 	running sync.WaitGroup
 
-	reading int    // the part that is being read; -1: none yet
+	reading int    // index of the current part; -1 before the first
 	buf     []byte // its bytes
-	fetched int64  // bytes of all parts that were read
+	fetched int64  // bytes of all parts read so far
 }
 
-// sourceError is an error of a Source. A connection that was lost is no end of anything that is read.
+// sourceError is an error of a Source. It never matches io.EOF: a lost connection does not end the contents.
 type sourceError struct{ err error }
 
 func (e sourceError) Error() string        { return e.err.Error() }
@@ -97,14 +96,14 @@ type result struct {
 	err error
 }
 
-// newFetcher fetches at most ahead parts at once. The caller closes it.
+// newFetcher fetches at most ahead parts concurrently. The caller closes it.
 func newFetcher(ctx context.Context, src Source, parts []span, ahead int) *fetcher {
 	f := &fetcher{src: src, parts: parts, results: make(chan chan result, ahead), reading: -1}
 	f.ctx, f.cancel = context.WithCancel(ctx)
 	return f
 }
 
-// read reads bytes from off on. Offsets never go back.
+// read reads bytes from off on. Offsets must not decrease.
 func (f *fetcher) read(p []byte, off int64) (int, error) {
 	for f.reading < 0 || off >= f.parts[f.reading].to {
 		if err := f.next(); err != nil {
@@ -118,7 +117,6 @@ func (f *fetcher) read(p []byte, off int64) (int, error) {
 	return copy(p, f.buf[off-s.from:]), nil
 }
 
-// next waits for the next part.
 func (f *fetcher) next() error {
 	f.buf = nil
 	for f.started < len(f.parts) && len(f.results) < cap(f.results) {
@@ -149,7 +147,7 @@ func (f *fetcher) next() error {
 	return nil
 }
 
-// Close ends what is being fetched.
+// Close cancels running requests.
 func (f *fetcher) Close() {
 	f.cancel()
 	f.running.Wait()

@@ -13,53 +13,50 @@ import (
 	"sync"
 )
 
-// Contents has contents of files by their SHA-256.
+// Contents finds contents of files by their SHA-256.
 type Contents interface {
-	// Find returns contents if they are there. The reader stays good until the tar was read.
+	// Find returns the contents if it has them. The reader stays valid until the tar is read.
 	Find(sum [32]byte, size int64) (io.ReaderAt, bool)
 }
 
-// Options say how contents are fetched.
+// Options control how contents are fetched.
 type Options struct {
-	// Parallel is how many requests are made at once, each for at most 4 MiB. 0 means 8.
+	// Parallel is the number of concurrent requests, each for at most 4 MiB. 0 means 8.
 	Parallel int
-	// SpoolDir is where a file without a name holds contents that occur again further on. It is made when it is needed.
+	// SpoolDir is the directory of an unnamed file for contents that occur again later. It is created when needed.
 	SpoolDir string
 }
 
-// Plan is which contents of a layer are fetched and which are not.
+// Plan says which contents of a layer have to be fetched.
 type Plan struct {
 	t     *Tables
-	files []planned // as Tables.Files
+	files []planned // parallel to Tables.Files
 	parts []span
 
-	// Have and Missing are the bytes of distinct contents that were found, and those that have to be fetched.
+	// Have and Missing are the bytes of distinct contents that were found and that have to be fetched.
 	Have, Missing int64
-	// Fetch is the number of bytes of the blob that have to be fetched, those in small gaps included, and Ranges the
-	// number of requests.
+	// Fetch is the number of bytes to fetch from the blob, small gaps included, and Ranges the number of requests.
 	Fetch  int64
 	Ranges int
 }
 
-// Pays reports whether it is worth while to fetch a layer by its files, given the size of its blob. Where most of it is
-// missing, it is not: containerd fetches the blobs of all layers at the same time, and is told to leave one out one after
-// the other.
+// Pays reports whether fetching files beats fetching the blob of size blob. It does not if most files are
+// missing: containerd fetches the blobs of all layers concurrently, but skips layers one after the other.
 func (p *Plan) Pays(blob int64) bool { return p.Fetch <= blob/2 }
 
-// planned is where the contents of a file come from: from one that has them, or an earlier file, or else the blob.
+// planned is the origin of a file's contents: a reader that has them, an earlier file, or else the blob.
 type planned struct {
-	have    io.ReaderAt
-	earlier int  // 1 + index of the file
-	again   bool // a later file has the same contents
+	have     io.ReaderAt
+	earlier  int  // 1 + index of the earlier file
+	repeated bool // a later file has the same contents
 }
 
-// contentKey identifies contents.
 type contentKey struct {
 	sum  [32]byte
 	size int64
 }
 
-// NewPlan asks have for all contents of a layer.
+// NewPlan looks up all contents of a layer in have.
 func NewPlan(t *Tables, have Contents) *Plan {
 	p := &Plan{t: t, files: make([]planned, len(t.Files))}
 	first := make(map[contentKey]int, len(t.Files))
@@ -71,7 +68,7 @@ func NewPlan(t *Tables, have Contents) *Plan {
 		if at, ok := first[key]; ok {
 			p.files[i] = p.files[at]
 			if p.files[at].have == nil {
-				p.files[i].earlier, p.files[at].again = at+1, true
+				p.files[i].earlier, p.files[at].repeated = at+1, true
 			}
 			continue
 		}
@@ -97,8 +94,8 @@ func NewPlan(t *Tables, have Contents) *Plan {
 	return p
 }
 
-// Tar returns the tar of the layer: tar-split with contents in it, fetched ones verified. Whether it is the right one
-// only its digest tells. Cancelling ctx ends reads. The caller closes it.
+// Tar returns the tar of the layer: tar-split with contents filled in, fetched ones verified. Only the
+// tar's digest shows whether it is correct. Cancelling ctx ends reads. The caller closes it.
 func (p *Plan) Tar(ctx context.Context, src Source, o Options) (io.ReadCloser, error) {
 	if o.Parallel == 0 {
 		o.Parallel = 8
@@ -117,15 +114,15 @@ func (p *Plan) Tar(ctx context.Context, src Source, o Options) (io.ReadCloser, e
 	return r, nil
 }
 
-// replay is the tar of a layer. Close may be called during Read, and ends it.
+// replay reads the tar of a layer. Close may be called during Read and ends it.
 type replay struct {
-	mu       sync.Mutex // held by Read, and while what it reads is closed
+	mu       sync.Mutex // held by Read, and while Close closes its inputs
 	plan     *Plan
 	split    *unpacked
 	lines    *bufio.Scanner
 	contents *contents
-	files    int       // those that were begun
-	cur      io.Reader // a segment or the contents of a file
+	files    int       // number of files begun
+	cur      io.Reader // a segment or a file's contents
 	segment  bytes.Reader
 	err      error
 }
@@ -156,7 +153,7 @@ func (r *replay) Read(b []byte) (int, error) {
 	return 0, r.err
 }
 
-// Types of the entries of tar-split.
+// Entry types of tar-split.
 const (
 	splitFile    = 1
 	splitSegment = 2
@@ -168,10 +165,10 @@ type splitEntry struct {
 	Name    string `json:"name"`
 	NameRaw []byte `json:"name_raw"` // a name that is not UTF-8
 	Size    int64  `json:"size"`
-	Payload []byte `json:"payload"` // bytes of a segment; of a file a CRC, which proves nothing
+	Payload []byte `json:"payload"` // bytes of a segment; for a file a CRC, which proves nothing
 }
 
-// next starts on the next entry of tar-split. io.EOF means that all is done.
+// next starts the next entry of tar-split. It returns io.EOF at the end.
 func (r *replay) next() error {
 	if !r.lines.Scan() {
 		err := r.lines.Err()
@@ -201,7 +198,7 @@ func (r *replay) next() error {
 	return nil
 }
 
-// file starts on the contents of a file.
+// file starts the contents of a file.
 func (r *replay) file(e *splitEntry) error {
 	if e.Size == 0 {
 		return nil
@@ -214,7 +211,7 @@ func (r *replay) file(e *splitEntry) error {
 		return invalidf("tar-split has file %.100q, which the table of contents has not", name)
 	}
 	f := &r.plan.t.Files[r.files]
-	// JSON has only the table's names in UTF-8.
+	// JSON cannot hold invalid UTF-8, so compare names after replacing it.
 	if strings.ToValidUTF8(name, "\uFFFD") != strings.ToValidUTF8(f.Name, "\uFFFD") || e.Size != f.Size {
 		return invalidf("tar-split has file %.100q of %d bytes where the table of contents has %.100q of %d",
 			name, e.Size, f.Name, f.Size)
@@ -227,7 +224,7 @@ func (r *replay) file(e *splitEntry) error {
 
 // Close implements io.Closer.
 func (r *replay) Close() error {
-	r.contents.fetch.cancel() // a Read that waits for the registry ends
+	r.contents.fetch.cancel() // ends a Read that waits for the registry
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.err = os.ErrClosed

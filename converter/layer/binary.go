@@ -22,12 +22,13 @@ import (
 //	the changes,
 //	CRC-32C of all that, 4 bytes little endian.
 //
-// A change is a byte op|hasNode, the path as (uvarint length of what it shares with the path before, string), for a link the
-// string LinkTo, and the node: uvarint mode, uid, gid, varint seconds, uvarint nanoseconds, uvarint number of xattrs, each as
-// two strings; then by type the string target, uvarint rdev, or uvarint size and, if that is not 0, uvarint block number and
-// 32 bytes sum. A string is its uvarint length and its bytes.
+// A change is a byte op|hasNode, the path as (uvarint length of the prefix shared with the previous
+// path, string), for a link the string LinkTo, and the node: uvarint mode, uid, gid, varint seconds,
+// uvarint nanoseconds, uvarint number of xattrs, each as two strings; then by type the string target,
+// uvarint rdev, or uvarint size and, if that is not 0, uvarint block number and 32 bytes sum. A string
+// is its uvarint length and its bytes.
 //
-// It holds no contents, only where the store has them.
+// It holds no contents, only their places in the store.
 const (
 	binaryMagic   = "DXLY"
 	binaryVersion = 2
@@ -41,13 +42,13 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// MarshalBinary returns the layer as bytes, some 50 for an entry. Equal layers give equal bytes.
+// MarshalBinary returns the layer as bytes, about 50 for an entry. Equal layers give equal bytes.
 func (l *Layer) MarshalBinary() ([]byte, error) { return l.AppendBinary(nil) }
 
-// AppendBinary appends what MarshalBinary returns to b.
+// AppendBinary appends the bytes of MarshalBinary to b.
 func (l *Layer) AppendBinary(b []byte) ([]byte, error) { return l.appendBinary(b, false) }
 
-// DrainBinary is AppendBinary, but forgets changes as Drain does, unless it fails.
+// DrainBinary is AppendBinary, but frees changes on the way like Drain. If it fails, the layer keeps them.
 func (l *Layer) DrainBinary(b []byte) ([]byte, error) {
 	b, err := l.appendBinary(b, true)
 	if err == nil {
@@ -80,7 +81,7 @@ func (l *Layer) appendBinary(b []byte, forget bool) ([]byte, error) {
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b[start:], castagnoli)), nil
 }
 
-// appendChange appends a change behind one with the path last.
+// appendChange appends a change. last is the path of the previous one.
 func appendChange(b []byte, last string, c *Change) []byte {
 	op := byte(c.Op)
 	if c.Node != nil {
@@ -139,8 +140,8 @@ func sharedPrefix(a, b string) int {
 	return n
 }
 
-// UnmarshalBinary sets the layer to what MarshalBinary was given. It takes bytes from anywhere: damaged ones are
-// ErrInvalid, those of another version ErrUnsupported. The layer keeps no reference to data.
+// UnmarshalBinary decodes the bytes of MarshalBinary into the layer. It accepts untrusted bytes: it returns
+// ErrInvalid for damaged ones and ErrUnsupported for another version. The layer keeps no reference to data.
 func (l *Layer) UnmarshalBinary(data []byte) error {
 	if len(data) < minHeader+sumSize || string(data[:len(binaryMagic)]) != binaryMagic {
 		return fmt.Errorf("stored layer of %d bytes: %w", len(data), invalidf("does not start with %q", binaryMagic))
@@ -154,20 +155,20 @@ func (l *Layer) UnmarshalBinary(data []byte) error {
 		return fmt.Errorf("stored layer: %w", invalidf("checksum is %#x, expected %#x", got, sum))
 	}
 	d := decoder{rest: body[len(binaryMagic)+1 : len(body) : len(body)], lim: Limits{}.withDefaults()}
-	made, err := d.layer()
+	decoded, err := d.layer()
 	if err != nil {
 		return fmt.Errorf("stored layer at byte %d: %w", len(body)-len(d.rest), err)
 	}
-	*l = *made
+	*l = *decoded
 	return nil
 }
 
-// decoder takes values off the front of rest. The first error sticks; values after it are zero.
+// decoder takes values off the front of rest. The first error is kept; later values are zero.
 type decoder struct {
 	rest []byte
 	err  error
 	lim  Limits
-	own  bool // rest was checked before, or is of a layer that is made
+	own  bool // rest is trusted: it was checked before, or this process made it
 }
 
 var errShort = errors.New("ends early")
@@ -190,7 +191,7 @@ func (d *decoder) bytes(n uint64) []byte {
 	return b
 }
 
-// uint takes an unsigned number of at most limit.
+// uint takes an unsigned number up to limit.
 func (d *decoder) uint(limit uint64) uint64 {
 	v, n := binary.Uvarint(d.rest)
 	if n <= 0 {
@@ -230,9 +231,9 @@ func (d *decoder) layer() (*Layer, error) {
 	for _, p := range []*int64{&l.Stats.Entries, &l.Stats.Files, &l.Stats.Bytes, &l.Stats.IgnoredXattrs} {
 		*p = int64(d.uint(math.MaxInt64))
 	}
-	// Each change takes some bytes of what is left.
+	// Each change takes at least minChange of the remaining bytes.
 	count := d.uint(uint64(len(d.rest)) / minChange)
-	part := d.rest // from the first change that is in no part yet
+	part := d.rest // from the first change that is not yet in a part
 	var node daxfs.Node
 	for range count {
 		node = daxfs.Node{}
@@ -240,7 +241,7 @@ func (d *decoder) layer() (*Layer, error) {
 		if d.err == nil {
 			d.check(&c)
 		}
-		// Paths are stored without what they share with the one before, and could unfold to much more than data.
+		// Paths omit the prefix they share with the previous one, so they may unfold to much more than data.
 		if l.paths+int64(len(c.Path)) > maxMeta {
 			d.fail(fmt.Errorf("more than %d bytes of paths", maxMeta))
 		}
@@ -261,7 +262,7 @@ func (d *decoder) layer() (*Layer, error) {
 	return l, d.err
 }
 
-// change takes a change whose node, if it has one, becomes node.
+// change takes a change. Its node, if any, is stored in node.
 func (d *decoder) change(last string, node *daxfs.Node) (c Change) {
 	op := d.bytes(1)
 	if d.err != nil {
@@ -272,7 +273,7 @@ func (d *decoder) change(last string, node *daxfs.Node) (c Change) {
 	if d.err != nil {
 		return c
 	}
-	c.Path = last[:shared] // costs no memory if nothing follows
+	c.Path = last[:shared] // costs no memory if no suffix follows
 	if rest := d.string(maxPath); rest != "" {
 		c.Path += rest
 	}
@@ -286,7 +287,7 @@ func (d *decoder) change(last string, node *daxfs.Node) (c Change) {
 	return c
 }
 
-// check refuses what no layer holds.
+// check refuses changes that no layer holds.
 func (d *decoder) check(c *Change) {
 	kind := uint32(0)
 	if c.Node != nil {

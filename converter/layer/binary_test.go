@@ -65,7 +65,7 @@ func TestBinary(t *testing.T) {
 	}
 }
 
-// A layer of many changes is what it was, and stays that when the bytes that it was read from change.
+// TestBinaryMany: a layer of many changes survives encoding, and does not refer to the encoded bytes.
 func TestBinaryMany(t *testing.T) {
 	l := &layer.Layer{}
 	for i := range 5000 {
@@ -126,7 +126,7 @@ func TestBinaryVersion(t *testing.T) {
 	}
 }
 
-// sealed puts a checksum behind bytes, so that a fuzzer gets past it.
+// sealed appends a checksum, so that a fuzzer passes it.
 func sealed(body []byte) []byte {
 	return binary.LittleEndian.AppendUint32(bytes.Clone(body), crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))
 }
@@ -152,7 +152,7 @@ func TestBinaryBomb(t *testing.T) {
 	}
 }
 
-// FuzzUnmarshal holds that what can be read can be written and read again, to the same.
+// FuzzUnmarshal: a layer that can be read can be written and read again without a difference.
 func FuzzUnmarshal(f *testing.F) {
 	for _, l := range []*layer.Layer{{}, everything(f)} {
 		b, err := l.MarshalBinary()

@@ -15,16 +15,15 @@ type Blob struct {
 	*Layer
 	// DiffID is the digest of the tar, computed from its bytes.
 	DiffID digest.Digest
-	// Size is the number of bytes of the tar, BytesRead that of the blob.
+	// Size is the size of the tar in bytes, BytesRead that of the blob.
 	Size, BytesRead int64
 }
 
-// FromBlob reads the blob of a layer, of whatever compression, to its end: read, hash, decompress, hash, parse, at
-// the same time. It closes src. Contents go into s while the blob is not verified yet: when FromBlob fails, what was
-// put is for the caller to drop.
+// FromBlob reads the blob of a layer to its end: read, hash, decompress, hash and parse concurrently. It
+// closes src. Contents go into s before the blob is verified; if FromBlob fails, the caller discards them.
 //
-// What spec says of the blob is verified. A blob that is not what spec says is reported as a *blob.MismatchError,
-// also when its tar cannot be parsed. When s fails the rest of the blob is not read, and the error of s is returned.
+// FromBlob verifies the properties in spec. It reports a mismatch as a *blob.MismatchError, even if the
+// tar cannot be parsed. If s fails, FromBlob returns that error without reading the rest of the blob.
 func FromBlob(ctx context.Context, src io.ReadCloser, spec blob.Spec, s Store, lim Limits) (*Blob, error) {
 	r, err := blob.NewReader(ctx, src, spec)
 	if err != nil {
@@ -34,7 +33,7 @@ func FromBlob(ctx context.Context, src io.ReadCloser, spec blob.Spec, s Store, l
 	watched := &watchedStore{Store: s}
 	l, err := FromTar(ctx, r, watched, lim)
 	if err != nil && (watched.failed || ctx.Err() != nil) {
-		return nil, err // the error says nothing about the blob
+		return nil, err // an error unrelated to the blob
 	}
 	if err := r.Finish(err); err != nil {
 		return nil, err
@@ -42,7 +41,7 @@ func FromBlob(ctx context.Context, src io.ReadCloser, spec blob.Spec, s Store, l
 	return &Blob{Layer: l, DiffID: r.DiffID(), Size: r.Size(), BytesRead: r.BytesRead()}, nil
 }
 
-// watchedStore tells errors of a store from those of the reader that it reads from.
+// watchedStore distinguishes errors of a store from those of the reader that the store reads.
 type watchedStore struct {
 	Store
 	failed bool
@@ -51,7 +50,7 @@ type watchedStore struct {
 func (w *watchedStore) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	from := &watchedReader{r: r}
 	d, err := w.Store.Put(ctx, size, from)
-	if err != nil && (from.err == nil || from.n == size) { // a reader may say EOF along with the last byte
+	if err != nil && (from.err == nil || from.n == size) { // a reader may return EOF with the last byte
 		w.failed = true
 	}
 	return d, err

@@ -16,7 +16,7 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// counted counts what is read, and tells whether it was closed.
+// counted counts the bytes read and records the close.
 type counted struct {
 	io.Reader
 	n      int
@@ -31,7 +31,7 @@ func (c *counted) Read(p []byte) (int, error) {
 
 func (c *counted) Close() error { c.closed = true; return nil }
 
-// brokenStore reads what it is given and then fails.
+// brokenStore reads its input and then fails.
 type brokenStore struct{ err error }
 
 func (b brokenStore) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, error) {
@@ -58,8 +58,7 @@ func TestFromBlob(t *testing.T) {
 	}
 }
 
-// TestFromBlobErrors: a blob that is not what was promised explains more than what its parser says, but not more than
-// that its contents cannot be stored.
+// TestFromBlobErrors: a blob mismatch overrides an error of the parser, but not one of the store.
 func TestFromBlobErrors(t *testing.T) {
 	full := errors.New("no space")
 	raw := Tar(Reg("a", "contents of a"), Reg("big", strings.Repeat("b", 64<<20)))

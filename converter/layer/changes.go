@@ -6,25 +6,24 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// changes is a list of changes in its binary form, which takes a sixth of the memory of the changes themselves: there may be
-// millions.
+// changes is a list of changes in binary form, which takes a sixth of the memory: there may be millions.
 type changes struct {
 	parts  [][]byte // a change never crosses the end of a part
 	count  int
 	last   string // path of the last change
-	opaque bool   // one is an OpOpaque
+	opaque bool   // one change is an OpOpaque
 
 	paths, names int64 // bytes of all paths, and of all names, targets and attributes
-	xattrCost    int64 // what the attributes count as against Limits.MaxEntries
+	xattrCost    int64 // cost of the attributes for Limits.MaxEntries
 }
 
-// Parts have about partSize bytes, so that reading a layer can give up what was read.
+// Parts have about partSize bytes, so that reading can free them one by one.
 const (
 	partSize  = 64 << 10
-	partSpare = 8 << 10 // most changes fit in there
+	partSpare = 8 << 10 // most changes fit
 )
 
-// Append adds a change behind all others. It keeps no reference to the change's node.
+// Append adds a change at the end. It keeps no reference to the change's node.
 func (l *Layer) Append(c Change) {
 	n := len(l.parts)
 	switch {
@@ -38,7 +37,7 @@ func (l *Layer) Append(c Change) {
 	l.note(&c)
 }
 
-// note counts a change that is behind all others.
+// note counts a change at the end.
 func (l *changes) note(c *Change) {
 	l.count++
 	l.last = c.Path
@@ -55,23 +54,23 @@ func (l *changes) note(c *Change) {
 	l.xattrCost += xattrCost(len(c.Node.Xattrs))
 }
 
-// Len is the number of changes.
+// Len returns the number of changes.
 func (l *Layer) Len() int { return l.count }
 
-// Names is the number of bytes of all paths, link targets and extended attributes.
+// Names returns the number of bytes of all paths, link targets and extended attributes.
 func (l *Layer) Names() int64 { return l.names }
 
-// HasOpaque tells whether one of the changes is an OpOpaque.
+// HasOpaque reports whether a change is an OpOpaque.
 func (l *Layer) HasOpaque() bool { return l.opaque }
 
-// All yields the changes with their numbers, from 0. A change and its node are the reader's until it asks for the next
-// one; it keeps the node if it sets the Node of the change to nil.
+// All yields the changes with their indexes. A change and its node are valid until the next one is
+// requested; the reader keeps the node by setting the change's Node to nil.
 func (l *Layer) All() iter.Seq2[int, *Change] {
 	return func(yield func(int, *Change) bool) { l.read(false, yield) }
 }
 
-// Drain is All, but forgets changes once they were read: a large layer is not in memory beside what is made of it. The
-// layer has no changes afterwards, also if reading it stops early.
+// Drain is All, but frees changes once read, so that a large layer does not stay in memory beside its
+// result. The layer is empty afterwards, even if reading stops early.
 func (l *Layer) Drain() iter.Seq2[int, *Change] {
 	return func(yield func(int, *Change) bool) {
 		l.read(true, yield)
@@ -92,7 +91,7 @@ func (l *Layer) read(forget bool, yield func(int, *Change) bool) {
 			}
 			c := d.change(last, node)
 			if d.err != nil {
-				panic("layer: its own binary form: " + d.err.Error()) // Append and UnmarshalBinary do not let that be
+				panic("layer: its own binary form: " + d.err.Error()) // Append and UnmarshalBinary prevent this
 			}
 			last = c.Path
 			used := c.Node != nil
@@ -114,12 +113,11 @@ func (l *Layer) read(forget bool, yield func(int, *Change) bool) {
 	}
 }
 
-// nodeSlab allocates nodes many at a time: what just fits a size class of the Go runtime, 8 KiB.
+// nodeSlab allocates nodes in bulk: as many as fit an 8 KiB size class of the Go runtime.
 type nodeSlab []daxfs.Node
 
 const slabNodes = 60
 
-// node returns a zero node.
 func (s *nodeSlab) node() *daxfs.Node {
 	if len(*s) == 0 {
 		*s = make([]daxfs.Node, slabNodes)

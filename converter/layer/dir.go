@@ -14,21 +14,22 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// FromDir reads a directory on disk as it is: character devices 0:0 and the attributes of overlayfs are kept like all
-// others, and counted. Contents of regular files go into s, in the order of their paths; the order of changes depends on
-// names only. Attributes that only root sees are missing if another user reads the directory: trusted.*.
+// FromDir reads a directory on disk as it is: it keeps and counts character devices 0:0 and the attributes of
+// overlayfs. Contents of regular files go into s in the order of their paths; the order of changes depends on
+// names only. Only root sees trusted.* attributes; they are missing if another user reads the directory.
 //
-// The directory must be at rest. A file that shrinks while it is read is an error; other changes may go unnoticed, but no
-// symbolic link is ever followed, nor a device, fifo or socket opened, whatever is swapped meanwhile. dir itself may be a
-// symbolic link. One file descriptor is held for each level.
+// The directory must be at rest. A file that shrinks meanwhile is an error; other changes may go
+// unnoticed, but FromDir never follows a symbolic link or opens a device, FIFO or socket, whatever is
+// swapped meanwhile. dir itself may be a symbolic link. FromDir holds one file descriptor for each level.
 func FromDir(ctx context.Context, dir string, s Store, lim Limits) (*Layer, error) {
 	return fromDir(ctx, dir, s, lim, false)
 }
 
-// FromUpper reads the upper directory of an overlay mount as FromDir does, but what overlayfs notes in it becomes a change
-// and never an attribute: character devices 0:0 and files with the xattr overlay.whiteout are removals, directories with
-// overlay.opaque are opaque, and what else trusted.overlay.* and user.overlay.* hold is left out. A redirected directory
-// or a file without its contents (metacopy) is ErrUnsupported: what they refer to is not in the directory.
+// FromUpper reads the upper directory of an overlay mount like FromDir, but turns the marks of
+// overlayfs into changes: character devices 0:0 and files with the xattr overlay.whiteout become
+// removals, directories with overlay.opaque become opaque, and all other trusted.overlay.* and
+// user.overlay.* attributes are left out. A redirected directory or a file without its contents
+// (metacopy) is ErrUnsupported: their data lies outside of the directory.
 func FromUpper(ctx context.Context, dir string, s Store, lim Limits) (*Layer, error) {
 	return fromDir(ctx, dir, s, lim, true)
 }
@@ -56,13 +57,13 @@ type inode struct{ dev, ino uint64 }
 type dirReader struct {
 	*builder
 	store Store
-	upper bool             // what overlayfs notes has its meaning
-	seen  map[inode]string // the first path of inodes with several names
+	upper bool             // interpret the marks of overlayfs
+	seen  map[inode]string // first path of inodes with several names
 	list  []byte           // buffers for extended attributes
 	value []byte
 }
 
-// directory adds the open directory f and all below it.
+// directory adds the open directory f and everything below it.
 func (d *dirReader) directory(ctx context.Context, f *os.File, p string, st *unix.Stat_t) error {
 	n, marks, err := d.attributes(f, st)
 	if err != nil {
@@ -105,12 +106,13 @@ func (d *dirReader) directory(ctx context.Context, f *os.File, p string, st *uni
 	return nil
 }
 
-// child adds one entry of a directory. whiteouts says that files of the directory may be whiteouts in xattr form.
+// child adds one entry of dir. If whiteouts is true, files in dir may be whiteouts in xattr form.
 func (d *dirReader) child(ctx context.Context, dir *os.File, name, p string, whiteouts bool) error {
 	if err := d.lim.checkPath(p); err != nil {
 		return err
 	}
-	// A descriptor that opens nothing yet: what it is can be asked without a side effect, and stays the answer.
+	// O_PATH does not open the device or FIFO behind the name, and the type cannot change between the
+	// check and the use.
 	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("openat", err)
@@ -192,10 +194,10 @@ func (d *dirReader) file(ctx context.Context, f *os.File, st *unix.Stat_t, n *da
 	return err
 }
 
-// selfPath names the inode behind a descriptor. Resolving it follows the descriptor and no link behind it.
+// selfPath names the inode behind a descriptor. Resolving it follows no link behind the descriptor.
 func selfPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
 
-// reopen opens for reading what an O_PATH descriptor refers to, and nothing that may have taken its name since.
+// reopen opens the inode of an O_PATH descriptor for reading, not one that has taken its name since.
 func reopen(f *os.File, flags int) (*os.File, error) {
 	fd, err := unix.Open(selfPath(f), unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
 	if err != nil {

@@ -17,10 +17,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// The attributes that FromDir reads, and what overlayfs leaves in a directory, are tested with tree.Merge against the
-// kernel. Here is what needs no privilege, and what must not happen.
+// Attributes and marks of overlayfs are tested with tree.Merge against the kernel. These tests need no
+// privileges, or test what must not happen.
 
-// dirWithTraps has what a careless reader would hang on or walk into.
+// dirWithTraps has entries that a careless reader would hang on or walk into.
 func dirWithTraps(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -63,7 +63,7 @@ add "root" -> "/"
 	}
 }
 
-// swap replaces the file that is being read.
+// swap replaces the file being read.
 type swap struct {
 	treetest.Store
 	do func()
@@ -82,7 +82,7 @@ func TestDirChanges(t *testing.T) {
 		!strings.Contains(err.Error(), `"a hard link": shorter than its 8 bytes`) {
 		t.Errorf("a file that shrinks: %v", err)
 	}
-	// What comes after the file that is being read turns into something else.
+	// The entries after the file being read turn into something else.
 	dir = dirWithTraps(t)
 	_, err = layer.FromDir(context.Background(), dir, &swap{do: func() {
 		_ = os.RemoveAll(filepath.Join(dir, "b"))
@@ -118,7 +118,7 @@ func TestDirErrors(t *testing.T) {
 	}
 }
 
-// TestDirXattrs needs a file system with user.* attributes. The names are those of overlayfs within a user namespace.
+// TestDirXattrs needs user.* attributes. The names are those of overlayfs in a user namespace.
 func TestDirXattrs(t *testing.T) {
 	dir := t.TempDir()
 	for name, value := range map[string]string{

@@ -13,9 +13,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// overlayMarks is what overlayfs has noted about an inode in its extended attributes.
+// overlayMarks are the marks of overlayfs in an inode's extended attributes.
 type overlayMarks struct {
-	opaque    bool // hides the directory below
+	opaque    bool // hides the lower directory
 	whiteouts bool // files of the directory may be whiteouts in xattr form
 	whiteout  bool
 	redirect  bool
@@ -31,7 +31,7 @@ func (d *dirReader) attributes(f *os.File, st *unix.Stat_t) (*daxfs.Node, overla
 	return n, marks, err
 }
 
-// xattrs reads the extended attributes of an inode, all of them or an error.
+// xattrs reads all extended attributes of an inode, or returns an error.
 func (d *dirReader) xattrs(f *os.File, n *daxfs.Node) (marks overlayMarks, err error) {
 	self := selfPath(f)
 	d.list, err = grow(d.list, func(b []byte) (int, error) { return unix.Listxattr(self, b) })
@@ -78,7 +78,7 @@ func (d *dirReader) xattrs(f *os.File, n *daxfs.Node) (marks overlayMarks, err e
 	return marks, d.sealXattrs(n, total)
 }
 
-// grow calls read with ever larger buffers until the answer fits, and returns the answer. It reuses b.
+// grow calls read with increasing buffers until the result fits, and returns the result. It reuses b.
 func grow(b []byte, read func([]byte) (int, error)) ([]byte, error) {
 	b = b[:cap(b)]
 	for {
@@ -97,15 +97,15 @@ func grow(b []byte, read func([]byte) (int, error)) ([]byte, error) {
 	}
 }
 
-// overlayPrefixes begin the names of the attributes that overlayfs takes for its own.
+// overlayPrefixes are the name prefixes of attributes that overlayfs claims.
 var overlayPrefixes = []string{"trusted.overlay.", "user.overlay."}
 
 func isOverlayXattr(name string) bool {
 	return slices.ContainsFunc(overlayPrefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 }
 
-// overlayXattr looks at one attribute. If it is private to overlayfs it notes what it says and returns true. An attribute
-// that overlayfs escaped because it belongs to an overlay inside the overlay gets its own name back.
+// overlayXattr examines one attribute. If overlayfs uses it, overlayXattr records its mark and returns true.
+// If overlayfs escaped it, because it belongs to a nested overlay, overlayXattr returns its original name.
 func overlayXattr(name string, value []byte, marks *overlayMarks) (string, bool) {
 	for _, prefix := range overlayPrefixes {
 		key, ok := strings.CutPrefix(name, prefix)

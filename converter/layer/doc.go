@@ -1,27 +1,27 @@
-// Package layer turns one layer of an OCI image into a list of changes, and puts the contents of its files into a
-// [Store] on the way.
+// Package layer turns one layer of an OCI image into a list of changes. It puts the contents of files
+// into a [Store].
 //
-// A layer arrives in one of three forms: as a blob ([FromBlob] verifies and unpacks it, [FromTar] parses the tar in it), as
-// a directory ([FromDir]: the upper directory of an overlay mount, or a plain root directory), or as the tree of an image
-// ([FromImage]). All become the same thing, a [Layer]: attributes, names, and references to contents that are already
-// stored. A Layer is small (some 50 bytes per entry), can be kept as bytes (MarshalBinary), and is what package tree merges:
+// A layer has one of three forms: a blob ([FromBlob] verifies and unpacks it, [FromTar] parses its
+// tar), a directory ([FromDir] for a plain root directory, [FromUpper] for the upper directory of an
+// overlay mount), or the tree of an image ([FromImage]). All become a [Layer]: attributes, names, and
+// references to stored contents. A Layer is small (about 50 bytes per entry), has a binary form
+// (MarshalBinary), and is the input of package tree:
 //
 //	blob, err := layer.FromBlob(ctx, blobReader, spec, store, layer.Limits{})
 //	root, err := tree.Merge([]*layer.Layer{base, blob.Layer})
 //
-// This package is the only one that knows how a layer spells a deletion: the ".wh." names of the image
-// specification, and the character devices and extended attributes of overlayfs. Whoever reads a Layer sees
-// OpRemove and OpOpaque.
+// Only this package knows how a layer encodes a deletion: as the ".wh." names of the image specification, or
+// as the character devices and extended attributes of overlayfs. A Layer has OpRemove and OpOpaque instead.
 //
-// # Nothing is resolved here
+// # Paths are not resolved
 //
-// A layer does not know what lies below it. An entry "a/b" lands in "c" if a lower layer made "a" a link to "c".
-// Therefore paths stay as the layer wrote them (clean and relative to the root) and the order of entries is kept,
-// duplicates included; tree.Merge replays them.
+// A layer does not know the layers below. An entry "a/b" lands in "c" if a lower layer made "a" a link
+// to "c". Therefore paths stay as stored (clean and relative to the root), and entries keep their
+// order and duplicates; tree.Merge replays them.
 //
 // # Hostile input
 //
-// Layers come from the network. Every count and length is held against [Limits] before memory is spent on it; what is
-// refused is refused with an [*EntryError] that names the entry. FromDir reads through directory descriptors, follows
-// no symbolic link, and opens nothing but directories and regular files.
+// Layers come from the network. Every count and length is checked against [Limits] before memory is
+// spent on it. Errors are of type [*EntryError] and name the entry. FromDir reads through directory
+// descriptors, follows no symbolic link, and opens only directories and regular files.
 package layer

@@ -8,22 +8,22 @@ import (
 var (
 	// ErrInvalid marks a layer that is malformed or contradicts itself.
 	ErrInvalid = errors.New("invalid layer")
-	// ErrUnsupported marks a layer that is well formed but holds what can not be represented.
+	// ErrUnsupported marks a well-formed layer with content that cannot be represented.
 	ErrUnsupported = errors.New("unsupported")
 	// ErrLimit marks a layer that exceeds its Limits.
 	ErrLimit = errors.New("limit exceeded")
 )
 
-// EntryError is an error that belongs to one entry of a layer.
+// EntryError is an error of one entry of a layer.
 type EntryError struct {
-	// Entry is the name of the entry as the layer has it.
+	// Entry is the name of the entry as stored in the layer.
 	Entry string
-	// After is set if the error came up behind Entry, before the next one had a name.
+	// After is true if the error occurred after Entry, before the next name was known.
 	After bool
 	Err   error
 }
 
-// Error says which entry it was, and why.
+// Error names the entry and the cause.
 func (e *EntryError) Error() string {
 	if e.After {
 		if e.Entry == "" {

@@ -10,11 +10,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// FromImage reads the tree of a dual image as one layer, with all that its EROFS half holds: times, owners, extended
-// attributes, devices, hard links. Contents go into s in the order of their paths.
+// FromImage reads the tree of a dual image as one layer, with everything in its EROFS half: times,
+// owners, extended attributes, devices, hard links. Contents go into s in the order of their paths.
 //
-// The image should have been checked (daxfs.Check): FromImage refuses what it cannot read, and does not see files that
-// overlap. It must not change meanwhile.
+// The image must not change, and should have been verified by daxfs.Check: FromImage refuses what it
+// cannot read, but does not detect overlapping files.
 func FromImage(ctx context.Context, img *daxfs.FS, s Store, lim Limits) (*Layer, error) {
 	m := imageReader{builder: newBuilder(FromDirectory, lim), store: s, first: make(map[uint64]string)}
 	err := img.Walk(func(path string, in daxfs.Inode) error {
@@ -41,10 +41,9 @@ func FromImage(ctx context.Context, img *daxfs.FS, s Store, lim Limits) (*Layer,
 type imageReader struct {
 	*builder
 	store Store
-	first map[uint64]string // the first path of inodes with several names
+	first map[uint64]string // first path of inodes with several names
 }
 
-// inode adds one name.
 func (m *imageReader) inode(ctx context.Context, path string, in daxfs.Inode) error {
 	if err := m.lim.checkPath(path); err != nil {
 		return err
@@ -79,7 +78,7 @@ func (m *imageReader) inode(ctx context.Context, path string, in daxfs.Inode) er
 	return m.add(Change{Op: OpAdd, Path: path, Node: n})
 }
 
-// xattrs takes over all attributes of an inode. The writer of the image has decided which ones it may have.
+// xattrs copies all attributes of an inode. The writer of the image has validated them.
 func (m *imageReader) xattrs(in daxfs.Inode, n *daxfs.Node) error {
 	list, err := in.Xattrs()
 	if err != nil {
@@ -93,7 +92,6 @@ func (m *imageReader) xattrs(in daxfs.Inode, n *daxfs.Node) error {
 	return m.sealXattrs(n, total)
 }
 
-// file stores the contents of a regular file.
 func (m *imageReader) file(ctx context.Context, in daxfs.Inode, n *daxfs.Node) error {
 	if err := m.content(in.Size); err != nil {
 		return err

@@ -14,7 +14,7 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// oddTree has what a tar or a directory cannot have, or has rarely.
+// oddTree has features that a tar or a directory cannot have, or rarely has.
 func oddTree(t *testing.T, s *Store) *daxfs.Node {
 	t.Helper()
 	put := func(text string) daxfs.Data {
@@ -25,7 +25,8 @@ func oddTree(t *testing.T, s *Store) *daxfs.Node {
 		return d
 	}
 	acl := daxfs.Xattr{Name: "system.posix_acl_default", Value: []byte(
-		"\x02\x00\x00\x00\x01\x00\x07\x00\xff\xff\xff\xff\x04\x00\x05\x00\xff\xff\xff\xff\x20\x00\x05\x00\xff\xff\xff\xff")}
+		"\x02\x00\x00\x00\x01\x00\x07\x00\xff\xff\xff\xff\x04\x00\x05\x00\xff\xff\xff\xff" +
+			"\x20\x00\x05\x00\xff\xff\xff\xff")}
 	dir := func(entries map[string]*daxfs.Node) *daxfs.Node {
 		return &daxfs.Node{Mode: unix.S_IFDIR | 0o755, Entries: entries, Mtime: daxfs.Time{Sec: 7, Nsec: 8}}
 	}
@@ -68,7 +69,7 @@ func open(t *testing.T, s *Store, root *daxfs.Node) *daxfs.FS {
 	return fsys
 }
 
-// TestFromImage: the tree of an image makes the image with the same UUID, which covers all that can be seen.
+// TestFromImage: the tree of an image gives an image with the same UUID, which covers everything visible.
 func TestFromImage(t *testing.T) {
 	s := &Store{}
 	fsys := open(t, s, oddTree(t, s))

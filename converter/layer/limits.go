@@ -2,23 +2,23 @@ package layer
 
 import "strings"
 
-// Limits bound what one layer may cost. A field of 0 stands for its default; a negative one refuses everything.
+// Limits bound the cost of one layer. A field of 0 stands for its default; a negative one refuses all.
 type Limits struct {
-	// MaxEntries bounds the entries of a layer. Xattrs take as much memory: behind the second one of an entry, every two of
-	// them count as one more. Default 4,194,304.
+	// MaxEntries bounds the entries of a layer. Xattrs take as much memory: from the third one of an entry
+	// on, every two count as one more entry. Default 4,194,304.
 	MaxEntries int64
-	// MaxBytes bounds the sum of all file sizes, holes included: the size that a decompression bomb or a sparse file
-	// unfolds to. Default 1 TiB.
+	// MaxBytes bounds the sum of all file sizes, holes included, and thus stops decompression bombs and
+	// sparse files. Default 1 TiB.
 	MaxBytes int64
-	// MaxMetaBytes bounds the memory for paths, link targets and xattrs of a layer, in bytes. Default and maximum
-	// 1 GiB.
+	// MaxMetaBytes bounds the bytes of paths, link targets and xattrs of a layer, which are in memory.
+	// Default and maximum 1 GiB.
 	MaxMetaBytes int64
-	// MaxXattrBytes bounds names and values of the xattrs of one entry. Default and maximum 128 KiB: an inode of an
-	// image has room for no more. One value has at most 65,535 bytes.
+	// MaxXattrBytes bounds names and values of the xattrs of one entry. Default and maximum 128 KiB, the
+	// most that an inode of an image can hold. One value has at most 65,535 bytes.
 	MaxXattrBytes int64
-	// MaxPath bounds the length of a path in bytes. Default and maximum 4095, as the kernel has it.
+	// MaxPath bounds the length of a path in bytes. Default and maximum 4095, as in the kernel.
 	MaxPath int
-	// MaxDepth bounds the elements of a path. Default and maximum 2048, what fits into MaxPath.
+	// MaxDepth bounds the elements of a path. Default and maximum 2048, the most that fit MaxPath.
 	MaxDepth int
 }
 
@@ -28,7 +28,7 @@ const (
 	maxDepth   = (maxPath + 1) / 2
 	maxName    = 255   // NAME_MAX
 	maxTarget  = 4095  // of a symbolic link
-	maxXattr   = 65535 // one value: the kernel takes one byte more, an EROFS image does not
+	maxXattr   = 65535 // one value: one byte less than in the kernel, because of the EROFS format
 	maxXattrNm = 255   // XATTR_NAME_MAX
 	maxXattrs  = 128 << 10
 )
@@ -55,7 +55,7 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// checkPath says whether a clean relative path can exist.
+// checkPath reports whether a clean relative path can exist.
 func (l *Limits) checkPath(p string) error {
 	if len(p) > l.MaxPath {
 		return limitError("bytes of a path", int64(l.MaxPath))

@@ -22,23 +22,23 @@ const (
 	xattrRecord    = "SCHILY.xattr."
 )
 
-// IsWhiteout tells whether the name of a file in a directory says that the layer removes something.
+// IsWhiteout reports whether a file name is a whiteout of the image specification.
 func IsWhiteout(base string) bool { return strings.HasPrefix(base, whiteoutPrefix) }
 
-// onlyReader hides a Seek method: skipped contents must be read, or a hash over the stream would miss them.
+// onlyReader hides a Seek method: skipped contents must be read, or a hash of the stream would miss them.
 type onlyReader struct{ io.Reader }
 
-// FromTar reads an uncompressed tar stream up to its end marker, puts the contents of every regular file into s, and
-// returns the changes. Entries mean what containerd's archive.Apply takes them for; where that depends on what lies
-// below, tree.Merge decides.
+// FromTar reads an uncompressed tar stream up to its end marker, puts the contents of every regular
+// file into s, and returns the changes. Entries have the meaning that containerd's archive.Apply gives
+// them; tree.Merge decides what depends on lower layers.
 //
-// It takes one thing more than containerd: sparse files in the old GNU format. It refuses three that containerd takes: owners
-// of more than 32 bits, which containerd cuts off, an xattr of 65,536 bytes, for which an image has no room, and capabilities
-// without a value, with which the kernel executes nothing. The limits of Limits come on top.
+// Unlike containerd it accepts sparse files in the old GNU format. It refuses three inputs that containerd
+// accepts: owners of more than 32 bits, which containerd truncates; an xattr of 65,536 bytes, which no
+// image can hold; and empty capabilities, with which the kernel executes nothing. lim sets further limits.
 //
-// Headers are read 512 bytes at a time: r should have a buffer. The caller reads what follows the end marker, for example
-// to verify a digest. On
-// error, what was put into s already is for the caller to drop. Errors of r and s are wrapped.
+// It reads headers of 512 bytes, so r should be buffered. The caller reads the rest after the end
+// marker, for example to verify a digest. On error the caller discards the contents already in s.
+// Errors of r and s are wrapped.
 func FromTar(ctx context.Context, r io.Reader, s Store, lim Limits) (*Layer, error) {
 	t := tarReader{
 		builder: newBuilder(FromTarStream, lim),
@@ -79,13 +79,13 @@ type tarReader struct {
 // header turns one tar entry into a change.
 func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 	if hdr.Typeflag == tar.TypeXGlobalHeader && hdr.PAXRecords == nil {
-		// A record is malformed. The tar reader does not say so, takes records in random order, and stopped at that one: it is
-		// chance whether the name is the one that a record gives.
+		// A record is malformed. The tar reader reports no error and takes records in random order up to the
+		// bad one, so the name may or may not be that of a record.
 		return nil
 	}
 	name := cleanName(hdr.Name)
 	if name == "" {
-		// containerd leaves the root directory alone whatever a "./" entry says.
+		// containerd ignores "./" entries: they do not change the root directory.
 		return nil
 	}
 	dir, base := path.Split(name)
@@ -96,7 +96,7 @@ func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 		return err
 	}
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
-		// Its records are ignored, but its name is cleared like that of any entry, and nothing put there.
+		// Containerd ignores the records, but removes what is at the name, as for any entry.
 		return t.add(Change{Op: OpRemove, Path: name})
 	}
 	c := Change{Op: OpAdd, Path: name, Node: t.node()}
@@ -109,8 +109,8 @@ func (t *tarReader) header(ctx context.Context, hdr *tar.Header) error {
 	return t.add(c)
 }
 
-// whiteout handles the names that do not stand for files. The prefix counts for entries of every type. Limits are those of
-// the path it speaks of: the whiteout of a name of 255 bytes has one of 259.
+// whiteout handles the ".wh." names, for entries of every type. Limits apply to the hidden path: the
+// whiteout of a name of 255 bytes has a name of 259.
 func (t *tarReader) whiteout(dir, base string) error {
 	c := Change{Op: OpOpaque, Path: strings.TrimSuffix(dir, "/")}
 	if base != opaqueMarker {
@@ -126,7 +126,7 @@ func (t *tarReader) whiteout(dir, base string) error {
 	return t.add(c)
 }
 
-// attributes fills in all that does not depend on the type.
+// attributes fills in the attributes that do not depend on the type.
 func (t *tarReader) attributes(hdr *tar.Header, n *daxfs.Node) error {
 	n.Mode = uint32(hdr.Mode & 0o7777)
 	if !isID(hdr.Uid) || !isID(hdr.Gid) {
@@ -137,17 +137,17 @@ func (t *tarReader) attributes(hdr *tar.Header, n *daxfs.Node) error {
 	return t.xattrs(hdr, n)
 }
 
-// isID says whether an id of a header, signed or unsigned, has the 32 bits of chown(2). Containerd cuts longer ones off,
-// which makes 2^32 root.
+// isID reports whether an id of a header, signed or unsigned, fits the 32 bits of chown(2). Containerd
+// truncates longer ids, which turns 2^32 into root.
 func isID(id int) bool { return id >= math.MinInt32 && id <= math.MaxUint32 }
 
-// contents fills in what depends on the type.
+// contents fills in the fields that depend on the type.
 func (t *tarReader) contents(ctx context.Context, hdr *tar.Header, c *Change) error {
 	n := c.Node
 	switch hdr.Typeflag {
 	case tar.TypeDir:
 		n.Mode |= unix.S_IFDIR
-	case tar.TypeReg, tar.TypeGNUSparse: // the reader turns the TypeRegA of old archives into TypeReg
+	case tar.TypeReg, tar.TypeGNUSparse: // the reader turns TypeRegA of old archives into TypeReg
 		n.Mode |= unix.S_IFREG
 		if err := t.content(hdr.Size); err != nil {
 			return err
@@ -186,7 +186,7 @@ func (t *tarReader) contents(ctx context.Context, hdr *tar.Header, c *Change) er
 			n.Mode |= unix.S_IFIFO
 			return nil
 		}
-		// mknod(2) keeps the 12 bits of the major and the 20 bits of the minor number that fit 32 bits.
+		// mknod(2) keeps the 12 low bits of the major and the 20 low bits of the minor number.
 		n.Rdev = unix.Mkdev(uint32(hdr.Devmajor), uint32(hdr.Devminor)) & math.MaxUint32
 	default:
 		return unsupportedf("tar entry of type %q", hdr.Typeflag)
@@ -204,8 +204,8 @@ func checkTarget(target string) error {
 	return nil
 }
 
-// cleanName returns the name of an entry relative to the root. ".." and "/" at its start lead nowhere but to the root.
-// The usual spellings ("a/b", "./a/b", "a/") cost no memory.
+// cleanName returns the name of an entry relative to the root. Leading ".." and "/" stay at the root.
+// The usual forms ("a/b", "./a/b", "a/") cost no memory.
 func cleanName(name string) string {
 	short := strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/")
 	start := 0
@@ -221,11 +221,11 @@ func cleanName(name string) string {
 	return short
 }
 
-// firstTime and lastTime are the first and the last one that containerd accepts: the last is int64 nanoseconds.
+// firstTime and lastTime bound the times that containerd accepts; lastTime is the limit of int64 nanoseconds.
 var firstTime, lastTime = time.Unix(0, 0), time.Unix(0, math.MaxInt64)
 
-// boundTime replaces times before 1970 and behind 2262 by 1970, as containerd does. Seconds near 2^63, which time.Time counts
-// from year 1, have become times before it.
+// boundTime replaces times before 1970 and after 2262 with 1970, like containerd. Seconds near 2^63
+// overflow time.Time, which counts from year 1, to times before 1970.
 func boundTime(t time.Time) daxfs.Time {
 	if t.Before(firstTime) || t.After(lastTime) {
 		return daxfs.Time{}

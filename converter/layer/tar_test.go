@@ -26,12 +26,12 @@ func fromTar(t testing.TB, lim layer.Limits, files ...treetest.File) (*layer.Lay
 	return layer.FromTar(context.Background(), bytes.NewReader(treetest.Tar(files...)), new(treetest.Store), lim)
 }
 
-// TestNames has the spellings of names. What they do to a tree is tested with tree.Merge, against containerd.
+// TestNames has the forms of names. Their effect on a tree is tested with tree.Merge, against containerd.
 func TestNames(t *testing.T) {
 	n255 := strings.Repeat("n", 255)
 	for _, test := range []struct {
 		name string
-		want string // op and path; "" for nothing at all
+		want string // op and path; "" for no change
 	}{
 		{"a", "add a"},
 		{"./a", "add a"},
@@ -162,7 +162,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestXattrsCount: very many xattrs in few entries take memory like entries.
+// TestXattrsCount: many xattrs in few entries count like entries, because they take as much memory.
 func TestXattrsCount(t *testing.T) {
 	f := treetest.Reg("a", "")
 	for i := range 10 {
@@ -177,7 +177,7 @@ func TestXattrsCount(t *testing.T) {
 	}
 }
 
-// TestBomb has a sparse file of 8 EiB in two kilobytes of tar: it must be refused before a byte of it is read.
+// TestBomb has a sparse file of 8 EiB in two kilobytes of tar: it must be refused before it is read.
 func TestBomb(t *testing.T) {
 	f := treetest.Reg("bomb", "1\n0\n0\n"+strings.Repeat("\x00", 506))
 	f.PAXRecords = map[string]string{
@@ -222,7 +222,7 @@ func TestTruncated(t *testing.T) {
 		if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Fatalf("%d of %d bytes: %v, want io.ErrUnexpectedEOF", n, len(whole), err)
 		}
-		// In padding, a missing end goes for an end: the digest of the layer tells. No entry is ever cut short.
+		// In padding, a missing end marker passes as the end: the layer's digest detects it. No entry is cut short.
 		if err != nil {
 			continue
 		}
@@ -272,7 +272,7 @@ func TestBoundedTimes(t *testing.T) {
 	}
 }
 
-// TestGlobalHeader: one that is malformed is ignored, because it is chance what name the tar reader gives it.
+// TestGlobalHeader: a malformed one is ignored, because its name in the tar reader is random.
 func TestGlobalHeader(t *testing.T) {
 	raw := treetest.Tar(treetest.Reg("global", "11 path=qd\n10 size=x\n").At(time.Unix(1, 0)))
 	raw[156] = tar.TypeXGlobalHeader
@@ -288,7 +288,6 @@ func TestGlobalHeader(t *testing.T) {
 	}
 }
 
-// TestStats counts.
 func TestStats(t *testing.T) {
 	l, err := fromTar(t, layer.Limits{}, treetest.Dir("./"), treetest.Dir("d").X("trusted.a", ""),
 		treetest.Reg("d/a", "123").X("other.a", ""),
@@ -298,7 +297,8 @@ func TestStats(t *testing.T) {
 	}
 }
 
-// TestMemory weighs a layer whose entries had a megabyte of records that nobody needs: names are slices of the records.
+// TestMemory: names are slices of the records, so a layer must not keep a megabyte of useless records
+// in memory.
 func TestMemory(t *testing.T) {
 	var files []treetest.File
 	for i := range 10 {

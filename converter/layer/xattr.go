@@ -15,8 +15,8 @@ const (
 	aclDefaultXattr = "system.posix_acl_default"
 )
 
-// xattrs takes over those extended attributes of a tar entry that containerd sets: trusted.* it never does, and
-// namespaces that no file system knows are ignored.
+// xattrs copies those extended attributes of a tar entry that containerd sets: it never sets
+// trusted.*, and it ignores namespaces unknown to file systems.
 func (t *tarReader) xattrs(hdr *tar.Header, n *daxfs.Node) error {
 	total := int64(0)
 	for record, value := range hdr.PAXRecords {
@@ -40,7 +40,7 @@ func (t *tarReader) xattrs(hdr *tar.Header, n *daxfs.Node) error {
 	return t.sealXattrs(n, total)
 }
 
-// sealXattrs sorts the attributes of an entry, whose names and values have total bytes, and counts them.
+// sealXattrs sorts and counts the attributes of an entry. total is the size of their names and values.
 func (b *builder) sealXattrs(n *daxfs.Node, total int64) error {
 	if total == 0 {
 		return nil
@@ -55,8 +55,8 @@ func (b *builder) sealXattrs(n *daxfs.Node, total int64) error {
 	return b.keep(int(total))
 }
 
-// settable says whether the kernel stores an attribute of that name and containerd lets it. Besides these, an image can
-// hold trusted.*.
+// settable reports whether the kernel stores an attribute of that name and containerd sets it. An
+// image can also hold trusted.*.
 func settable(name string) bool {
 	return strings.HasPrefix(name, "user.") || strings.HasPrefix(name, "security.") ||
 		name == aclAccessXattr || name == aclDefaultXattr
@@ -79,8 +79,8 @@ func checkXattr(name, value string) error {
 	return nil
 }
 
-// validCapability checks the header of struct vfs_ns_cap_data: a revision, beside which the kernel knows one flag, and in
-// version 3, behind the sets, the user who is root.
+// validCapability checks a struct vfs_ns_cap_data: a revision with the only flag known to the kernel,
+// and in version 3, behind the sets, the root user.
 func validCapability(v string) bool {
 	if len(v) < 4 {
 		return false

@@ -14,14 +14,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// archive is an OCI image layout in a tar file. It is put together in a directory, so that its members have the same
-// order each time.
+// archive is an OCI image layout in a tar file. It is assembled in a directory first, so that its
+// members always have the same order.
 type archive struct {
 	layout
 	file string
 }
 
-// newArchive fails early where the file cannot be written.
+// newArchive fails early if the file cannot be written.
 func newArchive(name, file, tag string) (Destination, error) {
 	if fi, err := os.Stat(file); err == nil && !fi.Mode().IsRegular() {
 		return nil, fmt.Errorf("destination %q: not a regular file", name)
@@ -35,7 +35,7 @@ func newArchive(name, file, tag string) (Destination, error) {
 
 func (a *archive) Close() error { return os.RemoveAll(a.dir) }
 
-// name writes the tar, in the order of names.
+// name writes the tar in the order of names.
 func (a *archive) name(ctx context.Context, d ocispec.Descriptor, doc []byte) error {
 	if err := a.layout.name(ctx, d, doc); err != nil {
 		return err
@@ -61,7 +61,7 @@ func (a *archive) name(ctx context.Context, d ocispec.Descriptor, doc []byte) er
 	return f.CloseAtomicallyReplace()
 }
 
-// member writes a file or a directory, without what differs from machine to machine.
+// member writes a file or a directory, without machine-specific attributes.
 func (a *archive) member(w *tar.Writer, path string, e fs.DirEntry) error {
 	name, err := filepath.Rel(a.dir, path)
 	if err != nil {

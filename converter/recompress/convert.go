@@ -12,51 +12,51 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// Options of Convert. The zero value is a good default.
+// Options are the options of Convert. The zero value is a good default.
 type Options struct {
-	// Platform chooses one image of an index, which becomes a manifest alone; nil keeps the index with all images.
+	// Platform selects one image of an index, written as a single manifest; nil keeps the whole index.
 	Platform *source.Platform
-	// MaxSize bounds the bytes of one layer once it is decompressed; 0 means source.DefaultMaxSize.
+	// MaxSize bounds the decompressed bytes of one layer; 0 means source.DefaultMaxSize.
 	MaxSize int64
-	// Progress is told what is read and what is sent; nil means nobody.
+	// Progress observes reading and sending; it may be nil.
 	Progress Progress
 }
 
-// Progress observes a conversion. Its methods are called from several goroutines, and should return soon. Done says that a
-// layer has arrived at the destination.
+// Progress observes a conversion. Several goroutines call its methods, which should return soon. Done
+// reports that a layer has arrived at the destination.
 type Progress interface {
 	converter.Progress
-	// Send says that the new blob of a layer is sent to a registry, from its beginning: again, if it was sent before.
+	// Send reports that sending of a layer's new blob to a registry starts, possibly anew after a failure.
 	Send(layer int, size int64)
-	// Sent says that n more bytes of that were sent.
+	// Sent reports n more bytes of that blob.
 	Sent(layer int, n int)
 }
 
-// Result says what was written.
+// Result describes the written image.
 type Result struct {
-	// Digest and MediaType of the index or the manifest.
+	// Digest and MediaType describe the index or the manifest.
 	Digest    digest.Digest
 	MediaType string
-	// Images is the number of manifests of images, and Layers are their distinct layers.
+	// Images is the number of image manifests; Layers are their distinct layers.
 	Images int
 	Layers []LayerResult
-	// Notes are what a user should know, a sentence each.
+	// Notes are messages for the user, a sentence each.
 	Notes []string
-	// Sent are the bytes of layers and other blobs that went to a registry, Mounted and Present those that did not have
-	// to.
+	// Sent counts the bytes of layers and other blobs that were sent to a registry, Mounted and Present
+	// those that did not have to be.
 	Sent, Mounted, Present int64
 }
 
-// LayerResult says what became of a layer.
+// LayerResult describes the conversion of a layer.
 type LayerResult struct {
 	DiffID digest.Digest
-	// From is the layer in the source, whose digest may be empty, and To the one that was written.
+	// From is the layer in the source, possibly without digest, and To the written one.
 	From, To ocispec.Descriptor
-	// Kept is why the layer was not encoded; empty if it was.
+	// Kept is the reason why the layer was not encoded, or empty.
 	Kept string
 }
 
-// Convert reads the image of src and writes it to to. What src is to be closed by the caller, and to as well.
+// Convert reads the image of src and writes it to to. The caller closes both.
 func Convert(ctx context.Context, src source.Source, to Destination, o Options) (*Result, error) {
 	if o.MaxSize <= 0 {
 		o.MaxSize = source.DefaultMaxSize
@@ -75,7 +75,6 @@ func Convert(ctx context.Context, src source.Source, to Destination, o Options) 
 	return c.result(r.document), nil
 }
 
-// conversion is one Convert.
 type conversion struct {
 	o      Options
 	to     Destination
@@ -83,8 +82,8 @@ type conversion struct {
 	res    Result
 }
 
-// lanes is how many layers are read at the same time. Each uses all cores while it is encoded; a second one uses the
-// network meanwhile.
+// lanes is the number of layers read at a time. Encoding one layer uses all cores; the second one uses
+// the network meanwhile.
 const lanes = 2
 
 func (c *conversion) run(ctx context.Context, root *document) error {
@@ -117,7 +116,7 @@ func (c *conversion) run(ctx context.Context, root *document) error {
 	return c.to.name(ctx, root.desc, root.doc)
 }
 
-// document writes what belongs to an index or a manifest, and the document itself unless it is the root.
+// document writes the parts of an index or a manifest, and the document itself unless it is the root.
 func (c *conversion) document(ctx context.Context, d *document) error {
 	for _, child := range d.children {
 		if err := c.document(ctx, child); err != nil {

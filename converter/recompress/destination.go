@@ -11,48 +11,47 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// Destination is a place that takes an image. Its methods are called in the order in which an image needs them: what a
-// document names comes before it.
+// Destination is a place that takes an image. The caller passes the parts of a document before the document.
 type Destination interface {
-	// take brings a blob in without its bytes, if the destination has it or can get it by itself. It is called from
-	// several goroutines.
+	// take adds a blob without its bytes, if the destination has it or can get it by itself. Several
+	// goroutines call it.
 	take(ctx context.Context, d ocispec.Descriptor) (bool, error)
-	// blob takes a blob, and tells up how it goes over the network, if it does. It is called from several goroutines.
+	// blob adds a blob and reports an upload over the network to up. Several goroutines call it.
 	blob(ctx context.Context, d ocispec.Descriptor, open func() (io.ReadCloser, error), up upload) error
-	// manifest takes an index or a manifest that another one names.
+	// manifest adds an index or a manifest that another document names.
 	manifest(ctx context.Context, d ocispec.Descriptor, doc []byte) error
-	// name takes the index or the manifest that the destination's name is to lead to, and nothing follows.
+	// name adds the index or the manifest for the destination's name. It is the last call.
 	name(ctx context.Context, d ocispec.Descriptor, doc []byte) error
-	// counts are the bytes of blobs by how they came to a registry.
+	// counts returns the bytes of blobs by the way they came to a registry.
 	counts() (sent, mounted, present int64)
 
-	// Close frees what the destination holds. What has no name yet is dropped where that is possible.
+	// Close frees the resources of the destination and drops unnamed content where possible.
 	Close() error
-	// String is the destination as a user would write it.
+	// String returns the destination as a user would write it.
 	String() string
 }
 
-// upload is told how one blob is sent. Nil functions mean that nobody wants to know.
+// upload observes the sending of one blob. Its functions may be nil.
 type upload struct {
-	// begin says that the blob is sent now, from its beginning, and sent that n more bytes of it were.
+	// begin is called whenever sending starts from the beginning, sent for each n bytes sent.
 	begin func()
 	sent  func(n int)
 }
 
-// Config is what destinations need to know beside their name.
+// Config holds the settings of destinations besides their names.
 type Config struct {
-	// PlainHTTP, HostDirs and Notify are as those of source.Config.
+	// PlainHTTP, HostDirs and Notify are those of source.Config.
 	PlainHTTP bool
 	HostDirs  []string
 	Notify    func(message string)
-	// Source is where the image comes from. A registry takes blobs from another repository of its own.
+	// Source is the source of the image. A registry mounts blobs from its repository if it is the same registry.
 	Source string
 }
 
 // Kinds lists the forms of a destination, for help texts.
 const Kinds = "docker://REF, oci:DIR[:TAG] or oci-archive:FILE[:TAG]"
 
-// ParseDestination turns the name of a destination into a Destination, which the caller closes. Nothing is written yet.
+// ParseDestination returns the Destination for a name. It writes nothing. The caller closes the Destination.
 func ParseDestination(name string, c Config) (Destination, error) {
 	kind, rest, _ := strings.Cut(name, ":")
 	switch kind {

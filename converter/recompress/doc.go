@@ -1,14 +1,14 @@
-// Package recompress writes OCI images anew whose layers are zstd:chunked: to a layout, an archive or a registry.
+// Package recompress rewrites OCI images with zstd:chunked layers, to a layout, an archive or a registry.
 //
 //	to, err := recompress.ParseDestination("docker://registry.example.com/web:v2", recompress.Config{})
 //	...
 //	defer to.Close()
 //	res, err := recompress.Convert(ctx, src, to, recompress.Options{})
 //
-// Layers stay layers and have the same diff IDs, and configurations stay as they are byte by byte: the image is the same
-// for whoever runs it. Manifests and indexes get other digests. What cannot be zstd:chunked, and what is it already,
-// stays as it is.
+// Layers keep their boundaries and diff IDs, and configurations are unchanged byte by byte: the image
+// behaves the same. Manifests and indexes get new digests. Layers that cannot be or already are
+// zstd:chunked are copied unchanged.
 //
-// The destination names the image in the last step. Until then, and when anything fails, the name leads to what it led
-// to before.
+// The destination gets its name in the last step. Until then, and after a failure, the name keeps its
+// old meaning.
 package recompress

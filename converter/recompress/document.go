@@ -14,35 +14,35 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// document is an index or a manifest that is written anew.
+// document is an index or a manifest to be rewritten.
 type document struct {
-	desc     ocispec.Descriptor // as in the source; once it is rewritten, of doc
+	desc     ocispec.Descriptor // as in the source; after rewriting, of doc
 	doc      []byte
 	was      digest.Digest // its digest in the source
 	index    *ocispec.Index
 	children []*document // of the index, in its order
 	image    *ocispec.Manifest
 	layers   []*layerTask // of the image
-	blobs    []blobTask   // that stay as they are
+	blobs    []blobTask   // copied unchanged
 }
 
-// blobTask is a blob that stays as it is.
+// blobTask is a blob to copy unchanged.
 type blobTask struct {
 	desc ocispec.Descriptor
 	open func(ctx context.Context) (io.ReadCloser, error)
 }
 
-// found is the root, and the distinct layers of all images.
+// found holds the root document and the distinct layers of all images.
 type found struct {
 	*document
 	whole  *source.Whole
 	layers []*layerTask
 	known  map[string]*layerTask
-	seen   map[digest.Digest]bool // blobs that stay as they are
+	seen   map[digest.Digest]bool // blobs to copy unchanged
 	images int
 }
 
-// maxNesting bounds how deep indexes may lie in indexes.
+// maxNesting bounds the nesting of indexes.
 const maxNesting = 8
 
 // find reads all documents of an image.
@@ -78,7 +78,7 @@ func find(ctx context.Context, src source.Source, o Options) (*found, error) {
 	return f, nil
 }
 
-// read reads a document and all below it.
+// read reads a document and everything below it.
 func (f *found) read(ctx context.Context, d ocispec.Descriptor, depth int) (*document, error) {
 	if depth > maxNesting {
 		return nil, fmt.Errorf("more than %d indexes within each other", maxNesting)
@@ -108,7 +108,7 @@ func (f *found) read(ctx context.Context, d ocispec.Descriptor, depth int) (*doc
 	if err != nil {
 		return nil, err
 	}
-	if img == nil { // an attestation, a signature: all of it stays
+	if img == nil { // copy attestations and signatures unchanged
 		for _, b := range append([]ocispec.Descriptor{m.Config}, m.Layers...) {
 			f.keep(doc, b, func(ctx context.Context) (io.ReadCloser, error) { return f.whole.Open(ctx, b) })
 		}
@@ -117,7 +117,7 @@ func (f *found) read(ctx context.Context, d ocispec.Descriptor, depth int) (*doc
 	return doc, f.take(doc, m, img)
 }
 
-// fromImage makes a document of an image that was found by its platform, or that has no manifest.
+// fromImage returns the document of an image selected by platform, or of one without a manifest.
 func (f *found) fromImage(img *source.Image) (*document, error) {
 	m := &ocispec.Manifest{Config: ocispec.Descriptor{
 		MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(img.Config), Size: int64(len(img.Config)),
@@ -138,7 +138,7 @@ func (f *found) fromImage(img *source.Image) (*document, error) {
 	return doc, f.take(doc, m, img)
 }
 
-// take notes the layers of an image. Those of several images are read once.
+// take records the layers of an image. Layers shared by several images are read once.
 func (f *found) take(doc *document, m *ocispec.Manifest, img *source.Image) error {
 	f.images++
 	doc.image = m
@@ -164,10 +164,10 @@ func (f *found) keep(doc *document, d ocispec.Descriptor, open func(context.Cont
 	}
 }
 
-// attested is where BuildKit says which manifest of an index an attestation belongs to.
+// attested is the annotation in which BuildKit names the manifest that an attestation belongs to.
 const attested = "vnd.docker.reference.digest"
 
-// rewrite makes the new document, once all that it names was written.
+// rewrite creates the new document, once all its parts are written.
 func (d *document) rewrite(c *conversion) error {
 	var v any
 	switch {
@@ -195,10 +195,11 @@ func (d *document) rewrite(c *conversion) error {
 			e.MediaType, e.Digest, e.Size, e.Data = child.desc.MediaType, child.desc.Digest, child.desc.Size, nil
 			of := e.Annotations[attested]
 			if to := now[of]; to != "" && string(to) != of {
-				// The index must not lead from the new image to none. What was said of the old one stays true of it only.
+				// The index must lead from the new image to its attestation, which remains a statement about
+				// the old image.
 				e.Annotations[attested] = to.String()
-				c.note("attestation %s is kept as it is, and speaks of %s, which is %s now: signatures over the old digest "+
-					"do not cover the new one", child.desc.Digest, of, to)
+				c.note("attestation %s is unchanged and refers to %s, which is now %s: "+
+					"signatures over the old digest do not cover the new one", child.desc.Digest, of, to)
 			}
 		}
 		v = d.index

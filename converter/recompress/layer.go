@@ -20,21 +20,21 @@ import (
 
 func newReader(b []byte) io.Reader { return bytes.NewReader(b) }
 
-// layerTask is a layer that is encoded, or stays as it is.
+// layerTask is a layer to encode or to copy.
 type layerTask struct {
 	layer source.Layer
-	to    ocispec.Descriptor // once it was written
+	to    ocispec.Descriptor // set once it is written
 	kept  string             // why it was not encoded
 }
 
-// formats are the annotations of formats that a layer no longer has once it is encoded anew.
+// formats are the annotations of other formats, which an encoded layer loses.
 var formats = []string{
 	chunked.AnnotationTOCDigest, chunked.AnnotationTOCPosition, chunked.AnnotationTarSplitPosition,
 	chunked.AnnotationTarSplitDigest, "containerd.io/snapshot/stargz/toc.digest",
 	"io.containers.estargz.uncompressed-size",
 }
 
-// keep returns why a layer stays as it is, as far as its descriptor says; empty if it does not.
+// keep returns the reason in a layer's descriptor to copy the layer unchanged, or "".
 func keep(d ocispec.Descriptor) string {
 	switch {
 	case d.Annotations[chunked.AnnotationTOCDigest] != "" && d.Annotations[chunked.AnnotationTarSplitPosition] != "":
@@ -45,7 +45,7 @@ func keep(d ocispec.Descriptor) string {
 	return ""
 }
 
-// layer encodes one layer and hands it to the destination.
+// layer encodes one layer and passes it to the destination.
 func (c *conversion) layer(ctx context.Context, i int, t *layerTask) error {
 	t.kept = keep(t.layer.Desc)
 	if d := t.layer.Desc; t.kept != "" && d.MediaType == ocispec.MediaTypeImageLayerZstd {
@@ -75,7 +75,7 @@ func (c *conversion) layer(ctx context.Context, i int, t *layerTask) error {
 			if _, err = f.Seek(0, io.SeekStart); err == nil {
 				err = f.Truncate(0)
 			}
-			progress = func(int) {} // it was counted
+			progress = func(int) {} // already counted
 		}
 		if err != nil {
 			return err
@@ -95,7 +95,7 @@ func (c *conversion) layer(ctx context.Context, i int, t *layerTask) error {
 	return err
 }
 
-// upload tells Progress how a layer is sent.
+// upload connects Progress to the sending of a layer.
 func (c *conversion) upload(i int, size int64) upload {
 	if c.o.Progress == nil {
 		return upload{}
@@ -119,7 +119,7 @@ func (c *conversion) encode(ctx context.Context, t *layerTask, w io.Writer, prog
 		return err
 	}
 	e, err := chunked.Encode(ctx, w, r, 0)
-	if err := r.Finish(err); err != nil { // says first what is wrong with the blob
+	if err := r.Finish(err); err != nil { // an error of the blob comes first
 		return err
 	}
 	if e.DiffID != t.layer.DiffID {
@@ -145,7 +145,7 @@ func isFormat(key string) bool {
 	return false
 }
 
-// asItIs copies the blob, and verifies it.
+// asItIs copies and verifies the blob.
 func (c *conversion) asItIs(ctx context.Context, t *layerTask, w io.Writer, progress func(int)) error {
 	rc, err := t.layer.Open(ctx)
 	if err != nil {
@@ -164,7 +164,7 @@ func (c *conversion) asItIs(ctx context.Context, t *layerTask, w io.Writer, prog
 	return nil
 }
 
-// mediaType is that of OCI for a layer, whose first bytes say how it is compressed: Docker's types do not.
+// mediaType returns a layer's OCI media type. Docker's types lack the compression, so head decides it.
 func mediaType(was string, head []byte) string {
 	t := ocispec.MediaTypeImageLayer
 	if strings.Contains(was, "nondistributable") || strings.Contains(was, "foreign") {
@@ -184,7 +184,7 @@ func (h *headWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// copyVerified copies a blob and compares it with what its descriptor says, which may be nothing.
+// copyVerified copies a blob and compares it with its descriptor, as far as that is filled in.
 func copyVerified(w io.Writer, r io.Reader, want ocispec.Descriptor, progress func(int)) (digest.Digest, int64, error) {
 	algorithm := digest.SHA256
 	if want.Digest != "" {
@@ -208,7 +208,7 @@ func copyVerified(w io.Writer, r io.Reader, want ocispec.Descriptor, progress fu
 	return h.Digest(), n, nil
 }
 
-// counter is told how many bytes are written.
+// counter receives the number of bytes written.
 type counter func(int)
 
 func (c counter) Write(p []byte) (int, error) {
@@ -216,7 +216,7 @@ func (c counter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// copy hands a blob on that stays as it is.
+// copy copies a blob unchanged to the destination.
 func (c *conversion) copy(ctx context.Context, b blobTask) error {
 	if ok, err := c.to.take(ctx, b.desc); ok || err != nil {
 		return err

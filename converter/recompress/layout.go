@@ -17,7 +17,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// layout is an OCI image layout, which may have other images.
+// layout is an OCI image layout, which may contain other images.
 type layout struct {
 	kind, dir, tag string
 }
@@ -30,14 +30,14 @@ func (l *layout) path(d digest.Digest) string {
 	return filepath.Join(l.dir, ocispec.ImageBlobsDir, d.Algorithm().String(), d.Encoded())
 }
 
-// take finds a blob that is there. One that is damaged is not.
+// take finds an existing, undamaged blob.
 func (l *layout) take(_ context.Context, d ocispec.Descriptor) (bool, error) {
 	path := l.path(d.Digest)
 	fi, err := os.Stat(path)
 	return err == nil && fi.Mode().IsRegular() && fi.Size() == d.Size && same(path, d.Digest), nil
 }
 
-// blob writes a file that has its name only when it is complete.
+// blob writes a file that gets its name only once it is complete.
 func (l *layout) blob(ctx context.Context, d ocispec.Descriptor, open func() (io.ReadCloser, error), _ upload) error {
 	path := l.path(d.Digest)
 	if there, _ := l.take(ctx, d); there {
@@ -62,7 +62,6 @@ func (l *layout) blob(ctx context.Context, d ocispec.Descriptor, open func() (io
 	return f.CloseAtomicallyReplace()
 }
 
-// same tells whether a file has a digest.
 func same(path string, d digest.Digest) bool {
 	f, err := os.Open(path)
 	if err != nil {
@@ -78,7 +77,6 @@ func (l *layout) manifest(ctx context.Context, d ocispec.Descriptor, doc []byte)
 	return l.blob(ctx, d, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(doc)), nil }, upload{})
 }
 
-// name writes index.json.
 func (l *layout) name(ctx context.Context, d ocispec.Descriptor, doc []byte) error {
 	if err := l.manifest(ctx, d, doc); err != nil {
 		return err

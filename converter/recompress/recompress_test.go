@@ -31,7 +31,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// tarOf writes a tar of files whose contents are their names, many times.
+// tarOf writes a tar of files that contain their repeated names.
 func tarOf(t testing.TB, names ...string) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -69,8 +69,8 @@ func convert(t testing.TB, from, to string, o Options) (*Result, error) {
 // arm is a second platform.
 var arm = ocispec.Platform{OS: "linux", Architecture: "arm64"}
 
-// index makes a layout with an index v1 of two images that have a layer in common, and an attestation of the first.
-// One layer has a name twice, and cannot be encoded.
+// index makes a layout with an index v1 of two images with a common layer, and an attestation of the
+// first image. One layer contains a name twice and cannot be encoded.
 func index(t testing.TB) (l *ocitest.Layout, amd ocispec.Descriptor) {
 	t.Helper()
 	l = ocitest.NewLayout(t, filepath.Join(t.TempDir(), "in"))
@@ -108,7 +108,7 @@ func read[T any](t testing.TB, dir string, d digest.Digest) (v T) {
 	return v
 }
 
-// TestIndex: an index keeps its images, their configurations and what belongs to them.
+// TestIndex: an index keeps its images, their configurations and attachments.
 func TestIndex(t *testing.T) {
 	l, amd := index(t)
 	out := filepath.Join(t.TempDir(), "out")
@@ -126,7 +126,7 @@ func TestIndex(t *testing.T) {
 		t.Fatalf("index %+v, expected both images, and the attestation of the first", list)
 	}
 	if len(res.Notes) != 1 ||
-		!strings.Contains(res.Notes[0], amd.Digest.String()+", which is "+list[0].Digest.String()+" now") {
+		!strings.Contains(res.Notes[0], amd.Digest.String()+", which is now "+list[0].Digest.String()) {
 		t.Errorf("notes %q, expected one about the attestation", res.Notes)
 	}
 	was, now := read[ocispec.Manifest](t, l.Dir, amd.Digest), read[ocispec.Manifest](t, out, list[0].Digest)
@@ -140,10 +140,10 @@ func TestIndex(t *testing.T) {
 	if kept := now.Layers[1]; kept.Digest != was.Layers[1].Digest || kept.MediaType != ocispec.MediaTypeImageLayerGzip {
 		t.Errorf("layer %+v, expected %s as it was, with OCI's media type", kept, was.Layers[1].Digest)
 	}
-	if !strings.Contains(res.Layers[1].Kept, `"./c": there is more than one of this name`) {
+	if !strings.Contains(res.Layers[1].Kept, `"./c": the name occurs more than once`) {
 		t.Errorf("layer is kept because of %q", res.Layers[1].Kept)
 	}
-	// GNU tar and zstd read it as any layer.
+	// GNU tar and zstd can read it.
 	blob := filepath.Join(out, "blobs", "sha256", now.Layers[0].Digest.Encoded())
 	names, err := exec.Command("tar", "--zstd", "-tf", blob).Output()
 	if err != nil || string(names) != "a\nb\n" {
@@ -157,7 +157,7 @@ func TestIndex(t *testing.T) {
 	}
 }
 
-// TestSame: the same image comes out each time, from a layout and an archive, and of what is zstd:chunked already.
+// TestSame: a layout, an archive and an image that is already zstd:chunked give the same output.
 func TestSame(t *testing.T) {
 	l, _ := index(t)
 	dir := t.TempDir()
@@ -184,7 +184,7 @@ func TestSame(t *testing.T) {
 	}
 }
 
-// TestPlatform: one image of an index becomes a manifest, and so does one that has no manifest.
+// TestPlatform: one image of an index becomes a manifest, and so does an image without a manifest.
 func TestPlatform(t *testing.T) {
 	l, _ := index(t)
 	p, err := source.ParsePlatform("linux/arm64")
@@ -221,7 +221,7 @@ func TestPlatform(t *testing.T) {
 	}
 }
 
-// TestNoLayers: what has no layers is refused.
+// TestNoLayers: a source without layers is refused.
 func TestNoLayers(t *testing.T) {
 	_, err := convert(t, "rootfs:"+t.TempDir(), "oci:"+t.TempDir()+"/out", Options{})
 	if err == nil || !strings.Contains(err.Error(), "no layers") {
@@ -229,7 +229,7 @@ func TestNoLayers(t *testing.T) {
 	}
 }
 
-// TestDamaged: nothing is named when a layer is not what it should be.
+// TestDamaged: with a damaged layer, the destination gets no name.
 func TestDamaged(t *testing.T) {
 	for _, what := range []string{"blob", "diff ID"} {
 		l := ocitest.NewLayout(t, filepath.Join(t.TempDir(), "in"))
@@ -260,7 +260,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// server is a registry that notes requests, and fails some of them.
+// server is a registry that records requests and fails some of them.
 type server struct {
 	http.Handler
 	fail func(w http.ResponseWriter, r *http.Request) bool
@@ -288,13 +288,13 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.Method == http.MethodPost && r.URL.Query().Get("mount") != "" && s.has(r) {
-		w.WriteHeader(http.StatusCreated) // all repositories of this registry have the same blobs
+		w.WriteHeader(http.StatusCreated) // all repositories of this registry share their blobs
 		return
 	}
 	s.Handler.ServeHTTP(w, r)
 }
 
-// has says whether the repository to mount from has the blob.
+// has reports whether the repository to mount from has the blob.
 func (s *server) has(r *http.Request) bool {
 	path := fmt.Sprintf("/v2/%s/blobs/%s", r.URL.Query().Get("from"), r.URL.Query().Get("mount"))
 	w := httptest.NewRecorder()
@@ -302,7 +302,7 @@ func (s *server) has(r *http.Request) bool {
 	return w.Code == http.StatusOK
 }
 
-// pulled checks what crane's library makes of the layers of an image.
+// pulled checks the layers of an image as read by crane's library.
 func pulled(t testing.TB, ref string) {
 	t.Helper()
 	r, err := name.ParseReference(ref, name.Insecure)
@@ -334,7 +334,7 @@ func pulled(t testing.TB, ref string) {
 	}
 }
 
-// TestPush: the tag is the last request; what is there already is not sent again, also in another repository.
+// TestPush: the tag is the last request, and existing blobs are not sent, not even from other repositories.
 func TestPush(t *testing.T) {
 	l, _ := index(t)
 	s := newServer(t)
@@ -353,7 +353,7 @@ func TestPush(t *testing.T) {
 	if res, err = convert(t, "oci:"+l.Dir+":v1", to, Options{}); err != nil || res.Sent != 0 || res.Present < sent {
 		t.Errorf("again: sent %d, present %d of %d, error %v", res.Sent, res.Present, sent, err)
 	}
-	s.fail = func(w http.ResponseWriter, r *http.Request) bool { // as registries do that keep repositories apart
+	s.fail = func(w http.ResponseWriter, r *http.Request) bool { // like registries with separate repositories
 		if r.Method == http.MethodHead && strings.Contains(r.URL.Path, "/other/") {
 			w.WriteHeader(http.StatusNotFound)
 			return true
@@ -367,7 +367,7 @@ func TestPush(t *testing.T) {
 	pulled(t, s.host+"/other/image:v2")
 }
 
-// TestPushFails: whatever fails, and whenever, no tag is there; and what passes is tried again.
+// TestPushFails: after a failure of any request there is no tag, and transient failures are retried.
 func TestPushFails(t *testing.T) {
 	l, _ := index(t)
 	for _, c := range []struct {
@@ -408,7 +408,7 @@ func TestPushFails(t *testing.T) {
 	}
 }
 
-// TestCancel: a conversion that is interrupted says why, and names nothing.
+// TestCancel: an interrupted conversion returns the cause and leaves no name.
 func TestCancel(t *testing.T) {
 	l, _ := index(t)
 	s := newServer(t)

@@ -13,12 +13,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
 )
 
-// registry pushes.
 type registry struct {
 	kind string
 	repo *remote.Repository
 
-	bytes [3]atomic.Int64 // by remote.Pushed
+	bytes [3]atomic.Int64 // indexed by remote.Pushed
 }
 
 func newRegistry(name, ref string, c Config) (Destination, error) {
@@ -36,7 +35,7 @@ func newRegistry(name, ref string, c Config) (Destination, error) {
 	return &registry{kind: name, repo: repo}, nil
 }
 
-// mountFrom is the repository of the source if it is another one of the same registry.
+// mountFrom returns the repository of the source if it is another one of the same registry.
 func mountFrom(ref string, to *remote.Repository) string {
 	from, err := remote.New(ref, remote.Config{})
 	if err != nil {

@@ -15,24 +15,24 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// member is where a file lies in a tar archive.
+// member is the place of a file in a tar archive.
 type member struct {
 	off, size int64
-	links     []string // the members that it may be a link to, the likely one first; none if it is a file
-	sparse    bool     // its contents are not in one piece
+	links     []string // the members it may link to, the likely one first; nil for a file
+	sparse    bool     // its contents are not contiguous
 }
 
-// key is the name of a member as others refer to it: tar -P writes absolute names, other tools write "./" before them.
+// key normalizes the name of a member: tar -P writes absolute names, other tools a leading "./".
 func key(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
-// archive is a tar file with an index, so that its members can be read in any order and concurrently.
+// archive is a tar file with an index, so that its members can be read concurrently and in any order.
 type archive struct {
 	f       *os.File
 	members map[string]member
 }
 
-// openArchive indexes a tar. One that is compressed is unpacked into a temporary file without a name first, since its
-// members could not be read in the order in which they are needed. It may have at most limit bytes then.
+// openArchive indexes a tar. It decompresses a compressed one into an unnamed temporary file of at
+// most limit bytes, because members are not read in their order.
 func openArchive(ctx context.Context, file string, limit int64) (*archive, error) {
 	if limit <= 0 {
 		limit = DefaultMaxSize
@@ -79,7 +79,7 @@ func (a *archive) inflate(ctx context.Context, limit int64) error {
 	if err != nil {
 		return err
 	}
-	defer r.Close() // and with it the file
+	defer r.Close() // also closes the file
 	tmp, err := os.CreateTemp("", "daxfs-archive-*")
 	if err != nil {
 		return err
@@ -100,7 +100,7 @@ func (a *archive) inflate(ctx context.Context, limit int64) error {
 	return nil
 }
 
-// looksLike names the compression of a file that is no tar.
+// looksLike returns the apparent compression of a file that is not a tar.
 func (a *archive) looksLike() string {
 	head := make([]byte, blob.HeadSize)
 	n, _ := a.f.ReadAt(head, 0)
@@ -110,8 +110,8 @@ func (a *archive) looksLike() string {
 // maxMembers bounds the members of an archive: each takes memory, and images have a few for each layer.
 const maxMembers = 1 << 20
 
-// index notes where every member lies. The tar reader does not read ahead of a header, and skips by seeking, so that
-// the file's position is where the contents begin.
+// index records the place of every member. The tar reader does not read beyond a header and skips by
+// seeking, so the file's position is the start of the contents.
 func (a *archive) index(ctx context.Context) error {
 	a.members = map[string]member{}
 	tr := tar.NewReader(a.f)
@@ -141,8 +141,8 @@ func (a *archive) index(ctx context.Context) error {
 		case tar.TypeLink:
 			m.links = []string{key(h.Linkname)}
 		case tar.TypeSymlink:
-			// Old versions of docker save wrote a layer once and linked to it. Other tools give the target from the root of
-			// the archive, without saying so.
+			// Old versions of docker save wrote a layer once and linked to it. Other tools write the target
+			// relative to the archive's root.
 			m.links = []string{key(h.Linkname)}
 			if !path.IsAbs(h.Linkname) {
 				m.links = []string{key(path.Join(path.Dir(key(h.Name)), h.Linkname)), key(h.Linkname)}
@@ -154,10 +154,9 @@ func (a *archive) index(ctx context.Context) error {
 	}
 }
 
-// errNoMember marks a name that an archive does not have.
+// errNoMember reports a name that is not in the archive.
 var errNoMember = errors.New("is not in the archive")
 
-// reader returns the contents of a member.
 func (a *archive) reader(name string) (*io.SectionReader, error) {
 	steps := 64
 	m, ok := a.find(key(name), &steps)
@@ -170,7 +169,7 @@ func (a *archive) reader(name string) (*io.SectionReader, error) {
 	return io.NewSectionReader(a.f, m.off, m.size), nil
 }
 
-// find returns the file that a name leads to, through links to files and to directories. steps is what it may take.
+// find returns the file at a name. It follows links to files and directories, at most steps of them.
 func (a *archive) find(name string, steps *int) (member, bool) {
 	const maxName, maxDepth = 4096, 32
 	if *steps--; *steps < 0 || len(name) > maxName {
@@ -181,7 +180,7 @@ func (a *archive) find(name string, steps *int) (member, bool) {
 		return m, true
 	}
 	rest := ""
-	for depth, i := 0, 0; !ok && depth < maxDepth; depth++ { // a directory on the way may be a link
+	for depth, i := 0, 0; !ok && depth < maxDepth; depth++ { // a parent directory may be a link
 		n := strings.IndexByte(name[i:], '/')
 		if n < 0 {
 			break
@@ -221,7 +220,6 @@ func (a *archive) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, 
 	return io.NopCloser(r), nil
 }
 
-// ociArchive is an OCI image layout in a tar file.
 type ociArchive struct {
 	name, file, tag string
 	limit           int64

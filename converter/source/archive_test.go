@@ -21,7 +21,7 @@ type (
 	saved = []dockerEntry
 )
 
-// configOf is the configuration of an image with layers, which are tars.
+// configOf returns the configuration of an image with these layers, which are tars.
 func configOf(t *testing.T, p ocispec.Platform, layers ...[]byte) string {
 	t.Helper()
 	c := ocispec.Image{Platform: p, RootFS: ocispec.RootFS{Type: "layers"}}
@@ -42,7 +42,7 @@ func findIn(t *testing.T, kind string, archive []byte, ref, p string) (*Image, e
 	return find(t, src, p)
 }
 
-// TestArchiveLinks: where docker save and other tools let the name of a layer lead.
+// TestArchiveLinks: links of layers, as written by docker save and other tools.
 func TestArchiveLinks(t *testing.T) {
 	a, b := Tar(Reg("a", "1")), Tar(Reg("b", "2"))
 	config := Reg("c.json", configOf(t, ocitest.LinuxAMD64, a, b))
@@ -179,7 +179,7 @@ func TestArchiveNames(t *testing.T) {
 	}
 }
 
-// TestDockerArchiveChoice: among several images, by reference, by index, by platform.
+// TestDockerArchiveChoice: selection among several images by reference, index and platform.
 func TestDockerArchiveChoice(t *testing.T) {
 	a, b, c := Tar(Reg("a", "1")), Tar(Reg("b", "2")), Tar(Reg("c", "3"))
 	arm := platform("arm64", "")
@@ -192,7 +192,7 @@ func TestDockerArchiveChoice(t *testing.T) {
 	}
 	for name, list := range map[string]struct {
 		list []dockerEntry
-		want map[string]string // by "REF PLATFORM": the layer, or what the error says
+		want map[string]string // by "REF PLATFORM": the layer, or part of an error
 	}{
 		"one": {saved{entry("a")}, map[string]string{
 			" ": "a", ":@0 ": "a", ":@1 ": `no "@1", there is: @0`, ":x ": `no "x", there is: @0`,
@@ -237,7 +237,7 @@ func TestDockerArchiveChoice(t *testing.T) {
 	}
 }
 
-// TestPathsWithColons: what exists is the path, and the shortest is meant.
+// TestPathsWithColons: the shortest existing path is used.
 func TestPathsWithColons(t *testing.T) {
 	t.Chdir(t.TempDir())
 	l := ocitest.NewLayout(t, "a:b:c")
@@ -270,7 +270,7 @@ func TestPathsWithColons(t *testing.T) {
 	}
 }
 
-// TestOtherArchives: what cannot be read is named.
+// TestOtherArchives: the error names the unsupported format.
 func TestOtherArchives(t *testing.T) {
 	for want, head := range map[string]string{
 		"bzip2": "BZh91AY&SY", "xz": "\xfd7zXZ\x00\x00\x04", "lzma": "\x5d\x00\x00\x80\x00", "lz4": "\x04\x22\x4d\x18",
@@ -288,7 +288,7 @@ func TestOtherArchives(t *testing.T) {
 	}
 }
 
-// TestPaddedArchives: gzip takes zeros behind its data, and so does an archive.
+// TestPaddedArchives: gzip accepts zeros behind its data, and so does an archive.
 func TestPaddedArchives(t *testing.T) {
 	a := Tar(Reg("a", "1"))
 	archive := Tar(Reg("a", string(a)), Reg("c", configOf(t, ocitest.LinuxAMD64, a)),
@@ -303,7 +303,7 @@ func TestPaddedArchives(t *testing.T) {
 		"with zeros":     {append(bytes.Clone(gz), make([]byte, 512)...), true},
 		"with garbage":   {append(bytes.Clone(gz), "garbage"...), false},
 		"cut":            {gz[:len(gz)-9], false},
-		"cut at the end": {archive[:len(archive)-1024], true}, // the end marker is missing, as tar takes it
+		"cut at the end": {archive[:len(archive)-1024], true}, // without the end marker, which tar accepts
 		"zeros behind":   {append(bytes.Clone(archive), make([]byte, 10240)...), true},
 		"twice":          {append(bytes.Clone(archive), archive...), true},
 	} {

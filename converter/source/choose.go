@@ -14,22 +14,22 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// candidate is a manifest in an index that may be that of the image.
+// candidate is a manifest in an index that may belong to the image.
 type candidate struct {
 	desc ocispec.Descriptor
-	name string // of the entry of index.json that led to it; empty if that has none
-	// platform that the index or else the configuration gives.
+	name string // of the entry of index.json that led to it, or empty
+	// platform comes from the index, else from the configuration.
 	platform ocispec.Platform
 }
 
-// passed is what was found on the way and is not the image.
+// passed is a manifest that is not the image, with the reason.
 type passed struct {
 	desc ocispec.Descriptor
 	why  error
 }
 
-// search finds the image for a platform among the manifests of indexes, beside which signatures, attestations and other
-// artifacts may stand, and others that are not there.
+// search finds the image for a platform among the manifests of indexes. The indexes may also list
+// signatures, attestations, other artifacts, and missing manifests.
 type search struct {
 	*finder
 	platform Platform
@@ -42,15 +42,15 @@ func newSearch(b *finder, p Platform) *search {
 	return &search{finder: b, platform: p, seen: map[string]bool{}}
 }
 
-// declared says whether an index gives a platform to a manifest. Some tools write empty ones.
+// declared reports whether an index gives a platform for a manifest. Some tools write empty platforms.
 func declared(d ocispec.Descriptor) bool {
 	return d.Platform != nil && d.Platform.OS != "" && d.Platform.Architecture != ""
 }
 
-// attestationType is the annotation by which BuildKit marks what belongs to another manifest of an index.
+// attestationType is BuildKit's annotation of a manifest that belongs to another one in the index.
 const attestationType = "vnd.docker.reference.type"
 
-// expand adds the manifests of an index and of the indexes in it. What it cannot use it passes over.
+// expand adds the manifests of an index and of its nested indexes. It skips unusable ones.
 func (s *search) expand(ctx context.Context, list []ocispec.Descriptor, name string, depth int) error {
 	for _, d := range list {
 		if err := s.add(ctx, d, name, depth); err != nil {
@@ -63,8 +63,8 @@ func (s *search) expand(ctx context.Context, list []ocispec.Descriptor, name str
 	return nil
 }
 
-// unusable says whether an error is about one manifest and would come again: the search goes on without it. Any other
-// error ends the search, since the same search could find another image later.
+// unusable reports whether an error is a permanent one of a single manifest: the search goes on
+// without it. Any other error ends the search, because a later search could find another image.
 func unusable(err error) bool {
 	return errors.Is(err, errMissing) || errors.Is(err, errDamaged) || errors.Is(err, ErrMediaType) ||
 		errors.Is(err, blob.ErrMismatch)
@@ -111,7 +111,7 @@ func (s *search) add(ctx context.Context, d ocispec.Descriptor, name string, dep
 	if err != nil {
 		return err
 	}
-	img, err := s.config(ctx, m) // it knows the platform
+	img, err := s.config(ctx, m) // it contains the platform
 	if err != nil {
 		return err
 	}
@@ -119,18 +119,18 @@ func (s *search) add(ctx context.Context, d ocispec.Descriptor, name string, dep
 	return nil
 }
 
-// choose returns the image for the platform. Those that suit it equally well must be the same image.
+// choose returns the image for the platform. Equally suitable candidates must be the same image.
 func (s *search) choose(ctx context.Context) (*Image, error) {
 	for _, rank := range s.platform.rank(s.found) {
-		if img, err := s.one(ctx, rank); img != nil || err != nil {
+		if img, err := s.only(ctx, rank); img != nil || err != nil {
 			return img, err
 		}
 	}
-	return nil, s.nothing()
+	return nil, s.noImage()
 }
 
-// one returns the only image among candidates of one rank, or nil if none of them is an image.
-func (s *search) one(ctx context.Context, rank []candidate) (*Image, error) {
+// only returns the only image among candidates of one rank, or nil if none is an image.
+func (s *search) only(ctx context.Context, rank []candidate) (*Image, error) {
 	images := map[digest.Digest]candidate{} // by configuration: one image may be packed in several ways
 	var order []candidate
 	var missing error
@@ -159,14 +159,14 @@ func (s *search) one(ctx context.Context, rank []candidate) (*Image, error) {
 		return nil, ambiguous(s.platform, order)
 	case len(order) == 1:
 		return s.image(ctx, order[0].desc)
-	case missing != nil: // it would be taken, and what suits less must not take its place unasked
+	case missing != nil: // the best match is missing: do not silently take a worse one
 		_, why := s.passedOver()
 		return nil, fmt.Errorf("%w (the index lists it for %s)%s%s", missing, s.platform.name, others(s.found), why)
 	}
 	return nil, nil
 }
 
-// ambiguous is the error for several images of one rank.
+// ambiguous returns the error for several images of one rank.
 func ambiguous(p Platform, images []candidate) error {
 	var list []string
 	for _, c := range images {
@@ -176,11 +176,12 @@ func ambiguous(p Platform, images []candidate) error {
 		}
 		list = append(list, text)
 	}
-	return fmt.Errorf("%w for %s: %s; choose one by its digest (@DIGEST), or by its exact --platform where that differs",
+	return fmt.Errorf("%w for %s: %s; "+
+		"choose one by its digest (@DIGEST), or by its exact --platform where that differs",
 		ErrAmbiguous, p.name, capped(list, ", "))
 }
 
-// platformName is a platform with all that tells it from others.
+// platformName returns a platform with all its distinguishing parts.
 func platformName(p ocispec.Platform) string {
 	if p.OS == "" || p.Architecture == "" {
 		return "an unknown platform"
@@ -188,7 +189,7 @@ func platformName(p ocispec.Platform) string {
 	return platforms.FormatAll(p)
 }
 
-// others names the platforms that there are.
+// others lists the available platforms for a message.
 func others(all []candidate) string {
 	var names []string
 	for _, c := range all {
@@ -201,8 +202,8 @@ func others(all []candidate) string {
 	return fmt.Sprintf(": the index has %s; choose one with --platform", capped(names, ", "))
 }
 
-// nothing is the error for a search that found no image.
-func (s *search) nothing() error {
+// noImage returns the error for a search without a result.
+func (s *search) noImage() error {
 	e := &noImageError{msg: fmt.Sprintf("%v %s", ErrPlatform, s.platform.name)}
 	if o := others(s.found); o != "" {
 		e.msg += o
@@ -214,7 +215,7 @@ func (s *search) nothing() error {
 	return e
 }
 
-// passedOver returns why manifests were passed over, and the same as the end of a message.
+// passedOver returns the reasons why manifests were skipped, also as the end of a message.
 func (s *search) passedOver() (why []error, message string) {
 	var list []string
 	for _, p := range s.passed {
@@ -231,7 +232,7 @@ func (s *search) passedOver() (why []error, message string) {
 	return why, "; passed over: " + capped(list, "; ")
 }
 
-// noImageError wraps ErrPlatform and the reasons for which manifests were passed over.
+// noImageError wraps ErrPlatform and the reasons why manifests were skipped.
 type noImageError struct {
 	msg string
 	why []error
@@ -240,7 +241,7 @@ type noImageError struct {
 func (e *noImageError) Error() string   { return e.msg }
 func (e *noImageError) Unwrap() []error { return append([]error{ErrPlatform}, e.why...) }
 
-// capped joins the first of a list whose length somebody else chose.
+// capped joins a list and cuts it: untrusted input determines its length.
 func capped(list []string, sep string) string {
 	const most = 20
 	if len(list) > most {

@@ -17,13 +17,12 @@ import (
 )
 
 const (
-	// DefaultAddress is where containerd listens unless told otherwise.
+	// DefaultAddress is containerd's default socket.
 	DefaultAddress = "/run/containerd/containerd.sock"
-	// DefaultNamespace is that of ctr and nerdctl.
+	// DefaultNamespace is the default namespace of ctr and nerdctl.
 	DefaultNamespace = "default"
 )
 
-// store is an image in containerd's image store.
 type store struct {
 	name, ref, address, namespace string
 	client                        *containerd.Client
@@ -68,7 +67,6 @@ func (s *store) whole(ctx context.Context) (ocispec.Descriptor, error) {
 	return found.Target, err
 }
 
-// find looks an image up in containerd.
 func (s *store) find(ctx context.Context) (none images.Image, err error) {
 	if s.client == nil {
 		c, err := dialContainerd(ctx, s.address, s.namespace)
@@ -89,7 +87,7 @@ func (s *store) find(ctx context.Context) (none images.Image, err error) {
 }
 
 func dialContainerd(ctx context.Context, address, namespace string) (*containerd.Client, error) {
-	// The client would wait ten seconds for a socket that is not there, and then not say so.
+	// The client would wait ten seconds for a missing socket and then report another error.
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", address)
 	if err != nil {
 		return nil,
@@ -104,8 +102,7 @@ func dialContainerd(ctx context.Context, address, namespace string) (*containerd
 	return c, nil
 }
 
-// ContainerdImages returns the names of the images in a namespace of containerd, one for each distinct image: several
-// names of the same are one.
+// ContainerdImages returns one name for each distinct image in a namespace of containerd.
 func ContainerdImages(ctx context.Context, address, namespace string) ([]string, error) {
 	c, err := dialContainerd(ctx, strings.TrimPrefix(address, "unix://"), namespace)
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// dockerArchive is what docker save writes: a manifest.json that names a configuration and tars of layers.
+// dockerArchive is the output of docker save: a manifest.json that names configurations and tars of layers.
 type dockerArchive struct {
 	name, file, ref string
 	limit           int64
@@ -49,7 +49,6 @@ func (s *dockerArchive) Image(ctx context.Context, p Platform) (*Image, error) {
 	return img, nil
 }
 
-// choose finds the image among those of the archive.
 func (s *dockerArchive) choose(p Platform) (*Image, error) {
 	list, err := s.entries()
 	if err != nil {
@@ -89,7 +88,6 @@ func (s *dockerArchive) choose(p Platform) (*Image, error) {
 	return images[ranks[0][0].desc.Digest], nil
 }
 
-// entries reads the list of images.
 func (s *dockerArchive) entries() ([]dockerEntry, error) {
 	doc, err := s.document(dockerManifestFile)
 	if err != nil {
@@ -108,14 +106,13 @@ func (s *dockerArchive) entries() ([]dockerEntry, error) {
 	return list, nil
 }
 
-// image reads one of the images.
 func (s *dockerArchive) image(e dockerEntry) (*Image, error) {
 	doc, err := s.document(e.Config)
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
-	// The name of the configuration is its digest: <hex>.json of old, blobs/sha256/<hex> now, and sha256:<hex> of crane
-	// and ko.
+	// The configuration's name contains its digest: <hex>.json in old archives, blobs/sha256/<hex> in new
+	// ones, sha256:<hex> from crane and ko.
 	hex := strings.TrimPrefix(strings.TrimSuffix(path.Base(e.Config), ".json"), "sha256:")
 	want := digest.NewDigestFromEncoded(digest.SHA256, hex)
 	if want.Validate() == nil {
@@ -141,7 +138,7 @@ func (s *dockerArchive) image(e dockerEntry) (*Image, error) {
 		}
 		img.Layers[i].Desc = d
 		img.Layers[i].Open = func(context.Context) (io.ReadCloser, error) {
-			r, err := s.reader(name) // a reader of its own: a layer may occur twice
+			r, err := s.reader(name) // a separate reader: a layer may occur twice
 			if err != nil {
 				return nil, err
 			}
@@ -151,8 +148,8 @@ func (s *dockerArchive) image(e dockerEntry) (*Image, error) {
 	return img, nil
 }
 
-// pickDocker finds the images that a reference or @N names, or the only one. Several images of one name are one image
-// for several platforms.
+// pickDocker finds the images named by a reference or @N, or the only one. Several images of one name
+// are one image for several platforms.
 func pickDocker(list []dockerEntry, ref string) ([]dockerEntry, error) {
 	if n, ok := strings.CutPrefix(ref, "@"); ok {
 		i, err := strconv.Atoi(n)

@@ -25,8 +25,8 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// TestIndexesThatMultiply: eight levels of indexes, each of which names the one below a hundred times, which is read
-// once; and an index that names more documents than are read for one image.
+// TestIndexesThatMultiply: eight levels of indexes, each naming the next one a hundred times, are read
+// once; an index with too many documents is refused.
 func TestIndexesThatMultiply(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	d := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -61,7 +61,7 @@ func TestIndexesThatMultiply(t *testing.T) {
 	}
 }
 
-// TestManifestsWithoutPlatform: each of them and its configuration must be read.
+// TestManifestsWithoutPlatform: each manifest and its configuration must be read.
 func TestManifestsWithoutPlatform(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	var many []ocispec.Descriptor
@@ -78,7 +78,7 @@ func TestManifestsWithoutPlatform(t *testing.T) {
 			t.Errorf("%d manifests: %v, expected %v", n, err, want)
 		}
 	}
-	// Many images, of which none was named.
+	// Many images, none of them named.
 	for i := range many {
 		many[i].Annotations = map[string]string{ocispec.AnnotationRefName: fmt.Sprint("v", i)}
 	}
@@ -88,7 +88,7 @@ func TestManifestsWithoutPlatform(t *testing.T) {
 	}
 }
 
-// TestLargeDocuments: each within its limit, and together too much.
+// TestLargeDocuments: each is within its limit, but their sum is not.
 func TestLargeDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	var all []ocispec.Descriptor
@@ -103,7 +103,7 @@ func TestLargeDocuments(t *testing.T) {
 	}
 }
 
-// TestAmbiguousDocuments: a document that is a manifest to some and an index to others is refused, as by containerd.
+// TestAmbiguousDocuments: a document readable as a manifest and as an index is refused, like in containerd.
 func TestAmbiguousDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	good := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -148,7 +148,7 @@ func TestAmbiguousDocuments(t *testing.T) {
 	}
 }
 
-// TestInlineDocuments: a descriptor may carry its document. Only one with the right digest counts, as with containerd.
+// TestInlineDocuments: a descriptor may embed its document if the digest is right, as in containerd.
 func TestInlineDocuments(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	good := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -157,7 +157,7 @@ func TestInlineDocuments(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other := bytes.Replace(doc, []byte("layer"), []byte("Layer"), 1) // as long
+	other := bytes.Replace(doc, []byte("layer"), []byte("Layer"), 1) // equally long
 	for _, stored := range []bool{true, false} {
 		if !stored {
 			if err := os.Remove(l.BlobPath(good.Digest)); err != nil {
@@ -178,7 +178,7 @@ func TestInlineDocuments(t *testing.T) {
 	}
 }
 
-// TestNoFile: what is no file is not opened where a file belongs. A FIFO would never let go.
+// TestNoFile: only regular files are opened. Opening a FIFO would block for ever.
 func TestNoFile(t *testing.T) {
 	for kind, mk := range map[string]func(string) error{
 		"fifo":      func(name string) error { return unix.Mkfifo(name, 0o600) },
@@ -232,7 +232,7 @@ func TestNoFile(t *testing.T) {
 	}
 }
 
-// TestArchiveBomb: a compressed archive is bounded before it fills the disk, and can be interrupted.
+// TestArchiveBomb: a compressed archive is stopped before it fills the disk, and can be interrupted.
 func TestArchiveBomb(t *testing.T) {
 	tmp := t.TempDir()
 	t.Setenv("TMPDIR", tmp)

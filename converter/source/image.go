@@ -11,7 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// rootfs is a directory: a plain one, or the upper directory of an overlay.
+// rootfs is a plain directory, or the upper directory of an overlay.
 type rootfs struct {
 	name, dir string
 	upper     bool
@@ -36,7 +36,7 @@ func (s *rootfs) Image(context.Context, Platform) (*Image, error) {
 	}}, nil
 }
 
-// imageFile is a dual image, as Convert writes it.
+// imageFile is a dual image, as written by Convert.
 type imageFile struct {
 	name, file string
 	f          *os.File
@@ -51,8 +51,8 @@ func (s *imageFile) Close() error {
 	return s.f.Close()
 }
 
-// Image checks the whole image before anything of it is used, and proves its contents if it has a digest table: it may
-// come from anywhere.
+// Image checks the whole image before any use, and proves its contents if it has a digest table: it
+// may come from anywhere.
 func (s *imageFile) Image(ctx context.Context, _ Platform) (*Image, error) {
 	if s.f == nil {
 		f, err := openFile(s.file)
@@ -92,7 +92,7 @@ func (s *imageFile) Image(ctx context.Context, _ Platform) (*Image, error) {
 	}}, nil
 }
 
-// readerAt ends reading when its context ends.
+// readerAt ends reads with its context.
 type readerAt struct {
 	ctx context.Context
 	r   io.ReaderAt

@@ -11,11 +11,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// imageName is the annotation in which containerd keeps the whole name of an image.
+// imageName is the annotation in which containerd stores the complete name of an image.
 const imageName = "io.containerd.image.name"
 
-// nameOf is the name of an entry of index.json: what containerd writes, which has the repository too, or else what the
-// specification says.
+// nameOf returns the name of an entry of index.json: containerd's annotation, which includes the
+// repository, else that of the specification.
 func nameOf(d ocispec.Descriptor) string {
 	if n := d.Annotations[imageName]; n != "" {
 		return n
@@ -23,7 +23,7 @@ func nameOf(d ocispec.Descriptor) string {
 	return d.Annotations[ocispec.AnnotationRefName]
 }
 
-// fromIndexFile finds an image from the index.json of a layout.
+// fromIndexFile finds an image through the index.json of a layout.
 func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p Platform) (*Image, error) {
 	index, err := readIndexFile(r)
 	if err != nil {
@@ -46,7 +46,6 @@ func fromIndexFile(ctx context.Context, r io.Reader, store blobs, tag string, p 
 	return img, err
 }
 
-// readIndexFile reads the index.json of a layout.
 func readIndexFile(r io.Reader) (*ocispec.Index, error) {
 	doc, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
 	if err != nil {
@@ -62,8 +61,8 @@ func readIndexFile(r io.Reader) (*ocispec.Index, error) {
 	return index, nil
 }
 
-// pick finds the entries of an index.json that a tag or digest names, or all if there is none. Nothing means that only
-// the indexes can know the digest.
+// pick finds the entries of an index.json that a tag or digest names, or all without a tag. It returns
+// nil for a digest that only nested indexes can contain.
 func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
 	if len(list) == 0 {
 		return nil, fmt.Errorf("%w: the index is empty", ErrNotFound)
@@ -97,7 +96,7 @@ func pick(list []ocispec.Descriptor, tag string) ([]ocispec.Descriptor, error) {
 	return nil, fmt.Errorf("%w: no tag %q, there is: %s", ErrNotFound, tag, names(list))
 }
 
-// distinct leaves out entries that only give another name to one before, for the same platform.
+// distinct removes entries that only give another name to an earlier one, for the same platform.
 func distinct(list []ocispec.Descriptor) []ocispec.Descriptor {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(d ocispec.Descriptor) bool {
@@ -111,7 +110,7 @@ func distinct(list []ocispec.Descriptor) []ocispec.Descriptor {
 	})
 }
 
-// names of the entries of an index.json, for messages.
+// names lists the names of the entries of an index.json for a message.
 func names(list []ocispec.Descriptor) string {
 	var s []string
 	for _, d := range list {
@@ -125,7 +124,7 @@ func names(list []ocispec.Descriptor) string {
 	return capped(s, ", ")
 }
 
-// byDigest finds a manifest that stands in an index, not in index.json.
+// byDigest finds a manifest in an index nested in index.json.
 func byDigest(
 	ctx context.Context, store blobs, list []ocispec.Descriptor, want digest.Digest, p Platform,
 ) (*Image, error) {
@@ -146,8 +145,9 @@ func byDigest(
 		ErrNotFound, want, capped(have, ", "))
 }
 
-// among finds the image among several entries of index.json, which may be one image for several platforms, or an image
-// and what belongs to it. Entries with different names are different images: the platform does not decide between them.
+// among finds the image among several entries of index.json. They may be one image for several
+// platforms, or an image and its attachments. Entries with different names are different images; the
+// platform does not decide between them.
 func among(ctx context.Context, store blobs, list []ocispec.Descriptor, p Platform) (*Image, error) {
 	s := newSearch(newFinder(store), p)
 	for _, d := range list {
@@ -173,11 +173,11 @@ func among(ctx context.Context, store blobs, list []ocispec.Descriptor, p Platfo
 	return s.choose(ctx)
 }
 
-// alone says whether there is only one image, and it stands in index.json itself: as there, where nothing stands beside
-// it, it is taken whatever it is for.
+// alone reports whether there is only one image and index.json lists it directly. Like a single entry
+// of index.json, it is then accepted for any platform.
 func (s *search) alone(list []ocispec.Descriptor) bool {
 	for _, p := range s.passed {
-		if !errors.Is(p.why, ErrMediaType) { // what is missing may be the image for the platform
+		if !errors.Is(p.why, ErrMediaType) { // a missing manifest may be the image for the platform
 			return false
 		}
 	}
@@ -186,7 +186,7 @@ func (s *search) alone(list []ocispec.Descriptor) bool {
 	})
 }
 
-// named returns the names, quoted, under which there are images. It drops from the candidates what is no image.
+// named returns the quoted names of the images. It removes candidates that are not images.
 func (s *search) named(ctx context.Context) ([]string, error) {
 	var images []string
 	var kept []candidate
@@ -208,7 +208,7 @@ func (s *search) named(ctx context.Context) ([]string, error) {
 	return images, nil
 }
 
-// ParseIndex reads the bytes of an index of a media type. It refuses what can also be read as a manifest.
+// ParseIndex decodes an index of the given media type. It refuses one that is also a manifest.
 func ParseIndex(p []byte, mediaType string) (ocispec.Index, error) {
 	var index ocispec.Index
 	if !isIndex(mediaType) {
@@ -217,5 +217,5 @@ func ParseIndex(p []byte, mediaType string) (ocispec.Index, error) {
 	return index, unmarshal(p, mediaType, &index)
 }
 
-// IsIndex tells the media type of an index from others.
+// IsIndex reports whether a media type is that of an index.
 func IsIndex(mediaType string) bool { return isIndex(mediaType) }

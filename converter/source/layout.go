@@ -13,7 +13,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// layout is an OCI image layout directory.
 type layout struct {
 	name, dir, tag string
 }
@@ -37,8 +36,8 @@ func (s *layout) Image(ctx context.Context, p Platform) (*Image, error) {
 	return img, nil
 }
 
-// open reads a blob. The digest was validated, so that it cannot name a path outside; links are followed, because
-// build tools assemble layouts from links into their caches.
+// open opens a blob. A valid digest cannot name a path outside of the layout. Links are followed,
+// because build tools assemble layouts from links into their caches.
 func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
 	if err := d.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
@@ -50,7 +49,7 @@ func (s *layout) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, e
 	return f, nil
 }
 
-// openFile opens a regular file. To open a FIFO would wait for a writer, and to open a device can do anything.
+// openFile opens a regular file. Opening a FIFO blocks, and opening a device may have side effects.
 func openFile(name string) (*os.File, error) {
 	fi, err := os.Stat(name)
 	if err != nil {

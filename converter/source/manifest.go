@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// manifest reads the manifest of a container image. The error wraps ErrMediaType if it is that of something else.
+// manifest reads the manifest of a container image. The error wraps ErrMediaType for other manifests.
 func (b *finder) manifest(ctx context.Context, d ocispec.Descriptor) (ocispec.Manifest, error) {
 	var m ocispec.Manifest
 	if !isManifest(d.MediaType) {
@@ -29,7 +29,7 @@ func (b *finder) manifest(ctx context.Context, d ocispec.Descriptor) (ocispec.Ma
 	return m, nil
 }
 
-// notManifest is the error for a descriptor of anything but an index or a manifest.
+// notManifest returns the error for a descriptor that is neither an index nor a manifest.
 func notManifest(d ocispec.Descriptor) error {
 	old := ""
 	if strings.HasPrefix(d.MediaType, schema1) {
@@ -39,9 +39,10 @@ func notManifest(d ocispec.Descriptor) error {
 		ErrMediaType, d.MediaType, d.Digest, old)
 }
 
-// isImage tells the manifest of a container image from those of signatures, attestations and other artifacts. Many of
-// these have the configuration type of an image; then the layers tell. A type that says nothing is taken for that of an
-// image: old registries wrote such types, Docker takes these manifests, and artifacts have types of their own.
+// isImage accepts the manifests of container images, not those of signatures, attestations and other
+// artifacts. Many artifacts use the configuration type of an image; then the layers decide. A
+// configuration type without meaning counts as that of an image: old registries wrote such types,
+// Docker accepts them, and artifacts have their own types.
 func isImage(mediaType string, m ocispec.Manifest) error {
 	t := plainType(m.Config.MediaType)
 	vague := saysNothing(t) && (mediaType == dockerManifest || len(m.Layers) > 0)
@@ -57,7 +58,6 @@ func isImage(mediaType string, m ocispec.Manifest) error {
 	return nil
 }
 
-// config reads the configuration of a manifest.
 func (b *finder) config(ctx context.Context, m ocispec.Manifest) (*Image, error) {
 	p, err := b.document(ctx, m.Config)
 	if err != nil {
@@ -78,7 +78,7 @@ func (b *finder) image(ctx context.Context, d ocispec.Descriptor) (*Image, error
 	}
 	img.Digest, img.Manifest, img.ManifestType = d.Digest, b.read[d.Digest], d.MediaType
 	if declared(d) {
-		img.Platform = *d.Platform // of which variants and features are often missing in the configuration
+		img.Platform = *d.Platform // the configuration often lacks variant and features
 	}
 	for i, l := range m.Layers {
 		if err := l.Digest.Validate(); err != nil {
@@ -99,7 +99,7 @@ func (b *finder) image(ctx context.Context, d ocispec.Descriptor) (*Image, error
 	return img, nil
 }
 
-// fromConfig makes an image with n layers of which only the diff IDs are known.
+// fromConfig returns an image with n layers. Only their diff IDs are set.
 func fromConfig(p []byte, d digest.Digest, n int) (*Image, error) {
 	config, err := ParseConfig(p)
 	if err != nil {
@@ -115,8 +115,7 @@ func fromConfig(p []byte, d digest.Digest, n int) (*Image, error) {
 	return img, nil
 }
 
-// ParseManifest reads the bytes of the manifest of a container image. The error wraps ErrMediaType if they are those of
-// something else.
+// ParseManifest decodes the manifest of a container image. The error wraps ErrMediaType for other documents.
 func ParseManifest(p []byte, mediaType string) (ocispec.Manifest, error) {
 	var m ocispec.Manifest
 	if !isManifest(mediaType) {
@@ -128,7 +127,7 @@ func ParseManifest(p []byte, mediaType string) (ocispec.Manifest, error) {
 	return m, isImage(mediaType, m)
 }
 
-// ParseConfig reads the bytes of a configuration. All diff IDs that it returns are valid.
+// ParseConfig decodes a configuration. All returned diff IDs are valid.
 func ParseConfig(p []byte) (ocispec.Image, error) {
 	var config ocispec.Image
 	if err := decode(p, &config); err != nil {

@@ -32,7 +32,7 @@ func layoutOf(t *testing.T, l *ocitest.Layout, list ...ocispec.Descriptor) strin
 	return dir
 }
 
-// remade adds the manifest d once more, changed, under another media type.
+// remade adds a changed copy of the manifest d with another media type.
 func remade(
 	t *testing.T, l *ocitest.Layout, d ocispec.Descriptor, mediaType string, change func(*ocispec.Manifest),
 ) ocispec.Descriptor {
@@ -46,7 +46,7 @@ func remade(
 	return l.JSON(mediaType, m)
 }
 
-// TestConfigTypes: what old registries and proxies wrote says nothing, what artifacts have says that they are no image.
+// TestConfigTypes: vague types of old registries and proxies are accepted; types of artifacts are not.
 func TestConfigTypes(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	good := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -89,7 +89,7 @@ func TestConfigTypes(t *testing.T) {
 	}
 }
 
-// artifact adds a manifest of something else.
+// artifact adds a manifest of an artifact.
 func artifact(l *ocitest.Layout, config string, layers ...string) ocispec.Descriptor {
 	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 	c := ocispec.Image{RootFS: ocispec.RootFS{Type: "layers"}}
@@ -102,7 +102,7 @@ func artifact(l *ocitest.Layout, config string, layers ...string) ocispec.Descri
 	return l.JSON(ocispec.MediaTypeImageManifest, m)
 }
 
-// beside are the things that stand beside images, and what an error says of each if there is nothing else.
+// beside returns manifests other than images, and what an error says of each.
 func beside(t *testing.T, l *ocitest.Layout) (list []ocispec.Descriptor, why []string) {
 	t.Helper()
 	add := func(reason string, d ocispec.Descriptor) {
@@ -133,7 +133,7 @@ func beside(t *testing.T, l *ocitest.Layout) (list []ocispec.Descriptor, why []s
 	marked.Annotations = map[string]string{attestationType: "attestation-manifest"}
 	add("an attestation-manifest", marked)
 	amd := artifact(l, image, "application/vnd.cyclonedx+json")
-	amd.Platform = &ocitest.LinuxAMD64 // as if the image were for it
+	amd.Platform = &ocitest.LinuxAMD64 // as if it were an image for this platform
 	add("application/vnd.cyclonedx+json", amd)
 
 	add("application/vnd.example.sbom", l.Blob("application/vnd.example.sbom", []byte("{}")))
@@ -185,7 +185,7 @@ func beside(t *testing.T, l *ocitest.Layout) (list []ocispec.Descriptor, why []s
 	secret := l.Manifest(platform("s390x", ""), encrypted)
 	secret.Platform = nil
 	add("linux/s390x", secret)
-	add("", l.Index(list[0], attestation)) // of nothing but artifacts
+	add("", l.Index(list[0], attestation)) // of artifacts only
 	return list, why
 }
 
@@ -194,8 +194,8 @@ func remadeType(d ocispec.Descriptor, mediaType string) ocispec.Descriptor {
 	return d
 }
 
-// TestBesideAnImage: each thing that stands beside an image, and all of them together, before and behind it, in
-// index.json and in an index, with the platform in the index or in the configuration only.
+// TestBesideAnImage: each other manifest alone and all together, before and behind an image, in
+// index.json and in an index, with the platform in the index or only in the configuration.
 func TestBesideAnImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	things, why := beside(t, l)
@@ -223,7 +223,7 @@ func TestBesideAnImage(t *testing.T) {
 	check("all", append(append(things[:5:5], img), things[5:]...)...)
 	check("all", append(things, silent)...)
 
-	// Nothing but that: the error says what each was.
+	// Without an image, the error describes each.
 	for i, d := range things {
 		_, err := find(t, mustParse(t, "oci:"+layoutOf(t, l, l.Index(d)), Config{}), "linux/amd64")
 		if !errors.Is(err, ErrPlatform) || !strings.Contains(err.Error(), why[i]) ||
@@ -243,7 +243,7 @@ func TestBesideAnImage(t *testing.T) {
 	}
 }
 
-// TestMissingImage: the image for the platform is listed and not there. What suits less does not take its place.
+// TestMissingImage: if the listed image for the platform is missing, no other takes its place.
 func TestMissingImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	amd, i386 := l.Manifest(platform("amd64", ""), oneFile("a")), l.Manifest(platform("386", ""), oneFile("b"))
@@ -257,7 +257,7 @@ func TestMissingImage(t *testing.T) {
 		!strings.Contains(err.Error(), "in-toto") {
 		t.Errorf("error %v, expected one that names what is missing, what there is, and what was passed over", err)
 	}
-	// The same in index.json, with nothing else that could be meant.
+	// The same in index.json, without another candidate.
 	dir := layoutOf(t, l, artifact(l, ocispec.MediaTypeImageConfig, "application/vnd.in-toto+json"), gone)
 	for _, p := range []string{"", "linux/amd64"} {
 		_, err := find(t, mustParse(t, "oci:"+dir, Config{}), p)
@@ -274,13 +274,13 @@ func TestMissingImage(t *testing.T) {
 	if err != nil || img.Digest != i386.Digest {
 		t.Errorf("found %+v (%v), expected %s", img, err, i386.Digest)
 	}
-	// Another copy of the same platform is there.
+	// Another image for the same platform exists.
 	l.Tag("two", l.Index(gone, amd))
 	img, err = find(t, mustParse(t, "oci:"+l.Dir+":two", Config{}), "linux/amd64")
 	if err != nil || img.Digest != amd.Digest {
 		t.Errorf("found %+v (%v), expected %s", img, err, amd.Digest)
 	}
-	// A damaged one is an error, not a reason to take another.
+	// A damaged image is an error, not a reason to take another one.
 	bad := l.Manifest(platform("amd64", ""), oneFile("c"))
 	bad.Size--
 	l.Tag("bad", l.Index(bad, amd))
@@ -290,7 +290,7 @@ func TestMissingImage(t *testing.T) {
 	}
 }
 
-// TestDescriptors: what is wrong with a descriptor or a document, and does not matter.
+// TestDescriptors: tolerable faults of descriptors and documents.
 func TestDescriptors(t *testing.T) {
 	for name, change := range map[string]func(*ocispec.Descriptor){
 		"no media type":  func(d *ocispec.Descriptor) { d.MediaType = "" },
@@ -326,7 +326,7 @@ func TestDescriptors(t *testing.T) {
 				t.Errorf("%s, %s: found %+v (%v), expected %s", name, tag, got, err, want)
 			}
 		}
-		// A byte order mark before index.json.
+		// A byte order mark in index.json.
 		file := l.Dir + "/" + ocispec.ImageIndexFile
 		b, err := os.ReadFile(file)
 		if err != nil {
@@ -341,7 +341,7 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
-// TestRegistryLacksManifests: 404 means that a manifest is missing, anything else that nothing can be said.
+// TestRegistryLacksManifests: only 404 means that a manifest is missing.
 func TestRegistryLacksManifests(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	gone := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("gone"), Size: 7}

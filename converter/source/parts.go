@@ -6,14 +6,14 @@ import (
 	"io"
 )
 
-// Parts is a blob of which parts can be read.
+// Parts gives random access to a blob.
 type Parts interface {
-	// Part returns exactly the bytes [from, to). They are not verified. It may be called concurrently.
+	// Part returns exactly the bytes [from, to), unverified. It may be called concurrently.
 	Part(ctx context.Context, from, to int64) ([]byte, error)
 }
 
-// Parts opens the layer's blob, whose size is known, to read parts of it. What is on this machine is skipped up to them;
-// of a registry only they are fetched.
+// Parts gives random access to the layer's blob, whose size must be known. From a registry it fetches
+// only the parts; local blobs are read up to them.
 func (l Layer) Parts(ctx context.Context) (Parts, error) {
 	if l.parts != nil {
 		return l.parts(ctx)

@@ -11,22 +11,22 @@ import (
 	"github.com/tonistiigi/go-archvariant"
 )
 
-// Platform chooses among the images of an index.
+// Platform selects among the images of an index.
 type Platform struct {
 	match     platforms.MatchComparer
 	name      string
-	osVersion string // that was asked for
+	osVersion string // the requested one
 	explicit  bool
 }
 
-// Host chooses what this machine can run: what containerd takes, and if there is no such image, the best one for the
-// variants of the processor. An image that is no index is taken whatever it is for: converting runs nothing of it.
+// Host selects what this machine can run: the image that containerd takes, else the best one for the
+// processor's variants. An image without an index is always accepted, because a conversion runs nothing of it.
 func Host() Platform {
 	spec := platforms.Normalize(platforms.DefaultSpec())
 	return hostOf(spec, archvariant.AMD64Variant())
 }
 
-// hostOf is Host for a machine of a platform. Containerd does not look at the variant of an amd64 processor.
+// hostOf is Host for a given machine. Containerd ignores the variant of an amd64 processor.
 func hostOf(spec ocispec.Platform, amd64Variant string) Platform {
 	p := Platform{match: platforms.Only(spec), name: platforms.FormatAll(spec)}
 	if spec.Architecture == "amd64" {
@@ -37,9 +37,9 @@ func hostOf(spec ocispec.Platform, amd64Variant string) Platform {
 	return p
 }
 
-// ParsePlatform chooses exactly one platform, written like linux/arm64, linux/arm/v7 or, where images differ in nothing
-// else, linux(5.10+feature)/amd64. A platform without a variant means the image without one. If there is none, it means
-// the one with the lowest variant, which most machines run. An empty string means Host.
+// ParsePlatform selects exactly one platform, written like linux/arm64, linux/arm/v7 or, where images
+// differ in nothing else, linux(5.10+feature)/amd64. A platform without a variant means the image without
+// one, else the one with the lowest variant, which most machines run. An empty string means Host.
 func ParsePlatform(s string) (Platform, error) {
 	if s == "" {
 		return Host(), nil
@@ -51,7 +51,7 @@ func ParsePlatform(s string) (Platform, error) {
 	p := Platform{
 		match: platforms.OnlyStrict(spec), name: platforms.FormatAll(spec), osVersion: spec.OSVersion, explicit: true,
 	}
-	if spec.Variant == "" && strings.Count(s, "/") < 2 { // amd64/v1 has none either
+	if spec.Variant == "" && strings.Count(s, "/") < 2 { // amd64/v1 is normalized to no variant
 		order := inOrder{p.match}
 		for _, v := range variants(spec.Architecture) {
 			spec.Variant = v
@@ -62,7 +62,7 @@ func ParsePlatform(s string) (Platform, error) {
 	return p, nil
 }
 
-// variants of an architecture other than its default, in the order in which they may stand for it.
+// variants returns the variants of an architecture other than its default, in order of preference.
 func variants(arch string) (list []string) {
 	switch arch {
 	case "amd64":
@@ -80,7 +80,7 @@ func variants(arch string) (list []string) {
 	return list
 }
 
-// inOrder matches what one of its members does, the earlier ones first.
+// inOrder matches if one of its members does; earlier members come first in its order.
 type inOrder []platforms.MatchComparer
 
 func (o inOrder) Match(p ocispec.Platform) bool {
@@ -96,11 +96,11 @@ func (o inOrder) Less(a, b ocispec.Platform) bool {
 	return false
 }
 
-// String is the platform in the form os[(version+features)]/architecture[/variant].
+// String returns the platform in the form os[(version+features)]/architecture[/variant].
 func (p Platform) String() string { return p.name }
 
-// rank sorts the candidates for the platform into those that suit it equally well, the best first. If no candidate says
-// what it is for, and no platform was named, all suit.
+// rank groups the candidates for the platform by equal suitability, the best group first. If no
+// candidate declares a platform and none was requested, all are equal.
 func (p Platform) rank(all []candidate) (ranks [][]candidate) {
 	silent := func(c candidate) bool { return c.platform.OS == "" || c.platform.Architecture == "" }
 	if !p.explicit && !slices.ContainsFunc(all, func(c candidate) bool { return !silent(c) }) {
@@ -122,8 +122,8 @@ func (p Platform) rank(all []candidate) (ranks [][]candidate) {
 	return ranks
 }
 
-// compare is containerd's order. Where that does not tell two images apart, the exact version of the operating system
-// does if one was asked for: containerd compares only versions of Windows, and those by compatibility.
+// compare uses containerd's order, then a match with the requested version of the operating system:
+// containerd compares only versions of Windows, and those by compatibility.
 func (p Platform) compare(a, b ocispec.Platform) int {
 	switch {
 	case p.match.Less(a, b):
@@ -138,7 +138,7 @@ func (p Platform) compare(a, b ocispec.Platform) int {
 	return 0
 }
 
-// accept tells whether an image that was found without an index may be used.
+// accept returns an error if an image found without an index must not be used.
 func (p Platform) accept(img ocispec.Platform) error {
 	if p.explicit && !p.match.Match(img) {
 		return fmt.Errorf("%w %s: the image is for %s", ErrPlatform, p.name, platformName(img))

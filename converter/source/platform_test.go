@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// offer adds images for platforms, each of which has its platform for contents.
+// offer adds images for platforms. The contents of each are its platform.
 func offer(t *testing.T, l *ocitest.Layout, list string) (ds []ocispec.Descriptor) {
 	t.Helper()
 	for _, s := range strings.Fields(list) {
@@ -31,8 +31,8 @@ func offer(t *testing.T, l *ocitest.Layout, list string) (ds []ocispec.Descripto
 	return ds
 }
 
-// TestVariants: which of several is taken, and that containerd takes the same one where it takes any. A "+" before what
-// was asked for means the platform of a machine, with the variant of its processor behind "@".
+// TestVariants checks the selection among variants, and that containerd selects the same where it
+// selects any. A "+" marks the platform of a machine, with the variant of its processor after "@".
 func TestVariants(t *testing.T) {
 	const (
 		all = "linux/386 linux/amd64/v4 linux/amd64/v3 linux/amd64/v2 linux/amd64 linux/arm64/v9 linux/arm64 " +
@@ -42,7 +42,7 @@ func TestVariants(t *testing.T) {
 	)
 	for _, c := range []struct {
 		offer, ask, want string
-		ours             bool // containerd takes none, or the first that it meets
+		ours             bool // containerd takes none, or the first one it meets
 	}{
 		{all, "linux/amd64", "linux/amd64", false},
 		{all, "linux/x86_64", "linux/amd64", false},
@@ -83,7 +83,7 @@ func TestVariants(t *testing.T) {
 		{"linux(5.10)/amd64 linux(6.6)/amd64", "linux(6.6)/amd64", "linux(6.6)/amd64", true},
 
 		{all, "+linux/amd64@v1", "linux/amd64", false},
-		{all, "+linux/amd64@v3", "linux/amd64", false}, // as containerd, so that containers share it
+		{all, "+linux/amd64@v3", "linux/amd64", false}, // like containerd, so that containers share it
 		{"linux/386 linux/amd64/v2 linux/amd64/v3 linux/amd64/v4", "+linux/amd64@v3", "linux/amd64/v3", true},
 		{"linux/386 linux/amd64/v2 linux/amd64/v4", "+linux/amd64@v3", "linux/amd64/v2", true},
 		{"linux/amd64/v2 linux/386 linux/amd64/v4", "+linux/amd64@v1", "linux/386", false},
@@ -154,7 +154,7 @@ func jsonOf(t *testing.T, v any) string {
 	return string(b)
 }
 
-// TestAmbiguous: what the platform cannot settle is an error that names the candidates and what tells them apart.
+// TestAmbiguous: if the platform does not decide, the error names the candidates and their differences.
 func TestAmbiguous(t *testing.T) {
 	for _, c := range []struct{ offer, ask, differ string }{
 		{"linux/amd64 linux/arm64 linux/amd64", "linux/amd64", "for linux/amd64"},
@@ -189,7 +189,7 @@ func TestAmbiguous(t *testing.T) {
 					t.Errorf("%s of %s in %s: error %v, expected %v with all of them", c.ask, c.offer, src+tag,
 						err, ErrAmbiguous)
 				}
-				// What the error says to do works.
+				// The advice of the error works.
 				img, err := find(t, mustParse(t, src+"@"+first, Config{}), c.ask)
 				if err != nil || img.Digest != ds[0].Digest {
 					t.Errorf("by its digest: found %+v (%v), expected %s", img, err, ds[0].Digest)
@@ -199,7 +199,7 @@ func TestAmbiguous(t *testing.T) {
 	}
 }
 
-// TestPackedTwice: one image in two forms is no choice to make.
+// TestPackedTwice: one image in two forms is not ambiguous.
 func TestPackedTwice(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	gz := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -243,7 +243,7 @@ func TestTagOfSeveral(t *testing.T) {
 	type asks map[string]any
 	for name, c := range map[string]struct {
 		list []ocispec.Descriptor
-		want asks // by "TAG PLATFORM": a descriptor, or what an error says
+		want asks // by "TAG PLATFORM": a descriptor, or part of an error
 	}{
 		"platforms": {
 			list{entry(arm, "v1", ""), entry(amd, "v1", "")},
@@ -368,7 +368,7 @@ func TestOtherDigests(t *testing.T) {
 	}
 }
 
-// TestUnknownPlatforms: where nobody says what an image is for, it is taken, unless a platform was named.
+// TestUnknownPlatforms: an image without any declared platform is taken, unless a platform is requested.
 func TestUnknownPlatforms(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	img := l.Manifest(ocispec.Platform{}, oneFile("a"))

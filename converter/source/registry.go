@@ -12,7 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source/remote"
 )
 
-// normal is a reference with the parts that docker lets one leave out, as containerd and docker save write it.
+// normal returns the complete form of a reference, as written by containerd and docker save.
 func normal(ref string) string {
 	r, err := reference.ParseDockerRef(ref)
 	if err != nil {
@@ -56,7 +56,7 @@ func (s *registry) find(ctx context.Context, p Platform) (*Image, error) {
 	return resolve(ctx, s, d, p)
 }
 
-// whole is what the reference names, with the document itself.
+// whole returns the descriptor at the reference, with the document embedded.
 func (s *registry) whole(ctx context.Context) (d ocispec.Descriptor, err error) {
 	m, err := s.repo.Manifest(ctx)
 	if errors.Is(err, remote.ErrNotFound) {

@@ -24,14 +24,14 @@ const (
 	dockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	dockerConfig   = "application/vnd.docker.container.image.v1+json"
-	schema1        = "application/vnd.docker.distribution.manifest.v1" // and a suffix
+	schema1        = "application/vnd.docker.distribution.manifest.v1" // followed by a suffix
 
-	// maxDocument bounds an index, a manifest or a configuration. Registries refuse manifests above 4 MiB.
+	// maxDocument bounds a document in bytes. Registries refuse manifests above 4 MiB.
 	maxDocument = 8 << 20
-	// maxNesting bounds how deep indexes may lie in indexes.
+	// maxNesting bounds the nesting of indexes.
 	maxNesting = 8
-	// maxDocuments and maxAllDocuments bound the number and the bytes of what is read to find one image: indexes can name
-	// many others, and an index without platforms makes us read every image in it.
+	// maxDocuments and maxAllDocuments bound the number and the bytes of documents read to find one image:
+	// indexes can name many documents, and an index without platforms requires reading every image in it.
 	maxDocuments    = 1000
 	maxAllDocuments = 32 << 20
 )
@@ -39,15 +39,15 @@ const (
 var (
 	// errMissing marks a document that its source does not hold.
 	errMissing = errors.New("missing")
-	// errDamaged marks a document that is not what its descriptor promises, or makes no sense.
+	// errDamaged marks a document that does not match its descriptor, or makes no sense.
 	errDamaged = errors.New("damaged")
-	// errTooMany ends a search that would not end by itself soon.
+	// errTooMany ends a search that takes too long.
 	errTooMany = errors.New("too many indexes, manifests and configurations for one image")
-	// errArtifact marks manifests of something else than container images.
+	// errArtifact marks manifests that are not those of container images.
 	errArtifact = fmt.Errorf("%w: this is not a container image", ErrMediaType)
 )
 
-// blobs is a store that finds content by its digest: a layout, an archive, a registry, containerd.
+// blobs is a store of content by digest: a layout, an archive, a registry, containerd.
 type blobs interface {
 	open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error)
 }
@@ -56,7 +56,7 @@ type blobs interface {
 type finder struct {
 	blobs
 	read      map[digest.Digest][]byte
-	documents int // those that were not there included
+	documents int // including missing ones
 	bytes     int
 }
 
@@ -77,7 +77,7 @@ func (b *finder) document(ctx context.Context, d ocispec.Descriptor) ([]byte, er
 		return nil, fmt.Errorf("%w: %s: %d bytes, expected at most %d for a %s",
 			errDamaged, d.Digest, d.Size, maxDocument, d.MediaType)
 	}
-	p := d.Data // as containerd does: if it is the document, nothing else is asked for
+	p := d.Data // like containerd: an embedded document saves the request
 	if int64(len(p)) != d.Size || verify(p, d) != nil {
 		var err error
 		if p, err = b.fetch(ctx, d); err != nil {
@@ -110,7 +110,7 @@ func (b *finder) fetch(ctx context.Context, d ocispec.Descriptor) ([]byte, error
 	return p, nil
 }
 
-// isMissing tells a source that does not hold a blob from one that cannot be read.
+// isMissing reports whether err means that the source does not hold a blob, rather than a failed read.
 func isMissing(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNoMember) || errdefs.IsNotFound(err) ||
 		errors.Is(err, remote.ErrNotFound)
@@ -138,7 +138,7 @@ func verifySize(p []byte, d ocispec.Descriptor) error {
 	return nil
 }
 
-// resolve walks from a descriptor through indexes and manifest to the layers.
+// resolve follows a descriptor through indexes and a manifest to the layers.
 func resolve(ctx context.Context, store blobs, d ocispec.Descriptor, p Platform) (*Image, error) {
 	b := newFinder(store)
 	d, err := b.typed(ctx, d)
@@ -171,7 +171,7 @@ func isManifest(mediaType string) bool {
 	return mediaType == ocispec.MediaTypeImageManifest || mediaType == dockerManifest
 }
 
-// plainType is a media type without its parameters, such as a charset that a server added.
+// plainType returns a media type without its parameters, such as a charset added by a server.
 func plainType(s string) string {
 	if t, _, err := mime.ParseMediaType(s); err == nil {
 		return t
@@ -179,21 +179,21 @@ func plainType(s string) string {
 	return s
 }
 
-// saysNothing tells whether a media type is one that servers give to what they do not know.
+// saysNothing reports whether a media type is one of those that servers use for unknown content.
 func saysNothing(mediaType string) bool {
 	t := plainType(mediaType)
 	return slices.Contains([]string{"", "application/octet-stream", "binary/octet-stream", "application/json"}, t) ||
 		strings.HasPrefix(t, "text/")
 }
 
-// typed returns the descriptor with the media type of its document where it does not have one itself.
+// typed returns the descriptor, with the media type of its document if it has none.
 func (b *finder) typed(ctx context.Context, d ocispec.Descriptor) (ocispec.Descriptor, error) {
 	if !saysNothing(d.MediaType) {
 		d.MediaType = plainType(d.MediaType)
 		return d, nil
 	}
 	said := d.MediaType
-	d.MediaType = ocispec.MediaTypeImageManifest // registries keep manifests at another place than blobs
+	d.MediaType = ocispec.MediaTypeImageManifest // registries keep manifests apart from blobs
 	p, err := b.document(ctx, d)
 	if err != nil {
 		return d, fmt.Errorf("manifest: %w", err)
@@ -204,7 +204,6 @@ func (b *finder) typed(ctx context.Context, d ocispec.Descriptor) (ocispec.Descr
 	return d, nil
 }
 
-// index reads an index.
 func (b *finder) index(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	p, err := b.document(ctx, d)
 	if err != nil {
@@ -217,7 +216,7 @@ func (b *finder) index(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Des
 	return index.Manifests, nil
 }
 
-// decode reads JSON. Editors and shells on Windows put a byte order mark before it.
+// decode decodes JSON. It skips the byte order mark that editors and shells on Windows add.
 func decode(p []byte, v any) error {
 	if err := json.Unmarshal(bytes.TrimPrefix(p, []byte("\xef\xbb\xbf")), v); err != nil {
 		if pack := blob.LooksLike(p); pack != "" {
@@ -228,8 +227,9 @@ func decode(p []byte, v any) error {
 	return nil
 }
 
-// unmarshal reads an index or a manifest. It refuses one that is something else than mediaType says, or can be read as
-// both: one digest would be different images for different tools (CVE-2021-41190). Containerd refuses them, too.
+// unmarshal decodes an index or a manifest. It refuses a document that contradicts mediaType or can be
+// read as both: one digest would be different images for different tools (CVE-2021-41190). Containerd
+// refuses them, too.
 func unmarshal(p []byte, mediaType string, v any) error {
 	var doc struct {
 		MediaType string          `json:"mediaType"`
@@ -252,7 +252,7 @@ func unmarshal(p []byte, mediaType string, v any) error {
 	return decode(p, v)
 }
 
-// mediaTypeOf looks into a document for what its descriptor does not say.
+// mediaTypeOf derives the media type of a document from its content.
 func mediaTypeOf(p []byte) string {
 	var doc struct {
 		MediaType     string          `json:"mediaType"`

@@ -1,12 +1,13 @@
-// Package source finds the layers of an OCI image wherever it is kept, and verifies all that leads to them.
+// Package source finds the layers of an OCI image in any kind of storage and verifies the documents
+// that lead to them.
 //
 //	src, err := source.Parse("oci:layout:latest", source.Config{})
 //	...
 //	defer src.Close()
 //	img, err := src.Image(ctx, source.Host())
 //
-// Indexes, manifests and configurations are checked against their digest and size before they are believed, and
-// bounded in size. Layers are only described here: whoever reads one verifies it (package blob).
+// Indexes, manifests and configurations are limited in size and verified by digest and size before
+// use. Layers are only described: their reader verifies them (package blob).
 package source
 
 import (
@@ -25,19 +26,19 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
-// Layer is one layer of an image that was found.
+// Layer is one layer of an image.
 type Layer struct {
-	// Desc is the blob's media type, digest and size. The digest is empty where a source has none (a docker archive).
+	// Desc holds the blob's media type, digest and size. The digest is empty in a docker archive.
 	Desc ocispec.Descriptor
 	// DiffID is the digest of the uncompressed tar, from the image's configuration.
 	DiffID digest.Digest
-	// Open starts to read the blob. The caller closes the result, and verifies what it reads.
+	// Open opens the blob. The caller closes the result and verifies what it reads.
 	Open func(ctx context.Context) (io.ReadCloser, error)
 
-	parts func(ctx context.Context) (Parts, error) // nil: Open does
+	parts func(ctx context.Context) (Parts, error) // nil: use Open
 }
 
-// Name is how messages call the layer: its digest, or its diff ID where the source knows no digest.
+// Name returns the layer's name for messages: its digest, or its diff ID if the digest is unknown.
 func (l Layer) Name() string {
 	if l.Desc.Digest != "" {
 		return l.Desc.Digest.String()
@@ -45,69 +46,70 @@ func (l Layer) Name() string {
 	return l.DiffID.String()
 }
 
-// Blob describes the blob to whoever reads and verifies it.
+// Blob returns what the blob's reader needs to verify it.
 func (l Layer) Blob() blob.Spec {
 	return blob.Spec{MediaType: l.Desc.MediaType, Digest: l.Desc.Digest, Size: l.Desc.Size, DiffID: l.DiffID}
 }
 
-// Image is an image that was found: layers bottom first, or one tree.
+// Image is an image with layers, or with one tree.
 type Image struct {
-	// Digest is that of the manifest, or of the configuration where there is no manifest; empty for a tree.
+	// Digest is the digest of the manifest, or of the configuration if there is no manifest; empty for a tree.
 	Digest digest.Digest
-	// Platform the image says it is for; zero for a tree.
+	// Platform is the platform that the image declares; zero for a tree.
 	Platform ocispec.Platform
-	// Name is the whole reference by which the image was found; empty where a source finds images by other means.
+	// Name is the complete reference of the image; empty if the source does not use references.
 	Name string
 	// Layers, bottom first.
 	Layers []Layer
-	// Manifest is the document with that Digest, of the media type ManifestType; nil where there is none. Config is the
-	// configuration; nil for a tree.
+	// Manifest is the document with that Digest and the media type ManifestType; nil if there is none.
+	// Config is the configuration; nil for a tree.
 	Manifest     []byte
 	ManifestType string
 	Config       []byte
-	// Remote says that the layers come over a network: whoever stops to read one for long may lose it.
+	// Remote means that layers come over a network: a reader that pauses for long may lose its connection.
 	Remote bool
-	// Tree reads the tree of a source that has no layers (rootfs, daxfs) as one layer, until the source is closed; nil where
-	// there are layers.
+	// Tree reads a source without layers (rootfs, daxfs) as one layer, until the source is closed; nil for
+	// a source with layers.
 	Tree func(ctx context.Context, s layer.Store, lim layer.Limits) (*layer.Layer, error)
 }
 
-// Source is a place that holds an image. It is for one goroutine, but the layers of its images can be opened and read
-// concurrently, until Close.
+// Source is a place that holds an image. It belongs to one goroutine, but the layers of its images may
+// be opened and read concurrently until Close.
 type Source interface {
 	// Image finds the image for a platform.
 	Image(ctx context.Context, p Platform) (*Image, error)
-	// Close frees what the source holds open.
+	// Close frees the resources of the source.
 	Close() error
-	// String is the source as a user would write it.
+	// String returns the source as a user would write it.
 	String() string
 }
 
 var (
-	// ErrNotFound is returned when a source does not hold the image that was named.
+	// ErrNotFound reports that a source does not hold the named image.
 	ErrNotFound = errors.New("image not found")
-	// ErrAmbiguous is returned when several images suit a platform equally well.
+	// ErrAmbiguous reports that several images suit a platform equally well.
 	ErrAmbiguous = errors.New("several images")
-	// ErrPlatform is returned when an image does not exist for the platform that was asked for.
+	// ErrPlatform reports that there is no image for the requested platform.
 	ErrPlatform = errors.New("no image for the platform")
-	// ErrMediaType is returned for manifests and configurations that are not those of a container image.
+	// ErrMediaType reports a manifest or configuration that does not belong to a container image.
 	ErrMediaType = errors.New("unsupported media type")
 )
 
-// Config is what sources need to know beside their name.
+// Config holds the settings of sources besides their names.
 type Config struct {
-	// PlainHTTP lets docker:// talk to a registry without TLS.
+	// PlainHTTP lets docker:// access a registry without TLS.
 	PlainHTTP bool
-	// HostDirs are directories in the form of containerd's certs.d, for docker://. They name mirrors and certificates.
+	// HostDirs are directories in the format of containerd's certs.d, for docker://. They name mirrors and
+	// certificates.
 	HostDirs []string
-	// Notify is told, in one line, what holds docker:// up; nil means the log. It may be called from several goroutines.
+	// Notify receives one line whenever docker:// is delayed; nil means the log. Several goroutines may call it.
 	Notify func(message string)
-	// Address of containerd's socket and the Namespace in it, for containerd:.
+	// Address is containerd's socket and Namespace a namespace in it, for containerd:.
 	Address   string
 	Namespace string
-	// OverlayUpper says that the directory of rootfs: is the upper directory of an overlay.
+	// OverlayUpper means that the directory of rootfs: is the upper directory of an overlay.
 	OverlayUpper bool
-	// MaxSize bounds the bytes that a compressed archive may unpack to; 0 means DefaultMaxSize.
+	// MaxSize bounds the decompressed bytes of a compressed archive; 0 means DefaultMaxSize.
 	MaxSize int64
 }
 
@@ -115,9 +117,10 @@ type Config struct {
 const DefaultMaxSize = 256 << 30
 
 // Kinds lists the forms of a source, for help texts.
-const Kinds = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF], docker://REF, containerd:REF, rootfs:DIR or daxfs:FILE"
+const Kinds = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF], docker://REF, containerd:REF, " +
+	"rootfs:DIR or daxfs:FILE"
 
-// Parse turns the name of a source into a Source, which the caller closes. Nothing is opened or asked yet.
+// Parse returns the Source for a name. It opens nothing. The caller closes the Source.
 func Parse(name string, c Config) (Source, error) {
 	kind, rest, ok := strings.Cut(name, ":")
 	if !ok || rest == "" {
@@ -134,7 +137,7 @@ func Parse(name string, c Config) (Source, error) {
 			path, tag = splitPath(rest)
 		}
 		if path == "" {
-			// An empty path usually comes from an unset shell variable. It does not mean the working directory.
+			// An empty path usually comes from an unset shell variable. Refuse it; do not read the working directory.
 			return nil, fmt.Errorf("source %q: no path, expected %s", name, Kinds)
 		}
 		switch kind {
@@ -160,7 +163,7 @@ func Parse(name string, c Config) (Source, error) {
 	return nil, fmt.Errorf("source %q: unknown kind %q, expected %s", name, kind, Kinds)
 }
 
-// Absolute returns the name of a source with an absolute path, for a process with another working directory.
+// Absolute makes the path in a source's name absolute, for a process with another working directory.
 func Absolute(name string) (string, error) {
 	kind, rest, _ := strings.Cut(name, ":")
 	switch kind {
@@ -174,7 +177,6 @@ func Absolute(name string) (string, error) {
 	return name, nil
 }
 
-// splitTag splits PATH[:TAG] or PATH[@DIGEST].
 func splitTag(s string) (path, tag string) {
 	if i := strings.LastIndexByte(s, '@'); i >= 0 && isDigest(s[i+1:]) {
 		return s[:i], s[i+1:]
@@ -182,13 +184,13 @@ func splitTag(s string) (path, tag string) {
 	return splitPath(s)
 }
 
-// isDigest tells a digest, also one that is wrong, from a tag.
+// isDigest reports whether tag is a digest, valid or not.
 func isDigest(tag string) bool {
 	algorithm, _, ok := strings.Cut(tag, ":")
 	return ok && digest.Algorithm(algorithm).Available()
 }
 
-// splitPath splits PATH[:TAG]. If the path holds a colon, it is what exists, the shortest first.
+// splitPath splits PATH[:TAG]. If PATH may hold a colon, it takes the shortest PATH that exists.
 func splitPath(s string) (path, tag string) {
 	for i := range len(s) {
 		if i > 0 && s[i] == ':' && exists(s[:i]) {

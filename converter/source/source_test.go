@@ -44,7 +44,7 @@ func oneFile(name string) ocitest.Layer {
 	return ocitest.Layer{Tar: Tar(Reg(name, name)), Compression: ocitest.Gzip}
 }
 
-// find resolves a source, and reads its first layer as bytes.
+// find resolves a source and reads its first layer.
 func find(t *testing.T, src Source, p string) (*Image, error) {
 	t.Helper()
 	pl, err := ParsePlatform(p)
@@ -100,7 +100,7 @@ func TestParseErrors(t *testing.T) {
 	}
 }
 
-// TestPlatforms: which manifest of an index with indexes in it, attestations and artifacts beside images is taken.
+// TestPlatforms: the right manifest is selected from an index with nested indexes, attestations and artifacts.
 func TestPlatforms(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	byName := map[string]digest.Digest{}
@@ -111,7 +111,7 @@ func TestPlatforms(t *testing.T) {
 	}
 	amd, v7 := add("amd64", platform("amd64", "")), add("v7", platform("arm", "v7"))
 	arm := add("arm64", platform("arm64", ""))
-	arm.Platform = nil // then the configuration tells
+	arm.Platform = nil // then the configuration decides
 	eros := add("erofs", platform("riscv64", ""))
 	eros.Platform.OSFeatures = []string{"erofs"}
 	attestation := add("attestation", platform("amd64", ""))
@@ -126,7 +126,7 @@ func TestPlatforms(t *testing.T) {
 		{":all", "linux/arm/v7", "v7"},
 		{":one", "", "amd64"},
 		{":one", "linux/amd64", "amd64"},
-		{"@" + string(arm.Digest), "linux/arm64", "arm64"}, // which stands in an index, not in index.json
+		{"@" + string(arm.Digest), "linux/arm64", "arm64"}, // in a nested index, not in index.json
 		{"@" + string(v7.Digest), "", "v7"},
 	} {
 		img, err := find(t, src(c.tag), c.platform)
@@ -138,7 +138,7 @@ func TestPlatforms(t *testing.T) {
 	}
 	for _, c := range []struct{ tag, platform, holds string }{
 		{":all", "linux/s390x", "linux/amd64, linux/arm/v7, linux/arm64"},
-		{":all", "linux/riscv64", "linux/riscv64"}, // only as EROFS layers
+		{":all", "linux/riscv64", "linux/riscv64"}, // has only EROFS layers
 		{":one", "linux/arm64", "the image is for linux/amd64"},
 	} {
 		if _, err := find(t, src(c.tag), c.platform); !errors.Is(err, ErrPlatform) ||
@@ -160,12 +160,12 @@ func TestUntaggedIndexFile(t *testing.T) {
 	}
 }
 
-// TestTags: an image with several tags is one image, and a name that containerd gave counts like a tag.
+// TestTags: an image with several tags is one image, and containerd's name for it counts as a tag.
 func TestTags(t *testing.T) {
 	const named = "io.containerd.image.name"
 	for _, c := range []struct {
 		tags []string // annotations of the entries of index.json: KEY=VALUE
-		same bool     // they are one image
+		same bool     // all are one image
 		err  string
 	}{
 		{[]string{ocispec.AnnotationRefName + "=a", ocispec.AnnotationRefName + "=b"}, true, ""},
@@ -211,7 +211,7 @@ func TestTags(t *testing.T) {
 	}
 }
 
-// TestArtifactsBesideAnImage: a layout may hold what belongs to an image, as manifests without a platform.
+// TestArtifactsBesideAnImage: a layout may hold an image's artifacts as manifests without a platform.
 func TestArtifactsBesideAnImage(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	config := l.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))
@@ -262,7 +262,7 @@ func TestNotAnImage(t *testing.T) {
 	}
 }
 
-// TestMistakenPlace: what is there, and what reads it, when it is not what was named.
+// TestMistakenPlace: for a source of the wrong kind, the error says what it is and which source reads it.
 func TestMistakenPlace(t *testing.T) {
 	dir := t.TempDir()
 	l := ocitest.NewLayout(t, filepath.Join(dir, "layout"))
@@ -274,8 +274,9 @@ func TestMistakenPlace(t *testing.T) {
 	}
 	t.Chdir(dir)
 	for source, want := range map[string]string{
-		"oci:oci.tar":                 "for a layout in a tar file: oci-archive:FILE",
-		"oci-archive:layout":          `"layout" is a directory, expected a tar file (for a layout in a directory: oci:DIR)`,
+		"oci:oci.tar": "for a layout in a tar file: oci-archive:FILE",
+		"oci-archive:layout": `"layout" is a directory, expected a tar file ` +
+			`(for a layout in a directory: oci:DIR)`,
 		"oci-archive:docker.tar":      "docker-archive:FILE reads it",
 		"docker-archive:oci.tar":      "oci-archive:FILE reads it",
 		"docker-archive:pipe":         `"pipe" is not a regular file`,
@@ -292,7 +293,7 @@ func TestMistakenPlace(t *testing.T) {
 	}
 }
 
-// serve runs a registry that wants a password if there is one.
+// serve runs a registry, which requires a password unless it is empty.
 func serve(t *testing.T, l *ocitest.Layout, password string) string {
 	t.Helper()
 	h := regserver.New(regserver.Logger(log.New(io.Discard, "", 0)))
@@ -340,7 +341,7 @@ func TestRegistry(t *testing.T) {
 	}
 }
 
-// TestRegistryCredentials: they come from docker's configuration, and a refusal says what to do.
+// TestRegistryCredentials: credentials come from docker's configuration, and a refusal gives advice.
 func TestRegistryCredentials(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	l.Tag("", l.Manifest(platform("amd64", ""), oneFile("a")))
@@ -361,7 +362,7 @@ func TestRegistryCredentials(t *testing.T) {
 	}
 }
 
-// TestRegistryThatLies: a manifest must have the digest under which it was asked for.
+// TestRegistryThatLies: a manifest must have the requested digest.
 func TestRegistryThatLies(t *testing.T) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
@@ -375,7 +376,7 @@ func TestRegistryThatLies(t *testing.T) {
 	}
 }
 
-// imageStore is an image store of containerd with one image.
+// imageStore is a containerd image store with one image.
 type imageStore struct {
 	images.Store
 	image images.Image
@@ -388,7 +389,7 @@ func (s imageStore) Get(_ context.Context, name string) (images.Image, error) {
 	return images.Image{}, fmt.Errorf("image %q: %w", name, errdefs.ErrNotFound)
 }
 
-// TestContainerd reads from containerd's own content store, in this process.
+// TestContainerd reads from containerd's own content store in this process.
 func TestContainerd(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	m := l.Manifest(platform("amd64", ""), oneFile("a"))
@@ -432,7 +433,7 @@ func TestContainerd(t *testing.T) {
 	if _, err := find(t, open("other"), ""); !errors.Is(err, ErrNotFound) {
 		t.Errorf("error %v, expected %v", err, ErrNotFound)
 	}
-	// An image whose layers were not fetched says which one, and what to do.
+	// For an image with missing layers, the error names one and gives advice.
 	var manifest ocispec.Manifest
 	if err := json.Unmarshal(l.Read(m.Digest), &manifest); err != nil {
 		t.Fatal(err)
@@ -450,7 +451,7 @@ func TestContainerd(t *testing.T) {
 	}
 }
 
-// TestDockerArchive: the same layer twice is a link, a wrong configuration is found.
+// TestDockerArchive: a repeated layer is a link, and a wrong configuration is detected.
 func TestDockerArchive(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "docker.tar")
 	a, b := oneFile("a"), oneFile("b")
@@ -472,7 +473,7 @@ func TestDockerArchive(t *testing.T) {
 	}
 }
 
-// TestDockerArchiveOfOthers: that of crane and ko, whose configuration has its whole digest for a name.
+// TestDockerArchiveOfOthers: crane and ko name the configuration by its whole digest.
 func TestDockerArchiveOfOthers(t *testing.T) {
 	img, err := random.Image(1000, 3)
 	if err != nil {
@@ -507,7 +508,7 @@ func TestDockerArchiveOfOthers(t *testing.T) {
 	}
 }
 
-// TestSparseArchive: the bytes of a layer with holes are not in one piece of the archive.
+// TestSparseArchive: the bytes of a layer with holes are not contiguous in the archive.
 func TestSparseArchive(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())
 	big := ocitest.Layer{Tar: Tar(Reg("zeros", strings.Repeat("\x00", 4<<20)))}

@@ -11,29 +11,28 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ErrNoDocuments is returned by FindWhole for sources that hold no index and no manifest.
+// ErrNoDocuments reports a source without index and manifest.
 var ErrNoDocuments = errors.New("the source holds no index and no manifest")
 
-// Whole is all that a reference names: an index or a manifest, with all that belongs to it.
+// Whole is an index or a manifest with all its parts.
 type Whole struct {
-	// Desc is the index or the manifest. Its media type is one of these.
+	// Desc is the descriptor of the index or the manifest. Its media type is that of the document.
 	Desc ocispec.Descriptor
-	// Registry and Repository are where it is, without a tag; empty for other sources.
+	// Registry and Repository are the origin, without a tag; empty for other sources.
 	Registry, Repository string
-	// Open starts to read any blob. The caller closes the result, and verifies what it reads.
+	// Open opens any blob. The caller closes the result and verifies what it reads.
 	Open func(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error)
 
 	find *finder
 }
 
-// wholeSource is a source with documents.
 type wholeSource interface {
 	blobs
 	whole(ctx context.Context) (ocispec.Descriptor, error)
 }
 
-// FindWhole finds what the name of a source leads to, for all platforms. It is used before the source is closed, by one
-// goroutine except for Open.
+// FindWhole finds the document at a source's name, for all platforms. The result is valid until the
+// source is closed, and belongs to one goroutine except for Open.
 func FindWhole(ctx context.Context, src Source) (*Whole, error) {
 	s, ok := src.(wholeSource)
 	if !ok {
@@ -53,8 +52,8 @@ func FindWhole(ctx context.Context, src Source) (*Whole, error) {
 	return w, nil
 }
 
-// Document reads and verifies an index, a manifest or a configuration. All together are bounded as those that lead to an
-// image are.
+// Document reads and verifies an index, a manifest or a configuration. The documents of one Whole
+// share the limits of a search for an image.
 func (w *Whole) Document(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
 	return w.find.document(ctx, d)
 }
@@ -72,7 +71,7 @@ func (w *Whole) Index(ctx context.Context, d ocispec.Descriptor) (*ocispec.Index
 	return index, nil
 }
 
-// Manifest reads the manifest of anything. img is the image if it is that of a container image, else nil.
+// Manifest reads any manifest. img is its image, or nil if it is not that of a container image.
 func (w *Whole) Manifest(ctx context.Context, d ocispec.Descriptor) (m *ocispec.Manifest, img *Image, err error) {
 	p, err := w.find.document(ctx, d)
 	if err != nil {
@@ -89,7 +88,7 @@ func (w *Whole) Manifest(ctx context.Context, d ocispec.Descriptor) (m *ocispec.
 	return m, img, err
 }
 
-// Typed returns the descriptor with the media type of its document where it does not have one itself.
+// Typed returns the descriptor, with the media type of its document if it has none.
 func (w *Whole) Typed(ctx context.Context, d ocispec.Descriptor) (ocispec.Descriptor, error) {
 	return w.find.typed(ctx, d)
 }
@@ -116,7 +115,7 @@ func (s *ociArchive) whole(ctx context.Context) (d ocispec.Descriptor, err error
 	return wholeOf(r, s.tag)
 }
 
-// wholeOf is the entry of an index.json that a tag or digest names.
+// wholeOf returns the entry of an index.json that a tag or digest names.
 func wholeOf(r io.Reader, tag string) (d ocispec.Descriptor, err error) {
 	index, err := readIndexFile(r)
 	if err != nil {
@@ -135,5 +134,5 @@ func wholeOf(r io.Reader, tag string) (d ocispec.Descriptor, err error) {
 	return list[0], nil
 }
 
-// SplitTag splits PATH[:TAG]. If the path holds a colon, it is what exists, the shortest first.
+// SplitTag splits PATH[:TAG]. If PATH may hold a colon, it takes the shortest PATH that exists.
 func SplitTag(s string) (path, tag string) { return splitPath(s) }

@@ -11,9 +11,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// POSIX ACLs are xattrs that the kernel reads and writes on its own account: chmod(2) changes them, files inherit them, and
-// one that says no more than the mode bits is not stored. What containerd leaves on disk is the outcome of that, so it is
-// done here as well. The form of the value: a 4-byte version, then 8 bytes for each entry: tag, permissions, id.
+// The kernel interprets POSIX ACLs: chmod(2) changes them, files inherit them, and an ACL equal to the
+// mode bits is not stored. Merge does the same, because containerd leaves the outcome of that on disk.
+// The value is a 4-byte version, then 8 bytes for each entry: tag, permissions, id.
 
 const (
 	aclAccess  = "system.posix_acl_access"
@@ -39,8 +39,8 @@ type ace struct {
 	id        uint32
 }
 
-// parseACL returns the entries of a value, which need not be complete and in order: see valid. ok is false if the kernel
-// does not know the version, which containerd ignores.
+// parseACL returns the entries of a value, which may be incomplete or out of order: see valid. ok is
+// false for a version unknown to the kernel, which containerd ignores.
 func parseACL(value []byte) (a acl, ok bool, err error) {
 	if len(value) == 0 {
 		return nil, true, nil
@@ -70,8 +70,8 @@ func parseACL(value []byte) (a acl, ok bool, err error) {
 
 var errACL = fmt.Errorf("%w: ACL with missing, misplaced or malformed entries", layer.ErrInvalid)
 
-// valid says whether the entries are complete and in order: owner, users, group, groups, mask (needed with users or
-// groups), others.
+// valid reports whether the entries are complete and in order: owner, users, group, groups, mask
+// (required with users or groups), others.
 func (a acl) valid() bool {
 	at, extended, masked := uint16(0), false, false
 	for _, e := range a {
@@ -134,7 +134,7 @@ func (a acl) chmod(mode uint32) acl {
 	return a
 }
 
-// minimal says whether a says no more than mode bits can.
+// minimal reports whether a is equal to mode bits.
 func (a acl) minimal() bool {
 	return !slices.ContainsFunc(a, func(e ace) bool { return e.tag&(aclUser|aclGroup|aclMask) != 0 })
 }
@@ -149,7 +149,7 @@ func (a acl) value() []byte {
 	return b
 }
 
-// setACL does what setxattr(2) with an ACL does. The mode bits that it also changes are set by the caller afterwards.
+// setACL applies an ACL like setxattr(2), except for the mode bits, which the caller sets afterwards.
 func setACL(n *daxfs.Node, x daxfs.Xattr) error {
 	a, ok, err := parseACL(x.Value)
 	if err != nil || !ok {
@@ -157,7 +157,7 @@ func setACL(n *daxfs.Node, x daxfs.Xattr) error {
 	}
 	kind := n.Mode & unix.S_IFMT
 	if kind == unix.S_IFLNK {
-		return nil // not supported by any file system, and ignored
+		return nil // no file system supports it; ignored
 	}
 	if len(a) > 0 && !a.valid() {
 		return errACL
@@ -176,11 +176,11 @@ func setACL(n *daxfs.Node, x daxfs.Xattr) error {
 	return nil
 }
 
-// maxInherited bounds the bytes of ACLs that new inodes inherit. An ACL of 64 KiB is one entry of a layer, but every
-// file that is made below it, for 512 bytes of the layer, gets a copy.
+// maxInherited bounds the bytes of inherited ACLs. An ACL of 64 KiB is one entry of a layer, but each
+// file below it, 512 bytes in the layer, gets a copy.
 const maxInherited = 256 << 20
 
-// inheritACL gives a new inode the ACLs that come from its directory.
+// inheritACL gives a new inode the ACLs of its directory.
 func (m *Merger) inheritACL(n, dir *daxfs.Node) error {
 	if len(dir.Xattrs) == 0 || n.Mode&unix.S_IFMT == unix.S_IFLNK {
 		return nil
@@ -201,7 +201,7 @@ func (m *Merger) inheritACL(n, dir *daxfs.Node) error {
 	return nil
 }
 
-// chmod sets the permission bits of an inode that is no symbolic link, as chmod(2) does.
+// chmod sets the permission bits of an inode other than a symbolic link, like chmod(2).
 func chmod(n *daxfs.Node, mode uint32) {
 	n.Mode = n.Mode&unix.S_IFMT | mode&permissions
 	if len(n.Xattrs) == 0 {

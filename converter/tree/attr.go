@@ -17,8 +17,8 @@ const (
 	capability  = "security.capability"
 )
 
-// setAttributes gives an inode of the tree the attributes of an entry, with the system calls of containerd's applier in
-// mind: chown, setxattr, chmod, utimes.
+// setAttributes gives an inode the attributes of an entry, with the effects of the system calls of
+// containerd's applier: chown, setxattr, chmod, utimes.
 func (m *Merger) setAttributes(n, from *daxfs.Node) error {
 	n.Mtime = from.Mtime
 	if m.exact {
@@ -38,7 +38,7 @@ func (m *Merger) setAttributes(n, from *daxfs.Node) error {
 				return fmt.Errorf("xattr %q: %w", x.Name, err)
 			}
 		case strings.HasPrefix(x.Name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR:
-			// The kernel refuses it, containerd ignores that.
+			// The kernel refuses it, and containerd ignores the error.
 		default:
 			plain = append(plain, asShown(x))
 		}
@@ -53,10 +53,10 @@ func (m *Merger) setAttributes(n, from *daxfs.Node) error {
 	return nil
 }
 
-// asShown returns an attribute as getxattr(2) shows it: capability sets of version 3 whose root is user 0 have the form of
-// version 2, which has no root.
+// asShown returns an attribute in the form of getxattr(2): capability sets of version 3 with root user
+// 0 become version 2, which has no root.
 func asShown(x daxfs.Xattr) daxfs.Xattr {
-	const end2 = 20 // of the sets; what version 3 has behind them is the root
+	const end2 = 20 // end of the sets; the root follows in version 3
 	if v := x.Value; x.Name == capability && len(v) > end2 && v[3] == 3 && !slices.ContainsFunc(v[end2:], notZero) {
 		x.Value = append([]byte{v[0], 0, 0, 2}, v[4:end2]...)
 	}
@@ -65,7 +65,7 @@ func asShown(x daxfs.Xattr) daxfs.Xattr {
 
 func notZero(b byte) bool { return b != 0 }
 
-// chown sets the owner as chown(2) does, which takes the capabilities of a program away.
+// chown sets the owner like chown(2), which removes file capabilities.
 func chown(n *daxfs.Node, uid, gid uint32) {
 	if uid != layer.KeepID {
 		n.UID = uid
@@ -78,7 +78,7 @@ func chown(n *daxfs.Node, uid, gid uint32) {
 	}
 }
 
-// The tree keeps the attributes of an inode sorted by name: a hostile layer may have thousands of them.
+// The attributes of an inode are sorted by name: a hostile layer may have thousands of them.
 
 func findXattr(n *daxfs.Node, name string) (int, bool) {
 	return slices.BinarySearchFunc(n.Xattrs, name,
@@ -104,7 +104,7 @@ func setXattr(n *daxfs.Node, x daxfs.Xattr) {
 	n.Xattrs = slices.Insert(n.Xattrs, i, x)
 }
 
-// setXattrs is setXattr for any number. Setting many one at a time would move those behind each of them every time.
+// setXattrs sets several attributes. Inserting many one by one would move the later ones each time.
 func setXattrs(n *daxfs.Node, xs []daxfs.Xattr) {
 	const few = 16
 	if len(xs) <= few {
@@ -119,7 +119,7 @@ func setXattrs(n *daxfs.Node, xs []daxfs.Xattr) {
 	slices.SortStableFunc(n.Xattrs, func(a, b daxfs.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	kept := n.Xattrs[:0]
 	for i, x := range n.Xattrs {
-		if i+1 == len(n.Xattrs) || n.Xattrs[i+1].Name != x.Name { // of one name, the last counts
+		if i+1 == len(n.Xattrs) || n.Xattrs[i+1].Name != x.Name { // the last one of a name counts
 			kept = append(kept, x)
 		}
 	}
@@ -134,11 +134,11 @@ func removeXattr(n *daxfs.Node, name string) {
 }
 
 const (
-	maxXattrList  = 64 << 10  // bytes that listxattr(2) can return: names with a NUL each
-	maxXattrBytes = 128 << 10 // bytes of names and values; the 256 KiB of an EROFS inode hold them with their headers
+	maxXattrList  = 64 << 10  // bytes that listxattr(2) can return: names, each with a NUL
+	maxXattrBytes = 128 << 10 // bytes of names and values: with their headers they fit the 256 KiB of an EROFS inode
 )
 
-// checkXattrs bounds what the entries of several layers add up to.
+// checkXattrs bounds the sum of attributes from several layers.
 func checkXattrs(n *daxfs.Node) error {
 	names, all := 0, 0
 	for _, x := range n.Xattrs {

@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// image returns layers with the shape of a distribution and an application: many files, of up to size bytes.
+// image returns layers shaped like a distribution and an application: many files of up to size bytes.
 func image(entries, size int) stack {
 	var s stack
 	body := string(bytes.Repeat([]byte("x"), size))
@@ -39,7 +39,7 @@ func image(entries, size int) stack {
 	return s
 }
 
-// BenchmarkFromTar stands beside what nobody can do without: reading the tar, and hashing the stream.
+// BenchmarkFromTar compares with the unavoidable work: reading the tar and hashing the stream.
 func BenchmarkFromTar(b *testing.B) {
 	stream := image(9000, 80_000).tars()[0]
 	run := func(name string, f func() error) {

@@ -18,9 +18,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// The oracle of these tests is the kernel: what an overlay mount shows is what its directories must merge to.
+// The kernel is the oracle: Merge must produce the view of an overlay mount from its directories.
 
-// overlay mounts directories, the top one first, with a fresh upper directory, and returns that and the mount.
+// overlay mounts directories, the top one first, with a new upper directory, and returns that and the mount.
 func overlay(t *testing.T, lowers []string, options string) (upper, merged string) {
 	t.Helper()
 	requireRoot(t)
@@ -67,7 +67,7 @@ func mergeDirs(t *testing.T, dirs ...string) treetest.Tree {
 	return tree
 }
 
-// makeDir returns a directory with everything in it.
+// makeDir returns a directory with one of everything.
 func makeDir(t *testing.T) string {
 	t.Helper()
 	requireRoot(t)
@@ -124,12 +124,12 @@ func TestDirectory(t *testing.T) {
 	}
 }
 
-// noLinks leaves out what overlayfs does not keep: hard links of lower files break when one of them is changed.
+// noLinks ignores a difference of overlayfs: hard links of lower files break when one is changed.
 func noLinks(want, got *treetest.Entry) {
 	want.Nlink, got.Nlink, want.Same, got.Same = 0, 0, "", ""
 }
 
-// TestOverlay makes random changes in overlay mounts stacked on each other.
+// TestOverlay makes random changes in stacked overlay mounts.
 func TestOverlay(t *testing.T) {
 	seed := *seedFlag
 	if seed == 0 {
@@ -167,7 +167,7 @@ func TestOverlay(t *testing.T) {
 
 type changer struct{ r *rand.Rand }
 
-// change does one random thing to a mounted tree. What the kernel refuses is no change.
+// change makes one random change to a mounted tree. It ignores refusals of the kernel.
 func (c *changer) change(t *testing.T, root string) {
 	t.Helper()
 	tree, err := treetest.FromPath(root)
@@ -184,7 +184,7 @@ func (c *changer) change(t *testing.T, root string) {
 	switch op := c.r.IntN(14); {
 	case op == 0 && e.Path != ".":
 		err = os.RemoveAll(old)
-	case op == 1 && e.Path != ".": // an opaque directory, or a directory for a file
+	case op == 1 && e.Path != ".": // an opaque directory, or a directory in place of a file
 		if err = os.RemoveAll(old); err == nil {
 			if err = os.Mkdir(old, 0o711); err == nil {
 				err = os.WriteFile(filepath.Join(old, "new"), []byte("new"), 0o600)
@@ -198,7 +198,7 @@ func (c *changer) change(t *testing.T, root string) {
 		err = os.Mkdir(fresh, 0o755)
 	case op == 4:
 		var f *os.File
-		if f, err = os.OpenFile(fresh, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644); err == nil { // not into a fifo
+		if f, err = os.OpenFile(fresh, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644); err == nil { // not into a FIFO
 			_, err = f.WriteString(e.Path)
 			f.Close()
 		}
@@ -229,7 +229,7 @@ func (c *changer) change(t *testing.T, root string) {
 	}
 }
 
-// TestOverlayMarks writes what overlayfs writes in its rarer modes, and lets overlayfs read it.
+// TestOverlayMarks writes the rarer marks of overlayfs and lets overlayfs read them.
 func TestOverlayMarks(t *testing.T) {
 	lower, top := makeDir(t), t.TempDir()
 	must := func(err error) {
@@ -252,7 +252,7 @@ func TestOverlayMarks(t *testing.T) {
 			must(unix.Setxattr(filepath.Join(top, name), xattrs[i], []byte(xattrs[i+1]), 0))
 		}
 	}
-	must(unix.Setxattr(top, "trusted.overlay.opaque", []byte("x"), 0)) // there are xattr whiteouts further down
+	must(unix.Setxattr(top, "trusted.overlay.opaque", []byte("x"), 0)) // xattr whiteouts follow below
 	mkdir("usr", "trusted.overlay.opaque", "y", "trusted.overlay.origin", "", "trusted.overlay.impure", "y")
 	mkdir("etc", "trusted.overlay.opaque", "x")
 	file("etc/a", "trusted.overlay.whiteout", "")
@@ -271,7 +271,7 @@ func TestOverlayMarks(t *testing.T) {
 	}
 }
 
-// TestOverlayUserMarks has the names that overlayfs uses inside a user namespace.
+// TestOverlayUserMarks uses the names of overlayfs in a user namespace.
 func TestOverlayUserMarks(t *testing.T) {
 	lower := makeDir(t)
 	upper, merged := overlay(t, []string{lower}, ",userxattr")
@@ -292,7 +292,7 @@ func TestOverlayUserMarks(t *testing.T) {
 	}
 }
 
-// TestOverlayUnsupported has overlayfs make what refers to other layers.
+// TestOverlayUnsupported lets overlayfs create references to other layers.
 func TestOverlayUnsupported(t *testing.T) {
 	for _, test := range []struct {
 		options string

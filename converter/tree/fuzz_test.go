@@ -19,7 +19,7 @@ import (
 // fuzzLimits keep a fuzzer from spending its time on size.
 var fuzzLimits = layer.Limits{MaxEntries: 2000, MaxBytes: 1 << 20, MaxMetaBytes: 1 << 20}
 
-// sumStore reads contents and keeps none. Contents get places one behind the other.
+// sumStore hashes contents and keeps none. It assigns them consecutive places.
 type sumStore struct{ next int64 }
 
 func (s *sumStore) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, error) {
@@ -32,8 +32,8 @@ func (s *sumStore) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, 
 	return d, nil
 }
 
-// FuzzLayer takes hostile tar streams, two at a time. It holds that an error has a kind, that what is parsed and merges is a
-// tree that can become an image, and that layers survive being stored and merged.
+// FuzzLayer parses hostile tar streams, two at a time. Errors must have a kind, parsed layers that
+// merge must give a tree that can become an image, and layers must survive storing and merging.
 func FuzzLayer(f *testing.F) {
 	for _, r := range rules {
 		tars := r.s.tars()
@@ -76,7 +76,7 @@ func FuzzLayer(f *testing.F) {
 	})
 }
 
-// FuzzMerge takes stored layers from anywhere, two at a time.
+// FuzzMerge merges untrusted stored layers, two at a time.
 func FuzzMerge(f *testing.F) {
 	for _, r := range rules {
 		var bins [2][]byte
@@ -130,7 +130,7 @@ func mergeFuzz(t *testing.T, layers []*layer.Layer) *daxfs.Node {
 	return root
 }
 
-// checkTree fails if a tree is none: names that can not be, directories with two names, links through directories.
+// checkTree fails for impossible names, directories with two names, and links through directories.
 func checkTree(t *testing.T, n *daxfs.Node, p string, above []*daxfs.Node) {
 	t.Helper()
 	if len(p) > 2*maxPath {

@@ -13,8 +13,8 @@ import (
 	tt "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// TestRandomHeaders compares tars whose headers nobody would write with containerd: fields and records that are at the end of
-// what they can say, malformed, or in the wrong place.
+// TestRandomHeaders compares tars with unusual headers with containerd: fields and records with
+// extreme values, malformed, or in the wrong place.
 func TestRandomHeaders(t *testing.T) {
 	requireRoot(t)
 	seed, count := *seedFlag, 10*(*stacksFlag)

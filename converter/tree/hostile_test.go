@@ -13,13 +13,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// Layers that are small and ask for very much. Each test would need hours or all memory without the bound it is about.
+// Small layers that demand very much. Without the tested bound, each test would need hours or all memory.
 
 func add(path string, mode uint32) layer.Change {
 	return layer.Change{Op: layer.OpAdd, Path: path, Node: &daxfs.Node{Mode: mode}}
 }
 
-// TestInheritedACLsAreBounded: a default ACL of 64 KiB, and very many files below it.
+// TestInheritedACLsAreBounded: a default ACL of 64 KiB with many files below it.
 func TestInheritedACLsAreBounded(t *testing.T) {
 	big := acl{{aclUserObj, 7, aclNoID}}
 	for i := range 8000 {
@@ -45,7 +45,7 @@ func TestInheritedACLsAreBounded(t *testing.T) {
 	if _, err := Merge([]*layer.Layer{few, many}); !errors.Is(err, layer.ErrLimit) {
 		t.Errorf("%v, expected ErrLimit", err)
 	}
-	// Directories that are made on the way inherit as well.
+	// Implied directories inherit, too.
 	many = &layer.Layer{}
 	for i := range 100_000 {
 		many.Append(add(fmt.Sprintf("d/%d/x", 1000+i), unix.S_IFREG|0o644))
@@ -55,7 +55,7 @@ func TestInheritedACLsAreBounded(t *testing.T) {
 	}
 }
 
-// TestResolutionIsBounded: parents that lead through as many links as they can, at the end of long paths.
+// TestResolutionIsBounded: parents that lead through the maximum of links, at the end of long paths.
 func TestResolutionIsBounded(t *testing.T) {
 	deep := strings.Repeat("d/", 100)
 	links := &layer.Layer{}
@@ -83,7 +83,7 @@ func TestResolutionIsBounded(t *testing.T) {
 	}
 }
 
-// TestManyXattrs: attributes of one inode that come in the worst order, from two layers.
+// TestManyXattrs: attributes of one inode in the worst order, from two layers.
 func TestManyXattrs(t *testing.T) {
 	some := func(n int, prefix, value string) *layer.Layer {
 		d := add("d", unix.S_IFDIR|0o755)
@@ -143,7 +143,7 @@ func TestOpaqueIsLinear(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Each marker makes its directory, wherever the one of its parent stands.
+	// Each marker makes its directory, wherever its parent's marker stands.
 	n, depth := root, 0
 	for n = root.Entries["d"]; n != nil; n = n.Entries["d"] {
 		depth++

@@ -13,11 +13,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// Error is an error that belongs to one change of one layer.
+// Error is an error of one change of one layer.
 type Error struct {
 	// Layer counts from 0, the bottom layer.
 	Layer int
-	// Change is the number of the change in the layer.
+	// Change is the index of the change in the layer.
 	Change int
 	Op     layer.Op
 	Path   string
@@ -34,19 +34,19 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // Causes of an Error besides layer.ErrInvalid and layer.ErrLimit. Containerd fails on the same layers.
 var (
-	// ErrNotDir: an entry lies below something that is neither a directory nor a symbolic link.
+	// ErrNotDir: the parent of an entry is neither a directory nor a symbolic link.
 	ErrNotDir = errors.New("not a directory")
-	// ErrNotExist: the target of a hard link is missing, or a directory of the layer is gone when the layer is complete.
+	// ErrNotExist: the target of a hard link is missing, or a directory of the layer is gone when the layer ends.
 	ErrNotExist = errors.New("no such file or directory")
 	// ErrIsDir: a hard link to a directory.
 	ErrIsDir = errors.New("is a directory")
-	// ErrTooManyLinks: symbolic links in a parent do not end.
+	// ErrTooManyLinks: following the symbolic links of a parent does not end.
 	ErrTooManyLinks = errors.New("too many levels of symbolic links")
 )
 
-// Merge applies layers, bottom first, and returns the root of the tree they make. The nodes belong to the caller and
-// share nothing with the layers, which can be merged again; Merge may run concurrently on the same layers. With no
-// layer the tree is an empty directory. The error is an *Error.
+// Merge applies layers, bottom first, and returns the root of the resulting tree. The nodes belong to
+// the caller and share nothing with the layers, which stay usable; Merge may run concurrently on the
+// same layers. Without layers the tree is an empty directory. The error is an *Error.
 func Merge(layers []*layer.Layer) (*daxfs.Node, error) {
 	m := NewMerger()
 	for _, l := range layers {
@@ -57,25 +57,25 @@ func Merge(layers []*layer.Layer) (*daxfs.Node, error) {
 	return m.Root(), nil
 }
 
-// Merger is Merge for layers that come one after another. It is for one goroutine.
+// Merger merges layers that arrive one after another. It belongs to one goroutine.
 type Merger struct {
 	root  *daxfs.Node
 	layer int
-	exact bool // attributes are complete, see layer.FromDirectory
-	steps int  // what path resolution may still cost
-	// inherited is the size of the ACLs that inodes inherited, in all layers.
+	exact bool // attributes are complete; see layer.FromDirectory
+	steps int  // remaining budget of path resolution
+	// inherited is the total size of inherited ACLs in all layers.
 	inherited int64
 
-	// fresh has the names that the present layer made; nil if the layer has no use for it.
+	// fresh holds the names that the current layer made; nil if the layer has no opaque directory.
 	fresh map[entry]struct{}
-	// opaque has the directories that were made opaque by the present layer.
+	// opaque holds the directories that the current layer made opaque.
 	opaque map[*daxfs.Node]struct{}
-	// spared counts entries that an opaque directory kept and containerd's walk would remove, implied the directories that
-	// the present layer made and has no entry for; for tests.
+	// For tests: spared counts entries that an opaque directory kept although containerd's walk would
+	// remove them; implied counts directories that the current layer made without an entry for them.
 	spared, implied int
 
-	// lastDir is what lastPath led to: entries of a directory come together. It is forgotten when a symbolic link appears
-	// or anything is removed that a path may lead through.
+	// lastDir caches the directory of lastPath: entries of a directory come together. It is reset when a
+	// symbolic link appears or when a directory or link is removed.
 	lastPath string
 	lastDir  *daxfs.Node
 
@@ -83,7 +83,6 @@ type Merger struct {
 	names [1024]string // see keep
 }
 
-// entry is a name in a directory.
 type entry struct {
 	dir  *daxfs.Node
 	name string
@@ -94,14 +93,14 @@ func NewMerger() *Merger {
 	return &Merger{root: &daxfs.Node{Mode: unix.S_IFDIR | 0o755}, steps: 1 << 24}
 }
 
-// Root returns the root of the tree, which the next Apply may change.
+// Root returns the root of the tree. The next Apply may change it.
 func (m *Merger) Root() *daxfs.Node { return m.root }
 
-// Take is Apply of a layer that nobody else has. What was applied of it is forgotten at once, so that a large layer is not
-// in memory beside its tree. The layer is empty afterwards.
+// Take is Apply for a layer that nobody else uses. It frees each change once applied, so that a large
+// layer does not stay in memory beside its tree. The layer is empty afterwards.
 func (m *Merger) Take(l *layer.Layer) error { return m.apply(l, l.Drain()) }
 
-// Apply applies the next layer. After an error, which is an *Error, the tree is of no use.
+// Apply applies the next layer. After an error, which is an *Error, the tree is unusable.
 func (m *Merger) Apply(l *layer.Layer) error { return m.apply(l, l.All()) }
 
 func (m *Merger) apply(l *layer.Layer, changes iter.Seq2[int, *layer.Change]) error {
@@ -128,8 +127,8 @@ func (m *Merger) apply(l *layer.Layer, changes iter.Seq2[int, *layer.Change]) er
 			times = append(times, dirTime{i, c.Path, c.Node.Mtime})
 		}
 	}
-	// Making entries changes the time of a directory, so these times come last. By name: meanwhile the name may
-	// stand for something else.
+	// New entries change a directory's time, so these times are set last. They are set by name, as in
+	// containerd: the name may stand for another inode by then.
 	for _, t := range times {
 		n, err := m.lookup(t.path)
 		if err != nil {
@@ -171,7 +170,7 @@ func (m *Merger) change(c *layer.Change) error {
 	}
 }
 
-// checkChange refuses what package layer does not make, so that a layer made by hand can not break the tree.
+// checkChange refuses changes that package layer does not make: a handmade layer must not break the tree.
 func checkChange(c *layer.Change) error {
 	if len(c.Path) > maxPath {
 		return fmt.Errorf("%w: more than %d bytes of a path", layer.ErrLimit, maxPath)
@@ -191,7 +190,7 @@ func checkChange(c *layer.Change) error {
 	return nil
 }
 
-// addNode makes an inode at a name. A directory stays a directory; anything else makes room.
+// addNode makes an inode at a name. It replaces the old entry, but keeps a directory for a directory.
 func (m *Merger) addNode(dir *daxfs.Node, name string, c *layer.Change) error {
 	from := c.Node
 	kind := from.Mode & unix.S_IFMT
@@ -217,8 +216,8 @@ func (m *Merger) addNode(dir *daxfs.Node, name string, c *layer.Change) error {
 	return m.setAttributes(n, from)
 }
 
-// takesOver tells whether a node of a layer is, as it is, the inode that it makes in a directory: nothing is inherited, and no
-// attribute changes another. Directories are not taken over: their times come last.
+// takesOver reports whether a node of a layer can become the inode unchanged: it inherits nothing, and
+// no attribute changes another. Directories are excluded because their times are set last.
 func (m *Merger) takesOver(dir, from *daxfs.Node) bool {
 	kind := from.Mode & unix.S_IFMT
 	if kind == unix.S_IFDIR || len(from.Xattrs) > 0 {
@@ -231,7 +230,7 @@ func (m *Merger) takesOver(dir, from *daxfs.Node) bool {
 		(kind != unix.S_IFLNK || from.Mode == unix.S_IFLNK|0o777)
 }
 
-// create makes an inode as the kernel makes one for root: it inherits the group of a set-group-ID directory, and ACLs.
+// create makes an inode like the kernel for root: it inherits ACLs and a set-group-ID directory's group.
 func (m *Merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node, error) {
 	n := m.node()
 	n.Mode = kind
@@ -250,9 +249,9 @@ func (m *Merger) create(dir *daxfs.Node, name string, kind uint32) (*daxfs.Node,
 	return n, nil
 }
 
-// link gives a name to an inode that has one already.
+// link adds a name to an existing inode.
 func (m *Merger) link(dir *daxfs.Node, name string, c *layer.Change) error {
-	m.remove(dir, name) // first, as containerd does: a link to itself finds nothing
+	m.remove(dir, name) // first, like containerd: a link to itself finds nothing
 	n, err := m.linkTarget(c.LinkTo)
 	if err != nil {
 		return fmt.Errorf("target %q: %w", c.LinkTo, err)
@@ -279,8 +278,8 @@ func (m *Merger) enter(dir *daxfs.Node, name string, n *daxfs.Node) {
 	}
 }
 
-// keep returns a copy of a name: the tree would else keep the whole path. Names that come again and again, as __init__.py
-// and package.json do, are copied once as long as no other takes their place.
+// keep copies a name, because the substring would keep the whole path in memory. It caches frequent
+// names such as __init__.py and package.json, which are thus copied once.
 func (m *Merger) keep(name string) string {
 	kept := &m.names[maphash.String(nameSeed, name)%uint64(len(m.names))]
 	if *kept != name {
@@ -291,7 +290,6 @@ func (m *Merger) keep(name string) string {
 
 var nameSeed = maphash.MakeSeed()
 
-// remove removes a name and all below it.
 func (m *Merger) remove(dir *daxfs.Node, name string) {
 	if n := dir.Entries[name]; n != nil {
 		delete(dir.Entries, name)
@@ -301,19 +299,19 @@ func (m *Merger) remove(dir *daxfs.Node, name string) {
 	}
 }
 
-// touch records that the present layer has an entry for a name.
+// touch records that the current layer has an entry for a name.
 func (m *Merger) touch(dir *daxfs.Node, name string) {
 	if m.fresh != nil {
 		m.fresh[entry{dir, name}] = struct{}{}
 	}
 }
 
-// hideLower removes from a directory what the present layer did not put there. Directories on the way to what it put
-// there stay, with their attributes.
+// hideLower removes the entries of a directory that the current layer did not make. Directories on the
+// way to entries of the current layer stay, with their attributes.
 func (m *Merger) hideLower(dir *daxfs.Node) {
 	if _, done := m.opaque[dir]; done {
-		m.spared += m.implied // containerd walks through it again, and what is implied may be there
-		return                // all that came since is of this layer
+		m.spared += m.implied // containerd walks through it again and may meet implied directories
+		return                // everything added since belongs to this layer
 	}
 	m.opaque[dir] = struct{}{}
 	m.lastDir = nil
@@ -332,10 +330,9 @@ func (m *Merger) hideLower(dir *daxfs.Node) {
 	}
 }
 
-// slabNodes is how many nodes are allocated at once: what just fits a size class of the Go runtime, 8 KiB.
+// slabNodes is the number of nodes per allocation: as many as fit an 8 KiB size class of the Go runtime.
 const slabNodes = 60
 
-// node returns a zero node.
 func (m *Merger) node() *daxfs.Node {
 	if len(m.slab) == 0 {
 		m.slab = make([]daxfs.Node, slabNodes)

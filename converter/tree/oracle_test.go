@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// The oracle of these tests is containerd: its applier unpacks the same layers into one directory.
+// Containerd is the oracle of these tests: its applier unpacks the same layers into one directory.
 
 func TestMain(m *testing.M) {
 	log.L.Logger.SetLevel(logrus.ErrorLevel) // containerd warns of every attribute it ignores
@@ -40,7 +40,7 @@ func applyAll(t testing.TB, layers [][]byte) (treetest.Tree, time.Time, error) {
 	if err := os.Mkdir(root, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	start := time.Now().Add(-time.Second) // file systems take their time from a coarse clock
+	start := time.Now().Add(-time.Second) // file systems use a coarse clock
 	for _, l := range layers {
 		if _, err := archive.Apply(context.Background(), root, bytes.NewReader(l)); err != nil {
 			return nil, start, err
@@ -53,7 +53,7 @@ func applyAll(t testing.TB, layers [][]byte) (treetest.Tree, time.Time, error) {
 	return want, start, nil
 }
 
-// mergeAll does the same with this package.
+// mergeAll merges the layers with this package.
 func mergeAll(t testing.TB, layers [][]byte) (treetest.Tree, *Merger, error) {
 	t.Helper()
 	var store treetest.Store
@@ -74,7 +74,7 @@ func mergeAll(t testing.TB, layers [][]byte) (treetest.Tree, *Merger, error) {
 	return got, m, nil
 }
 
-// compare fails the test unless containerd and Merge agree on layers, also on whether they can be applied at all.
+// compare fails the test unless containerd and Merge agree, also on whether the layers can be applied.
 func compare(t testing.TB, layers [][]byte) (spared int) {
 	t.Helper()
 	got, m, gotErr := mergeAll(t, layers)

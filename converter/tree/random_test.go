@@ -54,7 +54,7 @@ func TestRandomStacks(t *testing.T) {
 		count, seed, spared)
 }
 
-// quiet keeps what a comparison says to itself.
+// quiet suppresses the output of a comparison.
 type quiet struct {
 	testing.TB
 	message string
@@ -62,7 +62,7 @@ type quiet struct {
 
 func (q *quiet) Errorf(format string, args ...any) { q.message = fmt.Sprintf(format, args...) }
 
-// shrink removes entries as long as the comparison keeps failing.
+// shrink removes entries while the comparison keeps failing.
 func shrink(t *testing.T, s stack, message string) (stack, string) {
 	for again := true; again; {
 		again = false
@@ -93,13 +93,13 @@ func (s stack) String() string {
 	return b.String()
 }
 
-// generator makes stacks of layers that mostly can be applied: it merges what it has so far to see what there is.
-// Names begin with q, so that a link to "/qa" finds nothing on the host.
+// generator makes mostly valid stacks of layers: it merges the stack so far to know its tree. Names
+// begin with q, so that a link to "/qa" finds nothing on the host.
 type generator struct {
 	r       *rand.Rand
 	done    stack
 	cur     []treetest.File
-	all     []string // paths of the tree so far, by type
+	all     []string // paths of the current tree, by type
 	dirs    []string
 	links   []string // symbolic links
 	others  []string
@@ -196,7 +196,8 @@ var names = []string{
 	"q" + strings.Repeat("n", 254),
 }
 
-// place returns a path for an entry: an old one, a new one in something that exists, or one with missing parents.
+// place returns a path for an entry: an existing one, a new one in an existing directory, or one with
+// missing parents.
 func (g *generator) place() string {
 	switch g.r.IntN(10) {
 	case 0, 1, 2:
@@ -300,7 +301,7 @@ func (g *generator) attributes(f treetest.File) treetest.File {
 	return f
 }
 
-// acl returns an ACL value, not always a useful one.
+// acl returns an ACL value, sometimes a useless one.
 func (g *generator) acl() string {
 	if g.r.IntN(8) == 0 {
 		return ""

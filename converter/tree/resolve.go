@@ -12,14 +12,13 @@ import (
 )
 
 const (
-	maxPath = 4095 // bytes of a path, as the kernel has it
-	// maxWalked and maxFollowed are the numbers of symbolic links that containerd and the kernel follow in one path.
+	maxPath = 4095 // bytes of a path, as in the kernel
+	// maxWalked and maxFollowed are the limits of containerd and the kernel for symbolic links in a path.
 	maxWalked   = 255
 	maxFollowed = 40
 )
 
-// mkdir returns the directory that a clean path names, following symbolic links in every element, and makes what is
-// missing of it.
+// mkdir returns the directory at a clean path. It follows all symbolic links and makes missing directories.
 func (m *Merger) mkdir(p string) (*daxfs.Node, error) {
 	if p == "" {
 		return m.root, nil
@@ -44,8 +43,8 @@ func (m *Merger) mkdir(p string) (*daxfs.Node, error) {
 	return dir, nil
 }
 
-// descend walks from the root to p and makes missing directories on the way. At a symbolic link it gives up: the
-// second result is false, and nothing was made.
+// descend walks from the root to p and makes missing directories on the way. At a symbolic link it
+// returns false and has made nothing.
 func (m *Merger) descend(p string) (*daxfs.Node, bool, error) {
 	dir := m.root
 	for rest := p; rest != ""; {
@@ -59,7 +58,7 @@ func (m *Merger) descend(p string) (*daxfs.Node, bool, error) {
 			if err := checkName(name); err != nil {
 				return nil, false, err
 			}
-			// Nothing below can be a link, so nothing is made in vain.
+			// No link can lie below a missing directory, so the directories made here are always needed.
 			var err error
 			if n, err = m.create(dir, name, unix.S_IFDIR); err != nil {
 				return nil, false, err
@@ -79,7 +78,7 @@ func (m *Merger) descend(p string) (*daxfs.Node, bool, error) {
 	return dir, true, nil
 }
 
-// lookup returns what a path names, following symbolic links in every element, the last one included.
+// lookup returns the inode at a path. It follows symbolic links in every element, including the last one.
 func (m *Merger) lookup(p string) (*daxfs.Node, error) {
 	if n := m.plain(p); n != nil && n.Mode&unix.S_IFMT != unix.S_IFLNK {
 		return n, nil
@@ -95,18 +94,18 @@ func (m *Merger) lookup(p string) (*daxfs.Node, error) {
 	return n, err
 }
 
-// plain returns what p names if there is nothing to follow, neither links nor "..", on the way; else nil.
+// plain returns the inode at p, or nil if the path leads through a link or "..".
 func (m *Merger) plain(p string) *daxfs.Node {
 	n := m.root
 	for p != "" && n != nil {
 		var name string
 		name, p, _ = strings.Cut(p, "/")
-		n = n.Entries[name] // what is no directory has none
+		n = n.Entries[name] // an inode other than a directory has no entries
 	}
 	return n
 }
 
-// linkTarget returns the inode that the target of a hard link names: the last element is not followed.
+// linkTarget returns the inode that a hard link's target names. It does not follow the last element.
 func (m *Merger) linkTarget(target string) (*daxfs.Node, error) {
 	if len(target) > maxPath {
 		return nil, fmt.Errorf("%w: more than %d bytes of a link target", layer.ErrLimit, maxPath)
@@ -127,11 +126,11 @@ func (m *Merger) linkTarget(target string) (*daxfs.Node, error) {
 	return n, err
 }
 
-// resolve follows the symbolic links in every element of p within the root and returns a clean relative path without
-// any. What does not exist is no symbolic link.
+// resolve follows the symbolic links in every element of p within the root and returns a clean
+// relative path without links. A missing element is not a link.
 //
-// It goes the way of continuity's fs.RootPath, and so comes to the same end where ".." meets links: each pass replaces
-// links by their targets, joining names without looking, until a pass finds none.
+// It mirrors continuity's fs.RootPath, to get the same results where ".." meets links: each pass
+// replaces links by their targets, joining names without looking, until a pass finds no link.
 func (m *Merger) resolve(p string) (string, error) {
 	walked := 0
 	for {
@@ -147,10 +146,10 @@ func (m *Merger) resolve(p string) (string, error) {
 	}
 }
 
-// pass walks p once. The result is absolute and clean if it met no link.
+// pass walks p once. The result is absolute and clean if there is no link.
 func (m *Merger) pass(p string, walked *int) (string, error) {
 	at, first := "/", !strings.HasPrefix(p, "/")
-	dir := m.root // what at names, nil if not known
+	dir := m.root // inode at the path at; nil if unknown
 	for rest := p; rest != ""; {
 		var name string
 		name, rest, _ = strings.Cut(rest, "/")
@@ -194,8 +193,7 @@ func (m *Merger) pass(p string, walked *int) (string, error) {
 	return at, nil
 }
 
-// checkName refuses a name that the kernel does not look up. Package layer checked those of entries, but not those in the
-// targets of links.
+// checkName refuses a name too long for the kernel. Package layer does not check those in link targets.
 func checkName(name string) error {
 	if len(name) > daxfs.MaxName {
 		return fmt.Errorf("%w: more than %d bytes of a name", layer.ErrLimit, daxfs.MaxName)
@@ -203,7 +201,7 @@ func checkName(name string) error {
 	return nil
 }
 
-// spend holds resolution against what it may cost: layers can be made to lead through very many links.
+// spend charges the budget of path resolution: a crafted layer can lead through very many links.
 func (m *Merger) spend(steps int) error {
 	if m.steps -= steps; m.steps < 0 {
 		return fmt.Errorf("%w: too many symbolic links in the parents of entries", layer.ErrLimit)
@@ -211,11 +209,11 @@ func (m *Merger) spend(steps int) error {
 	return nil
 }
 
-// lstat returns what a clean relative path names, as the kernel finds it: symbolic links before the last element are
-// followed. It returns nil if there is nothing, or if the way leads out of the root.
+// lstat returns the inode at a clean relative path like the kernel: it follows symbolic links before
+// the last element. It returns nil for a missing name or a path that leaves the root.
 func (m *Merger) lstat(p string) (*daxfs.Node, error) {
 	var (
-		dirs     = []*daxfs.Node{m.root} // the way to where we are
+		dirs     = []*daxfs.Node{m.root} // the path walked so far
 		followed = 0
 	)
 	for p != "" {

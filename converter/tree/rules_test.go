@@ -23,7 +23,7 @@ import (
 	tt "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// stack is layers, the bottom one first.
+// stack is a list of layers, the bottom one first.
 type stack [][]tt.File
 
 func (s stack) tars() [][]byte {
@@ -36,7 +36,7 @@ func (s stack) tars() [][]byte {
 
 const (
 	fileCap = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
-	// without the user who is root
+	// version 3 without the root user
 	capOf3 = "\x01\x00\x00\x03" + "\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 )
 
@@ -53,8 +53,8 @@ var (
 	n255        = strings.Repeat("n", 255)
 )
 
-// rules has one stack of layers for each rule. What must come of it is not written here: containerd says it. The second field
-// is what Merge fails with; containerd must then fail too, and else not.
+// rules has one stack of layers for each rule. Containerd defines the expected result. The second
+// field is the error of Merge; if it is nil, containerd must succeed, too, else fail.
 var rules = []struct {
 	name string
 	want error
@@ -398,7 +398,7 @@ var rules = []struct {
 	{"contiguous file", layer.ErrUnsupported, stack{{tt.Special(tar.TypeCont, "a", 0, 0)}}},
 }
 
-// chain returns n symbolic links, each to the next one, and a file behind them.
+// chain returns n symbolic links in sequence and a file at their end.
 func chain(n int) []tt.File {
 	files := []tt.File{tt.Dir(fmt.Sprint(n))}
 	for i := range n {
@@ -426,7 +426,7 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// TestErrorNames holds that an error says which layer and which entry.
+// TestErrorNames: an error names the layer and the entry.
 func TestErrorNames(t *testing.T) {
 	_, err := mergeTars(stack{{tt.Reg("a", "")}, {tt.Dir("d"), tt.Reg("a/b", "")}})
 	e, ok := errors.AsType[*Error](err)
@@ -436,8 +436,9 @@ func TestErrorNames(t *testing.T) {
 	}
 }
 
-// TestOpaqueHidesOnlyLower has the one place where Merge and containerd's walk into one directory differ on purpose, and
-// where containerd with overlayfs is the oracle: entries of the same layer whose parents have no entry of their own.
+// TestOpaqueHidesOnlyLower tests the one intended difference between Merge and containerd's walk into
+// one directory: entries of the same layer whose parents have no entry. Here containerd with overlayfs
+// is the oracle.
 func TestOpaqueHidesOnlyLower(t *testing.T) {
 	s := stack{
 		{
@@ -475,7 +476,7 @@ func TestOpaqueHidesOnlyLower(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := tt.Diff(want, got, func(w, g *tt.Entry) {
-		w.Mtime = g.Mtime // the applier copies the parent's before it adds to the directory
+		w.Mtime = g.Mtime // the applier copies the parent's time before it adds to the directory
 		if w.Path == "." {
 			*w = *g
 		}
@@ -485,7 +486,8 @@ func TestOpaqueHidesOnlyLower(t *testing.T) {
 	}
 }
 
-// TestOpaqueAgainSpares: directories in one that is opaque already are spared once more when one above it becomes opaque.
+// TestOpaqueAgainSpares: directories in an opaque directory are spared again when a directory above
+// becomes opaque.
 func TestOpaqueAgainSpares(t *testing.T) {
 	requireRoot(t)
 	s := stack{{tt.Dir("d"), tt.Reg("d/.wh..wh..opq", ""), tt.Dir("d/a/b"), tt.Reg(".wh..wh..opq", "")}}
@@ -498,8 +500,7 @@ func TestOpaqueAgainSpares(t *testing.T) {
 	}
 }
 
-// TestAbsoluteNames: an absolute name is the one without the slash. To containerd it is another one, where links lead
-// through links and "..".
+// TestAbsoluteNames: a leading slash has no meaning. Containerd differs for links through links and "..".
 func TestAbsoluteNames(t *testing.T) {
 	requireRoot(t)
 	for name, other := range map[string]bool{"c/f": false, "./c/f": false, "/c/f": true, "../c/f": true} {
@@ -518,7 +519,7 @@ func TestAbsoluteNames(t *testing.T) {
 	}
 }
 
-// goroot is where the Go distribution of the running go command is.
+// goroot returns the directory of the running Go distribution.
 func goroot(t *testing.T) string {
 	t.Helper()
 	out, err := exec.Command("go", "env", "GOROOT").Output()
@@ -528,7 +529,7 @@ func goroot(t *testing.T) string {
 	return strings.TrimSpace(string(out))
 }
 
-// TestForeignTars compares the archives that archive/tar is tested with: several tars have written them.
+// TestForeignTars compares the archives from the tests of archive/tar, which were written by several programs.
 func TestForeignTars(t *testing.T) {
 	requireRoot(t)
 	files, _ := filepath.Glob(filepath.Join(goroot(t), "src/archive/tar/testdata/*.tar*"))
@@ -593,7 +594,7 @@ func hasType(b []byte, typ byte) bool {
 	return false
 }
 
-// TestSparse compares with what GNU tar unpacks, in every format it writes holes in. Containerd takes only those of PAX.
+// TestSparse compares with GNU tar in all its formats for holes. Containerd accepts only those of PAX.
 func TestSparse(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "in"), 0o755); err != nil {
@@ -604,7 +605,7 @@ func TestSparse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for i := range int64(40) { // more pieces than a header has room for
+	for i := range int64(40) { // more pieces than fit a header
 		if _, err := f.WriteAt([]byte(fmt.Sprint("piece ", i)), i*300_000+i); err != nil {
 			t.Fatal(err)
 		}

@@ -10,27 +10,27 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// LostXattr is an extended attribute that StripXattrs took away.
+// LostXattr is an extended attribute that StripXattrs removed.
 type LostXattr struct {
 	// Name is the full name of the attribute.
 	Name string
-	// Inodes is how many inodes had it.
+	// Inodes is the number of inodes that had it.
 	Inodes int
-	// Path is a name of one of these, from the root without a slash before it: the first one in the order of names. It is
-	// empty for the root itself, and where the paths of all attributes would take more than 16 MiB.
+	// Path is the first name of such an inode in path order, from the root without a leading slash. It is
+	// empty for the root itself, and when the paths of all attributes exceed 16 MiB.
 	Path string
 }
 
-// maxLostPaths bounds the bytes of the paths in the result of StripXattrs: each inode of a hostile image may have an
-// attribute with a name of its own.
+// maxLostPaths bounds the bytes of paths returned by StripXattrs: in a hostile image each inode may
+// have an attribute with a different name.
 const maxLostPaths = 16 << 20
 
-// StripXattrs takes all extended attributes of a tree away, for readers that know none, and returns which ones it had,
-// by name.
+// StripXattrs removes all extended attributes of a tree, for readers without support for them, and
+// returns a list of them, sorted by name.
 //
-// The mode bits become what they are without an ACL. With one, those of the group are the mask, which may allow more
-// than the ACL allows the group: it gets what its entry and the mask both have. So nobody can do more without the ACL
-// than with it, except those whom a user's or a group's entry allowed less than it allows everybody.
+// The mode bits are adapted to the loss of the ACL. With an ACL, the group bits are its mask, which
+// may allow more than the group's entry. Without it, they are the intersection of that entry and the
+// mask. So only users and groups whose entry allowed them less than everybody gain access.
 func StripXattrs(root *daxfs.Node) []LostXattr {
 	s := stripper{lost: map[string]*LostXattr{}}
 	s.node(root)
@@ -47,7 +47,7 @@ type stripper struct {
 	bytes int // of paths in lost
 }
 
-// node strips an inode and all below it. A hard link comes several times, the second time without attributes.
+// node strips an inode and everything below it. A hard link has no attributes left at its second visit.
 func (s *stripper) node(n *daxfs.Node) {
 	for _, x := range n.Xattrs {
 		l := s.lost[x.Name]
@@ -72,7 +72,7 @@ func (s *stripper) node(n *daxfs.Node) {
 	}
 }
 
-// withoutACL returns the mode of an inode that loses its ACL.
+// withoutACL returns the mode of an inode after the loss of its ACL.
 func withoutACL(mode uint32, value []byte) uint32 {
 	a, ok, err := parseACL(value)
 	if !ok || err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// TestStripXattrs: nothing is left, and all that went is told once for each inode.
+// TestStripXattrs: nothing is left, and each loss is counted once for each inode.
 func TestStripXattrs(t *testing.T) {
 	file := func(xs ...string) *daxfs.Node {
 		n := &daxfs.Node{Mode: unix.S_IFREG | 0o644}
@@ -39,9 +39,9 @@ func TestStripXattrs(t *testing.T) {
 	}
 }
 
-// TestStripACL: the kernel shows the mask as the permissions of the group. Without the ACL the group has what its entry
-// and the mask allow, as after setfacl -b on a mode that chmod(1) took the mask from: it must not get what only the
-// mask allows.
+// TestStripACL: the kernel shows the mask as the permissions of the group. Without the ACL, the group
+// has the intersection of its entry and the mask, as after setfacl -b on a mode that chmod(1) took the
+// mask from: it must not get what only the mask allows.
 func TestStripACL(t *testing.T) {
 	for group, want := range map[uint16]uint32{0: 0o604, 4: 0o644, 6: 0o664, 7: 0o664} {
 		name := filepath.Join(t.TempDir(), "file")

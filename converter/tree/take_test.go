@@ -10,7 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// read parses the layers of a stack, each time into nodes of its own.
+// read parses the layers of a stack into new nodes.
 func (s stack) read(t *testing.T) (layers []*layer.Layer) {
 	t.Helper()
 	for _, raw := range s.tars() {
@@ -23,8 +23,7 @@ func (s stack) read(t *testing.T) (layers []*layer.Layer) {
 	return layers
 }
 
-// TestTake: a merger that takes layers over comes to the same tree, or the same error, as one that leaves them as they are,
-// whether the layers carry all attributes or those of a tar.
+// TestTake: Take and Apply give the same tree or the same error, for both sources of layers.
 func TestTake(t *testing.T) {
 	trees := 0
 	for seed := range uint64(200) {

@@ -168,7 +168,7 @@ func (r *root) start(systemd bool) {
 		if r.Failed() {
 			text, _ := os.ReadFile(log.Name())
 			r.Logf("the console of the system:\n%s", text)
-			out, _ := r.try("journalctl --no-pager -n 30 2>/dev/null; " +
+			out, _ := r.try("journalctl --no-pager -n 100 -u daxfs-snapshotter -u containerd 2>/dev/null; " +
 				"tail -n 30 /var/log/containerd.log /var/log/daxfs-snapshotter.log 2>/dev/null")
 			r.Log(out)
 		}

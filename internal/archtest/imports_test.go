@@ -1,5 +1,5 @@
-// Package archtest holds the import table of the project: which package may know which. The test parses the sources
-// itself rather than asking the go command, so its result is never taken from a stale test cache.
+// Package archtest tests the import table of the project. It parses the sources itself instead of
+// asking the go command, so its result never comes from a stale test cache.
 package archtest
 
 import (
@@ -16,16 +16,16 @@ import (
 
 const module = "github.com/daxfs/daxfs-snapshotter"
 
-// rule says what a directory (and all below it) must not import, and why. Test files are not held to it: they may use
-// what proves the code against others, such as containerd's applier.
+// rule says what a directory, with all directories below it, must not import, and why. Test files are
+// exempt: they may use other code to prove ours, such as containerd's applier.
 type rule struct {
 	dir    string
-	except []string // directories below dir that the rule does not hold for
+	except []string // directories below dir without the rule
 	forbid []string // import path prefixes
 	why    string
 }
 
-// above are the packages that wire the others.
+// above are the packages that wire the others together.
 var above = []string{
 	module + "/store", module + "/snapshotter", module + "/daemon", module + "/cmd",
 	module + "/config",
@@ -85,7 +85,7 @@ var rules = []rule{
 			module + "/daemon",
 			module + "/cmd", module + "/config",
 		},
-		why: "the snapshotter knows directories, mounts and the life of snapshots, and asks for lowers through an interface",
+		why: "the snapshotter knows directories, mounts and the life of snapshots; it asks for lowers by an interface",
 	},
 	{
 		dir:    "daemon",
@@ -156,7 +156,7 @@ func checkImport(t *testing.T, file, dir, name string) {
 			continue
 		}
 		for _, bad := range r.forbid {
-			// A package of the rule's own directory may import its siblings below it.
+			// A package in the rule's own directory may import its siblings below it.
 			if strings.HasPrefix(name, bad) && !strings.HasPrefix(name+"/", module+"/"+r.dir+"/") {
 				t.Errorf("%s imports %s: %s", file, name, r.why)
 			}
@@ -177,7 +177,7 @@ func belowAny(dir string, parents []string) bool {
 	return false
 }
 
-// TestWhiteoutName holds the string ".wh." to the one package that knows how layers mark removed files.
+// TestWhiteoutName keeps the string ".wh." in the package that knows how layers mark removed files.
 func TestWhiteoutName(t *testing.T) {
 	root := filepath.Join("..", "..")
 	err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {

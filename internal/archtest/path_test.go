@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// The files and functions that docs/architecture.md leads a reader to are there.
+// TestPath checks that the files and functions named in docs/architecture.md exist.
 func TestPath(t *testing.T) {
 	root := filepath.Join("..", "..")
 	text, err := os.ReadFile(filepath.Join(root, "docs", "architecture.md"))

@@ -1,5 +1,5 @@
-// Package chunkedtest makes layers of the format zstd:chunked for tests, right ones and wrong ones. It shares no code
-// with the encoder, and is slow and simple.
+// Package chunkedtest makes valid and invalid layers of the format zstd:chunked for tests. It shares
+// no code with the encoder, and is slow and simple.
 package chunkedtest
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/chunked"
 )
 
-// Layer is a layer as it is stored.
+// Layer is a layer as stored.
 type Layer struct {
 	Blob []byte
 	Desc ocispec.Descriptor
@@ -29,9 +29,9 @@ type Layer struct {
 
 // Options of Encode. All hooks may be nil.
 type Options struct {
-	// Chunk is the size of chunks; 0 makes one of each file.
+	// Chunk is the size of chunks; 0 makes one chunk of each file.
 	Chunk int
-	// TOC and Split change the tables before they are stored and hashed, so that their digests are right.
+	// TOC and Split change the tables before they are stored and hashed, so their digests stay correct.
 	TOC   func(*chunked.TOC)
 	Split func(lines [][]byte) [][]byte
 	// Frame changes the frames of a chunk.
@@ -70,7 +70,7 @@ func Encode(raw []byte, o Options) (*Layer, error) {
 	return e.finish()
 }
 
-// position counts what a tar.Reader has read. It has no Seek, so that nothing is left out.
+// position counts the bytes that a tar.Reader has read. It has no Seek, so nothing is skipped.
 type position struct {
 	r *bytes.Reader
 	n int
@@ -197,7 +197,7 @@ func (e *encoder) finish() (*Layer, error) {
 	}, nil
 }
 
-// skippable appends a skippable frame and returns where its payload begins.
+// skippable appends a skippable frame and returns the offset of its payload.
 func (e *encoder) skippable(b []byte) int {
 	e.blob.WriteString(chunked.SkippableMagic)
 	e.blob.Write(binary.LittleEndian.AppendUint32(nil, uint32(len(b))))

@@ -13,16 +13,17 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/chunked"
 )
 
-// SegmentLie is the one of Lies that gives a tar: only its digest tells that it is another one.
+// SegmentLie is the one layer in Lies that yields a tar; only the digest proves that tar wrong.
 const SegmentLie = "split: segment"
 
-// Lies are layers that contradict themselves, their blobs, or their diff IDs. The tar has to have five files with
-// contents at its beginning, behind one other entry at most, and at its end, before one other entry at most.
+// Lies are layers that contradict themselves, their blobs or their diff IDs. The tar must have five
+// files with contents, the first and the last of them with at most one other entry before or after it.
 func Lies() map[string]Options {
+	const weak = "md5:d41d8cd98f00b204e9800998ecf8427e"
 	return map[string]Options{
 		"digest of a file":    {TOC: first(func(e *chunked.Entry) { e.Digest = digest.FromString("other") })},
 		"no digest":           {TOC: first(func(e *chunked.Entry) { e.Digest = "" })},
-		"weak digest":         {TOC: first(func(e *chunked.Entry) { e.Digest = "md5:d41d8cd98f00b204e9800998ecf8427e" })},
+		"weak digest":         {TOC: first(func(e *chunked.Entry) { e.Digest = weak })},
 		"size":                {TOC: first(func(e *chunked.Entry) { e.Size++ })},
 		"negative size":       {TOC: first(func(e *chunked.Entry) { e.Size = -1 })},
 		"large size":          {TOC: first(func(e *chunked.Entry) { e.Size = 1 << 62 })},
@@ -59,7 +60,7 @@ func Lies() map[string]Options {
 	}
 }
 
-// first changes the first entry of a table that has contents.
+// first changes the first entry with contents in a table.
 func first(change func(*chunked.Entry)) func(*chunked.TOC) {
 	return func(t *chunked.TOC) {
 		change(&t.Entries[slices.IndexFunc(t.Entries, func(e chunked.Entry) bool { return e.Digest != "" })])
@@ -81,7 +82,7 @@ func lines(change func(*SplitEntry)) func([][]byte) [][]byte {
 	}
 }
 
-// bomb makes a gigabyte of the first frame.
+// bomb makes the first frame decompress to a gigabyte.
 func bomb() func(string, []byte) []byte {
 	thrown := false
 	return func(_ string, frame []byte) []byte {

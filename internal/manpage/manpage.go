@@ -1,6 +1,6 @@
-// Package manpage writes a manual page from the commands and flags of a urfave/cli program, so that the two cannot
-// differ. Only tests use it: each program has one that compares its page in docs/man with what this package makes, and
-// writes the page anew when it is run with UPDATE_MAN=1.
+// Package manpage writes a manual page from the commands and flags of a urfave/cli program, so that
+// the two cannot differ. Only tests use it: a test of each program compares its page in docs/man with
+// the generated one, and with UPDATE_MAN=1 writes it anew.
 package manpage
 
 import (
@@ -12,11 +12,11 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// Page says what the definitions of a program do not.
+// Page holds the parts of a page that the program's definitions lack.
 type Page struct {
 	// Section of the manual.
 	Section int
-	// Intro is the text of DESCRIPTION: paragraphs with an empty line between.
+	// Intro is the text of DESCRIPTION: paragraphs separated by empty lines.
 	Intro string
 	// Sections follow the commands.
 	Sections []Section
@@ -63,7 +63,7 @@ func (p Page) Render(app *cli.App) []byte {
 	return []byte(b.String())
 }
 
-// eachCommand calls f for all commands that are shown, each before its own.
+// eachCommand calls f for all visible commands, each before its subcommands.
 func eachCommand(prefix string, commands []*cli.Command, f func(name string, c *cli.Command)) {
 	for _, c := range commands {
 		if c.Hidden || c.Name == "help" {
@@ -77,7 +77,7 @@ func eachCommand(prefix string, commands []*cli.Command, f func(name string, c *
 
 func arguments(c *cli.Command) string { return strings.TrimSpace(c.ArgsUsage) }
 
-// sentence makes one of a usage text.
+// sentence turns a usage text into a sentence.
 func sentence(s string) string {
 	if s == "" {
 		return ""
@@ -107,7 +107,7 @@ func (b *builder) text(s string) {
 	}
 }
 
-// paragraphs writes text with empty lines between its paragraphs; what is indented is shown as it stands.
+// paragraphs writes paragraphs separated by empty lines. Indented text is shown verbatim.
 func (b *builder) paragraphs(s string) {
 	s = strings.Trim(s, "\n")
 	for _, p := range strings.Split(s, "\n\n") {
@@ -125,7 +125,7 @@ func (b *builder) paragraphs(s string) {
 	}
 }
 
-// mixed writes a paragraph some lines of which may be indented, as examples are.
+// mixed writes a paragraph with some indented lines, such as examples.
 func (b *builder) mixed(p string) {
 	verbatim := false
 	for line := range strings.Lines(p) {
@@ -185,14 +185,14 @@ func (b *builder) flags(flags []cli.Flag) {
 	}
 }
 
-// visible leaves out what every program has.
+// visible leaves out the flags that every program has.
 func visible(flags []cli.Flag) []cli.Flag {
 	return slices.DeleteFunc(slices.Clone(flags), func(f cli.Flag) bool {
 		return slices.Contains(f.Names(), "help") || slices.Contains(f.Names(), "generate-bash-completion")
 	})
 }
 
-// placeholder takes the name of a flag's value out of its usage, where it stands in backquotes.
+// placeholder splits the name of a flag's value, in backquotes, from its usage.
 func placeholder(usage string) (text, value string) {
 	parts := strings.SplitN(usage, "`", 3)
 	if len(parts) < 3 {
@@ -201,18 +201,18 @@ func placeholder(usage string) (text, value string) {
 	return parts[0] + parts[1] + parts[2], parts[1]
 }
 
-// escape makes text safe for roff: backslashes, and hyphens that have to be copied as such.
+// escape makes text safe for roff: backslashes, and hyphens, so that they can be copied.
 func escape(s string) string {
 	return strings.NewReplacer(`\`, `\e`, "-", `\-`).Replace(s)
 }
 
-// TB is what Check needs of a test.
+// TB is the part of testing.TB that Check needs.
 type TB interface {
 	Helper()
 	Errorf(format string, args ...any)
 }
 
-// Check compares the file of a page with the page, and writes it if UPDATE_MAN=1 is in the environment.
+// Check compares a file with the generated page, or writes it if UPDATE_MAN=1 is in the environment.
 func Check(t TB, file string, page []byte) {
 	t.Helper()
 	if os.Getenv("UPDATE_MAN") == "1" {

@@ -1,7 +1,7 @@
 // Package mountns runs tests in a mount namespace of their own.
 //
-// It does two things for them: no mount of theirs can be left behind, and none is copied into namespaces that other
-// programs on the machine make meanwhile, where it would stay in use for as long as those run.
+// No mount of a test can be left behind, and no mount is copied into namespaces that other programs on
+// the machine make meanwhile, where it would stay in use as long as those programs run.
 package mountns
 
 import (
@@ -14,11 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// env marks the process in the new namespace, and what it starts.
+// env marks the process in the new namespace and its children.
 const env = "DAXFS_TEST_MOUNTNS"
 
-// Main is the body of a TestMain: it returns the exit status. Run as root it starts the test binary again in the new
-// namespace; else it runs the tests where they are.
+// Main is the body of a TestMain and returns the exit status. As root it starts the test binary again
+// in a new namespace; otherwise it runs the tests in place.
 func Main(m *testing.M) int {
 	if os.Geteuid() != 0 {
 		return m.Run()

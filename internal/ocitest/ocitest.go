@@ -1,4 +1,4 @@
-// Package ocitest makes images for tests: layers from tars, in an OCI layout directory or in archives.
+// Package ocitest makes OCI images for tests, in a layout directory or in archives.
 package ocitest
 
 import (
@@ -24,18 +24,18 @@ import (
 // Compression of a layer blob.
 type Compression string
 
-// The forms that a layer has in the wild.
+// The compressions of layers in the wild.
 const (
 	None Compression = ""
 	Gzip Compression = "gzip"
 	Zstd Compression = "zstd"
 )
 
-// Layer is a tar, how it is packed, and optionally what to lie about.
+// Layer is a tar, its compression, and optional lies about it.
 type Layer struct {
 	Tar         []byte
 	Compression Compression
-	MediaType   string // replaces the one that fits
+	MediaType   string // replaces the correct one
 	DiffID      digest.Digest
 }
 
@@ -67,7 +67,7 @@ func Pack(tb testing.TB, b []byte, c Compression) []byte {
 	return out.Bytes()
 }
 
-// Layout is an OCI image layout that is being written.
+// Layout is an OCI image layout under construction.
 type Layout struct {
 	Dir   string
 	tb    testing.TB
@@ -104,7 +104,7 @@ func (l *Layout) save() {
 	l.file("index.json", b)
 }
 
-// BlobPath is where a blob lies.
+// BlobPath returns the path of a blob.
 func (l *Layout) BlobPath(d digest.Digest) string {
 	return filepath.Join(l.Dir, "blobs", string(d.Algorithm()), d.Encoded())
 }
@@ -119,7 +119,7 @@ func (l *Layout) Read(d digest.Digest) []byte {
 	return b
 }
 
-// Registry serves the image of a manifest, by whatever name, from a registry that sends one of its layers as send likes.
+// Registry serves the image of a manifest under any name, and sends one of its layers with send.
 func (l *Layout) Registry(manifest ocispec.Descriptor, layer digest.Digest,
 	send func(http.ResponseWriter, *http.Request, []byte),
 ) http.Handler {
@@ -153,7 +153,7 @@ func (l *Layout) Blob(mediaType string, b []byte) ocispec.Descriptor {
 	return d
 }
 
-// JSON adds a document.
+// JSON adds a JSON document.
 func (l *Layout) JSON(mediaType string, v any) ocispec.Descriptor {
 	l.tb.Helper()
 	b, err := json.Marshal(v)
@@ -163,7 +163,7 @@ func (l *Layout) JSON(mediaType string, v any) ocispec.Descriptor {
 	return l.Blob(mediaType, b)
 }
 
-// LinuxAMD64 is the platform of images that do not name one.
+// LinuxAMD64 is the platform of images that name none.
 var LinuxAMD64 = ocispec.Platform{OS: "linux", Architecture: "amd64"}
 
 // Manifest adds layers, a configuration and a manifest, and returns the manifest's descriptor with its platform.
@@ -200,7 +200,7 @@ func (l *Layout) Index(manifests ...ocispec.Descriptor) ocispec.Descriptor {
 	})
 }
 
-// Tag puts a descriptor into index.json, under a tag if there is one.
+// Tag puts a descriptor into index.json, with a tag unless that is empty.
 func (l *Layout) Tag(tag string, d ocispec.Descriptor) {
 	l.tb.Helper()
 	if tag != "" {
@@ -226,8 +226,8 @@ func (l *Layout) Archive(file string) {
 	}
 }
 
-// DockerArchive writes what docker save did before version 25: layers are tars in directories of their own, a layer
-// that occurs again is a link.
+// DockerArchive writes the format of docker save before version 25: layers are tars in their own
+// directories, and a repeated layer is a link.
 func DockerArchive(tb testing.TB, file, ref string, layers ...Layer) {
 	tb.Helper()
 	config := ocispec.Image{Platform: LinuxAMD64, RootFS: ocispec.RootFS{Type: "layers"}}

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// TarTree packs directories of this machine, given as paths below /, until the tar holds max bytes. Only regular
-// files, directories and symbolic links are taken, and hard links are kept.
+// TarTree packs directories of this machine, given as paths below /, until the tar holds max bytes. It
+// takes only regular files, directories and symbolic links, and keeps hard links.
 func TarTree(tb testing.TB, max int64, dirs ...string) []byte {
 	tb.Helper()
 	var out bytes.Buffer
@@ -21,7 +21,7 @@ func TarTree(tb testing.TB, max int64, dirs ...string) []byte {
 	for _, dir := range dirs {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil {
-				return nil // a machine changes; whatever can be read is an image
+				return nil // the machine's files change; whatever is readable serves
 			}
 			fi, err := d.Info()
 			if err != nil {

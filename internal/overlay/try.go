@@ -1,4 +1,4 @@
-// Package overlay asks the kernel about overlay mounts without mounting any.
+// Package overlay asks the kernel about overlay mounts without making any.
 package overlay
 
 import (
@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Try makes an overlay with options that is mounted nowhere, and drops it. The error wraps that of the kernel.
+// Try makes an unattached overlay with options, and drops it. The error wraps that of the kernel.
 func Try(options []string) error {
 	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if err != nil {

@@ -1,7 +1,8 @@
 // Package treetest compares directory trees completely, for tests: a tree on disk or mounted, and a tree in memory.
 //
-// A [Tree] is a plain value; [Diff] prints what differs. What no two file systems agree on is left out: sizes and link
-// counts of directories, inode numbers (hard links are compared as groups of names instead), access and change times.
+// A [Tree] is a plain value; [Diff] prints the differences. Properties that differ between any two
+// file systems are left out: sizes and link counts of directories, inode numbers (hard links are
+// compared as groups of names instead), access and change times.
 //
 //	want, err := treetest.FromPath(dir)
 //	got, err := treetest.FromNode(root, store.Open)
@@ -27,7 +28,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// Entry is all there is to one name of a tree.
+// Entry describes one name of a tree completely.
 type Entry struct {
 	Path     string // relative to the root; the root is "."
 	Mode     uint32 // as stat(2) has it, type included
@@ -39,14 +40,14 @@ type Entry struct {
 	Target   string
 	Xattrs   map[string]string // nil if there are none
 	Sum      string            // SHA-256 of the contents of a regular file, in hex
-	Same     string            // the first path, in order, with the same inode, if that is another one
+	Same     string            // first path, in order, with the same inode, if not this one
 }
 
 // Tree is the entries of a tree, sorted by path.
 type Tree []Entry
 
-// FromPath takes a snapshot of the directory tree at dir. It needs the right to read everything in it; trusted.* and
-// security.* attributes are seen by root only.
+// FromPath takes a snapshot of the directory tree at dir. It needs permission to read everything in
+// it; only root sees trusted.* and security.* attributes.
 func FromPath(dir string) (Tree, error) {
 	var t Tree
 	seen := make(map[[2]uint64]int)
@@ -219,11 +220,11 @@ func FromNode(root *daxfs.Node, open func(daxfs.Data) (io.Reader, error)) (Tree,
 	return t, nil
 }
 
-// Exempt says which differences between two entries do not count, by changing both.
+// Exempt removes differences between two entries that do not count, by changing both.
 type Exempt func(want, got *Entry)
 
-// DirTimesSince exempts the times of directories that want, a tree on disk, has from start on: directories that were
-// changed without an entry that gives them a time. The root directory's time is exempt as well.
+// DirTimesSince exempts times of directories that are not before start in want, a tree on disk: the
+// directory was changed without an entry that sets its time. The root directory's time is exempt, too.
 func DirTimesSince(start time.Time) Exempt {
 	return func(want, got *Entry) {
 		isDir := want.Mode&unix.S_IFMT == unix.S_IFDIR && got.Mode&unix.S_IFMT == unix.S_IFDIR
@@ -233,7 +234,7 @@ func DirTimesSince(start time.Time) Exempt {
 	}
 }
 
-// Diff returns one line for each difference, "" if there is none. exempt may be nil.
+// Diff returns one line for each difference, or "". exempt may be nil.
 func Diff(want, got Tree, exempt Exempt) string {
 	var b strings.Builder
 	for len(want) > 0 || len(got) > 0 {

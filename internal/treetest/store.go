@@ -12,8 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// Store keeps contents in memory, equal contents once. The zero value is ready; it may be used concurrently. It is a
-// layer.Store.
+// Store is a layer.Store in memory, safe for concurrent use. The zero value is ready to use.
 type Store struct {
 	mu   sync.Mutex
 	data map[int64][]byte
@@ -46,7 +45,7 @@ func (s *Store) Put(_ context.Context, size int64, r io.Reader) (daxfs.Data, err
 	return daxfs.Data{Off: off, Size: size, Sum: key}, nil
 }
 
-// Open returns the contents that Put gave a place.
+// Open returns the contents at a place that Put returned.
 func (s *Store) Open(d daxfs.Data) (io.Reader, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,13 +7,13 @@ import (
 	"time"
 )
 
-// File is one entry of a layer to be.
+// File is one entry of a layer to make.
 type File struct {
 	tar.Header
 	Body string
 }
 
-// Base is the time that entries get if nothing else is said.
+// Base is the default time of entries.
 var Base = time.Unix(1_600_000_000, 123_456_789)
 
 // Dir describes a directory with mode 0755.
@@ -70,7 +70,7 @@ func (f File) X(name, value string) File {
 	return f
 }
 
-// PAXRecord returns one record of an extended header, also of those that archive/tar refuses to write.
+// PAXRecord returns a record of an extended header, even one that archive/tar refuses to write.
 func PAXRecord(key, value string) string {
 	n := len(key) + len(value) + 3
 	for n != len(fmt.Sprint(n))+len(key)+len(value)+3 {
@@ -79,7 +79,7 @@ func PAXRecord(key, value string) string {
 	return fmt.Sprintf("%d %s=%s\n", n, key, value)
 }
 
-// SetChecksum makes the checksum of a header right: the first 512 bytes of h.
+// SetChecksum corrects the checksum of a header: the first 512 bytes of h.
 func SetChecksum(h []byte) {
 	copy(h[148:156], "        ")
 	sum := 0
@@ -89,7 +89,7 @@ func SetChecksum(h []byte) {
 	copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
 }
 
-// Tar returns a tar stream with the files in the given order. It panics if archive/tar can not write one.
+// Tar returns a tar of the files in the given order. It panics if archive/tar cannot write one.
 func Tar(files ...File) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)

@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// TestDiff changes every field of an entry: a comparison that overlooks one is worth nothing.
+// TestDiff changes every field of an entry: Diff must not overlook any.
 func TestDiff(t *testing.T) {
 	base := Entry{
 		Path: "a", Mode: unix.S_IFREG | 0o644, Size: 1, Nlink: 1, Sum: "00",
@@ -54,7 +54,7 @@ func TestDiff(t *testing.T) {
 	}
 }
 
-// TestDirTimesSince exempts what it says and nothing else.
+// TestDirTimesSince checks that only the stated times are exempt.
 func TestDirTimesSince(t *testing.T) {
 	start := time.Unix(1000, 0)
 	entry := func(p string, mode uint32, sec int64) Entry {
@@ -77,7 +77,7 @@ func TestDirTimesSince(t *testing.T) {
 	}
 }
 
-// TestPathAndNode has the same tree on disk and in memory.
+// TestPathAndNode compares the same tree on disk and in memory.
 func TestPathAndNode(t *testing.T) {
 	dir := t.TempDir()
 	for _, err := range []error{

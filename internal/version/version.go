@@ -1,4 +1,4 @@
-// Package version tells which build a program is.
+// Package version returns the version of a program.
 package version
 
 import "runtime/debug"
@@ -6,7 +6,7 @@ import "runtime/debug"
 // linked is set by release builds with -ldflags "-X …/internal/version.linked=v1.2.3".
 var linked string
 
-// String returns what was linked in, else the version of the module, else the commit that was built.
+// String returns the linked version, else the version of the module, else the commit.
 func String() string {
 	if linked != "" {
 		return linked

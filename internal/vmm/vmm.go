@@ -1,6 +1,6 @@
-// Package vmm writes the arguments by which virtual machine monitors give files of the host to a guest as persistent
-// memory (virtio-pmem): the guest maps the file's own pages in the host's page cache, and sees /dev/pmem0, /dev/pmem1 and
-// so on, in the order of the devices.
+// Package vmm writes the arguments with which virtual machine monitors give files of the host to a
+// guest as persistent memory (virtio-pmem). The guest maps the pages of the file in the host's page
+// cache, and sees /dev/pmem0, /dev/pmem1 and so on in the order of the devices.
 package vmm
 
 import (
@@ -10,22 +10,22 @@ import (
 	"strings"
 )
 
-// Align is the granule of a device: its size is a multiple of it.
+// Align is the granule of device sizes, in bytes.
 const Align = 2 << 20
 
 // Device is one file that a guest gets as persistent memory.
 type Device struct {
-	ID       string // names it towards the monitor: letters, digits and "-"
-	Path     string // of the file on the host
+	ID       string // identifies it to the monitor: letters, digits and "-"
+	Path     string // file on the host
 	Size     int64  // bytes, a multiple of Align
 	ReadOnly bool   // the guest cannot change the file
 }
 
-// PageStructs returns the bytes of its own memory that a Linux guest needs to describe the pages of devices of size bytes
-// together: 64 bytes for each page of 4096.
+// PageStructs returns how many bytes of its own memory a Linux guest needs to describe the pages of
+// devices with size bytes in total: 64 bytes per page of 4096.
 func PageStructs(size int64) int64 { return size / 64 }
 
-// names are the monitors that Args knows, by what writes their arguments.
+// names maps the monitors that Args knows to functions that write their arguments.
 var names = map[string]func(ram int64, devices []Device) ([]string, error){
 	"qemu":             qemu,
 	"cloud-hypervisor": cloudHypervisor,
@@ -35,8 +35,8 @@ var names = map[string]func(ram int64, devices []Device) ([]string, error){
 // Names lists the monitors that Args knows.
 func Names() []string { return []string{"qemu", "cloud-hypervisor", "firecracker"} }
 
-// Args returns the arguments that give a guest with ram bytes of memory the devices. For Firecracker, which takes a file and
-// no arguments, they are lines of JSON that belong into that file.
+// Args returns the arguments that give the devices to a guest with ram bytes of memory. Firecracker
+// takes a file instead of arguments; for it, Args returns lines of JSON for that file.
 func Args(name string, ram int64, devices []Device) ([]string, error) {
 	args, ok := names[name]
 	if !ok {
@@ -45,13 +45,12 @@ func Args(name string, ram int64, devices []Device) ([]string, error) {
 	return args(ram, devices)
 }
 
-// qemu needs a machine with slots for memory devices and addresses behind the guest's memory for them. The machine type
-// "microvm" has neither.
+// qemu needs a machine type with memory slots and addresses behind the guest's memory: not "microvm".
 func qemu(ram int64, devices []Device) ([]string, error) {
 	const mib, gib = 1 << 20, 1 << 30
 	top := ram
 	for _, d := range devices {
-		top += (d.Size + gib - 1) &^ (gib - 1) // with room to align each
+		top += (d.Size + gib - 1) &^ (gib - 1) // with room to align each device
 	}
 	args := []string{"-machine", "q35", "-m", fmt.Sprintf("%dM,slots=%d,maxmem=%dM", ram/mib, len(devices), top/mib)}
 	for _, d := range devices {
@@ -59,7 +58,7 @@ func qemu(ram int64, devices []Device) ([]string, error) {
 		if d.ReadOnly {
 			mode = "readonly=on,"
 		}
-		// A comma in a value is written twice.
+		// A comma in a value is doubled.
 		path := strings.ReplaceAll(d.Path, ",", ",,")
 		args = append(args,
 			"-object",
@@ -70,8 +69,8 @@ func qemu(ram int64, devices []Device) ([]string, error) {
 	return args, nil
 }
 
-// cloudHypervisor maps a file whose writes are discarded privately, for reading: pages that nobody can write stay those of
-// the file.
+// cloudHypervisor uses discard_writes for read-only devices: the monitor then maps the file privately
+// for reading, and pages stay those of the file.
 func cloudHypervisor(ram int64, devices []Device) ([]string, error) {
 	args := []string{"--memory", fmt.Sprintf("size=%d", ram), "--pmem"}
 	for _, d := range devices {
@@ -88,7 +87,7 @@ func cloudHypervisor(ram int64, devices []Device) ([]string, error) {
 	return args, nil
 }
 
-// firecracker takes the sizes from the files, and a name of letters, digits and "_".
+// firecracker takes sizes from the files; a name has letters, digits and "_".
 func firecracker(_ int64, devices []Device) ([]string, error) {
 	type pmem struct {
 		ID       string `json:"id"`

@@ -12,7 +12,7 @@ var devices = []Device{
 	{ID: "daxfs-lease", Path: "/run/lease", Size: 2 << 20},
 }
 
-// The arguments for QEMU start virtual machines in integration/qemu; this pins what those do not have.
+// integration/qemu starts machines with these arguments; this test pins the ones not used there.
 func TestQEMU(t *testing.T) {
 	got, err := Args("qemu", 512<<20, devices)
 	if err != nil {
@@ -21,7 +21,8 @@ func TestQEMU(t *testing.T) {
 	want := []string{
 		"-machine", "q35", "-m", "512M,slots=2,maxmem=2560M",
 		"-object",
-		"memory-backend-file,id=daxfs-pool-file,share=on,readonly=on,mem-path=/var/lib/a,,b/pool,size=67108864,align=2M",
+		"memory-backend-file,id=daxfs-pool-file,share=on,readonly=on,mem-path=/var/lib/a,,b/pool," +
+			"size=67108864,align=2M",
 		"-device", "virtio-pmem-pci,id=daxfs-pool,memdev=daxfs-pool-file",
 		"-object", "memory-backend-file,id=daxfs-lease-file,share=on,mem-path=/run/lease,size=2097152,align=2M",
 		"-device", "virtio-pmem-pci,id=daxfs-lease,memdev=daxfs-lease-file",

@@ -1,4 +1,4 @@
-// Package drivers lists every way of mounting that there is.
+// Package drivers lists all ways of mounting.
 package drivers
 
 import (
@@ -16,21 +16,22 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 )
 
-// All returns the drivers in the order in which "auto" tries them. Sharing decides first, then fidelity: DAX shares
-// the pool's own pages; the three that cache pages once per host show everything, and among them those without a
-// second copy of the pool or without a server come first. The kernel module comes before FUSE because the memory that
-// only those two can mount (a physical range, a dma-buf) is what it was made for.
+// All returns the drivers in the order in which "auto" tries them. Sharing decides first, then
+// fidelity: DAX shares the pool's own pages. The next three cache pages once per host and show
+// everything; among them, those without a second copy of the pool or without a server come first. The
+// kernel module comes before FUSE because it was made for the memory that only those two can mount (a
+// physical range, a dma-buf).
 func All() []mount.Driver {
 	return []mount.Driver{erofs.DAX{}, &erofs.File{}, erofs.Loop{}, kernel.Driver{}, fusefs.Driver{}}
 }
 
-// Resolve returns a directory as the drivers want it: absolute, without symbolic links. It works on mount points
-// whose server is dead.
+// Resolve returns a directory in the form that drivers need: absolute, without symbolic links. It
+// works on mount points whose server is dead.
 func Resolve(dir string) (string, error) { return sys.Real(dir) }
 
-// Of returns the driver that mounted what is on dir, which Resolve gave, and the root of the table that it belongs
-// to, if it belongs to one. It fails with mount.ErrNotFound if nothing is mounted there, or nothing that a driver
-// makes.
+// Of returns the driver of the mount on dir, a result of Resolve, and the root of the table that the
+// mount belongs to, if any. It fails with mount.ErrNotFound unless one of the drivers mounted
+// something there.
 func Of(dir string) (driver mount.Driver, table string, err error) {
 	m, _, err := sys.Top(dir)
 	switch {

@@ -9,21 +9,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CVE is the bug that Bug tells of.
+// CVE is the bug that Bug looks for.
 const CVE = "CVE-2026-23224"
 
-// Bug tells whether the running kernel has CVE-2026-23224, a use after free in file-backed EROFS with direct I/O: the
-// one case where a mount that works must not be used. It returns "" if it has not, else a sentence for people. It is
-// fixed in 6.12.72, 6.18.11, 6.19.1 and 7.0; before 6.12 there is no such mount.
+// Bug describes CVE-2026-23224 in a sentence for people if the running kernel has it, else it returns
+// "". The bug is a use after free in file-backed EROFS with direct I/O: the one case where a working
+// mount must not be used. It is fixed in 6.12.72, 6.18.11, 6.19.1 and 7.0; before 6.12 there is no
+// such mount.
 //
-// The version is that of the stable kernel as the distribution tells it. One that fixed the bug without changing its
-// version is taken to have it; a loop device is as good.
+// The version is that of the stable kernel as the distribution reports it. A kernel that fixed the bug
+// without a new version counts as affected; a loop device serves as well.
 func Bug() string {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return ""
 	}
-	signature, _ := os.ReadFile("/proc/version_signature") // Ubuntu only: its release says nothing about stable kernels
+	signature, _ := os.ReadFile("/proc/version_signature") // Ubuntu only: its release does not name the stable kernel
 	return bug(unix.ByteSliceToString(u.Release[:]), unix.ByteSliceToString(u.Version[:]), string(signature))
 }
 

@@ -12,8 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// DAX mounts a block device with DAX: mapped files are then the memory of the device itself. The zero value is ready
-// to use.
+// DAX mounts a block device with DAX: mapped files are the device's memory. The zero value is usable.
 type DAX struct{}
 
 // Name returns "erofs-dax".
@@ -31,8 +30,8 @@ func (DAX) Windows() bool { return false }
 // Probe implements mount.Driver.
 func (DAX) Probe(_ context.Context, r region.Info) error {
 	if r.BlockDevice == "" {
-		return fmt.Errorf("memory of kind %q is no block device; DAX needs /dev/pmemN (an nvdimm namespace in fsdax mode, "+
-			"virtio-pmem, or memmap=nn!ss on the kernel command line): %w", r.Kind, mount.ErrUnsupported)
+		return fmt.Errorf("memory of kind %q is no block device; DAX needs /dev/pmemN (an nvdimm namespace in fsdax "+
+			"mode, virtio-pmem, or memmap=nn!ss on the kernel command line): %w", r.Kind, mount.ErrUnsupported)
 	}
 	if !r.DAX {
 		return fmt.Errorf("block device %q has no DAX; an nvdimm namespace must be in fsdax mode "+
@@ -41,8 +40,8 @@ func (DAX) Probe(_ context.Context, r region.Info) error {
 	return sys.HasFilesystem("erofs", remedy)
 }
 
-// Mount implements mount.Driver. The kernel accepts dax=always and then may mount without it, with a line in its log
-// at most; that is found out here and is ErrUnsupported.
+// Mount implements mount.Driver. The kernel may accept dax=always and still mount without it, with at
+// most a line in its log. Mount detects that and returns ErrUnsupported.
 func (DAX) Mount(ctx context.Context, src mount.Source, dir string) error {
 	if err := checkDir(src, dir); err != nil {
 		return err
@@ -66,7 +65,7 @@ func (DAX) Mount(ctx context.Context, src mount.Source, dir string) error {
 	return nil
 }
 
-// hasDAX reads from the mount table whether the kernel kept dax=always.
+// hasDAX checks in the mount table that the kernel kept dax=always.
 func hasDAX(dir string) error {
 	m, _, err := sys.Top(dir)
 	if err != nil {
@@ -94,7 +93,7 @@ func (DAX) Match(ctx context.Context, src mount.Source, dir string) error {
 	return sys.Alive(ctx, dir)
 }
 
-// matchDevice tells whether dir is a mount of the block device itself.
+// matchDevice returns nil if dir is a mount of the block device itself.
 func matchDevice(src mount.Source, dir string) error {
 	m, err := sys.MatchTop(dir, "erofs", src.Restrict)
 	if err != nil {

@@ -1,12 +1,12 @@
-// Package erofs mounts EROFS, in three ways that differ in what stands between the memory and the file system:
+// Package erofs mounts EROFS in three ways, which differ in what lies between memory and file system:
 //
 //   - DAX: a block device with DAX (pmem, virtio-pmem). Mapped files are the pool's own pages.
-//   - File: the kernel reads an ordinary file itself, with direct I/O so that only the files' pages are cached and
-//     not those of the pool a second time.
-//   - Loop: a block device, or a read-only loop device over a file, for tmpfs and for kernels without the way above.
+//   - File: the kernel reads an ordinary file itself, with direct I/O, so that it caches only the
+//     pages of files, not those of the pool again.
+//   - Loop: a block device, or a read-only loop device over a file, for tmpfs and kernels without File.
 //
-// Each way is a mount.Driver of its own, so that the first that works can be chosen, and each can be asked for by
-// name. None leaves devices behind: a loop device clears itself with its last user.
+// Each way is a mount.Driver, to be chosen automatically or by name. None leaves devices behind: a
+// loop device clears itself with its last user.
 package erofs
 
 import (
@@ -21,7 +21,7 @@ const remedy = "load the erofs module (CONFIG_EROFS_FS, in every distribution si
 
 var _, _, _ mount.Driver = DAX{}, (*File)(nil), Loop{}
 
-// unmount is Unmount of the ways whose devices remove themselves.
+// unmount is Unmount for the drivers whose devices remove themselves.
 func unmount(ctx context.Context, dir string) error {
 	m, _, err := sys.Top(dir)
 	if err != nil {

@@ -29,7 +29,7 @@ func tmpfs(t *testing.T) string {
 	return dir
 }
 
-// twoImages makes a file with two images, at 2 MiB and further up, and returns a source for each.
+// twoImages makes a file with images at 2 MiB and behind that, and returns a source for each.
 func twoImages(t *testing.T, dir, treeA, treeB string) (a, b mount.Source) {
 	t.Helper()
 	pool := filepath.Join(dir, "pool")
@@ -131,7 +131,7 @@ func TestFileRefusesTmpfs(t *testing.T) {
 	}
 }
 
-// loopsOf lists the loop devices over a file, as losetup(8) sees them.
+// loopsOf lists the loop devices over a file, according to losetup(8).
 func loopsOf(t *testing.T, path string) string {
 	t.Helper()
 	out, err := exec.Command("losetup", "-j", path).Output()
@@ -166,7 +166,7 @@ func TestLoopIsFreed(t *testing.T) {
 	if err := (Loop{}).Unmount(t.Context(), dir); err != nil {
 		t.Errorf("second unmount: %v", err)
 	}
-	// What is no image: the mount fails and the device is freed all the same.
+	// Without an image the mount fails, and the device is still freed.
 	bad := a
 	bad.Off, bad.Size = 0, 1<<20
 	if err := (Loop{}).Mount(t.Context(), bad, dir); err == nil {
@@ -192,7 +192,7 @@ func TestDAXProbeSaysWhatToDo(t *testing.T) {
 	}
 }
 
-// A kernel that drops dax=always without a word must not pass for one that keeps it.
+// A kernel that silently drops dax=always must not pass for one that keeps it.
 func TestDAXDroppedSilently(t *testing.T) {
 	mounttest.Root(t)
 	tree := mounttest.Tree(t)
@@ -213,7 +213,7 @@ func TestDAXDroppedSilently(t *testing.T) {
 	}
 }
 
-// A block device is mounted without a loop device over it.
+// A block device is mounted without a loop device.
 func TestBlockDeviceItself(t *testing.T) {
 	mounttest.Root(t)
 	tree := mounttest.Tree(t)

@@ -18,7 +18,7 @@ import (
 
 // File mounts a file without any device. The zero value is ready to use.
 type File struct {
-	bug func() string // Bug, if nil: replaced in tests
+	bug func() string // nil means Bug; replaced in tests
 }
 
 // Name returns "erofs-file".
@@ -33,9 +33,9 @@ func (*File) Sharing() string {
 // Windows implements mount.Driver.
 func (*File) Windows() bool { return false }
 
-// Probe implements mount.Driver. It mounts a tiny image in a file on the same file system as the region: versions
-// tell little, because distributions carry options back and leave CONFIG_EROFS_FS_BACKED_BY_FILE out. Only what Bug
-// knows cannot be tried.
+// Probe implements mount.Driver. It mounts a tiny image in a file on the region's file system. Kernel
+// versions say little, because distributions backport options and leave CONFIG_EROFS_FS_BACKED_BY_FILE
+// out. Only the bug that Bug knows cannot be tried.
 func (d *File) Probe(_ context.Context, r region.Info) error {
 	if err := sys.HasFilesystem("erofs", remedy); err != nil {
 		return err
@@ -61,7 +61,7 @@ func (d *File) Probe(_ context.Context, r region.Info) error {
 	return tryFile(path)
 }
 
-// tryFile mounts, detached from any directory, a tiny image beside path.
+// tryFile mounts a tiny image beside path, without attaching it to a directory.
 func tryFile(path string) error {
 	f, err := tempBeside(path)
 	if err != nil {
@@ -75,7 +75,7 @@ func tryFile(path string) error {
 	return notFileBacked(err, path)
 }
 
-// tempBeside returns a nameless file on the file system of path.
+// tempBeside returns an unnamed file on the file system of path.
 func tempBeside(path string) (*os.File, error) {
 	dir := filepath.Dir(path)
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
@@ -97,14 +97,15 @@ func fileMount(path string, off int64, restrict bool) sys.Mount {
 	return m
 }
 
-// notFileBacked names the cause of the refusals that mean: not this kernel, or not this file system.
+// notFileBacked explains errors that mean: not on this kernel, or not on this file system.
 func notFileBacked(err error, path string) error {
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.ENOTBLK):
-		return fmt.Errorf("the kernel cannot mount EROFS from a file on the file system of %q (tmpfs, overlay and FUSE cannot; "+
-			"ext4, xfs and btrfs can, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w", path, mount.ErrUnsupported)
+		return fmt.Errorf("the kernel cannot mount EROFS from a file on the file system of %q (tmpfs, overlay and "+
+			"FUSE cannot; ext4, xfs and btrfs can, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w",
+			path, mount.ErrUnsupported)
 	case errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("this kernel's EROFS has no directio option (Linux 6.13), or no fsoffset= for an image "+
 			"inside of a file (Linux 6.17): %w: %w", err, mount.ErrUnsupported)
@@ -124,8 +125,8 @@ func (d *File) Mount(_ context.Context, src mount.Source, dir string) error {
 	return notFileBacked(sys.Do(fileMount(path, src.Off, src.Restrict), dir), path)
 }
 
-// Match implements mount.Driver. The kernel tells the path and the offset; that the path still names the same file is
-// the business of the table, which keeps the inode number.
+// Match implements mount.Driver. It compares the path and the offset that the kernel shows. The table
+// checks the inode number, that is, whether the path still leads to the same file.
 func (*File) Match(ctx context.Context, src mount.Source, dir string) error {
 	m, err := sys.MatchTop(dir, "erofs", src.Restrict)
 	if err != nil {
@@ -148,7 +149,7 @@ func (*File) Match(ctx context.Context, src mount.Source, dir string) error {
 // Unmount implements mount.Driver.
 func (*File) Unmount(ctx context.Context, dir string) error { return unmount(ctx, dir) }
 
-// tinyImage is an EROFS image of an empty root directory: superblock, one inode, one block of directory entries.
+// tinyImage is an EROFS image of an empty root directory: superblock, inode, block of entries.
 func tinyImage() []byte {
 	const bs = 4096
 	b, le := make([]byte, 3*bs), binary.LittleEndian

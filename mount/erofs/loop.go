@@ -29,7 +29,7 @@ func (Loop) Sharing() string {
 // Windows implements mount.Driver.
 func (Loop) Windows() bool { return false }
 
-// Probe implements mount.Driver: any region with a path that can be read as a file, and a kernel with loop devices.
+// Probe implements mount.Driver: it needs a readable path, and a kernel with loop devices.
 func (Loop) Probe(_ context.Context, r region.Info) error {
 	if err := sys.HasFilesystem("erofs", remedy); err != nil {
 		return err
@@ -92,7 +92,7 @@ func (Loop) Mount(ctx context.Context, src mount.Source, dir string) error {
 	if err != nil {
 		return err
 	}
-	// The mount holds the device from here; without one, closing the last descriptor clears it.
+	// The mount holds the device now. If the mount fails, closing the last descriptor clears the device.
 	defer dev.Close()
 	return sys.Do(sys.Mount{Type: "erofs", Source: dev.Name(), Restrict: src.Restrict}, dir)
 }
@@ -100,8 +100,8 @@ func (Loop) Mount(ctx context.Context, src mount.Source, dir string) error {
 // direct tells whether src is a block device that needs no loop device.
 func direct(src mount.Source) bool { return src.Region.BlockDevice != "" && src.Off == 0 }
 
-// attach returns an open loop device over the window of a file. Closing it removes the device, unless it is mounted
-// then.
+// attach returns an open loop device over a window of a file. Closing it removes the device unless it
+// is mounted.
 func attach(ctx context.Context, path string, off, size int64) (*os.File, error) {
 	back, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -115,7 +115,7 @@ func attach(ctx context.Context, path string, off, size int64) (*os.File, error)
 	defer ctl.Close()
 	cfg := unix.LoopConfig{Fd: uint32(back.Fd()), Size: 4096}
 	cfg.Info.Offset, cfg.Info.Sizelimit = uint64(off), uint64(size)
-	// Direct I/O: without it a tmpfs copies through one more queue and an ordinary file is cached twice.
+	// Without direct I/O a tmpfs copies through one more queue, and a file is cached twice.
 	cfg.Info.Flags = unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_DIRECT_IO
 	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], path)
 	for {
@@ -140,7 +140,7 @@ func attach(ctx context.Context, path string, off, size int64) (*os.File, error)
 			return dev, nil
 		}
 		dev.Close()
-		if errors.Is(err, unix.EBUSY) { // somebody else took it between the two calls
+		if errors.Is(err, unix.EBUSY) { // another process took it between the two calls
 			continue
 		}
 		return nil, fmt.Errorf("loop device over %q: %w", path, err)

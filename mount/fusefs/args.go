@@ -7,8 +7,9 @@ import (
 	"os"
 )
 
-// ServeArgs runs a server from the arguments that Driver adds to its command line. The daxfs program has options of the
-// same names; this is for programs that have no command line of their own, such as tests.
+// ServeArgs runs a server with the arguments that Driver adds to its command line. The daxfs program
+// has options with the same names; ServeArgs is for programs without a command line of their own, such
+// as tests.
 func ServeArgs(args []string) error {
 	f := flag.NewFlagSet("fuse server", flag.ContinueOnError)
 	off, size := f.Int64("offset", 0, ""), f.Int64("size", 0, "")

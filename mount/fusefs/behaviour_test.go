@@ -21,7 +21,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// A dma-buf has no name to open it by: the server inherits the descriptor. A memfd stands for it here.
+// A dma-buf cannot be opened by name: the server inherits its descriptor. Here a memfd stands for it.
 func TestServesDescriptor(t *testing.T) {
 	needFuse(t)
 	tree := mounttest.Tree(t)
@@ -57,7 +57,7 @@ func TestServesDescriptor(t *testing.T) {
 	}
 }
 
-// idmapped is a helper: it makes an idmapped clone of a mount, as containers with a user namespace have it.
+// idmapped is a helper that makes an idmapped clone of a mount, as for user namespaces.
 func idmapped(args []string) error {
 	lower, where := args[0], args[1]
 	user := exec.Command("sleep", "60")
@@ -150,19 +150,18 @@ func TestReadDoesNotAllocate(t *testing.T) {
 	}
 	attr := &fuse.GetAttrIn{}
 	attr.NodeId = s.node(in.Nid)
-	// the reply here
+	// One allocation is the reply made here.
 	if allocs := testing.AllocsPerRun(1000, func() { s.GetAttr(nil, attr, new(fuse.AttrOut)) }); allocs > 1 {
 		t.Errorf("%v allocations for attributes", allocs)
 	}
 }
 
-// posix runs the tests of go-fuse, which it did not write for us, on an overlay over our mount. It runs in another
-// process.
+// posix runs go-fuse's own tests in another process, on an overlay over our mount.
 func TestPOSIXOnOverlay(t *testing.T) {
 	if dir := os.Getenv("DAXFS_TEST_OVERLAY"); dir != "" {
 		for name, f := range posixtest.All {
 			if name == "FcntlFlockLocksFile" {
-				// about FUSE file systems that keep locks themselves: locks of one process do not conflict elsewhere
+				// for FUSE file systems that keep locks themselves: locks of one process do not conflict elsewhere
 				continue
 			}
 			t.Run(name, func(t *testing.T) {

@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 )
 
-// Counters count the requests that reached user space. They are there to prove that few do.
+// Counters count the requests that reached user space, to prove that few do.
 type Counters struct {
 	Lookup, GetAttr, Readlink, Open, Read, ReadBytes, OpenDir, ReadDir, GetXattr, ListXattr, StatFS atomic.Uint64
 }

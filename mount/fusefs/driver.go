@@ -21,20 +21,20 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// fsType is what the mount table calls these mounts.
+// fsType is the type of these mounts in the mount table.
 const fsType = "fuse.daxfs"
 
-// startTimeout bounds how long a server may take until its file system is mounted.
+// startTimeout limits how long a server may take to mount its file system.
 const startTimeout = 30 * time.Second
 
 // Driver mounts by starting a server process. The zero value is ready to use.
 type Driver struct {
-	// Command is the start of the command line of the server, to which
+	// Command is the start of the server's command line. Mount appends
 	//
 	//	--offset N --size N --name NAME --ready-fd 3 [--suid] FILE DIR
 	//
-	// is added. If it is empty, that is "daxfs mount --driver fuse --foreground" with the daxfs program: this program
-	// if it has that name, else the one beside it, else the one in PATH.
+	// If Command is empty it is "daxfs mount --driver fuse --foreground". The daxfs program is this
+	// program if it has that name, else the one beside it, else the one in PATH.
 	Command []string
 	// Env is added to the environment of the server.
 	Env []string
@@ -78,7 +78,7 @@ func (d Driver) command() ([]string, error) {
 	return append([]string{found}, args...), nil
 }
 
-// file returns what the server opens: a path, or the number of a descriptor that it inherits, or -1.
+// file returns the path for the server to open or, for a dma-buf, a descriptor to inherit (else -1).
 func file(r region.Info) (path string, fd int, err error) {
 	switch {
 	case r.Kind == region.KindDMABuf:
@@ -126,7 +126,7 @@ func config(src mount.Source, dir string) (Config, int, error) {
 	return Config{Path: path, Name: name, Off: src.Off, Size: src.Size, Dir: dir, Restrict: src.Restrict}, fd, err
 }
 
-// Mount implements mount.Driver: it starts the server and returns when the file system is mounted.
+// Mount implements mount.Driver. It starts the server and returns when the file system is mounted.
 func (d Driver) Mount(ctx context.Context, src mount.Source, dir string) error {
 	c, fd, err := config(src, dir)
 	if err != nil {
@@ -179,16 +179,16 @@ func (d Driver) Mount(ctx context.Context, src mount.Source, dir string) error {
 	}
 	if lock != nil {
 		defer lock.Close()
-		cmd.ExtraFiles = append(cmd.ExtraFiles, lock) // the last: the server does not know of it
+		cmd.ExtraFiles = append(cmd.ExtraFiles, lock) // the last one: the server does not know about it
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the FUSE server: %w", err)
 	}
 	w.Close()
-	go cmd.Wait() // reaps it, whenever it ends
+	go cmd.Wait() // reaps it whenever it ends
 	if err := d.await(ctx, r, dir); err != nil {
-		cmd.Process.Kill() // without effect if it has ended; its mount, if it made one, is dead then
+		cmd.Process.Kill() // no effect if it has ended; its mount, if any, is dead then
 		return errors.Join(fmt.Errorf("FUSE server: %w", err), sys.Detach(dir))
 	}
 	return nil
@@ -206,7 +206,7 @@ func Ready(pipe io.WriteCloser, err error) {
 	pipe.Close()
 }
 
-// await returns when the server said that it is ready, or why it is not.
+// await waits until the server is ready, or returns its error.
 func (d Driver) await(ctx context.Context, r *os.File, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -228,9 +228,9 @@ func (d Driver) await(ctx context.Context, r *os.File, dir string) error {
 	return fmt.Errorf("unexpected words %q: %w", line, err)
 }
 
-// beside returns the directory around the mount point of a table, "" if dir is none. The directory around a mount
+// tableDir returns the directory around the mount point of a table, or "". The directory around a mount
 // point that a user chose is not ours to write to.
-func beside(dir string) string {
+func tableDir(dir string) string {
 	parent := filepath.Dir(dir)
 	if filepath.Base(dir) != "mnt" {
 		return ""
@@ -243,10 +243,10 @@ func beside(dir string) string {
 	return ""
 }
 
-// lockFile takes the lock that the server keeps as long as it lives, through a descriptor that it inherits:
-// mount.ServerLock. It is nil where there is no place for one.
+// lockFile takes mount.ServerLock, which the server inherits and holds as long as it lives. It returns
+// nil if there is no place for the file.
 func lockFile(dir string) (*os.File, error) {
-	parent := beside(dir)
+	parent := tableDir(dir)
 	if parent == "" {
 		return nil, nil
 	}
@@ -261,9 +261,9 @@ func lockFile(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// logName is the file for the output of the server.
+// logName is the file for the server's output.
 func logName(dir string) string {
-	if parent := beside(dir); parent != "" {
+	if parent := tableDir(dir); parent != "" {
 		return filepath.Join(parent, "fuse.log")
 	}
 	return os.DevNull
@@ -295,7 +295,7 @@ func (Driver) Match(ctx context.Context, src mount.Source, dir string) error {
 	return nil
 }
 
-// Unmount implements mount.Driver. The server ends by itself when nothing uses the file system any more.
+// Unmount implements mount.Driver. The server ends by itself once nothing uses the file system.
 func (Driver) Unmount(ctx context.Context, dir string) error {
 	m, _, err := sys.Top(dir)
 	if err != nil || m == nil {

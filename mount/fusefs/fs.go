@@ -16,24 +16,24 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
-// forever is the timeout of what the kernel may keep, in seconds: the longest that the kernel does not cut off.
+// forever is a timeout in seconds, the longest that the kernel does not cut off.
 const forever = 1 << 40
 
 // server answers requests from an image. All of its methods are safe for concurrent use.
 type server struct {
-	fuse.RawFileSystem // everything that is not here is ENOSYS, and the kernel does not ask twice
+	fuse.RawFileSystem // methods not defined here return ENOSYS, and the kernel asks only once
 
 	img *daxfs.FS
-	// live is true if img is a live tree: images appear at the names in its root directory while it is served.
+	// live is true if img is a live tree: images appear in its root directory while it is served.
 	live bool
 	log  *log.Logger
-	// Counters of this server.
+	// count holds the counters of this server.
 	count Counters
-	// noOpen and noOpendir: the kernel takes ENOSYS for "never ask again, and keep the cache".
+	// After ENOSYS the kernel never asks again and keeps its cache.
 	noOpen, noOpendir atomic.Bool
-	// noXattrs is set as soon as it is known that no inode has any. Then getxattr(2), which every exec, every ACL
-	// check and every lookup of an overlay does, is answered once with ENOSYS, and never asked again. Listing is
-	// rare, and a program that lists is better off with an empty list than with EOPNOTSUPP.
+	// noXattrs is set once it is certain that no inode has attributes. Then one getxattr(2) is answered
+	// with ENOSYS, and the kernel asks no more; every exec, ACL check and overlay lookup would ask
+	// otherwise. Listing is rare, and programs cope better with an empty list than with EOPNOTSUPP.
 	noXattrs atomic.Bool
 
 	logged  sync.Map // nid of inodes whose damage was logged
@@ -44,10 +44,10 @@ func newServer(img *daxfs.FS, l *log.Logger) *server {
 	return &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), img: img, log: l}
 }
 
-// String names the file system type: "fuse.daxfs".
+// String returns the file system type without "fuse.".
 func (s *server) String() string { return "daxfs" }
 
-// Init learns what the kernel can do.
+// Init reads the capabilities of the kernel.
 func (s *server) Init(srv *fuse.Server) {
 	flags := srv.KernelSettings().Flags64()
 	s.noOpen.Store(flags&fuse.CAP_NO_OPEN_SUPPORT != 0)
@@ -72,13 +72,13 @@ func (s *server) nid(node uint64) uint64 {
 }
 
 func (s *server) inode(node uint64) (daxfs.Inode, fuse.Status) {
-	// A file below the mapping that shrank, or memory that failed, is a fault here. It becomes a panic, which go-fuse
-	// turns into EIO, instead of the end of the process and of every container on it.
+	// A truncated file below the mapping, or failed memory, causes a fault. It becomes a panic, which
+	// go-fuse turns into EIO; otherwise the process would end, with every container on it.
 	debug.SetPanicOnFault(true)
 	nid := s.nid(node)
 	in, err := s.img.Inode(nid)
 	if err != nil && s.live {
-		// The file of a removed image. Another type would make the kernel give up the inode, which somebody may have open.
+		// A file of a removed image. Another type would make the kernel drop the inode, which may be open.
 		if _, eerr := s.img.Erased(nid); eerr == nil {
 			return in, fuse.Status(unix.ESTALE)
 		}
@@ -89,7 +89,7 @@ func (s *server) inode(node uint64) (daxfs.Inode, fuse.Status) {
 	return in, fuse.OK
 }
 
-// errno translates, and logs damage once per inode.
+// errno translates an error, and logs damage once per inode.
 func (s *server) errno(nid uint64, err error) fuse.Status {
 	var e syscall.Errno
 	switch {
@@ -107,8 +107,8 @@ func (s *server) errno(nid uint64, err error) fuse.Status {
 	return fuse.EIO
 }
 
-// panicked is what becomes of a panic while a request is served: a fault of the mapping is logged once, anything else
-// is a defect of ours and logged with its stack.
+// panicked handles a panic while a request is served. It logs the first fault of the mapping, and
+// anything else, which is a bug, with its stack.
 func (s *server) panicked(p any) fuse.Status {
 	if fault, ok := p.(interface{ Addr() uintptr }); ok {
 		s.faulted.Do(func() {
@@ -125,7 +125,7 @@ func fill(a *fuse.Attr, in *daxfs.Inode) {
 	*a = fuse.Attr{
 		Ino: in.Nid, Size: uint64(in.Size), Blocks: uint64(in.Size+511) / 512, Mode: in.Mode, Nlink: in.Nlink,
 		Owner: fuse.Owner{Uid: in.UID, Gid: in.GID}, Rdev: uint32(in.Rdev), Blksize: daxfs.BlockSize,
-		// The image has one time. EROFS shows it as all three.
+		// The image has one time, which EROFS shows as all three.
 		Mtime: uint64(in.Mtime.Sec), Mtimensec: in.Mtime.Nsec, Atime: uint64(in.Mtime.Sec), Atimensec: in.Mtime.Nsec,
 		Ctime: uint64(in.Mtime.Sec), Ctimensec: in.Mtime.Nsec,
 	}
@@ -133,7 +133,7 @@ func fill(a *fuse.Attr, in *daxfs.Inode) {
 
 func (s *server) entry(out *fuse.EntryOut, in *daxfs.Inode) {
 	out.NodeId, out.EntryValid, out.AttrValid = s.node(in.Nid), forever, forever
-	if out.NodeId != fuse.FUSE_ROOT_ID { // the kernel gives the root generation 0, and takes another for another file
+	if out.NodeId != fuse.FUSE_ROOT_ID { // the kernel gives the root generation 0, and takes any other for another file
 		out.Generation = uint64(mount.Generation(s.img.Super().UUID))
 	}
 	fill(&out.Attr, in)
@@ -148,8 +148,7 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	}
 	switch {
 	case name == "/":
-		// The kernel asks again about an inode that it found by its handle, and for which it has no name. An overlay
-		// finds the origin of a changed file so.
+		// The kernel found the inode by a handle, without a name: an overlay looks for a file's origin.
 		s.entry(out, &dir)
 		return fuse.OK
 	case s.live && h.NodeId == fuse.FUSE_ROOT_ID:
@@ -157,7 +156,7 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	}
 	nid, err := dir.Lookup(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		out.NodeId, out.EntryValid = 0, forever // the kernel remembers that there is none
+		out.NodeId, out.EntryValid = 0, forever // the kernel remembers that the name is missing
 		return fuse.OK
 	}
 	if err != nil {
@@ -171,7 +170,7 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	return fuse.OK
 }
 
-// slot looks up an image of a live tree. That there is none is nothing that the kernel may remember.
+// slot looks up an image of a live tree. The kernel must not remember a missing slot.
 func (s *server) slot(root *daxfs.Inode, name string, out *fuse.EntryOut) fuse.Status {
 	nid, err := root.Lookup(name)
 	if err != nil {
@@ -197,7 +196,7 @@ func (s *server) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOu
 	return fuse.OK
 }
 
-// Forget implements fuse.RawFileSystem: there is nothing to forget.
+// Forget implements fuse.RawFileSystem; there is no state to forget.
 func (s *server) Forget(uint64, uint64) {}
 
 // Readlink implements fuse.RawFileSystem.
@@ -234,7 +233,7 @@ func (s *server) OpenDir(_ <-chan struct{}, _ *fuse.OpenIn, out *fuse.OpenOut) f
 	return fuse.OK
 }
 
-// view is a reply to a read: bytes of the mapped image. go-fuse asks for them once and then calls Done.
+// view is the reply to a read: bytes of the mapped image. go-fuse asks for them once, then calls Done.
 type view struct{ b []byte }
 
 var views = sync.Pool{New: func() any { return new(view) }}
@@ -249,7 +248,7 @@ func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadR
 	in, st := s.inode(r.NodeId)
 	var err error
 	if st == fuse.Status(unix.ESTALE) {
-		// Whoever has the file open keeps it.
+		// Open files stay open.
 		if in, err = s.img.Erased(s.nid(r.NodeId)); err == nil {
 			st = fuse.OK
 		}
@@ -263,7 +262,7 @@ func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadR
 	v := views.Get().(*view)
 	v.b, err = in.View(int64(r.Offset), int(r.Size))
 	if err == nil && len(v.b) < int(r.Size) && int64(r.Offset)+int64(len(v.b)) < in.Size {
-		// The contents are in pieces, and a short reply would be taken for the end of the file.
+		// The contents are in pieces, and the kernel takes a short reply for the end of the file.
 		var n int
 		n, err = in.ReadAt(buf[:min(int64(r.Size), in.Size-int64(r.Offset))], int64(r.Offset))
 		v.b = buf[:n]
@@ -276,7 +275,7 @@ func (s *server) Read(_ <-chan struct{}, r *fuse.ReadIn, buf []byte) (fuse.ReadR
 	return v, fuse.OK
 }
 
-// Directory offsets: 0 is ".", 1 is "..", then the cursors of the image plus 2. A cursor after an entry is never 0.
+// Directory offsets: 0 is ".", 1 is "..", then cursors of the image (never 0 after an entry) plus 2.
 
 // ReadDir implements fuse.RawFileSystem.
 func (s *server) ReadDir(_ <-chan struct{}, r *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
@@ -291,13 +290,13 @@ func (s *server) ReadDirPlus(_ <-chan struct{}, r *fuse.ReadIn, out *fuse.DirEnt
 			return false
 		}
 		if e.Name == "." || e.Name == ".." || s.live && r.NodeId == fuse.FUSE_ROOT_ID {
-			// No node: the kernel makes no entry for them, and looks at no slot before it is asked to.
+			// Return no node, so that the kernel makes no entry: it must look up no slot before Mount does.
 			return true
 		}
 		in, st := s.inode(e.Ino + nodeBias)
 		if st.Ok() {
 			s.entry(o, &in)
-		} // else the name is listed, and looking it up gives the error
+		} // otherwise the name is listed, and looking it up returns the error
 		return true
 	})
 }
@@ -316,7 +315,7 @@ func (s *server) readDir(r *fuse.ReadIn, add func(fuse.DirEntry) bool) fuse.Stat
 		off = 1
 	}
 	if off == 1 {
-		// The parent is known to the kernel; nothing that looks at a listing's number for ".." can rely on it.
+		// The kernel knows the parent; no program can rely on the inode number of ".." in a listing.
 		if !add(fuse.DirEntry{Name: "..", Mode: unix.S_IFDIR, Ino: fuse.FUSE_UNKNOWN_INO, Off: 2}) {
 			return fuse.OK
 		}
@@ -374,7 +373,7 @@ func (s *server) ListXAttr(_ <-chan struct{}, h *fuse.InHeader, dest []byte) (ui
 	return uint32(copy(dest, list)), fuse.OK
 }
 
-// StatFs implements fuse.RawFileSystem: as EROFS answers, all blocks used and none free.
+// StatFs implements fuse.RawFileSystem. Like EROFS it shows all blocks as used.
 func (s *server) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	s.count.StatFS.Add(1)
 	sb := s.img.Super()
@@ -385,7 +384,7 @@ func (s *server) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut
 	return fuse.OK
 }
 
-// lookForXattrs sets noXattrs if no inode has an attribute. It reads all metadata once.
+// lookForXattrs reads all metadata once and sets noXattrs if no inode has an attribute.
 func (s *server) lookForXattrs() {
 	debug.SetPanicOnFault(true)
 	defer func() {

@@ -55,7 +55,7 @@ func needFuse(t testing.TB) {
 	}
 }
 
-// eventually waits for what happens in another process.
+// eventually waits for an effect in another process.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for range 500 {
@@ -117,7 +117,7 @@ func TestServes(t *testing.T) {
 	}
 }
 
-// start serves in this process; everything that looks at the mount must be another one.
+// start serves in this process; only other processes may look at the mount.
 func start(t testing.TB, src mount.Source) (*Server, string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -142,9 +142,10 @@ func readAll(t testing.TB, dirs ...string) {
 	}
 }
 
-// The kernel must not ask again for anything that it can keep: names, names that do not exist, attributes, listings,
-// link targets, contents. Only statfs has no cache. The kernel may drop what it keeps at any time, and other tests make
-// it do so, hence the second pass has a few tries: a kernel that keeps nothing asks in each.
+// The kernel must not ask again for anything that it can keep: names (missing ones, too), attributes,
+// listings, link targets, contents. Only statfs has no cache. The kernel may drop its caches at any
+// time, and other tests make it do so, hence the second pass has a few tries: a kernel that keeps
+// nothing asks in each.
 func TestSecondPassStaysInKernel(t *testing.T) {
 	needFuse(t)
 	s, dir := start(t, source(t, mounttest.Tree(t)))
@@ -169,7 +170,7 @@ func TestSecondPassStaysInKernel(t *testing.T) {
 	}
 }
 
-// getxattr is a helper: it looks for a capability, as exec does.
+// getxattr is a helper that looks for a capability, as exec does.
 func getxattr(args []string) error {
 	_, err := unix.Lgetxattr(args[0], "security.capability", make([]byte, 64))
 	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
@@ -210,7 +211,7 @@ func mountOverlay(lower, base, options string) (merged string, err error) {
 	return merged, unix.Mount("overlay", merged, "overlay", 0, opts)
 }
 
-// overlay is a helper: it mounts an overlay over the lower directory and changes files through it, as a container does.
+// overlay is a helper that changes files through an overlay over a lower directory.
 func overlay(args []string) error {
 	lower := args[0]
 	merged, err := mountOverlay(lower, args[1], "")
@@ -226,7 +227,8 @@ func overlay(args []string) error {
 	if _, err := f.WriteString("more"); err != nil {
 		return err
 	}
-	if err := os.Rename(filepath.Join(merged, "name with spaces\n and ü"), filepath.Join(merged, "plain")); err != nil {
+	plain := filepath.Join(merged, "plain")
+	if err := os.Rename(filepath.Join(merged, "name with spaces\n and ü"), plain); err != nil {
 		return err
 	}
 	if err := os.Remove(filepath.Join(merged, "usr/bin/big")); err != nil {
@@ -256,8 +258,8 @@ func TestOverlay(t *testing.T) {
 	}
 }
 
-// A file that a container changed is there also after the kernel forgot the names of the files below, as it does when
-// it needs memory. The overlay looks for the origin of its copy by a file handle then.
+// A file that a container changed is still there after the kernel, short of memory, dropped the names
+// of the files below. The overlay then looks for the origin of its copy by a file handle.
 func TestOverlayAfterNamesAreForgotten(t *testing.T) {
 	needFuse(t)
 	_, dir := start(t, source(t, mounttest.Tree(t)))
@@ -336,7 +338,7 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
-// An image whose file shrinks under the server makes errors, not a crash.
+// An image whose file shrinks under the server causes errors, not a crash.
 func TestTruncatedUnderServer(t *testing.T) {
 	needFuse(t)
 	src := source(t, mounttest.Tree(t))

@@ -14,9 +14,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
 )
 
-// FuzzServer changes bytes of an image, as after its check somebody may who can write the pool, and asks the server
-// all that a kernel can ask. It must answer: no panic, and no listing without an end. The input is offsets and
-// values, three bytes each.
+// FuzzServer changes bytes of an image, as an attacker who can write the pool may do after its check,
+// and makes every request that a kernel can make. The server must answer: no panic, and no endless
+// listing. The input is offsets and values, three bytes each.
 func FuzzServer(f *testing.F) {
 	tree := mounttest.Tree(f)
 	if err := os.Remove(filepath.Join(tree, "usr/bin/big")); err != nil { // would hide the metadata from the fuzzer

@@ -21,8 +21,8 @@ import (
 
 // Config says what a server serves and where.
 type Config struct {
-	// Path is the file or device that holds the pool or image, Off and Size the range in it. Name is what the mount
-	// table shows instead of Path, if it is not empty.
+	// Path is the file or device that holds the pool or image; Off and Size are the range in it. Name, if
+	// not empty, replaces Path in the mount table.
 	Path      string
 	Name      string
 	Off, Size int64
@@ -30,14 +30,14 @@ type Config struct {
 	Dir string
 	// Restrict mounts with nosuid and nodev.
 	Restrict bool
-	// Log receives damage and other surprises; nil is standard error.
+	// Log receives reports of damage and other surprises; nil means standard error.
 	Log io.Writer
-	// Readahead is the size of the kernel's read-ahead in KiB; 0 means 1024. The kernel's own default is 128, which
-	// makes every read from a cold cache eight trips to user space.
+	// Readahead is the kernel's read-ahead in KiB; 0 means 1024. The kernel's default is 128, which
+	// makes eight trips to user space of each read from a cold cache.
 	Readahead int
 }
 
-// source is what the mount table shows as the device: Match recognises it.
+// source is the device in the mount table; Match recognises it.
 func (c Config) source() string {
 	name := c.Name
 	if name == "" {
@@ -55,8 +55,8 @@ type Server struct {
 	done  chan struct{}
 }
 
-// Start maps the pool or image, mounts it and serves it until it is unmounted, whoever does that. It does not check
-// it; the reader trusts nothing all the same. A pool is told by its superblock.
+// Start maps the pool or image, mounts it and serves it until somebody unmounts it. Start does not
+// check it, but the reader trusts nothing. It recognises a pool by its superblock.
 func Start(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = os.Stderr
@@ -99,12 +99,13 @@ func (s *server) options(c Config) *fuse.MountOptions {
 		FsName: c.source(), Name: "daxfs", Logger: s.log,
 		MaxWrite: 1 << 20, MaxReadAhead: 1 << 20, MaxBackground: 64,
 		EnableSymlinkCaching: true, ExplicitDataCacheControl: true, EnableAcl: true, IDMappedMount: true,
-		// Replies come from the mapping. Splicing them from the file through a pipe was measured: 128 MiB from a cold
+		// Replies come from the mapping. Splicing from the file through a pipe was slower: 128 MiB from a cold
 		// cache took 1.2 to 1.9 times as long, 4 KiB reads 1.3 to 2.8 times.
 		DisableSplice: true,
-		// Not CAP_EXPORT_SUPPORT: an overlay looks for the origin of a changed file by a handle. Linux 6.16 and later call
-		// what they find so stale at once, and then the changed file itself cannot be reached. Without it a handle opens
-		// what is in memory, which is all that Table.Unused asks, and an overlay does without the origin.
+		// No CAP_EXPORT_SUPPORT: with it, an overlay looks up the origin of a changed file by a handle. Since
+		// Linux 6.16 the kernel then calls the result stale at once, and the changed file becomes unreachable.
+		// Without it a handle still opens inodes in memory, enough for Table.Unused; overlays do without the
+		// origin.
 		ExtraCapabilities: fuse.CAP_NO_OPENDIR_SUPPORT,
 		Options:           []string{"default_permissions"},
 		PanicHandler:      s.panicked,
@@ -117,12 +118,12 @@ func (s *server) options(c Config) *fuse.MountOptions {
 		}
 		return o
 	}
-	// fusermount3 adds nosuid and nodev by itself, and allow_other only where /etc/fuse.conf has user_allow_other.
+	// fusermount3 adds nosuid and nodev, and allow_other only with user_allow_other in /etc/fuse.conf.
 	o.Options = append(o.Options, "ro")
 	return o
 }
 
-// explain says what to do about the errors of mounting.
+// explain adds remedies to the errors of mounting.
 func explain(err error) error {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
@@ -135,8 +136,8 @@ func explain(err error) error {
 	return err
 }
 
-// setReadahead sets the read-ahead of the device behind dir. FUSE caps what a server may ask for at the kernel's
-// default; only sysfs can raise it.
+// setReadahead sets the read-ahead of the device behind dir. FUSE limits a server's request to the
+// kernel's default; only sysfs can raise it.
 func setReadahead(dir string, kib int) error {
 	dir, err := sys.Real(dir)
 	if err != nil {
@@ -156,24 +157,24 @@ func setReadahead(dir string, kib int) error {
 // Counters returns the counters of the server.
 func (s *Server) Counters() *Counters { return &s.fs.count }
 
-// Done is closed when the file system was unmounted and nothing uses it any more.
+// Done is closed once the file system is unmounted and nothing uses it.
 func (s *Server) Done() <-chan struct{} { return s.done }
 
-// Unmount unmounts the file system, and with that ends the server. It fails with mount.ErrBusy while it is in use.
+// Unmount unmounts the file system, which ends the server, or fails with mount.ErrBusy.
 func (s *Server) Unmount(ctx context.Context) error { return sys.Unmount(ctx, s.dir) }
 
-// Run starts a server and returns when it has ended. It is the body of `daxfs mount --driver fuse --foreground`. When
-// the file system is mounted, ready is called with nil; if it cannot be, ready is called with the error, which Run
-// returns too.
+// Run starts a server and returns when it has ended. It implements `daxfs mount --driver fuse
+// --foreground`. It calls ready with nil once the file system is mounted, or with the error that it
+// also returns.
 //
-// SIGINT and SIGTERM unmount, unless the file system is in use: then the server goes on, for a server that ends takes
-// the ground from under its users. SIGUSR1 writes the counters to the log.
+// SIGINT and SIGTERM unmount the file system. While it is in use the server ignores them, because its
+// users would lose their files. SIGUSR1 writes the counters to the log.
 func Run(ctx context.Context, c Config, ready func(error)) error {
 	sig := make(chan os.Signal, 4)
 	signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGHUP)
 	defer signal.Stop(sig)
-	// When memory runs out the kernel shall not look here first: many containers would lose their root, for a few MiB.
-	// Needs privilege; without it the server is as likely a victim as any process.
+	// The out-of-memory killer must not pick the server first: many containers would lose their root, for
+	// a few MiB. This needs privilege; without it the server is as likely a victim as any process.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0)
 	s, err := Start(c)
 	ready(err)

@@ -2,13 +2,14 @@
 // (github.com/multikernel/daxfs, on-disk format 8). It needs no block device: a physical address or a dma-buf is
 // enough.
 //
-// What it shows is less than EROFS shows: no times, no extended attributes, no device nodes. And everything that is
-// mapped, as all program text is, is copied page by page into each process. MAP_SHARED does not help: a mount is
-// read-only, Linux makes a shared mapping of a file that is open for reading a private one, and the module maps directly
-// only what is shared. read(2) is served from the memory itself.
+// It shows less than EROFS: no times, no extended attributes, no device nodes. And all mapped pages,
+// including program text, are copied into each process. MAP_SHARED does not help: Linux turns a shared
+// mapping of a file opened for reading into a private one, and the module maps only shared ones
+// directly. read(2) is served from the memory itself.
 //
-// The module checks little without its option validate, and a damaged image can then crash the kernel. The option is
-// always set, and the owner of a pool checks images first, which also finds what validate misses.
+// Without its option validate the module checks little, and a damaged image can crash the kernel. The
+// driver always sets the option. The owner of a pool also checks images first, which finds damage that
+// validate misses.
 package kernel
 
 import (
@@ -23,7 +24,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Align is what the window must be aligned to, in physical memory: so that the kernel maps it with huge pages.
+// Align is the alignment of a window in physical memory, so that the kernel maps it with huge pages.
 const Align = 2 << 20
 
 // Driver mounts with the kernel module. The zero value is ready to use.
@@ -40,7 +41,7 @@ func (Driver) Sharing() string {
 		"no times, extended attributes or device nodes"
 }
 
-// Windows implements mount.Driver: the module mounts one image.
+// Windows implements mount.Driver: the module mounts one image at a time.
 func (Driver) Windows() bool { return true }
 
 // Probe implements mount.Driver.
@@ -51,8 +52,8 @@ func (Driver) Probe(_ context.Context, r region.Info) error {
 			return fmt.Errorf("the dma-buf of %q is not open in this process: %w", r.Path, mount.ErrUnsupported)
 		}
 	case !r.HasPhys:
-		return fmt.Errorf("the physical address of memory of kind %q is not known; the module needs one, or a dma-buf: %w",
-			r.Kind, mount.ErrUnsupported)
+		return fmt.Errorf("the physical address of memory of kind %q is not known; the module needs one, or a "+
+			"dma-buf: %w", r.Kind, mount.ErrUnsupported)
 	case r.Phys%Align != 0:
 		return fmt.Errorf("the region begins at physical address %#x, expected a multiple of 2 MiB: %w", r.Phys,
 			mount.ErrUnsupported)
@@ -66,7 +67,7 @@ func options(src mount.Source) (sys.Mount, error) {
 	m := sys.Mount{Type: "daxfs", Restrict: src.Restrict}
 	switch {
 	case src.Region.Kind == region.KindDMABuf:
-		// The module maps the whole buffer: it has no offset into one.
+		// The module maps the whole buffer and has no offset option.
 		if src.Off != 0 {
 			return m,
 				fmt.Errorf("%s: the daxfs module mounts a dma-buf from its start only: %w", src, mount.ErrUnsupported)
@@ -74,7 +75,7 @@ func options(src mount.Source) (sys.Mount, error) {
 		if src.Region.FD < 0 {
 			return m, fmt.Errorf("%s: the dma-buf is not open in this process: %w", src, mount.ErrUnsupported)
 		}
-		m.Source = cmp.Or(src.Region.Path, "dmabuf") // without one the kernel would invent one
+		m.Source = cmp.Or(src.Region.Path, "dmabuf") // without a source the kernel would invent one
 		m.FDs = map[string]int{"dmabuf": src.Region.FD}
 		m.Options = []string{"validate"}
 		return m, nil
@@ -106,8 +107,8 @@ func (Driver) Mount(_ context.Context, src mount.Source, dir string) error {
 	return sys.Do(m, dir)
 }
 
-// Match implements mount.Driver. The source that Mount gives is the physical address, so that the mount table tells
-// where the window is even if the module shows none of its options.
+// Match implements mount.Driver. Mount passes the physical address as the source, so the mount table
+// shows the place of the window even if the module shows no options.
 func (Driver) Match(ctx context.Context, src mount.Source, dir string) error {
 	m, err := sys.MatchTop(dir, "daxfs", src.Restrict)
 	if err != nil {
@@ -120,7 +121,7 @@ func (Driver) Match(ctx context.Context, src mount.Source, dir string) error {
 	if m.Source != want.Source {
 		return fmt.Errorf("%q is mounted from %q, expected %q", dir, m.Source, want.Source)
 	}
-	// Of a dma-buf the module maps all there is.
+	// The module always maps a whole dma-buf.
 	if size, ok := sys.MountOption(m, "size"); ok && src.Region.Kind != region.KindDMABuf {
 		if n, err := strconv.ParseInt(size, 0, 64); err == nil && n != src.Size {
 			return fmt.Errorf("%q has a window of %q bytes, expected %d", dir, size, src.Size)
@@ -138,7 +139,7 @@ func (Driver) Unmount(ctx context.Context, dir string) error {
 	return sys.Unmount(ctx, dir)
 }
 
-// Loaded tells whether the module is loaded or built in, without loading it.
+// Loaded tells whether the module is loaded or built in. It does not load it.
 func Loaded() bool {
 	_, err := os.Stat("/sys/module/daxfs")
 	return err == nil

@@ -1,5 +1,5 @@
-// Package lease keeps the owner of a pool from freeing what a reader uses. Each reader has a small region of memory that it
-// alone writes, its lease region, and that the owner reads.
+// Package lease keeps the owner of a pool from freeing memory that a reader uses. Each reader has a
+// small region of memory, its lease region. Only the reader writes it, and the owner reads it.
 //
 // A reader:
 //
@@ -15,10 +15,11 @@
 //	...
 //	p.SetLeases(regions)
 //
-// Reader and owner each write, then fence, then read what the other one writes. So of a claim and a removal at the same
-// time at least one sees the other: docs/pool-format.md has the proof. No clock ends a claim. It ends when the reader
-// releases it; when the owner gets the lock of a region whose launcher holds that while the reader lives ("flock:"); or
-// when somebody says that the reader is gone, with Void.
+// Reader and owner each write, then fence, then read what the other wrote. So if a claim and a removal
+// happen at the same time, at least one side sees the other: docs/pool-format.md has the proof. No
+// clock ends a claim. It ends when the reader releases it; when the owner gets the lock that the
+// reader's launcher holds while the reader lives ("flock:"); or when somebody declares the reader
+// gone, with Void.
 //
-// The owner believes nothing that a region says. A reader that lies keeps memory from being freed.
+// The owner trusts nothing in a region. A reader that lies only keeps memory from being freed.
 package lease

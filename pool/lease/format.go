@@ -10,13 +10,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// The bytes of a lease region; docs/pool-format.md is normative for them.
+// Layout of a lease region; docs/pool-format.md is normative.
 const (
 	magic         = "DAXFSLS\x01"
 	formatVersion = 1
 	headerSize    = 4096
 	entrySize     = 64
-	// MinSize and MaxSize bound a lease region, in bytes. Of a larger one the rest is not used.
+	// MinSize and MaxSize limit a lease region, in bytes. The rest of a larger one is unused.
 	MinSize = headerSize + 64*entrySize
 	MaxSize = headerSize + 16320*entrySize // 1 MiB
 	maxName = 64
@@ -24,18 +24,18 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// Reader says who reads a pool.
+// Reader identifies a reader of a pool.
 type Reader struct {
 	// Name is for people: 1 to 64 bytes of UTF-8 without NUL.
 	Name string
-	// Machine tells the machine of the reader from others, and stays the same when it boots again.
+	// Machine identifies the reader's machine, and stays the same across reboots.
 	Machine [16]byte
 }
 
 // header is the first page of a region.
 type header struct {
 	reader Reader
-	// run is random, and new each time the region is opened by another boot or process: claims of earlier ones are known by it.
+	// run is random and differs for each boot or process that opens the region: it exposes earlier claims.
 	run [8]byte
 }
 
@@ -53,7 +53,7 @@ func (h *header) encode() []byte {
 	return b
 }
 
-// decodeHeader reads a header. ok is false where there is none.
+// decodeHeader reads a header. ok is false if there is none.
 func decodeHeader(b []byte) (h header, ok bool) {
 	le := binary.LittleEndian
 	n := int(le.Uint16(b[40:]))
@@ -75,19 +75,19 @@ func (r Reader) check() error {
 	return nil
 }
 
-// entry is a claim: an image of a pool is in use.
+// entry is one claim: an image of a pool is in use.
 type entry struct {
 	pool  [16]byte
 	image [16]byte // UUID of its tree
 	slot  uint32
-	run   [8]byte // that of the header when the claim was made
+	run   [8]byte // run of the header when the claim was made
 }
 
 func entryOf(poolID [16]byte, m pool.Image, run [8]byte) entry {
 	return entry{pool: poolID, image: m.UUID, slot: uint32(m.Slot), run: run}
 }
 
-// same tells whether two entries claim the same image, whoever made them.
+// same tells whether two entries claim the same image, in whatever run.
 func (e entry) same(o entry) bool { return e.pool == o.pool && e.image == o.image && e.slot == o.slot }
 
 func (e entry) encode() []byte {
@@ -100,13 +100,13 @@ func (e entry) encode() []byte {
 	return b
 }
 
-// state says what an entry holds.
+// state is the state of an entry.
 type state int
 
 const (
 	free state = iota
 	claimed
-	// torn entries are being written, or damaged: nobody knows what they claim.
+	// torn entries are half written or damaged: their claim is unknown.
 	torn
 )
 

@@ -104,7 +104,7 @@ func TestClaim(t *testing.T) {
 	if users(t, owner, 3) != "" || users(t, owner, 4) != "guest1" {
 		t.Error("the wrong claim was released")
 	}
-	// The reader's process starts again: the claims are there.
+	// The reader's process restarts: the claims are still there.
 	l.Close()
 	l = open(t, path, guest1)
 	claim(t, l, 4, true)
@@ -131,7 +131,7 @@ func TestClaimFull(t *testing.T) {
 	claim(t, l, 64, false)
 }
 
-// TestTwoReaders lets a second reader open a region: another process, or another machine.
+// TestTwoReaders opens a region with a second reader: another process, or another machine.
 func TestTwoReaders(t *testing.T) {
 	path := newRegion(t, MinSize)
 	l := open(t, path, guest1)
@@ -149,12 +149,12 @@ func TestTwoReaders(t *testing.T) {
 	}
 }
 
-// TestCloned boots a second machine with the same identity: the first one finds out, and no claim is lost.
+// TestCloned boots a second machine with the same identity: the first notices, and claims stay.
 func TestCloned(t *testing.T) {
 	path := newRegion(t, MinSize)
 	first := open(t, path, guest1)
 	claim(t, first, 1, false)
-	// What a machine that does not share the lock does.
+	// Act like a machine that does not share the lock.
 	h := first.h
 	h.run[0] ^= 1
 	if err := first.m.store(h.encode(), 0); err != nil {
@@ -171,7 +171,7 @@ func TestCloned(t *testing.T) {
 	}
 }
 
-// TestRebooted looks at claims of an earlier boot: they hold until somebody ends them, or the new boot takes them over.
+// TestRebooted: claims of an earlier boot hold until they are ended or the new boot takes them over.
 func TestRebooted(t *testing.T) {
 	path := newRegion(t, MinSize)
 	l := open(t, path, guest1)
@@ -222,10 +222,10 @@ func TestVoid(t *testing.T) {
 		t.Errorf("claim: %v, expected ErrLost", err)
 	}
 	l.Close()
-	claim(t, open(t, path, guest2), 1, false) // it is free for others
+	claim(t, open(t, path, guest2), 1, false) // the region is free for others
 }
 
-// TestLaunched ends claims when nobody holds the lock of a region.
+// TestLaunched tests that claims end when nobody holds the lock of a region.
 func TestLaunched(t *testing.T) {
 	path := newRegion(t, MinSize)
 	launcher, err := os.Open(path)
@@ -257,7 +257,7 @@ func TestLaunched(t *testing.T) {
 	claim(t, open(t, path, guest2), 1, false)
 }
 
-// TestTorn looks at entries that are not whole: they hold everything for the owner, and a reader that opens the region
+// TestTorn tests torn entries: for the owner they hold everything, and a reader that opens the region
 // clears them.
 func TestTorn(t *testing.T) {
 	path := newRegion(t, MinSize)
@@ -316,7 +316,7 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("regions %q were accepted", spec)
 		}
 	}
-	// What the owner cannot read holds everything.
+	// A region that the owner cannot read holds everything.
 	if got, err := regions(t, filepath.Join(dir, "short")).Users(poolA, img(1)); err == nil {
 		t.Errorf("a region that is too small: %q", got)
 	}
@@ -380,7 +380,7 @@ func TestWithin(t *testing.T) {
 	}
 }
 
-// TestBlock has the region on a block device, which a reader reaches by direct I/O, and the owner by the file behind it.
+// TestBlock opens a block device in the reader, and the file behind it in the owner.
 func TestBlock(t *testing.T) {
 	if unavailable := os.Getuid() != 0 || testing.Short(); unavailable {
 		t.Skip("needs root, and not -short")
@@ -422,8 +422,8 @@ func TestBlock(t *testing.T) {
 	}
 }
 
-// FuzzRegion lets a reader write anything into its region. The owner does not panic, reads a bounded amount, and never
-// takes a claim that is there for none.
+// FuzzRegion lets a reader write arbitrary bytes into its region. The owner must not panic, must read
+// a bounded amount, and must never overlook a claim.
 func FuzzRegion(f *testing.F) {
 	h := header{reader: guest1}
 	f.Add(h.encode()[:128], entryOf(poolA, img(1), h.run).encode(), true)

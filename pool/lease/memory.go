@@ -13,25 +13,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// memory is what a lease region is made of. Each kind has one function for each direction, and these keep the contract:
-// what store was given is visible to every load that begins after it on any machine that has the memory, and no later load
-// of this process is done before it is.
+// memory is the memory of a lease region. All implementations keep this contract: bytes passed to
+// store are visible to every load that begins after store returns, on every machine that has the
+// memory. No later load of this process runs before that.
 type memory interface {
 	load(b []byte, off int64) error
 	store(b []byte, off int64) error
-	// file returns what can be locked, and where the region begins in it; nil if nothing can be.
+	// file returns the file to lock and the region's offset in it; nil if nothing can be locked.
 	file() (f *os.File, off int64)
 	size() int64
 	close() error
 }
 
-// place is where a lease region is: all of a file or device, or a range of it.
+// place is the location of a lease region: a whole file or device, or a range of it.
 type place struct {
 	path      string
-	off, size int64 // size 0 is all that there is behind off
+	off, size int64 // size 0 means everything after off
 }
 
-// parsePlace reads "PATH" and "PATH@OFFSET+SIZE", and "ADDRESS+SIZE" of physical memory.
+// parsePlace parses "PATH", "PATH@OFFSET+SIZE" and, for physical memory, "ADDRESS+SIZE".
 func parsePlace(spec string) (place, error) {
 	at, rest := "", ""
 	p := place{path: spec}
@@ -48,15 +48,16 @@ func parsePlace(spec string) (place, error) {
 	n, err2 := strconv.ParseInt(length, 0, 64)
 	if !found || err != nil || err2 != nil || off < 0 || n < MinSize || off%headerSize != 0 || n%headerSize != 0 {
 		return p,
-			fmt.Errorf("lease region %q: expected an absolute path, PATH@OFFSET+SIZE or ADDRESS+SIZE with multiples of %d, at least %d long",
+			fmt.Errorf("lease region %q: expected an absolute path, PATH@OFFSET+SIZE or ADDRESS+SIZE with "+
+				"multiples of %d, at least %d long",
 				spec, headerSize, MinSize)
 	}
 	p.off, p.size = off, n
 	return p, nil
 }
 
-// Within reports whether a lease region, as Open and NewRegions take it, lies in the first size bytes of the memory of
-// a pool: there its owner would lose what the reader writes, or the pool would.
+// Within reports whether a lease region, named as for Open and NewRegions, lies in the first size
+// bytes of a pool's memory. There, pool and reader would overwrite each other.
 func Within(spec string, mem region.Info, size int64) (bool, error) {
 	p, err := parsePlace(strings.TrimPrefix(spec, launched))
 	if err != nil {
@@ -68,13 +69,13 @@ func Within(spec string, mem region.Info, size int64) (bool, error) {
 	}
 	a, err := os.Stat(p.path)
 	if err != nil || mem.Path == "" {
-		return false, nil // what is not there lies nowhere
+		return false, nil // a missing file overlaps nothing
 	}
 	b, err := os.Stat(mem.Path)
 	return err == nil && os.SameFile(a, b) && p.off < size, nil
 }
 
-// openMemory opens a region, to be read only or to be written.
+// openMemory opens a region for reading, or for writing too.
 func openMemory(spec string, write bool) (_ memory, err error) {
 	p, err := parsePlace(spec)
 	if err != nil {
@@ -108,7 +109,7 @@ func openMemory(spec string, write bool) (_ memory, err error) {
 	return nil, fmt.Errorf("is neither a file nor a device: %w", region.ErrKind)
 }
 
-// fit returns how much of what there is a region takes.
+// fit returns the size of the region in total available bytes.
 func (p place) fit(total int64) (int64, error) {
 	n := total - p.off
 	if p.size > 0 {
@@ -123,8 +124,8 @@ func (p place) fit(total int64) (int64, error) {
 	return min(n, MaxSize), nil
 }
 
-// fileMemory is a range of a regular file. Processes of one kernel, and virtual machines that have the file as
-// virtio-pmem, see each other's writes in its page cache.
+// fileMemory is a range of a regular file. Processes of one kernel, and virtual machines that map the
+// file as virtio-pmem, see each other's writes in its page cache.
 type fileMemory struct {
 	f      *os.File
 	off, n int64
@@ -154,8 +155,9 @@ func (m *fileMemory) file() (*os.File, int64) { return m.f, m.off }
 func (m *fileMemory) size() int64             { return m.n }
 func (m *fileMemory) close() error            { return m.f.Close() }
 
-// blockMemory is a persistent memory block device: virtio-pmem in a guest. Direct I/O passes the page cache of the device
-// node, which nobody else sees, and the driver copies from and to the memory itself before the call returns.
+// blockMemory is a persistent memory block device: virtio-pmem in a guest. It uses direct I/O, because
+// nobody else sees the page cache of the device node. The driver copies from and to the memory before
+// the call returns.
 type blockMemory struct {
 	fileMemory
 	mu  sync.Mutex
@@ -188,7 +190,7 @@ func (m *blockMemory) load(b []byte, off int64) error {
 	})
 }
 
-// store reads and writes whole blocks: nobody else writes what is around the bytes.
+// store reads and writes whole blocks: nobody else writes the surrounding bytes.
 func (m *blockMemory) store(b []byte, off int64) error {
 	return m.blocks(b, off, func(part, block []byte, at int64) error {
 		copy(block, part)
@@ -196,7 +198,7 @@ func (m *blockMemory) store(b []byte, off int64) error {
 	})
 }
 
-// blocks calls f with each part of b, and with its place in a block that was read from at.
+// blocks reads each block that b touches, and calls f with both matching parts and the offset.
 func (m *blockMemory) blocks(b []byte, off int64, f func(part, block []byte, at int64) error) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -216,9 +218,9 @@ func (m *blockMemory) blocks(b []byte, off int64, f func(part, block []byte, at 
 
 func (m *blockMemory) close() error { return errors.Join(unix.Munmap(m.buf), m.f.Close()) }
 
-// mappedMemory is a DAX device, or physical memory: it is reached by loads and stores. Other machines may not see what
-// this processor has in its cache, and their stores do not change it. So lines are written back after a store, and dropped
-// before a load.
+// mappedMemory is a DAX device or physical memory, reached by loads and stores. Other machines may not
+// see the cache of this processor, and their stores do not update it. So lines are written back after
+// a store and dropped before a load.
 type mappedMemory struct {
 	f   *os.File
 	off int64

@@ -18,10 +18,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestInterleavings runs owners and readers of one shared file through 1,000 random interleavings of claims, releases,
-// removals, additions, epochs, and crashes of either side. The code of both is the real one. Readers take their steps
-// also inside of the owner's: at every write, every sync and every look at the leases. At each step everything that a
-// reader uses must have the bytes that it had.
+// TestInterleavings runs owners and readers of one shared file through 1,000 random interleavings of
+// claims, releases, removals, additions, epochs, and crashes of either side, all with the real code.
+// Readers also take steps inside the owner's: at every write, every sync and every look at the leases.
+// After each step, everything that a reader uses must have its original bytes.
 func TestInterleavings(t *testing.T) {
 	n := 1000
 	if testing.Short() {
@@ -55,13 +55,13 @@ func TestInterleavings(t *testing.T) {
 	}
 }
 
-// counts says what happened, so that the test is known to test something.
+// counts says how often each event happened, to show that the test reaches it.
 type counts struct {
 	used          int // claims that held
 	late          int // claims that came too late
 	leased        int // removals that waited
 	removed       int
-	inside        int // steps of a reader inside of one of the owner
+	inside        int // reader steps inside an owner step
 	ownerCrashes  int
 	readerCrashes int
 	epochs        int
@@ -87,12 +87,12 @@ type world struct {
 	rng *rand.Rand
 	counts
 
-	disk    region.Region // the shared file, as readers see it
+	disk    region.Region // the shared file as readers see it
 	owner   *pool.Pool
-	shared  *crashing // the shared file, as the owner sees it
+	shared  *crashing // the shared file as the owner sees it
 	regions *Regions
 	readers []*reader
-	next    int // the next image to be added
+	next    int // number of the next image
 	busy    bool
 }
 
@@ -170,7 +170,7 @@ func kindOf(dir string) string {
 	return region.KindFile
 }
 
-// crashing is the owner's region. Readers take steps while it is used; after a crash it does nothing any more.
+// crashing is the owner's region. Readers take steps during its use; after a crash it does nothing.
 type crashing struct {
 	region.Region
 	w    *world
@@ -229,7 +229,7 @@ func (l looking) Any(id [16]byte) ([]string, error) {
 	return l.w.regions.Any(id)
 }
 
-// meanwhile lets a reader take a step inside of one of the owner, now and then.
+// meanwhile now and then lets a reader take a step inside one of the owner.
 func (w *world) meanwhile() {
 	if !w.busy && w.rng.IntN(4) == 0 {
 		w.inside++
@@ -248,7 +248,7 @@ func (w *world) openOwner() {
 	w.must(w.reap())
 }
 
-// crashOwner lets the owner crash in the middle of something, then starts another one.
+// crashOwner makes the owner crash during an operation, then starts another one.
 func (w *world) crashOwner() {
 	w.ownerCrashes++
 	w.shared.left = 1 + w.rng.IntN(12)
@@ -258,14 +258,14 @@ func (w *world) crashOwner() {
 		} else {
 			w.remove()
 		}
-		w.shared.WriteAt(nil, 0) // it crashes in the end
+		w.shared.WriteAt(nil, 0) // crashes at the latest here
 	}
 	w.must(w.owner.Close())
 	w.must(w.shared.Close())
 	w.openOwner()
 }
 
-// failed tells the end of the owner from failures that it must not have.
+// failed tells a crash of the owner from forbidden failures.
 func (w *world) failed(err error) bool {
 	if err != nil && !errors.Is(err, errCrash) && !errors.Is(err, pool.ErrFull) && !w.shared.dead {
 		w.t.Error(err)
@@ -273,7 +273,7 @@ func (w *world) failed(err error) bool {
 	return err != nil
 }
 
-// body is the contents of an image: those of no other.
+// body returns the unique contents of an image.
 func body(n int) []byte {
 	return bytes.Repeat(fmt.Appendf(nil, "contents of image %06d\n", n), 300+n%7*100)
 }
@@ -319,7 +319,7 @@ func (w *world) remove() {
 	w.failed(w.reap())
 }
 
-// reap frees dead contents: nothing of this host has the pool mounted.
+// reap frees dead contents: nothing on this host has the pool mounted.
 func (w *world) reap() error {
 	dead, err := w.owner.Erase(ctx, w.owner.Dead())
 	if err != nil {
@@ -356,7 +356,7 @@ type reader struct {
 	spec string
 	who  Reader
 	l    *Lease
-	// claiming is an image whose claim is written and whose catalogue is still to be read again.
+	// claiming is an image whose claim is written while the second look at the catalogue is pending.
 	claiming *pool.Image
 	using    []pool.Image
 }
@@ -427,14 +427,14 @@ func (r *reader) finish() {
 	r.w.must(r.l.Release(r.w.owner.ID(), m))
 }
 
-// crash ends the process of the reader, or its machine. The process starts again and goes on with what it uses; the
-// machine forgets everything, and its claims wait for somebody who says so.
+// crash ends the process of the reader, or its machine. A process restarts and keeps its images. A
+// machine forgets everything, and its claims wait until somebody declares them void.
 func (r *reader) crash() {
 	w := r.w
 	w.readerCrashes++
 	r.l.Close()
 	machine := w.rng.IntN(2) == 0
-	if w.rng.IntN(3) == 0 { // in the middle of writing an entry
+	if w.rng.IntN(3) == 0 { // while it writes an entry
 		f, err := os.OpenFile(r.spec, os.O_RDWR, 0)
 		w.must(err)
 		t := make(table, MinSize-headerSize)
@@ -450,7 +450,7 @@ func (r *reader) crash() {
 		w.must(f.Close())
 		w.check()
 	}
-	// what a restarted reader does not know of is released as a claim of an earlier boot, or by name
+	// Claims that a restarted reader does not know are released as those of an earlier boot, or by name.
 	if r.claiming != nil {
 		r.open()
 		w.must(r.l.Release(w.owner.ID(), *r.claiming))
@@ -472,7 +472,7 @@ func (r *reader) crash() {
 	}
 }
 
-// check reads everything that the reader uses.
+// check reads every image that the reader uses.
 func (r *reader) check() {
 	for _, m := range r.using {
 		var n int

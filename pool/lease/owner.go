@@ -14,24 +14,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// Regions are the lease regions of a pool's readers, as the owner of the pool sees them. They implement pool.Leases.
+// Regions are the lease regions of a pool's readers, seen by the owner. They implement pool.Leases.
 type Regions struct {
 	specs []string
 
-	mu sync.Mutex // one look at a time, because looking may void
+	mu sync.Mutex // one look at a time, because a look may void claims
 }
 
 var _ pool.Leases = (*Regions)(nil)
 
-// launched begins the names of regions whose launcher holds flock(2) on the file while the reader lives.
+// launched is the prefix of regions whose launcher holds flock(2) on the file while the reader lives.
 const launched = "flock:"
 
-// suffix ends the names of lease regions in a directory.
+// suffix is the suffix of lease regions in a directory.
 const suffix = ".lease"
 
-// NewRegions names the lease regions that the owner looks at: as Open takes them, or a directory, of which it is all files
-// that end in ".lease". "flock:" before a file or directory says that whoever starts a reader holds flock(2) on its file
-// while the reader lives: when nobody does, the claims are void. What is not there holds nothing.
+// NewRegions names the lease regions that the owner looks at. A spec is one that Open takes, or a
+// directory, which stands for all its files that end in ".lease". The prefix "flock:" says that the
+// launcher of a reader holds flock(2) on its file while the reader lives: if nobody does, the claims
+// are void. A missing file or directory claims nothing.
 func NewRegions(specs []string) (*Regions, error) {
 	for _, s := range specs {
 		path, isLaunched := strings.CutPrefix(s, launched)
@@ -46,12 +47,12 @@ func NewRegions(specs []string) (*Regions, error) {
 	return &Regions{specs: slices.Clone(specs)}, nil
 }
 
-// Claim is an image that a reader has named.
+// Claim is an image that a reader says it uses.
 type Claim struct {
 	PoolID [16]byte
 	UUID   [16]byte // of the image's tree
 	Slot   int
-	// Earlier says that the reader made it before it booted the last time.
+	// Earlier says that the reader made the claim before its last boot.
 	Earlier bool
 }
 
@@ -60,16 +61,16 @@ func (c Claim) Of(poolID [16]byte, m pool.Image) bool {
 	return c.PoolID == poolID && c.UUID == m.UUID && c.Slot == m.Slot
 }
 
-// State is what the owner sees of a lease region.
+// State is the state of a lease region as the owner sees it.
 type State struct {
-	Region string // its file or device
-	Reader string // who opened it; empty if nobody did
+	Region string // file or device
+	Reader string // name of the reader; empty if no reader opened it
 	Claims []Claim
-	// Torn counts the entries that claim nobody knows what: they hold all images.
+	// Torn counts unreadable entries. Each may claim any image, so they hold all of them.
 	Torn int
 }
 
-// label is how messages call a reader.
+// label is the name of a reader in messages.
 func (s State) label() string {
 	if s.Reader == "" {
 		return s.Region
@@ -77,11 +78,11 @@ func (s State) label() string {
 	return s.Reader
 }
 
-// List looks at all regions. The error names those that cannot be read; the others are returned all the same.
+// List looks at all regions. The error names the unreadable ones; the others are returned anyway.
 func (r *Regions) List() ([]State, error) { return r.list(true) }
 
-// Peek is List for somebody who is not the owner of the pool: it only reads. Claims of a reader whose launcher is gone are
-// returned, because the owner alone may void them.
+// Peek is like List, for a process that does not own the pool: it only reads. It returns claims of a
+// reader whose launcher is gone, because only the owner may void them.
 func (r *Regions) Peek() ([]State, error) { return r.list(false) }
 
 func (r *Regions) list(owner bool) ([]State, error) {
@@ -128,10 +129,10 @@ func (r *Regions) users(named func(Claim) bool) ([]string, error) {
 	return out, nil
 }
 
-// Void ends all claims of a reader, named by itself or by its region: somebody says that the reader is gone. With earlier,
-// only those that the reader made before it booted the last time. It returns how many they were.
+// Void ends all claims of a reader that is gone, named by its name or its region. With earlier, it
+// ends only those from before the reader's last boot. It returns their number.
 //
-// Errors: pool.ErrNotFound; pool.ErrInvalid if several regions are meant.
+// Errors: pool.ErrNotFound; pool.ErrInvalid if several regions match.
 func (r *Regions) Void(reader string, earlier bool) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -194,7 +195,7 @@ func (r *Regions) expand() ([]string, error) {
 	return out, nil
 }
 
-// look reads a region, which it voids first if the owner looks and its launcher is gone.
+// look reads a region. If the owner looks and the launcher is gone, it voids the claims first.
 func look(spec string, owner bool) (s State, err error) {
 	path, isLaunched := strings.CutPrefix(spec, launched)
 	isLaunched = isLaunched && owner
@@ -202,7 +203,7 @@ func look(spec string, owner bool) (s State, err error) {
 	if err != nil {
 		return s, err
 	}
-	defer func() { err = errors.Join(err, m.close()) }() // which ends the lock
+	defer func() { err = errors.Join(err, m.close()) }() // also ends the lock
 	s, err = read(m, path)
 	if err != nil {
 		return s, fmt.Errorf("lease region %q: %w", path, err)
@@ -223,7 +224,7 @@ func look(spec string, owner bool) (s State, err error) {
 	return State{Region: path}, nil
 }
 
-// read reads a region of which nothing is believed.
+// read reads a region without trusting it.
 func read(m memory, path string) (State, error) {
 	s := State{Region: path}
 	b := make([]byte, headerSize)
@@ -250,14 +251,14 @@ func read(m memory, path string) (State, error) {
 	return s, nil
 }
 
-// void ends claims, and makes the region nobody's unless only earlier ones end.
+// void ends claims. Unless only earlier ones end, the region then belongs to nobody.
 func void(m memory, earlier bool) (int, error) {
 	b := make([]byte, headerSize)
 	if err := m.load(b, 0); err != nil {
 		return 0, err
 	}
 	h, ok := decodeHeader(b)
-	if !earlier { // first: a reader that lives after all must find out before its claims are gone
+	if !earlier { // first: a reader that lives after all must notice before its claims are gone
 		if err := m.store(make([]byte, headerSize), 0); err != nil {
 			return 0, err
 		}

@@ -17,23 +17,24 @@ import (
 var (
 	// ErrTaken reports a lease region that belongs to another reader; see TakenError.
 	ErrTaken = errors.New("the lease region belongs to another reader")
-	// ErrLost reports a lease region that was taken from this reader after it opened it: the owner was told that the reader
-	// is gone, or another machine opened it. What is in use here is not safe any more.
+	// ErrLost reports a lease region that was taken from this reader after it opened it: the owner
+	// declared the reader gone, or another machine opened the region. Images in use here are no longer
+	// safe.
 	ErrLost = errors.New("the lease region was taken away")
 	// ErrFull reports a lease region without room for another claim.
 	ErrFull = errors.New("the lease region is full")
 )
 
-// TakenError is the ErrTaken that says who has the region.
+// TakenError is an ErrTaken that names the reader.
 type TakenError struct {
 	Region string
 	Reader string
 }
 
-// Error says what to do.
+// Error says how to free the region.
 func (e *TakenError) Error() string {
-	return fmt.Sprintf("lease region %q belongs to reader %q: each reader needs its own; if that one is gone, its owner frees it "+
-		"with `daxfs pool release`", e.Region, e.Reader)
+	return fmt.Sprintf("lease region %q belongs to reader %q: each reader needs its own; if that one is gone, its "+
+		"owner frees it with `daxfs pool release`", e.Region, e.Reader)
 }
 
 // Is makes errors.Is(err, ErrTaken) true.
@@ -48,11 +49,12 @@ type Lease struct {
 	mu sync.Mutex
 }
 
-// Open opens the lease region of a reader: a file, a block device, a DAX device, a range of one as PATH@OFFSET+SIZE, or one
-// of physical memory as ADDRESS+SIZE. A region of zeros becomes the reader's. Claims that the same machine made before stay.
+// Open opens the lease region of a reader: a file, a block device, a DAX device, a range of one as
+// PATH@OFFSET+SIZE, or physical memory as ADDRESS+SIZE. The reader takes over a region of zeros.
+// Earlier claims of the same machine stay.
 //
-// Errors: ErrTaken if another machine has it; region.ErrBusy if another process of this machine has; region.ErrForeign if
-// it holds something else; region.ErrSize.
+// Errors: ErrTaken if another machine has it; region.ErrBusy if another process of this machine has
+// it; region.ErrForeign if it holds something else; region.ErrSize.
 func Open(spec string, r Reader) (*Lease, error) {
 	if err := r.check(); err != nil {
 		return nil, err
@@ -68,9 +70,9 @@ func Open(spec string, r Reader) (*Lease, error) {
 	return l, nil
 }
 
-// thisBoot tells this boot of the machine from others.
+// thisBoot identifies the current boot of the machine.
 func thisBoot() (run [8]byte) {
-	// without it all boots look alike, and keep more than they need
+	// Without the file all boots look alike, and claims are kept longer than needed.
 	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	sum := sha256.Sum256(id)
 	copy(run[:], sum[:])
@@ -101,7 +103,7 @@ func (l *Lease) open() error {
 	return l.clearTorn()
 }
 
-// lock keeps other processes of this machine out. It is not flock(2), which whoever starts a reader may hold.
+// lock keeps other processes of this machine out, but not with flock(2), which a launcher may hold.
 func (l *Lease) lock() error {
 	f, off := l.m.file()
 	if f == nil {
@@ -118,7 +120,7 @@ func (l *Lease) lock() error {
 	return nil
 }
 
-// mine checks that the region is still that of this reader.
+// mine returns ErrLost if the region no longer belongs to this reader.
 func (l *Lease) mine() error {
 	b := make([]byte, headerSize)
 	if err := l.m.load(b, 0); err != nil {
@@ -130,7 +132,7 @@ func (l *Lease) mine() error {
 	return nil
 }
 
-// clearTorn clears the entries that a crash left half written: no image was used by them.
+// clearTorn clears entries that a crash left half written: their claims never took effect.
 func (l *Lease) clearTorn() error {
 	table, err := readTable(l.m)
 	if err != nil {
@@ -153,7 +155,7 @@ func (l *Lease) put(i int, b []byte) error {
 	return nil
 }
 
-// table is all entries of a region as they were read.
+// table holds all entries of a region as they were read.
 type table []byte
 
 func readTable(m memory) (table, error) {
@@ -165,9 +167,9 @@ func (t table) count() int { return len(t) / entrySize }
 
 func (t table) entry(i int) (entry, state) { return decodeEntry(t[i*entrySize:][:entrySize]) }
 
-// Claim names an image of a pool, so that each later look of the owner finds it. held says that it was named already, all
-// the time. If it was not, the owner may have removed the image just before: the caller reads the catalogue again, and
-// releases the claim and does without the image unless it is still listed.
+// Claim claims an image of a pool: the owner sees the claim from its next look on. held says that the
+// image was claimed all along. Otherwise the owner may just have removed it: the caller must read the
+// catalogue again and, if the image is no longer listed, release the claim and not use the image.
 //
 // Errors: ErrFull, ErrLost.
 func (l *Lease) Claim(poolID [16]byte, m pool.Image) (held bool, err error) {
@@ -198,7 +200,7 @@ func (l *Lease) Claim(poolID [16]byte, m pool.Image) (held bool, err error) {
 	if err := l.put(room, want.encode()); err != nil {
 		return false, err
 	}
-	for _, i := range old { // of an earlier boot, which this one takes over
+	for _, i := range old { // claims of an earlier boot, now taken over
 		if err := l.put(i, make([]byte, entrySize)); err != nil {
 			return false, err
 		}
@@ -206,15 +208,15 @@ func (l *Lease) Claim(poolID [16]byte, m pool.Image) (held bool, err error) {
 	return len(old) > 0, l.mine()
 }
 
-// Check returns nil while the region is this reader's. Errors: ErrLost.
+// Check returns nil while the region belongs to this reader. Errors: ErrLost.
 func (l *Lease) Check() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.mine()
 }
 
-// Release ends a claim. Nothing on this machine reads the image any more: no container, no open file, no mapping. It is no
-// error if there is no such claim.
+// Release ends a claim, if there is one. The caller makes sure that nothing on this machine reads the
+// image any more: no container, no open file, no mapping.
 func (l *Lease) Release(poolID [16]byte, m pool.Image) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

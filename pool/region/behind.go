@@ -7,22 +7,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// behindBytes is how much is written to a file before the disk is told to begin.
+// behindBytes is how much is written to a file before writeback starts.
 const behindBytes = 16 << 20
 
-// behind starts to write a file back while it is still being filled. A Sync at the end then finds most of the work done:
-// else the disk would idle while a layer is decompressed, and the processors while it is synced. It promises nothing.
+// behind starts the writeback of a file while it is still being filled, so that a Sync at the end
+// finds most of the work done. Otherwise the disk would idle while a layer is decompressed, and the
+// processors during the sync. It promises nothing.
 type behind struct {
 	f *os.File
 
 	mu     sync.Mutex
-	lo, hi int64 // what was written since the last start lies in [lo, hi)
-	n      int64 // bytes of it
+	lo, hi int64 // covers everything written since the last start
+	n      int64 // bytes written in it
 	busy   bool
 	done   sync.WaitGroup
 }
 
-// wrote notes a write.
+// wrote records a write.
 func (b *behind) wrote(off, n int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -36,7 +37,7 @@ func (b *behind) wrote(off, n int64) {
 	lo, hi := b.lo, b.hi
 	b.n, b.busy = 0, true
 	b.done.Go(func() {
-		// An error is that of the disk, and Sync will see it; or the file system knows no ranges.
+		// Ignore errors: Sync sees those of the disk, and some filesystems do not support ranges.
 		_ = unix.SyncFileRange(int(b.f.Fd()), lo, hi-lo, unix.SYNC_FILE_RANGE_WRITE)
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -44,5 +45,5 @@ func (b *behind) wrote(off, n int64) {
 	})
 }
 
-// wait returns when the file is no longer used.
+// wait returns when behind no longer uses the file.
 func (b *behind) wait() { b.done.Wait() }

@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// deviceSize is the size of the region on a device of size bytes. A pool is made before the labels that the end of the
-// memory may hold. Who reads a pool of another owner takes all: the owner may have it in a file, which has no labels, and
-// have handed that to a virtual machine.
+// deviceSize is the size of the region on a device of size bytes. A pool leaves out the end of the
+// memory, where labels may lie. A reader of another owner's pool takes everything: the owner may have
+// the pool in a file without labels, and pass that file to a virtual machine.
 func deviceSize(size int64, c Config) (int64, error) {
 	if c.ReadOnly && c.Size == 0 {
 		return usable(size)
@@ -19,7 +19,7 @@ func deviceSize(size int64, c Config) (int64, error) {
 	return beforeLabels(size, c.Size)
 }
 
-// beforeLabels is the usable size of memory whose end may hold labels.
+// beforeLabels is the usable size of memory that may end with labels.
 func beforeLabels(size, configured int64) (int64, error) {
 	most, err := usable(size - labelArea)
 	if err != nil {
@@ -81,7 +81,7 @@ func openDevDAX(h host, c Config) (_ Region, err error) {
 			return nil, err
 		}
 	}
-	// A mapping must be whole pages of the device's own size; what is too much is not used.
+	// A mapping must be whole pages of the device's own size; the excess is unused.
 	whole := min((size+d.align-1)/d.align*d.align, d.size)
 	m, err := mapFile(f, 0, whole, c.ReadOnly)
 	if err != nil {
@@ -117,7 +117,7 @@ func openPhys(h host, c Config) (Region, error) {
 	if c.ReadOnly {
 		flags = os.O_RDONLY
 	}
-	// Without O_SYNC: with it the memory would be mapped uncached.
+	// No O_SYNC: it would map the memory uncached.
 	f, err := os.OpenFile(h.path("dev/mem"), flags, 0)
 	if err != nil {
 		return nil, err
@@ -129,7 +129,7 @@ func openPhys(h host, c Config) (Region, error) {
 		}
 		return nil, errors.Join(err, f.Close())
 	}
-	// Whether the memory is persistent can not be known. It is flushed all the same: another kernel may map it uncached.
+	// Nobody knows whether the memory is persistent. Flush: another kernel may map it uncached.
 	return &phys{mapped{f: f, m: m, all: m, sync: flush, info: Info{
 		Kind: c.Kind, Path: f.Name(), Phys: c.Phys, HasPhys: true, Persistent: PersistsProcess,
 		ReadOnly: c.ReadOnly, FD: -1,
@@ -169,7 +169,7 @@ func ioctl(fd int, req uint, arg unsafe.Pointer) error {
 	}
 }
 
-// openDMABuf takes a new buffer from a DMA heap, or an existing one by its descriptor.
+// openDMABuf allocates a buffer from a DMA heap, or uses an existing one by its descriptor.
 func openDMABuf(c Config) (Region, error) {
 	if c.FD > 0 {
 		fd, err := unix.FcntlInt(uintptr(c.FD), unix.F_DUPFD_CLOEXEC, 0)
@@ -198,7 +198,7 @@ func openDMABuf(c Config) (Region, error) {
 	return mapDMABuf(c, int(a.fd), size)
 }
 
-// mapDMABuf makes a region of a buffer, whose descriptor it owns.
+// mapDMABuf turns a buffer into a region, which owns the descriptor.
 func mapDMABuf(c Config, fd int, size int64) (Region, error) {
 	f := os.NewFile(uintptr(fd), c.Path)
 	size, err := usable(size)

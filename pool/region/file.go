@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// file is a region in a sparse file, on disk or on tmpfs. It is written with pwrite: that fills fresh pages without
-// zeroing them first, takes no page fault, and reports a full filesystem as ENOSPC where a store to a mapping would be
-// a SIGBUS.
+// file is a region in a sparse file, on disk or on tmpfs. It writes with pwrite, which fills fresh
+// pages without zeroing them first, takes no page fault, and reports a full filesystem as ENOSPC; a
+// store to a mapping would raise SIGBUS.
 type file struct {
 	f    *os.File
 	size int64
 	info Info
-	// behind is nil where bytes never go to a disk.
+	// behind is nil if the bytes never go to a disk.
 	behind *behind
 
 	fdatasync func() error // replaced in tests
@@ -34,7 +34,7 @@ func openFile(c Config) (Region, error) {
 	} else if c.Create {
 		flags |= os.O_CREATE
 	}
-	// O_NOFOLLOW: in a directory that others can write to, a link leads wherever they want.
+	// O_NOFOLLOW: in a directory that others can write to, they could point a link anywhere.
 	f, err := os.OpenFile(c.Path, flags|unix.O_NOFOLLOW, 0o600)
 	if errors.Is(err, unix.ELOOP) {
 		return nil, fmt.Errorf("%q is a symbolic link: name the file that it leads to: %w", c.Path, ErrForeign)
@@ -89,8 +89,8 @@ func (r *file) init(c Config) error {
 	return nil
 }
 
-// checkOwner refuses a file that somebody else can write to, or has another name for: what is written there reaches the
-// kernel, and containers. Who only reads looks at the bytes themselves.
+// checkOwner refuses a file that another user can write to or has another name for: its bytes reach
+// the kernel and containers. Readers skip the check, because they verify the bytes themselves.
 func checkOwner(st os.FileInfo, c Config) error {
 	sys, ok := st.Sys().(*syscall.Stat_t)
 	if !ok || c.ReadOnly {
@@ -109,7 +109,7 @@ func checkOwner(st os.FileInfo, c Config) error {
 	return nil
 }
 
-// checkFilesystem holds "file" and "tmpfs" apart: what each survives and how it can be mounted differs.
+// checkFilesystem tells "file" and "tmpfs" apart: they survive different events and mount differently.
 func (r *file) checkFilesystem() error {
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(int(r.f.Fd()), &fs); err != nil {
@@ -160,11 +160,10 @@ func (r *file) Size() int64 { return r.size }
 func (r *file) Info() Info  { return r.info }
 func (r *file) Lock() error { return Flock(r.f) }
 
-// Sync syncs the whole file, as there is no call that makes a range of a sparse file durable: its blocks may be
-// allocated by the write.
+// Sync syncs the whole file: syncing a range does not make its newly allocated blocks durable.
 //
-// A sync that failed is not tried again: the kernel reports an error once, drops what it could not write and calls the next
-// sync a success. What else was waiting to be written may be lost too, so from then on nothing is called durable.
+// A failed sync is not retried: the kernel reports an error once, drops the unwritten pages and calls
+// the next sync a success. Other pending writes may be lost, too, so every later Sync fails.
 func (r *file) Sync(off, n int64) error {
 	if err := checkRange(off, n, r.size); err != nil {
 		return err
@@ -175,7 +174,8 @@ func (r *file) Sync(off, n int64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.failed != nil {
-		return fmt.Errorf("an earlier sync failed, what was written before it may be lost; look at the disk, then open the pool anew: %w", r.failed)
+		return fmt.Errorf("an earlier sync failed, what was written before it may be lost; look at the disk, then "+
+			"open the pool anew: %w", r.failed)
 	}
 	for {
 		err := r.fdatasync()
@@ -212,7 +212,7 @@ func (r *file) Close() error {
 
 var zeros = make([]byte, 1<<20)
 
-// writeZeros writes n zero bytes, for what can not be punched.
+// writeZeros writes n zero bytes, for memory that cannot be punched.
 func writeZeros(w io.WriterAt, off, n int64) error {
 	for n > 0 {
 		k, err := w.WriteAt(zeros[:min(n, int64(len(zeros)))], off)

@@ -2,7 +2,7 @@ package region
 
 import "unsafe"
 
-// canFlush tells that flush makes stores to persistent memory durable on this processor.
+// canFlush says that flush makes stores to persistent memory durable on this processor.
 const canFlush = true
 
 // flushLines writes the cache lines of [p, p+n) back to memory and waits for it.
@@ -10,7 +10,7 @@ const canFlush = true
 //go:noescape
 func flushLines(p unsafe.Pointer, n uintptr)
 
-// flush writes the processor caches of mapped memory back. A DAX device has no system call that does it.
+// flush writes the processor caches of mapped memory back; no system call does that for a DAX device.
 func flush(b []byte) error {
 	if len(b) > 0 {
 		flushLines(unsafe.Pointer(&b[0]), uintptr(len(b)))

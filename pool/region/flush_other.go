@@ -2,7 +2,7 @@
 
 package region
 
-// canFlush is false: here DAX devices are taken not to survive a loss of power.
+// canFlush is false: DAX devices are assumed not to survive a loss of power here.
 const canFlush = false
 
 func flush([]byte) error { return nil }

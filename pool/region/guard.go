@@ -5,8 +5,8 @@ import (
 	"runtime/debug"
 )
 
-// Guard calls f, which touches mapped memory, and turns a fault into an error: a page of a file that the disk can not
-// read, memory that is poisoned, a file that was cut. f must not start goroutines that touch it.
+// Guard calls f, which touches mapped memory, and turns a fault into an error: an unreadable disk
+// block, poisoned memory, a truncated file. f must not touch the memory in other goroutines.
 func Guard(f func()) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {

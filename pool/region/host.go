@@ -13,18 +13,18 @@ import (
 	"strings"
 )
 
-// labelArea is what is never used at the end of persistent or physical memory: ramdax keeps the namespace labels there,
-// in memory that all kernels which map the range share.
+// labelArea is left unused at the end of persistent or physical memory: ramdax keeps its namespace
+// labels there, in memory that all kernels which map the range share.
 const labelArea = 128 << 10
 
-// host is where the kernel describes the machine. Tests have a directory of their own with sys and proc below.
+// host is the root of the kernel's files about the machine; tests have their own sys and proc.
 type host struct{ root string }
 
 var thisHost = host{"/"}
 
 func (h host) path(elem ...string) string { return filepath.Join(append([]string{h.root}, elem...)...) }
 
-// attr reads a one-line file of sysfs, "" if there is none.
+// attr reads a one-line file of sysfs; it returns "" if there is none.
 func (h host) attr(elem ...string) string {
 	b, err := os.ReadFile(h.path(elem...))
 	if err != nil {
@@ -33,20 +33,20 @@ func (h host) attr(elem ...string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// number reads a sysfs file that holds a number, decimal or with 0x.
+// number reads a number from a sysfs file, decimal or with 0x.
 func (h host) number(elem ...string) (n uint64, ok bool) {
 	n, err := strconv.ParseUint(h.attr(elem...), 0, 64)
 	return n, err == nil
 }
 
-// iorange is one line of /proc/iomem. depth counts how many other ranges it lies in.
+// iorange is one line of /proc/iomem. depth is the number of ranges around it.
 type iorange struct {
 	start, end uint64 // end is the last byte
 	name       string
 	depth      int
 }
 
-// iomem reads /proc/iomem. Without the privilege to see addresses the kernel shows all as zero: that is an error.
+// iomem reads /proc/iomem. Without privilege the kernel shows all addresses as zero: an error.
 func (h host) iomem() ([]iorange, error) {
 	b, err := os.ReadFile(h.path("proc/iomem"))
 	if err != nil {
@@ -74,11 +74,11 @@ func (h host) iomem() ([]iorange, error) {
 	return out, nil
 }
 
-// reservedNames begin the names of ranges that the kernel keeps for somebody else than itself.
+// reservedNames are the prefixes of ranges that the kernel keeps for other users than itself.
 var reservedNames = []string{"Reserved", "Soft Reserved", "Persistent Memory", "CXL Window", "CXL ", "dax"}
 
-// checkPhys refuses physical memory that must not be written. System RAM is refused whatever force says; what is not
-// known to be reserved memory, or has a driver, only without it.
+// checkPhys refuses physical memory that must not be written. It always refuses System RAM. Without
+// force it also refuses memory that has a driver or is not known to be reserved.
 func (h host) checkPhys(start uint64, size int64, force bool) error {
 	last := start + uint64(size) - 1
 	if last < start {
@@ -94,7 +94,8 @@ func (h host) checkPhys(start uint64, size int64, force bool) error {
 			continue
 		}
 		if strings.HasPrefix(r.name, "System RAM") {
-			return fmt.Errorf("range %#x-%#x holds System RAM at %#x-%#x; reserve memory on the kernel command line, as with memmap=4G$16G: %w",
+			return fmt.Errorf("range %#x-%#x holds System RAM at %#x-%#x; reserve memory on the kernel command line, "+
+				"as with memmap=4G$16G: %w",
 				start, last, r.start, r.end, ErrForeign)
 		}
 		if strings.HasPrefix(r.name, "Persistent Memory") && last > r.end-labelArea {
@@ -125,7 +126,6 @@ func hasAnyPrefix(s string, prefixes []string) bool {
 	return false
 }
 
-// pmemDevice is what sysfs says about a persistent memory block device.
 type pmemDevice struct {
 	name    string
 	size    int64 // bytes
@@ -134,7 +134,7 @@ type pmemDevice struct {
 	hasPhys bool
 }
 
-// pmem describes the block device with a number. It refuses what is not byte addressable memory.
+// pmem describes the block device with a number, or refuses it if it is no byte addressable memory.
 func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	dir, err := filepath.EvalSymlinks(h.path("sys/dev/block", fmt.Sprintf("%d:%d", major, minor)))
 	if err != nil {
@@ -153,7 +153,8 @@ func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 		return nil, fmt.Errorf("%q is not persistent memory: %w", diskName, ErrKind)
 	case strings.HasSuffix(diskName, "s"):
 		return nil,
-			fmt.Errorf("%q is a sector mode (BTT) namespace, which is not byte addressable; make it fsdax with ndctl: %w", diskName, ErrKind)
+			fmt.Errorf("%q is a sector mode (BTT) namespace, which is not byte addressable; make it fsdax with "+
+				"ndctl: %w", diskName, ErrKind)
 	}
 	sectors, ok := in.number("size")
 	if !ok {
@@ -162,15 +163,16 @@ func (h host) pmem(major, minor uint32) (*pmemDevice, error) {
 	d.size = int64(sectors) * 512
 	dax, _ := disk.number("queue/dax")
 	d.dax = dax == 1
-	// The device is namespaceX.Y or, with struct pages in the memory itself, pfnX.Y; both give the first byte of data.
+	// The device is namespaceX.Y or, with struct pages in it, pfnX.Y; both name the first data byte.
 	if phys, ok := disk.number("device/resource"); ok && phys != 0 && phys != ^uint64(0) {
 		d.phys, d.hasPhys = phys+start*512, true
 	}
 	return d, h.checkHolders(in, major, minor)
 }
 
-// checkHolders refuses a device that something else than a pool of ours sits on: an EROFS is mounted from it, which is how a pool
-// is mounted, or, by earlier versions, windows lead to it. Whether the bytes are those of a pool is for others to tell.
+// checkHolders refuses a device that is used for something else than a pool of ours. A pool may be
+// mounted from it as EROFS or, by earlier versions, through windows. Callers check whether the bytes
+// are a pool.
 func (h host) checkHolders(dev host, major, minor uint32) error {
 	holders, err := os.ReadDir(dev.path("holders"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -191,7 +193,7 @@ func (h host) checkHolders(dev host, major, minor uint32) error {
 		if len(f) < 5 || f[2] != want {
 			continue
 		}
-		// The kind stands behind fields whose number is not fixed, and a dash.
+		// The filesystem type follows a dash; the number of fields before it varies.
 		if i := slices.Index(f, "-"); i < 0 || i+1 >= len(f) || f[i+1] != "erofs" {
 			return fmt.Errorf("is mounted on %q: %w", f[4], ErrBusy)
 		}
@@ -199,7 +201,7 @@ func (h host) checkHolders(dev host, major, minor uint32) error {
 	return nil
 }
 
-// daxDevice is what sysfs says about a DAX character device.
+// daxDevice describes a DAX character device, from sysfs.
 type daxDevice struct {
 	name       string
 	size       int64
@@ -230,7 +232,7 @@ func (h host) devdax(major, minor uint32) (*daxDevice, error) {
 	d.size, d.align = int64(size), int64(align)
 	d.phys, d.hasPhys = in.number("resource")
 	d.hasPhys = d.hasPhys && d.phys != 0 && d.phys != ^uint64(0)
-	// What an nvdimm bus carries is persistent; soft reserved and CXL memory is taken to be volatile.
+	// Memory on an nvdimm bus is persistent; soft reserved and CXL memory is assumed to be volatile.
 	d.persistent = strings.Contains(dir, "/ndbus")
 	return d, nil
 }

@@ -24,7 +24,7 @@ c0000000-febfffff : PCI Bus 0000:00
 700000000-7ffffffff : Persistent Memory
 `
 
-// fakeHost makes a machine of files: path -> contents, and links: path -> target.
+// fakeHost makes a machine from files (path -> contents) and links (path -> target).
 func fakeHost(t *testing.T, files, links map[string]string) host {
 	t.Helper()
 	root := t.TempDir()
@@ -57,7 +57,7 @@ func TestCheckPhys(t *testing.T) {
 		start  uint64
 		size   int64
 		force  bool
-		refuse string // part of the error, "" if fine
+		refuse string // part of the error; "" for no error
 	}{
 		{"reserved", 20 * g, g, false, ""},
 		{"all of the reserved range", 20 * g, 4 * g, false, ""},
@@ -170,7 +170,7 @@ func TestPmemHolders(t *testing.T) {
 	if _, err := ours.pmem(259, 0); err != nil {
 		t.Errorf("held by our own window: %v", err)
 	}
-	// An owner that starts again finds its pool mounted, as often as it has images.
+	// An owner that starts again finds its pool mounted, once per image.
 	mounted := fakeHost(t, pmemFiles(map[string]string{
 		"proc/self/mountinfo": "30 1 259:0 / /live/mnt ro - erofs /dev/pmem0 ro,dax=always\n" +
 			"31 1 259:0 /00000 /images/a/mnt ro shared:1 master:2 - erofs /dev/pmem0 ro,dax=always\n",

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openHugetlbfs maps a file of huge pages. Mapping it reserves all of them, so that no store can fail later. The
-// filesystem has no write(2).
+// openHugetlbfs maps a file of huge pages. The mapping reserves all of them, so that no store can fail
+// later. The filesystem has no write(2).
 func openHugetlbfs(c Config) (_ Region, err error) {
 	flags := os.O_RDWR
 	if c.ReadOnly {

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// InUse returns an error that wraps ErrBusy if something reads the region at the moment: a mount by any of our drivers, or a
-// device over it. A region in use must not be made anew. What other mount namespaces, and the processes and kernels that
-// map the memory by themselves, do can not be seen.
+// InUse returns an error that wraps ErrBusy if a mount by one of our drivers, or a device, uses the
+// region. A region in use must not be overwritten. InUse cannot see other mount namespaces, or
+// processes and kernels that map the memory themselves.
 func InUse(r Region) error {
 	err := thisHost.inUse(r.Info(), r.Size())
 	if errors.Is(err, ErrBusy) && onlyOurs(r.Info()) {
@@ -25,8 +25,8 @@ func InUse(r Region) error {
 	return err
 }
 
-// onlyOurs reports whether nothing has a region's file open but the region. A mount table goes on to name a path from
-// which a file was moved away; the kernel gives a write lease to the only one who has a file open.
+// onlyOurs reports whether only the region has its file open. A mount table keeps naming the old path
+// of a file that was moved; the kernel grants a write lease only to the sole opener of a file.
 func onlyOurs(i Info) bool {
 	if !i.Traits().Regular {
 		return false
@@ -46,7 +46,7 @@ func (h host) inUse(i Info, size int64) error {
 	return fmt.Errorf("%q is %s: %w", cmp.Or(i.Path, i.BlockDevice, fmt.Sprintf("%#x", i.Phys)), uses[0], ErrBusy)
 }
 
-// uses says in words what uses the region.
+// uses describes the users of the region.
 func (h host) uses(i Info, size int64) ([]string, error) {
 	mounts, err := h.mounts(i, size)
 	if err != nil {
@@ -60,7 +60,7 @@ func (h host) uses(i Info, size int64) ([]string, error) {
 	return append(mounts, loops...), err
 }
 
-// mounts finds the mounts whose source names the region in the way in which each driver writes it.
+// mounts finds the mounts whose source is the region, in the notation of each driver.
 func (h host) mounts(i Info, size int64) ([]string, error) {
 	f, err := os.Open(h.path("proc/self/mountinfo"))
 	if err != nil {
@@ -74,12 +74,12 @@ func (h host) mounts(i Info, size int64) ([]string, error) {
 	var out []string
 	for _, m := range all {
 		switch m.FSType {
-		case "fuse.daxfs": // path@offset+size
+		case "fuse.daxfs": // source: path@offset+size
 			at := strings.LastIndexByte(m.Source, '@')
 			if at < 0 || !h.isFile(m.Source[:at], i) {
 				continue
 			}
-		case "daxfs": // the physical address
+		case "daxfs": // source: physical address
 			phys, err := strconv.ParseUint(m.Source, 0, 64)
 			if err != nil || !i.HasPhys || phys < i.Phys || phys-i.Phys >= uint64(size) {
 				continue
@@ -94,10 +94,10 @@ func (h host) mounts(i Info, size int64) ([]string, error) {
 	return out, nil
 }
 
-// isFile tells whether a name is that of the region's file or device, by whatever path.
+// isFile tells whether a name leads to the region's file or device, by whatever path.
 func (h host) isFile(name string, i Info) bool {
 	path := cmp.Or(i.BlockDevice, i.Path)
-	if path == "" || i.Kind == KindDMABuf { // whose path is that of the heap
+	if path == "" || i.Kind == KindDMABuf { // its path is that of the heap
 		return false
 	}
 	if abs, err := filepath.Abs(path); err == nil && abs == name {
@@ -129,7 +129,7 @@ func (h host) loops(i Info) ([]string, error) {
 	return out, nil
 }
 
-// above finds the devices that lie on a block device.
+// above finds the devices on top of a block device.
 func (h host) above(device string) ([]string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(device, &st); err != nil {

@@ -12,27 +12,27 @@ const (
 	KindPmem = "pmem"
 	// KindDevDAX is a DAX character device, /dev/daxX.Y.
 	KindDevDAX = "devdax"
-	// KindDMABuf is a buffer from a DMA heap, which lives as long as anyone refers to it.
+	// KindDMABuf is a buffer from a DMA heap, which lives as long as something refers to it.
 	KindDMABuf = "dmabuf"
 	// KindPhys is a reserved range of physical memory, mapped through /dev/mem.
 	KindPhys = "phys"
 )
 
-// Traits are what all regions of a kind have in common.
+// Traits are the properties that all regions of a kind share.
 type Traits struct {
-	// Regular says that the region is a sparse regular file: it can be made, moved, leased, and grow.
+	// Regular says that the region is a sparse regular file: it can be created, moved, leased and grown.
 	Regular bool
-	// ByAddress says that other kernels and devices may reach the memory by its address. It was there before anybody
-	// opened it, and more than this machine's root can have written to it.
+	// ByAddress says that other kernels and devices may reach the memory by its address. The memory
+	// existed before it was opened, and others than this machine's root may have written to it.
 	ByAddress bool
-	// MapOnly says that the memory can only be mapped: neither read(2) nor loop devices nor file systems know of it.
+	// MapOnly says that the memory can only be mapped: no read(2), loop devices or filesystems.
 	MapOnly bool
-	// Volatile says that the region ends at the latest with the kernel.
+	// Volatile says that the region ends with the kernel at the latest.
 	Volatile bool
 }
 
-// kind is a kind of region: all that the rest of the code asks before a region is open. To add one, write its file in
-// this package, add a row here, and name it in package config, which imports nothing.
+// kind holds what the code asks about a kind of region before one is open. To add one, write its file
+// in this package, add a row here, and name it in package config, which imports nothing.
 type kind struct {
 	name string
 	open func(Config) (Region, error)
@@ -63,7 +63,7 @@ func Kinds() (names []string) {
 	return names
 }
 
-// TraitsOf returns what is known about a kind. A kind that does not exist has no traits.
+// TraitsOf returns the traits of a kind. An unknown kind has none.
 func TraitsOf(name string) Traits {
 	for _, k := range kinds() {
 		if k.name == name {
@@ -73,5 +73,5 @@ func TraitsOf(name string) Traits {
 	return Traits{}
 }
 
-// Traits returns what is known about the kind of a region.
+// Traits returns the traits of the region's kind.
 func (i Info) Traits() Traits { return TraitsOf(i.Kind) }

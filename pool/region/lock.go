@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BusyError is the ErrBusy of a file that another process has locked.
+// BusyError is an ErrBusy for a file that another process has locked.
 type BusyError struct {
 	Path string
-	PID  int // 0 if the holder can not be seen, as from inside a container
+	PID  int // 0 if the holder is hidden, as inside a container
 }
 
 // Error names the holder.
@@ -28,8 +28,8 @@ func (e *BusyError) Error() string {
 // Is makes errors.Is(err, ErrBusy) true.
 func (e *BusyError) Is(target error) bool { return target == ErrBusy }
 
-// Flock takes the exclusive lock of an open file, or returns a *BusyError that names the process which has it. The
-// lock ends when the file is closed, in particular when the process dies.
+// Flock takes the exclusive lock of an open file, or returns a *BusyError that names the holder. The
+// lock ends when the file is closed, at the latest when the process dies.
 func Flock(f *os.File) error {
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
@@ -45,8 +45,8 @@ func Flock(f *os.File) error {
 	}
 }
 
-// flockHolder finds the process that holds the flock of a file in /proc/locks, whose lines are
-// "1: FLOCK  ADVISORY  WRITE 712 fe:00:1235 0 EOF". It returns 0 if there is none or it is hidden.
+// flockHolder finds the holder of the flock of a file in /proc/locks, or returns 0. Lines there look like
+// "1: FLOCK  ADVISORY  WRITE 712 fe:00:1235 0 EOF".
 func flockHolder(f *os.File, locks string) int {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -70,7 +70,7 @@ func flockHolder(f *os.File, locks string) int {
 	return 0
 }
 
-// LockHolder returns the process that holds the exclusive lock of a file, or 0 if none can be seen.
+// LockHolder returns the process that holds the exclusive lock of a file, or 0 if none is visible.
 func LockHolder(path string) int {
 	f, err := os.Open(path)
 	if err != nil {

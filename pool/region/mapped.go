@@ -9,18 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mapped is a region that is written through its mapping: whoever maps the same memory sees the bytes at once, in the
-// order in which they are stored.
+// mapped is a region written through its mapping: others see bytes at once, in the order of stores.
 type mapped struct {
 	f    *os.File // may be nil
 	m    []byte   // the region
-	all  []byte   // what is mapped, which may be more
+	all  []byte   // the mapping, which may be larger
 	info Info
-	// punch frees a range that is known to be inside; nil clears it.
+	// punch frees a range inside the region; nil clears it.
 	punch func(off, n int64) error
-	// sync makes a range durable, if the kind needs that.
+	// sync makes a range durable, for kinds that need it.
 	sync func(b []byte) error
-	// access brackets stores, as a dma-buf needs it; nil if nothing is needed.
+	// access brackets stores, which a dma-buf needs; else nil.
 	access func(begin bool) error
 }
 
@@ -94,7 +93,7 @@ func (r *mapped) Sync(off, n int64) error {
 func (r *mapped) Size() int64 { return int64(len(r.m)) }
 func (r *mapped) Info() Info  { return r.info }
 
-// Lock locks the file of the region. A buffer that nobody else can open needs none.
+// Lock locks the file of the region. A dma-buf needs no lock: nobody else can open it.
 func (r *mapped) Lock() error {
 	if r.f == nil || r.info.Kind == KindDMABuf {
 		return nil

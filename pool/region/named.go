@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Named returns the region that a name stands for and that is there: a file, a persistent memory or DAX device, or a
+// Named returns the existing region with a name: a file, a persistent memory or DAX device, or a
 // physical range as ADDRESS+SIZE, both decimal or with 0x.
 func Named(name string) (Config, error) {
 	if c, ok, err := PhysRange(name); err != nil {
@@ -49,7 +49,7 @@ func Named(name string) (Config, error) {
 	return c, nil
 }
 
-// PhysRange returns the physical range that a name stands for. ok is false if it is no name of a range.
+// PhysRange returns the physical range with a name. ok is false if the name is not a range.
 func PhysRange(name string) (_ Config, ok bool, _ error) {
 	addr, size, ok := strings.Cut(name, "+")
 	if !ok || strings.Contains(name, "/") {

@@ -12,24 +12,24 @@ import (
 
 // pmem is a region on a persistent memory block device.
 //
-// A filesystem that is mounted with DAX from the device, or from a window of it, reads the memory itself. A mapping of
-// the device node, or a plain write to it, would go to the page cache of the node instead and reach the memory some time
-// later. O_DIRECT writes reach it before they return: the driver copies with non-temporal stores, and the page cache
-// is not used and, where it holds the range, dropped. So DAX readers see bytes at once, and only durability needs Sync,
-// which is a flush of the device (virtio-pmem asks its host to sync).
+// A filesystem mounted with DAX from the device, or from a window of it, reads the memory itself. A
+// mapping of the device node, or a plain write, would go to the page cache of the node and reach the
+// memory later. O_DIRECT writes reach it before they return: the driver copies with non-temporal
+// stores and drops the page cache of the range. So DAX readers see bytes at once. Only durability
+// needs Sync, which flushes the device (virtio-pmem asks its host to sync).
 type pmem struct {
 	f    *os.File
 	size int64
 	info Info
 
-	// partial serialises writes that cover part of a block, which are read, changed and written.
+	// partial serialises writes of parts of a block, which read, change and write it.
 	partial sync.Mutex
 }
 
 // directBlock is the alignment of direct I/O in memory and on the device.
 const directBlock = 4096
 
-// bounce buffers are page aligned because they are mapped. They live as long as the process.
+// bounce buffers are mapped, hence page aligned. They live as long as the process.
 var bounce = sync.Pool{New: func() any {
 	b, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
@@ -130,7 +130,7 @@ func (r *pmem) WriteAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// writeBlocks writes part at head in the blocks at at, which buf has room for.
+// writeBlocks writes part at offset head of the blocks at at, which fit into buf.
 func (r *pmem) writeBlocks(buf []byte, at, head int64, part []byte) error {
 	if head != 0 || len(part) != len(buf) {
 		r.partial.Lock()
@@ -148,7 +148,7 @@ func (r *pmem) writeBlocks(buf []byte, at, head int64, part []byte) error {
 	return err
 }
 
-// Sync flushes the device. There is no call for a range.
+// Sync flushes the whole device: no call flushes a range.
 func (r *pmem) Sync(off, n int64) error {
 	if err := checkRange(off, n, r.size); err != nil {
 		return err
@@ -156,7 +156,7 @@ func (r *pmem) Sync(off, n int64) error {
 	return r.f.Sync()
 }
 
-// Punch writes zeros: the memory can not be given back.
+// Punch writes zeros: the memory cannot be given back.
 func (r *pmem) Punch(off, n int64) error {
 	if err := checkRange(off, n, r.size); err != nil {
 		return err

@@ -1,19 +1,20 @@
-// Package region is the memory under a pool: one contiguous range of bytes that others can map as well.
+// Package region is the memory under a pool: one contiguous range of bytes that others can map, too.
 //
-// A region has a kind, which says what it is made of. All kinds are used alike:
+// A region has a kind, such as a file or persistent memory. All kinds are used in the same way:
 //
-//	r, err := region.Open(region.Config{Kind: region.KindFile, Path: "/var/lib/daxfs/pool", Size: 64 << 30, Create: true})
+//	r, err := region.Open(region.Config{Kind: region.KindFile, Path: "/srv/pool", Size: 64 << 30, Create: true})
 //	if err != nil {
 //		return err
 //	}
 //	defer r.Close()
 //	_, err = r.WriteAt(page, 2<<20)
 //
-// What the kinds can do differs, and Info says so: whether a block device with DAX leads to the bytes, whether their
-// physical address is known, whether they survive the process or a reboot, whether a punched range gives space back.
+// Info says what a region can do: whether a block device with DAX leads to the bytes, whether their
+// physical address is known, whether they survive the process or a reboot, and whether punching a
+// range gives space back.
 //
-// A region is safe for concurrent use, except that Close must be called after all else. Writes of overlapping ranges
-// at the same time leave either's bytes. Nothing here keeps two owners apart but Lock, which is advisory.
+// A region is safe for concurrent use, but Close must be called last. Concurrent writes of overlapping
+// ranges leave the bytes of either. Only Lock keeps two owners apart, and it is advisory.
 package region
 
 import (
@@ -26,13 +27,13 @@ import (
 // Persistence says what the bytes of a region survive.
 type Persistence int
 
-// The ranks of persistence, in rising order.
+// The ranks of persistence, lowest first.
 const (
-	// PersistsNothing means the bytes are gone when the last process that has the region open or mounted is.
+	// PersistsNothing means that the bytes are gone once no process has the region open or mounted.
 	PersistsNothing Persistence = iota
-	// PersistsProcess means the bytes outlive processes and end with a reboot.
+	// PersistsProcess means that the bytes outlive processes and end with a reboot.
 	PersistsProcess
-	// PersistsReboot means the bytes survive a reboot and, once synced, a loss of power.
+	// PersistsReboot means that the bytes survive a reboot and, once synced, a loss of power.
 	PersistsReboot
 )
 
@@ -63,7 +64,7 @@ func (p *Persistence) UnmarshalText(text []byte) error {
 	return fmt.Errorf("persistence %q is not known", text)
 }
 
-// Info describes a region to those that mount or explain it.
+// Info describes a region to callers that mount or explain it.
 type Info struct {
 	Kind        string      `json:"kind"`
 	Path        string      `json:"path"`                  // file, device or heap
@@ -74,8 +75,7 @@ type Info struct {
 	Persistent  Persistence `json:"persistent"`
 	Sparse      bool        `json:"sparse"` // Punch gives the space back to the system
 	ReadOnly    bool        `json:"readOnly"`
-	// FD is an open file of the region for those that need one, such as a mount of a dma-buf; -1 if there is none. It
-	// is the region's own and ends with it.
+	// FD is an open file of the region, such as for the mount of a dma-buf, or -1. The region owns it.
 	FD int `json:"-"`
 }
 
@@ -88,31 +88,29 @@ type Region interface {
 	Size() int64
 	// Sync returns when the bytes written to a range before the call survive what Info().Persistent promises.
 	Sync(off, n int64) error
-	// Punch makes a range read as zero and gives its space back where Info().Sparse. It may be called for ranges that
-	// are zero already.
+	// Punch makes a range read as zero, even if it does already, and frees its space if Info().Sparse.
 	Punch(off, n int64) error
 	Info() Info
 	Close() error
 }
 
-// Locker is implemented by regions that have something to lock.
+// Locker is implemented by regions that can be locked.
 type Locker interface {
-	// Lock makes the caller the only owner until Close, or returns a *BusyError. Regions opened only to be read need
-	// none.
+	// Lock makes the caller the only owner until Close, or returns a *BusyError. Readers need no lock.
 	Lock() error
 }
 
-// Align is the granule of region sizes and of the starts of windows in a region: the size of a huge page.
+// Align is the granule in bytes of region sizes and of the starts of windows: a huge page.
 const Align = 2 << 20
 
-// MinSize is the smallest region that is accepted: the header, one segment and one extent area.
+// MinSize is the smallest region that Open accepts: the header, one segment and one extent area.
 const MinSize = 4 * Align
 
 // Errors of this package.
 var (
 	// ErrRange reports an offset outside of the region.
 	ErrRange = errors.New("outside of the region")
-	// ErrKind reports a path that is not what the kind says, such as a file on tmpfs with kind "file".
+	// ErrKind reports a path that does not fit the kind, such as a file on tmpfs with kind "file".
 	ErrKind = errors.New("wrong kind of region")
 	// ErrSize reports a region that is too small, misaligned or not of the configured size.
 	ErrSize = errors.New("wrong size of region")
@@ -128,24 +126,23 @@ type Config struct {
 	Kind string
 	// Path is the file, the device or, for KindDMABuf, the heap. Empty for KindPhys.
 	Path string
-	// Size in bytes. 0 takes all of what is there; then it must be there. Rounded down to a multiple of Align.
+	// Size in bytes, rounded down to a multiple of Align. 0 takes all of an existing region.
 	Size int64
 	// Phys is the physical address of a KindPhys region, a multiple of Align.
 	Phys uint64
-	// Create makes the file of a KindFile, KindTmpfs or KindHugetlbfs region if there is none; Size is needed then.
+	// Create makes the file of a KindFile, KindTmpfs or KindHugetlbfs region if missing; it needs Size.
 	Create bool
-	// FD is a dma-buf that exists already, for KindDMABuf: it is used instead of a new one and stays the caller's. 0
-	// takes a new one.
+	// FD is an existing dma-buf for KindDMABuf, which the caller keeps; 0 allocates a new one.
 	FD int
-	// ReadOnly opens a region to read it; writing is an error.
+	// ReadOnly opens a region for reading; writes fail.
 	ReadOnly bool
-	// Force takes a KindPhys range that is not known to be reserved, or that has a driver. System RAM and label areas
-	// are refused even so.
+	// Force accepts a KindPhys range that is not known to be reserved, or that has a driver. System RAM
+	// and label areas are refused even then.
 	Force bool
 }
 
-// Open opens a region. It returns ErrKind, ErrSize, ErrForeign or an error of the system; nothing is left behind by an
-// Open that fails, except a file that it created.
+// Open opens a region. It returns ErrKind, ErrSize, ErrForeign or a system error. An Open that fails
+// leaves nothing behind except a file that it created.
 func Open(c Config) (Region, error) {
 	r, err := open(c)
 	if err != nil {
@@ -177,7 +174,7 @@ func open(c Config) (Region, error) {
 	return nil, fmt.Errorf("kind %q is not one of %q: %w", c.Kind, Kinds(), ErrKind)
 }
 
-// usable rounds a size down to what a pool can use, or says why it can not.
+// usable rounds a size down to one that a pool can use, or returns ErrSize.
 func usable(size int64) (int64, error) {
 	size &^= Align - 1
 	if size < MinSize {
@@ -186,7 +183,7 @@ func usable(size int64) (int64, error) {
 	return size, nil
 }
 
-// checkRange tells whether [off, off+n) lies inside of size bytes, without overflow.
+// checkRange tells whether [off, off+n) lies inside size bytes, without overflow.
 func checkRange(off, n, size int64) error {
 	if off < 0 || n < 0 || off > size || n > size-off {
 		return fmt.Errorf("range %d+%d of %d bytes: %w", off, n, size, ErrRange)

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// testRegion is the contract of Region, held by every kind that can be made here.
+// testRegion tests the contract of Region with every kind that can be made here.
 func testRegion(t *testing.T, r Region) {
 	t.Helper()
 	size := r.Size()
@@ -130,7 +130,7 @@ func TestFileAndTmpfs(t *testing.T) {
 	}
 }
 
-// TestSyncFailsForGood lets one sync fail: the next would be a success of a kernel that has forgotten what it did not write.
+// TestSyncFailsForGood lets one sync fail: the kernel calls the next a success despite lost writes.
 func TestSyncFailsForGood(t *testing.T) {
 	r := mustOpen(t,
 		Config{Kind: KindFile, Path: filepath.Join(t.TempDir(), "pool"), Size: 16 << 20, Create: true}).(*file)
@@ -281,7 +281,7 @@ func TestHugetlbfs(t *testing.T) {
 	}
 }
 
-// TestDMABuf uses a memfd for the buffer: it is mapped and passed around in the same way.
+// TestDMABuf uses a memfd as the buffer: it is mapped and passed around the same way.
 func TestDMABuf(t *testing.T) {
 	fd, err := unix.MemfdCreate("buffer", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -303,7 +303,7 @@ func TestDMABuf(t *testing.T) {
 	}
 }
 
-// TestDirectIO runs the pmem kind's I/O on an ordinary file that is opened as a device is.
+// TestDirectIO runs the I/O of kind pmem on an ordinary file, opened like a device.
 func TestDirectIO(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "device")
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_DIRECT, 0o600)

@@ -6,7 +6,7 @@ import (
 	"io"
 )
 
-// signatures are what owners of memory and disks write to be recognised, by offset from the start.
+// signatures are the marks that owners leave on memory and disks, by offset from the start.
 var signatures = []struct {
 	off   int64
 	bytes string
@@ -26,11 +26,11 @@ var signatures = []struct {
 	{4096, "NVDIMM_DAX_INFO\x00", "the info block of a devdax namespace"},
 	{4096, "BTT_ARENA_INFO\x00", "the info block of a sector mode namespace"},
 	{512, "EFI PART", "a GPT partition table"},
-	{510, "\x55\xaa", "a partition table"}, // last: boot sectors of filesystems have it as well
+	{510, "\x55\xaa", "a partition table"}, // last, because boot sectors of filesystems have it, too
 }
 
-// Identify names what the start or the end of a region of size bytes is known to hold, or returns "". It finds
-// filesystems, volumes, partition tables and namespace labels.
+// Identify names the known owner of the start or the end of a region of size bytes, or returns "". It
+// recognises filesystems, volumes, partition tables and namespace labels.
 func Identify(r io.ReaderAt, size int64) string {
 	for _, s := range signatures {
 		b := make([]byte, len(s.bytes))

@@ -32,7 +32,7 @@ func TestIdentify(t *testing.T) {
 	}
 }
 
-// TestIdentifyReal asks the programs that make such things.
+// TestIdentifyReal uses the programs that write these signatures.
 func TestIdentifyReal(t *testing.T) {
 	for want, command := range map[string][]string{
 		"an ext filesystem":   {"mkfs.ext4", "-q", "-F"},

@@ -14,8 +14,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// checkSource proves what the owner wrote before this kernel parses it: of a pool the superblock and the root directory.
-// Images are proven one by one, before they are bound.
+// checkSource verifies the owner's bytes before this kernel parses them: for a pool, the superblock
+// and the root directory. Images are verified one by one before they are bound.
 func (m *member) checkSource(ctx context.Context, src mount.Source) error {
 	if src.Key != "" { // a window
 		return mount.CheckImage(ctx, src)
@@ -27,7 +27,7 @@ func (m *member) checkSource(ctx context.Context, src mount.Source) error {
 	return nil
 }
 
-// checkImage proves the metadata of an image, once.
+// checkImage verifies the metadata of an image, once.
 func (m *member) checkImage(img pool.Image) error {
 	id := idOf(img)
 	if _, ok := m.checked[id]; ok {
@@ -50,7 +50,7 @@ func (m *member) checkLive(cat *pool.Catalogue, slots func(int) bool) error {
 		func(daxfs.Finding) bool { return false })
 }
 
-// metadata returns the blocks that hold the metadata of an image: those that are read when all of it is.
+// metadata returns the blocks with the metadata of an image: those read by a walk over all of it.
 func (m *member) metadata(img pool.Image) ([]mount.Range, error) {
 	size := m.view.cat.Size
 	r := &recorder{r: daxfs.NewReadCache(io.NewSectionReader(m.mem, 0, size), size), blocks: map[int64]bool{}}
@@ -62,7 +62,7 @@ func (m *member) metadata(img pool.Image) ([]mount.Range, error) {
 	if err != nil {
 		return nil, err
 	}
-	clear(r.blocks) // those of the superblock and the root directory never change
+	clear(r.blocks) // the superblock and the root directory never change
 	err = fs.Walk(func(_ string, in daxfs.Inode) error {
 		_, err := in.Xattrs()
 		if err == nil && in.IsSymlink() {
@@ -73,7 +73,7 @@ func (m *member) metadata(img pool.Image) ([]mount.Range, error) {
 	return r.ranges(), err
 }
 
-// recorder notes which blocks are read.
+// recorder records which blocks are read.
 type recorder struct {
 	r io.ReaderAt
 
@@ -90,7 +90,7 @@ func (r *recorder) ReadAt(p []byte, off int64) (int, error) {
 	return r.r.ReadAt(p, off)
 }
 
-// ranges returns what was read, in ranges of whole blocks.
+// ranges returns the recorded blocks as ranges.
 func (r *recorder) ranges() []mount.Range {
 	var list []int64
 	for b := range r.blocks {

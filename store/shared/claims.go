@@ -18,8 +18,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// claim is an image that is claimed, as it stands in the file of claims. The file is written before the lease: whatever
-// the lease names is known here, so that it can be ended.
+// claim is a claimed image in the file of claims. The file is written before the lease, so that every
+// lease is known here and can be ended.
 type claim struct {
 	Key        string    `json:"key"`
 	Slot       int       `json:"slot"`
@@ -28,7 +28,7 @@ type claim struct {
 	Window     int64     `json:"window,omitempty"`
 	WindowSize int64     `json:"windowSize,omitempty"`
 	Epoch      string    `json:"epoch"`
-	Name       string    `json:"name,omitempty"` // of an OCI image that has it, for people
+	Name       string    `json:"name,omitempty"` // an OCI image with this tree, for people
 }
 
 func claimOf(m pool.Image, epoch [16]byte) claim {
@@ -46,8 +46,8 @@ func (c claim) image() pool.Image {
 	return m
 }
 
-// lockedClaim is claim, which it tells the log of a pool that can not be used. then is called while the pool is locked:
-// no other epoch of it begins meanwhile.
+// lockedClaim is claim with the lock. It logs that a pool cannot be used. It calls then with the lock
+// held, so that the epoch cannot change meanwhile.
 func (m *member) lockedClaim(ctx context.Context, chain digest.Digest, then func()) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -62,7 +62,7 @@ func (m *member) lockedClaim(ctx context.Context, chain digest.Digest, then func
 	return err
 }
 
-// claim claims the image of a chain. Preconditions: mu is held, and view is of now.
+// claim claims the image of a chain. Preconditions: mu is held, and view is current.
 func (m *member) claim(ctx context.Context, chain digest.Digest) error {
 	img, listed := m.view.chains[chain]
 	epoch := m.view.cat.Geometry.UUID
@@ -81,7 +81,7 @@ func (m *member) claim(ctx context.Context, chain digest.Digest) error {
 		}
 		fallthrough
 	default:
-		if err := m.release(chain); err != nil { // of another image, or of an earlier epoch
+		if err := m.release(chain); err != nil { // a claim of another image or an earlier epoch
 			return err
 		}
 		c := claimOf(img, epoch)
@@ -101,7 +101,7 @@ func (m *member) claim(ctx context.Context, chain digest.Digest) error {
 	return m.checkImage(img)
 }
 
-// keepUnlisted goes on with an image that the owner has removed from the catalogue, and keeps as long as it is leased.
+// keepUnlisted keeps using a leased image that the owner took out of the catalogue.
 func (m *member) keepUnlisted(chain digest.Digest, img pool.Image) error {
 	held, err := m.lease.Claim(m.view.cat.PoolID, img)
 	if err != nil {
@@ -117,7 +117,7 @@ func (m *member) keepUnlisted(chain digest.Digest, img pool.Image) error {
 	return errors.Join(ErrNotFound, m.release(chain))
 }
 
-// takeLease tells the owner that an image is in use here, and makes sure that the owner knew before it removed the image.
+// takeLease claims an image in the lease region, and checks that it was not removed just before.
 func (m *member) takeLease(ctx context.Context, chain digest.Digest, img pool.Image) error {
 	if m.lease == nil {
 		return nil
@@ -150,24 +150,22 @@ func (m *member) release(chain digest.Digest) error {
 	return m.dropClaim(chain)
 }
 
-// unlease tells the owner that an image of a pool is not in use here any more. While that can not be told the claim
-// stays.
+// unlease ends the claim in the lease region. If that fails, the claim stays in the file.
 func (m *member) unlease(id [16]byte, img pool.Image) error {
 	switch {
 	case m.src.Lease == "":
 		return nil
 	case m.lease == nil:
-		return fmt.Errorf("lease region %q is not open, so its owner can not be told that image %q is not in use",
+		return fmt.Errorf("lease region %q is not open, so the owner cannot be told that image %q is unused",
 			m.src.Lease,
 			img.Key)
 	}
 	return m.lease.Release(id, img)
 }
 
-// claimsFile is in the directory of a pool.
+// claimsFile is the name of the file in the directory of a pool.
 const claimsFile = "claims.json"
 
-// readClaims reads the file of claims in the directory of a pool.
 func readClaims(dir string) (map[digest.Digest]claim, error) {
 	claims := map[digest.Digest]claim{}
 	path := filepath.Join(dir, claimsFile)

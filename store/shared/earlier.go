@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
-// readers says which pool is read by which member: two that read one would share its directory.
+// readers maps each pool to the member that reads it: two members would share its directory.
 type readers struct {
 	mu sync.Mutex
 	by map[[16]byte]*member
@@ -36,7 +36,7 @@ func (r *readers) take(id [16]byte, m *member) error {
 	return nil
 }
 
-// leave ends what take began for all other pools of a member.
+// leave ends the reading by a member of all pools but one.
 func (r *readers) leave(m *member, but [16]byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -53,17 +53,16 @@ func (r *readers) has(id [16]byte) bool {
 	return r.by[id] != nil
 }
 
-// earlier is a pool that was found under the name of a member, with what is still claimed in it.
+// earlier is a former pool of a member's name that still has claims.
 type earlier struct {
 	id     [16]byte
 	claims map[digest.Digest]claim
 }
 
-// sourceFile holds the name under which a pool was found the last time.
+// sourceFile holds the name under which a pool was last found.
 const sourceFile = "source"
 
-// findEarlier reads what is left of pools that were found under the name of this one, and that nobody reads now.
-// Preconditions: mu is held.
+// findEarlier reads the claims of unread former pools of this name. Preconditions: mu is held.
 func (m *member) findEarlier() error {
 	m.earlier = nil
 	list, err := os.ReadDir(m.cfg.Root)
@@ -89,8 +88,8 @@ func (m *member) findEarlier() error {
 	return nil
 }
 
-// replaced looks at the pools that were found under the name of this one before, while this process did not run:
-// nothing of them may be mounted. Preconditions: mu is held.
+// replaced checks former pools of this name, from before this process started: nothing of them may be
+// mounted. Preconditions: mu is held.
 func (m *member) replaced(ctx context.Context, now mount.Pool) error {
 	for _, e := range m.earlier {
 		t, err := mount.Open(ctx, m.dir(e.id), m.cfg.Drivers, now, mount.Options{Adopt: m.cfg.Adopt, Warn: m.warn(ctx)})
@@ -104,7 +103,7 @@ func (m *member) replaced(ctx context.Context, now mount.Pool) error {
 	return nil
 }
 
-// unmountStale unmounts what an earlier pool or epoch has left mounted.
+// unmountStale unmounts the mounts of earlier pools and epochs.
 func unmountStale(ctx context.Context, t *mount.Table) error {
 	left, err := t.RemoveStale(ctx, func(string) bool { return false })
 	if err != nil {
@@ -117,7 +116,7 @@ func unmountStale(ctx context.Context, t *mount.Table) error {
 	return nil
 }
 
-// noteSource notes under which name a pool was found.
+// noteSource records the name under which a pool was found.
 func (m *member) noteSource(id [16]byte) error {
 	path, want := filepath.Join(m.dir(id), sourceFile), m.src.Name+"\n"
 	if have, err := os.ReadFile(path); err == nil && string(have) == want {
@@ -126,8 +125,8 @@ func (m *member) noteSource(id [16]byte) error {
 	return renameio.WriteFile(path, []byte(want), 0o600)
 }
 
-// sweepEarlier ends the claims in earlier pools of all chains that nothing needs. Preconditions: mu is held, and the
-// table is open, so that nothing of them is mounted.
+// sweepEarlier ends the claims of unneeded chains in earlier pools. Preconditions: mu is held, and the
+// table is open, so nothing of those pools is mounted.
 func (m *member) sweepEarlier(needed func(digest.Digest) bool) error {
 	var errs []error
 	for _, e := range slices.Clone(m.earlier) {
@@ -140,8 +139,8 @@ func (m *member) sweepEarlier(needed func(digest.Digest) bool) error {
 	return errors.Join(errs...)
 }
 
-// superseded ends the claims of a chain in earlier pools: the pool of now has it. Preconditions are those of
-// sweepEarlier.
+// superseded ends the claims of a chain in earlier pools, because the current pool has it.
+// Preconditions are those of sweepEarlier.
 func (m *member) superseded(chain digest.Digest) error {
 	var errs []error
 	for _, e := range slices.Clone(m.earlier) {
@@ -152,7 +151,7 @@ func (m *member) superseded(chain digest.Digest) error {
 	return errors.Join(errs...)
 }
 
-// releaseEarlier ends a claim in an earlier pool. The last one takes the directory of the pool with it.
+// releaseEarlier ends a claim in an earlier pool. The last one removes the directory of the pool.
 func (m *member) releaseEarlier(e *earlier, chain digest.Digest) error {
 	if err := m.unlease(e.id, e.claims[chain].image()); err != nil {
 		return err
@@ -171,8 +170,8 @@ func (m *member) releaseEarlier(e *earlier, chain digest.Digest) error {
 	return os.Remove(dir)
 }
 
-// lost says which images that were claimed no container can be started from any more, and what to do; empty if there
-// are none. Preconditions: mu is held.
+// lost describes the claimed images that no container can start from any more, and the remedy; "" if
+// there are none. Preconditions: mu is held.
 func (m *member) lost() string {
 	if m.view == nil {
 		return ""
@@ -206,12 +205,12 @@ func (m *member) lost() string {
 		text += " (" + list(names, 3) + ")"
 	}
 	return text +
-		fmt.Sprintf(": expected %s, found pool %x of epoch %x, which lacks them. A pool in memory is made anew when its "+
-			"owner reboots. Remove these OCI images and pull them, or attach what the pool has now", list(from, 3),
+		fmt.Sprintf(": expected %s, found pool %x of epoch %x, which lacks them. A pool in memory is made anew when "+
+			"its owner reboots. Remove these OCI images and pull them, or attach what the pool has now", list(from, 3),
 			m.view.cat.PoolID, now)
 }
 
-// list writes some of a set.
+// list returns up to most elements of a set as text.
 func list(set map[string]bool, most int) string {
 	var all []string
 	for s := range set {
@@ -224,10 +223,10 @@ func list(set map[string]bool, most int) string {
 	return strings.Join(all, ", ")
 }
 
-// mourn tells the log what was lost, once until it changes. Preconditions: mu is held.
-func (m *member) mourn(ctx context.Context) {
-	if text := m.lost(); text != m.mourned {
-		m.mourned = text
+// logLost logs the lost images, once until they change. Preconditions: mu is held.
+func (m *member) logLost(ctx context.Context) {
+	if text := m.lost(); text != m.loggedLost {
+		m.loggedLost = text
 		if text != "" {
 			log.G(ctx).WithField("pool", m.src.Name).Error("images of a shared pool are lost: " + text)
 		}

@@ -26,17 +26,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// childEnv holds what the process of a reader is told: its root, the pool, the lease region, a seed, and the images
-// that it has in use from before.
+// childEnv holds the parameters of a reader process: its root, the pool, the lease region, a seed, and
+// the images that it already uses.
 const childEnv = "DAXFS_TEST_READER"
 
-// manyNames is how many images an owner has at most.
+// manyNames is the largest number of images of an owner.
 const manyNames = 12
 
 func nameOf(i int) string { return fmt.Sprint("image ", i) }
 
-// child is a reader that claims images and ends claims, at random, until it is killed. It says what it has in use: a
-// claim when it holds, its end before it begins. It reads all that it has in use after each step.
+// child is a reader that claims images and ends claims at random until it is killed. It reports a
+// claim once it holds, and the end of a claim before it begins. After each step it reads all images
+// that it uses.
 func child() int {
 	args := strings.Split(os.Getenv(childEnv), "\n")
 	ctx := context.Background()
@@ -131,8 +132,9 @@ func child() int {
 	}
 }
 
-// An owner adds, removes and frees images, and ends and begins, while a reader is killed again and again in whatever it
-// does. What the reader said that it uses is there for the next process of it, and what it did not comes back.
+// An owner adds, removes and frees images, and restarts, while a reader is killed again and again at
+// any moment. Images that the reader reported are there for its next process, and the space of all
+// others becomes free.
 func TestReaderKilled(t *testing.T) {
 	rounds := 40
 	if testing.Short() {
@@ -219,7 +221,7 @@ func TestReaderKilled(t *testing.T) {
 	}
 }
 
-// step adds or removes an image, and frees what nobody uses. It returns 1 if the removal has to wait for a reader.
+// step adds or removes an image and frees unused ones. It returns 1 if a reader delays the removal.
 func (o *owner) step(rng *rand.Rand) int {
 	o.t.Helper()
 	ctx := context.Background()

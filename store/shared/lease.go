@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/lease"
 )
 
-// openLease opens the memory in which the owner of a pool of that size looks for what is in use here, if there is some.
+// openLease opens the configured lease region, if there is one, for a pool of size bytes.
 // Preconditions: mu is held.
 func (m *member) openLease(size int64) error {
 	if m.lease != nil || m.src.Lease == "" {
@@ -39,29 +39,29 @@ func (m *member) openLease(size int64) error {
 		if errors.Is(err, lease.ErrTaken) && !Identified() {
 			err = fmt.Errorf("%w. If it was this machine before a boot: %s", err, noIdentity)
 		}
-		return fmt.Errorf("what is in use here can not be told to its owner: %w", err)
+		return fmt.Errorf("tell the owner what is in use here: %w", err)
 	}
 	return nil
 }
 
-// readerName is what the owner of a pool calls this reader: the name of the host, if it has one.
+// readerName is the name of this reader for the owner of a pool: the host name, if there is one.
 func readerName(host string, machine [16]byte) string {
 	name := strings.ToValidUTF8(host[:min(len(host), 64)], "")
-	if name == "" || name == "(none)" || name == "localhost" { // what the kernel and systems say that were given none
+	if name == "" || name == "(none)" || name == "localhost" { // defaults of kernels and systems
 		return fmt.Sprintf("machine-%x", machine[:4])
 	}
 	return name
 }
 
-// identities are where a machine says who it is. Machines that were copied have one id in /etc; the firmware of virtual
-// machines has another for each.
+// identities are the files that identify a machine. Cloned machines share the id in /etc, but the
+// firmware gives each virtual machine its own.
 var identities = []string{"/etc/machine-id", "/sys/class/dmi/id/product_uuid"}
 
-// noIdentity says what a machine without an identity is to do.
+// noIdentity is the advice for a machine without an identity.
 const noIdentity = "it has neither /etc/machine-id nor a UUID of its firmware, so that a new root directory makes it " +
 	"another reader; give it one of them (-uuid of QEMU)"
 
-// Identified reports whether this machine has an identity that stays when it boots, whatever becomes of its file systems.
+// Identified reports whether this machine has an identity that survives reboots and new file systems.
 func Identified() bool { return strings.Join(identity(), "") != "" }
 
 func identity() (parts []string) {
@@ -73,22 +73,22 @@ func identity() (parts []string) {
 	return parts
 }
 
-// machineID tells this root on this machine from all others, also after a boot.
+// machineID identifies this root on this machine, also after a reboot.
 func machineID(root string) (id [16]byte, err error) {
 	parts := identity()
 	if strings.Join(parts, "") == "" {
-		made, err := ownID(filepath.Join(root, "machine-id"))
+		random, err := ownID(filepath.Join(root, "machine-id"))
 		if err != nil {
 			return id, err
 		}
-		parts = append(parts, made)
+		parts = append(parts, random)
 	}
 	sum := sha256.Sum256([]byte(strings.Join(append(parts, root), "\n")))
 	copy(id[:], sum[:])
 	return id, nil
 }
 
-// ownID reads a random id from a file, which it makes.
+// ownID reads a random id from a file, which it makes if necessary.
 func ownID(path string) (string, error) {
 	b, err := os.ReadFile(path)
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {

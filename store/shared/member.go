@@ -23,33 +23,33 @@ type member struct {
 	src     Source
 	readers *readers
 
-	// mu guards all below. It is held while the pool is read, checked and mounted.
+	// mu guards all fields below. It is held while the pool is read, checked and mounted.
 	mu     sync.Mutex
 	mem    region.Region // nil if it is not open
-	opened int           // how often it was opened
-	// fileSize is that of the file or device when it was opened.
+	opened int           // number of times it was opened
+	// fileSize is the size of the file or device when it was opened.
 	fileSize int64
-	view     *view        // of the newest generation; nil if the pool can not be read now
-	table    *mount.Table // of the epoch of mounted; nil if there is none
+	view     *view        // the newest generation; nil if the pool cannot be read now
+	table    *mount.Table // table of mounted; nil if there is none
 	mounted  tableID
-	lease    *lease.Lease // nil if there is none
+	lease    *lease.Lease // nil without a lease region
 	claims   map[digest.Digest]claim
-	earlier  []*earlier // pools that had this name before
-	// checked are the images whose metadata was proven, with the ranges in which that lies.
-	checked map[imageID][]mount.Range
-	told    string // what the log was told last
-	mourned string // what the log was told last of images that are lost
-	err     error  // of the last refresh
+	earlier  []*earlier // former pools of this name
+	// checked are the images whose metadata was verified, with the ranges of the metadata.
+	checked     map[imageID][]mount.Range
+	loggedError string // last complaint in the log
+	loggedLost  string // last message in the log about lost images
+	err         error  // result of the last refresh
 }
 
-// tableID says what a mount table belongs to. What was opened again is another file, or one of another size: the kernel
-// goes on with the old one.
+// tableID identifies what a mount table belongs to. A reopened pool is another file, or one of another
+// size: the kernel keeps using the old one.
 type tableID struct {
 	pool, epoch [16]byte
 	opened      int
 }
 
-// imageID tells apart images that a slot had one after another.
+// imageID tells apart successive images of a slot.
 type imageID struct {
 	slot    int
 	uuid    [16]byte
@@ -58,15 +58,15 @@ type imageID struct {
 
 func idOf(m pool.Image) imageID { return imageID{m.Slot, m.UUID, m.Created.UnixNano()} }
 
-// refresh brings view up to date. Preconditions: mu is held.
+// refresh updates view. Preconditions: mu is held.
 func (m *member) refresh(ctx context.Context) error {
 	m.err = m.tryRefresh(ctx)
 	if m.err != nil {
 		m.view = nil
 		return m.err
 	}
-	m.told = ""
-	m.mourn(ctx)
+	m.loggedError = ""
+	m.logLost(ctx)
 	return nil
 }
 
@@ -94,7 +94,7 @@ func (m *member) tryRefresh(ctx context.Context) error {
 	return nil
 }
 
-// open opens the memory, or opens it again where its name leads to another file now.
+// open opens the memory, or reopens it if its name now leads to another file.
 func (m *member) open() error {
 	if m.mem != nil && m.mem.Info().FD >= 0 && m.mem.Info().Path != "" {
 		now, err := os.Stat(m.mem.Info().Path)
@@ -118,7 +118,7 @@ func (m *member) open() error {
 	if err != nil {
 		return err
 	}
-	// The owner took the range, and had to force that where the kernel does not reserve it.
+	// The owner took the range, with force if the kernel does not reserve it.
 	rc.ReadOnly, rc.Force = true, rc.Kind == region.KindPhys
 	if m.mem, err = region.Open(rc); err != nil {
 		return err
@@ -134,8 +134,8 @@ func (m *member) open() error {
 	return nil
 }
 
-// openTable opens the table of the pool's epoch. What an earlier epoch left mounted is unmounted first: the kernel would
-// go on with the old superblock, and show bytes that are no longer what they were.
+// openTable opens the table of the pool's epoch. It first unmounts mounts of an earlier epoch: the
+// kernel would keep the old superblock and show changed bytes.
 func (m *member) openTable(ctx context.Context, v *view) error {
 	id := tableID{v.cat.PoolID, v.cat.Geometry.UUID, m.opened}
 	if m.table != nil && m.mounted == id {
@@ -184,7 +184,7 @@ func (m *member) openTable(ctx context.Context, v *view) error {
 	return m.findEarlier()
 }
 
-// retire unmounts everything of the table. Preconditions: mu is held.
+// retire unmounts everything in the table. Preconditions: mu is held.
 func (m *member) retire(ctx context.Context) error {
 	var errs []error
 	for _, i := range m.table.List() {
@@ -223,7 +223,7 @@ func (m *member) close() error {
 	return err
 }
 
-// lower mounts the image of a chain that was claimed just now. Preconditions: mu has been held since.
+// lower mounts the image of a chain that was just claimed. Preconditions: mu has been held since.
 func (m *member) lower(ctx context.Context, chain digest.Digest) (string, error) {
 	img := m.claims[chain].image()
 	mounted, err := m.table.Mount(ctx, mount.Image{
@@ -233,7 +233,7 @@ func (m *member) lower(ctx context.Context, chain digest.Digest) (string, error)
 	return mounted.Dir, err
 }
 
-// sweep ends the claims of chains that are not needed. Preconditions: mu is held.
+// sweep ends the claims of unneeded chains. Preconditions: mu is held.
 func (m *member) sweep(ctx context.Context, needed func(digest.Digest) bool) error {
 	var errs []error
 	for chain := range m.claims {

@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 	os.Exit(mountns.Main(m))
 }
 
-// owner is a pool that somebody else owns.
+// owner is a pool with another owner.
 type owner struct {
 	*pool.Pool
 	t    *testing.T
@@ -65,7 +65,7 @@ func (o *owner) create(force bool) {
 	must(o.t, err)
 }
 
-// open opens the pool that is there.
+// open opens the existing pool.
 func (o *owner) open() {
 	o.t.Helper()
 	var err error
@@ -75,7 +75,7 @@ func (o *owner) open() {
 	must(o.t, err)
 }
 
-// renew makes another pool in the place of this one.
+// renew replaces this pool by another one.
 func (o *owner) renew() {
 	o.t.Helper()
 	o.close()
@@ -86,7 +86,7 @@ func (o *owner) renew() {
 
 func (o *owner) close() { must(o.t, errors.Join(o.Pool.Close(), o.mem.Close())) }
 
-// chainOf are diff IDs, and the chain ID of them, for a layer of that name on others.
+// chainOf returns diff IDs, and their chain ID, for layers with these names.
 func chainOf(names ...string) (diffIDs []digest.Digest, chain digest.Digest) {
 	for _, name := range names {
 		diffIDs = append(diffIDs, digest.FromString(name))
@@ -104,7 +104,7 @@ func (o *owner) add(names ...string) digest.Digest {
 	return chain
 }
 
-// addNamed adds an OCI image of one layer, of the same name.
+// addNamed adds an OCI image of one layer with the same name.
 func (o *owner) addNamed(name string) digest.Digest {
 	o.t.Helper()
 	ids, chain := chainOf(name)
@@ -180,7 +180,7 @@ func (r *reader) open() {
 	must(r.t, err)
 }
 
-// sees wants a chain to show its contents.
+// sees fails the test unless a chain shows the wanted contents.
 func (r *reader) sees(chain digest.Digest, want string) {
 	r.t.Helper()
 	dir, err := r.Lower(context.Background(), chain)
@@ -207,7 +207,7 @@ func TestLower(t *testing.T) {
 		t.Error("a chain that the pool lacks was claimed")
 	}
 
-	// What is published later is there, too; a restart of the reader finds what it had mounted.
+	// Later publications appear, too; a restarted reader finds its mounts.
 	later := o.add("later")
 	if !r.Refresh(t.Context()) {
 		t.Error("the new image was not noticed")
@@ -228,7 +228,7 @@ func TestLower(t *testing.T) {
 		t.Errorf("after a restart the image is at %q, %v; before it was at %q", again, err, dir)
 	}
 
-	// What is needed stays.
+	// Needed images stay.
 	must(t, r.Sweep(t.Context(), func(c digest.Digest) bool { return c == base }))
 	if s := r.Status()[0]; s.Mounted != 1 || s.Claimed != 1 {
 		t.Errorf("after a sweep: %+v", s)
@@ -248,7 +248,7 @@ func mustDir(r *reader, chain digest.Digest) string {
 	return dir
 }
 
-// A pool that lies costs its own images and no others.
+// A lying pool affects its own images and no others.
 func TestHostile(t *testing.T) {
 	good, bad := newOwner(t), newOwner(t)
 	fine, ill := good.add("fine"), bad.add("ill")
@@ -323,7 +323,7 @@ func TestHostile(t *testing.T) {
 	must(t, p.Close())
 }
 
-// An image that is claimed stays, whatever its owner wants, until the claim ends.
+// A claimed image stays, whatever its owner wants, until the claim ends.
 func TestLease(t *testing.T) {
 	place := filepath.Join(t.TempDir(), "guest.lease")
 	must(t, os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
@@ -354,7 +354,7 @@ func TestLease(t *testing.T) {
 	r.open()
 	r.sees(used, "used")
 
-	// Somebody else can not have the region.
+	// Another reader cannot take the region.
 	thief := r.cfg
 	thief.Root = filepath.Join(t.TempDir(), "shared")
 	p, err := shared.Open(t.Context(), thief)
@@ -375,7 +375,7 @@ func TestLease(t *testing.T) {
 		t.Errorf("claim after the end of the lease: %v", err)
 	}
 
-	// The owner was told that the reader is gone, and it is not.
+	// The owner was told wrongly that the reader is gone.
 	again := o.add("again")
 	r.sees(again, "again")
 	_, err = regions.Void(place, false)
@@ -391,7 +391,7 @@ func TestLease(t *testing.T) {
 	must(t, r.Sweep(t.Context(), func(digest.Digest) bool { return false }))
 }
 
-// A pool that is made anew under a reader: nothing that is mounted is taken for what is there now.
+// A pool is replaced under a reader: no mount is mistaken for one of the new pool.
 func TestReset(t *testing.T) {
 	o := newOwner(t)
 	old := o.add("old")
@@ -413,7 +413,7 @@ func TestReset(t *testing.T) {
 	}
 }
 
-// A machine without an identity is told why its lease region is another reader's after a boot, and what to do.
+// A machine without an identity is told why a reboot made it another reader, and the remedy.
 func TestNoIdentity(t *testing.T) {
 	defer shared.WithoutIdentity()()
 	place := filepath.Join(t.TempDir(), "guest.lease")
@@ -441,7 +441,7 @@ func TestNoIdentity(t *testing.T) {
 	r.open()
 }
 
-// leased gives an owner and a reader a lease region, of which it returns the path and the owner's view.
+// leased sets up a lease region, and returns its path and the owner's view.
 func leased(t *testing.T, o *owner, r *reader) (place string, regions *lease.Regions) {
 	t.Helper()
 	place = filepath.Join(t.TempDir(), "guest.lease")
@@ -455,7 +455,7 @@ func leased(t *testing.T, o *owner, r *reader) (place string, regions *lease.Reg
 	return place, regions
 }
 
-// claims counts what a lease region claims.
+// claims counts the claims in a lease region.
 func claims(t *testing.T, regions *lease.Regions) int {
 	t.Helper()
 	list, err := regions.List()
@@ -463,8 +463,8 @@ func claims(t *testing.T, regions *lease.Regions) int {
 	return len(list[0].Claims)
 }
 
-// A pool that is made anew while the reader does not run, as when its owner reboots: what the old one has left is seen
-// and named, and ends with what needs it.
+// A pool is replaced while the reader is not running, as when its owner reboots: the remains of the
+// old one are found and named, and end together with their need.
 func TestReplaced(t *testing.T) {
 	o := newOwner(t)
 	gone, again := o.addNamed("gone"), o.add("again")
@@ -532,7 +532,7 @@ func TestReplacedElsewhere(t *testing.T) {
 	}
 }
 
-// While a pool can not be read at all, it is known what is in use of it, and nothing of that ends.
+// While a pool cannot be read at all, its claims are known, and none ends.
 func TestAway(t *testing.T) {
 	o := newOwner(t)
 	used := o.add("used")
@@ -553,7 +553,7 @@ func TestAway(t *testing.T) {
 	r.sees(used, "used")
 }
 
-// While the lease region can not be opened, no claim is forgotten.
+// While the lease region cannot be opened, no claim is forgotten.
 func TestReleaseLater(t *testing.T) {
 	o := newOwner(t)
 	used := o.add("used")
@@ -574,7 +574,7 @@ func TestReleaseLater(t *testing.T) {
 	}
 }
 
-// Memory may be larger than its pool. An owner may make the pool larger, and may put a copy in its place.
+// Memory may be larger than its pool. An owner may grow the pool, or put a copy in its place.
 func TestLargerMemory(t *testing.T) {
 	o := newOwner(t)
 	first := o.add("first")
@@ -613,13 +613,13 @@ func TestLargerMemory(t *testing.T) {
 	r.sees(second, "second")
 }
 
-// A lease region in the pool would be written over by its owner, and would write over the pool.
+// A lease region inside the pool would be overwritten by the owner, and would overwrite the pool.
 func TestLeaseInPool(t *testing.T) {
 	o := newOwner(t)
 	chain := o.add("image")
 	before, err := os.ReadFile(o.path)
 	must(t, err)
-	place := fmt.Sprintf("%s@%d+%d", o.path, 48<<20, lease.MinSize) // where nothing is so far
+	place := fmt.Sprintf("%s@%d+%d", o.path, 48<<20, lease.MinSize) // an unused range
 	p, err := shared.Open(t.Context(), shared.Config{
 		Root: filepath.Join(t.TempDir(), "shared"), Drivers: drivers.All(),
 		Pools: []shared.Source{{Name: o.path, Lease: place}},
@@ -648,7 +648,7 @@ func TestTwice(t *testing.T) {
 	}
 }
 
-// Memory that the reader could write is opened to be read, and stays what it is.
+// Memory that the reader could write is opened for reading, and stays unchanged.
 func TestWritesNothing(t *testing.T) {
 	o := newOwner(t)
 	chain := o.add("image")
@@ -685,8 +685,7 @@ func TestWritesNothing(t *testing.T) {
 	}
 }
 
-// What a pool may have the reader read is bounded: images beyond that are left out, and those of other pools go on
-// working.
+// Images with documents beyond a limit are left out; other pools keep working.
 func TestDocumentsAreBounded(t *testing.T) {
 	defer shared.BoundDocuments(1000)()
 	large, other := newOwner(t), newOwner(t)

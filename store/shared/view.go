@@ -12,36 +12,37 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// maxDocuments bounds how much of documents is read of a pool, in bytes. All wait who ask for images of any pool. An
-// honest document has some ten KiB; entries of a pool that lies may all name the same large one.
+// maxDocuments limits the bytes of documents read from one pool; meanwhile all requests for images
+// wait. An honest document has about ten KiB, but the entries of a malicious pool may all name one
+// large document.
 var maxDocuments int64 = 256 << 20
 
-// view is what one generation of a pool says.
+// view is the contents of one generation of a pool.
 type view struct {
 	cat *pool.Catalogue
-	// chains are the images by chain ID. Of several with one chain ID the first counts: their trees are equal.
+	// chains maps chain IDs to images. Of several with equal trees the first counts.
 	chains map[digest.Digest]pool.Image
-	// known are the documents that were read, by where they lie.
+	// known holds the documents that were read, by their place.
 	known map[docID]*entry
 }
 
-// docID names a document that was read.
+// docID identifies a document.
 type docID struct {
 	image imageID
 	doc   pool.Document
 }
 
-// entry is what a document says, without the blobs in it.
+// entry is a document without its blobs.
 type entry struct {
-	chain digest.Digest // empty if the document is not valid
+	chain digest.Digest // empty if the document is invalid
 	names []OCIImage
 }
 
 // OCIImage is an OCI image whose tree a pool holds.
 type OCIImage struct {
-	// Name is the reference, Namespace the containerd namespace of the owner that has it.
+	// Name is the reference; Namespace is the owner's containerd namespace that has it.
 	Name, Namespace string
-	// Target is the digest that the name stands for: of an index or a manifest.
+	// Target is the digest of the index or manifest that the name refers to.
 	Target digest.Digest
 	// Chain is the chain ID of the tree.
 	Chain digest.Digest
@@ -49,7 +50,7 @@ type OCIImage struct {
 	Pool string
 }
 
-// read reads the newest generation. It returns the view that is there if that is the one. Preconditions: mu is held.
+// read returns the view of the newest generation. Preconditions: mu is held.
 func (m *member) read(ctx context.Context) (*view, error) {
 	cat, err := pool.ReadCatalogue(m.mem)
 	if cat == nil {
@@ -60,8 +61,8 @@ func (m *member) read(ctx context.Context) (*view, error) {
 	}
 	if cat.Size > m.mem.Size() {
 		return nil,
-			fmt.Errorf("%w: it has %d bytes, of which %d are there: was the memory cut off, or only a part of it handed on",
-				ErrSize, cat.Size, m.mem.Size())
+			fmt.Errorf("%w: it has %d bytes, of which %d are there: was the memory cut off, or only "+
+				"a part of it handed on", ErrSize, cat.Size, m.mem.Size())
 	}
 	old := m.view
 	if old != nil && old.cat.PoolID == cat.PoolID && old.cat.Geometry == cat.Geometry &&
@@ -72,7 +73,7 @@ func (m *member) read(ctx context.Context) (*view, error) {
 	room, out := maxDocuments, 0
 	for _, img := range cat.Images {
 		if img.Document == (pool.Document{}) {
-			continue // the owner knows no chain of it
+			continue // the owner does not know its chain
 		}
 		if room -= img.Document.Size; room < 0 {
 			out++
@@ -98,7 +99,7 @@ func (m *member) read(ctx context.Context) (*view, error) {
 	return v, ctx.Err()
 }
 
-// readEntry reads the document of an image. One that is not valid costs its image and no other.
+// readEntry reads the document of an image. An invalid document excludes only its own image.
 func (m *member) readEntry(ctx context.Context, img pool.Image) *entry {
 	doc, err := m.document(img)
 	if err != nil {
@@ -125,8 +126,8 @@ func (m *member) document(img pool.Image) (*store.Document, error) {
 	return store.ParseDocument(raw)
 }
 
-// OCIImages lists the OCI images that the pools had when they were read the last time. Of one name and namespace in
-// several pools the first counts.
+// OCIImages lists the OCI images that the pools had when they were last read. If several pools have a
+// name in a namespace, the first counts.
 func (p *Pools) OCIImages() []OCIImage {
 	type key struct{ namespace, name string }
 	seen := map[key]bool{}
@@ -152,8 +153,7 @@ func (p *Pools) OCIImages() []OCIImage {
 	return out
 }
 
-// Document reads what a pool says about an image that OCIImages listed. Errors: ErrNotFound if the pool does not have it any
-// more.
+// Document returns the document of an image from OCIImages. Errors: ErrNotFound if it is gone.
 func (p *Pools) Document(o OCIImage) (*store.Document, error) {
 	for _, m := range p.members {
 		if m.src.Name != o.Pool {

@@ -7,14 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// arena is the memory of the packs: mapped once, outside of Go's heap, in huge pages where the kernel has them. Memory
-// that was never used costs nothing, the collector does not look at it, and nobody clears it twice.
+// arena is the memory of the packs: mapped once, outside of Go's heap, in huge pages if available.
+// Unused memory costs nothing, the garbage collector ignores it, and nobody clears it twice.
 type arena struct {
 	mem  []byte // as mapped
-	next []byte // the unused part, which starts at a multiple of 2 MiB
+	next []byte // the unused part, aligned to 2 MiB
 }
 
-// newArena reserves room for n packs.
+// newArena reserves address space for n packs.
 func newArena(n int) (arena, error) {
 	mem, err := unix.Mmap(-1, 0, (n+1)*huge, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
@@ -23,12 +23,12 @@ func newArena(n int) (arena, error) {
 	}
 	skip := -uintptr(unsafe.Pointer(&mem[0])) % huge
 	next := mem[skip : int(skip)+n*huge]
-	// Without huge pages it only takes longer.
+	// Failure only costs time.
 	_ = unix.Madvise(next, unix.MADV_HUGEPAGE)
 	return arena{mem, next}, nil
 }
 
-// pack returns 2 MiB, aligned to their size. More packs than were reserved come from the heap.
+// pack returns 2 MiB with the same alignment. Packs beyond the reservation come from the heap.
 func (a *arena) pack() []byte {
 	if len(a.next) < huge {
 		return make([]byte, huge)
@@ -38,7 +38,7 @@ func (a *arena) pack() []byte {
 	return p
 }
 
-// close gives all packs back. Nobody may hold one.
+// close frees all packs, which must be unused.
 func (a *arena) close() {
 	if a.mem != nil {
 		_ = unix.Munmap(a.mem)

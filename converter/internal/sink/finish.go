@@ -9,21 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Result says what Finish left in the file.
+// Result describes the contents that Finish left in the file.
 type Result struct {
 	// End is the first address behind all contents, a multiple of the block size.
 	End int64
 	// Contents is the number of distinct contents and Bytes the sum of their sizes.
 	Contents int64
 	Bytes    int64
-	// Deduplicated is the sum of the sizes of contents that were not stored because equal ones were there already.
+	// Deduplicated is the total size of contents that were not stored again.
 	Deduplicated int64
-	// Moved is how many bytes were moved to close gaps.
+	// Moved is the number of bytes moved to close gaps.
 	Moved int64
 }
 
-// Finish waits until the contents of all layers are placed, closes gaps, and replaces the placeholders in the tree by
-// addresses and sums. All layers must have been closed. Contents that the tree does not refer to are dropped from the file.
+// Finish waits until the contents of all layers are placed, drops contents that the tree does not refer to,
+// closes gaps, and replaces the placeholders in the tree by addresses and sums. All layers must be closed.
 func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 	<-s.done
 	if err := s.Err(); err != nil {
@@ -32,7 +32,7 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 	s.spill.close()
 	p := &s.out
 	r := Result{Deduplicated: p.saved}
-	p.known = nil // nothing comes any more
+	p.known = nil // no more contents follow
 	err := eachContent(root, func(d *daxfs.Data) error {
 		id := s.extentOf(d.Off)
 		if id < 0 {
@@ -48,7 +48,7 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 		return r, fmt.Errorf("write image: %w", err)
 	}
 	err = eachContent(root, func(d *daxfs.Data) error {
-		if id := s.extentOf(d.Off); id >= 0 { // else done, by another name of the file
+		if id := s.extentOf(d.Off); id >= 0 { // else done by another name of the file
 			d.Off, d.Sum = p.extents[id].off, p.extents[id].sum
 		}
 		return nil
@@ -67,7 +67,7 @@ func (s *Sink) Finish(root *daxfs.Node) (Result, error) {
 	return r, nil
 }
 
-// forget drops what is known of contents: the tree says all that is needed from now on, and there may be millions.
+// forget frees the records of contents: there may be millions, and the tree now has all that is needed.
 func (s *Sink) forget() {
 	s.out.extents, s.out.known, s.out.gaps = nil, nil, nil
 	for _, l := range s.layers {
@@ -75,8 +75,8 @@ func (s *Sink) forget() {
 	}
 }
 
-// eachContent calls f for the contents of every name of a regular file below n that has any. There may be millions, so
-// nobody remembers which files have several names.
+// eachContent calls f for every name of a nonempty regular file below n, thus several times for hard
+// links: with millions of files, remembering them takes too much memory.
 func eachContent(n *daxfs.Node, f func(d *daxfs.Data) error) error {
 	for _, c := range n.Entries {
 		var err error
@@ -106,7 +106,7 @@ func (s *Sink) extentOf(off int64) int32 {
 	return s.layers[layer].refs[seq]
 }
 
-// compact closes the gaps between live extents as far as that is worth it, zeroes the others, and cuts the file.
+// compact closes worthwhile gaps between live extents, zeroes the others, and truncates the file.
 func (p *placer) compact() (moved int64, err error) {
 	live := make([]int32, 0, len(p.extents))
 	var total int64
@@ -122,7 +122,7 @@ func (p *placer) compact() (moved int64, err error) {
 		return moved, err
 	}
 	slices.SortFunc(live, byAddress)
-	// Two percent are what alignment may cost, and one gap is always allowed.
+	// Alignment may cost 1/64 of the contents, and one gap is always allowed.
 	if gaps := p.end(live) - page - total; gaps > max(huge, total/64) {
 		n, err := p.slide(live, total)
 		if moved += n; err != nil {
@@ -147,7 +147,7 @@ func (p *placer) end(live []int32) int64 {
 	return p.extents[live[len(live)-1]].end()
 }
 
-// fillFromTail moves the last extents into gaps, as long as the last one fits into one of the first that are free.
+// fillFromTail moves the last extents into gaps while the last one fits one of the first free gaps.
 func (p *placer) fillFromTail(live []int32) (moved int64, err error) {
 	var gaps []gap
 	at := int64(page)
@@ -174,7 +174,7 @@ func (p *placer) fillFromTail(live []int32) (moved int64, err error) {
 			if off == g.off {
 				g.off += n
 			} else {
-				// Room before an aligned extent stays usable; what is behind it is rarely worth another entry.
+				// The room before an aligned extent stays usable; the room behind it is rarely worth another gap.
 				g.end = off
 			}
 			to = off
@@ -194,8 +194,8 @@ func (p *placer) fillFromTail(live []int32) (moved int64, err error) {
 	return moved, nil
 }
 
-// slide moves every extent down to the end of the one before it, in the order of addresses. Alignment is kept while
-// the gaps that it needs stay small.
+// slide moves every extent down to the end of the previous one, in order of address. It keeps
+// alignment while the necessary gaps are small.
 func (p *placer) slide(live []int32, total int64) (moved int64, err error) {
 	at, spare := int64(page), max(huge, total/64)
 	for _, id := range live {

@@ -16,7 +16,7 @@ func testPlacer(t *testing.T) *placer {
 	return &placer{f: f, align: true, tail: page, known: map[uint64]int32{}}
 }
 
-// TestManyGaps: a million contents at the end that fit into none of the million gaps at the beginning.
+// TestManyGaps: a million contents at the end that fit none of the million gaps at the beginning.
 func TestManyGaps(t *testing.T) {
 	p := testPlacer(t)
 	const n = 1_000_000
@@ -35,7 +35,7 @@ func TestManyGaps(t *testing.T) {
 	}
 }
 
-// TestSumsThatBeginAlike: contents are equal if their whole sums are, not only the bytes by which they are looked up.
+// TestSumsThatBeginAlike: contents are equal only if their whole sums are, not just the prefixes.
 func TestSumsThatBeginAlike(t *testing.T) {
 	p := testPlacer(t)
 	var sums [3][32]byte

@@ -10,38 +10,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// extent is a content that was placed.
 type extent struct {
 	off, size int64
 	sum       [32]byte
 	live      bool
-	alike     int32 // 1 + an older extent whose sum begins in the same way, 0 if there is none
+	alike     int32 // 1 + an older extent whose sum has the same prefix, or 0
 }
 
 func (e extent) end() int64 { return e.off + up(e.size, page) }
 
-// gap is free room below the tail. Free room reads as zeros.
+// gap is free space below the tail. It reads as zeros.
 type gap struct{ off, end int64 }
 
-// maxGaps is how many gaps are looked at for one content: a bound for images with very many.
+// maxGaps bounds the gaps searched for one content.
 const maxGaps = 512
 
-// placer decides where contents go, and writes them.
+// placer chooses the places of contents and writes them.
 type placer struct {
 	f       *os.File
 	align   bool
 	tail    int64
 	gaps    []gap
 	extents []extent
-	known   map[uint64]int32 // 1 + the last extent whose sum begins with these 8 bytes
-	saved   int64            // bytes of contents that were there already
+	known   map[uint64]int32 // 1 + the last extent whose sum starts with these 8 bytes
+	saved   int64            // bytes of contents that were already present
 
-	big struct { // the content of which not all pieces have come
+	big struct { // the big content whose pieces are incomplete
 		off, done int64
-		tail      int64 // before it was placed
-		gaps      int   // number of them before it was placed
+		tail      int64 // before the content was placed
+		gaps      int   // number of gaps before it was placed
 	}
-	pend struct { // what is to be written in one go: bytes at off
+	pend struct { // pending write: bytes at off
 		off int64
 		b   []byte
 	}
@@ -51,9 +50,9 @@ type placer struct {
 // place is the goroutine that takes the packs in order.
 func (s *Sink) place() {
 	defer close(s.done)
-	var back []byte // for packs that were spilled
+	var back []byte // buffer for spilled packs
 	for {
-		l, p := s.take()
+		l, p := s.nextPack()
 		if p == nil {
 			return
 		}
@@ -83,8 +82,8 @@ func (s *Sink) place() {
 	}
 }
 
-// take waits for the pack that is next in turn. It returns nil at the end.
-func (s *Sink) take() (*Layer, *pack) {
+// nextPack waits for the pack whose turn it is. It returns nil at the end.
+func (s *Sink) nextPack() (*Layer, *pack) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.err == nil && len(s.lanes) > 0 {
@@ -92,14 +91,14 @@ func (s *Sink) take() (*Layer, *pack) {
 		if len(l.queue) > 0 && l.queue[0].ready {
 			p := l.queue[0]
 			l.queue = l.queue[1:]
-			if p.items[len(p.items)-1].last { // a big content is placed in one go
+			if p.items[len(p.items)-1].last { // place a big content as a whole
 				s.turn = (s.turn + 1) % len(s.lanes)
 				s.wake.Broadcast()
 			}
 			return l, p
 		}
 		if l.closed && len(l.queue) == 0 {
-			s.leave()
+			s.refillLane()
 			s.wake.Broadcast()
 			continue
 		}
@@ -108,8 +107,8 @@ func (s *Sink) take() (*Layer, *pack) {
 	return nil, nil
 }
 
-// leave lets the next layer into the lane whose turn it is, or closes the lane.
-func (s *Sink) leave() {
+// refillLane puts the next layer into the current lane, or closes the lane.
+func (s *Sink) refillLane() {
 	if s.next < len(s.layers) {
 		s.lanes[s.turn] = s.layers[s.next]
 		s.next++
@@ -121,7 +120,6 @@ func (s *Sink) leave() {
 	}
 }
 
-// pack places the contents of one pack of layer l.
 func (p *placer) pack(l *Layer, items []item, buf []byte) error {
 	for _, it := range items {
 		b := buf[it.off : int64(it.off)+up(int64(it.n), page)]
@@ -142,7 +140,6 @@ func (p *placer) pack(l *Layer, items []item, buf []byte) error {
 	return p.flush()
 }
 
-// whole places a content that lies in one pack.
 func (p *placer) whole(it item, b []byte) (int32, error) {
 	if id, ok := p.find(it.sum); ok {
 		p.saved += it.size
@@ -155,8 +152,8 @@ func (p *placer) whole(it item, b []byte) (int32, error) {
 	return p.record(it, off), p.write(off, b)
 }
 
-// piece places a part of a big content where the content was given room with its first part. Whether it was there
-// already is known with the last one.
+// piece places a part of a big content at the place allocated with its first part. Only the last part
+// shows whether the content is already present.
 func (p *placer) piece(it item, b []byte) (int32, error) {
 	if it.first {
 		p.big.tail, p.big.gaps, p.big.done = p.tail, len(p.gaps), 0
@@ -166,7 +163,7 @@ func (p *placer) piece(it item, b []byte) (int32, error) {
 		}
 		p.big.off = off
 	}
-	if !allZero(b) { // a hole stays one
+	if !allZero(b) { // leave a hole
 		if err := p.write(p.big.off+p.big.done, b); err != nil {
 			return 0, err
 		}
@@ -177,7 +174,7 @@ func (p *placer) piece(it item, b []byte) (int32, error) {
 	}
 	if id, ok := p.find(it.sum); ok {
 		p.saved += it.size
-		// As if it had never been placed.
+		// Undo the placement.
 		if err := p.zero(p.big.off, p.tail); err != nil {
 			return 0, err
 		}
@@ -194,7 +191,7 @@ func (p *placer) record(it item, off int64) int32 {
 	return id
 }
 
-// find returns the extent with a sum, which proves that contents are equal.
+// find returns the extent with the given sum: equal sums mean equal contents.
 func (p *placer) find(sum [32]byte) (int32, bool) {
 	for id := p.known[sumKey(sum)]; id != 0; id = p.extents[id-1].alike {
 		if p.extents[id-1].sum == sum {
@@ -204,11 +201,11 @@ func (p *placer) find(sum [32]byte) (int32, bool) {
 	return 0, false
 }
 
-// sumKey is the beginning of a sum. Whole sums would double the size of the map.
+// sumKey returns a prefix of a sum. Whole sums would double the size of the map.
 func sumKey(sum [32]byte) uint64 { return binary.LittleEndian.Uint64(sum[:]) }
 
-// alloc finds room. Big contents start at a multiple of 2 MiB at the end; what they leave free before them is filled
-// with small contents that come later.
+// alloc allocates space. Big contents go to the end, at a multiple of 2 MiB; later small contents fill
+// the gaps before them.
 func (p *placer) alloc(size int64) (int64, error) {
 	n := up(size, page)
 	if size < huge {
@@ -234,7 +231,7 @@ func (p *placer) alloc(size int64) (int64, error) {
 	return off, nil
 }
 
-// write notes bytes to be written, together with those before them if they follow each other in memory and file.
+// write schedules a write. It merges writes that are adjacent in memory and file.
 func (p *placer) write(off int64, b []byte) error {
 	if n := len(p.pend.b); n > 0 && off == p.pend.off+int64(n) && cap(p.pend.b) >= n+len(b) &&
 		&p.pend.b[:n+1][n] == &b[0] {
@@ -265,7 +262,7 @@ func (p *placer) scratch() []byte {
 	return p.tmp
 }
 
-// cover makes the file at least size bytes long.
+// cover extends the file to at least size bytes.
 func (p *placer) cover(size int64) error {
 	fi, err := p.f.Stat()
 	if err != nil || fi.Size() >= size {

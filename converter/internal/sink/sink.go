@@ -1,18 +1,18 @@
-// Package sink lays the contents of files into an image file: every distinct content once, in an order that does not
-// depend on who delivers first.
+// Package sink writes the contents of files into an image file: every distinct content once, in an
+// order that does not depend on timing.
 //
-// Layers are decompressed concurrently. Their contents travel in packs: 2 MiB buffers in which they lie page aligned
-// with zeroed tails, as they will in the image, so that a run of small files is one write. One goroutine places the
-// packs in an order that only the layers determine: a few lanes take turns, a pack from each; a lane stands for one
-// layer until that ends, and then for the lowest one that has not had its turn. Equal input therefore gives equal bytes
-// whatever the concurrency, several layers are decompressed at the same time, and hardly anything has to wait. What
-// waits does so in memory. Once the memory is used up it waits in a spill file without a name, or whoever reads the
-// layer waits.
+// Layers are decompressed concurrently. Their contents travel in packs: 2 MiB buffers with contents page
+// aligned and tails zeroed, as in the image, so that a run of small files is one write. One goroutine places
+// the packs in an order that only the layers determine. A few lanes take turns, one pack each; a lane serves
+// one layer to its end, then the lowest layer not yet served. Equal input therefore gives equal bytes at any
+// concurrency, several layers are decompressed at a time, and little has to wait. Waiting packs stay in
+// memory. When the memory is used up, they go to an unnamed spill file, or the reader of the layer waits.
 //
-// Each layer has its packs hashed beside its reader, so that a layer of few large files keeps more than one core busy.
+// Each layer hashes its packs in its own goroutine, so that a layer of few large files keeps more than
+// one core busy.
 //
-// The address that Put returns is a placeholder, and the sum is not known yet. Finish knows which contents the merged
-// tree still refers to, closes the gaps of those it does not, and puts addresses and sums into the tree.
+// Put returns a placeholder address and no sum. Finish knows which contents the merged tree still
+// refers to: it removes the others, closes their gaps, and puts addresses and sums into the tree.
 package sink
 
 import (
@@ -31,49 +31,50 @@ import (
 
 const (
 	page = daxfs.BlockSize
-	// huge is the alignment of big contents, the size of a huge page, and the size of a pack: a content that needs
-	// more than one pack is always a big one.
+	// huge is the alignment of big contents, the size of a huge page and the size of a pack. A content
+	// that needs more than one pack is thus always big.
 	huge = 2 << 20
 
-	// Lanes is how many layers take turns; at least as many have to be read at the same time, in order. The bytes of an
-	// image depend on it.
+	// Lanes is the number of layers that take turns; at least as many must be read at a time, in order.
+	// The bytes of an image depend on it.
 	Lanes = 4
-	// share is how many packs each lane may have in any case, so that all can go on: one to fill, and one to place.
+	// share is the number of packs guaranteed to each lane: one to fill and one to place.
 	share = 2
-	// ahead is how many packs of a layer wait to be hashed before its reader waits.
+	// ahead is the number of packs of a layer that may wait for hashing before its reader waits.
 	ahead   = 2
 	reserve = Lanes * share
-	// least is how many packs are in memory in any case: enough to keep all cores busy.
+	// least is the minimum number of packs in memory: enough to keep all cores busy.
 	least = 2 * reserve
 
-	// A placeholder address has its top bits set to layer and number of the content: both fit whatever an image holds.
+	// A placeholder address has the bit virtual set and encodes layer and number of the content; no
+	// address in an image is that large.
 	virtual   = int64(1) << 62
 	layerBits = 20
 	seqBits   = 30
 
-	// maxEnd is what 32-bit block numbers reach.
+	// maxEnd is the reach of 32-bit block numbers.
 	maxEnd = int64(page) << 32
 )
 
 var (
-	// ErrTooLarge is returned when the contents of all layers exceed Options.MaxBytes, or what an image can address.
+	// ErrTooLarge reports that the contents of all layers exceed Options.MaxBytes or the reach of an image.
 	ErrTooLarge = errors.New("contents exceed the size limit")
 	errAborted  = errors.New("conversion was aborted")
 )
 
 // Options of a Sink.
 type Options struct {
-	// Memory bounds the bytes of contents that wait; at least 32 MiB are used.
+	// Memory bounds the bytes of waiting contents; the minimum is 32 MiB.
 	Memory int64
-	// Wait makes Put wait for the turn of the layer when 32 MiB are used up, whatever Memory says: memory that is used for
-	// the first time costs more than reading the layer a little later. Otherwise contents go to a spill file when the
-	// memory is used up, and Put does not wait for other layers.
+	// Wait makes Put wait for the layer's turn when 32 MiB are in use, whatever Memory says: touching new
+	// memory costs more than reading the layer a little later. Without Wait, contents go to a spill file
+	// when the memory is used up, and Put does not wait for other layers.
 	Wait bool
 	// MaxBytes bounds the contents of all layers, duplicates and holes included; 0 means no limit.
 	MaxBytes int64
 	// NoAlign places contents of 2 MiB and more at any page instead of at multiples of 2 MiB.
 	NoAlign bool
-	// Failed is called once, when placing fails, so that the layers can be stopped.
+	// Failed is called once if placing fails, so that the caller can stop the layers.
 	Failed func(error)
 }
 
@@ -81,17 +82,17 @@ type Options struct {
 type Sink struct {
 	o     Options
 	f     *os.File
-	limit int // packs in memory
+	limit int // maximum number of packs in memory
 	done  chan struct{}
-	out   placer         // of the placing goroutine until done is closed
-	sums  sync.WaitGroup // the goroutines that hash
+	out   placer         // owned by the placing goroutine until done is closed
+	sums  sync.WaitGroup // the hashing goroutines
 
-	mu     sync.Mutex // guards what follows
-	wake   *sync.Cond // a pack was queued, placed, or something ended
+	mu     sync.Mutex // guards the following fields
+	wake   *sync.Cond // a pack was queued or placed, or something ended
 	layers []*Layer
 	lanes  []*Layer
-	turn   int // of the lanes
-	next   int // the lowest layer that was in no lane yet
+	turn   int // index of the lane whose turn it is
+	next   int // the lowest layer not yet in a lane
 	inUse  int // packs that hold memory
 	arena  arena
 	free   []*pack
@@ -100,8 +101,8 @@ type Sink struct {
 	spill  spill
 }
 
-// New starts to place contents into f, from its second block on. Layers are numbered from 0, bottom first. The
-// caller ends with Abort, after Finish or instead of it, and closes f afterwards.
+// New starts to place contents into f, from its second block on. Layers are numbered from 0, bottom
+// first. The caller must call Abort, with or without Finish before it, and then close f.
 func New(f *os.File, layers int, o Options) (*Sink, error) {
 	if layers >= 1<<layerBits {
 		return nil, fmt.Errorf("%d layers, expected fewer than %d", layers, 1<<layerBits)
@@ -111,7 +112,7 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 		s.limit = int(max(o.Memory/huge, least))
 	}
 	var err error
-	if s.arena, err = newArena(s.limit + reserve + 1); err != nil { // one for packs that come back from the spill file
+	if s.arena, err = newArena(s.limit + reserve + 1); err != nil { // one to read spilled packs back
 		return nil, err
 	}
 	s.wake = sync.NewCond(&s.mu)
@@ -128,8 +129,7 @@ func New(f *os.File, layers int, o Options) (*Sink, error) {
 // Layer returns the store for the contents of layer i.
 func (s *Sink) Layer(i int) *Layer { return s.layers[i] }
 
-// Layer takes the contents of one layer, in the order in which they are placed. It is safe for concurrent use, but
-// the order is then that of the calls.
+// Layer takes the contents of one layer, in the order of the Put calls. It is safe for concurrent use.
 type Layer struct {
 	s     *Sink
 	index int
@@ -140,22 +140,22 @@ type Layer struct {
 
 	// Guarded by Sink.mu:
 	queue   []*pack
-	held    int  // packs with memory, queued or being filled
-	behind  int  // packs at the end of the queue that are not hashed yet
-	hashing bool // a goroutine hashes them
+	held    int  // packs with memory, queued or in filling
+	behind  int  // packs at the end of the queue that are not yet hashed
+	hashing bool // a goroutine is hashing them
 	closed  bool
 
-	big  hash.Hash // of the content of which not all pieces are hashed; of the hashing goroutine
-	refs []int32   // extent of each content, by number; of the placing goroutine
+	big  hash.Hash // of the current big content; owned by the hashing goroutine
+	refs []int32   // extent of each content, by number; owned by the placing goroutine
 }
 
-// pack is a number of contents, or pieces of a big one.
+// pack holds several contents, or a piece of a big one.
 type pack struct {
-	buf   []byte // nil when the pack was spilled
+	buf   []byte // nil if the pack was spilled
 	n     int
 	items []item
 	spill int64 // offset in the spill file
-	ready bool  // hashed and, if need be, spilled; guarded by Sink.mu
+	ready bool  // hashed and, if necessary, spilled; guarded by Sink.mu
 }
 
 // item is a content in a pack, or a piece of one.
@@ -163,13 +163,12 @@ type item struct {
 	off, n      int32
 	first, last bool
 	size        int64    // of the content
-	sum         [32]byte // of the content; with the last piece, once the pack is hashed
+	sum         [32]byte // of the content; set in the last piece by hashing
 }
 
 func up(n, to int64) int64 { return (n + to - 1) / to * to }
 
-// Put reads exactly size bytes from r and returns a placeholder for where they will be. Finish replaces it, and sets
-// the sum.
+// Put reads exactly size bytes from r and returns a placeholder address. Finish replaces it and sets the sum.
 func (l *Layer) Put(ctx context.Context, size int64, r io.Reader) (daxfs.Data, error) {
 	l.put.Lock()
 	defer l.put.Unlock()
@@ -241,7 +240,7 @@ func (l *Layer) read(ctx context.Context, r io.Reader, it item) error {
 	return nil
 }
 
-// flush queues the current pack. It waits while the packs before it are not hashed.
+// flush queues the current pack. It waits while too many earlier packs are not hashed.
 func (l *Layer) flush() error {
 	p, s := l.cur, l.s
 	if p == nil || len(p.items) == 0 {
@@ -265,7 +264,7 @@ func (l *Layer) flush() error {
 	return nil
 }
 
-// hash hashes the packs of the queue until none is left. Then it ends: flush starts it again.
+// hash hashes the queued packs and ends when none is left; flush starts it again.
 func (l *Layer) hash() {
 	s := l.s
 	s.mu.Lock()
@@ -276,7 +275,7 @@ func (l *Layer) hash() {
 		l.hashPack(p)
 		s.mu.Lock()
 		if !s.o.Wait && !s.due(l) && s.inUse > s.limit-reserve && (l.held > share || !s.inLane(l)) {
-			// There is no memory for contents that wait. The pack's memory serves the next one.
+			// Memory for waiting contents is used up: spill the pack and reuse its memory.
 			if err := s.spillPack(l, p); err != nil {
 				s.mu.Unlock()
 				s.fail(err)
@@ -291,7 +290,7 @@ func (l *Layer) hash() {
 	l.hashing = false
 }
 
-// hashPack sets the sums of the contents that end in a pack.
+// hashPack sets the sums of contents that end in the pack.
 func (l *Layer) hashPack(p *pack) {
 	for i := range p.items {
 		it := &p.items[i]
@@ -310,7 +309,7 @@ func (l *Layer) hashPack(p *pack) {
 	}
 }
 
-// Close says that the layer has no more contents.
+// Close ends the contents of the layer.
 func (l *Layer) Close() error {
 	l.put.Lock()
 	defer l.put.Unlock()
@@ -322,7 +321,7 @@ func (l *Layer) Close() error {
 	return err
 }
 
-// account counts bytes against the limit of the image.
+// account adds size to the image's total and checks the limit.
 func (s *Sink) account(size int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -337,11 +336,11 @@ func (s *Sink) account(size int64) error {
 	return nil
 }
 
-// newPack returns an empty pack with memory. A layer may have to wait until packs were placed; without Options.Wait
-// it waits for no other layer, but its memory is given back after hashing when there is none left. Every layer that
-// is being read may thus exceed the limit by a few packs.
+// newPack returns an empty pack with memory. It may wait until packs are placed. Without Options.Wait
+// a layer never waits for another layer: when memory is short, hash spills its packs. Each layer in
+// reading may thus exceed the limit by a few packs.
 func (s *Sink) newPack(ctx context.Context, l *Layer) (*pack, error) {
-	// Who waits for a layer that nobody will finish is woken by the end of ctx.
+	// Cancelling ctx wakes callers that wait for a layer which will never be finished.
 	defer context.AfterFunc(ctx, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -349,7 +348,7 @@ func (s *Sink) newPack(ctx context.Context, l *Layer) (*pack, error) {
 	})()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.err == nil && ctx.Err() == nil && s.full(l) {
+	for s.err == nil && ctx.Err() == nil && s.mustWait(l) {
 		s.wake.Wait()
 	}
 	if s.err != nil {
@@ -368,8 +367,8 @@ func (s *Sink) newPack(ctx context.Context, l *Layer) (*pack, error) {
 	return &pack{buf: s.arena.pack()}, nil
 }
 
-// full tells whether a layer has to wait before it takes another pack.
-func (s *Sink) full(l *Layer) bool {
+// mustWait reports whether a layer has to wait before it takes another pack.
+func (s *Sink) mustWait(l *Layer) bool {
 	switch {
 	case !s.o.Wait:
 		return s.due(l) && s.inUse >= s.limit && l.held > 0
@@ -380,19 +379,19 @@ func (s *Sink) full(l *Layer) bool {
 	}
 }
 
-// due tells whether it is the layer's turn to have a pack placed.
+// due reports whether it is the layer's turn to place a pack.
 func (s *Sink) due(l *Layer) bool { return s.turn < len(s.lanes) && s.lanes[s.turn] == l }
 
 func (s *Sink) inLane(l *Layer) bool { return slices.Contains(s.lanes, l) }
 
-// recycle takes the memory of a pack of l back.
+// recycle returns the memory of a pack of l.
 func (s *Sink) recycle(l *Layer, buf []byte, items []item) {
 	s.inUse--
 	l.held--
 	s.free = append(s.free, &pack{buf: buf, items: items[:0]})
 }
 
-// fail ends everything. The first error stays.
+// fail ends everything. The first error is kept.
 func (s *Sink) fail(err error) {
 	s.mu.Lock()
 	first := s.err == nil
@@ -406,15 +405,14 @@ func (s *Sink) fail(err error) {
 	}
 }
 
-// Err returns the error that ended the placing, if any.
+// Err returns the error that ended placing, if any.
 func (s *Sink) Err() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.err
 }
 
-// Abort ends the placing and frees the memory. No Put may be running any more. It may follow Finish, and does nothing
-// then.
+// Abort ends placing and frees the memory. No Put may be running. After Finish it only frees the memory.
 func (s *Sink) Abort() {
 	s.mu.Lock()
 	if s.err == nil {

@@ -19,15 +19,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// content is what a test puts; those with keep false are not referred to by the tree.
+// content is one input of a test; without keep, the tree does not refer to it.
 type content struct {
 	b    []byte
 	keep bool
 	data daxfs.Data
 }
 
-// stack makes layers of random contents: small ones, sizes around those of blocks and packs, big ones, holes, and
-// duplicates within and across layers.
+// stack makes layers of random contents: small ones, sizes around those of blocks and packs, big ones,
+// holes, and duplicates within and across layers.
 func stack(seed uint64, layers, each int) [][]*content {
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	var all []*content
@@ -61,7 +61,7 @@ func stack(seed uint64, layers, each int) [][]*content {
 	return out
 }
 
-// place runs a sink over layers, concurrently, and returns the image and what Finish said.
+// place runs a sink over concurrent layers and returns the image and the result of Finish.
 func place(t *testing.T, layers [][]*content, o Options) ([]byte, Result) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
@@ -116,7 +116,7 @@ func place(t *testing.T, layers [][]*content, o Options) ([]byte, Result) {
 	return b, r
 }
 
-// checkImage holds an image against everything that this package promises.
+// checkImage checks the guarantees of this package for an image.
 func checkImage(t *testing.T, layers [][]*content, img []byte, r Result, aligned bool) {
 	t.Helper()
 	if r.End != int64(len(img)) || r.End%page != 0 {
@@ -196,8 +196,7 @@ func TestPlaceRandomStacks(t *testing.T) {
 	}
 }
 
-// TestSpill lets the lowest layer, whose turn it is, be the last to put anything, so that the others have to go through the
-// spill file.
+// TestSpill delays the lowest layer, whose turn it is, so that the others have to use the spill file.
 func TestSpill(t *testing.T) {
 	layers := stack(99, 4, 120)
 	want, _ := place(t, layers, Options{Memory: 256 << 20})
@@ -240,7 +239,7 @@ func TestSpill(t *testing.T) {
 	if _, err := s.Finish(root); err != nil {
 		t.Fatal(err)
 	}
-	// Packs are spilled while they are hashed, in the background: the last one may have been just before Finish.
+	// Packs are spilled by hashing goroutines, the last one possibly just before Finish.
 	s.mu.Lock()
 	if s.spill.end == 0 {
 		t.Error("nothing was spilled")
@@ -258,7 +257,7 @@ func TestSpill(t *testing.T) {
 	}
 }
 
-// TestWait: nothing goes to disk, whoever is early waits, in a lane or for one, and the image is the same.
+// TestWait: nothing is spilled, early layers wait, in a lane or for one, and the image is the same.
 func TestWait(t *testing.T) {
 	layers := stack(99, 3*Lanes, 60)
 	want, _ := place(t, layers, Options{Memory: 256 << 20})
@@ -268,7 +267,7 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// TestWaitEnds: when nobody reads the layer whose turn it is any more, the others are told.
+// TestWaitEnds: if nobody reads the layer whose turn it is, the others are notified.
 func TestWaitEnds(t *testing.T) {
 	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
 	if err != nil {
@@ -316,7 +315,7 @@ func fill(n int, b byte) []byte {
 	return p
 }
 
-// TestAlignment: a big file at a multiple of 2 MiB, and the small ones in the gap before it.
+// TestAlignment: a big file lies at a multiple of 2 MiB, small ones in the gap before it.
 func TestAlignment(t *testing.T) {
 	l := []*content{
 		{b: fill(10, 1), keep: true},
@@ -339,7 +338,7 @@ func TestAlignment(t *testing.T) {
 	}
 }
 
-// TestAlignmentIsBounded: files that are each just above 2 MiB cannot all be aligned in an image of their own size.
+// TestAlignmentIsBounded: files just above 2 MiB are not all aligned, which would double the image.
 func TestAlignmentIsBounded(t *testing.T) {
 	var l []*content
 	for i := range 20 {
@@ -352,7 +351,7 @@ func TestAlignmentIsBounded(t *testing.T) {
 	}
 }
 
-// TestDeadContentsAreDropped: what the tree does not refer to leaves no gap if something at the end fits into it.
+// TestDeadContentsAreDropped: dropped contents leave no gap if contents from the end fit.
 func TestDeadContentsAreDropped(t *testing.T) {
 	lower := []*content{{b: fill(8*page, 1)}, {b: fill(page, 2), keep: true}, {b: fill(page, 3)}}
 	upper := []*content{
@@ -398,7 +397,7 @@ func TestPutErrors(t *testing.T) {
 	}
 }
 
-// TestWriteError: a file that cannot be written fails the layers, and ends everything.
+// TestWriteError: a write error fails the layers and ends everything.
 func TestWriteError(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "image")
 	if err := os.WriteFile(name, nil, 0o644); err != nil {

@@ -8,13 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spill is a file without a name beside the image, for contents that wait and have no room in memory.
+// spill is an unnamed file beside the image, for waiting contents without room in memory.
 type spill struct {
 	f   *os.File
 	end int64
 }
 
-// open creates the file, in dir: the directory for temporary files may well be memory.
+// open creates the file in dir, because the directory for temporary files may be in memory.
 func (s *spill) open(dir string) error {
 	if s.f != nil {
 		return nil
@@ -35,7 +35,8 @@ func (s *spill) close() {
 	}
 }
 
-// spillPack moves the contents of p, a pack of l, to the spill file. Sink.mu is held, but not during the write.
+// spillPack moves the contents of p, a pack of l, to the spill file. Sink.mu must be held; it is
+// released during the write.
 func (s *Sink) spillPack(l *Layer, p *pack) error {
 	if err := s.spill.open(filepath.Dir(s.f.Name())); err != nil {
 		return fmt.Errorf("spill file: %w", err)
@@ -53,12 +54,12 @@ func (s *Sink) spillPack(l *Layer, p *pack) error {
 	return nil
 }
 
-// unspill reads a pack back into buf and frees its room in the file.
+// unspill reads a pack back into buf and frees its space in the file.
 func (s *spill) unspill(p *pack, buf []byte) error {
 	if _, err := s.f.ReadAt(buf[:p.n], p.spill); err != nil {
 		return fmt.Errorf("spill file: %w", err)
 	}
-	// Only disk space is lost where this is not supported.
+	// Without support for this, only disk space is lost.
 	_ = unix.Fallocate(int(s.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, p.spill, huge)
 	return nil
 }

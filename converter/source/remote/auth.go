@@ -16,19 +16,19 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 )
 
-// authorization gets credentials for one endpoint and one repository, and tokens with them. Containerd's authorizer
-// does the work. It keeps failures and rejected tokens for ever, so it is replaced when there was one. It also has a
-// data race while it fetches a token (2.4.2), so one request after the other uses it.
+// authorization gets credentials, and tokens in exchange, for one endpoint and one repository. Containerd's
+// authorizer does the work. It caches failures and rejected tokens for ever, so it is replaced after one. It
+// has a data race while it fetches a token (2.4.2), so requests use it one after another.
 type authorization struct {
 	host, repo string
 	scopes     []string
 	fresh      func() docker.Authorizer
 
-	turn      chan struct{} // holds a value while somebody uses the following; a lock would not end with a context
+	turn      chan struct{} // a lock for the following fields that honours a context; it holds a value while taken
 	current   docker.Authorizer
-	challenge *http.Response    // what the endpoint asked for last, if it did
-	ctx       context.Context   // of the request for which credentials are looked up
-	known     *authn.AuthConfig // the credentials, once they were looked up and until they are rejected
+	challenge *http.Response    // the last challenge of the endpoint, if any
+	ctx       context.Context   // of the request that looks up credentials
+	known     *authn.AuthConfig // credentials that were looked up and not rejected
 
 	mu      sync.Mutex // guards failure
 	failure error      // why there are no credentials
@@ -45,7 +45,7 @@ func newAuthorization(e *endpoint, repo string, scopes []string, plain bool) *au
 	return a
 }
 
-// take waits for the turn of a request, which gives it back by reading from turn.
+// take waits for the turn of a request. The request ends its turn by receiving from turn.
 func (a *authorization) take(ctx context.Context) error {
 	select {
 	case a.turn <- struct{}{}:
@@ -55,7 +55,7 @@ func (a *authorization) take(ctx context.Context) error {
 	}
 }
 
-// authorize adds what the endpoint asked for last to a request.
+// authorize adds credentials or a token for the endpoint's last challenge to a request.
 func (a *authorization) authorize(ctx context.Context, req *http.Request) (docker.Authorizer, error) {
 	if a == nil {
 		return nil, nil
@@ -64,7 +64,7 @@ func (a *authorization) authorize(ctx context.Context, req *http.Request) (docke
 		return nil, err
 	}
 	defer func() { <-a.turn }()
-	if a.known != nil && a.known.RegistryToken != "" { // no server has to give one
+	if a.known != nil && a.known.RegistryToken != "" { // it replaces tokens from a server
 		req.Header.Set("Authorization", "Bearer "+a.known.RegistryToken)
 		return a.current, nil
 	}
@@ -74,38 +74,38 @@ func (a *authorization) authorize(ctx context.Context, req *http.Request) (docke
 	if err := a.current.Authorize(ctx, req); err != nil {
 		a.current, a.known = a.fresh(), nil
 		if a.challenge != nil {
-			_ = a.learn(ctx) // did not fail before
+			_ = a.learn(ctx) // it has succeeded before with this challenge
 		}
 		return nil, err
 	}
 	return a.current, nil
 }
 
-// challenged learns from a 401 how to authorize the next request. used is what authorize returned for the one that
-// failed, and known says whether it told who we are.
+// challenged learns from a 401 how to authorize the next request. used is the authorizer of the failed
+// request, and known says whether the request carried credentials.
 func (a *authorization) challenged(ctx context.Context, used docker.Authorizer, known bool, resp *http.Response) error {
 	if err := a.take(ctx); err != nil {
 		return err
 	}
 	defer func() { <-a.turn }()
-	if used != a.current {
-		return nil // another request has done this
+	if used != a.current { // another request has handled it
+		return nil
 	}
-	if known { // the token has expired, or the password is another one now
+	if known { // the token has expired, or the password was changed
 		a.current, a.known = a.fresh(), nil
 	}
 	a.challenge = &http.Response{Header: resp.Header, Request: resp.Request}
 	return a.learn(ctx)
 }
 
-// learn gives the challenge to the authorizer.
+// learn passes the challenge to the authorizer.
 func (a *authorization) learn(ctx context.Context) error {
 	a.ctx = ctx
 	return a.current.AddResponses(ctx, []*http.Response{a.challenge})
 }
 
-// lookup looks where docker login and podman login put credentials. A credential helper is another program, and may
-// never end.
+// lookup finds credentials where docker login and podman login store them. A credential helper is
+// another program and may never end.
 func (a *authorization) lookup(host string) (*authn.AuthConfig, error) {
 	type result struct {
 		config *authn.AuthConfig
@@ -129,7 +129,7 @@ func (a *authorization) lookup(host string) (*authn.AuthConfig, error) {
 	}
 }
 
-// credentials are those for the endpoint. Containerd calls it below challenged, whose turn it is.
+// credentials returns the credentials for the endpoint. Containerd calls it from learn, with the turn taken.
 func (a *authorization) credentials() (user, secret string, err error) {
 	if a.known == nil {
 		host := a.host
@@ -141,7 +141,7 @@ func (a *authorization) credentials() (user, secret string, err error) {
 			return "", "", context.Cause(a.ctx)
 		}
 		if err != nil {
-			// Many images are public. If this one is not, the registry says so, and then it is told why.
+			// Many images are public. If this one is not, the registry refuses, and the message gives this reason.
 			log.L.WithError(err).Warnf("no credentials for %s; going on without", a.host)
 			a.mu.Lock()
 			a.failure = err
@@ -156,7 +156,7 @@ func (a *authorization) credentials() (user, secret string, err error) {
 	return a.known.Username, a.known.Password, nil
 }
 
-// whyNone returns why the credentials that there may be were not read.
+// whyNone returns the error that prevented reading credentials, if any.
 func (a *authorization) whyNone() error {
 	if a == nil {
 		return nil
@@ -166,21 +166,21 @@ func (a *authorization) whyNone() error {
 	return a.failure
 }
 
-// place is a repository as authn looks it up.
+// place is a repository in the form that authn looks up.
 type place struct{ host, repo string }
 
 func (p place) String() string      { return p.host + "/" + p.repo }
 func (p place) RegistryStr() string { return p.host }
 
-// maxToken bounds the answer of a token server.
+// maxToken bounds the response of a token server, in bytes.
 const maxToken = 1 << 20
 
-// tokenTransport carries requests to the token server that a registry names. Credentials go there, so the registry must
-// not lead them, or us, anywhere.
+// tokenTransport carries requests to the token server that a registry names. They contain credentials,
+// so the registry must not direct them to arbitrary places.
 type tokenTransport struct {
 	next  http.RoundTripper
 	e     *endpoint
-	plain bool // the registry itself is reached without TLS
+	plain bool // the registry itself uses no TLS
 }
 
 func (t *tokenTransport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -191,7 +191,7 @@ func (t *tokenTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Containerd's error would not hold Retry-After, and it looks for a token in answers that have none.
+	// Containerd's error lacks Retry-After, and containerd expects a token even in an empty response.
 	empty := resp.StatusCode < 400 && resp.StatusCode != 200 && resp.Header.Get("Location") == ""
 	if isTransient(resp.StatusCode) || empty {
 		defer resp.Body.Close()
@@ -214,13 +214,13 @@ func (e *endpoint) tokenError(err error) error {
 		}
 		err = &statusError{from: tokenServer(u.Host), code: s.StatusCode, detail: detail(s.Body), token: true}
 	} else if ue, ok := errors.AsType[*url.Error](err); ok {
-		err = ue.Err // without the address, whose query is of no interest
+		err = ue.Err // without the address, whose query is uninteresting
 	}
 	return fmt.Errorf("%s: no token: %w", e.name, err)
 }
 
-// check refuses addresses of token servers as go-containerregistry does: without TLS where the registry has it, and
-// those of this machine or a private network unless the registry is there.
+// check refuses the same token servers as go-containerregistry: those without TLS if the registry has
+// TLS, and addresses of this machine or a private network unless the registry is on the same host.
 func (t *tokenTransport) check(u *url.URL) error {
 	if u.Scheme != "https" && (u.Scheme != "http" || !t.plain) {
 		return fmt.Errorf("the registry names token server %q, expected one with https", u.Redacted())

@@ -18,7 +18,7 @@ import (
 	"github.com/containerd/log"
 )
 
-// dockerConfig writes what docker login writes. It must be called behind open, which gives the test a new home.
+// dockerConfig writes the file of docker login. It must be called after open, which gives the test a new home.
 func dockerConfig(t testing.TB, text string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(os.Getenv("DOCKER_CONFIG"), "config.json"), []byte(text), 0o600); err != nil {
@@ -26,7 +26,7 @@ func dockerConfig(t testing.TB, text string) {
 	}
 }
 
-// TestTokens: they are fetched once, and again when they expire in the middle of a pull, also of several blobs at once.
+// TestTokens: tokens are fetched once, and again when they expire during concurrent pulls of blobs.
 func TestTokens(t *testing.T) {
 	for _, c := range []struct{ good, tokens int }{{0, 1}, {1, 5}, {2, 3}} {
 		g := &registry{image: newImage(1000, 1000, 1000, 1000), locked: true, good: c.good}
@@ -38,7 +38,7 @@ func TestTokens(t *testing.T) {
 			t.Errorf("%+v: %d tokens", c, n)
 		}
 		g.mu.Lock()
-		g.good, g.tokens = 0, map[string]int{"another": 0} // the old ones have expired
+		g.good, g.tokens = 0, map[string]int{"another": 0} // expire the old ones
 		g.mu.Unlock()
 		var failed atomic.Int32
 		g.fault = func(w http.ResponseWriter, _ *http.Request, kind string) bool {
@@ -60,7 +60,7 @@ func TestTokens(t *testing.T) {
 	}
 }
 
-// TestCredentials: each host gets its own, in the way in which it asks for them.
+// TestCredentials: each host gets its own credentials, in the form that it asks for.
 func TestCredentials(t *testing.T) {
 	upstream, mirror := &registry{image: newImage(1000)}, &registry{image: newImage(1000)}
 	basic := func(user, password string) fault {
@@ -99,7 +99,7 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
-// TestStoredTokens: an identity token is exchanged, a registry token is sent as it is.
+// TestStoredTokens: an identity token is exchanged; a registry token is sent unchanged.
 func TestStoredTokens(t *testing.T) {
 	for _, key := range []string{"identitytoken", "registrytoken"} {
 		g := &registry{image: newImage(1000), locked: true, tokens: map[string]int{"mine": 0}}
@@ -136,7 +136,7 @@ func helpers(t testing.TB) {
 	}
 }
 
-// TestCredentialHelpers: one that is missing, or fails, is a warning, and a part of the error if the image is private.
+// TestCredentialHelpers: a bad helper gives a warning, and is part of the error for a private image.
 func TestCredentialHelpers(t *testing.T) {
 	helpers(t)
 	var logged bytes.Buffer
@@ -182,7 +182,7 @@ func TestCredentialHelpers(t *testing.T) {
 	}
 }
 
-// TestHelperThatHangs does not keep us.
+// TestHelperThatHangs: a hanging helper does not block the caller.
 func TestHelperThatHangs(t *testing.T) {
 	helpers(t)
 	g := &registry{image: newImage(1000), locked: true}
@@ -198,7 +198,7 @@ func TestHelperThatHangs(t *testing.T) {
 	}
 }
 
-// TestTokenServers: a registry must not lead credentials, or us, anywhere.
+// TestTokenServers: a registry must not direct credentials to arbitrary places.
 func TestTokenServers(t *testing.T) {
 	for realm, want := range map[string]string{
 		"http://token.example.com/token":    "expected one with https",
@@ -230,7 +230,7 @@ func TestTokenServers(t *testing.T) {
 	}
 }
 
-// TestTokenNotFound: a token server that is not there says nothing about the image.
+// TestTokenNotFound: a missing token server does not mean a missing image.
 func TestTokenNotFound(t *testing.T) {
 	g := failing("token", 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) })
 	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
@@ -240,7 +240,7 @@ func TestTokenNotFound(t *testing.T) {
 	}
 }
 
-// TestHugeToken: a token server cannot fill our memory.
+// TestHugeToken: a token server cannot exhaust memory.
 func TestHugeToken(t *testing.T) {
 	g := failing("token", 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `{"token":"`)

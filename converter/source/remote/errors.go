@@ -13,7 +13,7 @@ import (
 )
 
 var (
-	// ErrNotFound is what an *Error is if all hosts say that they have not got what was asked for.
+	// ErrNotFound matches an *Error if all hosts answer that they do not have the content.
 	ErrNotFound = errors.New("not found")
 
 	errStalled   = errors.New("nothing came for a minute")
@@ -22,13 +22,13 @@ var (
 	errWebPage   = errors.New("it answers with a web page (text/html): is a login page or a proxy before the registry?")
 )
 
-// Error says what could not be had from a registry and its mirrors, and what can be done about it.
+// Error reports content that could not be fetched from a registry and its mirrors, with advice.
 type Error struct {
 	Registry   string // as in the reference
 	Repository string
 	What       string // "manifest TAG", "manifest DIGEST" or "blob DIGEST"
 	Attempts   int
-	Hosts      []error // what each host answered, in the order of hosts.toml
+	Hosts      []error // the error of each host, in the order of hosts.toml
 	hint       string
 }
 
@@ -53,10 +53,10 @@ func (e *Error) Error() string {
 	return b.String()
 }
 
-// Unwrap returns what each host answered.
+// Unwrap returns the errors of the hosts.
 func (e *Error) Unwrap() []error { return e.Hosts }
 
-// Is makes errors.Is(e, ErrNotFound) true if all hosts say so.
+// Is makes errors.Is(e, ErrNotFound) true if all hosts answer so.
 func (e *Error) Is(target error) bool {
 	if target != ErrNotFound {
 		return false
@@ -69,19 +69,17 @@ func (e *Error) Is(target error) bool {
 	return len(e.Hosts) > 0
 }
 
-// failed makes the error of something that was tried in vain.
 func (r *Repository) failed(what string, hosts []*endpoint, errs []error, b *budget) error {
 	e := &Error{Registry: r.domain, Repository: r.path, What: what, Attempts: b.failures}
 	for i, err := range errs {
 		if err != nil {
 			e.Hosts = append(e.Hosts, err)
-			e.hint = hint(hosts[i], what, err, b) // of the last one: behind its mirrors comes the registry
+			e.hint = hint(hosts[i], what, err, b) // of the last one: the registry follows its mirrors
 		}
 	}
 	return e
 }
 
-// hint says what a user can do.
 func hint(e *endpoint, what string, err error, b *budget) string {
 	if s, ok := errors.AsType[*statusError](err); ok {
 		switch {
@@ -103,7 +101,7 @@ func hint(e *endpoint, what string, err error, b *budget) string {
 		case s.code == http.StatusTooManyRequests:
 			return "too many requests were made: try again later, or with an account: docker login " + e.name
 		case isTransient(s.code):
-			return "the registry, or what stands before it, is in trouble: try again later"
+			return "the registry, or a proxy before it, is in trouble: try again later"
 		}
 		return ""
 	}
@@ -119,13 +117,13 @@ func hint(e *endpoint, what string, err error, b *budget) string {
 	return ""
 }
 
-// statusError is an answer with a status that is of no use.
+// statusError is a response with an unexpected status.
 type statusError struct {
-	from   string // who answered
+	from   string // host that answered
 	code   int
-	after  time.Duration // of Retry-After
+	after  time.Duration // from Retry-After
 	detail string
-	token  bool // it was a token that was asked for
+	token  bool // the request was for a token
 }
 
 func (e *statusError) Error() string {
@@ -141,7 +139,6 @@ const (
 	maxErrorDetail = 300
 )
 
-// statusOf describes an answer that nobody wants.
 func statusOf(from string, resp *http.Response) *statusError {
 	e := &statusError{from: from, code: resp.StatusCode, after: retryAfter(resp.Header, time.Now())}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody))
@@ -155,7 +152,7 @@ func statusOf(from string, resp *http.Response) *statusError {
 	return e
 }
 
-// detail is what a registry says about an error: in the form of the distribution specification, or any text.
+// detail extracts the error message of a registry: in the form of the distribution specification, or any text.
 func detail(b []byte) string {
 	text := string(b)
 	var doc struct {
@@ -175,8 +172,8 @@ func detail(b []byte) string {
 	return text
 }
 
-// withoutQuery takes the query out of the address in an error: registries redirect to addresses that are signed, and
-// who has one can read what it leads to.
+// withoutQuery removes the query from the address in an error: registries redirect to signed
+// addresses, which grant access to anyone who has them.
 func withoutQuery(err error) error {
 	ue, ok := errors.AsType[*url.Error](err)
 	if !ok {

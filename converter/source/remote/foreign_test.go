@@ -11,7 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// foreign is a registry with TLS that lacks its layer, and a place elsewhere that has it.
+// foreign is a registry with TLS that lacks its layer, and another server that has it.
 type foreign struct {
 	upstream, elsewhere *registry
 	repo                *Repository
@@ -19,7 +19,7 @@ type foreign struct {
 	layer               ocispec.Descriptor
 }
 
-// newForeign makes both, with certificates that the repository trusts. The registry wants a password.
+// newForeign starts both, with certificates that the repository trusts. The registry requires a password.
 func newForeign(t *testing.T) *foreign {
 	f := &foreign{upstream: &registry{image: newImage(1000)}, elsewhere: &registry{image: newImage(200_000)}}
 	f.layer = f.elsewhere.layers[0]
@@ -45,14 +45,14 @@ func newForeign(t *testing.T) *foreign {
 	if _, err := f.repo.able(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
-	// that of outside; all of these servers have the same certificate
+	// the transport of outside; all these servers have the same certificate
 	last := f.repo.transports[len(f.repo.transports)-1]
 	last.TLSClientConfig = f.repo.transports[len(f.repo.transports)-2].TLSClientConfig.Clone()
 	f.layer.URLs = []string{"https://" + place + "/store/" + f.layer.Digest.String() + "?signature=x"}
 	return f
 }
 
-// TestForeignLayers: a layer that the registry has not got is taken from elsewhere, and nobody is told our secrets.
+// TestForeignLayers: a layer missing in the registry is fetched from its URLs, without our secrets.
 func TestForeignLayers(t *testing.T) {
 	f := newForeign(t)
 	cut := false
@@ -61,7 +61,7 @@ func TestForeignLayers(t *testing.T) {
 			return false
 		}
 		cut = true
-		f.elsewhere.cut(w, r, 100_000) // it goes on from there as from any host
+		f.elsewhere.cut(w, r, 100_000) // it is resumed like from any host
 		return true
 	}
 	f.layer.URLs = append([]string{
@@ -86,8 +86,7 @@ func TestForeignLayers(t *testing.T) {
 	}
 }
 
-// TestForeignOnlyIfNotFound: an image cannot send us elsewhere while the registry has the layer, or says anything but
-// 404.
+// TestForeignOnlyIfNotFound: the URLs are used only if the registry answers 404.
 func TestForeignOnlyIfNotFound(t *testing.T) {
 	for _, status := range []int{200, 400, 401, 403, 429, 500, 503} {
 		f := newForeign(t)
@@ -133,7 +132,7 @@ func TestForeignWithoutTLS(t *testing.T) {
 		t.Errorf("asked %d times without TLS", n)
 	}
 
-	// Without TLS on all sides, it is the user who wants it so.
+	// If nobody uses TLS, that is the user's choice.
 	upstream := &registry{image: newImage(1000)}
 	r, _ := open(t, upstream.plain(t)+"/some/image:v1", Config{})
 	f.layer.URLs = []string{"http://" + host + "/store/" + f.layer.Digest.String()}
@@ -142,8 +141,7 @@ func TestForeignWithoutTLS(t *testing.T) {
 	}
 }
 
-// TestForeignErrors: what failed there is said beside what the registry said, without the query; and not too much is
-// tried.
+// TestForeignErrors: the error contains both failures without the query, and attempts are limited.
 func TestForeignErrors(t *testing.T) {
 	f := newForeign(t)
 	f.elsewhere.fault = func(w http.ResponseWriter, r *http.Request, kind string) bool {
@@ -168,7 +166,7 @@ func TestForeignErrors(t *testing.T) {
 	if n := len(f.elsewhere.asked("")); n != maxURLs {
 		t.Errorf("asked %d times, expected %d", n, maxURLs)
 	}
-	// A manifest has no other addresses.
+	// A manifest has no URLs.
 	f.layer.MediaType = ocispec.MediaTypeImageManifest
 	if err := read(t.Context(), f.repo, f.layer); err == nil || len(f.elsewhere.asked("")) != maxURLs {
 		t.Errorf("error %v, asked elsewhere for a manifest", err)

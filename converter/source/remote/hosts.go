@@ -12,18 +12,17 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// endpoint is one place to ask: a registry, a mirror of it, or an address of a foreign layer.
+// endpoint is one host to ask: a registry, a mirror of it, or the host of a foreign layer.
 type endpoint struct {
 	name   string   // for messages
-	base   *url.URL // of the API; of the blob itself where fixed is set
+	base   *url.URL // of the API, or of the blob itself if fixed is set
 	fixed  bool
 	caps   docker.HostCapabilities
 	client *http.Client
 	header http.Header
-	auth   *authorization // nil where nobody's credentials belong
+	auth   *authorization // nil if the endpoint must not get credentials
 }
 
-// url is where an endpoint has a blob or a manifest.
 func (e *endpoint) url(repo, kind, id string) *url.URL {
 	u := *e.base
 	if !e.fixed {
@@ -32,7 +31,7 @@ func (e *endpoint) url(repo, kind, id string) *url.URL {
 	return &u
 }
 
-// configure finds the hosts that stand for the registry, as containerd does.
+// configure finds the hosts of the registry like containerd.
 func (r *Repository) configure(ctx context.Context) ([]*endpoint, error) {
 	o := config.HostOptions{HostDir: r.hostDir, UpdateClient: r.guard}
 	if r.conf.PlainHTTP {
@@ -55,7 +54,7 @@ func (r *Repository) configure(ctx context.Context) ([]*endpoint, error) {
 			e.header.Set("User-Agent", "daxfs")
 		}
 		if h.Host != r.domain && (r.domain != "docker.io" || h.Host != "registry-1.docker.io") {
-			e.base.RawQuery = url.Values{"ns": {r.domain}}.Encode() // tells a mirror whose repository it is
+			e.base.RawQuery = url.Values{"ns": {r.domain}}.Encode() // tells a mirror the registry of the repository
 		}
 		e.client.CheckRedirect = e.redirected
 		e.auth = newAuthorization(e, r.path, r.scopes(), h.Scheme == "http" || docker.IsLocalhost(h.Host))
@@ -65,7 +64,7 @@ func (r *Repository) configure(ctx context.Context) ([]*endpoint, error) {
 	return endpoints, err
 }
 
-// scopes are what tokens must allow.
+// scopes returns the scopes that tokens must grant.
 func (r *Repository) scopes() []string {
 	if !r.conf.Push {
 		return []string{"repository:" + r.path + ":pull"}
@@ -88,11 +87,11 @@ func (r *Repository) hostDir(host string) (string, error) {
 	return "", errdefs.ErrNotFound
 }
 
-// guard puts our time-outs into a client of ConfigureHosts, which calls it again for a copy of a client.
+// guard adds time-outs to a client of ConfigureHosts, which calls guard again for copies of a client.
 func (r *Repository) guard(c *http.Client) error {
 	if t, ok := c.Transport.(*http.Transport); ok {
 		t.ResponseHeaderTimeout = r.pace.answer
-		// Where parts of a blob are fetched at once, Go's default of 2 closes most connections after each part.
+		// With concurrent requests for parts of a blob, Go's default of 2 closes most connections after each part.
 		t.MaxIdleConnsPerHost = maxIdleConns
 		r.transports = append(r.transports, t)
 		c.Transport = &stallGuard{t, r.pace.stall}
@@ -100,13 +99,13 @@ func (r *Repository) guard(c *http.Client) error {
 	return nil
 }
 
-// maxIdleConns is how many connections to a host wait for the next request: as many as are used at once.
+// maxIdleConns is the number of idle connections kept per host: as many as are used concurrently.
 const maxIdleConns = 8
 
 const maxRedirects = 10
 
-// redirected keeps the headers of hosts.toml, which may hold secrets, from other hosts. The http package does that for
-// Authorization only.
+// redirected keeps the headers of hosts.toml, which may hold secrets, from other hosts. Package http
+// does that for Authorization only.
 func (e *endpoint) redirected(req *http.Request, via []*http.Request) error {
 	if len(via) >= maxRedirects {
 		return errRedirects
@@ -114,18 +113,18 @@ func (e *endpoint) redirected(req *http.Request, via []*http.Request) error {
 	if req.URL.Host != e.base.Host {
 		for name := range e.header {
 			if name != "User-Agent" {
-				delete(req.Header, name) // not Del: hosts.toml may write it in small letters
+				delete(req.Header, name) // not Del: hosts.toml may write it in lower case
 			}
 		}
 	}
 	return nil
 }
 
-// maxURLs bounds how many addresses of a foreign layer are tried: a manifest may hold a hundred thousand.
+// maxURLs bounds the addresses tried for a foreign layer: a manifest may hold a hundred thousand.
 const maxURLs = 8
 
-// outsideClient is for addresses that an image names. An image must not weaken the protection that its registry has:
-// https, unless that is reached without TLS itself.
+// outsideClient returns a client for addresses that an image names. An image must not weaken the
+// protection of its registry: it requires https, unless the registry itself uses no TLS.
 func (r *Repository) outsideClient() (*http.Client, error) {
 	c := &http.Client{
 		Transport: docker.DefaultHTTPTransport(nil),
@@ -142,13 +141,13 @@ func (r *Repository) outsideClient() (*http.Client, error) {
 	return c, r.guard(c)
 }
 
-// mayLead tells whether an address in a descriptor may be asked.
+// mayLead reports whether an address in a descriptor may be requested.
 func (r *Repository) mayLead(u *url.URL) bool {
 	plain := r.conf.PlainHTTP || docker.IsLocalhost(r.domain)
 	return u.Host != "" && (u.Scheme == "https" || plain && u.Scheme == "http")
 }
 
-// foreign returns the addresses that a descriptor names. They get no credentials and no header of ours.
+// foreign returns the addresses in a descriptor. They get no credentials and no configured headers.
 func (r *Repository) foreign(d ocispec.Descriptor) []*endpoint {
 	var all []*endpoint
 	for _, s := range d.URLs[:min(len(d.URLs), maxURLs)] {

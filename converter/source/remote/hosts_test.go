@@ -21,7 +21,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 )
 
-// trace is what was asked of several registries, in order.
+// trace records the requests to several registries.
 type trace struct {
 	mu    sync.Mutex
 	lines []string
@@ -31,18 +31,18 @@ func (s *trace) add(name string, r *http.Request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	line := fmt.Sprintf("%s %s secret=%q", name, r.URL.RequestURI(), r.Header.Get("X-Secret"))
-	if kindOf(r) == "token" { // the order of what stands behind it is of no interest
+	if kindOf(r) == "token" { // the order of its query does not matter
 		line = name + " " + r.URL.Path
 	}
 	s.lines = append(s.lines, line)
 }
 
-// take returns each request once, and forgets them.
+// take returns each distinct request and resets the trace.
 func (s *trace) take() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var l []string
-	for _, line := range s.lines { // containerd asks with HEAD first, and for a token more often
+	for _, line := range s.lines { // containerd asks with HEAD first, and more often for a token
 		if !slices.Contains(l, line) {
 			l = append(l, line)
 		}
@@ -51,7 +51,7 @@ func (s *trace) take() []string {
 	return l
 }
 
-// withTLS starts a registry, and writes its certificate and its key to NAME.crt and NAME.key in dir.
+// withTLS starts a registry and writes its certificate and key to NAME.crt and NAME.key in dir.
 func withTLS(t testing.TB, g *registry, dir, name string, clients tls.ClientAuthType) (host string) {
 	t.Helper()
 	srv, host := g.start(t, func(s *httptest.Server) {
@@ -73,12 +73,12 @@ func withTLS(t testing.TB, g *registry, dir, name string, clients tls.ClientAuth
 	return host
 }
 
-// TestHostsAsContainerd: whatever hosts.toml says, the hosts are asked for the same, in the same order, as by
+// TestHostsAsContainerd: for any hosts.toml, the hosts get the same requests in the same order as from
 // containerd's resolver and fetcher.
 func TestHostsAsContainerd(t *testing.T) {
 	const ref = "registry.example.com/some/image:v1"
 	for _, c := range []struct {
-		name, mirror string // what hosts.toml says about the mirror, whose address is MIRROR
+		name, mirror string // the mirror in hosts.toml; MIRROR stands for its address
 		base         string // path of the mirror's address
 		clients      tls.ClientAuthType
 		fault        func(g *registry) fault
@@ -165,7 +165,7 @@ func TestHostsAsContainerd(t *testing.T) {
 				t.Errorf("error %v, waits %v", err, slept.all)
 			}
 			got := seen.take()
-			if c.noPull { // containerd's Fetch asks such a mirror for blobs, though it means not to
+			if c.noPull { // containerd's Fetch asks such a mirror for blobs by mistake
 				for i := range want {
 					want[i] = strings.Replace(want[i], "mirror", "upstream", 1)
 				}
@@ -186,7 +186,7 @@ func always(status int) func(*registry) fault {
 	}
 }
 
-// pair starts a registry and a mirror of it without TLS, and returns the directory with hosts.toml.
+// pair starts a registry and a mirror without TLS and returns the directory with hosts.toml.
 func pair(t testing.TB, upstream, mirror *registry) (dir, server, address string) {
 	t.Helper()
 	server, address = upstream.plain(t), mirror.plain(t)
@@ -194,8 +194,8 @@ func pair(t testing.TB, upstream, mirror *registry) (dir, server, address string
 		fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\n", server, address)), server, address
 }
 
-// TestMirrorsTakeTurns: a mirror that is in trouble, or wants us to wait, delays nobody; but it is asked again if the
-// registry has nothing either.
+// TestMirrorsTakeTurns: a mirror that fails or asks to wait delays nothing, but is asked again if the
+// registry fails, too.
 func TestMirrorsTakeTurns(t *testing.T) {
 	busy := func(w http.ResponseWriter, _ *http.Request, _ string) bool {
 		w.Header().Set("Retry-After", "30")
@@ -209,7 +209,7 @@ func TestMirrorsTakeTurns(t *testing.T) {
 		t.Errorf("error %v, waits %v", err, slept.all)
 	}
 
-	// A network without a way to the registry, and a mirror that fails once for each request.
+	// A network that cannot reach the registry, and a mirror that fails once for each request.
 	failed := map[string]bool{}
 	upstream.fault = always(http.StatusForbidden)(nil)
 	mirror.fault = func(w http.ResponseWriter, r *http.Request, kind string) bool {
@@ -227,7 +227,7 @@ func TestMirrorsTakeTurns(t *testing.T) {
 		t.Errorf("the registry was asked %d times, expected 2: it said for good that it has nothing", n)
 	}
 
-	// Neither has it.
+	// Neither has the image.
 	mirror.fault = always(http.StatusNotFound)(nil)
 	err := pull(t.Context(), r, mirror.image)
 	for _, holds := range []string{"registry.example.com/some/image: manifest v1", "404 Not Found; ", "403 Forbidden"} {
@@ -244,7 +244,7 @@ func TestMirrorsTakeTurns(t *testing.T) {
 	}
 }
 
-// TestMirrorStopsInTheMiddle: the registry sends the rest.
+// TestMirrorStopsInTheMiddle: the registry sends the rest of a blob.
 func TestMirrorStopsInTheMiddle(t *testing.T) {
 	upstream, mirror := &registry{image: newImage(300_000)}, &registry{image: newImage(300_000)}
 	dir, _, _ := pair(t, upstream, mirror)
@@ -261,7 +261,7 @@ func TestMirrorStopsInTheMiddle(t *testing.T) {
 	if err := pull(t.Context(), r, upstream.image); err != nil {
 		t.Error(err)
 	}
-	// It sends nothing, and claims that all is well.
+	// It sends nothing and claims to be complete.
 	mirror.fault = func(w http.ResponseWriter, r *http.Request, kind string) bool {
 		if kind != "manifest" {
 			mirror.cut(w, r, 0)
@@ -276,7 +276,7 @@ func TestMirrorStopsInTheMiddle(t *testing.T) {
 	}
 }
 
-// TestMirrorLies: bytes of another manifest, or of another length, are not the end of it.
+// TestMirrorLies: after a manifest with wrong bytes or length, the next host is asked.
 func TestMirrorLies(t *testing.T) {
 	upstream, mirror := &registry{image: newImage(1000)}, &registry{image: newImage(1000)}
 	dir, _, _ := pair(t, upstream, mirror)
@@ -290,7 +290,7 @@ func TestMirrorLies(t *testing.T) {
 	}
 }
 
-// TestHeadersStay: a header of hosts.toml does not follow a redirect to another host.
+// TestHeadersStay: a header from hosts.toml does not follow a redirect to another host.
 func TestHeadersStay(t *testing.T) {
 	store := &registry{image: newImage(1000)}
 	g := &registry{image: store.image}
@@ -316,7 +316,7 @@ func TestHeadersStay(t *testing.T) {
 	}
 }
 
-// TestLocalhost: without hosts.toml, registries on this machine may do without TLS, and others may not.
+// TestLocalhost: without hosts.toml, only registries on this machine may lack TLS.
 func TestLocalhost(t *testing.T) {
 	g := &registry{image: newImage(1000)}
 	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{})
@@ -329,7 +329,7 @@ func TestLocalhost(t *testing.T) {
 	if err := pull(t.Context(), r, g.image); err != nil {
 		t.Errorf("with TLS: %v", err)
 	}
-	// What answers a handshake need not look like a registry.
+	// The response to a handshake need not look like a registry's.
 	odd := &registry{image: newImage(1000)}
 	r, _ = open(t, oddServer(t, odd)+"/some/image:v1", Config{})
 	if err := pull(t.Context(), r, odd.image); err != nil {
@@ -337,7 +337,7 @@ func TestLocalhost(t *testing.T) {
 	}
 }
 
-// TestBrokenHosts: what hosts.toml cannot mean is an error or what containerd makes of it, and no panic.
+// TestBrokenHosts: an invalid hosts.toml is an error or treated like in containerd, and never a panic.
 func TestBrokenHosts(t *testing.T) {
 	for _, text := range []string{
 		"server = ", "server = \"http://%zz\"", "[host]\n[host.\"\"]", "capabilities = [\"fly\"]", "ca = 5",
@@ -355,7 +355,7 @@ func TestBrokenHosts(t *testing.T) {
 	}
 }
 
-// TestDockerHub: it has three names, one for references, one for requests and one for credentials.
+// TestDockerHub: Docker Hub has three names, for references, requests and credentials.
 func TestDockerHub(t *testing.T) {
 	g := &registry{image: newImage(1000)}
 	g.fault = func(w http.ResponseWriter, r *http.Request, _ string) bool {

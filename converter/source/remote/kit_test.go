@@ -22,7 +22,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// image is a manifest and its layers. What the manifest says does not matter here.
+// image is a manifest and its layers. The content of the manifest does not matter.
 type image struct {
 	doc    []byte
 	layers []ocispec.Descriptor
@@ -42,17 +42,17 @@ func newImage(sizes ...int) image {
 	return m
 }
 
-// registry serves an image by any name, as registries do that know ranges.
+// registry serves an image under any name, with support for ranges.
 type registry struct {
 	image
-	// fault may answer a request in another way. kind is token, manifest, blob or range.
+	// fault may handle a request differently. kind is token, manifest, blob or range.
 	fault fault
-	// locked asks for tokens, each of which is good for so many requests; 0 means for all.
+	// locked requires tokens. Each is valid for good requests; 0 means all.
 	locked bool
 	good   int
-	realm  string // address of the token server, if that is another one
+	realm  string // address of the token server, if it is another one
 
-	mu     sync.Mutex // guards the rest
+	mu     sync.Mutex // guards the following fields
 	log    []*http.Request
 	tokens map[string]int
 	conns  map[net.Conn]http.ConnState
@@ -132,7 +132,7 @@ func idOf(r *http.Request) digest.Digest {
 	return digest.Digest(r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:])
 }
 
-// asked returns the requests of a kind; of all kinds if that is empty.
+// asked returns the requests of a kind, or all requests for "".
 func (g *registry) asked(kind string) (all []*http.Request) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -144,7 +144,7 @@ func (g *registry) asked(kind string) (all []*http.Request) {
 	return all
 }
 
-// start serves until the end of the test, and returns the server, and its name in references.
+// start serves until the end of the test and returns the server and its name in references.
 func (g *registry) start(t testing.TB, start func(*httptest.Server)) (srv *httptest.Server, host string) {
 	t.Helper()
 	g.conns = map[net.Conn]http.ConnState{}
@@ -169,7 +169,7 @@ func (g *registry) plain(t testing.TB) string {
 	return host
 }
 
-// cut sends n bytes of an answer with the rest of the blob, and closes the connection.
+// cut sends n bytes of a response with the rest of the blob and closes the connection.
 func (g *registry) cut(w http.ResponseWriter, r *http.Request, n int) {
 	g.blob(&cutter{w, n}, r)
 }
@@ -189,7 +189,7 @@ func (c *cutter) Write(p []byte) (int, error) {
 	panic(http.ErrAbortHandler)
 }
 
-// waits are what a repository slept, without sleeping.
+// waits records the sleeps of a repository without sleeping.
 type waits struct {
 	mu  sync.Mutex
 	all []time.Duration
@@ -202,7 +202,7 @@ func (s *waits) sleep(ctx context.Context, d time.Duration) error {
 	return ctx.Err()
 }
 
-// open makes a repository that does not really sleep.
+// open returns a repository that does not really sleep.
 func open(t testing.TB, ref string, c Config) (*Repository, *waits) {
 	t.Helper()
 	t.Setenv("DOCKER_CONFIG", t.TempDir())
@@ -255,7 +255,7 @@ func read(ctx context.Context, r *Repository, d ocispec.Descriptor) error {
 	return nil
 }
 
-// hostsFile writes a hosts.toml for a registry, and returns the directory for Config.HostDirs.
+// hostsFile writes a hosts.toml for a registry and returns the directory for Config.HostDirs.
 func hostsFile(t testing.TB, host, text string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -274,7 +274,7 @@ func hostsFile(t testing.TB, host, text string) string {
 
 func digestOf(b []byte) string { return digest.FromBytes(b).String() }
 
-// oddServer serves without TLS, and answers what is no HTTP with what is none either.
+// oddServer serves without TLS and answers anything but HTTP with bytes that are not HTTP.
 func oddServer(t testing.TB, g *registry) (host string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -313,7 +313,7 @@ func oddServer(t testing.TB, g *registry) (host string) {
 	return l.Addr().String()
 }
 
-// resolveHere makes the names of all hosts lead to one server.
+// resolveHere resolves all host names to one server.
 func resolveHere(t testing.TB, r *Repository, address string) {
 	t.Helper()
 	if _, err := r.able(t.Context(), 0); err != nil {

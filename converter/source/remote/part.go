@@ -11,10 +11,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ErrNoRanges is returned if a host answers a request for a part of a blob with something else than that part.
+// ErrNoRanges reports that a host answers a request for a part of a blob with something else.
 var ErrNoRanges = errors.New("it does not serve parts of blobs (byte ranges)")
 
-// Parts is a blob of which parts are fetched. Its methods can be called concurrently.
+// Parts gives random access to a blob. Its methods may be called concurrently.
 type Parts struct {
 	repo *Repository
 	want ocispec.Descriptor
@@ -23,7 +23,7 @@ type Parts struct {
 	hosts []*endpoint // the one that answered last comes first
 }
 
-// Parts opens a blob, whose size is known, without asking for anything yet.
+// Parts returns the parts of a blob of known size. It sends no request.
 func (r *Repository) Parts(ctx context.Context, d ocispec.Descriptor) (*Parts, error) {
 	if err := d.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
@@ -35,8 +35,8 @@ func (r *Repository) Parts(ctx context.Context, d ocispec.Descriptor) (*Parts, e
 	return &Parts{repo: r, want: d, hosts: slices.Clone(hosts)}, nil
 }
 
-// Part returns the bytes [from, to). They are held in memory, and not verified. Errors are those of Open, and
-// ErrNoRanges; the whole blob is never read instead.
+// Part returns the bytes [from, to) in memory, unverified. Errors are those of Open, and ErrNoRanges;
+// it never reads the whole blob instead.
 func (p *Parts) Part(ctx context.Context, from, to int64) ([]byte, error) {
 	if from < 0 || from >= to || to > p.want.Size {
 		return nil, fmt.Errorf("blob %s: bytes %d to %d of %d", p.want.Digest, from, to, p.want.Size)
@@ -56,7 +56,7 @@ func (p *Parts) Part(ctx context.Context, from, to int64) ([]byte, error) {
 	return b, err
 }
 
-// prefer makes e the first host that is asked from now on.
+// prefer makes e the first host for later requests.
 func (p *Parts) prefer(e *endpoint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -18,19 +18,19 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// Pushed says how a blob came to the registry.
+// Pushed is the way in which a blob came to the registry.
 type Pushed int
 
 const (
-	// Sent means that its bytes went over the network.
+	// Sent means that its bytes were sent.
 	Sent Pushed = iota
-	// Present means that the repository had it.
+	// Present means that the repository already had it.
 	Present
-	// Mounted means that the registry took it from Config.MountFrom.
+	// Mounted means that the registry mounted it from Config.MountFrom.
 	Mounted
 )
 
-// pushHost is the one host that a repository is written to: the parts of an image must not be spread over several.
+// pushHost returns the only host to write to: the parts of an image must not be spread over several.
 func (r *Repository) pushHost(ctx context.Context) ([]*endpoint, error) {
 	hosts, err := r.able(ctx, docker.HostCapabilityPush)
 	if err != nil {
@@ -39,9 +39,9 @@ func (r *Repository) pushHost(ctx context.Context) ([]*endpoint, error) {
 	return hosts[:1], nil
 }
 
-// PushBlob brings a blob into the repository. open is called each time the blob has to be sent; nil means that it cannot
-// be sent, only found or mounted: the error wraps ErrNotFound then. sent is told how many bytes were sent since it was
-// called last; a blob that has to be sent again is counted again.
+// PushBlob adds a blob to the repository. open is called each time the blob has to be sent. If open is
+// nil, a blob that can be neither found nor mounted gives an error that wraps ErrNotFound. sent receives
+// the number of bytes sent since its last call; a blob that is sent again counts again.
 func (r *Repository) PushBlob(
 	ctx context.Context, d ocispec.Descriptor, open func() (io.ReadCloser, error), sent func(n int),
 ) (how Pushed, err error) {
@@ -59,7 +59,7 @@ func (r *Repository) PushBlob(
 	return how, err
 }
 
-// pushBlob is one attempt. The first question tells whether an attempt before it, of which no answer came, succeeded.
+// pushBlob is one attempt. It first checks whether an earlier attempt without a response succeeded.
 func (r *Repository) pushBlob(
 	ctx context.Context, e *endpoint, d ocispec.Descriptor, open func() (io.ReadCloser, error), sent func(n int),
 ) (Pushed, error) {
@@ -100,7 +100,6 @@ func (r *Repository) pushBlob(
 	return Sent, r.upload(ctx, e, to, d, open, sent)
 }
 
-// has asks whether a repository has a blob.
 func (e *endpoint) has(ctx context.Context, repo string, d ocispec.Descriptor) (bool, error) {
 	resp, err := e.send(ctx, http.MethodHead, e.url(repo, "blobs", d.Digest.String()), nil, nil, http.StatusOK,
 		http.StatusNotFound)
@@ -111,10 +110,11 @@ func (e *endpoint) has(ctx context.Context, repo string, d ocispec.Descriptor) (
 	return resp.StatusCode == http.StatusOK && (resp.ContentLength < 0 || resp.ContentLength == d.Size), nil
 }
 
-// none is the body of a request that says that it has none.
+// none is an explicitly empty body.
 func none() (io.ReadCloser, int64, error) { return http.NoBody, 0, nil }
 
-// location is where an upload goes on. Registries behind a proxy may not know that they are reached with TLS.
+// location returns the address for the next step of an upload. Registries behind a proxy may not know
+// that clients use TLS.
 func location(resp *http.Response) (*url.URL, error) {
 	text := resp.Header.Get("Location")
 	if text == "" {
@@ -126,19 +126,19 @@ func location(resp *http.Response) (*url.URL, error) {
 	}
 	if from := resp.Request.URL; u.Scheme == "http" && from.Scheme == "https" {
 		if u.Host != from.Host {
-			return nil, fmt.Errorf("it says to upload to %s without TLS", u.Host)
+			return nil, fmt.Errorf("it directs the upload to %s without TLS", u.Host)
 		}
 		u.Scheme = "https"
 	}
 	return u, nil
 }
 
-// upload sends a blob to where the registry said.
+// upload sends a blob to the address from the registry.
 func (r *Repository) upload(
 	ctx context.Context, e *endpoint, to *url.URL, d ocispec.Descriptor, open func() (io.ReadCloser, error),
 	sent func(n int),
 ) error {
-	if to.Host != e.base.Host { // no credentials of the registry belong there
+	if to.Host != e.base.Host { // the registry's credentials must not go there
 		other := *e
 		other.auth, other.header, other.base = nil, http.Header{"User-Agent": {"daxfs"}}, to
 		e = &other
@@ -171,7 +171,7 @@ func (r *Repository) upload(
 	return nil
 }
 
-// abandon ends an upload that is not wanted. That it stays open for a while does no harm.
+// abandon cancels an unwanted upload. Its errors do not matter: an upload may stay open for a while.
 func (e *endpoint) abandon(ctx context.Context, u *url.URL) {
 	if u.Host != e.base.Host {
 		return
@@ -181,7 +181,7 @@ func (e *endpoint) abandon(ctx context.Context, u *url.URL) {
 	}
 }
 
-// sender ends a request whose bytes nobody takes. The head of the answer has a limit of its own.
+// sender ends a request when nobody takes its bytes. The response's header has its own time-out.
 type sender struct {
 	io.ReadCloser
 	sent  func(n int)
@@ -206,8 +206,8 @@ func (s *sender) Close() error {
 	return s.ReadCloser.Close()
 }
 
-// PushManifest puts an index or a manifest into the repository: under its digest, or under what the reference names if
-// name is set. What it names must be there.
+// PushManifest adds an index or a manifest to the repository: under the reference if name is set, else
+// under its digest. The parts that it names must be present.
 func (r *Repository) PushManifest(ctx context.Context, mediaType string, doc []byte, name bool) error {
 	id := digest.FromBytes(doc).String()
 	if name {

@@ -19,11 +19,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// target is a registry that is pushed to. It wants tokens, each of which is good for so many requests.
+// target is a registry for pushes. It requires tokens, each valid for a limited number of requests.
 type target struct {
 	good   int
 	fault  func(w http.ResponseWriter, r *http.Request) bool
-	upload string // host that uploads go to, if it is another one
+	upload string // host for uploads, if it is another one
 
 	mu     sync.Mutex
 	log    []*http.Request
@@ -98,7 +98,7 @@ func pushed(t *testing.T, r *Repository, b []byte) (Pushed, error) {
 		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }, nil)
 }
 
-// TestPushTokens: a token that expires at any request is replaced, and the request made again with its body.
+// TestPushTokens: a token that expires at any request is replaced, and the request is repeated with its body.
 func TestPushTokens(t *testing.T) {
 	b := bytes.Repeat([]byte("blob"), 100_000)
 	for good := 1; good < 6; good++ {
@@ -130,8 +130,8 @@ func TestPushTokens(t *testing.T) {
 	}
 }
 
-// TestPushElsewhere: a registry may say to upload to another host, which gets no credentials; and its address, which may
-// be signed, does not show in errors.
+// TestPushElsewhere: a registry may direct uploads to another host. That host gets no credentials, and
+// errors do not show its address, which may be signed.
 func TestPushElsewhere(t *testing.T) {
 	other := &target{}
 	g := &target{}
@@ -153,7 +153,7 @@ func TestPushElsewhere(t *testing.T) {
 	}
 }
 
-// TestPushRefused: what a registry does wrong is said.
+// TestPushRefused: the error describes what the registry does wrong.
 func TestPushRefused(t *testing.T) {
 	for _, c := range []struct {
 		name, holds string
@@ -190,7 +190,7 @@ func TestPushRefused(t *testing.T) {
 	}
 }
 
-// TestPushStalls: a registry that takes no byte is asked again, and in the end given up.
+// TestPushStalls: a registry that takes no byte is tried again, and finally given up.
 func TestPushStalls(t *testing.T) {
 	stop := make(chan struct{})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -214,7 +214,7 @@ func TestPushStalls(t *testing.T) {
 	}
 }
 
-// TestPushReference: what is pushed by digest must have it, and hosts that may not be pushed to are not.
+// TestPushReference: a push by digest must have that digest, and only hosts with the push capability are used.
 func TestPushReference(t *testing.T) {
 	g := &target{}
 	host := g.start(t)

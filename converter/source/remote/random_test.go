@@ -20,7 +20,7 @@ type injector struct {
 	g    *registry
 	mu   sync.Mutex // guards rand
 	rand *rand.Rand
-	rate int // percent of all requests
+	rate int // percentage of all requests
 	n    map[string]*atomic.Int32
 }
 
@@ -30,7 +30,7 @@ func (i *injector) pick(n int) int {
 	return i.rand.IntN(n)
 }
 
-// faults by name. Each answers a request in a way of its own, the first two in the place of a range.
+// faults are named. Each handles a request differently, the first two in place of a range.
 var faults = []struct {
 	name string
 	make func(i *injector, w http.ResponseWriter, r *http.Request)
@@ -110,8 +110,8 @@ func (i *injector) fault(w http.ResponseWriter, r *http.Request, kind string) bo
 	return true
 }
 
-// TestRandomFaults: whatever a registry and its mirror do, a pull ends, with the right bytes or with an error that says
-// what it was about. Nothing stays behind.
+// TestRandomFaults: for any faults of a registry and its mirror, a pull ends, with the right bytes or
+// with a descriptive error. Nothing stays open.
 func TestRandomFaults(t *testing.T) {
 	t.Setenv("DOCKER_CONFIG", t.TempDir())
 	before := runtime.NumGoroutine()
@@ -144,7 +144,7 @@ func TestRandomFaults(t *testing.T) {
 	})
 }
 
-// randomPulls pulls an image a few times, and checks that no connection is left.
+// randomPulls pulls an image a few times and checks that no connection is left.
 func randomPulls(t *testing.T, seed uint64, counts map[string]*atomic.Int32) (right, wrong int) {
 	t.Helper()
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -197,7 +197,7 @@ func randomPulls(t *testing.T, seed uint64, counts map[string]*atomic.Int32) (ri
 	return right, wrong
 }
 
-// eventually waits until nothing is wrong: the other end of a connection learns of its end a little later.
+// eventually waits until nothing is wrong: the other end of a connection notices its end a little later.
 func eventually(t *testing.T, wrong func() string) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
@@ -212,7 +212,7 @@ func eventually(t *testing.T, wrong func() string) {
 	}
 }
 
-// pullAtOnce reads the layers at the same time, as a conversion does.
+// pullAtOnce reads the layers concurrently, like a conversion.
 func pullAtOnce(ctx context.Context, r *Repository, m image) error {
 	first := m
 	first.layers = nil
@@ -236,8 +236,8 @@ func pullAtOnce(ctx context.Context, r *Repository, m image) error {
 	return errors.Join(all...)
 }
 
-// checkRandomError: an error names registry, repository and what was asked for, and shows no secret. Bytes that arrived
-// and were wrong are found by the reader.
+// checkRandomError: an error names registry, repository and requested content, and shows no secret.
+// The reader detects wrong bytes.
 func checkRandomError(t *testing.T, seed uint64, err error, m image) {
 	t.Helper()
 	if strings.Contains(err.Error(), "sesame") {

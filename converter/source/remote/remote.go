@@ -19,42 +19,42 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// MaxManifest bounds the bytes of a manifest or an index. Registries refuse manifests above 4 MiB.
+// MaxManifest bounds a manifest or an index, in bytes. Registries refuse manifests above 4 MiB.
 const MaxManifest = 8 << 20
 
-// Config says how registries are reached.
+// Config controls the access to registries.
 type Config struct {
-	// PlainHTTP asks without TLS where no hosts.toml says otherwise.
+	// PlainHTTP omits TLS unless a hosts.toml says otherwise.
 	PlainHTTP bool
-	// HostDirs are directories in the form of containerd's certs.d. The first one that knows a registry counts.
+	// HostDirs are directories in the format of containerd's certs.d. The first one that knows a registry counts.
 	HostDirs []string
-	// Notify is told, in one line, that a request is made again and why. It may be called from several goroutines. Nil
-	// means the log.
+	// Notify receives one line with the reason for each repeated request; nil means the log. Several
+	// goroutines may call it.
 	Notify func(message string)
-	// Push says that the Repository is written to.
+	// Push requests permission to write to the Repository.
 	Push bool
-	// MountFrom is a repository of the same registry from which Push may take blobs; empty if there is none.
+	// MountFrom is a repository of the same registry from which Push may mount blobs, or empty.
 	MountFrom string
 }
 
-// DefaultHostDirs returns the directories that containerd's and Docker's documentation name.
+// DefaultHostDirs returns the directories from the documentation of containerd and Docker.
 func DefaultHostDirs() []string { return []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"} }
 
-// Repository is a repository of a registry, and one reference in it. Its methods can be called concurrently.
+// Repository is a repository of a registry, with one reference in it. Its methods may be called concurrently.
 type Repository struct {
 	ref          reference.Named
 	domain, path string
 	conf         Config
 	pace         pace
 
-	once       sync.Once // guards the rest
+	once       sync.Once // guards the following fields
 	hosts      []*endpoint
 	outside    *http.Client
 	transports []*http.Transport
 	err        error
 }
 
-// New parses a reference as docker and containerd do. Nothing is asked yet. The caller closes the Repository.
+// New parses a reference like docker and containerd. It sends no request. The caller closes the Repository.
 func New(ref string, c Config) (*Repository, error) {
 	named, err := reference.ParseDockerRef(ref)
 	if err != nil {
@@ -65,13 +65,13 @@ func New(ref string, c Config) (*Repository, error) {
 	}, nil
 }
 
-// String is the whole reference, with the parts that docker lets one leave out.
+// String returns the complete reference, including the parts that docker adds by default.
 func (r *Repository) String() string { return r.ref.String() }
 
-// Place is the registry and the repository in it, without tag and digest.
+// Place returns the registry and the repository, without tag and digest.
 func (r *Repository) Place() (registry, repository string) { return r.domain, r.path }
 
-// Close ends connections that wait for the next request. Readers that are open stay so.
+// Close closes idle connections. Open readers stay usable.
 func (r *Repository) Close() error {
 	for _, t := range r.transports {
 		t.CloseIdleConnections()
@@ -79,7 +79,7 @@ func (r *Repository) Close() error {
 	return nil
 }
 
-// able returns the hosts that may do what caps says, in the order in which they are asked.
+// able returns the hosts with the capabilities caps, in the order of trial.
 func (r *Repository) able(ctx context.Context, caps docker.HostCapabilities) ([]*endpoint, error) {
 	r.once.Do(func() { r.hosts, r.err = r.configure(ctx) })
 	if r.err != nil {
@@ -105,20 +105,20 @@ func capsName(caps docker.HostCapabilities) string {
 	return "pull or resolve"
 }
 
-// Manifest is what a reference names: an image manifest or an index.
+// Manifest is an image manifest or an index.
 type Manifest struct {
 	Doc       []byte
-	MediaType string        // as the registry says; it may be anything
+	MediaType string        // from the registry, unchecked
 	Digest    digest.Digest // verified
 }
 
-// manifestTypes are what we can read.
+// manifestTypes are the supported media types.
 var manifestTypes = []string{
 	ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest,
 	images.MediaTypeDockerSchema2ManifestList, images.MediaTypeDockerSchema2Manifest,
 }
 
-// Manifest fetches what the reference names. A digest that does not fit is a *blob.MismatchError.
+// Manifest fetches the manifest that the reference names. A wrong digest is a *blob.MismatchError.
 func (r *Repository) Manifest(ctx context.Context) (*Manifest, error) {
 	id, caps := "latest", docker.HostCapabilityPull
 	var want digest.Digest
@@ -161,7 +161,7 @@ func (e *endpoint) manifest(ctx context.Context, repo, id string, want digest.Di
 	if len(doc) > MaxManifest {
 		return nil, fmt.Errorf("%s: more than %d bytes", e.name, MaxManifest)
 	}
-	if want == "" { // a tag has no digest to verify, but the registry may have said one
+	if want == "" { // a tag has no digest to verify, but the registry may have sent one
 		if d := digest.Digest(resp.Header.Get("Docker-Content-Digest")); d.Validate() == nil {
 			want = d
 		} else {
@@ -179,10 +179,10 @@ func (e *endpoint) manifest(ctx context.Context, repo, id string, want digest.Di
 	return m, nil
 }
 
-// Open starts to read a blob or a manifest by its digest. Lost connections do not show, see the package's
+// Open opens a blob or a manifest by its digest. It hides lost connections; see the package's
 // documentation. The caller closes the result and verifies what it reads. Cancelling ctx ends it.
 //
-// A layer that the registry has not got, in the sense of status 404, is taken from the addresses in its descriptor.
+// If the registry answers 404 for a layer, Open tries the URLs in its descriptor.
 func (r *Repository) Open(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
 	if err := d.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", d.Digest, err)
@@ -212,10 +212,10 @@ func (r *Repository) Open(ctx context.Context, d ocispec.Descriptor) (io.ReadClo
 	return s, nil
 }
 
-// pace holds how long this package waits for what. Tests make it short.
+// pace holds the time-outs of this package. Tests shorten them.
 type pace struct {
-	answer time.Duration // for the head of an answer
-	stall  time.Duration // for the next byte of an answer
+	answer time.Duration // for the header of a response
+	stall  time.Duration // for the next byte of a response
 	sleep  func(ctx context.Context, d time.Duration) error
 }
 

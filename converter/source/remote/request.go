@@ -22,16 +22,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// get asks for what is at u. Any status but those in expected is a *statusError.
+// get requests u. Any status not in expected is a *statusError.
 func (e *endpoint) get(ctx context.Context, u *url.URL, h http.Header, expected ...int) (*http.Response, error) {
 	return e.send(ctx, http.MethodGet, u, h, nil, expected...)
 }
 
-// body opens what a request sends, and says how long that is. It is called for each request anew.
+// body opens the content of a request and returns its size. It is called for each attempt.
 type body func() (rc io.ReadCloser, size int64, err error)
 
-// send sends one request, and another one if the endpoint wants to know who asks. Any status but those in expected is a
-// *statusError.
+// send sends one request, and repeats it once with credentials if the endpoint asks for them. Any
+// status not in expected is a *statusError.
 func (e *endpoint) send(
 	ctx context.Context, method string, u *url.URL, h http.Header, send body, expected ...int,
 ) (*http.Response, error) {
@@ -45,8 +45,8 @@ func (e *endpoint) send(
 				req.Header[name] = values
 			}
 		}
-		// Digests are of bytes as they are stored, and ranges count these. Without this header the http package asks
-		// for gzip and decompresses it.
+		// Digests and ranges refer to stored bytes. Without this header, package http would ask for gzip and
+		// decompress it.
 		req.Header.Set("Accept-Encoding", "identity")
 		used, err := e.auth.authorize(ctx, req)
 		if err != nil {
@@ -76,7 +76,8 @@ func (e *endpoint) send(
 			return nil, failed
 		}
 		err = e.auth.challenged(ctx, used, req.Header.Get("Authorization") != "", resp)
-		if err != nil && !errdefs.IsNotImplemented(err) && ctx.Err() == nil { // or it does not say how to log in
+		// ErrNotImplemented means that the endpoint names no way to log in.
+		if err != nil && !errdefs.IsNotImplemented(err) && ctx.Err() == nil {
 			failed.detail = err.Error()
 		}
 		if err != nil {
@@ -85,8 +86,8 @@ func (e *endpoint) send(
 	}
 }
 
-// where names an endpoint, and what it redirected to. The query stays out: it may be a signature that opens what it
-// leads to.
+// where names an endpoint and the target of its redirect, without the query: a signature there may
+// grant access.
 func (e *endpoint) where(u *url.URL) string {
 	if u.Host == e.base.Host {
 		return e.name
@@ -94,8 +95,8 @@ func (e *endpoint) where(u *url.URL) string {
 	return e.name + " redirects to " + u.Host + u.EscapedPath() + ", which"
 }
 
-// blob asks for a blob of size bytes, or of a size that is not known if that is 0, from a byte on. The whole blob is
-// asked for, and what is before that byte is skipped, if the endpoint answers the range with something else.
+// blob requests a blob from byte from on; size is its size, or 0 if unknown. If the endpoint does not
+// answer the range, blob requests the whole blob and skips the bytes before from.
 func (e *endpoint) blob(ctx context.Context, u *url.URL, accept []string, from, size int64) (io.ReadCloser, error) {
 	if from > 0 && size > 0 {
 		body, err := e.part(ctx, u, accept, from, size, size)
@@ -110,8 +111,8 @@ func (e *endpoint) blob(ctx context.Context, u *url.URL, accept []string, from, 
 	return e.skip(resp, from, size)
 }
 
-// part asks for the bytes [from, to) of a blob of size bytes. It returns nil and no error if the endpoint does not
-// understand ranges as we do.
+// part requests the bytes [from, to) of a blob of size bytes. It returns nil and no error if the
+// endpoint handles ranges in another way.
 func (e *endpoint) part(ctx context.Context, u *url.URL, accept []string, from, to, size int64) (io.ReadCloser, error) {
 	resp, err := e.getRange(ctx, u, accept, from, to)
 	if err != nil {
@@ -129,9 +130,9 @@ func (e *endpoint) part(ctx context.Context, u *url.URL, accept []string, from, 
 	return nil, nil
 }
 
-// getRange asks for the bytes [from, to) of a blob.
+// getRange requests the bytes [from, to) of a blob.
 func (e *endpoint) getRange(ctx context.Context, u *url.URL, accept []string, from, to int64) (*http.Response, error) {
-	// Some registries understand no range without an end.
+	// Some registries do not understand a range without an end.
 	h := http.Header{"Accept": accept, "Range": {fmt.Sprintf("bytes=%d-%d", from, to-1)}}
 	return e.get(ctx, u, h, http.StatusPartialContent, http.StatusOK, http.StatusRequestedRangeNotSatisfiable)
 }
@@ -154,7 +155,7 @@ func (e *endpoint) bytes(ctx context.Context, u *url.URL, from, to, size int64) 
 	return b, nil
 }
 
-// isRange tells whether an answer has the bytes [from, to) of a blob of size bytes as they are stored.
+// isRange reports whether a response holds the stored bytes [from, to) of a blob of size bytes.
 func isRange(resp *http.Response, from, to, size int64) bool {
 	if resp.ContentLength >= 0 && resp.ContentLength != to-from {
 		return false
@@ -166,7 +167,7 @@ func isRange(resp *http.Response, from, to, size int64) bool {
 	return total == strconv.FormatInt(size, 10) || total == "*" && resp.Header.Get("Content-Encoding") == ""
 }
 
-// skip makes of the answer with a whole blob one that begins at from.
+// skip turns the response with a whole blob into a reader that starts at from.
 func (e *endpoint) skip(resp *http.Response, from, size int64) (io.ReadCloser, error) {
 	body, err := whole(resp, size)
 	if err == nil {
@@ -187,8 +188,8 @@ type readCloser struct {
 	io.Closer
 }
 
-// whole checks what can be checked of an answer with a whole blob before it is read. One of the right length is that
-// blob, whatever its Content-Encoding: object stores say gzip of a gzip file.
+// whole checks the header of a response with a whole blob. A response of the right length is the blob,
+// whatever its Content-Encoding: object stores report gzip for a gzip file.
 func whole(resp *http.Response, size int64) (io.Reader, error) {
 	if size > 0 && resp.ContentLength == size {
 		return resp.Body, nil
@@ -209,8 +210,8 @@ func sizeMismatch(want, got int64) error {
 	return &blob.MismatchError{What: "size", Want: fmt.Sprint(want, " bytes"), Got: fmt.Sprint(got, " bytes")}
 }
 
-// decoded removes the encoding that a proxy put around an answer. Some say gzip of what they have unpacked themselves,
-// and object stores keep "aws-chunked", which is how an object came to them.
+// decoded removes the encoding that a proxy added to a response. Some proxies report gzip for a body
+// they have already unpacked, and object stores keep "aws-chunked" from the upload.
 func decoded(resp *http.Response) (io.Reader, error) {
 	said := strings.Join(resp.Header.Values("Content-Encoding"), ", ")
 	gzips := 0
@@ -238,7 +239,7 @@ func decoded(resp *http.Response) (io.Reader, error) {
 	}
 }
 
-// encodedBody is what is in an answer with an encoding.
+// encodedBody reads the content of an encoded response.
 type encodedBody struct{ r io.Reader }
 
 func (b encodedBody) Read(p []byte) (int, error) {
@@ -253,7 +254,7 @@ func encodedError(err error) error {
 	return fmt.Errorf("answer with Content-Encoding gzip: %w", err)
 }
 
-// noWebPage refuses what login pages and proxies answer in the place of a registry.
+// noWebPage refuses the pages that login portals and proxies return in place of a registry's response.
 func noWebPage(resp *http.Response) error {
 	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == "text/html" {
 		return errWebPage
@@ -261,8 +262,8 @@ func noWebPage(resp *http.Response) error {
 	return nil
 }
 
-// stallGuard ends a request that brings no byte of its answer for a while. http.Transport has a limit for the head
-// only.
+// stallGuard ends a request when its response brings no byte for a while. http.Transport only limits
+// the wait for the header.
 type stallGuard struct {
 	next  http.RoundTripper
 	limit time.Duration
@@ -281,8 +282,8 @@ func (g *stallGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// notTLS makes of whatever a server on this machine answers instead of a TLS handshake what a Go server answers.
-// Containerd's fallback to plain HTTP knows only that.
+// notTLS rewrites the error of a failed TLS handshake with a server on this machine to the one for a
+// Go server, the only one that triggers containerd's fallback to plain HTTP.
 func notTLS(req *http.Request, err error) error {
 	if record, ok := errors.AsType[tls.RecordHeaderError](err); ok && docker.IsLocalhost(req.URL.Host) {
 		copy(record.RecordHeader[:], "HTTP/")
@@ -291,7 +292,7 @@ func notTLS(req *http.Request, err error) error {
 	return err
 }
 
-// guardedBody counts the time that a Read waits, not the time in between.
+// guardedBody limits the time that a Read waits, not the time between reads.
 type guardedBody struct {
 	io.ReadCloser
 	ctx    context.Context

@@ -18,29 +18,29 @@ import (
 )
 
 const (
-	// maxAttempts bounds how often the same thing is asked for in a row without success.
+	// maxAttempts bounds consecutive attempts without success.
 	maxAttempts = 6
 	// maxWait bounds the sum of the waits between these attempts.
 	maxWait = 2 * time.Minute
-	// firstWait is the longest wait behind the first attempt; each further one is twice as long.
+	// firstWait is the longest wait after the first attempt; each later one is twice as long.
 	firstWait = time.Second
 )
 
-// budget is what was spent on something that does not succeed.
+// budget counts the failures and waits of a request.
 type budget struct {
 	failures int
 	waited   time.Duration
 }
 
-// pause is how long to wait behind the failures so far. Half of it is random, so that clients that failed together do
-// not come back together.
+// pause returns the wait after the failures so far. Half of it is random, so that clients that failed
+// together do not return together.
 func (b *budget) pause() time.Duration {
 	d := firstWait << (b.failures - 1)
 	return d/2 + rand.N(d/2)
 }
 
-// try calls do for the hosts, one after the other, until one succeeds; and again, after a while, for those that failed
-// in a way that may pass.
+// try calls do for the hosts in order until one succeeds. After a wait it repeats this for hosts with
+// a transient error.
 func (r *Repository) try(
 	ctx context.Context, what string, hosts []*endpoint, b *budget, do func(context.Context, *endpoint) error,
 ) error {
@@ -50,7 +50,7 @@ func (r *Repository) try(
 		due[i] = b.waited
 	}
 	for {
-		b.failures++ // taken back on success
+		b.failures++ // undone on success
 		for i, e := range hosts {
 			if due[i] < 0 || due[i] > b.waited {
 				continue
@@ -83,7 +83,7 @@ func (r *Repository) try(
 	}
 }
 
-// wait sleeps until the clock of b shows until, and says why.
+// wait sleeps until the clock of b shows until, and reports why.
 func (r *Repository) wait(ctx context.Context, what string, why error, b *budget, until time.Duration) error {
 	d := until - b.waited
 	message := fmt.Sprintf("%s/%s: %s: %v; attempt %d of %d follows in %s",
@@ -97,7 +97,7 @@ func (r *Repository) wait(ctx context.Context, what string, why error, b *budget
 	return r.pace.sleep(ctx, d)
 }
 
-// isTransient tells whether the same request may be answered otherwise a little later.
+// isTransient reports whether the same request may succeed a little later.
 func isTransient(status int) bool {
 	switch status {
 	case http.StatusRequestTimeout, http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway,
@@ -107,14 +107,14 @@ func isTransient(status int) bool {
 	return false
 }
 
-// lost are the errors of a connection that came to an end, or did not come about.
+// lost are the errors of a connection that ended or could not be made.
 var lost = []error{
 	io.EOF, io.ErrUnexpectedEOF, errStalled, net.ErrClosed, syscall.ECONNRESET, syscall.ECONNREFUSED,
 	syscall.ECONNABORTED, syscall.EPIPE, syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.ENETDOWN, syscall.ETIMEDOUT,
 }
 
-// transient tells whether what failed with err may succeed a little later, and what the registry said about when. The
-// list is of what passes: certificates, wrong lengths, pages in the place of blobs and whatever else comes do not.
+// transient reports whether a request that failed with err may succeed a little later, and the wait that the
+// registry asks for. Other errors (certificates, wrong lengths, pages in place of blobs) are permanent.
 func transient(err error) (after time.Duration, ok bool) {
 	if s, ok := errors.AsType[*statusError](err); ok {
 		return s.after, isTransient(s.code)
@@ -130,12 +130,12 @@ func transient(err error) (after time.Duration, ok bool) {
 	if n, ok := errors.AsType[net.Error](err); ok {
 		return 0, n.Timeout()
 	}
-	// This is what net/http says, and no type of it, if the connection ends in the head of an answer.
+	// net/http has only this text, not a type, for a connection that ends in the header of a response.
 	return 0, strings.Contains(err.Error(), "transport connection broken")
 }
 
-// retryAfter reads the header of that name: seconds, or a date. It returns 0 if there is none that can be read, or it
-// is over.
+// retryAfter returns the wait in the header Retry-After, in seconds or as a date. It returns 0 if the
+// header is missing, unreadable or in the past.
 func retryAfter(h http.Header, now time.Time) time.Duration {
 	v := h.Get("Retry-After")
 	if seconds, err := strconv.ParseUint(v, 10, 64); err == nil {

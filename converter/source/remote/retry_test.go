@@ -16,11 +16,11 @@ import (
 // kinds are the kinds of requests that a pull makes.
 var kinds = []string{"token", "manifest", "blob", "range"}
 
-// answer is what a registry says instead of what it should.
+// answer replaces the response of a registry.
 type answer func(g *registry, w http.ResponseWriter, r *http.Request)
 
-// failing is a registry that answers the first n requests of a kind by other means. It cuts the first answer with a
-// blob, so that there are ranges.
+// failing is a registry that replaces its first n responses to requests of a kind. It cuts the first
+// response with a blob, so that there are ranges.
 func failing(kind string, n int32, by answer) *registry {
 	g := &registry{image: newImage(300_000), locked: true}
 	var failed, cut atomic.Int32
@@ -38,7 +38,7 @@ func failing(kind string, n int32, by answer) *registry {
 	return g
 }
 
-// TestStatuses: what passes is asked for again, whatever it is that is asked for, and nothing else is.
+// TestStatuses: requests of any kind are repeated after transient statuses, and only then.
 func TestStatuses(t *testing.T) {
 	again := []int{408, 429, 500, 502, 503, 504}
 	for _, status := range append([]int{
@@ -56,7 +56,7 @@ func TestStatuses(t *testing.T) {
 					if err != nil || len(slept.all) != 2 {
 						t.Errorf("error %v, waits %v, expected 2 waits", err, slept.all)
 					}
-				case status == 416 && kind == "range": // then the blob is read from its beginning
+				case status == 416 && kind == "range": // then the blob is read from its start
 					if err != nil || len(slept.all) != 0 {
 						t.Errorf("error %v, waits %v", err, slept.all)
 					}
@@ -71,7 +71,7 @@ func TestStatuses(t *testing.T) {
 	}
 }
 
-// checkError: a message names the registry, the repository, what was asked for, and what came.
+// checkError: a message names the registry, the repository, the requested content and the responses.
 func checkError(t *testing.T, err error, host, kind, holds string, g *registry) {
 	t.Helper()
 	e, ok := errors.AsType[*Error](err)
@@ -113,7 +113,7 @@ func TestUnauthorized(t *testing.T) {
 	}
 }
 
-// TestGivesUp: what does not pass is given up, after the attempts and the time that the documentation names.
+// TestGivesUp: permanent failures are given up after the documented attempts and time.
 func TestGivesUp(t *testing.T) {
 	for _, kind := range kinds {
 		g := failing(kind, 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) })
@@ -144,7 +144,7 @@ func TestRetryAfter(t *testing.T) {
 	in := func(d time.Duration) string { return now.Add(d).Format(http.TimeFormat) }
 	for _, c := range []struct {
 		after, date string
-		least       time.Duration // that is waited; 0: it is given up
+		least       time.Duration // minimal wait; 0: it gives up
 	}{
 		{"7", "", 7 * time.Second},
 		{"0", "", firstWait / 2},
@@ -155,11 +155,11 @@ func TestRetryAfter(t *testing.T) {
 		{"120", "", 2 * time.Minute},
 		{"121", "", 0},
 		{"3600", "", 0},
-		{"99999999999999999999", "", firstWait / 2}, // no number of ours
+		{"99999999999999999999", "", firstWait / 2}, // out of range
 		{"9999999999999999999", "", 0},
 		{in(20 * time.Second), in(0), 20 * time.Second},
-		{in(20 * time.Second), in(-time.Hour), 0},                           // by the registry's clock in an hour
-		{in(-time.Hour + 20*time.Second), in(-time.Hour), 20 * time.Second}, // by the registry's clock in 20 seconds
+		{in(20 * time.Second), in(-time.Hour), 0},                           // in an hour by the registry's clock
+		{in(-time.Hour + 20*time.Second), in(-time.Hour), 20 * time.Second}, // in 20 seconds by the registry's clock
 		{in(-time.Hour), in(0), firstWait / 2},
 		{in(time.Hour), in(0), 0},
 		{in(0)[:20], in(0), firstWait / 2},
@@ -233,11 +233,11 @@ func TestClosedWhileItWaits(t *testing.T) {
 	}
 }
 
-// TestCertificates: a certificate that nobody vouches for will not be better a second later.
+// TestCertificates: an untrusted certificate is not retried.
 func TestCertificates(t *testing.T) {
 	g := &registry{image: newImage(1000)}
 	srv, _ := g.start(t, (*httptest.Server).StartTLS)
-	// The registry has another name, for containerd verifies no certificate of localhost.
+	// The registry has another name, because containerd verifies no certificate of localhost.
 	dir := hostsFile(t, "registry.example.com", fmt.Sprintf("server = %q\n", srv.URL))
 	r, slept := open(t, "registry.example.com/some/image:v1", Config{HostDirs: []string{dir}})
 	err := pull(t.Context(), r, g.image)

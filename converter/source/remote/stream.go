@@ -11,21 +11,21 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// progress is how many bytes make the limits of retries count anew. A registry that sends a byte for each connection
-// would keep us for ever otherwise.
+// progress is the number of bytes that resets the limits of retries. With a smaller one, a registry
+// that sends a byte per connection would keep a reader for ever.
 const progress = 64 << 10
 
-// stream reads a blob, and asks for the rest when the connection is lost: layers are large, and registries give up on
-// whoever reads slowly. Read is for one goroutine, Close for any.
+// stream reads a blob and requests the rest after a lost connection: layers are large, and registries
+// disconnect slow readers. Read belongs to one goroutine; any may call Close.
 type stream struct {
 	repo   *Repository
 	want   ocispec.Descriptor
-	hosts  []*endpoint // in the order in which they are asked
-	from   *endpoint   // that body comes from
+	hosts  []*endpoint // in the order of trial
+	from   *endpoint   // origin of body
 	ctx    context.Context
-	cancel context.CancelFunc // Close
+	cancel context.CancelFunc // for Close
 	at     int64
-	mark   int64 // at when the budget was new
+	mark   int64 // at when the budget was reset
 	budget budget
 
 	mu   sync.Mutex // guards changes of body, which only Read makes
@@ -43,7 +43,7 @@ func (s *stream) what() string {
 	return fmt.Sprintf("%s %s", s.kind()[:len(s.kind())-1], s.want.Digest)
 }
 
-// open asks for what comes next, and replaces the body.
+// open requests the rest of the blob and replaces the body.
 func (s *stream) open() error {
 	var accept []string
 	if s.kind() == "manifests" {
@@ -62,7 +62,7 @@ func (s *stream) open() error {
 			s.body.Close()
 		}
 		s.body = body
-		if ctx.Err() != nil { // Close may have been before us
+		if ctx.Err() != nil { // Close may have come first
 			body.Close()
 		}
 		return ctx.Err()
@@ -73,14 +73,14 @@ func (s *stream) Read(p []byte) (int, error) {
 	for {
 		n, err := s.body.Read(p)
 		s.at += int64(n)
-		all := s.at >= s.want.Size // of what was promised; the reader finds out if there is more
+		all := s.at >= s.want.Size // of the promised bytes; the reader detects additional ones
 		switch {
 		case err == nil:
 			return n, nil
 		case err == io.EOF && (all || s.want.Size == 0), all && s.want.Size > 0:
 			return n, io.EOF
 		case n > 0:
-			return n, nil // the error comes again
+			return n, nil // the error will be repeated
 		}
 		if s.ctx.Err() != nil {
 			return 0, context.Cause(s.ctx)
@@ -91,7 +91,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	}
 }
 
-// resume goes on after the body gave err.
+// resume continues after the error err of the body.
 func (s *stream) resume(err error) error {
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
@@ -113,7 +113,7 @@ func (s *stream) resume(err error) error {
 	return s.open()
 }
 
-// last makes e the host that is asked last: it began to send, and did not go on.
+// last moves e to the end of the hosts: it started to send and stopped.
 func (s *stream) last(e *endpoint) {
 	var order []*endpoint
 	for _, h := range s.hosts {

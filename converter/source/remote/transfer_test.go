@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/blob"
 )
 
-// hijack answers with bytes that need not be HTTP, and closes the connection: with a reset if it is rude.
+// hijack answers with arbitrary bytes and closes the connection, with a reset if rude.
 func hijack(w http.ResponseWriter, b []byte, rude bool) {
 	c, _, err := w.(http.Hijacker).Hijack()
 	if err != nil {
@@ -31,7 +31,7 @@ func hijack(w http.ResponseWriter, b []byte, rude bool) {
 	c.Close()
 }
 
-// TestConnectionsEndAnywhere: in the head of an answer or in its body, with a reset or without.
+// TestConnectionsEndAnywhere: in the header or the body of a response, with or without a reset.
 func TestConnectionsEndAnywhere(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	for _, kind := range kinds[1:] {
@@ -65,7 +65,7 @@ func TestConnectionsEndAnywhere(t *testing.T) {
 	}
 }
 
-// TestManyLosses: a blob comes in as many pieces as it takes, if the pieces are not too small.
+// TestManyLosses: a blob may come in any number of pieces that are not too small.
 func TestManyLosses(t *testing.T) {
 	for _, c := range []struct {
 		piece  int
@@ -73,7 +73,7 @@ func TestManyLosses(t *testing.T) {
 		err    string
 	}{
 		{progress, true, ""},
-		{progress, false, "connection lost"}, // without ranges, the piece is what was read already
+		{progress, false, "connection lost"}, // without ranges, the piece was read already
 		{1, true, "connection lost: unexpected EOF"},
 		{0, true, "6 attempts"},
 	} {
@@ -99,7 +99,7 @@ func TestManyLosses(t *testing.T) {
 	}
 }
 
-// TestRanges: whatever a registry makes of a range, the blob comes right.
+// TestRanges: however a registry handles ranges, the blob is correct.
 func TestRanges(t *testing.T) {
 	part := func(span, total string, move int) answer {
 		return func(g *registry, w http.ResponseWriter, r *http.Request) {
@@ -116,7 +116,7 @@ func TestRanges(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		answer answer
-		again  bool // it is asked without a range
+		again  bool // requested without a range
 	}{
 		{"as they should be", part("bytes %d-%d", "N", 0), false},
 		{"total unknown", part("bytes %d-%d", "*", 0), false},
@@ -168,7 +168,7 @@ func TestRanges(t *testing.T) {
 			if err := pull(t.Context(), r, g.image); err != nil || len(slept.all) > 0 {
 				t.Errorf("error %v, waits %v", err, slept.all)
 			}
-			ranges, again := g.asked("range"), len(g.asked("blob")) > 1 // behind the one that was cut
+			ranges, again := g.asked("range"), len(g.asked("blob")) > 1 // after the one that was cut
 			if len(ranges) != 1 || ranges[0].Header.Get("Range") != "bytes=100000-299999" || again != c.again {
 				t.Errorf("asked for %d ranges, again without: %v; the first is %q",
 					len(ranges), again, ranges[0].Header.Get("Range"))
@@ -177,11 +177,11 @@ func TestRanges(t *testing.T) {
 	}
 }
 
-// TestSilence: a registry that does not answer, or stops to send, is asked again; and in the end given up.
+// TestSilence: a request without an answer, or with a stalled one, is repeated and finally given up.
 func TestSilence(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		sent int // bytes before the silence; negative: no head
+		sent int // bytes before the silence; negative: no header
 	}{{"no head", -1}, {"no body", 0}, {"stops", 250_000}} {
 		for _, n := range []int32{1, 1000} {
 			t.Run(fmt.Sprint(c.name, n), func(t *testing.T) {
@@ -212,7 +212,7 @@ func TestSilence(t *testing.T) {
 	}
 }
 
-// silentRanges does not answer ranges at all.
+// silentRanges never answers a range.
 func silentRanges(next fault) fault {
 	return func(w http.ResponseWriter, r *http.Request, kind string) bool {
 		if kind == "range" {
@@ -223,7 +223,7 @@ func silentRanges(next fault) fault {
 	}
 }
 
-// TestSlow: a reader that takes its time is no reason to give up.
+// TestSlow: a slow reader does not fail.
 func TestSlow(t *testing.T) {
 	g := &registry{image: newImage(8 << 20)}
 	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
@@ -239,7 +239,7 @@ func TestSlow(t *testing.T) {
 	}
 }
 
-// TestWrongLengths: a blob of another length than the manifest says is refused as far as the answer tells.
+// TestWrongLengths: a blob with another length than in the manifest is refused as early as possible.
 func TestWrongLengths(t *testing.T) {
 	send := func(contentType string, length int, b func([]byte) []byte) answer {
 		return func(g *registry, w http.ResponseWriter, r *http.Request) {
@@ -299,7 +299,7 @@ func TestWrongLengths(t *testing.T) {
 	}
 }
 
-// TestWebPages: in the place of manifests and tokens.
+// TestWebPages: web pages in place of manifests and tokens.
 func TestWebPages(t *testing.T) {
 	for _, kind := range kinds[:2] {
 		g := failing(kind, 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) {
@@ -314,7 +314,7 @@ func TestWebPages(t *testing.T) {
 	}
 }
 
-// TestContentEncoding: a proxy's is removed, and that which an object store says of a gzip file is not.
+// TestContentEncoding: a proxy's encoding is removed, an object store's claim about a gzip file is not.
 func TestContentEncoding(t *testing.T) {
 	pack := func(b []byte) []byte {
 		var out bytes.Buffer
@@ -370,7 +370,7 @@ func TestContentEncoding(t *testing.T) {
 	}
 }
 
-// TestStaticRegistry: files on a web server answer to /v2/ as to any directory.
+// TestStaticRegistry: a plain web server answers /v2/ like any directory.
 func TestStaticRegistry(t *testing.T) {
 	for _, status := range []int{204, 301, 403, 404, 418, 500} {
 		g := &registry{image: newImage(1000, 70_000)}
@@ -388,7 +388,7 @@ func TestStaticRegistry(t *testing.T) {
 	}
 }
 
-// TestLastChunkMissing: all bytes are there, and only the end of the encoding is not.
+// TestLastChunkMissing: all bytes are there, only the end of the encoding is missing.
 func TestLastChunkMissing(t *testing.T) {
 	g := &registry{image: newImage(300_000)}
 	g.fault = func(w http.ResponseWriter, r *http.Request, kind string) bool {
@@ -406,7 +406,7 @@ func TestLastChunkMissing(t *testing.T) {
 	}
 }
 
-// TestNoSecretsInErrors: registries redirect to signed addresses, and what fails there must not show the signature.
+// TestNoSecretsInErrors: registries redirect to signed addresses, and errors must not show the signature.
 func TestNoSecretsInErrors(t *testing.T) {
 	for _, kind := range kinds {
 		g := failing(kind, 1000, func(_ *registry, w http.ResponseWriter, r *http.Request) {

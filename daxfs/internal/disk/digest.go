@@ -2,17 +2,18 @@ package disk
 
 import "encoding/binary"
 
-// The digest table of an image file: entries, zeros, and a footer that ends where the overlay pair begins.
+// The digest table of an image file consists of entries, zeros, and a footer that ends where the
+// overlay pair begins.
 const (
 	DigestMagic      = "DAXFSsum"
 	DigestVersion    = 1
 	DigestSHA256     = 1   // the only algorithm
 	DigestEntrySize  = 48  // one for each distinct contents
 	DigestFooterSize = 160 //
-	DigestRootOff    = 128 // of the root hash in the footer: it is the digest of the bytes before it
+	DigestRootOff    = 128 // offset of the root hash in the footer; it is the digest of the bytes before it
 )
 
-// DigestEntry says what one run of contents holds.
+// DigestEntry describes one run of contents.
 type DigestEntry struct {
 	Off  uint64 // 0, in the image
 	Size uint64 // 8, in bytes
@@ -36,14 +37,14 @@ func (e *DigestEntry) Unmarshal(b []byte) {
 	copy(e.Sum[:], b[16:])
 }
 
-// DigestFooter is found by its distance from the end of the image.
+// DigestFooter ends the digest table. It lies at a fixed distance from the end of the image.
 type DigestFooter struct {
 	Magic     [8]byte  // 0
 	Version   uint32   // 8
 	Algorithm uint32   // 12
-	TableOff  uint64   // 16, of the first entry in the image
-	Count     uint64   // 24, of entries
-	MetaOff   uint64   // 32, of the core in the image: contents lie below
+	TableOff  uint64   // 16, offset of the first entry in the image
+	Count     uint64   // 24, number of entries
+	MetaOff   uint64   // 32, offset of the core in the image: contents lie below
 	ImageSize uint64   // 40
 	Reserved  [16]byte // 48
 	Table     [32]byte // 64, digest of all entries

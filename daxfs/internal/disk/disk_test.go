@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// fieldBytes marshals a struct in which only one field is set, to all ones, and lists the bytes that are not zero.
-// Structs without reflection in their code still get every offset pinned by it here.
+// fieldBytes marshals a struct with one field at a time set to all ones, and lists the nonzero bytes.
+// It pins every offset, although the product code uses no reflection.
 func fieldBytes[T any](t *testing.T, size int, marshal func(*T, []byte), unmarshal func(*T, []byte)) map[string][2]int {
 	t.Helper()
 	got := map[string][2]int{}
@@ -119,7 +119,7 @@ func TestOffsets(t *testing.T) {
 	}
 }
 
-// TestErofsInode pins both inode sizes by their bytes: the struct is one for both.
+// TestErofsInode pins the bytes of both inode sizes, which share one struct.
 func TestErofsInode(t *testing.T) {
 	le := binary.LittleEndian
 	in := ErofsInode{
@@ -170,9 +170,10 @@ func checkInode(t *testing.T, in ErofsInode, want []byte, format uint16) {
 	}
 }
 
-// TestErofsChecksum takes block 0 of an image of an empty directory by mkfs.erofs 1.5 -T0 and a UUID of zeros.
+// TestErofsChecksum uses block 0 of an image of an empty directory by mkfs.erofs 1.5 -T0 with a zero UUID.
 func TestErofsChecksum(t *testing.T) {
-	ref, err := hex.DecodeString("e2e1f5e077641ef1030000000c0024000100000000000000000000000000000000000000010000000000000000000000" +
+	ref, err := hex.DecodeString("" +
+		"e2e1f5e077641ef1030000000c0024000100000000000000000000000000000000000000010000000000000000000000" +
 		"000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000" +
 		"000000000000000000000000000000000000000000000000000000000000000004000000ed4102001b00000000000000" +
 		"ffffffff0000000000000000000000002400000000000000180002002400000000000000190002002e2e2e")

@@ -5,8 +5,8 @@ import (
 	"hash/crc32"
 )
 
-// EROFS, as mainline Linux reads it from 5.4 on. Only what a dual image uses is here: no compression, no chunks, no
-// extra devices. All integers are little endian.
+// Constants of EROFS as mainline Linux reads it since 5.4, restricted to what a dual image uses: no
+// compression, no chunks, no extra devices. All integers are little endian.
 const (
 	ErofsSuperOff  = 1024       // byte offset of the superblock in block 0
 	ErofsSuperSize = 128        // bytes of the superblock without extension slots
@@ -46,7 +46,7 @@ const (
 	ErofsFTSymlink
 )
 
-// Xattr name indexes. A stored name is what follows the prefix; the two ACL names are stored as an empty rest.
+// Xattr name indexes. An entry stores the rest of the name, which is empty for the two ACLs.
 const (
 	ErofsXattrUser       = 1 // "user."
 	ErofsXattrACLAccess  = 2 // "system.posix_acl_access"
@@ -55,7 +55,7 @@ const (
 	ErofsXattrSecurity   = 6 // "security."
 )
 
-// ErofsXattrPrefix is the text that an xattr name index stands for, "" for an index that Linux does not serve.
+// ErofsXattrPrefix returns the prefix of an xattr name index, or "" for an index that Linux does not serve.
 func ErofsXattrPrefix(index uint8) string {
 	switch index {
 	case ErofsXattrUser:
@@ -100,7 +100,7 @@ type ErofsSuper struct {
 	// 105..127 are reserved or belong to features that are not used: zero.
 }
 
-// Marshal writes the 128 bytes of s to b, Checksum as it stands.
+// Marshal writes the 128 bytes of s to b. It does not compute Checksum.
 func (s *ErofsSuper) Marshal(b []byte) {
 	b = b[:ErofsSuperSize]
 	clear(b)
@@ -157,8 +157,8 @@ func (s *ErofsSuper) Unmarshal(b []byte) {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// ErofsChecksum is the checksum that belongs into block0, the first 4096 bytes of an image: CRC32C without the final
-// inversion over bytes 1024 to 4095, the checksum field taken as zero. block0 is not changed.
+// ErofsChecksum computes the checksum of block0, the first 4096 bytes of an image: CRC32C without the
+// final inversion over bytes 1024 to 4095, with the checksum field taken as zero.
 func ErofsChecksum(block0 []byte) uint32 {
 	const sum = ErofsSuperOff + 4
 	var zero [4]byte
@@ -167,7 +167,7 @@ func ErofsChecksum(block0 []byte) uint32 {
 	return ^crc32.Update(c, castagnoli, block0[sum+4:4096])
 }
 
-// ErofsInode is an inode of either size. Of a compact one Mtime fields are zero: its time is the superblock's.
+// ErofsInode is an inode of either size. A compact inode has no Mtime: its time is the superblock's.
 type ErofsInode struct {
 	Extended   bool
 	Layout     uint8  // bits 1-3 of i_format
@@ -189,7 +189,7 @@ type ErofsInode struct {
 // ErofsInodeExtended tells from the first two bytes of an inode whether it takes 64 bytes.
 func ErofsInodeExtended(b []byte) bool { return b[0]&1 != 0 }
 
-// HeaderSize is the number of bytes of the inode itself.
+// HeaderSize returns the size of the inode in bytes, without xattrs.
 func (i *ErofsInode) HeaderSize() int {
 	if i.Extended {
 		return ErofsExtendedSize
@@ -254,7 +254,7 @@ func (i *ErofsInode) Unmarshal(b []byte) {
 	i.Nlink = le.Uint32(b[44:])
 }
 
-// ErofsXattrBytes is the space that xattrs take after an inode whose XattrCount is n: header, ids, inline entries.
+// ErofsXattrBytes returns the size of header, ids and inline entries behind an inode with XattrCount n.
 func ErofsXattrBytes(n uint16) int {
 	if n == 0 {
 		return 0
@@ -262,19 +262,19 @@ func ErofsXattrBytes(n uint16) int {
 	return ErofsXattrHdrSize + ErofsXattrIDSize*(int(n)-1)
 }
 
-// ErofsEncodeDev packs a device number as the kernel's new_encode_dev; major has 12 bits, minor 20.
+// ErofsEncodeDev packs a device number like the kernel's new_encode_dev: 12 bits of major, 20 of minor.
 func ErofsEncodeDev(major, minor uint32) uint32 {
 	return minor&0xff | major<<8 | minor&^0xff<<12
 }
 
-// ErofsDecodeDev undoes ErofsEncodeDev.
+// ErofsDecodeDev is the inverse of ErofsEncodeDev.
 func ErofsDecodeDev(d uint32) (major, minor uint32) {
 	return d >> 8 & 0xfff, d&0xff | d>>12&0xfff00
 }
 
-// ErofsDirent is the fixed part of a directory entry. The entries of a directory block come first, then their names in
-// the same order without separators; NameOff counts from the start of the block. The first NameOff therefore tells how
-// many entries there are, and a name ends where the next begins, the last at the end of the block or at a NUL.
+// ErofsDirent is the fixed part of a directory entry. A directory block holds all entries, then their names in
+// the same order without separators. NameOff counts from the start of the block, so the first NameOff gives
+// the number of entries. A name ends where the next one begins; the last ends at a NUL or with the block.
 type ErofsDirent struct {
 	Nid     uint64 // 0
 	NameOff uint16 // 8
@@ -298,7 +298,7 @@ func (d *ErofsDirent) Unmarshal(b []byte) {
 	d.Type = b[10]
 }
 
-// ErofsXattrHeader is in front of the xattrs of an inode: 12 bytes, then Shared ids of 4 bytes, then inline entries.
+// ErofsXattrHeader precedes the xattrs of an inode: 12 bytes, then Shared ids of 4 bytes, then inline entries.
 type ErofsXattrHeader struct {
 	Filter uint32 // 0, zero: no name filter
 	Shared uint8  // 4, number of shared ids
@@ -328,7 +328,7 @@ type ErofsXattrEntry struct {
 	ValueLen uint16 // 2
 }
 
-// Size is the number of bytes of the entry with name, value and padding.
+// Size returns the size of the entry in bytes, with name, value and padding.
 func (e *ErofsXattrEntry) Size() int {
 	return (ErofsXattrEntSize + int(e.NameLen) + int(e.ValueLen) + 3) &^ 3
 }
@@ -347,9 +347,9 @@ func (e *ErofsXattrEntry) Unmarshal(b []byte) {
 	e.ValueLen = binary.LittleEndian.Uint16(b[2:])
 }
 
-// PutErofsXattrID writes the number of a shared xattr to the first 4 bytes of b: its offset from the shared xattr block
-// in units of 4 bytes.
+// PutErofsXattrID writes the id of a shared xattr to the first 4 bytes of b. The id is the entry's
+// offset from the shared xattr block in units of 4 bytes.
 func PutErofsXattrID(b []byte, id uint32) { binary.LittleEndian.PutUint32(b, id) }
 
-// ErofsXattrID reads the number of a shared xattr from the first 4 bytes of b.
+// ErofsXattrID reads the id of a shared xattr from the first 4 bytes of b.
 func ErofsXattrID(b []byte) uint32 { return binary.LittleEndian.Uint32(b) }

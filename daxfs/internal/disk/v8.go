@@ -1,6 +1,6 @@
-// Package disk holds the on-disk structs and constants of the two halves of a dual image, EROFS and DAXFS v8, and how
-// they become bytes. It knows nothing about trees or files, validates nothing and allocates nothing. docs/format.md
-// says what the fields of a dual image must hold; sizes and offsets are pinned by tests.
+// Package disk encodes and decodes the on-disk structs of the two halves of a dual image, EROFS and
+// DAXFS v8. It knows no trees or files, validates nothing and allocates nothing. docs/format.md says
+// what the fields of a dual image must hold; tests pin all sizes and offsets.
 package disk
 
 import "encoding/binary"
@@ -12,9 +12,9 @@ const (
 	V8SuperSize  = 112 // bytes of the superblock in use; the kernel reserves the rest of block 0
 	V8InodeSize  = 64
 	V8DirentSize = 272 // distance between entries of a directory
-	V8DirentUnit = 271 // what the size of a directory counts per entry
+	V8DirentUnit = 271 // bytes that a directory's size counts per entry
 	V8NameMax    = 255
-	V8RootIno    = 1 // the kernel takes this inode as the root whatever the superblock says
+	V8RootIno    = 1 // the kernel takes this inode as the root and ignores the superblock's
 
 	V8OverlayMagic   = 0x6f766c79
 	V8OverlayVersion = 2
@@ -133,7 +133,8 @@ func (i *V8Inode) Unmarshal(b []byte) {
 	i.Nlink = le.Uint32(b[32:])
 }
 
-// V8Dirent is the fixed part of a directory entry; the name is in bytes 16 to 270, one byte of padding follows.
+// V8Dirent is the fixed part of a directory entry. The name is in bytes 16 to 270, followed by one
+// byte of padding.
 type V8Dirent struct {
 	Ino     uint32 // 0
 	Mode    uint32 // 4, the mode of the inode
@@ -173,7 +174,7 @@ type V8Overlay struct {
 	Free      [3]uint64 // 48, heads of free lists; all ones = empty
 }
 
-// V8OverlayUsed is the number of bytes of the overlay header in use; the rest of its page is zero.
+// V8OverlayUsed is the size of the overlay header in bytes; the rest of its page is zero.
 const V8OverlayUsed = 72
 
 // Marshal writes 72 bytes to b.

@@ -9,11 +9,11 @@ import (
 	"testing"
 )
 
-// Cgroup is a memory control group: page cache is charged to the group of the process that first touched it, which
-// makes it measurable on a machine where others work too.
+// Cgroup is a memory control group. Page cache is charged to the group of the process that first
+// touched it, so it can be measured on a busy machine.
 type Cgroup struct{ dir, key string }
 
-// NewCgroup makes a memory cgroup, of version 1 or 2, or skips the test.
+// NewCgroup makes a memory cgroup, version 1 or 2, or skips the test.
 func NewCgroup(t testing.TB) Cgroup {
 	t.Helper()
 	for _, c := range []Cgroup{
@@ -41,7 +41,7 @@ func NewCgroup(t testing.TB) Cgroup {
 	return Cgroup{}
 }
 
-// Cache returns the bytes of page cache that are charged to the group.
+// Cache returns the bytes of page cache charged to the group.
 func (c Cgroup) Cache(t testing.TB) int64 {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(c.dir, "memory.stat"))
@@ -61,7 +61,7 @@ func (c Cgroup) Cache(t testing.TB) int64 {
 	return 0
 }
 
-// ReadAll reads everything below the directories from a process in the group.
+// ReadAll reads everything below the directories in a process of the group.
 func (c Cgroup) ReadAll(t testing.TB, dirs ...string) {
 	t.Helper()
 	if out, err := Command("readall-in", append([]string{c.dir}, dirs...)...).CombinedOutput(); err != nil {
@@ -69,8 +69,9 @@ func (c Cgroup) ReadAll(t testing.TB, dirs ...string) {
 	}
 }
 
-// CacheAfter reads everything below the directories and returns the bytes of page cache of the group. While these are
-// fewer than least it reads again, a few times: another test may have made the kernel drop its caches meanwhile.
+// CacheAfter reads everything below the directories and returns the group's page cache in bytes. If
+// that is less than least it reads again, a few times: another test may have made the kernel drop its
+// caches.
 func (c Cgroup) CacheAfter(t testing.TB, least int64, dirs ...string) (n int64) {
 	t.Helper()
 	for range 10 {

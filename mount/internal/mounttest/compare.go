@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Same fails the test unless the tree b shows everything that a does: names, types, permissions, owners, times, device
-// numbers, hard links, extended attributes, link targets and contents. It looks from another process, because a process
-// that serves a file system must not wait for it.
+// Same fails the test unless the tree b shows everything that a does: names, types, permissions,
+// owners, times, device numbers, hard links, extended attributes, link targets and contents. It looks
+// from another process, because a process that serves a file system must not wait for it.
 func Same(t testing.TB, a, b string) {
 	t.Helper()
 	out, err := Command("compare", a, b).CombinedOutput()
@@ -158,8 +158,8 @@ func sameBytes(a, b string) error {
 	return nil
 }
 
-// readall is a helper that walks each of the directories once: it lists and stats everything, reads every regular
-// file and every link, and asks for a name that does not exist in every directory.
+// readall is a helper that walks each directory once: it lists and stats everything, reads every
+// regular file and link, and looks up a missing name in every directory.
 func readall(args []string) error {
 	for _, root := range args {
 		err := filepath.WalkDir(root, func(path string, de fs.DirEntry, err error) error {

@@ -15,15 +15,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// LivePool is a pool of one file that publishes images while it is mounted, without the index, the durability and the
-// reuse of package pool.
+// LivePool is a pool in one file that publishes images while it is mounted. It lacks the index,
+// durability and reuse of package pool.
 type LivePool struct {
 	Path string
 	File *os.File
 	G    daxfs.Geometry
 	Size int64
 
-	next, data int64 // where the next tree and the next contents go
+	next, data int64 // places for the next tree and the next contents
 	used       int   // slots
 	nids       map[daxfs.InodeKey][]uint64
 	contents   map[[32]byte]int64
@@ -34,11 +34,11 @@ type Slot struct {
 	Name string
 	Nid  uint64
 	N    int
-	// Nids are those of regular files, by path.
+	// Nids are the inodes of regular files, by path.
 	Nids map[string]uint64
-	// Off are the offsets of their contents.
+	// Off are the offsets of their contents, by path.
 	Off map[string]int64
-	// Tree is what the tree area was used for then: its first byte, and the one behind its last.
+	// Tree is the used part of the tree area at that time: first offset and end.
 	Tree [2]int64
 }
 
@@ -47,8 +47,8 @@ const (
 	liveData     = 64 << 20 // where contents begin
 )
 
-// NewLivePool makes an empty pool in a new file, or on a block device of at least 512 MiB. The number of slots in a
-// block is that for block devices if device is set.
+// NewLivePool makes an empty pool in a new file, or on a block device of at least 512 MiB. device
+// chooses the number of slots in a block for block devices.
 func NewLivePool(t testing.TB, path string, device bool) *LivePool {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
@@ -84,7 +84,7 @@ func NewLivePool(t testing.TB, path string, device bool) *LivePool {
 	return p
 }
 
-// Publish publishes an image of regular files, whose paths may have directories. Equal files of images are one inode.
+// Publish publishes an image of regular files by path. Equal files of images share an inode.
 func (p *LivePool) Publish(t testing.TB, files map[string]string) Slot {
 	t.Helper()
 	s := p.Prepare(t, files)
@@ -92,13 +92,13 @@ func (p *LivePool) Publish(t testing.TB, files map[string]string) Slot {
 	return s.Slot
 }
 
-// Prepared is an image that is written and not yet published.
+// Prepared is an image that is written but not published.
 type Prepared struct {
 	Slot
 	bytes []byte
 }
 
-// Prepare does all of Publish but the last step.
+// Prepare does all of Publish except the last step.
 func (p *LivePool) Prepare(t testing.TB, files map[string]string) Prepared {
 	t.Helper()
 	root := &daxfs.Node{Mode: unix.S_IFDIR | 0o755}
@@ -194,7 +194,7 @@ func (p *LivePool) put(t testing.TB, b []byte) daxfs.Data {
 	return d
 }
 
-// Retract takes an image away, without its files.
+// Retract removes an image but keeps its files.
 func (p *LivePool) Retract(t testing.TB, s Slot) {
 	t.Helper()
 	if err := daxfs.RetractSlot(p.File, p.G, s.N); err != nil {
@@ -202,7 +202,7 @@ func (p *LivePool) Retract(t testing.TB, s Slot) {
 	}
 }
 
-// Erase makes inodes unreadable for those that do not have them in memory, and durably so.
+// Erase durably makes inodes unreadable for kernels that do not have them in memory.
 func (p *LivePool) Erase(nids ...uint64) error {
 	for _, nid := range nids {
 		if err := daxfs.EraseInode(p.File, p.G, nid); err != nil {

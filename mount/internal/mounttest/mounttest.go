@@ -1,5 +1,5 @@
-// Package mounttest is the test kit of the mount drivers: a private mount namespace, images that somebody else's tool
-// made, and a way to look at a mount from another process.
+// Package mounttest is the test kit of the mount drivers: a private mount namespace, images made by a
+// foreign tool, and a way to look at a mount from another process.
 package mounttest
 
 import (
@@ -19,9 +19,9 @@ import (
 
 const envHelper = "DAXFS_MOUNTTEST_HELPER"
 
-// Main is the body of a TestMain. Run as root it starts the test binary again in a mount namespace of its own, so
-// that no test can leave a mount behind. Helpers are run instead of tests when Command asks for one by name;
-// "compare" and "readall" are there always.
+// Main is the body of a TestMain. As root it starts the test binary again in its own mount namespace,
+// so that no test can leave a mount behind. If Command asks for a helper by name, Main runs that
+// instead of tests; "compare" and "readall" always exist.
 func Main(m *testing.M, helpers map[string]func(args []string) error) {
 	if name := os.Getenv(envHelper); name != "" {
 		f := helpers[name]
@@ -57,14 +57,14 @@ func Root(t testing.TB) {
 	}
 }
 
-// Command returns a command that runs a helper of this test binary in another process of the same mount namespace.
+// Command returns a command that runs a helper of this test binary in the same mount namespace.
 func Command(helper string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), envHelper+"="+helper)
 	return cmd
 }
 
-// Server returns the process that serves the FUSE mount on dir, from its command line.
+// Server finds the process that serves the FUSE mount on dir, by its command line.
 func Server(t testing.TB, dir string) int {
 	t.Helper()
 	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -128,8 +128,7 @@ func Tree(t testing.TB) string {
 	return dir
 }
 
-// Mkfs makes an EROFS image of dir with mkfs.erofs, which this project did not write. Without the tool the test is
-// skipped.
+// Mkfs makes an EROFS image of dir with mkfs.erofs, an independent tool, or skips the test.
 func Mkfs(t testing.TB, dir, image string) {
 	t.Helper()
 	if _, err := exec.LookPath("mkfs.erofs"); err != nil {

@@ -7,14 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Clone is a mount that is not attached to a directory yet. It goes away when it is closed unattached.
+// Clone is a mount that is not attached to a directory yet. Closing it unattached removes it.
 type Clone struct {
 	fd int
-	// Stat describes the root of the clone. It is the file that will be seen, whatever the path leads to by now.
+	// Stat describes the root of the clone: the file that will be visible, wherever the path leads by now.
 	Stat unix.Stat_t
 }
 
-// OpenClone clones the mount that path lies on, with path as its root.
+// OpenClone clones the mount of path, with path as its root.
 func OpenClone(path string) (*Clone, error) {
 	return openClone(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW)
 }
@@ -45,10 +45,10 @@ func (c *Clone) Attach(dir string, restrict bool) error {
 	return nil
 }
 
-// Close ends the clone if it was not attached.
+// Close removes the clone if it was not attached.
 func (c *Clone) Close() error { return unix.Close(c.fd) }
 
-// SetPrivate takes the mount on dir out of its peer group, so that clones of it do not share one.
+// SetPrivate takes the mount on dir out of its peer group, so that its clones share none.
 func SetPrivate(dir string) error {
 	if err := unix.Mount("", dir, "", unix.MS_PRIVATE, ""); err != nil {
 		return explain(fmt.Errorf("make %q private: %w", dir, err))
@@ -56,14 +56,14 @@ func SetPrivate(dir string) error {
 	return nil
 }
 
-// Root is what statx(2) says about the root of a mount.
+// Root identifies the root of a mount, from statx(2).
 type Root struct {
 	Major, Minor uint32
 	Ino          uint64
 }
 
-// MountRoot describes the file at dir if dir is a mount point, from the caches of the kernel and in constant time,
-// however many mounts there are. ok is false if dir is no mount point or does not exist.
+// MountRoot identifies the root of the mount on dir. It uses the kernel's caches and takes constant
+// time, however many mounts there are. ok is false if dir is no mount point or does not exist.
 func MountRoot(dir string) (r Root, ok bool, err error) {
 	var st unix.Statx_t
 	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC

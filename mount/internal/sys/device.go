@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FlushDevice drops what the page cache of a block device holds, so that the file system on it reads its metadata
-// anew. Pages that somebody reads at this moment stay.
+// FlushDevice drops a block device from the page cache, so that the file system on it reads its
+// metadata again. Pages that are being read at this moment stay.
 func FlushDevice(path string) error {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -24,11 +24,11 @@ func FlushDevice(path string) error {
 	return nil
 }
 
-// DropMetadata makes a mounted EROFS that has no block device read its metadata anew. Linux 7.3 keeps metadata in a
-// cache of its own, which does not see what is written to the file below, and names the control of that cache by the
-// device number; before, metadata was that of the page cache of the file, and there is nothing to do. With all set
-// the caches of all EROFS file systems of the machine are dropped, whatever their controls are called: they only cost
-// time.
+// DropMetadata makes a mounted EROFS without a block device read its metadata again. Linux 7.3 keeps
+// metadata in a cache of its own, which does not see writes to the file below; sysfs names the control
+// of that cache by the device number. Earlier kernels use the page cache of the file, and nothing has
+// to be dropped. With all set, DropMetadata drops the caches of all EROFS file systems of the machine,
+// which only costs time.
 func DropMetadata(major, minor uint32, all bool) error {
 	controls := []string{fmt.Sprintf("/sys/fs/erofs/%d:%d/drop_caches", major, minor)}
 	if all {
@@ -46,7 +46,7 @@ func DropMetadata(major, minor uint32, all bool) error {
 		if err != nil {
 			return err
 		}
-		_, err = f.WriteString("1") // the cache of raw blocks, and not that of decompressed ones
+		_, err = f.WriteString("1") // the cache of raw blocks, not of decompressed ones
 		if err := errors.Join(err, f.Close()); err != nil {
 			return err
 		}
@@ -54,8 +54,7 @@ func DropMetadata(major, minor uint32, all bool) error {
 	return nil
 }
 
-// DeviceFree tells whether nobody holds a block device for himself, as mounted file systems do, lazily unmounted ones
-// too.
+// DeviceFree tells whether nobody holds a block device exclusively, as file systems do until they die.
 func DeviceFree(path string) (bool, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.EBUSY) {
@@ -67,10 +66,10 @@ func DeviceFree(path string) (bool, error) {
 	return true, unix.Close(fd)
 }
 
-// DeviceNumberFree tells whether no superblock has a device number of major 0, which file systems without a device
-// get. The kernel hands out the lowest number that is free: it is taken if new superblocks get all numbers around it.
-// Another file system may have taken it meanwhile; a number that is free proves that the superblock which had it is
-// gone.
+// DeviceNumberFree tells whether no superblock has the given device number. Major must be 0: file
+// systems without a device. The kernel hands out the lowest free number, so a number is in use if new
+// superblocks get all numbers around it. By now another file system may have it; a free number proves
+// that the old superblock is gone.
 func DeviceNumberFree(major, minor uint32) (bool, error) {
 	if major != 0 {
 		return false, fmt.Errorf("device %d:%d belongs to a block device", major, minor)
@@ -95,7 +94,7 @@ func DeviceNumberFree(major, minor uint32) (bool, error) {
 	return false, nil
 }
 
-// scratch makes an empty file system that is attached nowhere, and returns its minor number.
+// scratch makes an unattached empty file system, and returns its minor number.
 func scratch() (fd int, minor uint32, err error) {
 	fc, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	if err != nil {

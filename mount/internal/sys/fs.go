@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// HasFilesystem returns nil if the kernel knows the file system type, loading its module if there is one.
+// HasFilesystem returns nil if the kernel has the file system type, or a module to load for it.
 func HasFilesystem(name, remedy string) error {
 	fd, err := unix.Fsopen(name, unix.FSOPEN_CLOEXEC)
 	switch {
@@ -23,8 +23,7 @@ func HasFilesystem(name, remedy string) error {
 	return explain(fmt.Errorf("look for file system %q: %w", name, err))
 }
 
-// MountOption returns the value of an option of the file system of a mount, as the kernel shows it, and whether it is
-// there.
+// MountOption returns the value of a file system option as the kernel shows it, if it is set.
 func MountOption(m *mountinfo.Info, key string) (string, bool) {
 	for o := range strings.SplitSeq(m.VFSOptions, ",") {
 		if k, v, _ := strings.Cut(o, "="); k == key {
@@ -34,8 +33,8 @@ func MountOption(m *mountinfo.Info, key string) (string, bool) {
 	return "", false
 }
 
-// MatchTop returns the only mount on dir if it is of the type and has the flags that Do gives; else an error that
-// says what is there instead.
+// MatchTop returns the only mount on dir if it has the type and the flags that Do sets. Otherwise the
+// error says what is there instead.
 func MatchTop(dir, fstype string, restrict bool) (*mountinfo.Info, error) {
 	m, n, err := Top(dir)
 	switch {

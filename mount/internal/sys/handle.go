@@ -10,25 +10,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Types of file handles, of include/linux/exportfs.h.
+// Types of file handles, from include/linux/exportfs.h.
 const (
 	handle32 = 0x01 // FILEID_INO32_GEN: number and generation, in the byte order of the machine
-	handle64 = 0x81 // FILEID_INO64_GEN, and FUSE: upper half, lower half, generation
+	handle64 = 0x81 // FILEID_INO64_GEN, also of FUSE: upper half, lower half, generation
 )
 
 // Handles opens files of one mounted file system by their inode numbers, without a name.
 type Handles struct {
 	root *os.File
 	kind int32
-	gen  []byte // the generation, which all inodes but a FUSE root share
-	bias uint64 // what is added to an inode number
+	gen  []byte // generation of all inodes, except a FUSE root
+	bias uint64 // added to an inode number
 }
 
-// OpenHandles prepares dir, the root of a mounted pool. It proves that the root itself can be opened by a handle:
-// where the kernel cannot do that, every handle would look stale, and stale means that nobody has the file.
+// OpenHandles prepares dir, the root of a mounted pool. It proves that the root itself opens by a
+// handle: if the kernel could not do that, every handle would look stale, and stale means that nobody
+// has the file.
 //
-// The handle of a FUSE file holds the node number of the server, which is the inode number plus bias, and a generation
-// that its root does not have. A gen of 0 stands for that of the root.
+// A FUSE file handle holds the server's node number, which is the inode number plus bias, and a
+// generation that the root does not have. A gen of 0 means the generation of the root.
 func OpenHandles(dir string, bias uint64, gen uint32) (*Handles, error) {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -67,8 +68,7 @@ func (h *Handles) learn(dir string) error {
 	return unix.Close(fd)
 }
 
-// Open opens an inode and returns its descriptor. The error is ESTALE if it is not in memory and cannot be read from
-// the disk.
+// Open opens an inode. The error is ESTALE if it is neither in memory nor readable from the disk.
 func (h *Handles) Open(nid uint64, flags int) (fd int, err error) {
 	nid += h.bias
 	b := make([]byte, 0, 12)
@@ -88,7 +88,7 @@ func (h *Handles) Open(nid uint64, flags int) (fd int, err error) {
 	return fd, nil
 }
 
-// Close ends the use of the file system.
+// Close releases the file system.
 func (h *Handles) Close() error { return h.root.Close() }
 
 // Handle returns the file handle of a directory, for CloneHandle.
@@ -100,8 +100,8 @@ func Handle(dir string) ([]byte, error) {
 	return append(binary.LittleEndian.AppendUint32(nil, uint32(fh.Type())), fh.Bytes()...), nil
 }
 
-// CloneHandle is OpenClone of the directory that Handle was asked about, in the file system that is mounted on dir.
-// It reaches directories above dir too.
+// CloneHandle is OpenClone for a directory given by its Handle, in the file system that is mounted on
+// dir. It also reaches directories above dir.
 func CloneHandle(dir string, handle []byte) (*Clone, error) {
 	if len(handle) < 4 {
 		return nil, fmt.Errorf("file handle of %d bytes, expected at least 4", len(handle))
@@ -120,11 +120,11 @@ func CloneHandle(dir string, handle []byte) (*Clone, error) {
 	return openClone(fd, "", unix.AT_EMPTY_PATH)
 }
 
-// OnlyUser tells whether fd is the only open file of its inode: no other descriptor, mapping or running program in
-// any mount namespace, and no loop device or file-backed mount. It asks for a write lease and gives it back. A
-// process that opens the file meanwhile waits for that.
+// OnlyUser tells whether fd is the only open file of its inode: no other descriptor, mapping or
+// running program in any mount namespace, and no loop device or file-backed mount. It takes a write
+// lease and gives it back. A process that opens the file meanwhile waits for that.
 //
-// The lease does not see descriptors of O_PATH and working directories.
+// The lease does not see O_PATH descriptors and working directories.
 func OnlyUser(fd int) (bool, error) {
 	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)
 	if errors.Is(err, unix.EAGAIN) {
@@ -139,8 +139,8 @@ func OnlyUser(fd int) (bool, error) {
 	return true, nil
 }
 
-// ShrinkDentries drops the names of a mounted file system that nothing uses. Every reconfiguration of a superblock
-// does that first. It must not be used on a file system that takes options when it is reconfigured.
+// ShrinkDentries drops the unused names of a mounted file system, a side effect of reconfiguring a
+// superblock. Do not use it on a file system that takes options then.
 func ShrinkDentries(dir string) error {
 	fd, err := unix.Fspick(unix.AT_FDCWD, dir, unix.FSPICK_CLOEXEC|unix.FSPICK_NO_AUTOMOUNT)
 	if err != nil {

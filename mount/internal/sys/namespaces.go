@@ -17,16 +17,15 @@ import (
 // Namespace is a mount namespace.
 type Namespace struct {
 	id string // "mnt:[4026531841]"
-	// who names a process in it, or the mount that keeps it.
+	// who names a process in it, or the mount that keeps it alive.
 	who string
 	own bool
-	// tasks are files below /proc that stand for it; processes end, so there are several.
+	// tasks are files below /proc that lead to it; several, because processes end.
 	tasks []string
-	// pin is a mount point in the namespace via that keeps this one alive without a process.
+	// pin is a mount point, in the namespace via, that keeps this one alive without a process.
 	pin string
 	via *Namespace
-	// table is the mount table of a process that may not be asked for its namespace, below /proc. It may be another
-	// view of a namespace that is known.
+	// table is a mount table below /proc of a process with an unreadable, possibly known namespace.
 	table string
 }
 
@@ -47,16 +46,16 @@ type NamespaceMount struct {
 	Namespace *Namespace
 }
 
-// maxTasks is how many threads of one namespace are remembered.
+// maxTasks limits the remembered threads of one namespace.
 const maxTasks = 8
 
-// AllMounts returns the mounts of all mount namespaces that this process can find: those of all threads of all
-// processes below /proc, and those that a bind mount of their nsfs file keeps. Each is read as seen from its own
-// root, because /proc/PID/mountinfo leaves out what lies outside of the root directory of the process; only of a
-// process that a security module protects that is all there is.
+// AllMounts returns the mounts of all mount namespaces that this process can find: those of all
+// threads of all processes below /proc, and those kept by a bind mount of their nsfs file. It reads
+// each namespace from its own root, because /proc/PID/mountinfo omits mounts outside the root
+// directory of the process. For a process that a security module protects there is only that file.
 func AllMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, true) }
 
-// OtherMounts is AllMounts without those of our own namespace.
+// OtherMounts is AllMounts without our own namespace.
 func OtherMounts(ctx context.Context) ([]NamespaceMount, error) { return readMounts(ctx, false) }
 
 func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
@@ -65,9 +64,9 @@ func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
 		return nil, err
 	}
 	var out []NamespaceMount
-	seen := map[int]bool{} // by identifier: no two mounts of the machine have the same
+	seen := map[int]bool{} // by identifier, which is unique on the machine
 	err = elsewhere(func(proc *os.File) error {
-		for i := 0; i < len(found.list); i++ { // grows while it is read
+		for i := 0; i < len(found.list); i++ { // the list grows during the loop
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -97,8 +96,8 @@ func readMounts(ctx context.Context, own bool) ([]NamespaceMount, error) {
 	return out, nil
 }
 
-// UnmountIn removes the top mount on dir in another namespace. It fails with ErrBusy if that mount is used there, or
-// if it may not be unmounted there.
+// UnmountIn removes the top mount on dir in another namespace. It fails with ErrBusy if the mount is
+// in use there or may not be unmounted.
 func UnmountIn(n *Namespace, dir string) error {
 	return elsewhere(func(proc *os.File) error {
 		if ok, err := n.enter(proc); err != nil || !ok {
@@ -116,7 +115,7 @@ func UnmountIn(n *Namespace, dir string) error {
 	})
 }
 
-// elsewhere runs f on a thread that may change its mount namespace and ends afterwards. proc is our own /proc.
+// elsewhere runs f on a thread that may change its mount namespace, then ends. proc is our /proc.
 func elsewhere(f func(proc *os.File) error) error {
 	done := make(chan error)
 	go onThread(done, f)
@@ -126,15 +125,15 @@ func elsewhere(f func(proc *os.File) error) error {
 func onThread(done chan<- error, f func(proc *os.File) error) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
-		// The first thread never ends, and its namespace is what others take for that of the process. While this
-		// goroutine keeps it, another one runs on another thread.
+		// The first thread never ends, and its namespace counts as that of the process. While this goroutine
+		// occupies it, run f on another thread.
 		defer runtime.UnlockOSThread()
 		next := make(chan error)
 		go onThread(next, f)
 		done <- <-next
 		return
 	}
-	// Not unlocked: the thread ends with the goroutine.
+	// Do not unlock: the thread must end with the goroutine.
 	done <- func() error {
 		proc, err := os.Open("/proc")
 		if err != nil {
@@ -149,11 +148,11 @@ func onThread(done chan<- error, f func(proc *os.File) error) {
 	}()
 }
 
-// set is the namespaces that are known.
+// set holds the known namespaces.
 type set struct {
 	list []*Namespace
 	byID map[string]*Namespace
-	// tables is true if there are namespaces of which only a mount table can be read.
+	// tables is true if only the mount table of some namespaces can be read.
 	tables bool
 }
 
@@ -166,12 +165,12 @@ func (s *set) add(n *Namespace) *Namespace {
 	return n
 }
 
-// pinned adds a namespace that a bind mount keeps. Those that have processes are known already.
+// pinned adds a namespace that a bind mount keeps. Namespaces with processes are known already.
 func (s *set) pinned(id, dir string, via *Namespace) {
 	s.add(&Namespace{id: id, who: fmt.Sprintf("the bind mount %q", dir), pin: dir, via: via})
 }
 
-// namespaces finds those of all threads; our own comes first.
+// namespaces finds the namespaces of all threads, ours first.
 func namespaces(ctx context.Context) (*set, error) {
 	s := &set{byID: map[string]*Namespace{}}
 	own, err := os.Readlink("/proc/self/ns/mnt")
@@ -207,8 +206,8 @@ func namespaces(ctx context.Context) (*set, error) {
 	return s, nil
 }
 
-// enter changes the namespace of this thread. It is false if the namespace has ended. proc is needed because "/proc"
-// is another directory after the change.
+// enter moves this thread into the namespace. It returns false if the namespace has ended. It needs
+// proc because "/proc" is another directory after the move.
 func (n *Namespace) enter(proc *os.File) (bool, error) {
 	if n.table != "" {
 		return false, fmt.Errorf("%v may not be entered: %w", n, ErrBusy)
@@ -243,7 +242,7 @@ func (n *Namespace) set(fd int, err error) (bool, error) {
 	return true, nil
 }
 
-// mounts reads the mount table of n. Nothing is left of a namespace whose processes have all ended.
+// mounts reads the mount table of n. It is empty if all processes of the namespace have ended.
 func (n *Namespace) mounts(proc *os.File) ([]*mountinfo.Info, error) {
 	table := n.table
 	if table == "" {

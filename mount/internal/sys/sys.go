@@ -1,4 +1,4 @@
-// Package sys holds the few system calls that all mount drivers share.
+// Package sys holds the system calls that the mount drivers share.
 package sys
 
 import (
@@ -25,9 +25,9 @@ var (
 
 // Mount describes one mount for Do.
 type Mount struct {
-	// Type is the file system type, Source what it is mounted from.
+	// Type is the file system type; Source is the device or file in the mount table.
 	Type, Source string
-	// Options are those of the file system, "key" or "key=value".
+	// Options are file system options, "key" or "key=value".
 	Options []string
 	// FDs are options whose value is an open file.
 	FDs map[string]int
@@ -35,8 +35,8 @@ type Mount struct {
 	Restrict bool
 }
 
-// Do mounts m on dir, read-only. It uses fsopen(2), for that is the only way to pass descriptors and to hear in words
-// what the kernel dislikes; those words are part of the error.
+// Do mounts m on dir, read-only. It uses fsopen(2), the only way to pass descriptors and to get the
+// kernel's complaint as text, which becomes part of the error.
 func Do(m Mount, dir string) error {
 	fd, err := unix.Fsopen(m.Type, unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -90,7 +90,7 @@ func Do(m Mount, dir string) error {
 	return nil
 }
 
-// explain adds what to do about the errors that have one common cause.
+// explain adds remedies to errors that have one common cause.
 func explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):
@@ -102,7 +102,7 @@ func explain(err error) error {
 	return err
 }
 
-// words returns what the kernel wrote into the message queue of a file system context.
+// words returns the messages that the kernel queued for a file system context.
 func words(fd int) string {
 	var out []string
 	buf := make([]byte, 1024)
@@ -112,7 +112,7 @@ func words(fd int) string {
 			break
 		}
 		line := bytes.TrimSpace(buf[:n])
-		if len(line) > 2 && line[1] == ' ' { // "e ", "w " or "i " comes first
+		if len(line) > 2 && line[1] == ' ' { // prefix "e ", "w " or "i "
 			line = line[2:]
 		}
 		out = append(out, string(line))
@@ -123,7 +123,7 @@ func words(fd int) string {
 	return " (kernel: " + strings.Join(out, "; ") + ")"
 }
 
-// Top returns the uppermost mount on dir, and how many there are on top of each other; nil and 0 if dir is no mount
+// Top returns the uppermost mount on dir and the number of mounts there; nil and 0 if dir is no mount
 // point.
 func Top(dir string) (*mountinfo.Info, int, error) {
 	all, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.Mountpoint != dir, false })
@@ -133,7 +133,7 @@ func Top(dir string) (*mountinfo.Info, int, error) {
 	if len(all) == 0 {
 		return nil, 0, nil
 	}
-	// A mount on top of another has it as its parent.
+	// A mount on top of another has that one as its parent.
 	top := all[0]
 	for range all {
 		for _, m := range all {
@@ -145,8 +145,8 @@ func Top(dir string) (*mountinfo.Info, int, error) {
 	return top, len(all), nil
 }
 
-// Unmount removes the top mount on dir; nil if dir is no mount point or does not exist. A busy one gives ErrBusy.
-// Just after a process has ended the kernel may still be closing its files, so EBUSY is tried again for a short while.
+// Unmount removes the top mount on dir, if there is one. A busy mount gives ErrBusy, after a few
+// attempts: the kernel may still be closing the files of a process that has just ended.
 func Unmount(ctx context.Context, dir string) error {
 	var err error
 	for wait := 5 * time.Millisecond; ; wait *= 2 {
@@ -172,7 +172,7 @@ func Unmount(ctx context.Context, dir string) error {
 	return fmt.Errorf("unmount %q: %w", dir, err)
 }
 
-// Detach removes every mount on dir at once, whoever uses it: for mounts that are dead or not what they should be.
+// Detach removes every mount on dir, used or not: for mounts that are dead or not what they should be.
 func Detach(dir string) error {
 	for range 64 {
 		err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
@@ -186,9 +186,9 @@ func Detach(dir string) error {
 	return fmt.Errorf("detach %q: still a mount point after 64 unmounts", dir)
 }
 
-// Alive asks the file system on dir a question that it cannot answer from a cache. The error is ENOTCONN if its
-// server is dead, and wraps context.DeadlineExceeded if it does not answer in time; the goroutine that waits for it
-// ends when the kernel gives up.
+// Alive asks the file system on dir a question that it cannot answer from a cache. The error is
+// ENOTCONN if its server is dead, and wraps context.DeadlineExceeded if no answer comes in time. The
+// waiting goroutine ends when the kernel gives up.
 func Alive(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -208,8 +208,8 @@ func Alive(ctx context.Context, dir string) error {
 	}
 }
 
-// Real returns dir as the kernel names it: absolute, without symbolic links. Only the parent is resolved, so that it
-// works on a dead mount point too.
+// Real returns dir as the kernel names it: absolute, without symbolic links. It resolves only the
+// parent, so that it works on a dead mount point.
 func Real(dir string) (string, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {

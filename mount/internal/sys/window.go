@@ -12,16 +12,16 @@ import (
 
 const blockSize = 4096
 
-// Mapping is a window of a file or device in memory, read-only and shared. If the file shrinks, reading what is gone
-// is a fault: callers use debug.SetPanicOnFault and recover.
+// Mapping is a window of a file or device in memory, read-only and shared. Reading past the end of a
+// file that shrank is a fault: callers use debug.SetPanicOnFault and recover.
 type Mapping struct {
-	all []byte // what munmap(2) wants
+	all []byte // the whole mapping, for munmap(2)
 	// Window holds exactly the bytes asked for. It must not be used after Close.
 	Window []byte
 }
 
-// MapWindow maps [off, off+size) of the file at path. The path "/dev/fd/N" stands for descriptor N of this process
-// itself, for what cannot be opened by a name, such as a dma-buf; it stays open.
+// MapWindow maps [off, off+size) of the file at path. The path "/dev/fd/N" means descriptor N of this
+// process, for files without a name such as a dma-buf; the descriptor stays open.
 func MapWindow(path string, off, size int64) (*Mapping, error) {
 	if off < 0 || size <= 0 || off%blockSize != 0 || size > 1<<46 {
 		return nil,
@@ -41,13 +41,13 @@ func MapWindow(path string, off, size int64) (*Mapping, error) {
 		return nil, fmt.Errorf("window %d+%d of %q: the file has %d bytes only", off, size, path, st.Size())
 	}
 	if st.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice {
-		// The page cache of a block device may be older than the memory below it, which other kernels write as well.
-		// What is mapped elsewhere stays in it.
+		// The page cache of a block device may be older than its memory, which other kernels write, too. Pages
+		// that are mapped elsewhere stay in the cache.
 		_ = unix.Fadvise(int(f.Fd()), off, size, unix.FADV_DONTNEED)
 	}
 	m, err := mapRange(int(f.Fd()), off, size)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOMEM) {
-		// Files of huge pages and DAX devices are mapped in whole huge pages only.
+		// Files of huge pages and DAX devices can only be mapped in whole huge pages.
 		const huge = 2 << 20
 		begin := off &^ (huge - 1)
 		end := (off + size + huge - 1) &^ (huge - 1)

@@ -1,9 +1,9 @@
-// Package alloc divides a pool into segments, which grow from the bottom, and extents, which come from the top.
+// Package alloc divides a pool into segments, from the bottom, and extents, from the top.
 //
-// Every extent lies above every segment: a segment can only refer to higher addresses. Between them is a floor. Below
-// it only segments are placed, above it only extents. It rises when segments need more than what is reserved for them
-// and sinks again when they are freed, never below the reserve. The reserve keeps a pool that is full of extents able
-// to take the metadata of the images that these were put for.
+// Every extent lies above every segment, because a segment can only refer to higher addresses. Between
+// them is a floor: segments are placed below it, extents above it. The floor rises when segments need
+// more than their reserve, and sinks when they are freed, but never below the reserve. The reserve
+// lets a pool that is full of extents still take the metadata of their images.
 package alloc
 
 import (
@@ -12,7 +12,7 @@ import (
 	"slices"
 )
 
-// Align is the alignment in bytes of segments and of extents that are at least as long: a huge page.
+// Align is the alignment in bytes of segments, and of extents at least as long: a huge page.
 const Align = 2 << 20
 
 // Unit is the granule of extents in bytes: a page.
@@ -29,7 +29,7 @@ type Space struct {
 	lo, hi, reserve int64
 	floor           int64
 	segs            []Span // by offset
-	ext             *gaps  // free above the floor
+	ext             *gaps  // free, above the floor
 }
 
 func roundUp(n int64) int64 { return (n + Align - 1) &^ (Align - 1) }
@@ -37,8 +37,8 @@ func roundUp(n int64) int64 { return (n + Align - 1) &^ (Align - 1) }
 // RoundUnit rounds a length up to whole units.
 func RoundUnit(n int64) int64 { return (n + Unit - 1) &^ (Unit - 1) }
 
-// New divides [lo, hi), both multiples of Align, where segs and extents are in use already. It reports what can not be
-// true: spans that overlap, are misaligned or outside, or an extent below a segment.
+// New divides [lo, hi), both multiples of Align, where segs and extents are in use. It returns an
+// error for spans that overlap, are misaligned or outside, and for an extent below a segment.
 func New(lo, hi, reserve int64, segs, extents []Span) (*Space, error) {
 	s := &Space{lo: lo, hi: hi, reserve: min(roundUp(reserve), (hi-lo)&^(Align-1)), ext: newGaps()}
 	s.segs = slices.Clone(segs)
@@ -54,7 +54,7 @@ func New(lo, hi, reserve int64, segs, extents []Span) (*Space, error) {
 	}
 	s.floor = max(lo+s.reserve, s.segTop())
 	if len(extents) > 0 {
-		// The reserve was larger once, or this pool was made by another version of the rule.
+		// The reserve was larger once, or a version with another rule made this pool.
 		s.floor = max(s.segTop(), min(s.floor, extents[0].Off&^(Align-1)))
 	}
 	at := s.floor
@@ -90,8 +90,8 @@ func (s *Space) segTop() int64 {
 	return s.segs[len(s.segs)-1].End()
 }
 
-// Extent takes n bytes, a positive multiple of Unit, for an extent. It starts at a multiple of Align if it is at least
-// that long. ok is false if no gap is long enough.
+// Extent takes n bytes, a positive multiple of Unit, for an extent. The extent starts at a multiple of
+// Align if n is at least Align. ok is false if no gap is long enough.
 func (s *Space) Extent(n int64) (off int64, ok bool) {
 	aligned := n >= Align
 	start, length := s.ext.find(n, aligned)
@@ -109,7 +109,7 @@ func (s *Space) Extent(n int64) (off int64, ok bool) {
 // FreeExtent gives back what Extent took.
 func (s *Space) FreeExtent(off, n int64) { s.ext.add(off, n) }
 
-// Segment takes n bytes, a positive multiple of Align, for a segment, at the lowest place there is.
+// Segment takes n bytes, a positive multiple of Align, for a segment, at the lowest possible offset.
 func (s *Space) Segment(n int64) (off int64, ok bool) {
 	at := s.lo
 	for i, seg := range s.segs {
@@ -135,7 +135,7 @@ func (s *Space) Segment(n int64) (off int64, ok bool) {
 func (s *Space) FreeSegment(off, n int64) {
 	i := slices.Index(s.segs, Span{off, n})
 	if i < 0 {
-		// a bug of the caller, never of the pool's bytes
+		// This is a bug of the caller, never of the pool's bytes.
 		panic(fmt.Sprintf("alloc: segment %d+%d is not in use", off, n))
 	}
 	s.segs = slices.Delete(s.segs, i, i+1)
@@ -146,10 +146,10 @@ func (s *Space) FreeSegment(off, n int64) {
 	}
 }
 
-// Free is the number of bytes that extents can take, in however many gaps, and the longest gap.
+// Free returns the number of bytes free for extents, in all gaps together, and the longest gap.
 func (s *Space) Free() (total, longest int64) { return s.ext.free, s.ext.largest() }
 
-// SegmentRoom is the length of the longest segment that can be taken.
+// SegmentRoom is the length of the longest segment that fits.
 func (s *Space) SegmentRoom() int64 {
 	var room int64
 	at := s.lo
@@ -190,7 +190,7 @@ func (s *Space) Gaps() []Span {
 	return out
 }
 
-// GapCount is the number of pieces that Free counts.
+// GapCount is the number of gaps that Free counts.
 func (s *Space) GapCount() int { return len(s.ext.byStart) }
 
 // Segments returns the segments in use, by offset.

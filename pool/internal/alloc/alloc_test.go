@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// check proves that segments, the given extents and the gaps cover the space, each byte once, and that New accepts them.
+// check proves that segments, extents and gaps cover each byte once, and that New accepts them.
 func check(t *testing.T, s *Space, extents map[int64]int64) {
 	t.Helper()
 	spans := s.Gaps()
@@ -124,7 +124,7 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-// TestSegmentsTakeFromExtents fills the space with extents: the reserve is left for segments, and not more.
+// TestSegmentsTakeFromExtents fills the space with extents: exactly the reserve is left for segments.
 func TestSegmentsTakeFromExtents(t *testing.T) {
 	s, err := New(Align, 33*Align, 2*Align, nil, nil)
 	if err != nil {
@@ -160,8 +160,8 @@ func TestSegmentsTakeFromExtents(t *testing.T) {
 	}
 }
 
-// TestChurn measures fragmentation: images of files with the sizes of real ones come and go for long, at about 85 % use.
-// What counts is how full the space is whenever something does not fit.
+// TestChurn measures fragmentation: images with realistic file sizes come and go, at about 85 % use.
+// It measures how full the space is whenever something does not fit.
 func TestChurn(t *testing.T) {
 	rounds := 4000
 	if testing.Short() {
@@ -173,7 +173,7 @@ func TestChurn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	type group []Span // the files that one image brought
+	type group []Span // the files of one image
 	var groups []group
 	var used int64
 	fail, worst, small, sum, maxGaps, ops := 0, 1.0, 1.0, 0.0, 0, 0
@@ -190,7 +190,7 @@ func TestChurn(t *testing.T) {
 	for range rounds {
 		var g group
 		for range 1 + rng.IntN(2000) {
-			// Log-normal: half the files are below 6 KiB; one in 200 is a library or a model of megabytes.
+			// Log-normal: half the files are below 6 KiB; one in 200 is a library or model of megabytes.
 			n := RoundUnit(1 + int64(math.Exp(rng.NormFloat64()*1.9+8.7)))
 			if rng.IntN(200) == 0 {
 				n = RoundUnit(1 + rng.Int64N(24<<20))
@@ -221,7 +221,8 @@ func TestChurn(t *testing.T) {
 		}
 		maxGaps = max(maxGaps, s.GapCount())
 	}
-	t.Logf("%d operations: %d times something did not fit, at %.1f %% use on average, %.1f %% at worst, %.1f %% at worst for files below 1/1000 of the space; at most %d gaps",
+	t.Logf("%d operations: %d times something did not fit, at %.1f %% use on average, %.1f %% at worst, "+
+		"%.1f %% at worst for files below 1/1000 of the space; at most %d gaps",
 		ops, fail, 100*sum/float64(max(1, fail)), 100*worst, 100*small, maxGaps)
 	// The largest files have 1/60 of the space.
 	if fail == 0 || worst < 0.65 || small < 0.90 {

@@ -2,12 +2,13 @@ package alloc
 
 import "math/bits"
 
-// gaps holds disjoint free spans. It answers "where does a span of n bytes fit".
+// gaps holds disjoint free spans and finds one where n bytes fit.
 //
-// Small spans go by good fit: gaps are kept in classes by the power of two of their length; the lowest class with a gap
-// that is long enough wins, and in it the gap at the highest offset. So small spans fill small holes before large ones
-// are cut, and everything stays near the top. Aligned spans are large and rare: they take the smallest gap that fits,
-// found by looking at all, which in TestChurn halves how often one does not fit.
+// Small spans use good fit: gaps are kept in classes by the power of two of their length. The lowest
+// class with a long enough gap wins, and in it the gap with the highest offset. So small spans fill
+// small holes before large gaps are cut, and everything stays near the top. Aligned spans are large
+// and rare: they take the smallest gap that fits, found by a full search. In TestChurn that halves how
+// often an aligned span does not fit.
 type gaps struct {
 	class   [64]*node       // treaps by start
 	byStart map[int64]int64 // start -> length
@@ -75,7 +76,7 @@ func merge(lo, hi *node) *node {
 }
 
 func (g *gaps) insert(start, n int64) {
-	g.seed ^= g.seed << 13 // xorshift: a treap needs no better randomness
+	g.seed ^= g.seed << 13 // xorshift; a treap needs no better randomness
 	g.seed ^= g.seed >> 7
 	g.seed ^= g.seed << 17
 	c := classOf(n)
@@ -111,7 +112,7 @@ func (g *gaps) add(start, n int64) {
 	g.insert(start, n)
 }
 
-// take removes [off, off+n) from the gap that starts at gap, of length length.
+// take removes [off, off+n) from the gap that starts at gap and has the given length.
 func (g *gaps) take(gap, length, off, n int64) {
 	g.remove(gap, length)
 	if off > gap {
@@ -122,7 +123,7 @@ func (g *gaps) take(gap, length, off, n int64) {
 	}
 }
 
-// find returns the gap that a span of n bytes should go into; length is 0 if there is none.
+// find returns the gap for a span of n bytes; length is 0 if there is none.
 func (g *gaps) find(n int64, aligned bool) (start, length int64) {
 	if aligned {
 		return g.smallest(n)
@@ -135,7 +136,7 @@ func (g *gaps) find(n int64, aligned bool) (start, length int64) {
 	return 0, 0
 }
 
-// smallest returns the smallest gap with room for n bytes at a multiple of Align, of equal ones the highest.
+// smallest returns the smallest, then highest, gap with room for n bytes at a multiple of Align.
 func (g *gaps) smallest(n int64) (start, length int64) {
 	for s, l := range g.byStart {
 		if alignedFit(s, l) >= n && (length == 0 || l < length || l == length && s > start) {
