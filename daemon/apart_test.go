@@ -378,7 +378,7 @@ func TestApart(t *testing.T) {
 							a.do(do)
 							notes[s] = do.notes
 							if len(do.unlike) > 0 && s == plain {
-								t.Errorf("overlayfs can not do %q", do.unlike)
+								t.Errorf("overlayfs cannot do %q", do.unlike)
 							} else if len(do.unlike) > 0 {
 								t.Logf("NOT AS ON OVERLAYFS in %s: %q", actor, do.unlike)
 							}

@@ -139,11 +139,11 @@ func (d *Daemon) attachNew(ctx context.Context, namespace string) {
 			return
 		default:
 			if d.offers.fails(namespace, o.Name, err) { // retried every two seconds
-				logger.WithError(err).Warn("an image of a shared pool can not be attached")
+				logger.WithError(err).Warn("an image of a shared pool cannot be attached")
 			}
 			if errdefs.IsAlreadyExists(err) { // the user has to decide; do not retry
 				if err := d.offers.add(namespace, o.Name, o.Target); err != nil {
-					logger.WithError(err).Warn("that it was tried can not be recorded")
+					logger.WithError(err).Warn("the attempt cannot be recorded")
 				}
 			}
 		}

@@ -112,7 +112,7 @@ func write(ctx context.Context, w http.ResponseWriter, status int, out any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	if err := json.NewEncoder(w).Encode(out); err != nil {
-		log.G(ctx).WithError(err).Debug("the answer to a control request was not taken")
+		log.G(ctx).WithError(err).Debug("the client did not read the answer to its control request")
 	}
 }
 

@@ -64,7 +64,7 @@ func (d *Daemon) publishLoop(ctx context.Context) {
 		}
 		puts := d.store.Puts()
 		if err := publish(ctx); err != nil && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Warn("readers of the pool are not told of all images")
+			log.G(ctx).WithError(err).Warn("not all images are published to readers of the pool")
 		}
 		last = [2]uint64{d.store.Pool().Generation(), puts}
 	}

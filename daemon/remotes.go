@@ -84,7 +84,7 @@ func (r *remotes) Pull(ctx context.Context, l snapshotter.Remote) (snapshotter.P
 		"image": l.Image, "layer": l.Blob, "blob_bytes": w.desc.Size, "fetched_bytes": c.fetched.Load(),
 		"ranges": c.ranges.Load(), "missing_bytes": c.missing, "pool_bytes": c.have,
 		"took": time.Since(began).Round(time.Millisecond),
-	}).Info("pulled the files of a layer that the pool had not")
+	}).Info("pulled the files of a layer that the pool did not have")
 	return snapshotter.Pulled{Streamed: streamed(st), Staged: w.staged}, nil
 }
 

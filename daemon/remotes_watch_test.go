@@ -60,7 +60,7 @@ func TestPullIsToldAndCounted(t *testing.T) {
 	if p, err := b.prepare(t.Context(), "ns", img, 0, ""); err != nil || !p.exists {
 		t.Fatalf("%+v, %v; expected a layer that exists", p, err)
 	}
-	lines := heard.take("pulled the files of a layer that the pool had not")
+	lines := heard.take("pulled the files of a layer that the pool did not have")
 	if len(lines) != 1 {
 		t.Fatalf("%d lines, expected 1", len(lines))
 	}

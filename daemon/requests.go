@@ -83,7 +83,7 @@ func handleBody[T any](mux *http.ServeMux, pattern string, do func(ctx context.C
 		err := dec.Decode(&req)
 		if err == nil {
 			if _, more := dec.Token(); !errors.Is(more, io.EOF) {
-				err = errors.New("there is more behind the value")
+				err = errors.New("there is more data after the value")
 			}
 		}
 		if err != nil {

@@ -80,7 +80,7 @@ func TestControlRefuses(t *testing.T) {
 		"unknown field": {request("POST /v1/pins", `{"nome":"x"}`), `unknown field`},
 		"two values": {
 			request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"name":"x"}{}`, key)),
-			`there is more behind the value`,
+			`there is more data after the value`,
 		},
 		"no value":      {request("DELETE /v1/pins", ""), `400 Bad Request`},
 		"needless body": {request("POST /v1/sweep", "{}"), `takes no body`},

@@ -31,7 +31,7 @@ func (d *Daemon) scrubLoop(ctx context.Context, rate int64, delay, interval time
 		}
 		began := time.Now()
 		if _, err := d.scrub(ctx, rate); err != nil && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Error("the contents of the pool cannot be read through")
+			log.G(ctx).WithError(err).Error("not all contents of the pool can be read")
 		}
 		wait = max(delay, interval-time.Since(began))
 	}

@@ -81,7 +81,7 @@ func (d *Daemon) sharedTrouble() (used, unused error) {
 			used = errors.Join(used,
 				fmt.Errorf("shared pool %q, of which %d images are in use here: %s", p.Name, p.Claimed, p.Error))
 		default:
-			unused = errors.Join(unused, fmt.Errorf("shared pool %q can not be used: %s", p.Name, p.Error))
+			unused = errors.Join(unused, fmt.Errorf("shared pool %q cannot be used: %s", p.Name, p.Error))
 		}
 	}
 	return used, unused
@@ -104,7 +104,7 @@ func (d *Daemon) watchShared(ctx context.Context) (stop func()) {
 				err := d.endAttaches(ctx)
 				first = err != nil
 				if err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) {
-					log.G(ctx).WithError(err).Debug("leases of images whose attaching was interrupted are still there")
+					log.G(ctx).WithError(err).Debug("leases of interrupted attachments still exist")
 				}
 			}
 			for _, ns := range d.cfg.Shared.Attach {

@@ -177,7 +177,7 @@ func pulledByFiles(t *testing.T, s *stack.T) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Count(string(log), "pulled the files of a layer that the pool had not")
+	return strings.Count(string(log), "pulled the files of a layer that the pool did not have")
 }
 
 // lifetime returns how long a daemon lives before it is killed. Half of the daemons die while they

@@ -53,8 +53,8 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		rec.Lower, rec.Top = nil, isTop(links[0].info.Labels)
 		links[0].rec = rec
 		if mixed(links) && len(rec.Streamed) > 0 {
-			return fmt.Errorf("snapshot %q: its layer was streamed, and what is below it was claimed meanwhile from a "+
-				"shared pool: pull again: %w", key, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("snapshot %q: its layer was streamed, and the layers below were claimed meanwhile from "+
+				"a shared pool: pull again: %w", key, errdefs.ErrFailedPrecondition)
 		}
 		rec.Image = s.imageKey(s.st, links)
 		return putRecord(tx, id, rec)

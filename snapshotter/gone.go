@@ -61,7 +61,7 @@ func (s *Snapshotter) forgetDead(ctx context.Context) error {
 		switch {
 		case err != nil:
 			errs = append(errs,
-				fmt.Errorf("removed snapshot %s: can not tell whether it is still mounted: %w", id, err))
+				fmt.Errorf("removed snapshot %s: cannot tell whether it is still mounted: %w", id, err))
 		case alive:
 			log.G(ctx).WithField("id", id).Debug("a removed snapshot is still mounted somewhere, keeping it")
 		default:

@@ -37,7 +37,7 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 	if !has("userxattr") {
 		need, err := overlayutils.NeedsUserXAttr(root)
 		if err != nil {
-			log.G(ctx).WithError(err).Warnf("can not tell whether overlayfs needs the option userxattr, assuming %v",
+			log.G(ctx).WithError(err).Warnf("cannot tell whether overlayfs needs the option userxattr, assuming %v",
 				need)
 		}
 		if need {

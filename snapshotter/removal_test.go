@@ -73,7 +73,7 @@ func TestUnremovableDirectory(t *testing.T) {
 	e.must(e.Remove(t.Context(), "a"))
 	e.must(e.Remove(t.Context(), "b"))
 	if err := e.Cleanup(t.Context()); err == nil {
-		t.Error("no word of the directory that can not be removed")
+		t.Error("no word of the directory that cannot be removed")
 	}
 	if _, err := os.Stat(filepath.Join(e.root, "snapshots/2")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the other directory: %v", err)

@@ -55,7 +55,7 @@ func (s *Snapshotter) claim(ctx context.Context, want snapshots.Info, opts []sna
 		}
 		if !errdefs.IsNotFound(err) {
 			log.G(ctx).WithError(err).WithField("chain",
-				chain).Warn("a shared image can not be used, pulling it instead")
+				chain).Warn("a shared image cannot be used, pulling it instead")
 		}
 		return false, nil
 	}

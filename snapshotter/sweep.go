@@ -110,7 +110,7 @@ func (s *Snapshotter) sweep(ctx context.Context, short bool) (err error) {
 	if short {
 		// The lower of a removed snapshot is in use until its overlay is known to be dead.
 		if err := s.forgetDead(ctx); err != nil {
-			log.G(ctx).WithError(err).Warn("what removed snapshots stood on stays in use")
+			log.G(ctx).WithError(err).Warn("the lowers of removed snapshots stay in use")
 		}
 	}
 	s.sweeping.Lock()

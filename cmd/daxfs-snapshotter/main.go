@@ -168,6 +168,6 @@ func serve(c *cli.Context) error {
 // notify reports a state to systemd, if systemd started the daemon.
 func notify(ctx context.Context, state string) {
 	if _, err := systemd.SdNotify(false, state); err != nil {
-		log.G(ctx).WithError(err).Warnf("can not tell systemd %q", strings.TrimSpace(state))
+		log.G(ctx).WithError(err).Warnf("cannot tell systemd %q", strings.TrimSpace(state))
 	}
 }

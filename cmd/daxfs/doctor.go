@@ -26,7 +26,7 @@ func init() { register(80, doctorCommand) }
 func doctorCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "doctor",
-		Usage:     "tell what this machine can share, and what is missing",
+		Usage:     "show what this machine can share, and what is missing",
 		ArgsUsage: "[PATH...]",
 		Description: `
 PATH is an image, a pool or a directory for one. Without PATH, doctor checks all memory of the
@@ -47,7 +47,7 @@ Examples:
 			&cli.BoolFlag{Name: "json", Usage: "write JSON"},
 			&cli.BoolFlag{
 				Name:  "fix",
-				Usage: "put what containerd's configuration lacks where it belongs, after asking",
+				Usage: "add the missing part of containerd's configuration, after asking",
 			},
 			&cli.BoolFlag{Name: "yes", Usage: "with --fix, do not ask"},
 			&cli.StringFlag{
@@ -175,7 +175,7 @@ func (e *env) doctor(c *cli.Context) error {
 
 // aclLimit describes what the kernel cannot do for containers on EROFS.
 const aclLimit = "setfacl fails on files of the image that a container has not changed yet, because EROFS cannot " +
-	"set ACLs; touch them first. The fuse driver has not got that limit"
+	"set ACLs; touch them first. The fuse driver does not have that limit"
 
 func exists(path string) bool {
 	_, err := os.Stat(path)

@@ -122,7 +122,7 @@ func (r *containerdReport) checkConfig(ctx context.Context, files containerdFile
 ) {
 	d, err := dumpConfig(ctx, files.config)
 	if err != nil {
-		add("containerd's configuration", false, "can not be read: %v", err)
+		add("containerd's configuration", false, "cannot be read: %v", err)
 		return
 	}
 	// Our differs are those at the snapshotter's own socket, and those with our name.

@@ -54,7 +54,7 @@ func (e *env) fix(c *cli.Context, r *containerdReport) error {
 	}
 	// Take the file back if containerd does not accept the result.
 	if _, err := dumpConfig(c.Context, main); err != nil {
-		return errors.Join(fmt.Errorf("containerd does not read its configuration with that file: %w", err),
+		return errors.Join(fmt.Errorf("containerd rejects its configuration with that file: %w", err),
 			takeBack(file, backup))
 	}
 	if backup != "" {

@@ -25,7 +25,7 @@ func init() { register(55, estimateCommand) }
 func estimateCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "estimate",
-		Usage:     "tell what images would take and save in a pool, without storing them",
+		Usage:     "estimate what images would take and save in a pool, without storing them",
 		ArgsUsage: "[SOURCE...]",
 		Description: `
 ` + sourceHelp + `

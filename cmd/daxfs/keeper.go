@@ -85,7 +85,7 @@ func (e *env) openKeeper(c *cli.Context, a poolArgs, driver string) (keeper, err
 	if index == "" {
 		if pid := ownerOf(rc); pid != 0 {
 			busy := &region.BusyError{Path: rc.Path, PID: pid}
-			return nil, fmt.Errorf("%s: %w, which is no daemon that answers at %q", a.Pool, busy, c.String("control"))
+			return nil, fmt.Errorf("%s: %w, and no daemon with it answers at %q", a.Pool, busy, c.String("control"))
 		}
 		return nil, fmt.Errorf("%s: %w", a.Pool, errNoIndex)
 	}

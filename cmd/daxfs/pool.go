@@ -168,7 +168,7 @@ only when its machine is off.
 Examples:
    daxfs pool release /var/lib/pool guest1
    daxfs pool release --earlier /var/lib/pool guest1`, Flags: with(append([]cli.Flag{
-					&cli.BoolFlag{Name: "earlier", Usage: "end only what it claimed before it booted the last time"},
+					&cli.BoolFlag{Name: "earlier", Usage: "end only the claims from before its last boot"},
 				}, keeperFlags()...)...)},
 			{Name: "check", Usage: "prove that everything in a pool is consistent",
 				ArgsUsage: "POOL", Action: e.poolCheck, Description: `

@@ -94,7 +94,7 @@ func noReaders(index string, size int64) error {
 	}
 	users, err := store.PeekReaders(peeked)
 	if err != nil {
-		return fmt.Errorf("who reads it is not known: %w", err)
+		return fmt.Errorf("its readers are not known: %w", err)
 	}
 	for _, u := range users {
 		if n := len(u.Images) + len(u.Earlier) + u.Torn; n > 0 {

@@ -62,7 +62,7 @@ func poolMeant(c *cli.Context) (poolArgs, error) {
 func statusCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:  "status",
-		Usage: "show how the snapshotter daemon is, and what its pool holds, saves and has free",
+		Usage: "show the state of the snapshotter daemon, and what its pool holds, saves and has free",
 		Description: `
 Without a daemon, or with --pool, it shows the pool alone.
 
@@ -273,7 +273,7 @@ func matchImage(list []api.Image, name string) (int, error) {
 func explainCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "explain",
-		Usage:     "say what a container stands on, since when, and why it shares no more",
+		Usage:     "show what a container stands on, since when, and why it does not share more",
 		ArgsUsage: "CONTAINER",
 		Description: `
 CONTAINER is a container's name in containerd or its beginning, also as NAMESPACE/NAME. What a container stands on never

@@ -81,7 +81,7 @@ func sharedRows(row rower, list []shared.Status) {
 			text += ", no lease: its owner has to keep all images"
 		}
 		if p.Error != "" {
-			text = fmt.Sprintf("%s, %d images claimed, can not be used: %s", printable(p.Name), p.Claimed,
+			text = fmt.Sprintf("%s, %d images claimed, cannot be used: %s", printable(p.Name), p.Claimed,
 				message(errors.New(p.Error)))
 		}
 		row(name, "%s", text)

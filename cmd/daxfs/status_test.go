@@ -168,7 +168,7 @@ func TestStatusText(t *testing.T) {
 		"used before its last boot 1 image (0123456789ab)", "2 entries that cannot be read",
 		`is freed: lease region "/x": gone`,
 		"/dev/pmem0: generation 7, 3 images, 2 claimed, 1 mounted with erofs-dax, lease in /dev/pmem1",
-		"/dev/pmem2, 0 images claimed, can not be used: no pool", "no lease: its owner has to keep all images",
+		"/dev/pmem2, 0 images claimed, cannot be used: no pool", "no lease: its owner has to keep all images",
 		"/srv/pool: no container starts from 2 images",
 	} {
 		if !strings.Contains(out.String(), want) {
