@@ -8,8 +8,7 @@ import (
 // Partial configures pulling layers file by file when the pool already has some of the files.
 type Partial struct {
 	Enabled bool `toml:"enabled"`
-	// Exclude are registries that are left to containerd, written as in references:
-	// "registry.example.com:5000".
+	// Exclude are registries left to containerd, as in references: "registry.example.com:5000".
 	Exclude []string `toml:"exclude"`
 	// Requests is the number of concurrent requests for one layer.
 	Requests int `toml:"requests"`

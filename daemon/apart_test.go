@@ -24,9 +24,8 @@ import (
 )
 
 // Two images share inodes. An action in a container of one must not be visible in any container or
-// view of the other, nor in another container of the same image, and must have the same result as with
-// overlayfs over unpacked directories of the same layers. So each test has two scenes, ours and
-// overlayfs's, and compares them.
+// view of the other, nor in another container of the same image, and its result must be that of
+// overlayfs over unpacked directories of the same layers. So each test compares two scenes, ours and overlayfs's.
 
 // places are the mounts of a scene: two containers of the first image, one of the second, and a view of each.
 var places = []string{"first", "twin", "second", "first view", "second view"}

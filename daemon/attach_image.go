@@ -212,8 +212,7 @@ func label(ctx context.Context, cs content.Store, id digest.Digest, labels map[s
 	return err
 }
 
-// image records the image, unless the name exists: an image that was pulled or built here keeps its
-// name and is not ours.
+// image records the image, unless the name exists: a pulled or built image keeps its name and is not ours.
 func (w *attacher) image(ctx context.Context, name string, labels map[string]string) (ours bool, err error) {
 	is := w.client.ImageService()
 	_, err = is.Create(ctx, cimages.Image{Name: name, Target: w.target, Labels: labels})

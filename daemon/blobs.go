@@ -93,8 +93,7 @@ func (b *blobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.
 // findTimeout bounds the search for a blob: somebody who starts a container waits for it.
 const findTimeout = 10 * time.Second
 
-// Find implements store.Blobs. When containerd has unpacked a blob, it labels the blob with the digest
-// of the uncompressed bytes.
+// Find implements store.Blobs. containerd labels an unpacked blob with the digest of its uncompressed bytes.
 func (b *blobs) Find(ctx context.Context, namespace string, diffID digest.Digest) ([]store.Found, error) {
 	ctx, cancel := context.WithTimeout(ctx, findTimeout)
 	defer cancel()

@@ -39,8 +39,7 @@ type Daemon struct {
 	recording sync.Mutex // held while images of shared pools gain or lose names in containerd
 }
 
-// Open opens everything below the configured root. It waits only for the disk; images are made later.
-// The caller closes the daemon.
+// Open opens everything below the root, and waits only for the disk. The caller closes the daemon.
 func Open(ctx context.Context, c *config.Config) (_ *Daemon, err error) {
 	d := &Daemon{cfg: c, started: time.Now()}
 	defer func() {

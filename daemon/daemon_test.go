@@ -341,8 +341,7 @@ func compareTree(root string, files []file) error {
 	return err
 }
 
-// TestKilledWithContainers kills the daemon below a container: the container is not affected, and the
-// next daemon continues.
+// TestKilledWithContainers kills the daemon below a container, which continues, and so does the next daemon.
 func TestKilledWithContainers(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {

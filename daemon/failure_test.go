@@ -115,8 +115,7 @@ func TestLargeLayerBelow(t *testing.T) {
 	}
 }
 
-// When the slots run out, containers start from copies on disk. When nothing is mounted any more, a
-// new epoch has slots again.
+// Without slots, containers start from copies on disk. When nothing is mounted, a new epoch has slots again.
 func TestSlotsRunOut(t *testing.T) {
 	cl, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
 	ctx := namespaces.WithNamespace(t.Context(), "default")

@@ -58,8 +58,7 @@ func logFailure(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle
 	}
 	switch status.Code(err) {
 	case codes.AlreadyExists, codes.NotFound, codes.Unimplemented, codes.Canceled:
-		// containerd expects these answers: it asks whether something exists or whether another plugin must do
-		// the work, or it has gone away.
+		// containerd asks whether something exists or whether another plugin must do the work, or is gone.
 		logger.Debug("call answered with an error")
 	default:
 		logger.Error("call failed")

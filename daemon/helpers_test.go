@@ -54,8 +54,7 @@ func TestMain(m *testing.M) {
 	os.Exit(mountns.Main(m))
 }
 
-// helperArgs reports whether this process was started as the program daxfs to serve a FUSE mount, and
-// returns the arguments.
+// helperArgs returns the arguments if this process was started as the program daxfs to serve a FUSE mount.
 func helperArgs(args []string) ([]string, bool) {
 	head := []string{"mount", "--driver", "fuse", "--foreground"}
 	if len(args) <= len(head) || !slices.Equal(args[1:1+len(head)], head) {

@@ -12,9 +12,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// offers remembers which OCI images of shared pools were attached, by namespace and name, with the
-// digest of the name at that time. An image that a user removed is not attached again automatically.
-// It is safe for concurrent use.
+// offers remembers which OCI images of shared pools were attached, by namespace and name, with their
+// digest. It is safe for concurrent use. An image that a user removed is not attached again automatically.
 type offers struct {
 	path string
 

@@ -31,8 +31,7 @@ func prepareFrom(ctx context.Context, address, what string) error {
 	return err
 }
 
-// A caller in a mount namespace without the images' mounts would start containers with an empty root.
-// It gets an error.
+// A caller that does not see the images' mounts, and would start containers with an empty root, gets an error.
 func TestCallerSeesNoImages(t *testing.T) {
 	nsenter, err := exec.LookPath("nsenter")
 	if err != nil {

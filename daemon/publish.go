@@ -25,8 +25,7 @@ const (
 	publishPoll = time.Second
 	// publishEvery is how often it lists containerd's images, in addition to each event that they changed.
 	publishEvery = time.Minute
-	// maxManifest bounds an index, a manifest or a configuration that is published to readers. Registries
-	// refuse manifests above 4 MiB.
+	// maxManifest bounds a published index, manifest or configuration. Registries refuse manifests above 4 MiB.
 	maxManifest = 4 << 20
 	// maxManifests bounds how many manifests of an index are read.
 	maxManifests = 100

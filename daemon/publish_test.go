@@ -219,8 +219,7 @@ func TestPublishLoop(t *testing.T) {
 		stop()
 		<-ended
 	}()
-	// await waits until readers find these names, for less than publishEvery: a change without an event
-	// from containerd is not found.
+	// await waits for these names, for less than publishEvery, which would hide a missing event.
 	await := func(when string, want ...string) {
 		t.Helper()
 		var got []string

@@ -155,8 +155,7 @@ func (r *refusals) refused(manifest digest.Digest) bool {
 	return time.Now().Before(r.until[manifest])
 }
 
-// blamesRegistry reports whether an error concerns the registry or the whole image, rather than only
-// this layer or this machine.
+// blamesRegistry reports whether an error concerns the registry or the whole image, and not just one layer.
 func blamesRegistry(err error) bool {
 	if _, ok := errors.AsType[*remote.Error](err); ok {
 		return true

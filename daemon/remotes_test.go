@@ -181,8 +181,7 @@ func layerOf(n int, seed uint64) []byte {
 	return raw.Bytes()
 }
 
-// push makes an image, and puts its layers into the registry and its documents into containerd. The
-// options apply to the layers.
+// push makes an image, its layers in the registry with the options, and its documents in containerd.
 func (b *bed) push(repository string, o chunkedtest.Options, tars ...[]byte) *image {
 	b.t.Helper()
 	img := &image{ref: strings.TrimPrefix(b.registry.URL, "http://") + "/" + repository + ":latest", tars: tars}

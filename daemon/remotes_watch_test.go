@@ -205,8 +205,7 @@ func TestPullDiskFull(t *testing.T) {
 }
 
 // Layers of a client that does not name the image, such as nerdctl, are pulled by files too:
-// containerd has the manifest and records its source. The newest image with such a layer is used, if
-// its format is right.
+// containerd records the source of the manifest. The newest image with such a layer is used, if its format is right.
 func TestPullUnnamed(t *testing.T) {
 	b := newBed(t, nil)
 	b.seed(layerOf(100, 1))

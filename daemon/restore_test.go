@@ -65,8 +65,7 @@ func (oneNamespace) List(context.Context,
 	}}, nil
 }
 
-// A layer that memory lost, without a pack or with a damaged one, is restored from containerd's blob,
-// but not from a wrong one.
+// A layer lost from memory, without an intact pack, is restored from containerd's blob, if that is right.
 func TestRestoreFromContent(t *testing.T) {
 	for name, c := range map[string]struct {
 		durability string

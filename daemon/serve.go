@@ -119,8 +119,7 @@ func serveGRPC(ctx context.Context, l net.Listener, srv *grpc.Server) error {
 	return nil
 }
 
-// takeSockets takes over sockets made by systemd, if there are any. They outlive the daemon, so
-// callers wait while it restarts.
+// takeSockets takes over systemd's sockets, if any. They outlive the daemon, so callers wait for its restart.
 func (d *Daemon) takeSockets(ctx context.Context) error {
 	list, err := activation.Listeners()
 	if err != nil {
@@ -151,8 +150,7 @@ func (d *Daemon) listen(address string) (net.Listener, error) {
 	return listen(address)
 }
 
-// listen makes the socket, for root alone. It replaces the socket file of a dead process, but not that
-// of a living one.
+// listen makes the socket, for root alone. It replaces the socket file of a dead process, not of a living one.
 func listen(address string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
 		return nil, err

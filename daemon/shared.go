@@ -69,8 +69,7 @@ func (d *Daemon) sharedStatus() []shared.Status {
 	return d.shared.Status()
 }
 
-// sharedTrouble returns the errors of pools of other owners: of those that something here stands on,
-// and of the others.
+// sharedTrouble returns the errors of pools of other owners: of those in use here, and of the others.
 func (d *Daemon) sharedTrouble() (used, unused error) {
 	for _, p := range d.sharedStatus() {
 		switch {

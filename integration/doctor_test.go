@@ -37,8 +37,7 @@ func doctorOn(t *testing.T, s *stack.Stack, daemonConfig string, args ...string)
 	return cmd.ProcessState.ExitCode(), string(out)
 }
 
-// doctor names each fault between containerd and the daemon in one line, with its remedy, and ends
-// with a verdict and status 3.
+// doctor names each fault between containerd and the daemon, with its remedy, and ends with status 3.
 func TestDoctorCases(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(),

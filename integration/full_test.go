@@ -74,8 +74,7 @@ func TestDeadDaemon(t *testing.T) {
 }
 
 // A container fills the disk of containerd and the daemon, with data and with names. Nothing else is
-// affected: both daemons can be killed and restarted. After the container's removal the space is free,
-// and the next one runs.
+// affected, and both daemons can restart. After the container's removal the space is free, and the next one runs.
 func TestFullDisk(t *testing.T) {
 	for _, snapshotter := range []string{"overlayfs", "daxfs"} {
 		t.Run(snapshotter, func(t *testing.T) {

@@ -44,8 +44,7 @@ func TestRemove(t *testing.T) {
 	})
 }
 
-// nothingLeft fails the test unless the daemon, without snapshots, has freed everything. It stops the
-// daemon and starts it again.
+// nothingLeft fails the test unless the daemon, without snapshots, has freed everything. It restarts the daemon.
 func nothingLeft(t *testing.T, s *stack.T) {
 	t.Helper()
 	s.Must(s.Collect())

@@ -11,8 +11,7 @@ import (
 	"testing"
 )
 
-// make install puts everything below DESTDIR and PREFIX and keeps an existing configuration; make
-// uninstall removes everything else.
+// make install respects DESTDIR, PREFIX and an existing configuration; make uninstall removes everything else.
 func TestInstall(t *testing.T) {
 	dest := t.TempDir()
 	makeTarget := func(target string, more ...string) {

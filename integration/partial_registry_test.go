@@ -22,8 +22,7 @@ import (
 // containerd records no other port with blobs, and nothing else tells from where nerdctl pulls.
 const privateRegistry = "registry.test"
 
-// criImages makes containerd's image service for Kubernetes pull for a snapshotter, with the
-// hosts.toml of the stack.
+// criImages makes containerd's CRI image service pull for a snapshotter, with the stack's hosts.toml.
 const criImages = `
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = "daxfs"
@@ -142,9 +141,8 @@ func criPull(t *testing.T, s *stack.T, ref string) {
 	s.Must(err)
 }
 
-// pushByCtr pushes an image whose blobs containerd has only in part. To the registry that has the
-// others it works, also to another repository. Elsewhere ctr reports the missing blobs, and pushing
-// works after they were fetched.
+// pushByCtr pushes an image whose blobs containerd has only in part. It works for the registry with
+// the other blobs, into any repository. Elsewhere ctr reports the missing blobs, and pushing works after a fetch.
 func pushByCtr(t *testing.T, s *stack.T, ref, login string) {
 	t.Helper()
 	registry := []string{"--hosts-dir", s.HostsDir(), "--user", login}

@@ -17,8 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// versions makes two versions of an image from a seed: every twentieth file differs in each of three
-// layers above the base.
+// versions makes two versions of an image from a seed: every twentieth file of three layers differs.
 func versions(t testing.TB, files int, seed uint64) (old, new [][]testimage.Entry) {
 	t.Helper()
 	base, err := testimage.Busybox()

@@ -16,8 +16,7 @@ func TestPull(t *testing.T) {
 				s.Pull(ref, "overlayfs")
 				s.Pull(ref, "daxfs")
 				s.Compare(ref)
-				// A layer walked over one without a directory is unpacked over an image of its parents, which stays
-				// until the next cleanup.
+				// Walking over a layer without a directory needs an image of it until the next cleanup.
 				if got := len(s.ImageMounts()); got < n+1 || m == stack.Streaming && got > n+1 {
 					t.Errorf("mounts of images: %q, want one for each that was looked at", s.ImageMounts())
 				}

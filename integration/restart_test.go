@@ -14,8 +14,7 @@ var drivers = []string{"erofs-file", "erofs-loop", "fuse"}
 // driverConfig selects a driver by name.
 func driverConfig(driver string) string { return fmt.Sprintf("[mount]\ndriver = %q\n", driver) }
 
-// Containers do not notice the end of the daemon, however it ends and with every driver. The next
-// daemon adopts the mount.
+// Containers do not notice any end of the daemon, with any driver. The next daemon adopts the mount.
 func TestDaemonRestart(t *testing.T) {
 	for _, driver := range drivers {
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {

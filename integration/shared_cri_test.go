@@ -91,8 +91,7 @@ func TestSharedCRI(t *testing.T) {
 		}
 	}
 
-	// A detached image has no name left, and an image attached again has both. A second name of the same
-	// image keeps the digest.
+	// Detaching removes both names of an image, attaching adds them. Another name keeps the digest.
 	status := func(name string) *cri.Image {
 		t.Helper()
 		answer, err := images.ImageStatus(t.Context(), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: name}})

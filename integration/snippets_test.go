@@ -96,8 +96,7 @@ func TestSnippets(t *testing.T) {
 	}
 }
 
-// As a separate file in conf.d, the snippet works beside containerd's default configuration, which has
-// the same tables.
+// In conf.d, the snippet works beside containerd's default configuration, which has the same tables.
 func TestSnippetBesideDefault(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {

@@ -15,8 +15,7 @@ import (
 )
 
 // Commit turns an active snapshot into a committed one. It only records, because containerd waits for
-// it inside a write transaction of its own. Streamed layers are durable already; a worker hands
-// unpacked ones to Lowers.
+// it in a write transaction. Streamed layers are durable already; a worker hands unpacked ones to Lowers.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	id, info, rec, err := s.lookup(ctx, key)
 	if err != nil {

@@ -23,8 +23,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Differ applies OCI layers to the snapshots of one Snapshotter without unpacking them. It is safe for
-// concurrent use.
+// Differ applies OCI layers to a Snapshotter's snapshots without unpacking. It is safe for concurrent use.
 type Differ struct {
 	s     *Snapshotter
 	blobs content.Provider
@@ -35,8 +34,7 @@ var (
 	_ diff.Comparer = (*Differ)(nil)
 )
 
-// NewDiffer returns the differ of s. It reads from blobs, containerd's content store, in the namespace
-// that the context names.
+// NewDiffer returns the differ of s. It reads from blobs, containerd's store, in the context's namespace.
 func NewDiffer(s *Snapshotter, blobs content.Provider) *Differ { return &Differ{s: s, blobs: blobs} }
 
 // blobBuffer is the size of one read of a blob. Through containerd's API each read is a request.

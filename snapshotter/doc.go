@@ -16,8 +16,8 @@
 // # Two ways in
 //
 // Walking: containerd unpacks a layer into <root>/snapshots/<id>/fs. After Commit a worker hands the
-// directory to Lowers. If Lowers stores it durably, the directory is removed once the chain is
-// complete and nothing stands on it.
+// directory to Lowers. If Lowers is durable, the directory is removed once its chain is complete and
+// nothing stands on it.
 //
 // Streaming: containerd hands the blob of the layer to [Differ.Apply], which hands it to Lowers. The
 // directory stays empty. The layer is durable before Apply returns, so Commit only records it.

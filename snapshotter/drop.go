@@ -121,8 +121,7 @@ func (s *Snapshotter) removeDropped(ctx context.Context, name string) error {
 	return os.RemoveAll(doomed)
 }
 
-// namedDirs returns the ids of the snapshots whose directories are in use: something stands on them,
-// or they may still be mounted.
+// namedDirs returns the ids of the snapshots whose directories something stands on, or which may be mounted.
 func namedDirs(ctx context.Context, tx *bolt.Tx) (map[string]bool, error) {
 	named := map[string]bool{}
 	add := func(low *lower) {

@@ -76,9 +76,8 @@ func (s *Snapshotter) chooseForUnpack(ctx context.Context, want snapshots.Info,
 	parent := links[0].rec
 	streamed := len(parent.Streamed) > 0 && parent.Claim == nil
 	if streamed && !parent.Built && claimOf(want.Name, want.Labels).DiffID != "" {
-		// The parent was streamed, so this layer is expected to be streamed as well. An image for each prefix
-		// of the chain would waste room for metadata. If the layer is walked after all, it is restored from
-		// the blob that its claim names.
+		// The parent was streamed, so this layer probably will be, too. An image for each prefix of the chain
+		// would waste room for metadata. A layer that is walked after all is restored from the claimed blob.
 		return &lower{Blind: true, Streaming: true}, nil, nil
 	}
 	low := directories(links)

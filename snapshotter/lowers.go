@@ -115,8 +115,7 @@ const (
 	Stored
 	// Ready things stay mounted because a container may start from them at any moment.
 	Ready
-	// InUse things must not be touched: a snapshot stands on them, an operation on them is under way, or
-	// no other copy exists.
+	// InUse things must not be touched: a snapshot or an operation needs them, or no other copy exists.
 	InUse
 )
 

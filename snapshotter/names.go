@@ -7,8 +7,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Labels that containerd's unpacker sets on the snapshots that it prepares and commits. It exports no
-// constants for them.
+// Labels of containerd's unpacker on the snapshots that it prepares. It exports no constants for them.
 const (
 	labelDiffID        = "containerd.io/snapshot/diff-id"
 	labelParentChainID = "containerd.io/snapshot/parent-chain-id"

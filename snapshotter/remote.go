@@ -34,8 +34,7 @@ type Remote struct {
 	Manifest, Blob digest.Digest
 	// ChainID names the layer together with those below it.
 	ChainID digest.Digest
-	// HasParent says that the snapshot is prepared on the layer below. Otherwise it is the first layer, or
-	// Commit will name its parent.
+	// HasParent says that the snapshot is prepared on the layer below; else Commit names it, if there is one.
 	HasParent bool
 	// Pin must be called with the key of the layer before the layer is stored.
 	Pin func(key string)

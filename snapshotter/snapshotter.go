@@ -33,11 +33,9 @@ type Options struct {
 	Workers int
 	// Remotes, if set, pulls layers before containerd fetches their blobs.
 	Remotes Remotes
-	// Observe, if set, gets the duration of each phase: "ingest", "stream", "pull", "prepare", "sweep". It
-	// may be called concurrently.
+	// Observe, if set, gets the duration of each "ingest", "stream", "pull", "prepare" and "sweep", concurrently.
 	Observe func(phase string, took time.Duration, err error)
-	// Fallback, if set, gets the reason each time that something other than the shared image was used. It
-	// may be called concurrently.
+	// Fallback, if set, gets the reason each time the shared image was not used. It may be called concurrently.
 	Fallback func(reason string)
 }
 

@@ -80,8 +80,7 @@ type lower struct {
 	// Blind says that the snapshot has a parent but no lower, because its layer will be streamed or is
 	// unpacked out of order. Its mount only names the upper directory; nobody can mount it.
 	Blind bool `json:"blind,omitempty"`
-	// OverShared says that Blind was chosen because the chain has a claimed snapshot. The layer must
-	// become a directory.
+	// OverShared says that Blind was chosen for a chain with a claimed snapshot: the layer becomes a directory.
 	OverShared bool `json:"overShared,omitempty"`
 	// Streaming says that Blind was chosen because the layer is expected to be streamed. A walking
 	// unpacker would have to see the directories below; see record.Claim.

@@ -128,8 +128,7 @@ func (s *Snapshotter) sweep(ctx context.Context, short bool) (err error) {
 	return err
 }
 
-// pins counts the images and layers that current operations need although no record says so yet. The
-// zero value is ready to use.
+// pins counts the images and layers needed by operations, not yet by records. The zero value is ready.
 type pins struct {
 	mu   sync.Mutex
 	held map[string]int

@@ -28,8 +28,7 @@ type worker struct {
 	stopped bool
 }
 
-// task is one committed snapshot to process. started says that a container was prepared on it. A task
-// without a name is a cleanup.
+// task is a committed snapshot to process, or a cleanup without a name. started: a container was prepared.
 type task struct {
 	name    string
 	started bool

@@ -115,8 +115,7 @@ func (r *containerdReport) checkPlugin(p *introspection.Plugin, add adder) {
 		"without it a container with a user namespace gets a copy of the whole image")
 }
 
-// checkConfig checks the parts that only containerd's configuration shows: pairs of snapshotter and
-// differ, defaults, CRI.
+// checkConfig checks what only containerd's configuration shows: pairs of snapshotter and differ, defaults, CRI.
 func (r *containerdReport) checkConfig(ctx context.Context, files containerdFiles,
 	plugins map[string]*introspection.Plugin, add adder,
 ) {

@@ -176,8 +176,7 @@ func sameFile(a, b string) bool {
 	return err == nil && os.SameFile(sa, sb)
 }
 
-// socketOwner returns the process and the user that listen on a unix socket. The process is 0 if it is
-// not visible from here.
+// socketOwner returns the process and the user that listen on a unix socket; 0 for an invisible process.
 func socketOwner(path string) (pid, uid int, err error) {
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	if err != nil {

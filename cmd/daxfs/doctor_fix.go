@@ -71,9 +71,8 @@ func ignoreEOF(err error) error {
 	return err
 }
 
-// dropIn returns the path of the drop-in. Its directory lies below that of containerd's main
-// configuration, which imports it. Other directories, such as the one that containerd always imports,
-// may belong to another containerd.
+// dropIn returns the path of the drop-in, below the directory of containerd's main configuration,
+// which imports it. Other directories may belong to another containerd, even the one that is always imported.
 func dropIn(ctx context.Context, main string) (string, error) {
 	d, err := dumpConfig(ctx, main)
 	if err != nil {

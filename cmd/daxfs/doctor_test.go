@@ -79,8 +79,7 @@ func TestDoctorSeesWhoServes(t *testing.T) {
 	}
 }
 
-// TestDoctorSharedPools: doctor reports missing lease regions and unusable pools of other owners, even
-// if the daemon does not run.
+// TestDoctorSharedPools: doctor reports missing lease regions and unusable shared pools, also without a daemon.
 func TestDoctorSharedPools(t *testing.T) {
 	dir := t.TempDir()
 	good, away, place := filepath.Join(dir, "good"), filepath.Join(dir, "away"), filepath.Join(dir, "guest.lease")

@@ -152,8 +152,7 @@ func (x *exporter) entry(path string, in daxfs.Inode) error {
 	return copyContents(x.ctx, x.w, in, x.buf)
 }
 
-// header writes a header with the extended attributes. Hard links repeat them, because an unpacker may
-// set the attributes of every entry.
+// header writes a header with the extended attributes. Hard links repeat them: an unpacker may need them.
 func (x *exporter) header(h *tar.Header, in daxfs.Inode) error {
 	xs, err := in.Xattrs()
 	if err != nil {

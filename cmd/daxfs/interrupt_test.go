@@ -42,8 +42,7 @@ func endless(tb testing.TB, dir string) (ref string, waiting <-chan struct{}, st
 }
 
 // interrupt runs daxfs in this process, cancels its context while it reads a layer, as ^C does, and
-// expects status 130: interrupt ARGS... The source replaces the argument ENDLESS; the output is below
-// the work directory.
+// expects status 130: interrupt ARGS... The source replaces ENDLESS; the output is below the work directory.
 func interrupt(ts *testscript.TestScript, neg bool, args []string) {
 	source := slices.Index(args, "ENDLESS")
 	if neg || source < 0 {

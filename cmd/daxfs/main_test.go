@@ -188,8 +188,7 @@ func stripDigests(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b, 0o644))
 }
 
-// lieInFooter changes a 4-byte field of the digest table's footer, and updates the checksum: lie FILE
-// NEW OFFSET VALUE
+// lieInFooter changes 4 bytes of the digest table's footer, and its checksum: lie FILE NEW OFFSET VALUE
 func lieInFooter(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 4 {
 		ts.Fatalf("usage: lie FILE NEW OFFSET VALUE")

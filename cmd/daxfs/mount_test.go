@@ -235,8 +235,7 @@ func mountsAsReader(t *testing.T, bin string) {
 	}
 }
 
-// sharesWithDaemon: the command line and a daemon use one pool, in turns and concurrently, and neither
-// destroys the other's data.
+// sharesWithDaemon: the command line and a daemon share a pool, and neither destroys the other's data.
 func sharesWithDaemon(t *testing.T, bin string) {
 	server := filepath.Join(t.TempDir(), "daxfs-snapshotter")
 	if out, err := exec.Command("go", "build", "-o", server, "../daxfs-snapshotter").CombinedOutput(); err != nil {

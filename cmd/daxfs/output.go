@@ -83,8 +83,7 @@ func printableJSON(p []byte) []byte {
 	return append(out, p[done:]...)
 }
 
-// bytesOf returns a name for the base64 field beside its text, or nil if the text is exact. Names are
-// bytes, but JSON texts are UTF-8.
+// bytesOf returns a name for the base64 field beside its text; nil if the text is exact, that is, UTF-8.
 func bytesOf(name string) []byte {
 	if utf8.ValidString(name) {
 		return nil

@@ -23,8 +23,7 @@ type poolImage struct {
 	UUID    string   `json:"uuid"`
 	Names   []string `json:"names,omitempty"`
 	Holders []string `json:"holders,omitempty"`
-	// Brought is the number of bytes that the pool stores because of the image and did not store before; 0
-	// if unknown.
+	// Brought is the number of bytes that the pool stored newly for the image; 0 if unknown.
 	Brought int64            `json:"brought,omitempty"`
 	Usage   *pool.ImageUsage `json:"usage,omitempty"`
 }
@@ -58,9 +57,8 @@ type poolHolds struct {
 	Free     int64 `json:"free"`
 }
 
-// state reads the pool's own data. It takes no lock and writes nothing, so any process on any machine
-// may do that at any time. The data of the index comes from the daemon that has it open, or from the
-// file if nobody has.
+// state reads the pool's own data without a lock and without writing, as any process on any machine
+// may at any time. Data of the index comes from the daemon that has it open, or else from the file.
 func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 	rc, err := a.region(true)
 	if err != nil {

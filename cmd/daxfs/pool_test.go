@@ -356,8 +356,7 @@ func TestPoolKeepsWhatItHas(t *testing.T) {
 	}
 }
 
-// TestPoolMove: a moved pool is unchanged, on the same file system or another; a failed move leaves
-// the pool in place.
+// TestPoolMove: a moved pool is unchanged, also on another file system; a failed move leaves it in place.
 func TestPoolMove(t *testing.T) {
 	dir, shm := t.TempDir(), "/dev/shm"
 	p := filepath.Join(dir, "pool")

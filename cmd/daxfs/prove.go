@@ -59,8 +59,7 @@ func (p *proof) close() {
 	}
 }
 
-// run compares the bytes of an image with its digests, and its tree with the source. It returns an
-// error only if it could not do so.
+// run compares an image with its digests, and its tree with the source. An error means it could not do so.
 func (p *proof) run(c *cli.Context, stderr io.Writer, img *image, report func(daxfs.Finding) bool) error {
 	err := daxfs.Prove(c.Context, img, img.size, daxfs.ProveOptions{Root: p.root}, report)
 	if errors.Is(err, daxfs.ErrNoDigests) {

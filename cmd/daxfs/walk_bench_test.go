@@ -226,8 +226,7 @@ func writeWalks(dir string, n int) error {
 	return os.WriteFile(filepath.Join(dir, "layout", "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644)
 }
 
-// walkKinds are the entries of each directory of the tree: empty files, small ones, small ones with an xattr, symbolic
-// links and hard links.
+// walkKinds are the entries of each directory: e(mpty) and s(mall) files, with x(attr), s(y)m- and h(ard) links.
 const walkKinds = "eeessessessysehsexsesees"
 
 // walkTar writes a tar with n entries, rounded up to a full directory. Small files have distinct contents.

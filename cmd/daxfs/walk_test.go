@@ -36,8 +36,7 @@ func runOK(t *testing.T, args ...string) {
 	}
 }
 
-// TestWalksAllocateLittle: commands that walk through an image allocate no buffer per entry whose size
-// does not depend on the entry.
+// TestWalksAllocateLittle: walking through an image allocates no large buffer for each entry.
 func TestWalksAllocateLittle(t *testing.T) {
 	const few, many = 500, 2500
 	small, large := imageOf(t, few), imageOf(t, many)

@@ -33,8 +33,7 @@ type PinRequest struct {
 	Image string `json:"image,omitempty"`
 	// PlainHTTP makes docker:// sources talk to a registry without TLS.
 	PlainHTTP bool `json:"plainHTTP,omitempty"`
-	// HostDirs have the hosts.toml files for docker:// sources; empty means the daemon's
-	// (registries.hosts_dirs).
+	// HostDirs have hosts.toml files for docker:// sources; empty means registries.hosts_dirs.
 	HostDirs []string `json:"hostDirs,omitempty"`
 	// Namespace is the namespace of containerd: sources; empty means the default.
 	Namespace string `json:"namespace,omitempty"`

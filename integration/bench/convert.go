@@ -94,8 +94,7 @@ func tools(daxfs, mkfs string) []tool {
 // scratch is on our own tmpfs.
 const scratch = "/run/daxfs-bench"
 
-// convert compares the conversions of each workload, running all tools in every round. disk is an
-// empty directory on disk.
+// convert compares the conversions of each workload, all tools in every round. disk is an empty directory.
 func (b *bench) convert(daxfs, mkfs, disk string) error {
 	const dir = scratch
 	defer os.RemoveAll(dir)

@@ -16,8 +16,7 @@ const metricsAddress = "127.0.0.1:9760"
 // profileConfig makes the daemon serve profiles.
 const profileConfig = "[metrics]\naddress = \"" + metricsAddress + "\"\npprof = true\n"
 
-// profile records the daemon's activity for the next five seconds. The caller calls wait, which also
-// saves the daemon's metrics.
+// profile records the daemon's next five seconds. The caller calls wait, which also saves the metrics.
 func (t *turn) profile() (wait func()) {
 	if t.profiles == "" || t.v.options.Mode == stack.None {
 		return func() {}

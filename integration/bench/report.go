@@ -367,7 +367,7 @@ func names(loads []*workload) []string {
 	return list
 }
 
-// describe describes the time, the machine and the programs. cache is the directory of
+// describe describes the time, the machine and the programs. cache is filled by
 // integration/bench/prepare.
 func describe(cache string) string {
 	var u unix.Utsname

@@ -108,8 +108,7 @@ func pack(layers []mutate.Addendum) (packed, error) {
 	return p, err
 }
 
-// packTree writes the tree dir/fs, a plain directory or an upper one of overlayfs, to dir/layer.tar.gz
-// unless it exists.
+// packTree writes the tree dir/fs, plain or an overlayfs upper directory, to dir/layer.tar.gz unless it exists.
 func packTree(dir string) (string, error) {
 	packed := filepath.Join(dir, "layer.tar.gz")
 	if _, err := os.Stat(packed); err == nil {

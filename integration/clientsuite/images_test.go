@@ -19,8 +19,7 @@ const (
 	group = "root:x:0:\nsys:x:3:\nwww-data:x:33:\nbackup:x:34:\n"
 )
 
-// pushImages uploads stand-ins for the images of containerd's tests: one that runs on this platform,
-// and others that are only fetched.
+// pushImages uploads stand-ins for images of containerd's tests; those of other platforms are only fetched.
 func pushImages(t *testing.T, u *upstream) {
 	t.Helper()
 	base, err := Busybox()

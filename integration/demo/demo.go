@@ -167,8 +167,7 @@ func (d *demo) measure(snapshotter string, look func([]*process) error) (f figur
 	return f, nil
 }
 
-// pull pulls an image. The private containerd's transfer service knows daxfs and overlayfs; for other
-// snapshotters the client unpacks.
+// pull pulls an image. The transfer service knows daxfs and overlayfs; for others the client unpacks.
 func (d *demo) pull(snapshotter, ref string) error {
 	args := []string{"image", "pull", "--plain-http", "--snapshotter", snapshotter}
 	if snapshotter == "erofs" {

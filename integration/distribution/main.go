@@ -1,5 +1,4 @@
-// Distribution is the registry of the distribution project, the base of most registries, with files
-// for storage and passwords.
+// Distribution is the registry program behind most registries, with files for storage and passwords.
 package main
 
 import (

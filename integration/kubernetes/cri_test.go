@@ -109,8 +109,7 @@ func (r *runtime) removeAll(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// idle checks that nothing of any pod is left: no writable snapshot, only mounts of images, and
-// nothing unknown to the daemon.
+// idle checks that nothing of any pod is left: no writable snapshot, no other mounts than those of images.
 func idle(t *testing.T, s *stack.T) {
 	t.Helper()
 	for line := range strings.Lines(s.Ctr("--namespace", "k8s.io", "leases", "ls", "-q")) {

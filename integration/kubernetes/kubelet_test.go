@@ -18,8 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// kubeletConfig runs a kubelet without a cluster. It does not manage resources: containerd makes the
-// cgroups of the pods.
+// kubeletConfig runs a kubelet without a cluster. containerd makes the cgroups of the pods, not the kubelet.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 address: 127.0.0.1
@@ -61,8 +60,7 @@ spec:
       readinessProbe: {httpGet: {path: /, port: 80}, periodSeconds: 1}
 `
 
-// Pods of a real kubelet run on daxfs and do not restart when both daemons are killed. The kubelet
-// knows the space of images.
+// Pods of a kubelet run on daxfs through kills of both daemons. The kubelet knows the space of images.
 func TestKubelet(t *testing.T) {
 	s := startCRI(t, "daxfs")
 	k := startKubelet(t, s)

@@ -20,9 +20,8 @@ import (
 
 // BenchmarkFirstBind measures the first bind of an image in a table: after the pool was mounted
 // through a loop device ("mount"), after a restart of the daemon ("restart"), and after a restart
-// without a record of what was compared ("all"), so that all metadata of the pool is compared. Each
-// image has 1,000 files, and metadata, of its own. Cold means that the host has no page of the pool in
-// memory. Run it with -benchtime 3x.
+// without the record of comparisons, so that all metadata of the pool is compared ("all"). Each image
+// has 1,000 files of its own. Cold means that the host has no page of the pool in memory. Run it with -benchtime 3x.
 func BenchmarkFirstBind(b *testing.B) {
 	if os.Geteuid() != 0 {
 		b.Skip("mounting needs root")

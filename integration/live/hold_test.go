@@ -328,8 +328,7 @@ var userNS = sync.OnceValues(func() (*os.File, error) {
 	return os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
 })
 
-// idmapped attaches a copy of the mount on dir with mapped owners to at, like containerd for a
-// container in a user namespace.
+// idmapped attaches a copy of the mount on dir to at, with mapped owners as in a user namespace.
 func idmapped(dir, at string) error {
 	ns, err := userNS()
 	if err != nil {

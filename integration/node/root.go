@@ -19,9 +19,8 @@ const (
 	daemonRoot    = "/var/lib/daxfs-snapshotter"
 )
 
-// MakeRoot makes the root file system of nodes below dir: an image of busybox, containerd with its
-// shim and ctr, runc with its libraries, and the programs of this tree. It returns the image's path.
-// Several nodes can share it.
+// MakeRoot makes the root file system of nodes below dir, and returns the path of its image, which
+// nodes can share: busybox, containerd with its shim and ctr, runc with its libraries, and the programs of this tree.
 func MakeRoot(dir string) (image string, err error) {
 	busybox, err := testimage.Busybox()
 	if err != nil {

@@ -286,9 +286,8 @@ func (s *sharing) kill(late string) {
 	s.await("the machine is dead", before-ownSize)
 }
 
-// rebootHost loses the host's memory: the pool and the lease regions. The node boots on its disk,
-// finds nothing in the new pool, reports that, and pulls as usual once no snapshot stands for an image
-// of the old pool.
+// rebootHost loses the host's memory: the pool and the lease regions. The node boots, finds nothing in
+// the new pool, reports that, and pulls as usual once no snapshot stands for an image of the old pool.
 func (s *sharing) rebootHost(late, other string) {
 	s.t.Helper()
 	s.Must(s.Reboot(nil))

@@ -43,10 +43,9 @@ ctr content prune references >/dev/null
 END
 chmod +x /tmp/starts`
 
-// BenchmarkStart compares, in one node, the time from an image to its first output, and the start of a
-// second container: for an attached image of the host's pool, and for the same image imported into
-// overlayfs from the node's memory. An iteration includes everything; it reports medians, in seconds
-// of the emulated machine.
+// BenchmarkStart compares the times to the first output of an image and to that of a second container
+// on one node: for an attached image of the host's pool, and for the same image imported into
+// overlayfs from memory. An iteration includes everything; it reports medians, in seconds of the emulated machine.
 func BenchmarkStart(b *testing.B) {
 	tiny, err := testimage.Tiny()
 	if err != nil {

@@ -70,8 +70,7 @@ func (r *root) host(name string, args ...string) string {
 	return string(out)
 }
 
-// try runs a script in the system, by bash -e, and returns its output. If the system is not started,
-// nothing is mounted.
+// try runs a script in the system, by bash -e, and returns its output. Before start nothing is mounted.
 func (r *root) try(script string) (string, error) {
 	argv := []string{"chroot", r.dir}
 	if r.pid != 0 {

@@ -175,8 +175,7 @@ func noise(n int) []byte {
 	return b
 }
 
-// BenchmarkEncode writes a tar, DAXFS_LAYER or that of TestRead, with our encoder and with that of
-// containers/storage.
+// BenchmarkEncode encodes a tar, DAXFS_LAYER or that of TestRead, with our encoder and containers/storage's.
 func BenchmarkEncode(b *testing.B) {
 	raw := rawTar(b, entries())
 	if name := os.Getenv("DAXFS_LAYER"); name != "" {

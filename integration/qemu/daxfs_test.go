@@ -44,9 +44,8 @@ const (
 )
 
 // The DAXFS half of images, in two overlapping windows of a pool and in a separate file, mounts with
-// all checks of the kernel module, shows the tree of tar as far as it can, and runs programs, static
-// and dynamic. If the memory is also a block device, the same bytes mounted as EROFS at the same time
-// show everything.
+// all checks of the kernel module, shows the tree of tar as far as it can, and runs static and dynamic
+// programs. If the memory is also a block device, the same bytes mounted as EROFS meanwhile show everything.
 func TestKernelModule(t *testing.T) {
 	k, files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
@@ -171,8 +170,7 @@ func TestKernelModuleDMABuf(t *testing.T) {
 	}
 }
 
-// What the kernel module shares: read(2) does not grow the page cache, but processes have copies of
-// the files that they map.
+// What the kernel module shares: read(2) does not grow the page cache, but mapped files are copied.
 func TestKernelModuleMemory(t *testing.T) {
 	k, files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
@@ -209,9 +207,8 @@ func TestKernelModuleMemory(t *testing.T) {
 	}
 }
 
-// odd is a layer with the smallest and largest values that both halves of an image can hold, and sizes
-// around limits: of directories, which are arrays in one half and blocks in the other, of names,
-// links, paths and numbers.
+// odd is a layer with the smallest and largest values that both halves can hold, and sizes around
+// limits: of directories (arrays in one half, blocks in the other), of names, links, paths and numbers.
 func odd(t *testing.T) []testimage.Entry {
 	t.Helper()
 	list, err := testimage.Busybox()

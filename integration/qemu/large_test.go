@@ -8,9 +8,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// A large file, such as a model's weights, is mapped with huge pages: it starts at a multiple of 2 MiB
-// in memory, is contiguous, and reading it costs one page fault per 2 MiB. Both images with the file
-// map the same memory.
+// A large file, such as a model's weights, is mapped with huge pages: it is contiguous from a multiple
+// of 2 MiB, and reading it costs one page fault per 2 MiB. Both images with the file map the same memory.
 func TestLargeFile(t *testing.T) {
 	need(t)
 	const size, file = 64 << 20, "models/weights.safetensors"

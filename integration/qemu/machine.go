@@ -31,8 +31,7 @@ var modules = []string{
 	"libnvdimm", "nd_pmem", "nd_e820", "virtio_pmem", // the memory
 }
 
-// checksum is a dependency of erofs that modules.dep does not list. Since Linux 6.15 the kernel has it
-// as a plain function.
+// checksum is a dependency of erofs that modules.dep lacks; a plain function since Linux 6.15.
 const checksum = "crc32c_generic"
 
 // Via is the way in which the host's file becomes memory of the guest.
@@ -50,8 +49,7 @@ const (
 // Machine is one virtual machine that runs one task.
 type Machine struct {
 	Kernel Kernel
-	// Memory is the host file shared with the guest, and Via how. Its size is a multiple of 2 MiB. Several
-	// machines can share one file.
+	// Memory is the file shared with the guest, a multiple of 2 MiB, and Via how. Machines can share a file.
 	Memory string
 	Via    Via
 	// Task is the task of /init; Files are further files of the initramfs, by path without a leading slash.

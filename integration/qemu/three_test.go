@@ -10,8 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// Three virtual machines use one pool at the same time: all show the tree that tar unpacks, and the
-// host has the pool's pages once.
+// Three machines on one pool show the tree that tar unpacks, and the host has the pool's pages once.
 func TestThreeMachines(t *testing.T) {
 	need(t)
 	entries := append(special(t), testimage.File("big", 0o644, testimage.Noise(7, 64<<20)))
@@ -40,8 +39,7 @@ func TestThreeMachines(t *testing.T) {
 		if err := unix.Stat(memory, &st); err != nil {
 			t.Fatal(err)
 		}
-		// A hole that a guest reads, such as the end of the device during its search for partitions, becomes
-		// zero pages.
+		// Holes that a guest reads become zero pages, such as the end of the device, searched for partitions.
 		const holes = 1024
 		if used := st.Blocks / 2; pss > used+holes {
 			t.Errorf("the machines hold %d KiB of memory for a pool that has %d KiB", pss, used)

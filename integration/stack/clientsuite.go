@@ -10,8 +10,7 @@ import (
 // clientSuite is the directory of the cache that holds containerd's own client tests.
 const clientSuite = "clientsuite"
 
-// BuildClientSuite builds the tests of containerd's integration/client, unchanged from its module, and
-// their failing runc. For Main.
+// BuildClientSuite builds the unchanged tests of containerd's integration/client, and their runc. For Main.
 func BuildClientSuite(cache string) error {
 	runc := program{containerdModule, containerdVersion, "integration/failpoint/cmd/runc-fp"}
 	if err := runc.install(filepath.Join(cache, "bin")); err != nil {

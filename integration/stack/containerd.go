@@ -80,8 +80,7 @@ func (o Options) ContainerdConfig(dir, run, daemon, root string) ([]byte, error)
 // StartContainerd starts the private containerd and waits until it answers.
 func (s *Stack) StartContainerd() error { return s.startContainerd(nil) }
 
-// RestartContainerd stops a running containerd, and starts it with the configuration changed by edit,
-// unless edit is nil.
+// RestartContainerd restarts containerd with the configuration changed by edit, unless edit is nil.
 func (s *Stack) RestartContainerd(edit func(config string) string) error {
 	if err := s.containerd.stop(syscall.SIGTERM); err != nil {
 		return err

@@ -9,9 +9,8 @@ import (
 	"time"
 )
 
-// front listens in place of a server that comes and goes. It accepts connections at any time, and
-// forwards each when the server runs. So clients are never refused, after which some, like containerd,
-// would pause for a second.
+// front listens in place of a server that comes and goes, and forwards each connection when the server
+// runs. So clients are never refused; some, like containerd, would then pause for a second.
 type front struct {
 	listener net.Listener
 	server   string

@@ -38,8 +38,7 @@ func Main(m interface{ Run() int }, more ...Build) int {
 	}
 }
 
-// Isolated runs f like the tests, for other programs. In the outer processes it returns only after f
-// has ended in the inner one.
+// Isolated runs f like the tests, for other programs. The outer processes return after f has ended.
 func Isolated(f func() int) int { return Main(runFunc(f)) }
 
 // Show runs a demonstration like Isolated, with a context that a signal cancels, and returns the exit
@@ -279,8 +278,7 @@ func (s *Stack) EndLostShims() error {
 	return nil
 }
 
-// ownProcesses lists the processes of this PID namespace except PID 1 and this one, as "pid command
-// line". It omits zombies.
+// ownProcesses lists the other processes of this PID namespace, without PID 1, as "pid command line".
 func ownProcesses() ([]string, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {

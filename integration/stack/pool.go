@@ -145,8 +145,7 @@ func (s *Stack) CheckDaemon() (left Left, err error) {
 	return left, errors.Join(append(findings, err)...)
 }
 
-// clientKey returns the key that a client of containerd gave to the snapshot
-// "<namespace>/<number>/<key>".
+// clientKey returns the client's key of the snapshot "<namespace>/<number>/<key>".
 func clientKey(name string) string {
 	if parts := strings.SplitN(name, "/", 3); len(parts) == 3 {
 		return parts[2]

@@ -33,13 +33,12 @@ type Options struct {
 	Mode Mode
 	// ParallelUnpacks is the number of layers that containerd unpacks concurrently; 0 and 1 mean one.
 	ParallelUnpacks int
-	// Config is the daemon's configuration, as TOML. "{{run}}" and "{{dir}}" are replaced with the stack's
-	// Run and Dir.
+	// Config is the daemon's configuration, TOML with the stack's Run and Dir for "{{run}}" and "{{dir}}".
 	Config string
 	// Containerd is TOML appended to containerd's configuration.
 	Containerd string
-	// Kubernetes enables containerd's plugins for Kubernetes. "{{run}}", "{{dir}}" and "{{bin}}" in
-	// Containerd are then replaced with the stack's Run and Dir, and the directory with the programs of
+	// Kubernetes enables containerd's plugins for Kubernetes. In Containerd, "{{run}}", "{{dir}}" and
+	// "{{bin}}" are then replaced with the stack's Run and Dir, and the directory with the programs of
 	// containerd and CNI.
 	Kubernetes bool
 	// Peer is the command line of another snapshotter, to which PeerSocket and PeerRoot are added. It

@@ -242,8 +242,7 @@ func buildOwn(bin string) error {
 	return run(cmd)
 }
 
-// moduleRoot finds the directory of go.mod at or above the working directory, which is that of the
-// package under test.
+// moduleRoot finds the directory of go.mod at or above the working directory.
 func moduleRoot() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {

@@ -23,8 +23,7 @@ func (s *Stack) Rootfs(id string) string {
 // that of the unpack, and link counts are those of a lower layer.
 var Comparable = listing.Options{NoRootTime: true, NoLinkCounts: true}
 
-// ImageTree mounts an image through a view of a snapshotter and lists it. Flags are for ctr, such as
-// another namespace.
+// ImageTree lists an image through a view of a snapshotter. Flags are for ctr, such as another namespace.
 func (s *Stack) ImageTree(ref, snapshotter string, flags ...string) (lines []string, err error) {
 	dir, err := os.MkdirTemp(s.Run, "tree-")
 	if err != nil {

@@ -148,8 +148,7 @@ func (l *fromHost) parents(path string) {
 	}
 }
 
-// tree adds a directory with all files, links and directories in it, except the compiled files that
-// Python may write meanwhile.
+// tree adds a directory with everything in it, except compiled files, which Python may write meanwhile.
 func (l *fromHost) tree(root string) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -23,9 +23,9 @@ import (
 const processes = 2
 
 // share measures the memory of containers. For each image it reads everything and queries the page
-// cache, starts processes of one dynamic program in overlays and queries their pages, and gets the
-// page frames of one file. All processes run until the end; late images are added meanwhile. If there
-// is a module, it mounts the images.
+// cache, starts processes of a dynamic program in overlays and queries their pages, and gets the page
+// frames of one file. All processes run until the end; late images are added meanwhile. A module, if
+// given, mounts the images.
 func (g *guest) share() error {
 	var driver mount.Driver = erofs.DAX{}
 	if g.Module != "" {

@@ -18,8 +18,7 @@ const (
 // Ways lists the ways.
 var Ways = []string{Map, Read}
 
-// NameOf names a file by its contents, so that no other data is needed to verify it. The sum is fast
-// even on an emulated processor.
+// NameOf names a file by its contents, for verification. The sum is fast even on an emulated processor.
 func NameOf(way string, contents []byte) string { return path.Join(way, sum(contents)) }
 
 // KeyOf names an image by its files.
