@@ -221,7 +221,6 @@ func twoScenes(t *testing.T, f flavour, stages []string) (ours, plain *scene) {
 
 func isView(place string) bool { return strings.HasSuffix(place, " view") }
 
-// imageAt returns the image of a place.
 func imageAt(place string) string {
 	if strings.HasPrefix(place, "second") {
 		return "second"
@@ -229,7 +228,6 @@ func imageAt(place string) string {
 	return "first"
 }
 
-// lowerOf returns the lower directory of a mount, or "".
 func lowerOf(mounts []mount.Mount) string {
 	for _, o := range mounts[0].Options {
 		if dir, ok := strings.CutPrefix(o, "lowerdir="); ok {

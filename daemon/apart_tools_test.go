@@ -250,7 +250,6 @@ func compareTools(t *testing.T, ours, plain *scene) {
 	}
 }
 
-// listing lists a tar.
 func listing(t *testing.T, tar string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "tar")

@@ -133,7 +133,6 @@ func (b *blobs) Open(ctx context.Context, namespace string, desc ocispec.Descrip
 	return blobReader{content.NewReader(ra), ra}, nil
 }
 
-// blobReader reads a blob from its start.
 type blobReader struct {
 	io.Reader
 	io.Closer

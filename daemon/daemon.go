@@ -105,7 +105,6 @@ func checkHelper(path string) error {
 	return nil
 }
 
-// storeConfig returns the configuration of the store.
 func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 	all := allDrivers(c)
 	drivers, err := mount.Select(all, c.Mount.Driver)

@@ -178,7 +178,6 @@ func (m *machine) launch() (out *bytes.Buffer) {
 	return out
 }
 
-// kill kills the daemon with SIGKILL.
 func (m *machine) kill() {
 	m.t.Helper()
 	if m.conn != nil {
@@ -231,7 +230,6 @@ func (m *machine) do(what string) error {
 	return nil
 }
 
-// file is one file of a layer.
 type file struct {
 	name string
 	body []byte
@@ -378,7 +376,6 @@ func TestKilledWithContainers(t *testing.T) {
 	}
 }
 
-// upperOf returns the upper directory of a mount, or "".
 func upperOf(mounts []mount.Mount) string {
 	for _, o := range mounts[0].Options {
 		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {

@@ -63,7 +63,6 @@ func helperArgs(args []string) ([]string, bool) {
 	return args[1+len(head):], true
 }
 
-// flavour is one configuration of the daemon.
 type flavour struct {
 	name   string
 	kind   string // of the pool
@@ -85,7 +84,6 @@ func fewFlavours(n int) []flavour {
 	return flavours[:n]
 }
 
-// config returns the configuration of a daemon below root.
 func (f flavour) config(root string) *config.Config {
 	c := config.Default()
 	c.Root = filepath.Join(root, "root")
@@ -130,7 +128,6 @@ func (f flavour) need(t *testing.T) {
 	}
 }
 
-// client is a daemon and a connection to it.
 type client struct {
 	*Daemon
 	remote  snapshots.Snapshotter // through the socket
@@ -246,7 +243,6 @@ func loseMemory(c *config.Config) error {
 	return removePool(c)
 }
 
-// openPool opens the pool of a stopped daemon.
 func openPool(t *testing.T, c *config.Config) (p *pool.Pool, done func()) {
 	t.Helper()
 	index, err := filepath.Glob(filepath.Join(c.Root, "pool/*.db"))

@@ -224,7 +224,6 @@ func sleepInNamespace(t *testing.T) *os.Process {
 	return nil
 }
 
-// noBlob is a containerd without blobs.
 type noBlob struct{ content.Provider }
 
 func (noBlob) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, error) {
@@ -271,7 +270,6 @@ func TestClaimedDiffID(t *testing.T) {
 	}
 }
 
-// counting counts what is read.
 type counting struct {
 	content.Provider
 	read int

@@ -28,7 +28,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// lacks returns the lines that are missing from a daemon's metrics.
 func lacks(t *testing.T, cl *client, lines ...string) (missing []string) {
 	t.Helper()
 	text := scrape(t, cl)

@@ -226,7 +226,6 @@ func (b *bed) must(err error) {
 	}
 }
 
-// prepared is the result of Prepare.
 type prepared struct {
 	key    string
 	labels map[string]string

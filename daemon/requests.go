@@ -19,7 +19,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// control returns the handler of all requests.
 func (d *Daemon) control() http.Handler {
 	mux := http.NewServeMux()
 	bare := func(pattern string, do func(ctx context.Context) (any, error)) {

@@ -173,7 +173,6 @@ func TestControlIsRoots(t *testing.T) {
 	}
 }
 
-// fdReader reads from a descriptor.
 type fdReader int
 
 func (fd fdReader) Read(p []byte) (int, error) {

@@ -109,7 +109,6 @@ func (s sharing) daxfs(args ...string) string {
 	return out
 }
 
-// attach attaches images to the namespace of the tests.
 func (s sharing) attach(names ...string) {
 	s.t.Helper()
 	s.daxfs(append([]string{"attach", "--namespace", stack.Namespace}, names...)...)
@@ -234,7 +233,6 @@ func TestShared(t *testing.T) {
 	})
 }
 
-// treeIn lists an image of a namespace.
 func (s sharing) treeIn(namespace, ref, snapshotter string) []string {
 	s.t.Helper()
 	dir, err := os.MkdirTemp(s.Stack.Run, "tree-")

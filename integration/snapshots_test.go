@@ -22,7 +22,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// Size of BenchmarkSnapshots.
 const (
 	benchImages = 100
 	benchRounds = 9

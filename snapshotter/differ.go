@@ -218,7 +218,6 @@ func (s *Snapshotter) owns(mounts []mount.Mount) string {
 	return id
 }
 
-// active returns the active snapshot with an id.
 func (s *Snapshotter) active(ctx context.Context, id string) (info snapshots.Info, rec record, err error) {
 	key := ""
 	err = s.st.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
@@ -235,7 +234,6 @@ func (s *Snapshotter) active(ctx context.Context, id string) (info snapshots.Inf
 	return info, rec, err
 }
 
-// amendActive changes the record of an active snapshot.
 func (s *Snapshotter) amendActive(ctx context.Context, key, id string, change func(*bolt.Tx, *record) error) error {
 	return s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		if found, err := nameOf(ctx, id); err != nil || found != key {

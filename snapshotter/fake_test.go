@@ -119,7 +119,6 @@ func copyUpper(dst, src string) error {
 	return fs.CopyDir(dst, src)
 }
 
-// AddClaimed implements snapshotter.Lowers.
 func (f *fakeLowers) AddClaimed(ctx context.Context, claim snapshotter.Claim) (s snapshotter.Streamed, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -237,7 +236,6 @@ func (f *fakeLowers) assemble(img snapshotter.Image) (mount.Mount, error) {
 	return mount.Mount{Type: "bind", Source: dirs[0], Options: []string{"ro", "rbind"}}, nil
 }
 
-// Plain implements snapshotter.Lowers.
 func (f *fakeLowers) Plain(ctx context.Context, img snapshotter.Image) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

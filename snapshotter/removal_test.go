@@ -91,7 +91,6 @@ func TestUnremovableDirectory(t *testing.T) {
 
 func bindMount(dir string) error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") }
 
-// unmountTree unmounts everything below dir.
 func unmountTree(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	for _, m := range mounts {

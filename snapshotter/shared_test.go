@@ -32,7 +32,6 @@ func newFakeShared(t *testing.T) *fakeShared {
 	return &fakeShared{root: t.TempDir(), images: map[digest.Digest]bool{}, claimed: map[digest.Digest]bool{}}
 }
 
-// add adds the image of a chain with some files.
 func (f *fakeShared) add(t *testing.T, chain string, files ...string) {
 	t.Helper()
 	for _, name := range files {

@@ -67,7 +67,6 @@ func (e *env) fallbacks() []string {
 	return slices.Clone(e.reasons)
 }
 
-// restart closes the snapshotter and reopens it.
 func (e *env) restart() {
 	e.t.Helper()
 	e.must(e.Close())
@@ -116,7 +115,6 @@ func (e *env) prepare(key, parent string, opts ...snapshots.Opt) []mount.Mount {
 	return m
 }
 
-// option returns the value of a mount option, or "" if there is none.
 func option(mounts []mount.Mount, name string) string {
 	for _, m := range mounts {
 		for _, o := range m.Options {

@@ -238,7 +238,6 @@ func putJSON(b *bolt.Bucket, key string, v any) error {
 
 func deleteRecord(tx *bolt.Tx, id string) error { return own(tx, bucketRecords).Delete([]byte(id)) }
 
-// recordIDs returns the ids that have a record.
 func recordIDs(tx *bolt.Tx) []string {
 	var ids []string
 	c := own(tx, bucketRecords).Cursor()
@@ -292,7 +291,6 @@ func all(ctx context.Context, tx *bolt.Tx) (everything, error) {
 	})
 }
 
-// everything holds all snapshots by name.
 type everything map[string]link
 
 // chain returns a snapshot and those below it, top first.
@@ -306,7 +304,6 @@ func (e everything) chain(name string) []link {
 	return links
 }
 
-// nameOf returns the name of the snapshot with an id.
 func nameOf(ctx context.Context, id string) (string, error) {
 	ids, err := storage.IDMap(ctx)
 	if err != nil {

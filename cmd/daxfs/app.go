@@ -90,7 +90,6 @@ func prepare(c *cli.Command) {
 	}
 }
 
-// wrongUse returns a usageError of the running command.
 func wrongUse(c *cli.Context, format string, args ...any) error {
 	return &usageError{command: commandName(c), msg: fmt.Sprintf(format, args...)}
 }

@@ -259,7 +259,6 @@ type lostXattr struct {
 	Bytes     []byte `json:"pathBytes,omitempty"`
 }
 
-// counts are the counts of an image that convert and inspect show.
 type counts struct {
 	Inodes      int   `json:"inodes"`
 	Names       int   `json:"names"`

@@ -82,7 +82,6 @@ type report struct {
 	Wrong []string `json:"wrong"`
 }
 
-// judge sets Wrong.
 func (r *report) judge() {
 	r.Wrong = []string{}
 	for _, m := range r.Memory {
@@ -336,7 +335,6 @@ func (e *env) show(r report) error {
 	return nil
 }
 
-// properties describes a region's properties.
 func properties(i region.Info) string {
 	device := "no block device"
 	if i.BlockDevice != "" && i.DAX {

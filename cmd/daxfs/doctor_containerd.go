@@ -26,7 +26,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// containerdReport is doctor's report on containerd.
 type containerdReport struct {
 	Address string    `json:"address"`
 	Version string    `json:"version,omitempty"`
@@ -223,7 +222,6 @@ func (r *containerdReport) askVersion(ctx context.Context, conn *grpc.ClientConn
 	return strconv.Atoi(fields[1])
 }
 
-// askPlugins returns containerd's plugins by type and id.
 func askPlugins(ctx context.Context, conn *grpc.ClientConn) (map[string]*introspection.Plugin, error) {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()

@@ -22,7 +22,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// daemonReport is doctor's report on the daemon.
 type daemonReport struct {
 	Config string    `json:"config"`
 	Checks []support `json:"checks"`
@@ -198,7 +197,6 @@ func socketOwner(path string) (pid, uid int, err error) {
 	return int(cred.Pid), int(cred.Uid), nil
 }
 
-// mountNamespaces returns the mount namespaces of two processes.
 func mountNamespaces(a, b int) (ofA, ofB string, err error) {
 	ofA, erra := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", a))
 	ofB, errb := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", b))

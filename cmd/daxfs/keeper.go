@@ -18,7 +18,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// mounter mounts images of a pool on directories.
 type mounter interface {
 	// Mount returns a description of how the image was mounted.
 	Mount(ctx context.Context, name, dir string, suid bool) (how string, err error)

@@ -90,7 +90,6 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 // errFindings ends a command that worked, found something wrong and reported it.
 var errFindings = errors.New("something is wrong")
 
-// usageError reports wrong usage of a command.
 type usageError struct {
 	command string
 	msg     string

@@ -70,7 +70,6 @@ func describe(s sysroot, path string) (region.Info, error) {
 	return region.Info{}, fmt.Errorf("%q is neither a file nor a device", path)
 }
 
-// memoryFile is memory opened for reading.
 type memoryFile interface {
 	io.ReaderAt
 	io.Closer

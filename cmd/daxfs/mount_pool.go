@@ -158,7 +158,6 @@ func (r mountRecord) remove() error {
 	return err
 }
 
-// openMounter finds the owner of a pool.
 func (e *env) openMounter(c *cli.Context, a poolArgs) (mounter, error) {
 	return e.openKeeper(c, a, c.String("driver"))
 }
@@ -211,7 +210,6 @@ func (e *env) openReader(c *cli.Context, a poolArgs) (_ mounter, err error) {
 	return k, err
 }
 
-// warn prints a warning.
 func (e *env) warn(format string, args ...any) {
 	fmt.Fprintf(e.stderr, "daxfs: warning: %s\n", message(fmt.Errorf(format, args...)))
 }

@@ -62,7 +62,6 @@ func TestJSONIsDocumented(t *testing.T) {
 	}
 }
 
-// eachField calls f with the names of all JSON fields of a type.
 func eachField(t reflect.Type, f func(string)) {
 	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 		t = t.Elem()

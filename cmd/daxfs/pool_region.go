@@ -26,7 +26,6 @@ func poolArgsOf(c *cli.Context) poolArgs {
 	return poolArgs{Pool: c.Args().First(), Kind: c.String("kind"), Index: c.String("index")}
 }
 
-// region turns the arguments into a region.
 func (a poolArgs) region(readOnly bool) (region.Config, error) {
 	rc, err := regionAt(a.Kind, a.Pool)
 	rc.ReadOnly = readOnly

@@ -104,7 +104,6 @@ func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 	return s, nil
 }
 
-// addIndex adds data from the index.
 func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, rc region.Config, cat *pool.Catalogue) error {
 	if d := dialControl(c.String("control")); d.owns(c.Context, s.ID) {
 		list, err := d.Images(c.Context)
@@ -162,7 +161,6 @@ func (s *poolState) name(info store.Info) {
 	}
 }
 
-// find returns the image that a user names.
 func (s *poolState) find(name string) (poolImage, error) {
 	infos := make([]store.Info, len(s.Images))
 	for i, m := range s.Images {

@@ -307,7 +307,6 @@ func (e *env) explainContainer(c *cli.Context) error {
 	return showContainer(e.stdout, found)
 }
 
-// matchContainer returns the container that a user names.
 func matchContainer(list []api.Container, name string) (api.Container, error) {
 	var same, begin []api.Container
 	for _, c := range list {

@@ -34,7 +34,6 @@ const (
 // distinctContents stands in place of a variant: the whole pages of distinct contents.
 const distinctContents = "distinct contents"
 
-// servedImage is an image in the registry.
 type servedImage struct {
 	ref   string
 	chain string

@@ -29,7 +29,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// options are the options of a run.
 type options struct {
 	out        string
 	rounds     int

@@ -40,7 +40,6 @@ type sample struct {
 	Value                     float64
 }
 
-// bench is one run.
 type bench struct {
 	ctx        context.Context
 	registry   *stack.Registry
@@ -115,7 +114,6 @@ func (b *bench) turn(round int, w *workload, v *variant) (err error) {
 	return nil
 }
 
-// turn is the state of a measurement.
 type turn struct {
 	*bench
 	*stack.Stack

@@ -43,7 +43,6 @@ func newMemoryGroup() (memoryGroup, error) {
 	return g, err
 }
 
-// cached returns the page cache in bytes.
 func (g memoryGroup) cached() (int64, error) {
 	path := filepath.Join(g.dir, "memory.stat")
 	raw, err := os.ReadFile(path)

@@ -65,7 +65,6 @@ func variants(cache string) []*variant {
 	}
 }
 
-// image returns the image that the variant pulls.
 func (v *variant) image(w *workload) packed {
 	if v.esgz {
 		return w.esgz

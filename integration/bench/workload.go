@@ -76,7 +76,6 @@ func (w *workload) open(cache string) (err error) {
 	return err
 }
 
-// pack makes an image of layers.
 func pack(layers []mutate.Addendum) (packed, error) {
 	var p packed
 	var diffIDs []digest.Digest

@@ -23,7 +23,6 @@ var (
 	row      = regexp.MustCompile("(?m)^\\| `(Test[^`]+)` \\| [^|]+ \\|$") // with a reason
 )
 
-// readList reads the document.
 func readList(t *testing.T) list {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", listFile))

@@ -7,7 +7,6 @@ import (
 	"testing"
 )
 
-// result is the output of one test.
 type result struct {
 	status string // PASS, FAIL or SKIP; empty when the test did not end
 	output string // of the test and its parts

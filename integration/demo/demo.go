@@ -21,7 +21,6 @@ import (
 // imageNames are the repositories of the two images.
 var imageNames = [2]string{"web", "jobs"}
 
-// demo is one run.
 type demo struct {
 	*stack.Stack
 	options

@@ -48,7 +48,6 @@ func main() {
 	os.Exit(stack.Show("demo", func(ctx context.Context) error { return show(ctx, o) }))
 }
 
-// options are the options of a run.
 type options struct {
 	pool       string // kind of the pool
 	containers int    // of each image

@@ -47,7 +47,6 @@ leases = { "/dev/pmem1" = "/dev/pmem2" }
 // machines are the names of the virtual machines.
 var machines = []string{"one", "two"}
 
-// demo is one run.
 type demo struct {
 	*stack.Stack
 	ctx   context.Context
@@ -55,7 +54,6 @@ type demo struct {
 	nodes []*machine
 }
 
-// machine is a virtual machine of the demo.
 type machine struct {
 	*node.Node
 	name   string
@@ -262,7 +260,6 @@ type memory struct {
 	pulled    int64 // received by its network devices
 }
 
-// memory queries a machine.
 func (m *machine) memory() (out memory, err error) {
 	text, err := m.Sh(`sync
 		blobs=/var/lib/containerd/root/io.containerd.content.v1.content/blobs

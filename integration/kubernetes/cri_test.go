@@ -96,7 +96,6 @@ func (r *runtime) remove(ctx context.Context, sandbox string) error {
 	return err
 }
 
-// removeAll removes all pods.
 func (r *runtime) removeAll(ctx context.Context) error {
 	list, err := r.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{})
 	if err != nil {

@@ -102,7 +102,6 @@ func pushImages(t *testing.T, r *stack.Registry) {
 	}
 }
 
-// marked makes an image unique.
 func marked(name string) []testimage.Entry {
 	return []testimage.Entry{testimage.File("name", 0o644, []byte(name))}
 }

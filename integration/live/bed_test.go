@@ -206,7 +206,6 @@ func key(n int) string { return "image/" + strconv.Itoa(n) }
 
 func (b *bed) want(n int) map[string]entry { return image(shapes[b.shape], b.seed, n) }
 
-// add adds an image to the pool.
 func (b *bed) add(ctx context.Context, n int) (pool.Image, error) {
 	batch := b.p.Begin()
 	defer batch.Discard()

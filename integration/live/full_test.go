@@ -140,7 +140,6 @@ func (f *full) fill(t *testing.T) int64 {
 	}
 }
 
-// verify verifies all images.
 func (f *full) verify(t *testing.T) {
 	t.Helper()
 	for n, dir := range f.live {

@@ -164,7 +164,6 @@ func (h *house) settle(ctx context.Context) error {
 	return nil
 }
 
-// any returns an image.
 func (h *house) any() (int, *tenancy) {
 	if len(h.images) == 0 {
 		return 0, nil
@@ -234,7 +233,6 @@ func (h *house) take(x *held, dir string) error {
 	return nil
 }
 
-// letGo ends a holding.
 func (h *house) letGo() error {
 	h.mu.Lock()
 	if len(h.held) == 0 {

@@ -259,7 +259,6 @@ func serveDaemon(args []string) error {
 	}
 }
 
-// step performs one step.
 func (b *bed) step(ctx context.Context, rnd *rand.Rand, w io.Writer) error {
 	n := rnd.IntN(8)
 	_, err := b.p.Image(key(n))

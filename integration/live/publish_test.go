@@ -46,7 +46,6 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// load is one run of TestPublish.
 type load struct {
 	*bed
 	over    string // a file system for upper directories

@@ -204,7 +204,6 @@ func (w *worker) receive(r io.Reader) {
 	}
 }
 
-// start sends an order.
 func (w *worker) start(o order) chan answer {
 	c := make(chan answer, 1)
 	w.mu.Lock()

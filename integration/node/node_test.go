@@ -50,7 +50,6 @@ func newBed(t testing.TB) *bed {
 	return &bed{t, dir, root}
 }
 
-// start starts a node that ends with the test.
 func (b *bed) start(o Options) *node {
 	b.Helper()
 	o.Root = b.root

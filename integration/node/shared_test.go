@@ -97,7 +97,6 @@ func newSharing(t *testing.T) *sharing {
 	return s
 }
 
-// pool returns the file of the host's pool.
 func (s *sharing) pool() string { return filepath.Join(s.Stack.Run, "pool") }
 
 // boot starts the node on its disk, with the current pool and lease region. A launcher creates the region as zeros.

@@ -70,7 +70,6 @@ func (f *front) pass(c net.Conn) {
 	}
 }
 
-// counting counts what is written.
 type counting struct {
 	io.Writer
 	n *atomic.Int64

@@ -153,7 +153,6 @@ func clientKey(name string) string {
 	return name
 }
 
-// viewTree lists a committed snapshot.
 func viewTree(ctx context.Context, sn *snapshotter.Snapshotter, name string) (lines []string, err error) {
 	const view = "check-view"
 	mounts, err := sn.View(ctx, view, name)

@@ -23,7 +23,6 @@ type process struct {
 	err  error         // valid after done
 }
 
-// startProcess starts a program whose output is appended to log.
 func startProcess(name, log string, env []string, argv ...string) (*process, error) {
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -89,7 +88,6 @@ func (p *process) ended() bool {
 	}
 }
 
-// tail returns the last lines of a file, for messages.
 func tail(path string) string {
 	b, err := os.ReadFile(path)
 	if err != nil {

@@ -75,7 +75,6 @@ func Program(name string) (string, error) {
 // Build builds something for some of the tests in the cache, while the network is available.
 type Build func(cache string) error
 
-// tools are the programs of one test run.
 type tools struct {
 	cache string // CacheDir
 	bin   string // containerd's programs and others; first in every PATH
@@ -228,7 +227,6 @@ func copyModule(tree, module, version string) error {
 	})
 }
 
-// buildOwn builds the programs of this tree, like a release.
 func buildOwn(bin string) error {
 	root, err := moduleRoot()
 	if err != nil {

@@ -55,7 +55,6 @@ func Busybox() ([]Entry, error) {
 // Tiny is an image of one layer: busybox.
 func Tiny() (v1.Image, error) { return onBusybox() }
 
-// onBusybox makes an image of layers above busybox.
 func onBusybox(layers ...[]Entry) (v1.Image, error) {
 	base, err := Busybox()
 	if err != nil {

@@ -154,7 +154,6 @@ func (c *churn) remove(ctx context.Context, key string) error {
 // hostLine sends requests to the host. It is not safe for concurrent use.
 type hostLine struct{ asked int }
 
-// ask makes a request and returns the reply.
 func (c *hostLine) ask(q task.Request) (reply task.Reply, err error) {
 	c.asked++
 	b, err := json.Marshal(q)

@@ -99,7 +99,6 @@ func (g *guest) openPool(driver mount.Driver) (*shared, error) {
 	return &shared{region: r, table: table}, nil
 }
 
-// mount mounts an image of the catalogue.
 func (s *shared) mount(key string) (mount.Mounted, error) {
 	c, err := pool.ReadCatalogue(s.region)
 	if err != nil {

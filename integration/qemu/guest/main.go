@@ -123,7 +123,6 @@ func (g *guest) work() error {
 	return errors.Join(do(g), g.end())
 }
 
-// tasks maps names to tasks.
 var tasks = map[string]func(*guest) error{
 	"list":   (*guest).list,
 	"share":  (*guest).share,
