@@ -17,19 +17,24 @@ import (
 // version is a release of containerd to test.
 type version struct {
 	module, number string
-	snippet        string // prints the configuration for conf.d
+	snippet        string   // prints the configuration for conf.d
+	pulls          []string // flags of ctr image pull that choose the puller
 }
+
+// bothPulls let containerd's transfer service pull, then ctr itself.
+var bothPulls = []string{"--local=false", "--local"}
 
 // versions are the newest releases of each line in operations.md, without the one of the other tests.
 var versions = []version{
 	{
 		"github.com/containerd/containerd", "v1.7.35",
 		"sed 's/^version = 3/version = 2/' /usr/share/daxfs/containerd/v3.toml",
+		[]string{"--local"}, // its transfer service does not get --plain-http from ctr
 	},
-	{"github.com/containerd/containerd/v2", "v2.0.14", "cat /usr/share/daxfs/containerd/v3.toml"},
-	{"github.com/containerd/containerd/v2", "v2.1.9", "cat /usr/share/daxfs/containerd/v3.toml"},
-	{"github.com/containerd/containerd/v2", "v2.3.7", "cat /usr/share/daxfs/containerd/v3.toml"},
-	{"github.com/containerd/containerd/v2", "v2.4.2", "cat /usr/share/daxfs/containerd/v4.toml"},
+	{"github.com/containerd/containerd/v2", "v2.0.14", "cat /usr/share/daxfs/containerd/v3.toml", bothPulls},
+	{"github.com/containerd/containerd/v2", "v2.1.9", "cat /usr/share/daxfs/containerd/v3.toml", bothPulls},
+	{"github.com/containerd/containerd/v2", "v2.3.7", "cat /usr/share/daxfs/containerd/v3.toml", bothPulls},
+	{"github.com/containerd/containerd/v2", "v2.4.2", "cat /usr/share/daxfs/containerd/v4.toml", bothPulls},
 }
 
 func init() { builds = append(builds, makeContainerds) }
@@ -114,15 +119,14 @@ func TestVersions(t *testing.T) {
 				t.Fatalf("ctr version prints\n%s", out)
 			}
 			ref := registryName + "/web:latest"
-			// Through containerd's transfer service, and in ctr itself.
-			for _, how := range []string{"--local=false", "--local"} {
+			for _, how := range v.pulls {
 				r.sh("ctr image pull --plain-http " + how + " --snapshotter daxfs " + ref)
 				if out := r.sh("ctr run --rm --snapshotter daxfs " + ref + " c echo hello"); out != "hello\n" {
 					t.Errorf("pull %s: the container printed %q", how, out)
 				}
 				r.sh("ctr image rm --sync " + ref)
 			}
-			r.sh("ctr image pull --plain-http --local=false --snapshotter daxfs " + ref +
+			r.sh("ctr image pull --plain-http " + v.pulls[0] + " --snapshotter daxfs " + ref +
 				"; ctr run --detach --snapshotter daxfs " + ref + " stays sleep 1000000")
 			r.sh(stop("daxfs-snapshotter") + startDaemon + stop("containerd") + startContainerd)
 			if out := r.sh("ctr task exec --exec-id e stays cat /etc/hostname; ctr run --rm --snapshotter daxfs " +
