@@ -1,6 +1,6 @@
-# The commands of this project. CI runs "make test" and nothing else (.ci/run), so what passes here passes there.
+# The commands of this project. CI runs only "make test" (.ci/run), so what passes here passes there.
 #
-# Targets that install Debian packages say so and need root; every other target runs as any user.
+# Targets that install Debian packages say so and need root; all others run as any user.
 
 SHELL        := /bin/bash
 .SHELLFLAGS  := -euo pipefail -c
@@ -16,17 +16,18 @@ DATADIR      ?= $(PREFIX)/share
 SYSCONFDIR   ?= /etc
 DESTDIR      ?=
 
-# Where tests keep what is slow to make: containerd and its tools, images, a guest kernel. Safe to delete.
+# The test cache, for what is slow to make: containerd and its tools, images, a guest kernel. It can
+# be deleted safely.
 DAXFS_TEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/daxfs-test
 export DAXFS_TEST_CACHE
 
 GO           ?= go
 MODULE       := github.com/daxfs/daxfs-snapshotter
-# Static binaries: one file serves every distribution, and the same bytes come out on every machine (-trimpath).
+# Static binaries: one file works on every distribution, and every machine builds the same bytes (-trimpath).
 GOBUILD       = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X "$(MODULE)/internal/version.linked=$(VERSION) (commit $(COMMIT))"'
-# One line for each package, the whole output of tests that fail, and what was skipped with the reason.
+# One line for each package, the whole output of failed tests, and the skipped tests with their reasons.
 GOTEST        = $(TOOLS)/gotestsum --format pkgname-and-test-fails --
-# How long each fuzz target runs in "make fuzz"; "make test" gives each 10 s.
+# Time for each fuzz target in "make fuzz"; "make test" gives each 10 s.
 FUZZTIME     ?= 60s
 TOOLS         = $(DAXFS_TEST_CACHE)/tools
 GOFUMPT      := mvdan.cc/gofumpt@v0.12.0
@@ -48,7 +49,7 @@ help: ## List these targets
 
 build: $(COMMANDS:%=bin/%) ## Build both programs into bin/
 
-# Always asked: the Go tool knows better than make what is up to date.
+# Always run, because the Go tool knows better than make what is up to date.
 .PHONY: $(COMMANDS:%=bin/%)
 $(COMMANDS:%=bin/%): bin/%:
 	$(GOBUILD) -o $@ ./cmd/$*
@@ -70,12 +71,12 @@ test-unit: $(TOOLS)/gotestsum ## Test every package but integration/, and the re
 test-integration: build $(TOOLS)/kustomize $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Test on real containerd, and kernels in QEMU
 	$(GOTEST) -count 1 -timeout 40m -p 1 ./integration/...
 
-# Not part of "make test": it takes as long as all of that.
+# Not part of "make test", because it takes as long as all of that.
 test-kubernetes: test-deps $(TOOLS)/kustomize $(TOOLS)/gotestsum ## Run critest beside overlayfs, a kubelet, and an API server (root; 20 minutes)
 	.ci/deps kubernetes
 	$(GOTEST) -tags kubernetes -count 1 -timeout 60m ./integration/kubernetes
 
-# Not part of "make test": it downloads two Debian systems, and builds all twice.
+# Not part of "make test", because it downloads two Debian systems and builds everything twice.
 test-dist: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Install packages in clean Debian systems, play the operator (root; installs packages)
 	.ci/deps dist
 	$(GOTEST) -tags dist -count 1 -timeout 60m ./integration/packages
@@ -88,7 +89,7 @@ test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Try 
 test-short: $(TOOLS)/gotestsum ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
 
-# What runs on several processors at once. The rest of "make race" is single-threaded, or has its time in the kernel.
+# Packages with concurrent code. The others are single-threaded, or spend their time in the kernel; see "make race".
 RACE_PKGS     = ./converter/blob ./converter/chunked ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store/...
 
 test-race: $(TOOLS)/gotestsum ## Test the concurrent packages with the race detector, briefly (needs gcc)
@@ -141,12 +142,12 @@ demo-vm: ## Show kernels that share a pool: two virtual machines start container
 	$(MAKE) build
 	$(GO) run ./integration/demovm
 
-# Shell completion, by where each shell looks for it.
+# Directories of shell completion scripts.
 COMPLETION   := bash-completion/completions/daxfs zsh/site-functions/_daxfs fish/vendor_completions.d/daxfs.fish
 
-# Where install finds the programs that build made: root installs, and need not have Go.
+# Directory from which install copies the programs: root installs, and need not have Go.
 FROM         ?= bin
-# The program that writes completion; another one than is installed where that is for another machine.
+# The program that writes completion scripts; differs from the installed one if that is for another machine.
 DAXFS        ?= $(FROM)/daxfs
 
 install: ## Install programs that were built, manual pages, completion, units and sample configuration (DESTDIR, PREFIX)
@@ -174,11 +175,11 @@ uninstall: ## Remove what install put there; configuration and data stay
 	for page in docs/man/*.[0-9]; do rm -f "$(DESTDIR)$(MANDIR)/man$${page##*.}/$${page##*/}"; done
 	rm -rf $(DESTDIR)$(DATADIR)/daxfs
 
-# What a release consists of, for each of these.
+# Architectures of a release.
 ARCHITECTURES ?= amd64 arm64
-# Made anew.
+# The directory that dist rebuilds.
 DIST          ?= dist
-# The time that everything in it gets. Tests must not see it: mkfs.erofs and others obey it.
+# The modification time of all files in it. Tests must not see it: mkfs.erofs and others obey it.
 dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 
 dist: build $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Make archives, .deb, .rpm, container image, SBOMs and checksums into dist/

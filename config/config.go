@@ -1,9 +1,9 @@
-// Package config is the configuration of the daemon daxfs-snapshotter: a TOML file over documented defaults.
+// Package config defines the configuration of the daemon daxfs-snapshotter: a TOML file over documented defaults.
 //
 //	c, err := config.Load("/etc/daxfs-snapshotter/config.toml")
 //
-// The sample that explains every key is [Sample]; a test holds it equal to Default. A key that is not known is an error
-// which names it: a misspelt key would otherwise leave its default in force without a word.
+// [Sample] explains every key; a test keeps it equal to Default. An unknown key is an error that names
+// it, because a misspelt key would otherwise silently leave its default in force.
 package config
 
 import (
@@ -21,15 +21,15 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// Sample is the configuration file with all defaults and what they mean.
+// Sample is the configuration file with all defaults and their explanations.
 //
 //go:embed sample.toml
 var Sample []byte
 
-// DefaultPath is where the daemon looks for its configuration. That file may be missing.
+// DefaultPath is the default path of the configuration file. That file may be missing.
 const DefaultPath = "/etc/daxfs-snapshotter/config.toml"
 
-// Config is the configuration of the daemon. What the keys mean stands in sample.toml.
+// Config is the configuration of the daemon. sample.toml explains the keys.
 type Config struct {
 	Root       string     `toml:"root"`
 	Address    string     `toml:"address"`
@@ -44,35 +44,35 @@ type Config struct {
 	Metrics    Metrics    `toml:"metrics"`
 }
 
-// Log says what is logged and how.
+// Log configures the log.
 type Log struct {
 	Level  string `toml:"level"`
 	Format string `toml:"format"`
 }
 
-// Containerd says where the daemon reads layers from in streaming mode.
+// Containerd configures where streaming mode reads layers.
 type Containerd struct {
 	Address string `toml:"address"`
 }
 
-// Pool says what the shared memory is.
+// Pool configures the shared memory.
 type Pool struct {
 	Kind string `toml:"kind"`
 	Path string `toml:"path"`
 	Size Size   `toml:"size"`
 	Phys uint64 `toml:"phys"`
-	// Windows says whether images have windows for the kernel module daxfs.
+	// Windows selects whether images get windows for the kernel module daxfs.
 	Windows string `toml:"windows"`
-	// DAX says whether kernels mount the pool with DAX.
+	// DAX selects whether kernels mount the pool with DAX.
 	DAX string `toml:"dax"`
-	// Scrub is how many bytes of contents are read in a second in the background; 0 reads none.
+	// Scrub is the number of content bytes that the background scrub reads per second; 0 turns it off.
 	Scrub Size `toml:"scrub"`
-	// Readers says what keeps images for others that read the pool, and Leases where they say what they use.
+	// Readers selects how images are kept for other readers of the pool. Leases are their lease regions.
 	Readers string   `toml:"readers"`
 	Leases  []string `toml:"leases"`
 }
 
-// Mount says how images and containers are mounted.
+// Mount configures the mounts of images and containers.
 type Mount struct {
 	Driver         string   `toml:"driver"`
 	OverlayOptions []string `toml:"overlay_options"`
@@ -80,17 +80,17 @@ type Mount struct {
 	FUSEHelper     string   `toml:"fuse_helper"`
 }
 
-// Layers says how layers are handled.
+// Layers configures the handling of layers.
 type Layers struct {
 	Durability string `toml:"durability"`
 	Workers    int    `toml:"workers"`
 	MaxSize    Size   `toml:"max_size"`
 	MaxEntries int64  `toml:"max_entries"`
-	// Registries lets the daemon ask registries for layers that nothing on this machine has any more.
+	// Registries lets the daemon fetch layers from registries if no copy is left on this machine.
 	Registries bool `toml:"registries"`
 }
 
-// Metrics says where the daemon can be watched.
+// Metrics configures where the daemon serves its metrics.
 type Metrics struct {
 	Address string `toml:"address"`
 	Pprof   bool   `toml:"pprof"`
@@ -104,8 +104,8 @@ const (
 	DurabilityContent = "content"
 )
 
-// kinds and drivers are what the keys may say. The packages behind them are not imported: a configuration can be
-// checked on a machine that has none of it.
+// kinds and drivers are the valid values of the keys. Their packages are not imported, so that a
+// configuration can be checked on a machine that supports none of them.
 var (
 	kinds        = []string{"file", "tmpfs", "hugetlbfs", "pmem", "devdax", "dmabuf", "phys"}
 	drivers      = []string{"auto", "erofs", "erofs-dax", "erofs-file", "erofs-loop", "daxfs", "fuse"}
@@ -116,7 +116,7 @@ var (
 	formats      = []string{"text", "json"}
 )
 
-// Default returns the configuration that holds without a file.
+// Default returns the configuration that applies without a file.
 func Default() *Config {
 	return &Config{
 		Root:       "/var/lib/daxfs-snapshotter",
@@ -140,7 +140,7 @@ func Default() *Config {
 	}
 }
 
-// Load reads the file at path over the defaults and validates the result. If path is DefaultPath the file may be missing.
+// Load reads the file at path over the defaults and validates the result. The file at DefaultPath may be missing.
 func Load(path string) (*Config, error) {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && path == DefaultPath {
@@ -157,7 +157,7 @@ func Load(path string) (*Config, error) {
 	return c, nil
 }
 
-// Parse reads the text of a file over the defaults and validates the result.
+// Parse reads the text of a configuration file over the defaults and validates the result.
 func Parse(raw []byte) (*Config, error) {
 	c := Default()
 	d := toml.NewDecoder(bytes.NewReader(raw)).DisallowUnknownFields()
@@ -167,12 +167,12 @@ func Parse(raw []byte) (*Config, error) {
 	return c, c.Validate()
 }
 
-// removed are keys of earlier versions, with the reason why they are gone.
+// removed maps keys of earlier versions to the reason for their removal.
 var removed = map[string]string{
 	"layers.settle": "an image is built when its last layer or its first container is known",
 }
 
-// explain makes one line of what the decoder found wrong.
+// explain turns an error of the decoder into one line.
 func explain(err error) error {
 	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var errs []error
@@ -197,7 +197,7 @@ func explain(err error) error {
 	return err
 }
 
-// Validate returns everything that is wrong with the configuration, each error with its key.
+// Validate returns all errors in the configuration, each with its key.
 func (c *Config) Validate() error {
 	var errs []error
 	bad := func(key string, format string, args ...any) {
@@ -216,7 +216,7 @@ func (c *Config) Validate() error {
 		}
 	}
 	if strings.ContainsAny(c.Root, ":,\\") {
-		// Directories below it become overlay mount options.
+		// Directories below the root become overlay mount options.
 		bad("root", "%q contains a colon, comma or backslash", c.Root)
 	}
 	if len(c.Address) > 107 {
@@ -277,7 +277,7 @@ func (p *Pool) validate() []error {
 	switch p.Kind {
 	case "file", "tmpfs", "phys":
 	default:
-		// A device is never taken without being named.
+		// The daemon never uses a device that the configuration does not name.
 		if p.Path == "" && slices.Contains(kinds, p.Kind) {
 			errs = append(errs, fmt.Errorf("key %q: is empty, a pool of kind %q needs it", "pool.path", p.Kind))
 		}

@@ -25,7 +25,7 @@ func TestSampleIsDefault(t *testing.T) {
 	}
 }
 
-// TestSampleIsComplete finds the keys that the sample or the document forgot.
+// TestSampleIsComplete finds keys that the sample or the document lacks.
 func TestSampleIsComplete(t *testing.T) {
 	var sample map[string]any
 	if err := toml.Unmarshal(config.Sample, &sample); err != nil {
@@ -162,7 +162,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// A configuration names kinds of region and drivers without importing them; it knows those that there are.
+// The configuration lists kinds of region and drivers without importing them; the lists must be complete.
 func TestKnowsKindsAndDrivers(t *testing.T) {
 	for _, kind := range region.Kinds() {
 		c := config.Default()

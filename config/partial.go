@@ -5,14 +5,14 @@ import (
 	"strings"
 )
 
-// Partial says how layers are pulled of which the pool has some files already.
+// Partial configures pulling layers file by file when the pool already has some of the files.
 type Partial struct {
 	Enabled bool `toml:"enabled"`
-	// Exclude are registries that are left to containerd, as they stand in references: "registry.example.com:5000".
+	// Exclude are registries left to containerd, as in references: "registry.example.com:5000".
 	Exclude []string `toml:"exclude"`
-	// Requests is how many are made at once for one layer.
+	// Requests is the number of concurrent requests for one layer.
 	Requests int `toml:"requests"`
-	// AnswerTimeout bounds the time until the tables of a layer are there, LayerTimeout that until the layer is.
+	// AnswerTimeout bounds the time to fetch a layer's tables, LayerTimeout the time to fetch the whole layer.
 	AnswerTimeout Duration `toml:"answer_timeout"`
 	LayerTimeout  Duration `toml:"layer_timeout"`
 }

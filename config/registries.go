@@ -5,9 +5,9 @@ import (
 	"path/filepath"
 )
 
-// Registries says how the daemon reaches registries, whatever it fetches.
+// Registries configures how the daemon reaches registries, for every kind of fetch.
 type Registries struct {
-	// HostsDirs are directories with a hosts.toml per registry. The first one that knows a registry counts.
+	// HostsDirs are directories with a hosts.toml per registry. The first one that has the registry wins.
 	HostsDirs []string `toml:"hosts_dirs"`
 }
 

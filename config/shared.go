@@ -6,12 +6,12 @@ import (
 	"strings"
 )
 
-// Shared says which pools of other owners are used, and how.
+// Shared configures the use of pools of other owners.
 type Shared struct {
 	Pools []string `toml:"pools"`
-	// Leases are the places where the owners of pools look for what is in use here, by pool.
+	// Leases are the lease regions in which this machine tells the owners what it uses, by pool.
 	Leases map[string]string `toml:"leases"`
-	// Attach are the namespaces of containerd to which all images of the pools are attached.
+	// Attach are the containerd namespaces to which all images of the pools are attached.
 	Attach []string `toml:"attach"`
 	// Snapshotter is the name of this snapshotter in containerd.
 	Snapshotter string `toml:"snapshotter"`
@@ -54,7 +54,7 @@ func (s *Shared) validate() []error {
 	return errs
 }
 
-// isMemory tells whether a name can be that of a file, a device or a physical range.
+// isMemory reports whether a name can be a file, a device or a physical range.
 func isMemory(name string) bool {
 	if filepath.IsAbs(name) {
 		return true

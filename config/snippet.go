@@ -5,8 +5,8 @@ import "embed"
 //go:embed containerd/v3.toml containerd/v4.toml
 var snippets embed.FS
 
-// ContainerdSnippet returns what has to be added to containerd's configuration so that it finds the snapshotter and the
-// differ at the default address, for containerd of version 2.minor: the newest version of configuration file that it reads.
+// ContainerdSnippet returns the lines that make containerd 2.minor find the snapshotter and the differ
+// at the default address. They are for the newest configuration version that this containerd reads.
 func ContainerdSnippet(minor int) string {
 	name := "containerd/v3.toml"
 	if minor >= 4 {

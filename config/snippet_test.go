@@ -7,7 +7,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// The snippet tells containerd what the daemon does by default.
+// The snippet matches the daemon's defaults.
 func TestContainerdSnippet(t *testing.T) {
 	def := Default()
 	for minor, version := range map[int]int64{0: 3, 3: 3, 4: 4, 5: 4} {

@@ -24,7 +24,7 @@ func (s *Size) UnmarshalText(text []byte) error {
 // MarshalText writes a size as a number of bytes.
 func (s Size) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(s), 10), nil }
 
-// Duration is a time, as "90s" or "2m".
+// Duration is a time span, such as "90s" or "2m".
 type Duration time.Duration
 
 // UnmarshalText implements encoding.TextUnmarshaler.

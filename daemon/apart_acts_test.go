@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// acts are what a container can do to files, each in a directory of its own. In a view each must fail with EROFS.
+// acts are all actions of a container on files, each in a directory of its own. In a view each must fail with EROFS.
 var acts = []struct {
 	name string
 	do   func(a *acting)
@@ -61,7 +61,7 @@ var acts = []struct {
 		a.note("tree", os.RemoveAll(a.path("sub")))
 		a.note("opaque", os.Mkdir(a.path("sub"), 0o755))
 	}},
-	{"unlinked", func(a *acting) { // an open file goes on without its name
+	{"unlinked", func(a *acting) { // an open file works without its name
 		a.open("x", os.O_RDWR, func(f *os.File) {
 			a.note("unlink", os.Remove(a.path("x")))
 			_, err := f.WriteString("changed")
@@ -79,9 +79,9 @@ var acts = []struct {
 		rename := func(from, to string) { a.note(from+" to "+to, os.Rename(a.path(from), a.path(to))) }
 		rename("x", "moved")
 		rename("y", "tagged") // over an equal file
-		rename("h1", "h2")    // over itself, which does nothing
+		rename("h1", "h2")    // over itself, a no-op
 		rename("empty1", "sub/empty")
-		rename("sub/deep", "deep") // EXDEV, as a directory of an image has to be copied
+		rename("sub/deep", "deep") // EXDEV: overlayfs would have to copy a directory of an image
 		rename("sub", "owned")
 		rename("dev", "device")
 		rename("sym", "symbol")
@@ -122,7 +122,7 @@ var acts = []struct {
 	{"chown", func(a *acting) {
 		a.identity("x", func() { a.note("x", os.Lchown(a.path("x"), 1000, 1001)) })
 		a.note("h2", os.Lchown(a.path("h2"), 1000, -1))
-		a.note("owned", os.Lchown(a.path("owned"), 1000, -1)) // loses the set-uid bit
+		a.note("owned", os.Lchown(a.path("owned"), 1000, -1)) // clears the set-uid bit
 		a.note("sym", os.Lchown(a.path("sym"), 1000, 1001))
 		a.note("sub", os.Lchown(a.path("sub"), -1, 1001))
 	}},
@@ -178,7 +178,7 @@ var acts = []struct {
 		a.open("x", os.O_RDONLY, func(from *os.File) {
 			a.open("new", os.O_CREATE|os.O_WRONLY, func(to *os.File) {
 				n, err := unix.CopyFileRange(int(from.Fd()), nil, int(to.Fd()), nil, 10_000, 0)
-				if err == unix.EXDEV { // as from any lower directory that is on another file system than the upper one
+				if err == unix.EXDEV { // as for any lower directory on another file system than the upper one
 					a.unlike = append(a.unlike, "copy_file_range")
 					n, err = unix.Sendfile(int(to.Fd()), int(from.Fd()), nil, 10_000)
 				}
@@ -188,13 +188,13 @@ var acts = []struct {
 			})
 		})
 		direct, err := unix.Open(a.path("y"), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
-		if err == unix.EINVAL { // of a file that is read through another file
+		if err == unix.EINVAL { // for a file that is read through another file
 			a.unlike = append(a.unlike, "O_DIRECT")
 			direct, err = unix.Open(a.path("y"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		}
 		a.note("O_DIRECT", errors.Join(err, unix.Close(direct)))
 	}},
-	{"descriptors", func(a *acting) { // one opened before a file is copied up goes on with the image's
+	{"descriptors", func(a *acting) { // one opened before a copy-up continues to read the image's file
 		a.open("x", os.O_RDONLY, func(before *os.File) {
 			a.write("x", os.O_WRONLY, "changed")
 			body, err := readAt(before)
@@ -270,9 +270,9 @@ var acts = []struct {
 	}},
 }
 
-// aclOfLower changes the ACL of a file of the image. overlayfs asks the file system below whether it can set ACLs, not
-// that of its upper directory, and EROFS can not: EOPNOTSUPP until something else copies the file up. Nothing above the
-// kernel can change that. Here the file is copied up then.
+// aclOfLower changes the ACL of a file of the image. overlayfs asks the lower file system whether it
+// can set ACLs, not that of its upper directory, and EROFS cannot: the result is EOPNOTSUPP until
+// something else copies the file up. Only the kernel can change that. So aclOfLower copies the file up and retries.
 func (a *acting) aclOfLower(name string, set func() error) {
 	err := set()
 	if errors.Is(err, unix.EOPNOTSUPP) {
@@ -303,7 +303,7 @@ func (a *acting) change(name string, size int) {
 	})
 }
 
-// readAt returns how the contents of a file begin.
+// readAt returns the beginning of a file's contents.
 func readAt(f *os.File) (string, error) {
 	body := make([]byte, 20)
 	n, err := f.ReadAt(body, 0)

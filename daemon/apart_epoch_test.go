@@ -11,11 +11,11 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 )
 
-// A container keeps file handles of the files that it copied up. In the pool of another epoch the same inode numbers
-// are other files': the handles must be stale there, else overlayfs takes two files of the container for one, and opens
-// neither.
+// A container keeps file handles of the files that it copied up. In a pool of another epoch the same
+// inode numbers belong to other files, so the handles must be stale. Otherwise overlayfs takes two
+// files of the container for one, and opens neither.
 func TestHandlesOfAnotherEpoch(t *testing.T) {
-	const files, written = 300, 50 // more inodes than fit into one block, as each image begins a block of its own
+	const files, written = 300, 50 // more inodes than fit into one block, because each image begins a new block
 	for _, f := range flavours {
 		t.Run(f.name, func(t *testing.T) {
 			m := newMachine(t, f)
@@ -27,7 +27,7 @@ func TestHandlesOfAnotherEpoch(t *testing.T) {
 				}
 				return all
 			}
-			// The first image takes inode numbers that the second has after the reboot, when the first is gone.
+			// The first image takes inode numbers that the second gets after the reboot, without the first.
 			first, err := m.pull(ctx, true, image(1)[:written])
 			m.must(err)
 			early, err := m.sn.Prepare(ctx, "default/99/early", first)

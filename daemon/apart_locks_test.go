@@ -13,8 +13,7 @@ import (
 
 const ofdLock = "an OFD lock"
 
-// across is what concerns several places at once: locks and watches, on a file of the image or on one that was copied
-// up.
+// across tests effects between places: locks and watches on a file of the image, or on a copied-up one.
 type across struct {
 	*scene
 	t        *testing.T
@@ -23,7 +22,7 @@ type across struct {
 	notes    acting
 }
 
-// openAt opens the file in a place, for writing where it is one of the container's own.
+// openAt opens the file in a place, for writing if it is the container's own.
 func (x *across) openAt(place string) *os.File {
 	x.t.Helper()
 	flags := os.O_RDONLY
@@ -37,7 +36,7 @@ func (x *across) openAt(place string) *os.File {
 	return f
 }
 
-// each lets holder have something and asks in all places whether it is in the way: in its own alone.
+// each makes holder take something and checks that it blocks holder's own place, and no other.
 func (x *across) each(what string, have func(f *os.File) error, blocked func(f *os.File) error) {
 	for _, holder := range places {
 		h := x.openAt(holder)
@@ -68,7 +67,7 @@ func flock(how int) func(*os.File) error {
 	return func(f *os.File) error { return unix.Flock(int(f.Fd()), how|unix.LOCK_NB) }
 }
 
-// record sets a POSIX or OFD lock, for writing where the file was opened for that.
+// record sets a POSIX or OFD lock, for writing if the file is open for writing.
 func (x *across) record(cmd int) func(*os.File) error {
 	return func(f *os.File) error {
 		flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
@@ -83,7 +82,7 @@ func (x *across) record(cmd int) func(*os.File) error {
 	}
 }
 
-// conflict fails as a lock would that another process wanted: POSIX locks of one process are never in each other's way.
+// conflict fails like a lock request of another process: a process's own POSIX locks never conflict.
 func conflict(f *os.File) error {
 	lock := unix.Flock_t{Type: unix.F_WRLCK}
 	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock); err != nil {
@@ -151,7 +150,7 @@ func (x *across) leases() {
 	}
 }
 
-// touch does in a place what watchers look for. It changes nothing in a view.
+// touch triggers watch events in a place. It changes nothing in a view.
 func (x *across) touch(place string) {
 	f := x.openAt(place)
 	_, err := f.Read(make([]byte, 10))
@@ -165,7 +164,7 @@ func (x *across) touch(place string) {
 	}
 }
 
-// watch lets events come from all places, and expects those of holder alone.
+// watch triggers events in all places, and expects those of holder only.
 func (x *across) watch(what, holder string, events func() (string, error)) {
 	for _, p := range places {
 		x.touch(p)
@@ -223,7 +222,7 @@ func (x *across) fanotify() {
 	}
 }
 
-// events reads what is there; one returns an event as text, and its length.
+// events reads all pending events; one returns an event as text, and its length.
 func events(fd int, one func([]byte) (string, int)) (string, error) {
 	b := make([]byte, 64<<10)
 	n, err := unix.Read(fd, b)
@@ -252,7 +251,7 @@ func maskText(mask uint64) string {
 	return b.String()
 }
 
-// TestApartLocks takes locks and sets watches in each place on files that all places share.
+// TestApartLocks takes locks and sets watches in each place on files shared by all places.
 func TestApartLocks(t *testing.T) {
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {

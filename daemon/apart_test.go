@@ -23,21 +23,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// Two images share inodes. What is done in a container of one must not be seen in any container or view of the other,
-// nor in another container of the same image, and must do what it does on overlayfs over unpacked directories of the
-// same layers. So each test has two scenes, ours and overlayfs', and compares what happens in them.
+// Two images share inodes. An action in a container of one must not be visible in any container or
+// view of the other, nor in another container of the same image, and its result must be that of
+// overlayfs over unpacked directories of the same layers. So each test compares two scenes, ours and overlayfs's.
 
 // places are the mounts of a scene: two containers of the first image, one of the second, and a view of each.
 var places = []string{"first", "twin", "second", "first view", "second view"}
 
-// actors are the places where something is done; the twin only looks on.
+// actors are the places where actions happen; the twin is only observed.
 var actors = []string{"first", "second", "first view", "second view"}
 
 // scene is one set of mounted places.
 type scene struct {
 	name  string
 	roots map[string]string
-	noACL bool // ACLs are not looked at, as the kernel shows none of an image
+	noACL bool // ACLs are not compared: the kernel shows none of an image
 }
 
 func (s *scene) dir(place, name string) string { return filepath.Join(s.roots[place], name) }
@@ -62,7 +62,7 @@ func (s *scene) snap(t *testing.T, dir string) map[string]treetest.Tree {
 	return trees
 }
 
-// ACLs in the form of setxattr(2): user::rw-, user:5:r--, group::r--, mask::r--, other::r--.
+// ACLs in the format of setxattr(2): user::rw-, user:5:r--, group::r--, mask::r--, other::r--.
 const (
 	aclAccess = "\x02\x00\x00\x00" +
 		"\x01\x00\x06\x00\xff\xff\xff\xff" + "\x02\x00\x04\x00\x05\x00\x00\x00" + "\x04\x00\x04\x00\xff\xff\xff\xff" +
@@ -72,10 +72,10 @@ const (
 	aclUserByte = 12 // where the permissions of the named user begin
 )
 
-// contents is what most files of a scene have: equal files are what could be mistaken for each other.
+// contents are the contents of most files: equal files could be mistaken for each other.
 var contents = strings.Repeat("equal contents\n", 1000)
 
-// stage returns the files of a directory in which one thing is done.
+// stage returns the files of one action's directory.
 func stage(dir string) []treetest.File {
 	f := func(name string) string { return dir + "/" + name }
 	return []treetest.File{
@@ -99,7 +99,7 @@ func stage(dir string) []treetest.File {
 	}
 }
 
-// imagesOf returns the layers of two images with the same stages, each with layers of its own.
+// imagesOf returns the layers of two images with the same stages; each image also has layers of its own.
 func imagesOf(stages []string) (first, second [][]byte) {
 	var common []treetest.File
 	for _, s := range stages {
@@ -171,7 +171,7 @@ func twoScenes(t *testing.T, f flavour, stages []string) (ours, plain *scene) {
 		s.roots[place] = dir
 	}
 
-	// The first image is streamed, the second walked: they share files all the same.
+	// The first image is streamed, the second walked, and still they share files.
 	tops := map[string]string{"first": m.pullTars(ctx, true, first), "second": m.pullTars(ctx, false, second)}
 	lowers := map[string]string{}
 	for i, p := range places {
@@ -221,7 +221,6 @@ func twoScenes(t *testing.T, f flavour, stages []string) (ours, plain *scene) {
 
 func isView(place string) bool { return strings.HasSuffix(place, " view") }
 
-// imageAt tells which image a place is of.
 func imageAt(place string) string {
 	if strings.HasPrefix(place, "second") {
 		return "second"
@@ -229,7 +228,6 @@ func imageAt(place string) string {
 	return "first"
 }
 
-// lowerOf returns the lower directory of a mount, or "".
 func lowerOf(mounts []mount.Mount) string {
 	for _, o := range mounts[0].Options {
 		if dir, ok := strings.CutPrefix(o, "lowerdir="); ok {
@@ -239,8 +237,7 @@ func lowerOf(mounts []mount.Mount) string {
 	return ""
 }
 
-// wantShared fails the test unless the files of two images are the same inodes, and no two names of one image are one
-// inode unless they are hard links of each other.
+// wantShared fails the test unless files of two images share inodes, and within an image only hard links do.
 func wantShared(t *testing.T, first, second string, stages []string) {
 	t.Helper()
 	wantLocked(t, filepath.Join(first, stages[0], "x"), filepath.Join(second, stages[0], "x"))
@@ -272,7 +269,7 @@ func wantShared(t *testing.T, first, second string, stages []string) {
 	}
 }
 
-// wantLocked shows what keeping apart is about: below the containers, a lock of one image is in the way of the other.
+// wantLocked shows the problem: below the containers, a lock in one image blocks the other.
 func wantLocked(t *testing.T, first, second string) {
 	t.Helper()
 	a, err := os.Open(first)
@@ -293,16 +290,16 @@ func wantLocked(t *testing.T, first, second string) {
 	}
 }
 
-// acting is one thing that is done in one place; it notes what happens.
+// acting performs one action in one place and notes the results.
 type acting struct {
 	dir    string
 	notes  []string
-	unlike []string // what the file system of the image can not do, though a directory can
+	unlike []string // what the image's file system cannot do, although a directory can
 }
 
 func (a *acting) path(name string) string { return filepath.Join(a.dir, name) }
 
-// note remembers an outcome, of which an error counts by its number.
+// note records a result; errors are compared by number.
 func (a *acting) note(what string, err error, more ...any) {
 	outcome := "ok"
 	var no syscall.Errno
@@ -315,7 +312,7 @@ func (a *acting) note(what string, err error, more ...any) {
 	a.notes = append(a.notes, strings.TrimSpace(what+": "+outcome+" "+fmt.Sprintln(more...)))
 }
 
-// open opens a file for f, if it can.
+// open opens a file and passes it to f; it notes an error.
 func (a *acting) open(name string, flags int, f func(*os.File)) {
 	file, err := os.OpenFile(a.path(name), flags, 0o640)
 	a.note(fmt.Sprintf("open %s %#x", name, flags), err)
@@ -334,7 +331,7 @@ func (a *acting) write(name string, flags int, text string) {
 	})
 }
 
-// identity notes whether f leaves a file the number it has, as overlayfs does when it copies it up.
+// identity notes whether f preserves a file's inode number, as overlayfs does on copy-up.
 func (a *acting) identity(name string, f func()) {
 	var before, after unix.Stat_t
 	err := unix.Lstat(a.path(name), &before)
@@ -343,7 +340,7 @@ func (a *acting) identity(name string, f func()) {
 	a.note("identity of "+name, err, before.Dev == after.Dev && before.Ino == after.Ino)
 }
 
-// now makes times equal that both lie after start.
+// now makes times equal if both are after start.
 func now(start time.Time) treetest.Exempt {
 	fresh := func(e *treetest.Entry) bool { return !time.Unix(e.Mtime.Sec, int64(e.Mtime.Nsec)).Before(start) }
 	return func(want, got *treetest.Entry) {
@@ -353,7 +350,7 @@ func now(start time.Time) treetest.Exempt {
 	}
 }
 
-// TestApart does in every place all that a container can do to a file.
+// TestApart performs every action of a container on files in every place.
 func TestApart(t *testing.T) {
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
@@ -378,7 +375,7 @@ func TestApart(t *testing.T) {
 							a.do(do)
 							notes[s] = do.notes
 							if len(do.unlike) > 0 && s == plain {
-								t.Errorf("overlayfs can not do %q", do.unlike)
+								t.Errorf("overlayfs cannot do %q", do.unlike)
 							} else if len(do.unlike) > 0 {
 								t.Logf("NOT AS ON OVERLAYFS in %s: %q", actor, do.unlike)
 							}
@@ -408,7 +405,7 @@ func TestApart(t *testing.T) {
 	}
 }
 
-// same fails the test unless both scenes tell the same.
+// same fails the test unless both scenes have the same results.
 func same(t *testing.T, what string, plain, ours []string) {
 	t.Helper()
 	if slices.Equal(plain, ours) {

@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// settleTimes gives a time of its own to what has changed since start, so that the scenes differ in nothing.
+// settleTimes sets fixed times on everything that changed since start, so that the scenes are equal.
 func settleTimes(t *testing.T, start time.Time, scenes ...*scene) {
 	t.Helper()
 	set := []unix.Timespec{{Sec: 1}, {Sec: 1_500_000_000}}
@@ -58,8 +58,8 @@ func run(t *testing.T, dir, program string, args ...string) string {
 	return string(out)
 }
 
-// tools return what a program sees in a directory, without what no two file systems have in common: inode numbers, and
-// the sizes of directories.
+// tools return a program's view of a directory, without what differs between any two file systems:
+// inode numbers and sizes of directories.
 var tools = []struct {
 	name string
 	see  func(t *testing.T, dir string) string
@@ -75,9 +75,9 @@ var tools = []struct {
 		return sorted(lines(run(t, dir, "du", "-xa", "--apparent-size", "--block-size=1"), func(line string) string {
 			size, path, _ := strings.Cut(line, "\t")
 			if info, err := os.Lstat(filepath.Join(dir, path)); err != nil || info.IsDir() {
-				size = "" // of its own file system
+				size = "" // depends on the file system
 			}
-			if first, ok := groups[path]; ok { // du counts whichever it meets first
+			if first, ok := groups[path]; ok { // du counts the name that it meets first
 				path = first
 			}
 			return size + " " + path
@@ -136,7 +136,7 @@ var tools = []struct {
 		}
 		return treeText(t, to)
 	}},
-	{"readdir", func(t *testing.T, dir string) string { // the numbers in directories are those of stat(2)
+	{"readdir", func(t *testing.T, dir string) string { // directories have the same inode numbers as stat(2)
 		var out []string
 		path := "."
 		for line := range strings.Lines(run(t, dir, "ls", "-1iRA")) {
@@ -170,7 +170,7 @@ var tools = []struct {
 	}},
 }
 
-// names returns what is in a directory: the directory itself has attributes of its upper directory alone.
+// names lists a directory, without the directory itself, whose attributes come from the upper directory.
 func names(t *testing.T, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -184,7 +184,7 @@ func names(t *testing.T, dir string) []string {
 	return all
 }
 
-// linked returns the first name of each file that has several, by each of its names.
+// linked maps each name of a file with several names to the first of them.
 func linked(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	tree, err := treetest.FromPath(dir)
@@ -200,7 +200,7 @@ func linked(t *testing.T, dir string) map[string]string {
 	return groups
 }
 
-// lines returns a text with each line changed.
+// lines applies change to each line of a text.
 func lines(text string, change func(string) string) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {
@@ -250,7 +250,6 @@ func compareTools(t *testing.T, ours, plain *scene) {
 	}
 }
 
-// listing tells what is in a tar.
 func listing(t *testing.T, tar string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "tar")
@@ -260,7 +259,7 @@ func listing(t *testing.T, tar string) string {
 	return run(t, "/", "tar", "-tvvf", file, "--xattrs", "--acls", "--full-time") + fmt.Sprintln(len(tar), "bytes")
 }
 
-// TestApartTools looks at containers that changed nothing; TestApart does at those that changed much.
+// TestApartTools compares unchanged containers; TestApart compares changed ones.
 func TestApartTools(t *testing.T) {
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {

@@ -21,14 +21,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// attachLabel marks images that were attached, with the name of the pool.
+// attachLabel marks attached images; its value is the name of the pool.
 const attachLabel = "daxfs.attached"
 
-// digestLabel marks the names with a digest that attaching made beside others. They go with them.
+// digestLabel marks names with a digest that attaching added to others. They are removed with those.
 const digestLabel = "daxfs.attached.digest"
 
-// criLabel tells Kubernetes' part of containerd that an image is its own, and criNamespace is where that looks for
-// images.
+// criLabel marks the images that belong to containerd's CRI plugin; criNamespace is its namespace.
 const (
 	criLabel     = "io.cri-containerd.image"
 	criNamespace = "k8s.io"
@@ -51,7 +50,7 @@ func (d *Daemon) listShared(ctx context.Context) api.SharedAnswer {
 	return a
 }
 
-// attachImages attaches the OCI images that a request names. It attaches those that it can.
+// attachImages attaches the OCI images that a request names, and does not stop at the first error.
 func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api.Attached, error) {
 	if d.shared == nil {
 		return nil, errNoShared
@@ -60,7 +59,7 @@ func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api
 		return nil, err
 	}
 	d.shared.Refresh(ctx)
-	list, err := choose(d.shared.OCIImages(), req)
+	list, err := chooseImages(d.shared.OCIImages(), req)
 	if err != nil {
 		return nil, err
 	}
@@ -90,9 +89,9 @@ func validateAttach(r api.AttachRequest) error {
 	return nil
 }
 
-// choose returns the images that a request names. Of one name in several namespaces of owners, that of the same
-// namespace wins, then the first.
-func choose(have []shared.OCIImage, req api.AttachRequest) ([]shared.OCIImage, error) {
+// chooseImages returns the images that a request names. If several namespaces of owners have a name,
+// the request's namespace wins, then the first.
+func chooseImages(have []shared.OCIImage, req api.AttachRequest) ([]shared.OCIImage, error) {
 	byName := map[string]shared.OCIImage{}
 	var names []string
 	for _, o := range have {
@@ -120,7 +119,7 @@ func choose(have []shared.OCIImage, req api.AttachRequest) ([]shared.OCIImage, e
 
 // attachNew attaches the images that were not attached before.
 func (d *Daemon) attachNew(ctx context.Context, namespace string) {
-	list, err := choose(d.shared.OCIImages(), api.AttachRequest{Namespace: namespace, All: true})
+	list, err := chooseImages(d.shared.OCIImages(), api.AttachRequest{Namespace: namespace, All: true})
 	if err != nil || len(list) == 0 || !d.blobs.up() {
 		return
 	}
@@ -139,19 +138,19 @@ func (d *Daemon) attachNew(ctx context.Context, namespace string) {
 			logger.WithError(err).Debug("containerd does not answer yet")
 			return
 		default:
-			if d.offers.fails(namespace, o.Name, err) { // it is tried every two seconds
-				logger.WithError(err).Warn("an image of a shared pool can not be attached")
+			if d.offers.fails(namespace, o.Name, err) { // retried every two seconds
+				logger.WithError(err).Warn("an image of a shared pool cannot be attached")
 			}
-			if errdefs.IsAlreadyExists(err) { // its user decides, and is not asked again
+			if errdefs.IsAlreadyExists(err) { // the user has to decide; do not retry
 				if err := d.offers.add(namespace, o.Name, o.Target); err != nil {
-					logger.WithError(err).Warn("that it was tried can not be recorded")
+					logger.WithError(err).Warn("the attempt cannot be recorded")
 				}
 			}
 		}
 	}
 }
 
-// detachImages removes images that were attached from a namespace. containerd's garbage collector then ends the claims.
+// detachImages removes attached images from a namespace. containerd's garbage collector then ends the claims.
 func (d *Daemon) detachImages(ctx context.Context, req api.AttachRequest) ([]api.Attached, error) {
 	if err := validateAttach(req); err != nil {
 		return nil, err
@@ -195,8 +194,8 @@ func (d *Daemon) detachImages(ctx context.Context, req api.AttachRequest) ([]api
 	return done, errors.Join(errs...)
 }
 
-// digestName is the name with a digest that Kubernetes' part of containerd gives to an image beside the one with a tag.
-// By it it knows the digest of the image, and finds it for a pod that names that. It is empty for other names.
+// digestName returns the name with a digest that containerd's CRI plugin records beside a name with a
+// tag. The plugin uses it to find the image for a pod that gives a digest. Other names get none, "".
 func digestName(name string, target digest.Digest) string {
 	ref, err := reference.ParseDockerRef(name)
 	if err != nil || ref.String() != name || reference.IsNameOnly(ref) {
@@ -208,7 +207,7 @@ func digestName(name string, target digest.Digest) string {
 	return ref.Name() + "@" + target.String()
 }
 
-// dropDigestNames removes the names with a digest that were made for images that are attached no more.
+// dropDigestNames removes the names with a digest whose image is no longer attached.
 func dropDigestNames(ctx context.Context, is cimages.Store) error {
 	all, err := is.List(ctx, fmt.Sprintf("labels.%q", attachLabel))
 	if err != nil {
@@ -232,7 +231,7 @@ func dropDigestNames(ctx context.Context, is cimages.Store) error {
 	return errors.Join(errs...)
 }
 
-// poolLabel is the value of attachLabel for a pool: a label has a limited length.
+// poolLabel returns the value of attachLabel for a pool. Labels have a limited length.
 func poolLabel(name string) string {
 	const most = 1024
 	name = strings.ToValidUTF8(name, "?")

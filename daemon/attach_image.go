@@ -51,7 +51,7 @@ func (d *Daemon) attach(ctx context.Context, namespace string, o shared.OCIImage
 		return a, err
 	}
 	ctx = namespaces.WithNamespace(ctx, namespace)
-	// Until the image refers to them, a lease keeps what is written from the garbage collector.
+	// Until the image refers to the blobs and snapshots, a lease protects them from the garbage collector.
 	ctx, done, err := c.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(time.Hour),
 		leases.WithLabel(leaseLabel, d.attachRun()))
 	if err != nil {
@@ -72,19 +72,19 @@ func (d *Daemon) attach(ctx context.Context, namespace string, o shared.OCIImage
 	return a, d.offers.add(namespace, o.Name, o.Target)
 }
 
-// leaseLabel marks the leases under which images are attached, with the run of the daemon.
+// leaseLabel marks the leases that attaching takes; its value is the run of the daemon.
 const leaseLabel = "daxfs.attach"
 
-// attachRun tells this run of this daemon from others.
+// attachRun identifies this run of this daemon.
 func (d *Daemon) attachRun() string {
 	return fmt.Sprintf("%s.%d", d.attachRoot(), d.started.UnixNano())
 }
 
-// attachRoot tells this daemon from others.
+// attachRoot identifies this daemon.
 func (d *Daemon) attachRoot() string { return digest.FromString(d.cfg.Root).Encoded()[:32] }
 
-// endAttaches removes what earlier runs of this daemon kept from the garbage collector while they attached an image,
-// and were killed meanwhile: the claims of it would last as long as the lease.
+// endAttaches removes the leases that killed runs of this daemon left from attaching images. Otherwise
+// the claims of those images would last as long as the lease.
 func (d *Daemon) endAttaches(ctx context.Context) error {
 	c, err := containerd.NewWithConn(d.blobs.conn)
 	if err != nil {
@@ -114,8 +114,8 @@ func (d *Daemon) endAttaches(ctx context.Context) error {
 	return nil
 }
 
-// record makes the image known by its name. In the namespace of Kubernetes it gets the name with its digest, too, as
-// when Kubernetes pulls it.
+// record records the image by its name. In the namespace of Kubernetes it also records the name with
+// the digest, as a pull by Kubernetes does.
 func (d *Daemon) record(ctx context.Context, namespace string, o shared.OCIImage, w *attacher) error {
 	d.recording.Lock()
 	defer d.recording.Unlock()
@@ -130,7 +130,7 @@ func (d *Daemon) record(ctx context.Context, namespace string, o shared.OCIImage
 			return err
 		}
 	}
-	return dropDigestNames(ctx, w.client.ImageService()) // that of what the name stood for before
+	return dropDigestNames(ctx, w.client.ImageService()) // of the image that the name stood for before
 }
 
 // attacher writes one OCI image to containerd.
@@ -142,7 +142,7 @@ type attacher struct {
 	written int64
 }
 
-// snapshots claims the image of each prefix of the chain, bottom first: that is how containerd's unpacker asks for them.
+// snapshots claims the image of each prefix of the chain, bottom first, as containerd's unpacker does.
 func (w *attacher) snapshots(ctx context.Context) error {
 	sn := w.client.SnapshotService(w.snapshotter)
 	chains := identity.ChainIDs(append([]digest.Digest(nil), w.DiffIDs...))
@@ -167,7 +167,7 @@ func (w *attacher) snapshots(ctx context.Context) error {
 	return nil
 }
 
-// content writes the blobs, with the labels by which containerd's garbage collector finds what belongs to them.
+// content writes the blobs, with the labels that tell containerd's garbage collector what they refer to.
 func (w *attacher) content(ctx context.Context, chain digest.Digest) error {
 	cs := w.client.ContentStore()
 	top := map[string]string{"containerd.io/gc.ref.snapshot." + w.snapshotter: chain.String()}
@@ -203,7 +203,6 @@ func (w *attacher) write(ctx context.Context, cs content.Store, b store.ContentB
 	return err
 }
 
-// label adds labels to a blob.
 func label(ctx context.Context, cs content.Store, id digest.Digest, labels map[string]string) error {
 	var fields []string
 	for key := range labels {
@@ -213,7 +212,7 @@ func label(ctx context.Context, cs content.Store, id digest.Digest, labels map[s
 	return err
 }
 
-// image records the image, unless its name is there: one that was pulled or made here keeps its name, and is not ours.
+// image records the image, unless the name exists: a pulled or built image keeps its name and is not ours.
 func (w *attacher) image(ctx context.Context, name string, labels map[string]string) (ours bool, err error) {
 	is := w.client.ImageService()
 	_, err = is.Create(ctx, cimages.Image{Name: name, Target: w.target, Labels: labels})
@@ -228,13 +227,13 @@ func (w *attacher) image(ctx context.Context, name string, labels map[string]str
 		return false, fmt.Errorf("there is another image of that name, %s: remove it first: %w", old.Target.Digest,
 			errdefs.ErrAlreadyExists)
 	}
-	if old.Labels[attachLabel] == "" { // the same image, which somebody pulled
+	if old.Labels[attachLabel] == "" { // the same image, pulled by a user
 		return false, nil
 	}
 	merged := maps.Clone(old.Labels)
-	if labels[digestLabel] == "" { // a user asked for the name itself
+	if labels[digestLabel] == "" { // a user asked for this name
 		delete(merged, digestLabel)
-	} else if merged[digestLabel] == "" { // as one did before
+	} else if merged[digestLabel] == "" { // a user did so before
 		return true, nil
 	}
 	maps.Copy(merged, labels)

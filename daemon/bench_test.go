@@ -22,7 +22,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
 )
 
-// benchLayers are three layers of this machine's files, as an image of a scripting language has them.
+// benchLayers are three layers of this machine's files, similar to an image of a scripting language.
 var benchLayers = sync.OnceValue(func() [][]byte {
 	tb := &testing.B{}
 	var layers [][]byte
@@ -35,8 +35,8 @@ var benchLayers = sync.OnceValue(func() [][]byte {
 	return layers
 })
 
-// BenchmarkPull does what containerd does with an image that it has fetched: prepares, applies and commits the layers,
-// all of them at once, until a container could start. What containerd itself does in the meantime is not in it.
+// BenchmarkPull prepares, applies and commits the layers of a fetched image concurrently, as
+// containerd does, until a container could start. The time of containerd itself is not included.
 func BenchmarkPull(b *testing.B) {
 	if os.Geteuid() != 0 {
 		b.Skip("mounts file systems, which needs root")
@@ -106,7 +106,7 @@ func BenchmarkPull(b *testing.B) {
 	}
 }
 
-// pull unpacks layers as containerd's unpacker does when it may do several at once.
+// pull unpacks layers like containerd's unpacker in parallel mode.
 func (c *client) pull(ctx context.Context, blobs []ocispec.Descriptor, diffIDs []digest.Digest) error {
 	applied := make([]chan struct{}, len(blobs))
 	labels := make([]snapshots.Opt, len(blobs))

@@ -28,7 +28,7 @@ import (
 
 var _ store.Blobs = (*blobs)(nil)
 
-// blobs reads containerd's content store: the files of it where we see them, else through its API.
+// blobs reads containerd's content store: from its files if they are visible here, else through its API.
 type blobs struct {
 	address string
 	conn    *grpc.ClientConn
@@ -38,15 +38,15 @@ type blobs struct {
 	version versionapi.VersionClient
 }
 
-// maxMessage is what containerd itself allows for a message.
+// maxMessage is containerd's own limit for a message.
 const maxMessage = 16 << 20
 
-// dialBlobs prepares a connection. It is made when it is first used: containerd starts after us.
+// dialBlobs prepares a connection. The first use connects, because containerd starts after us.
 func dialBlobs(address string) (*blobs, error) {
 	conn, err := grpc.NewClient("unix://"+address,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
-		// The default window of 64 KiB makes each piece of a blob wait for the last.
+		// With the default window of 64 KiB each piece of a blob waits for the previous one.
 		grpc.WithInitialWindowSize(8<<20), grpc.WithInitialConnWindowSize(16<<20),
 	)
 	if err != nil {
@@ -61,8 +61,8 @@ func dialBlobs(address string) (*blobs, error) {
 
 func (b *blobs) Close() error { return b.conn.Close() }
 
-// up reports whether containerd takes connections. Whoever has time asks first: after a connection that failed the next
-// ones fail without being tried, for a second and more, and those of a pull would, too.
+// up reports whether containerd accepts connections. Callers that can wait ask this first: after a
+// failed connection gRPC fails the next ones untried for a second or more, including those of a pull.
 func (b *blobs) up() bool {
 	c, err := net.Dial("unix", b.address)
 	if err != nil {
@@ -71,15 +71,15 @@ func (b *blobs) up() bool {
 	return c.Close() == nil
 }
 
-// ReaderAt implements content.Provider in the namespace of whoever calls us: what came in as a header has to go out as
-// one again.
+// ReaderAt implements content.Provider in the namespace of our caller: gRPC delivers the namespace as
+// an incoming header, and it has to go out as an outgoing one.
 func (b *blobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	ns, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
 		return nil, err
 	}
 	ctx = namespaces.WithNamespace(ctx, ns)
-	// This asks whether there is such a blob in the namespace, and how long it is.
+	// This checks that the namespace has the blob, and gets its size.
 	ra, err := b.store.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err
@@ -90,11 +90,10 @@ func (b *blobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.
 	return ra, nil
 }
 
-// findTimeout bounds the search for a blob, which someone who starts a container waits for.
+// findTimeout bounds the search for a blob: somebody who starts a container waits for it.
 const findTimeout = 10 * time.Second
 
-// Find implements store.Blobs. containerd notes the digest of the uncompressed bytes with a blob when it has unpacked
-// it.
+// Find implements store.Blobs. containerd labels an unpacked blob with the digest of its uncompressed bytes.
 func (b *blobs) Find(ctx context.Context, namespace string, diffID digest.Digest) ([]store.Found, error) {
 	ctx, cancel := context.WithTimeout(ctx, findTimeout)
 	defer cancel()
@@ -134,15 +133,14 @@ func (b *blobs) Open(ctx context.Context, namespace string, desc ocispec.Descrip
 	return blobReader{content.NewReader(ra), ra}, nil
 }
 
-// blobReader reads a blob from its start.
 type blobReader struct {
 	io.Reader
 	io.Closer
 }
 
-// file opens the file of a blob that containerd has, or returns nil: other content stores have no files, and a daemon
-// in a container may not see them. Through the API each byte would be copied six times on its way. What the file holds
-// needs no more trust than what the API returns: the diff ID is verified.
+// file opens containerd's file of a blob. It returns nil if the content store has no files, or if they
+// are not visible to a daemon in a container. The API would copy each byte six times on its way. The
+// file needs no more trust than the API: the diff ID is verified.
 func (b *blobs) file(ctx context.Context, id digest.Digest, size int64) content.ReaderAt {
 	filter := "type==io.containerd.content.v1,id==content"
 	resp, err := b.plugins.Plugins(ctx, &introspection.PluginsRequest{Filters: []string{filter}})
@@ -165,7 +163,6 @@ func (b *blobs) file(ctx context.Context, id digest.Digest, size int64) content.
 	return fileBlob{f, size}
 }
 
-// fileBlob is a blob in a file.
 type fileBlob struct {
 	*os.File
 	size int64
@@ -173,5 +170,5 @@ type fileBlob struct {
 
 func (f fileBlob) Size() int64 { return f.size }
 
-// Reader makes content.NewReader, and the differ, read the file as it is.
+// Reader makes content.NewReader, and with it the differ, read the file directly.
 func (f fileBlob) Reader() io.Reader { return f.File }

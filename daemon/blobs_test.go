@@ -33,7 +33,7 @@ func (p plugins) Plugins(context.Context, *introspection.PluginsRequest) (*intro
 	}}}, nil
 }
 
-// A blob is read from its file where that is what containerd says it is, else through the API; the bytes are the same.
+// A blob is read from its file if containerd's path leads to it, else through the API, with the same bytes.
 func TestBlobFiles(t *testing.T) {
 	ctx := namespaces.WithNamespace(t.Context(), "test")
 	body := bytes.Repeat([]byte("0123456789abcdef"), 100_000)
@@ -42,7 +42,7 @@ func TestBlobFiles(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		direct bool
-		// seen makes the directory that is exported from the one that the service has.
+		// seen makes the exported directory from the service's directory.
 		seen func(t *testing.T, root, seen string)
 	}{
 		{"same", true, func(t *testing.T, root, seen string) { must(t, os.Symlink(root, seen)) }},
@@ -83,7 +83,7 @@ func TestBlobFiles(t *testing.T) {
 	}
 }
 
-// serveBlobs serves a store as containerd does, and says that it is at root.
+// serveBlobs serves a store like containerd, with root as its exported directory.
 func serveBlobs(t *testing.T, store content.Store, root string) *blobs {
 	t.Helper()
 	address := filepath.Join(t.TempDir(), "s")

@@ -6,9 +6,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// Check compares everything that the daemon knows with everything there is: snapshots, directories, records, layers,
-// packs, images, mounts, loop devices. It tells report of each contradiction and of each thing that is left over. It is
-// exact when nothing else is under way, after Flush and Cleanup.
+// Check compares the daemon's records with the real state: snapshots, directories, layers, packs,
+// images, mounts, loop devices. It passes each contradiction and each leftover to report. It is exact
+// after Flush and Cleanup, while no other operation is under way.
 func (d *Daemon) Check(ctx context.Context, report func(msg string)) error {
 	facts, err := d.sn.Check(ctx, report)
 	if err != nil {

@@ -18,8 +18,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// Several namespaces pull, run and remove the same few images at once, streamed and unpacked, in a pool that is too
-// small to keep them all, with cleanups in between. No container ever sees a file that is not its image's.
+// Several namespaces concurrently pull, run and remove the same few images, streamed and unpacked, in
+// a pool too small for all of them, with cleanups in between. A container never sees a file of another image.
 func TestChurn(t *testing.T) {
 	const namespaceCount, imageCount = 4, 3
 	rounds := 12
@@ -31,7 +31,7 @@ func TestChurn(t *testing.T) {
 			cl, m := inside(t, f, func(c *config.Config) {
 				c.Pool.Size = 24 << 20
 			})
-			// Image i has a layer that all have, then one of its own.
+			// Image i has a layer common to all images, then one of its own.
 			base := file{"base", random(99, 2<<20)}
 			var own []file
 			for i := range imageCount {
@@ -70,7 +70,7 @@ type churner struct {
 	m     *machine
 	ns    string
 	seq   int
-	names []string // what it made, bottom first
+	names []string // its snapshots, bottom first
 }
 
 func (u *churner) name(key string) string {
@@ -108,7 +108,7 @@ func (u *churner) cycle(ctx context.Context, rng *rand.Rand, files []file) error
 		c := u.name("container")
 		mounts, err := u.remote.Prepare(ctx, c, parent)
 		switch {
-		case errdefs.IsResourceExhausted(err): // all of the pool is in use by others
+		case errdefs.IsResourceExhausted(err): // others use all of the pool
 		case err != nil:
 			return fmt.Errorf("prepare: %w", err)
 		default:

@@ -18,15 +18,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// A pull that begins with our differ and goes on with another one, which did not see the layers below: its layer is read
-// from its blob, so that directories which it does not list have the attributes that they had below.
+// A pull starts with our differ and continues with one that did not see the layers below. The second
+// layer is then read from its blob, so that directories that it does not list keep their attributes from below.
 func TestDifferChanges(t *testing.T) {
 	address := filepath.Join(t.TempDir(), "c.sock")
 	cl, m := inside(t, flavours[0], func(cfg *config.Config) { cfg.Containerd.Address = address })
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	store := serveContents(t, m, address)
 
-	// Below, dir has a mode of its own. Walking into an empty directory makes it with another one.
+	// The lower layer gives dir a mode; walking into an empty directory would create it with another.
 	below, err := m.pull(ctx, true, []file{{"other", []byte("x")}})
 	m.must(err)
 	mounts, err := m.sn.Prepare(ctx, "default/50/c", below)
@@ -35,7 +35,7 @@ func TestDifferChanges(t *testing.T) {
 		return errors.Join(os.Mkdir(filepath.Join(root, "dir"), 0o700), os.Chmod(filepath.Join(root, "dir"), 0o751))
 	}))
 	st := &streaming{m.sn, m.ap, m.store}
-	m.must(st.Commit(ctx, "default/51/base", "default/50/c")) // as a streamed layer
+	m.must(st.Commit(ctx, "default/51/base", "default/50/c")) // like a streamed layer
 	tar := makeTar(file{"dir/walked", []byte("blob")})
 	top := []string{"default/52/top", "default/53/extract-1-x top"}
 	prepared, err := m.sn.Prepare(ctx, top[1], "default/51/base", snapshots.WithLabels(map[string]string{

@@ -20,9 +20,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// The control API is for people, and for the command line that acts for them: HTTP with JSON on a unix socket that only
-// root can use. One process owns a pool, so whoever wants an image of a pool that a daemon owns asks the daemon. Requests
-// and answers are those of package api; docs/control-api.md describes them.
+// The control API is for people and for the command line: HTTP with JSON on a unix socket that only
+// root can use. One process owns a pool, so other programs get its images by asking the daemon.
+// Package api defines the requests and answers; docs/control-api.md describes them.
 
 // Limits of requests, in bytes.
 const (
@@ -30,7 +30,7 @@ const (
 	maxHeader  = 16 << 10
 )
 
-// requestTimeout bounds how long sending a request may take; answering it may take as long as it takes. Tests shorten it.
+// requestTimeout bounds the time to send a request; answering has no limit. Tests shorten it.
 var requestTimeout = 10 * time.Second
 
 // serveControl answers control requests until stop is called.
@@ -45,7 +45,7 @@ func (d *Daemon) serveControl(ctx context.Context) (stop func(), err error) {
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, callerKey{}, callerOf(c))
 		},
-		ErrorLog: stdlog.New(io.Discard, "", 0), // what is wrong with a connection is the caller's business
+		ErrorLog: stdlog.New(io.Discard, "", 0), // errors of a connection concern only its caller
 	}
 	go func() {
 		if err := srv.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
@@ -53,7 +53,7 @@ func (d *Daemon) serveControl(ctx context.Context) (stop func(), err error) {
 		}
 	}()
 	return func() {
-		// Its handlers have to end before the pool below them is closed.
+		// The handlers must end before the pool below them is closed.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 		defer cancel()
 		if srv.Shutdown(ctx) != nil {
@@ -62,7 +62,7 @@ func (d *Daemon) serveControl(ctx context.Context) (stop func(), err error) {
 	}, nil
 }
 
-// put puts an image into the pool for a user.
+// put puts an image into the pool and pins it.
 func (d *Daemon) put(ctx context.Context, req api.PinRequest) (any, error) {
 	platform, err := source.ParsePlatform(req.Platform)
 	if err != nil {
@@ -96,7 +96,6 @@ func (d *Daemon) put(ctx context.Context, req api.PinRequest) (any, error) {
 	return info, nil
 }
 
-// answer writes the result of a request.
 func answer(ctx context.Context, w http.ResponseWriter, out any, err error) {
 	if err != nil {
 		refuse(ctx, w, statusOf(err), err.Error())
@@ -113,7 +112,7 @@ func write(ctx context.Context, w http.ResponseWriter, status int, out any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	if err := json.NewEncoder(w).Encode(out); err != nil {
-		log.G(ctx).WithError(err).Debug("the answer to a control request was not taken")
+		log.G(ctx).WithError(err).Debug("the client did not read the answer to its control request")
 	}
 }
 

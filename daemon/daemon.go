@@ -21,7 +21,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// Daemon is an open daemon that does not listen yet.
+// Daemon is an open daemon. It does not listen before Serve.
 type Daemon struct {
 	cfg     *config.Config
 	store   *store.Store
@@ -31,15 +31,14 @@ type Daemon struct {
 	differ  *snapshotter.Differ
 	blobs   *blobs
 	metrics *metrics
-	drivers []mount.Driver // that may mount, in the order of preference
+	drivers []mount.Driver // the usable ones, in order of preference
 	started time.Time
-	sockets map[string]net.Listener // that systemd made, by address
+	sockets map[string]net.Listener // made by systemd, by address
 
-	recording sync.Mutex // held while images of shared pools get their names in containerd, or lose them
+	recording sync.Mutex // held while images of shared pools gain or lose names in containerd
 }
 
-// Open opens everything below the configured root. It waits for nothing but the disk; images are made later. The caller
-// closes the daemon.
+// Open opens everything below the root, and waits only for the disk. The caller closes the daemon.
 func Open(ctx context.Context, c *config.Config) (_ *Daemon, err error) {
 	d := &Daemon{cfg: c, started: time.Now()}
 	defer func() {
@@ -90,7 +89,7 @@ func Open(ctx context.Context, c *config.Config) (_ *Daemon, err error) {
 	return d, nil
 }
 
-// checkHelper returns an error if a program that was configured cannot be run: containers would fail one by one.
+// checkHelper returns an error if a configured program cannot be run; otherwise each container would fail by itself.
 func checkHelper(path string) error {
 	if path == "" {
 		return nil
@@ -105,7 +104,6 @@ func checkHelper(path string) error {
 	return nil
 }
 
-// storeConfig is what the configuration says about the store.
 func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 	all := allDrivers(c)
 	drivers, err := mount.Select(all, c.Mount.Driver)
@@ -116,7 +114,7 @@ func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 			DAX: c.Pool.DAX,
 		},
 		Drivers:  drivers,
-		Adopt:    all, // those of another mount.driver than now
+		Adopt:    all, // including drivers of an earlier mount.driver
 		Limits:   layer.Limits{MaxBytes: int64(c.Layers.MaxSize), MaxEntries: c.Layers.MaxEntries},
 		Packs:    c.Layers.Durability == config.DurabilityPack,
 		Blobs:    b,
@@ -125,10 +123,10 @@ func storeConfig(c *config.Config, b store.Blobs) (store.Config, error) {
 	}, err
 }
 
-// Snapshotter returns the snapshotter. It ends with the daemon.
+// Snapshotter returns the snapshotter. Close closes it.
 func (d *Daemon) Snapshotter() *snapshotter.Snapshotter { return d.sn }
 
-// Close ends all work and closes what Open opened. Mounts stay.
+// Close stops all work and closes what Open opened. Mounts stay.
 func (d *Daemon) Close() error {
 	var errs []error
 	if d.sn != nil {
@@ -146,8 +144,8 @@ func (d *Daemon) Close() error {
 	return errors.Join(errs...)
 }
 
-// Healthy returns nil if the daemon can do its work: its metadata answers, and so do what is mounted and the pools of
-// other owners that something stands on.
+// Healthy returns nil if the daemon can do its work: its metadata is readable, and its mounts and the
+// pools of other owners that something stands on work.
 func (d *Daemon) Healthy(ctx context.Context) error {
 	if err := d.sn.Walk(ctx, func(context.Context, snapshots.Info) error { return ctx.Err() }); err != nil {
 		return fmt.Errorf("metadata: %w", err)
@@ -156,7 +154,7 @@ func (d *Daemon) Healthy(ctx context.Context) error {
 	return errors.Join(d.store.Healthy(ctx), used)
 }
 
-// logUse tells the log once how memory will be shared.
+// logUse logs once, at the start, how memory will be shared.
 func logUse(ctx context.Context, drivers []mount.Driver, info region.Info) {
 	for _, e := range mount.Explain(ctx, drivers, info) {
 		if e.Picked {

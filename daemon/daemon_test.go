@@ -34,19 +34,19 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// job is what a daemon in a process of its own is told through the environment.
+// job is the task of a daemon in its own process, passed in the environment.
 type job struct {
 	Config  *config.Config
-	Content string // directory of a content store that stands for containerd's
-	// Do is what the process does: "serve", "verify" that everything agrees, or "purge", which verifies that nothing
-	// remains once all snapshots are removed. The test itself never opens the pool: what it forks for other tests
-	// would hold the lock of the pool until it has executed.
+	Content string // directory of a content store in place of containerd's
+	// Do is the task: "serve", "verify" that everything is consistent, or "purge", which removes all
+	// snapshots and verifies that nothing remains. The test itself never opens the pool: processes that it
+	// forks for other tests would hold the pool's lock until they exec.
 	Do string
 }
 
 const jobEnv = "DAXFS_TEST_DAEMON"
 
-// runJob is the daemon in a process of its own.
+// runJob runs the daemon in its own process.
 func runJob(text string) error {
 	var j job
 	if err := json.Unmarshal([]byte(text), &j); err != nil {
@@ -90,7 +90,7 @@ type machine struct {
 	sn    snapshots.Snapshotter
 	ap    diff.Applier
 	names int
-	// calls, if set, is told of each call to the daemon before it is made.
+	// calls, if set, is called before each call to the daemon.
 	calls func()
 }
 
@@ -123,7 +123,7 @@ func (m *machine) must(err error) {
 // boot starts the daemon and connects to it.
 func (m *machine) boot() {
 	m.t.Helper()
-	ctx, cancel := context.WithTimeout(m.t.Context(), 5*time.Minute) // never, on any machine
+	ctx, cancel := context.WithTimeout(m.t.Context(), 5*time.Minute) // far longer than any machine needs
 	defer cancel()
 	out := m.launch()
 	go func(ended chan struct{}) {
@@ -134,7 +134,7 @@ func (m *machine) boot() {
 		}
 	}(m.ended)
 	var err error
-	// The pause after a connection that failed is a second by default.
+	// The default delay after a failed connection is a second.
 	params := grpc.ConnectParams{
 		MinConnectTimeout: time.Minute,
 		Backoff: backoff.Config{
@@ -162,7 +162,7 @@ func (m *machine) call(ctx context.Context, method string, req, reply any, conn 
 	return invoke(ctx, method, req, reply, conn, opts...)
 }
 
-// launch starts the daemon and does not wait for it. What it logs may be read when it has ended.
+// launch starts the daemon without waiting for it. Read its log only after it has ended.
 func (m *machine) launch() (out *bytes.Buffer) {
 	m.t.Helper()
 	cmd, err := m.command("serve")
@@ -179,7 +179,6 @@ func (m *machine) launch() (out *bytes.Buffer) {
 	return out
 }
 
-// kill ends the daemon as kill -9 does.
 func (m *machine) kill() {
 	m.t.Helper()
 	if m.conn != nil {
@@ -191,7 +190,7 @@ func (m *machine) kill() {
 	m.cmd = nil
 }
 
-// reboot ends everything, and loses what was in memory.
+// reboot ends everything and drops the contents of memory.
 func (m *machine) reboot() {
 	m.t.Helper()
 	m.kill()
@@ -199,13 +198,13 @@ func (m *machine) reboot() {
 	m.boot()
 }
 
-// verify checks everything that the daemon, which must not run, left.
+// verify checks the state that the daemon left. The daemon must not run.
 func (m *machine) verify() {
 	m.t.Helper()
 	m.must(m.do("verify"))
 }
 
-// command is the daemon's process.
+// command returns the daemon's process.
 func (m *machine) command(do string) (*exec.Cmd, error) {
 	text, err := json.Marshal(job{m.cfg, filepath.Join(m.dir, "content"), do})
 	if err != nil {
@@ -220,7 +219,7 @@ func (m *machine) command(do string) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// do runs the daemon's process to its end.
+// do runs the daemon's process until it ends.
 func (m *machine) do(what string) error {
 	cmd, err := m.command(what)
 	if err != nil {
@@ -232,7 +231,6 @@ func (m *machine) do(what string) error {
 	return nil
 }
 
-// file is one file of a layer.
 type file struct {
 	name string
 	body []byte
@@ -342,8 +340,7 @@ func compareTree(root string, files []file) error {
 	return err
 }
 
-// TestKilledWithContainers kills the daemon below a container: the container notices nothing, and the next daemon goes
-// on where it was.
+// TestKilledWithContainers kills the daemon below a container, which continues, and so does the next daemon.
 func TestKilledWithContainers(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {
@@ -380,7 +377,6 @@ func TestKilledWithContainers(t *testing.T) {
 	}
 }
 
-// upperOf returns the upper directory of a mount, or "".
 func upperOf(mounts []mount.Mount) string {
 	for _, o := range mounts[0].Options {
 		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
@@ -390,7 +386,7 @@ func upperOf(mounts []mount.Mount) string {
 	return ""
 }
 
-// TestReboot loses memory and mounts; the registry is off and containerd has dropped the blobs.
+// TestReboot loses memory and mounts, with registries turned off and the blobs gone from containerd.
 func TestReboot(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {

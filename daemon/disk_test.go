@@ -16,7 +16,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// smallDisk returns a directory on a file system of its own with some 30 MB.
+// smallDisk returns a directory on a file system of its own with about 30 MB.
 func smallDisk(t *testing.T) string {
 	t.Helper()
 	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
@@ -40,9 +40,9 @@ func smallDisk(t *testing.T) string {
 	return dir
 }
 
-// A full disk is an error that says so, and what is there already goes on. With room again the same pull succeeds. The
-// pool is in memory, and packs or directories fill the disk; or it is a file on that disk, sparse and larger than what
-// it may grow to.
+// A full disk gives a clear error, and existing containers continue. With room again the same pull
+// succeeds. Either the pool is in memory and packs or directories fill the disk, or the pool is a
+// sparse file on that disk, larger than the disk.
 func TestFullDisk(t *testing.T) {
 	for _, f := range fewFlavours(2) {
 		for _, stream := range []bool{false, true} {
@@ -70,7 +70,7 @@ func TestFullDisk(t *testing.T) {
 				}
 				m.compare(running, small)
 				m.must(os.Remove(ballast))
-				// containerd removes what it could not unpack.
+				// containerd removes the snapshot of a failed unpack.
 				m.must(m.sn.Remove(ctx, fmt.Sprintf("default/%d/extract-1-x layer", m.names)))
 				m.must(cl.sn.Cleanup(ctx))
 				top, err := m.pull(ctx, stream, []file{small}, []file{big})
@@ -83,8 +83,7 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// A container that fills the disk to the last block and inode, and is removed, gives everything back; the next one
-// starts.
+// A container fills the disk to the last block and inode; its removal frees everything, and the next one starts.
 func TestFullDiskGetsFree(t *testing.T) {
 	for _, f := range fewFlavours(2) {
 		t.Run(f.name, func(t *testing.T) {
@@ -118,7 +117,7 @@ func TestFullDiskGetsFree(t *testing.T) {
 	}
 }
 
-// fill writes below dir until neither a block nor an inode is free.
+// fill writes below dir until no block and no inode is free.
 func fill(dir string) error {
 	f, err := os.Create(filepath.Join(dir, "fill"))
 	if err != nil {

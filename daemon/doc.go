@@ -1,4 +1,4 @@
-// Package daemon puts the daemon together: configuration, store, snapshotter, the gRPC services for containerd on one
+// Package daemon combines configuration, store, snapshotter, the gRPC services for containerd on one
 // socket, the control socket for people, metrics and health.
 //
 //	d, err := daemon.Open(ctx, cfg)
@@ -8,5 +8,5 @@
 //	defer d.Close()
 //	return d.Serve(ctx, nil)
 //
-// Below the root are the snapshots (package snapshotter: metadata.db, snapshots/) and what package store keeps.
+// The root holds the snapshots (package snapshotter: metadata.db, snapshots/) and the files of package store.
 package daemon

@@ -17,9 +17,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// kinds says what an error of the packages below is to containerd. The first match counts.
+// kinds maps errors of the packages below to containerd's kinds. The first match wins.
 var kinds = []struct{ err, kind error }{
-	{shared.ErrNotFound, errdefs.ErrNotFound}, // whatever else the other pools say
+	{shared.ErrNotFound, errdefs.ErrNotFound}, // whatever the other pools report
 	{pool.ErrFull, errdefs.ErrResourceExhausted},
 	{syscall.ENOSPC, errdefs.ErrResourceExhausted},
 	{syscall.EDQUOT, errdefs.ErrResourceExhausted},
@@ -46,8 +46,8 @@ var kinds = []struct{ err, kind error }{
 	{pool.ErrNotFound, errdefs.ErrNotFound},
 }
 
-// toErrdefs gives an error the kind that containerd knows. Errors that have one, and those of a context, stay as they
-// are; what remains unknown becomes gRPC's Unknown, with its text.
+// toErrdefs adds containerd's kind to an error. Context errors and errors that have a kind stay as
+// they are; any other error becomes gRPC's Unknown, with its text.
 func toErrdefs(err error) error {
 	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || hasKind(err) {
 		return err
@@ -60,7 +60,7 @@ func toErrdefs(err error) error {
 	return err
 }
 
-// hasKind reports whether err is of an errdefs kind already.
+// hasKind reports whether err already has an errdefs kind.
 func hasKind(err error) bool {
 	for _, kind := range []error{
 		errdefs.ErrResourceExhausted, errdefs.ErrDataLoss, errdefs.ErrNotImplemented, errdefs.ErrInvalidArgument,

@@ -25,7 +25,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// inside is a daemon in this process, through whose socket a machine without a process of its own pulls.
+// inside starts a daemon in this process, and a machine without a process that pulls through its socket.
 func inside(t *testing.T, f flavour, change func(*config.Config)) (*client, *machine) {
 	t.Helper()
 	f.need(t)
@@ -47,8 +47,7 @@ func inside(t *testing.T, f flavour, change func(*config.Config)) (*client, *mac
 	return cl, m
 }
 
-// A pool that is too small for what is pulled gives plain directories, and what is there already goes on; room that is
-// made is used again.
+// A pool too small for a pull gives plain directories, and existing containers continue; freed room is used again.
 func TestFullPool(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
@@ -73,7 +72,7 @@ func TestFullPool(t *testing.T) {
 			if !strings.Contains(metrics.Body.String(), `daxfs_fallbacks_total{reason="full"}`) {
 				t.Error("the fallback was not counted")
 			}
-			// Images that nobody uses give way to one that somebody wants.
+			// Unused images give way to a wanted one.
 			for i := range 12 {
 				f := file{"f", random(uint64(10+i), 3<<20)}
 				top, err := m.pull(ctx, stream, []file{f})
@@ -81,7 +80,7 @@ func TestFullPool(t *testing.T) {
 				key := fmt.Sprintf("default/%d/c", 200+i)
 				mounts, err := m.sn.Prepare(ctx, key, top)
 				m.must(err)
-				// The kernel takes detached overlays apart a moment later. Until then images before this one are in use.
+				// The kernel frees detached overlays a moment later. Until then earlier images are in use.
 				for try := 0; strings.Contains(strings.Join(mounts[0].Options, " "),
 					"lowerdir="+m.cfg.Root+"/snapshots"); try++ {
 					if try == 100 {
@@ -100,7 +99,7 @@ func TestFullPool(t *testing.T) {
 	}
 }
 
-// A layer that does not fit into the pool lies below one that does.
+// A layer that does not fit into the pool is below one that does.
 func TestLargeLayerBelow(t *testing.T) {
 	for _, f := range flavours[:2] {
 		t.Run(f.name, func(t *testing.T) {
@@ -116,8 +115,7 @@ func TestLargeLayerBelow(t *testing.T) {
 	}
 }
 
-// When the places for images run out containers start from copies on disk. When nothing is mounted any more a new epoch
-// has places again.
+// Without slots, containers start from copies on disk. When nothing is mounted, a new epoch has slots again.
 func TestSlotsRunOut(t *testing.T) {
 	cl, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -164,7 +162,7 @@ func TestSlotsRunOut(t *testing.T) {
 	}
 }
 
-// A pull into a pool that its contents fill to the brim completes, and containers of it start.
+// A pull whose contents fill the pool completely succeeds, and its containers start.
 func TestPullFillsPool(t *testing.T) {
 	for _, size := range []int{9 << 20, 10 << 20, 11 << 20, 12 << 20} {
 		_, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
@@ -183,7 +181,7 @@ func TestPullFillsPool(t *testing.T) {
 	}
 }
 
-// A damaged or missing layer pack is an error that says so, never a wrong file.
+// A damaged or missing layer pack gives a clear error, never a wrong file.
 func TestBadPack(t *testing.T) {
 	for name, harm := range map[string]func(path string) error{
 		"damaged": func(path string) error {
@@ -263,7 +261,7 @@ func TestSocket(t *testing.T) {
 	if _, err := listen(path); err == nil || !strings.Contains(err.Error(), "another process answers") {
 		t.Errorf("a socket in use: %v", err)
 	}
-	first.Close() // as a killed process does: the file stays
+	first.Close() // like a killed process: the socket file stays
 	again, err := listen(path)
 	if err != nil {
 		t.Fatalf("the socket of a dead process: %v", err)
@@ -355,7 +353,7 @@ func TestKinds(t *testing.T) {
 	}
 }
 
-// A differ must ask containerd in the namespace of its caller, and can not without one.
+// A differ must ask containerd in the namespace of its caller, and cannot without one.
 func TestBlobsNeedNamespace(t *testing.T) {
 	b, err := dialBlobs(filepath.Join(t.TempDir(), "nobody.sock"))
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// plainError is a server interceptor that leaves the kind of an error at the end of its text once, however many layers
-// appended it.
+// plainError is a server interceptor that removes repetitions of an error's kind from the end of its
+// text: several layers may have appended it.
 func plainError(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	resp, err := handler(ctx, req)
 	st, ok := status.FromError(err)
@@ -30,7 +30,7 @@ func plainError(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler g
 	return resp, status.FromProto(p).Err()
 }
 
-// kindTexts are the texts of containerd's kinds of errors, by their code.
+// kindTexts maps codes to the texts of containerd's error kinds.
 var kindTexts = map[codes.Code]string{
 	codes.InvalidArgument: errdefs.ErrInvalidArgument.Error(), codes.NotFound: errdefs.ErrNotFound.Error(),
 	codes.AlreadyExists:      errdefs.ErrAlreadyExists.Error(),
@@ -39,8 +39,8 @@ var kindTexts = map[codes.Code]string{
 	codes.Unavailable: errdefs.ErrUnavailable.Error(), codes.Unimplemented: errdefs.ErrNotImplemented.Error(),
 }
 
-// logFailure is a server interceptor that says in one line which call failed, on what, and why. Whoever called may show
-// the reason to nobody.
+// logFailure is a server interceptor that logs failed calls in one line: the call, its subject and the
+// reason. The caller may not show the reason to anybody.
 func logFailure(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	resp, err := handler(ctx, req)
 	if err == nil {
@@ -58,7 +58,7 @@ func logFailure(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle
 	}
 	switch status.Code(err) {
 	case codes.AlreadyExists, codes.NotFound, codes.Unimplemented, codes.Canceled:
-		// Answers that containerd asks for: is it there, does somebody else have to do it. Or it has gone away.
+		// containerd asks whether something exists or whether another plugin must do the work, or is gone.
 		logger.Debug("call answered with an error")
 	default:
 		logger.Error("call failed")

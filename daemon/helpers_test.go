@@ -50,13 +50,12 @@ func TestMain(m *testing.M) {
 	}
 	flag.Parse()
 	if os.Geteuid() == 0 {
-		flag.Set("test.root", "true") // containerd's suite asks for it
+		flag.Set("test.root", "true") // containerd's suite requires it
 	}
 	os.Exit(mountns.Main(m))
 }
 
-// helperArgs tells whether this process was started as the program daxfs to serve a FUSE mount, and with which
-// arguments.
+// helperArgs returns the arguments if this process was started as the program daxfs to serve a FUSE mount.
 func helperArgs(args []string) ([]string, bool) {
 	head := []string{"mount", "--driver", "fuse", "--foreground"}
 	if len(args) <= len(head) || !slices.Equal(args[1:1+len(head)], head) {
@@ -65,7 +64,6 @@ func helperArgs(args []string) ([]string, bool) {
 	return args[1+len(head):], true
 }
 
-// flavour is one way to run the daemon.
 type flavour struct {
 	name   string
 	kind   string // of the pool
@@ -78,8 +76,8 @@ var flavours = []flavour{
 	{"fuse", "tmpfs", "fuse"},
 }
 
-// fewFlavours are the first n flavours, for tests that take long. With -short, as the race detector runs them, it is one:
-// the code of the daemon is the same in all, and the drivers have tests of their own.
+// fewFlavours returns the first n flavours, for slow tests; with -short, used with the race detector,
+// only one. The daemon's code is the same in all flavours, and the drivers have tests of their own.
 func fewFlavours(n int) []flavour {
 	if testing.Short() {
 		n = 1
@@ -87,7 +85,6 @@ func fewFlavours(n int) []flavour {
 	return flavours[:n]
 }
 
-// config returns the configuration of a daemon below root.
 func (f flavour) config(root string) *config.Config {
 	c := config.Default()
 	c.Root = filepath.Join(root, "root")
@@ -103,7 +100,7 @@ func (f flavour) config(root string) *config.Config {
 	return c
 }
 
-// need skips the test where the flavour can not run, with the reason.
+// need skips the test, with the reason, if the flavour cannot run here.
 func (f flavour) need(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -132,7 +129,6 @@ func (f flavour) need(t *testing.T) {
 	}
 }
 
-// client is a daemon and a connection to it.
 type client struct {
 	*Daemon
 	remote  snapshots.Snapshotter // through the socket
@@ -143,7 +139,7 @@ type client struct {
 	served chan error
 }
 
-// start opens a daemon, whose differ reads from blobs, and serves it on its socket.
+// start opens a daemon whose differ reads from blobs, and serves it on its socket.
 func start(ctx context.Context, c *config.Config, blobs content.Provider) (*client, error) {
 	s, err := Open(ctx, c)
 	if err != nil {
@@ -167,14 +163,14 @@ func start(ctx context.Context, c *config.Config, blobs content.Provider) (*clie
 	return cl, nil
 }
 
-// end stops the daemon as SIGTERM does.
+// end stops the daemon like SIGTERM.
 func (c *client) end() error {
 	c.conn.Close()
 	c.stop()
 	return errors.Join(<-c.served, c.Daemon.Close())
 }
 
-// purge removes every snapshot and looks for what is left over.
+// purge removes every snapshot and checks that nothing is left.
 func (c *client) purge(ctx context.Context) error {
 	for {
 		var names []string
@@ -214,11 +210,11 @@ func (c *client) purge(ctx context.Context) error {
 
 func (c *client) pool() *pool.Pool { return c.store.Pool() }
 
-// patience is how long a mount may be held by others. On a machine where containers are started at the same time, each
-// start copies all mounts for a moment, and what is mounted is rightly not given away.
+// patience is how long other processes may hold a mount. On a busy machine each start of a container
+// briefly copies all mounts, and space below a live mount is rightly not freed.
 const patience = 2 * time.Minute
 
-// settle waits for background work, cleans up, and checks that all agrees.
+// settle waits for background work, cleans up, and checks that everything is consistent.
 func (c *client) settle(ctx context.Context) error {
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
 		if err := errors.Join(c.sn.Flush(ctx), c.sn.Cleanup(ctx)); err != nil {
@@ -232,9 +228,9 @@ func (c *client) settle(ctx context.Context) error {
 	}
 }
 
-// loseMemory takes away what a reboot takes away: mounts, and the pool. The daemon must not run.
+// loseMemory removes what a reboot removes: the mounts and the pool. The daemon must not run.
 func loseMemory(c *config.Config) error {
-	for _, kind := range []string{"images", "live"} { // an image is a bind of the pool
+	for _, kind := range []string{"images", "live"} { // an image is a bind mount of the pool
 		dirs, err := filepath.Glob(filepath.Join(c.Root, kind, "*/mnt"))
 		if err != nil {
 			return err
@@ -248,7 +244,6 @@ func loseMemory(c *config.Config) error {
 	return removePool(c)
 }
 
-// openPool opens the pool of a daemon that does not run.
 func openPool(t *testing.T, c *config.Config) (p *pool.Pool, done func()) {
 	t.Helper()
 	index, err := filepath.Glob(filepath.Join(c.Root, "pool/*.db"))

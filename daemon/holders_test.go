@@ -31,9 +31,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// Whoever shows an image to others keeps it: a mount that the daemon made for a user, one that he made by hand, and a
-// container with mapped owners whose snapshot is gone. What they read stays as it is while other images come and go;
-// when they are gone the space is free again.
+// A user of an image keeps it: a mount that the daemon made for a user, a mount made by hand, or a
+// container with mapped owners whose snapshot is gone. Its bytes stay the same while other images come
+// and go; when the user is gone, the space is free again.
 func TestHoldersKeepBytes(t *testing.T) {
 	for name, hold := range map[string]func(h *holding) (release func()){
 		"mounted by the daemon":            (*holding).asked,
@@ -59,7 +59,7 @@ func TestHoldersKeepBytes(t *testing.T) {
 				release := hold(h)
 				m.must(m.sn.Remove(h.ctx, h.top))
 				m.must(cl.sn.Cleanup(h.ctx))
-				for i := range 12 { // more than the pool can hold at a time
+				for i := range 12 { // more than fit into the pool at a time
 					top, err := m.pull(h.ctx, true, []file{{"other", random(uint64(50+i), 4_000_000)}})
 					m.must(err)
 					key := fmt.Sprintf("default/%d/c", 200+i)
@@ -74,7 +74,7 @@ func TestHoldersKeepBytes(t *testing.T) {
 	}
 }
 
-// holding is somebody who uses an image that containerd is about to remove.
+// holding is a user of an image that containerd is about to remove.
 type holding struct {
 	*client
 	m    *machine
@@ -82,7 +82,7 @@ type holding struct {
 	top  string
 	file file
 	dir  string
-	// look reads the file again, past the page cache, and fails the test if it is another one.
+	// look rereads the file, past the page cache, and fails the test if it has changed.
 	look func()
 }
 
@@ -130,7 +130,7 @@ func (h *holding) detached() func() {
 	}
 }
 
-// elsewhere holds a mount in a namespace that was made while the image was mounted, as other tools on a node do.
+// elsewhere holds a mount in a namespace that was created while the image was mounted, like other tools on a node.
 func (h *holding) elsewhere() func() {
 	p := sleepInNamespace(h.m.t)
 	h.see(fmt.Sprintf("/proc/%d/root%s", p.Pid, filepath.Join(h.imageDir(), "a")))
@@ -172,7 +172,7 @@ func (h *holding) container() func() {
 	return func() { h.m.must(f.Close()) }
 }
 
-// workingDirectory opens a file that nobody looked at before the container was detached.
+// workingDirectory opens a file for the first time after the container was detached.
 func (h *holding) workingDirectory() func() {
 	root := h.mounted()
 	dir, err := os.Open(root)
@@ -190,8 +190,8 @@ func (h *holding) workingDirectory() func() {
 	return func() { h.m.must(dir.Close()) }
 }
 
-// dropCaches makes the kernel forget inodes that nobody uses, as it does when it needs memory. Contents that were seen
-// through mounts which nothing can vouch for wait for that.
+// dropCaches makes the kernel forget unused inodes, as it does under memory pressure. Contents seen
+// through mounts that nothing can vouch for stay until then.
 func dropCaches(t *testing.T) {
 	t.Helper()
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0o200); err != nil {
@@ -225,15 +225,14 @@ func sleepInNamespace(t *testing.T) *os.Process {
 	return nil
 }
 
-// noBlob is a containerd that has no blobs.
 type noBlob struct{ content.Provider }
 
 func (noBlob) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, error) {
 	return nil, fmt.Errorf("no such blob: %w", errdefs.ErrNotFound)
 }
 
-// Who merely claims the diff ID of another namespace's layer does not get that layer; who has a blob of it does,
-// unread.
+// A client that only claims the diff ID of another namespace's layer does not get that layer. A client
+// with a blob of it does, and the blob is not read.
 func TestClaimedDiffID(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "victim")
@@ -267,12 +266,12 @@ func TestClaimedDiffID(t *testing.T) {
 		}
 	}
 	counted := &counting{Provider: m.store}
-	if _, err := snapshotter.NewDiffer(cl.Snapshotter(), counted).Apply(ctx, blob, prepare(901)); err != nil || counted.read != 0 {
+	_, err = snapshotter.NewDiffer(cl.Snapshotter(), counted).Apply(ctx, blob, prepare(901))
+	if err != nil || counted.read != 0 {
 		t.Errorf("with the blob: %v, %d bytes were read", err, counted.read)
 	}
 }
 
-// counting counts what is read.
 type counting struct {
 	content.Provider
 	read int
@@ -294,13 +293,13 @@ func (r countingReader) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// A chain ID that one namespace gave to something else is not believed in another one.
+// A chain ID that one namespace gave to other contents is not trusted in another namespace.
 func TestChainNameIsNotBelieved(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "one")
 	good, evil := file{"f", []byte("good")}, file{"f", []byte("evil")}
 	tar := makeTar(good)
-	chain := digest.FromBytes(tar).String() // of a single layer the chain ID is the diff ID
+	chain := digest.FromBytes(tar).String() // for a single layer, the chain ID is the diff ID
 	m.must(m.walk(ctx, "one/1/"+chain, "one/2/k", "", []file{evil}))
 	_, err := m.sn.Prepare(ctx, "one/3/c", "one/1/"+chain)
 	m.must(err)
@@ -315,7 +314,7 @@ func TestChainNameIsNotBelieved(t *testing.T) {
 	m.compare(view, good)
 }
 
-// Health sees a server that died, and a container that is started brings it back.
+// The health check sees a dead server, and starting a container replaces the server.
 func TestHealthSeesDeadServer(t *testing.T) {
 	cl, m := inside(t, flavours[2], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -368,7 +367,7 @@ func killServers(root string) error {
 	return nil
 }
 
-// The control socket mounts, pins and lists, and says what is wrong.
+// The control socket mounts, pins and lists, and reports errors.
 func TestControl(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx, stop := context.WithCancel(t.Context())

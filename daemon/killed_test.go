@@ -20,7 +20,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// rounds is how often the daemon is killed: DAXFS_TEST_CRASHES, or as often as every run has time for.
+// rounds is how often the daemon is killed: DAXFS_TEST_CRASHES, or a number small enough for every run.
 func rounds(t *testing.T) int {
 	v := os.Getenv("DAXFS_TEST_CRASHES")
 	switch {
@@ -36,9 +36,9 @@ func rounds(t *testing.T) int {
 	return n
 }
 
-// TestKilledAnywhere kills the daemon at random moments of its start, and of pulls, starts and removals by several
-// clients. Afterwards everything agrees and nothing is left over; in the end every snapshot that was committed shows
-// what was committed.
+// TestKilledAnywhere kills the daemon at random moments of its start, and of pulls, starts and
+// removals by several clients. Afterwards everything is consistent and nothing is left over, and every
+// committed snapshot shows its files.
 func TestKilledAnywhere(t *testing.T) {
 	rounds := rounds(t)
 	for _, f := range flavours[:2] {
@@ -59,7 +59,7 @@ func TestKilledAnywhere(t *testing.T) {
 					m.kill()
 				}
 				m.boot()
-				// Counted in calls, so that a slow machine is killed where a fast one is; then up to 10 ms into the call.
+				// Count calls, so that slow and fast machines are killed at the same point; then wait up to 10 ms.
 				var calls atomic.Int64
 				last, delay := int64(1+rng.IntN(40)), time.Duration(rng.IntN(10_000))*time.Microsecond
 				daemon := m.cmd.Process
@@ -75,7 +75,7 @@ func TestKilledAnywhere(t *testing.T) {
 				wg.Wait()
 				m.calls = nil
 				m.kill()
-				if rng.IntN(2) == 0 { // else the next daemon is the first to see what is left
+				if rng.IntN(2) == 0 { // otherwise the next daemon is the first to see the state
 					m.verify()
 				}
 				for _, v := range clients {
@@ -102,15 +102,15 @@ func TestKilledAnywhere(t *testing.T) {
 	}
 }
 
-// victim is a client, with a namespace of its own, of a daemon that is killed.
+// victim is a client, with its own namespace, of a daemon that is killed.
 type victim struct {
 	m      *machine
 	ns     string
 	rng    *rand.Rand
 	seq    int
-	cycles int // that were not cut off
-	// committed is what was committed, by name. A daemon may have been killed between a commit or removal and the answer:
-	// dying are those of which it is not known whether they still are there. They may be gone, but not wrong.
+	cycles int // completed ones
+	// committed are the committed files, by name. The daemon may be killed between a commit or removal and
+	// its answer; dying are the snapshots in that state. They may be gone, but not wrong.
 	committed map[string][]file
 	dying     map[string]bool
 	wrong     error
@@ -138,7 +138,7 @@ func (v *victim) name(key string) string {
 	return fmt.Sprintf("%s/%d/%s", v.ns, v.seq, key)
 }
 
-// cycle pulls an image of two layers, both of which others may have, runs it, and sometimes removes it.
+// cycle pulls an image of two layers, which others may have too, runs it, and sometimes removes it.
 func (v *victim) cycle(ctx context.Context) error {
 	seed, size := v.rng.IntN(20), 1+v.rng.IntN(10_000)
 	if seed < 4 {
@@ -164,7 +164,7 @@ func (v *victim) cycle(ctx context.Context) error {
 		}); err != nil {
 			return err
 		}
-		if v.rng.IntN(2) == 0 { // as nerdctl commit and build do
+		if v.rng.IntN(2) == 0 { // like nerdctl commit and build
 			name := v.name("mine")
 			v.committed[name], v.dying[name] = append(files[:2:2], file{"written", []byte(container)}), true
 			if err := v.m.sn.Commit(ctx, name, container); err != nil {
@@ -188,7 +188,7 @@ func (v *victim) cycle(ctx context.Context) error {
 	return v.m.sn.(snapshots.Cleaner).Cleanup(ctx)
 }
 
-// pull commits a layer for each file, in one of the ways in, and returns the names of the snapshots, bottom first.
+// pull commits a layer per file, streamed or walked, and returns the names of the snapshots, bottom first.
 func (v *victim) pull(ctx context.Context, files []file) (names []string, err error) {
 	st := &streaming{v.m.sn, v.m.ap, v.m.store}
 	stream := v.rng.IntN(2) == 0
@@ -219,7 +219,7 @@ func (v *victim) pull(ctx context.Context, files []file) (names []string, err er
 	return names, nil
 }
 
-// compareAll mounts every snapshot that was committed.
+// compareAll mounts every committed snapshot and compares its files.
 func (v *victim) compareAll() error {
 	ctx := namespaces.WithNamespace(v.m.t.Context(), v.ns)
 	var errs []error

@@ -12,7 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// held is what a daemon holds on to, apart from memory that is collected.
+// held counts a daemon's resources other than garbage-collected memory.
 type held struct{ goroutines, files int }
 
 func (c *client) held(t *testing.T) held {
@@ -24,7 +24,7 @@ func (c *client) held(t *testing.T) held {
 	return held{runtime.NumGoroutine(), len(fds)}
 }
 
-// A daemon that served many pulls, starts and removals holds no more than one that served few.
+// A daemon holds no more resources after many pulls, starts and removals than after few.
 func TestHoldsNothing(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -52,7 +52,7 @@ func TestHoldsNothing(t *testing.T) {
 	before := cl.held(t)
 	serve(200)
 	after := cl.held(t)
-	for range 100 { // what ended may take a moment to be gone
+	for range 100 { // ended goroutines may take a moment to disappear
 		if after.goroutines <= before.goroutines && after.files <= before.files {
 			break
 		}

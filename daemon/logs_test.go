@@ -15,13 +15,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// logged keeps what is logged.
+// logged collects log lines.
 type logged struct {
 	mu      sync.Mutex
 	entries []*logrus.Entry
 }
 
-// hearLog keeps what is logged until the test ends.
+// hearLog collects log lines until the test ends.
 func hearLog(t *testing.T) *logged {
 	t.Helper()
 	h := &logged{}
@@ -42,7 +42,7 @@ func (h *logged) Fire(e *logrus.Entry) error {
 	return nil
 }
 
-// takeAll returns what was logged, and forgets it.
+// takeAll returns all collected lines and forgets them.
 func (h *logged) takeAll() []*logrus.Entry {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -51,12 +51,12 @@ func (h *logged) takeAll() []*logrus.Entry {
 	return all
 }
 
-// take returns the lines with a message, and forgets everything.
+// take returns the lines with a message, and forgets all lines.
 func (h *logged) take(message string) []*logrus.Entry {
 	return slices.DeleteFunc(h.takeAll(), func(e *logrus.Entry) bool { return e.Message != message })
 }
 
-// Each image, failure, fallback, eviction and removal is one line.
+// Each image, failure, fallback, eviction and removal is one log line.
 func TestLogLines(t *testing.T) {
 	heard := hearLog(t)
 	cl, m := inside(t, flavours[0], func(c *config.Config) { c.Pool.Size = 16 << 20 })
@@ -84,7 +84,7 @@ func TestLogLines(t *testing.T) {
 		t.Errorf("%v; expected 2 layers and %d bytes of contents, all of them new", data, contents)
 	}
 
-	// What another image has is not new.
+	// Contents of an earlier image are not new.
 	second, err := m.pull(ctx, true, []file{shared, {"other", random(3, 5000)}})
 	m.must(err)
 	_, err = m.sn.Prepare(ctx, "default/102/c", second)
@@ -94,7 +94,7 @@ func TestLogLines(t *testing.T) {
 		t.Errorf("%v; expected that most of %d bytes are not new", lines, contents)
 	}
 
-	// A layer that cannot be read.
+	// An unreadable layer.
 	st := &streaming{m.sn, m.ap, m.store}
 	desc, diffID, err := st.put(ctx, makeTar(file{"a", random(4, 100_000)}))
 	m.must(err)
@@ -110,12 +110,12 @@ func TestLogLines(t *testing.T) {
 		t.Errorf("failed Apply (%v): lines %v", err, lines)
 	}
 	m.must(m.sn.Remove(ctx, "default/1/extract-1-x a"))
-	// A question that is answered with no is no failure.
+	// A negative answer is not a failure.
 	if _, err := m.sn.Stat(ctx, "default/1/nothing"); err == nil || len(heard.take("call failed")) != 0 {
 		t.Errorf("Stat of nothing: %v", err)
 	}
 
-	// An image that gives way, and one that is removed.
+	// An evicted image, and a removed one.
 	m.must(m.sn.Remove(ctx, "default/102/c"))
 	third, err := m.pull(ctx, false, []file{{"large", random(5, 8<<20)}})
 	m.must(err)
@@ -128,7 +128,7 @@ func TestLogLines(t *testing.T) {
 	m.must(err)
 	_, err = m.sn.Prepare(ctx, "default/104/c", fourth)
 	m.must(err)
-	m.must(cl.sn.Flush(ctx)) // the background makes room, too
+	m.must(cl.sn.Flush(ctx)) // the background evicts, too
 	evicted := heard.take("evicted an image to make room; it is made again when it is needed")
 	if !slices.ContainsFunc(evicted, func(e *logrus.Entry) bool { return e.Data["unshared"] == int64(8<<20) }) {
 		t.Errorf("evictions %v, expected one of 8 MiB", evicted)

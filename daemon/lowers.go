@@ -10,7 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// lowers is the store as the snapshotter sees it: in its types, and with errors of the kinds that containerd knows.
+// lowers implements snapshotter.Lowers with the store. It converts types, and errors to containerd's kinds.
 type lowers struct{ store *store.Store }
 
 var _ snapshotter.Lowers = lowers{}
@@ -69,10 +69,10 @@ func (l lowers) Sweep(ctx context.Context, use snapshotter.Uses, short bool) err
 	return toErrdefs(l.store.Sweep(ctx, uses{use}, short))
 }
 
-// uses is snapshotter.Uses in the words of the store.
+// uses adapts snapshotter.Uses to the store.
 type uses struct{ snapshotter.Uses }
 
-// needs gives the store's degree of need for the snapshotter's.
+// needs maps the snapshotter's degrees of need to the store's.
 var needs = map[snapshotter.Use]store.Use{
 	snapshotter.Unused: store.Unused, snapshotter.Stored: store.Kept, snapshotter.Ready: store.Ready,
 	snapshotter.InUse: store.InUse,

@@ -20,7 +20,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
-// metrics is what the daemon counts. Its names begin with "daxfs_".
+// metrics are the daemon's counters. Their names begin with "daxfs_".
 type metrics struct {
 	d         *Daemon
 	registry  *prometheus.Registry
@@ -32,11 +32,11 @@ type metrics struct {
 	pulls     *prometheus.CounterVec
 	pullBytes *prometheus.CounterVec
 	ranges    prometheus.Counter
-	drivers   []string // that may mount
+	drivers   []string // the usable ones
 }
 
-// newMetrics returns the metrics of a daemon whose pool may be mounted by some drivers. Every value that can be named
-// ahead is there from the beginning, with 0: a rate over a counter that appears with its first event misses that event.
+// newMetrics returns the metrics of a daemon with usable drivers. Every known label value starts with
+// 0, because a rate over a counter that appears with its first event misses that event.
 func newMetrics(d *Daemon, drivers []mount.Driver) *metrics {
 	m := &metrics{
 		d:        d,
@@ -97,7 +97,7 @@ func newMetrics(d *Daemon, drivers []mount.Driver) *metrics {
 // phases are the values of the label phase.
 var phases = []string{"ingest", "stream", "pull", "build", "plain", "prepare", "sweep"}
 
-// buildInfo is 1, with the build of the daemon as labels.
+// buildInfo is always 1; its labels describe the build of the daemon.
 func buildInfo() prometheus.Collector {
 	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "daxfs_build_info", Help: "The build of the daemon; its value is 1.",
@@ -116,7 +116,7 @@ func (m *metrics) fallback(reason string) { m.fallbacks.WithLabelValues(reason).
 
 func (m *metrics) evicted(what string) { m.evictions.WithLabelValues(what).Inc() }
 
-// pulled counts a layer that was pulled by its files, or tried to.
+// pulled counts a layer that was pulled file by file, or an attempt that failed.
 func (m *metrics) pulled(c *counts, err error) {
 	m.ranges.Add(float64(c.ranges.Load()))
 	m.pullBytes.WithLabelValues("registry").Add(float64(c.fetched.Load()))
@@ -128,7 +128,7 @@ func (m *metrics) pulled(c *counts, err error) {
 	m.pulls.WithLabelValues("pulled").Inc()
 }
 
-// gauges collects what is in the pool when it is asked.
+// gauges reads the state of the pool at each collection.
 type gauges metrics
 
 var (
@@ -169,7 +169,7 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	}
 	p := g.d.store.Pool()
 	u := p.Usage()
-	// Room of the pool is no room where the disk below it has none.
+	// Room in the pool is useless if the disk below it is full.
 	free := u.Free
 	if room, err := g.d.store.Room(); err == nil {
 		free = min(free, room.Free())
@@ -197,7 +197,7 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 		}
 		name := ""
 		if len(info.Names) > 0 {
-			name = valid(info.Names[0])
+			name = labelValue(info.Names[0])
 		}
 		gauge(imageBytes, float64(u.Extents-u.Shared), info.Key, name, "own")
 		gauge(imageBytes, float64(u.Shared), info.Key, name, "shared")
@@ -215,10 +215,10 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	collectShared(g.d, gauge)
 }
 
-// valid is a text as the value of a label, which is UTF-8.
-func valid(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
+// labelValue makes a text valid UTF-8, as the values of labels must be.
+func labelValue(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
 
-// serve answers HTTP on the configured address, if there is one, until stop is called.
+// serve serves HTTP on the configured address, if any, until stop is called.
 func (m *metrics) serve(ctx context.Context, c config.Metrics) (stop func(), err error) {
 	if c.Address == "" {
 		return func() {}, nil

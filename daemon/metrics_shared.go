@@ -2,12 +2,13 @@ package daemon
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// Metrics of others that read the pool.
+// Metrics of the readers of the pool.
 var (
 	readerInfo = prometheus.NewDesc("daxfs_readers_info",
 		"How images are kept for others that read the pool; its value is 1.", []string{"mode"}, nil)
 	readerClaims = prometheus.NewDesc("daxfs_reader_claims",
-		"Claims of a reader to images of the pool: of now, of before its last boot, and torn ones, which hold all images.",
+		"Claims of a reader to images of the pool: "+
+			"of now, of before its last boot, and torn ones, which hold all images.",
 		[]string{"reader", "region", "state"}, nil)
 	leasesFailed = prometheus.NewDesc("daxfs_leases_failed",
 		"1 if a lease region cannot be read, because of which nothing is freed that a reader may use.", nil, nil)
@@ -35,20 +36,20 @@ func describeShared(ch chan<- *prometheus.Desc) {
 	}
 }
 
-// collectShared collects who reads the pool, and how the pools of other owners are.
+// collectShared collects the readers of the pool, and the state of the pools of other owners.
 func collectShared(d *Daemon, gauge func(d *prometheus.Desc, v float64, labels ...string)) {
 	r := d.readers()
 	gauge(readerInfo, 1, r.Mode)
-	gauge(leasesFailed, truth(r.Error != ""))
+	gauge(leasesFailed, boolGauge(r.Error != ""))
 	seen := map[string]bool{}
 	for _, u := range r.List {
-		region := valid(u.Region)
-		if seen[region] { // it is configured twice, such as a directory and a file in it
+		region := labelValue(u.Region)
+		if seen[region] { // configured twice, for instance a directory and a file in it
 			continue
 		}
 		seen[region] = true
 		for state, n := range map[string]int{"now": len(u.Images), "earlier": len(u.Earlier), "torn": u.Torn} {
-			gauge(readerClaims, float64(n), valid(u.Reader), region, state)
+			gauge(readerClaims, float64(n), labelValue(u.Reader), region, state)
 		}
 	}
 	n := 0
@@ -59,18 +60,18 @@ func collectShared(d *Daemon, gauge func(d *prometheus.Desc, v float64, labels .
 	}
 	gauge(unlistedCount, float64(n))
 	for _, p := range d.sharedStatus() {
-		name := valid(p.Name)
-		gauge(sharedUp, truth(p.Error == ""), name)
+		name := labelValue(p.Name)
+		gauge(sharedUp, boolGauge(p.Error == ""), name)
 		gauge(sharedGeneration, float64(p.Generation), name)
-		gauge(sharedLeased, truth(p.Leased), name)
+		gauge(sharedLeased, boolGauge(p.Leased), name)
 		for state, n := range map[string]int{"listed": p.Images, "claimed": p.Claimed, "mounted": p.Mounted} {
 			gauge(sharedCount, float64(n), name, state)
 		}
 	}
 }
 
-// truth is 1 if something is so, else 0.
-func truth(b bool) float64 {
+// boolGauge returns 1 for true and 0 for false.
+func boolGauge(b bool) float64 {
 	if b {
 		return 1
 	}

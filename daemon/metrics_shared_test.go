@@ -28,7 +28,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// lacks returns those of the lines that a daemon's metrics do not have.
 func lacks(t *testing.T, cl *client, lines ...string) (missing []string) {
 	t.Helper()
 	text := scrape(t, cl)
@@ -40,7 +39,7 @@ func lacks(t *testing.T, cl *client, lines ...string) (missing []string) {
 	return missing
 }
 
-// What readers use of the pool is seen in the status and in the metrics, and changes with what they do.
+// Status and metrics show readers' use of the pool, and follow its changes.
 func TestReadersAreSeen(t *testing.T) {
 	place := filepath.Join(t.TempDir(), "guest.lease")
 	must(t, os.WriteFile(place, make([]byte, lease.MinSize), 0o600))
@@ -72,7 +71,7 @@ func TestReadersAreSeen(t *testing.T) {
 	if list, err := cl.images(ctx); err != nil || len(list) != 1 || !slices.Contains(list[0].Holders, "reader/guest") {
 		t.Errorf("images %+v, %v; expected reader/guest among the holders", list, err)
 	}
-	// containerd forgets the image, which waits for its reader.
+	// containerd forgets the image; the image waits for its reader.
 	m.must(m.sn.Remove(ctx, "default/100/c"))
 	m.must(m.sn.Remove(ctx, top))
 	m.must(cl.sn.Cleanup(ctx))
@@ -86,7 +85,7 @@ func TestReadersAreSeen(t *testing.T) {
 		!slices.Equal(r.List[0].Images, []string{img.Key}) {
 		t.Errorf("status: %+v", r)
 	}
-	// While a region cannot be read nothing is freed, and that is said.
+	// While a region cannot be read, nothing is freed, and the status says so.
 	raw, err := os.ReadFile(place)
 	m.must(err)
 	m.must(os.Truncate(place, 100))
@@ -105,7 +104,7 @@ func TestReadersAreSeen(t *testing.T) {
 	}
 }
 
-// otherPool is a pool of another owner with one image, of which it returns the chain ID.
+// otherPool makes a pool of another owner with one image, and returns the image's chain ID.
 func otherPool(t *testing.T, path string) digest.Digest {
 	t.Helper()
 	mem, err := region.Open(region.Config{Kind: region.KindFile, Path: path, Size: 64 << 20, Create: true})
@@ -133,8 +132,8 @@ func otherPool(t *testing.T, path string) digest.Digest {
 	return chain
 }
 
-// Pools of other owners are seen in the status, the metrics and the health: one that is not used here costs its own images,
-// one that something stands on makes the daemon ill.
+// Status, metrics and health show pools of other owners: a broken pool that is not used here costs
+// only its own images, one that something stands on makes the daemon unhealthy.
 func TestSharedPoolsAreSeen(t *testing.T) {
 	dir := t.TempDir()
 	there, away, place := filepath.Join(dir, "there"), filepath.Join(dir, "away"), filepath.Join(dir, "lease")
@@ -190,7 +189,7 @@ func TestSharedPoolsAreSeen(t *testing.T) {
 		t.Errorf("status %+v", s)
 	}
 
-	// The pool is taken away below a container.
+	// Remove the pool below a container.
 	m.must(os.Rename(there, there+".gone"))
 	cl.shared.Refresh(t.Context())
 	if code, text := health(); code != http.StatusServiceUnavailable ||

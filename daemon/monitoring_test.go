@@ -15,7 +15,7 @@ import (
 
 const monitoring = "../docs/monitoring"
 
-// metricLabels returns the labels of every metric of a daemon, by the names that expressions have for it.
+// metricLabels returns the labels of every metric of a daemon, by the metric's name in expressions.
 func metricLabels(t *testing.T) map[string]string {
 	t.Helper()
 	ch := make(chan *prometheus.Desc)
@@ -23,7 +23,7 @@ func metricLabels(t *testing.T) map[string]string {
 		defer close(ch)
 		newMetrics(&Daemon{}, nil).registry.Describe(ch)
 	}()
-	// The library has no other way to ask for the parts of a Desc.
+	// The library offers no other access to the parts of a Desc.
 	form := regexp.MustCompile(`^Desc\{fqName: "([^"]*)".*constLabels: \{(.*)\}, variableLabels: \{(.*)\}\}$`)
 	out := map[string]string{}
 	for d := range ch {
@@ -46,10 +46,10 @@ func metricLabels(t *testing.T) map[string]string {
 	return out
 }
 
-// usedMetric is a metric in an expression, with its matchers.
+// usedMetric matches a metric in an expression, with its matchers.
 var usedMetric = regexp.MustCompile(`\b(daxfs_[a-z0-9_]+)(?:\{([^}]*)\})?`)
 
-// checkExpr finds metrics and labels of an expression that the daemon has not got.
+// checkExpr reports metrics and labels of an expression that the daemon does not have.
 func checkExpr(t *testing.T, where, expr string, have map[string]string) {
 	t.Helper()
 	used := usedMetric.FindAllStringSubmatch(expr, -1)
@@ -70,8 +70,7 @@ func checkExpr(t *testing.T, where, expr string, have map[string]string) {
 	}
 }
 
-// Every metric and label that the alert rules and the dashboard name is one of the daemon; promtool takes the rules, where
-// it is installed.
+// Alert rules and dashboard use only metrics and labels of the daemon. promtool, if installed, accepts the rules.
 func TestMonitoring(t *testing.T) {
 	have := metricLabels(t)
 	if len(have) < 20 {

@@ -12,26 +12,26 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// offers remembers which OCI images of shared pools were attached, by namespace and name, with the digest that the name
-// stood for. An image that a user removed again is not attached a second time by itself. It is safe for concurrent use.
+// offers remembers which OCI images of shared pools were attached, by namespace and name, with their
+// digest. It is safe for concurrent use. An image that a user removed is not attached again automatically.
 type offers struct {
 	path string
 
-	mu   sync.Mutex
-	made map[string]map[string]digest.Digest
-	// failed is why an image could not be attached the last time.
+	mu       sync.Mutex
+	attached map[string]map[string]digest.Digest
+	// failed holds the error of the last failed attempt.
 	failed map[[2]string]string
 }
 
 // openOffers reads the file, which may be missing.
 func openOffers(path string) (*offers, error) {
-	o := &offers{path: path, made: map[string]map[string]digest.Digest{}, failed: map[[2]string]string{}}
+	o := &offers{path: path, attached: map[string]map[string]digest.Digest{}, failed: map[[2]string]string{}}
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return o, nil
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &o.made)
+		err = json.Unmarshal(b, &o.attached)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("record of attached images %q: %w", path, err)
@@ -43,10 +43,10 @@ func openOffers(path string) (*offers, error) {
 func (o *offers) has(namespace, name string, target digest.Digest) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.made[namespace][name] == target
+	return o.attached[namespace][name] == target
 }
 
-// fails notes why a name could not be attached, and reports whether that is new.
+// fails records why a name could not be attached, and reports whether the reason is new.
 func (o *offers) fails(namespace, name string, err error) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -58,15 +58,15 @@ func (o *offers) fails(namespace, name string, err error) bool {
 	return true
 }
 
-// add notes that a name was attached.
+// add records that a name was attached.
 func (o *offers) add(namespace, name string, target digest.Digest) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.made[namespace] == nil {
-		o.made[namespace] = map[string]digest.Digest{}
+	if o.attached[namespace] == nil {
+		o.attached[namespace] = map[string]digest.Digest{}
 	}
-	o.made[namespace][name] = target
-	b, err := json.Marshal(o.made)
+	o.attached[namespace][name] = target
+	b, err := json.Marshal(o.attached)
 	if err != nil {
 		return err
 	}

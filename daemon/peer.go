@@ -21,14 +21,13 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// A mount point that is not visible to whoever mounts an overlay over it is an empty directory to him, and so is the root
-// of his container; nothing fails. So a caller in another mount namespace is given mounts only if the images below them
-// are mounted there as well.
+// If an image's mount is not visible to the process that mounts an overlay over it, that process sees
+// an empty directory. The root of its container is then empty too, and nothing fails. So a caller in
+// another mount namespace gets mounts only if the images below them are mounted there as well.
 
-// peerCredentials tell which process is at the other end of a unix socket. They neither encrypt nor ask for anything.
+// peerCredentials identify the process at the other end of a unix socket. They do not encrypt or authenticate.
 type peerCredentials struct{}
 
-// peerInfo is what peerCredentials know of a connection.
 type peerInfo struct {
 	credentials.CommonAuthInfo
 	pid int
@@ -41,12 +40,12 @@ func (peerInfo) AuthType() string { return "unix" }
 func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	info := peerInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}
 	if cred := callerOf(conn); cred != nil {
-		info.pid = int(cred.Pid) // 0 if it is not to be seen from here
+		info.pid = int(cred.Pid) // 0 if the process is not visible from here
 	}
 	return conn, info, nil
 }
 
-// callerOf returns who is at the other end of a unix socket; nil if the kernel does not tell.
+// callerOf returns the process at the other end of a unix socket; nil if the kernel does not tell.
 func callerOf(conn net.Conn) (cred *unix.Ucred) {
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
@@ -84,7 +83,7 @@ func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 // OverrideServerName implements credentials.TransportCredentials.
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
-// checkVisible is a server interceptor that fails a call whose answer has mounts over an image that the caller can not see.
+// checkVisible is a server interceptor that refuses mounts over an image that the caller cannot see.
 func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 	handler grpc.UnaryHandler,
 ) (any, error) {
@@ -93,12 +92,12 @@ func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerI
 		return resp, err
 	}
 	var mounts []*types.Mount
-	made := "" // the snapshot that the call made
+	createdKey := "" // the key of the snapshot that this call created
 	switch r := resp.(type) {
 	case *snapshotsapi.PrepareSnapshotResponse:
-		mounts, made = r.Mounts, req.(*snapshotsapi.PrepareSnapshotRequest).Key
+		mounts, createdKey = r.Mounts, req.(*snapshotsapi.PrepareSnapshotRequest).Key
 	case *snapshotsapi.ViewSnapshotResponse:
-		mounts, made = r.Mounts, req.(*snapshotsapi.ViewSnapshotRequest).Key
+		mounts, createdKey = r.Mounts, req.(*snapshotsapi.ViewSnapshotRequest).Key
 	case *snapshotsapi.MountsResponse:
 		mounts = r.Mounts
 	}
@@ -113,23 +112,23 @@ func (d *Daemon) checkVisible(ctx context.Context, req any, _ *grpc.UnaryServerI
 	if err == nil {
 		return resp, nil
 	}
-	if made != "" {
-		if rerr := d.sn.Remove(context.WithoutCancel(ctx), made); rerr != nil {
+	if createdKey != "" {
+		if rerr := d.sn.Remove(context.WithoutCancel(ctx), createdKey); rerr != nil {
 			err = fmt.Errorf("%w; and its snapshot stays: %w", err, rerr)
 		}
 	}
 	return nil, status.Error(codes.FailedPrecondition, err.Error())
 }
 
-// visible returns an error if a process does not see an image, mounted below one of the directories, that mounts stand on.
+// visible returns an error if mounts stand on an image, mounted below images, that a process cannot see.
 func visible(pid int, images []string, mounts []*types.Mount) error {
 	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
-		return nil // without /proc nothing can be told
+		return nil // without /proc the namespaces cannot be compared
 	}
 	its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
 	if err != nil || its == own {
-		return nil // it is gone, or sees what we see
+		return nil // it is gone, or in our namespace
 	}
 	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
@@ -145,9 +144,9 @@ func visible(pid int, images []string, mounts []*types.Mount) error {
 		for _, dir := range lowerdirs(m) {
 			below := slices.ContainsFunc(images, func(root string) bool { return strings.HasPrefix(dir, root+"/") })
 			if below && !seen[dir] {
-				return fmt.Errorf("image %q is mounted here and not in the mount namespace of the caller (process %d, %s): "+
-					"run both in one mount namespace, or let mounts below %q propagate to it", dir, pid, its,
-					filepath.Dir(images[0]))
+				return fmt.Errorf("image %q is mounted here and not in the mount namespace of the caller "+
+					"(process %d, %s): run both in one mount namespace, or let mounts below %q propagate to it",
+					dir, pid, its, filepath.Dir(images[0]))
 			}
 		}
 	}

@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// prepareFrom prepares a container on a snapshot, "<key> <parent>", as the client of a daemon.
+// prepareFrom prepares a container on a snapshot, "<key> <parent>", like a client of the daemon.
 func prepareFrom(ctx context.Context, address, what string) error {
 	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -31,7 +31,7 @@ func prepareFrom(ctx context.Context, address, what string) error {
 	return err
 }
 
-// A caller in a mount namespace where the images are not mounted would start containers with an empty root. He is told.
+// A caller that does not see the images' mounts, and would start containers with an empty root, gets an error.
 func TestCallerSeesNoImages(t *testing.T) {
 	nsenter, err := exec.LookPath("nsenter")
 	if err != nil {

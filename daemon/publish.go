@@ -21,18 +21,17 @@ import (
 )
 
 const (
-	// publishPoll is how often the daemon looks whether the pool has changed, which costs nothing.
+	// publishPoll is how often the daemon checks whether the pool has changed; the check is cheap.
 	publishPoll = time.Second
-	// publishEvery is how often it asks containerd for its images, beside each time that containerd says that they changed.
+	// publishEvery is how often it lists containerd's images, in addition to each event that they changed.
 	publishEvery = time.Minute
-	// maxManifest bounds an index, a manifest or a configuration that readers are told; registries refuse manifests above
-	// 4 MiB.
+	// maxManifest bounds a published index, manifest or configuration. Registries refuse manifests above 4 MiB.
 	maxManifest = 4 << 20
-	// maxManifests bounds how many manifests of an index are looked at.
+	// maxManifests bounds how many manifests of an index are read.
 	maxManifests = 100
 )
 
-// publishLoop keeps telling readers what the images of the pool are, until ctx ends.
+// publishLoop keeps the readers' list of the pool's images up to date until ctx ends.
 func (d *Daemon) publishLoop(ctx context.Context) {
 	if !d.store.Shared() {
 		return
@@ -64,25 +63,25 @@ func (d *Daemon) publishLoop(ctx context.Context) {
 		}
 		puts := d.store.Puts()
 		if err := publish(ctx); err != nil && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Warn("readers of the pool are not told of all images")
+			log.G(ctx).WithError(err).Warn("not all images are published to readers of the pool")
 		}
 		last = [2]uint64{d.store.Pool().Generation(), puts}
 	}
 }
 
-// toldState changes when there is something to tell that containerd knows nothing of.
+// toldState changes when there is something to publish that does not come from containerd.
 func (d *Daemon) toldState() [2]uint64 { return [2]uint64{d.store.Pool().Generation(), d.store.Puts()} }
 
-// publishPuts tells readers of images that were put by hand, which needs no containerd.
+// publishPuts publishes images that were put by hand, which needs no containerd.
 func (d *Daemon) publishPuts(ctx context.Context) error { return d.store.Publish(ctx, nil) }
 
-// publish tells readers once.
+// publish publishes all images once.
 func (d *Daemon) publish(ctx context.Context) error {
 	found, err := d.blobs.images(ctx)
 	return errors.Join(err, d.store.Publish(ctx, found))
 }
 
-// watchImages tells changed when an image record of containerd changes. It subscribes again when containerd was gone.
+// watchImages signals changed when an image record of containerd changes. It resubscribes when containerd was gone.
 func (b *blobs) watchImages(ctx context.Context, changed chan<- struct{}) {
 	events := containerd.NewEventServiceFromClient(eventsapi.NewEventsClient(b.conn))
 	for ; ctx.Err() == nil; pause(ctx, publishPoll) {
@@ -93,10 +92,10 @@ func (b *blobs) watchImages(ctx context.Context, changed chan<- struct{}) {
 		tell := func() {
 			select {
 			case changed <- struct{}{}:
-			default: // somebody was told already
+			default: // a signal is pending
 			}
 		}
-		tell() // what changed while there was no subscription
+		tell() // for changes while there was no subscription
 		for alive := true; alive; {
 			select {
 			case <-errs:
@@ -108,7 +107,7 @@ func (b *blobs) watchImages(ctx context.Context, changed chan<- struct{}) {
 	}
 }
 
-// pause waits, or until ctx ends.
+// pause waits for d or until ctx ends.
 func pause(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():
@@ -116,8 +115,8 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// images returns the OCI images of all namespaces of containerd whose manifest and configuration it has. It is not nil
-// unless there is an error.
+// images returns the OCI images of all namespaces of containerd whose manifest and configuration are
+// there. The result is nil only with an error.
 func (b *blobs) images(ctx context.Context) ([]store.OCIImage, error) {
 	spaces, err := b.spaces.List(ctx, &namespacesapi.ListNamespacesRequest{})
 	if err != nil {
@@ -132,7 +131,7 @@ func (b *blobs) images(ctx context.Context) ([]store.OCIImage, error) {
 			return nil, fmt.Errorf("images of namespace %q: %w", ns.Name, err)
 		}
 		for _, rec := range list {
-			// the owner of that pool tells of it, and of what the name stands for by now
+			// The owner of the other pool publishes this image, with the current target of its name.
 			if rec.Labels[attachLabel] != "" {
 				continue
 			}
@@ -147,11 +146,11 @@ func (b *blobs) images(ctx context.Context) ([]store.OCIImage, error) {
 	return found, ctx.Err()
 }
 
-// image returns the OCI images that an image record stands for: one for each platform that is there.
+// image returns the OCI images of an image record: one for each platform that is there.
 func (b *blobs) image(ctx context.Context, namespace, name string,
 	target ocispec.Descriptor,
 ) ([]store.OCIImage, error) {
-	top, err := b.small(ctx, target)
+	top, err := b.readSmall(ctx, target)
 	if err != nil {
 		return nil, err
 	}
@@ -170,9 +169,9 @@ func (b *blobs) image(ctx context.Context, namespace, name string,
 	}
 	var out []store.OCIImage
 	for _, desc := range list.Manifests[:min(len(list.Manifests), maxManifests)] {
-		manifest, err := b.small(ctx, desc)
+		manifest, err := b.readSmall(ctx, desc)
 		if err != nil {
-			continue // that of another platform, mostly
+			continue // mostly the manifest of another platform
 		}
 		config, err := b.configOf(ctx, manifest, desc.MediaType)
 		if err != nil {
@@ -189,11 +188,11 @@ func (b *blobs) configOf(ctx context.Context, manifest []byte, mediaType string)
 	if err != nil {
 		return nil, err
 	}
-	return b.small(ctx, m.Config)
+	return b.readSmall(ctx, m.Config)
 }
 
-// small reads a blob that is a document. The caller verifies it.
-func (b *blobs) small(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+// readSmall reads a blob that is a document. The caller verifies it.
+func (b *blobs) readSmall(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
 	if desc.Size <= 0 || desc.Size > maxManifest {
 		return nil,
 			fmt.Errorf("blob %s of %d bytes, expected 1 to %d: %w", desc.Digest, desc.Size, maxManifest,

@@ -36,7 +36,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// imageService is containerd's image store, with the events that it sends.
+// imageService is containerd's image store and its events.
 type imageService struct {
 	imagesapi.UnimplementedImagesServer
 	eventsapi.UnimplementedEventsServer
@@ -54,7 +54,7 @@ func newImageService(t *testing.T) *imageService {
 	return &imageService{store: cs, records: map[string]ocispec.Descriptor{}, changed: make(chan struct{})}
 }
 
-// serve serves all of it at address until stop is called.
+// serve serves all services at address until stop is called.
 func (s *imageService) serve(t *testing.T, address string) (stop func()) {
 	t.Helper()
 	l, err := net.Listen("unix", address)
@@ -106,7 +106,7 @@ func (s *imageService) Subscribe(_ *eventsapi.SubscribeRequest, to eventsapi.Eve
 	}
 }
 
-// change changes the records and tells subscribers.
+// change changes the records and notifies subscribers.
 func (s *imageService) change(do func(records map[string]ocispec.Descriptor)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,7 +125,7 @@ func (s *imageService) add(t *testing.T, mediaType string, v any) ocispec.Descri
 	return d
 }
 
-// manifest stores the manifest of an image with one layer, and its configuration.
+// manifest stores the manifest and the configuration of an image with one layer.
 func (s *imageService) manifest(t *testing.T, diffID digest.Digest) ocispec.Descriptor {
 	t.Helper()
 	config := ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}}}
@@ -139,7 +139,7 @@ func (s *imageService) manifest(t *testing.T, diffID digest.Digest) ocispec.Desc
 	})
 }
 
-// told returns the names that readers of a daemon's pool find for a chain, as NAMESPACE NAME, and their targets.
+// told returns the published names of a chain, as NAMESPACE NAME, and their targets.
 func told(t *testing.T, cl *client, chain digest.Digest) (names []string, targets map[string]digest.Digest) {
 	t.Helper()
 	rc, err := region.Named(cl.store.Region().Path)
@@ -151,7 +151,7 @@ func told(t *testing.T, cl *client, chain digest.Digest) (names []string, target
 	targets = map[string]digest.Digest{}
 	cat, err := pool.ReadCatalogue(r)
 	if err != nil {
-		return nil, targets // it changes at this moment
+		return nil, targets // it is being changed
 	}
 	for _, img := range cat.Images {
 		raw, err := pool.ReadDocument(r, img)
@@ -171,8 +171,8 @@ func told(t *testing.T, cl *client, chain digest.Digest) (names []string, target
 	return names, targets
 }
 
-// The loop tells readers what containerd has, by events; goes on when containerd comes later, goes and comes back; and
-// tells of images that were put by hand also without containerd.
+// The loop publishes containerd's images on events, and continues when containerd starts later or
+// restarts. It publishes images put by hand also without containerd.
 func TestPublishLoop(t *testing.T) {
 	dir := t.TempDir()
 	address := filepath.Join(dir, "c.sock")
@@ -219,8 +219,7 @@ func TestPublishLoop(t *testing.T) {
 		stop()
 		<-ended
 	}()
-	// await waits until readers find these names. It is less than publishEvery, so that what containerd does not send an
-	// event for is not found.
+	// await waits for these names, for less than publishEvery, which would hide a missing event.
 	await := func(when string, want ...string) {
 		t.Helper()
 		var got []string

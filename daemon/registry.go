@@ -8,7 +8,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// registries is how layers are restored from registries; nil if the configuration does not say so.
+// registries returns how layers are restored from registries; nil if the configuration does not allow that.
 func registries(c *config.Config) store.Registry {
 	if !c.Layers.Registries {
 		return nil

@@ -48,7 +48,7 @@ func newHub(t *testing.T) *hub {
 	return h
 }
 
-// push makes the image one of these layers.
+// push replaces the image by one with these layers.
 func (h *hub) push(tars ...[]byte) {
 	h.t.Helper()
 	img, err := mutate.ConfigFile(empty.Image, &v1.ConfigFile{Architecture: runtime.GOARCH, OS: "linux"})
@@ -73,13 +73,13 @@ func (h *hub) push(tars ...[]byte) {
 	}
 }
 
-// A damaged image comes back from the registry if the configuration says that one is asked, and nothing else has its
-// layers. What the name means now must have a layer with that diff ID, or the image stays lost.
+// A damaged image is restored from the registry if the configuration allows that and nothing else has
+// its layers. The current target of the image's name must have a layer with that diff ID, or the image stays lost.
 func TestScrubRegistry(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		on   bool
-		move bool // the tag, before the damage is found
+		move bool // move the tag before the damage is found
 		lost string
 	}{
 		{"restored", true, false, ""},

@@ -27,7 +27,7 @@ import (
 
 var _ snapshotter.Remotes = (*remotes)(nil)
 
-// remotes pulls layers by their files.
+// remotes pulls layers file by file.
 type remotes struct {
 	d    *Daemon
 	conf config.Partial
@@ -36,10 +36,10 @@ type remotes struct {
 	manifests manifests
 }
 
-// newRemotes returns nil if nothing is to be pulled by files.
+// newRemotes returns nil if layers are not to be pulled file by file.
 func newRemotes(d *Daemon) snapshotter.Remotes {
 	c := d.cfg
-	// Where the pool is lost in a reboot, and containerd's blobs are what layers are made from again, it has to have them.
+	// If a reboot loses the pool and containerd's blobs are the source of its layers, containerd must have the blobs.
 	if !c.Partial.Enabled || c.Layers.Durability == config.DurabilityContent && !d.store.Durable() {
 		return nil
 	}
@@ -64,7 +64,7 @@ func (r *remotes) Pull(ctx context.Context, l snapshotter.Remote) (snapshotter.P
 	if err := r.worthTrying(l); err != nil {
 		return snapshotter.Pulled{}, err
 	}
-	w, err := r.find(ctx, l)
+	w, err := r.findLayer(ctx, l)
 	if err != nil {
 		return snapshotter.Pulled{}, err
 	}
@@ -75,7 +75,7 @@ func (r *remotes) Pull(ctx context.Context, l snapshotter.Remote) (snapshotter.P
 	st, err := r.fetch(ctx, l, w, &c)
 	r.d.metrics.pulled(&c, err)
 	if err != nil {
-		if spoils(err) {
+		if blamesRegistry(err) {
 			r.refuse(l.Manifest)
 		}
 		return snapshotter.Pulled{}, toErrdefs(err)
@@ -84,11 +84,11 @@ func (r *remotes) Pull(ctx context.Context, l snapshotter.Remote) (snapshotter.P
 		"image": l.Image, "layer": l.Blob, "blob_bytes": w.desc.Size, "fetched_bytes": c.fetched.Load(),
 		"ranges": c.ranges.Load(), "missing_bytes": c.missing, "pool_bytes": c.have,
 		"took": time.Since(began).Round(time.Millisecond),
-	}).Info("pulled the files of a layer that the pool had not")
+	}).Info("pulled the files of a layer that the pool did not have")
 	return snapshotter.Pulled{Streamed: streamed(st), Staged: w.staged}, nil
 }
 
-// worthTrying rules out what the name of the image rules out.
+// worthTrying returns an error if the name of the image rules out a pull.
 func (r *remotes) worthTrying(l snapshotter.Remote) error {
 	ref, err := reference.ParseDockerRef(l.Image)
 	if err != nil {
@@ -103,7 +103,7 @@ func (r *remotes) worthTrying(l snapshotter.Remote) error {
 	return nil
 }
 
-// wanted is a layer that can be pulled by its files.
+// wanted is a layer that can be pulled file by file.
 type wanted struct {
 	desc   ocispec.Descriptor
 	layout chunked.Layout
@@ -111,8 +111,8 @@ type wanted struct {
 	staged bool
 }
 
-// find looks into the manifest and the configuration of the image, which containerd has already.
-func (r *remotes) find(ctx context.Context, l snapshotter.Remote) (wanted, error) {
+// findLayer looks the layer up in the manifest and the configuration of the image, which containerd has already.
+func (r *remotes) findLayer(ctx context.Context, l snapshotter.Remote) (wanted, error) {
 	ctx = namespaces.WithNamespace(ctx, l.Namespace)
 	var m ocispec.Manifest
 	if err := r.d.blobs.document(ctx, l.Manifest, &m); err != nil {
@@ -133,7 +133,7 @@ func (r *remotes) find(ctx context.Context, l snapshotter.Remote) (wanted, error
 	if err := r.d.blobs.document(ctx, m.Config.Digest, &c); err != nil {
 		return wanted{}, err
 	}
-	// A layer may occur more than once; the chain ID tells which one is meant.
+	// A layer may occur more than once; the chain ID selects one.
 	if len(c.RootFS.DiffIDs) != len(m.Layers) {
 		return wanted{}, notFor("%d diff IDs for %d layers", len(c.RootFS.DiffIDs), len(m.Layers))
 	}
@@ -147,7 +147,7 @@ func (r *remotes) find(ctx context.Context, l snapshotter.Remote) (wanted, error
 	}
 	w := wanted{desc: m.Layers[i], layout: layout, diffID: c.RootFS.DiffIDs[i]}
 	if i > 0 && !l.HasParent {
-		// The parent is named at Commit, so the snapshot cannot be committed here.
+		// Only Commit names the parent, so the snapshot cannot be committed here.
 		if w.staged = r.d.blobs.takesStaged(ctx); !w.staged {
 			return wanted{}, notFor("this containerd cannot skip layers that it unpacks in parallel")
 		}
@@ -158,7 +158,7 @@ func (r *remotes) find(ctx context.Context, l snapshotter.Remote) (wanted, error
 // maxDocument bounds a manifest or a configuration.
 const maxDocument = 8 << 20
 
-// document reads a JSON document that containerd has.
+// document reads a JSON document from containerd and verifies its digest.
 func (b *blobs) document(ctx context.Context, id digest.Digest, v any) error {
 	info, err := b.store.Info(ctx, id)
 	if err != nil {
@@ -189,14 +189,14 @@ func (b *blobs) knows(ctx context.Context, d ocispec.Descriptor) bool {
 	return err == nil
 }
 
-// takesStaged reports whether containerd commits a snapshot whose mounts are read-only without applying the layer. It
-// is asked each time: it may be upgraded while we run.
+// takesStaged reports whether containerd commits a snapshot with read-only mounts without applying the
+// layer. It asks containerd each time, because containerd may be upgraded while we run.
 func (b *blobs) takesStaged(ctx context.Context) bool {
 	v, err := b.version.Version(ctx, &emptypb.Empty{})
 	return err == nil && stagesLayers(v.Version)
 }
 
-// stagesLayers reports whether a version of containerd is 2.4.0 or later. What came before 2.4.0 did only in part.
+// stagesLayers reports whether a version of containerd is 2.4.0 or later. Prereleases of 2.4.0 do it only in part.
 func stagesLayers(version string) bool {
 	var major, minor int
 	version = strings.TrimPrefix(version, "v")

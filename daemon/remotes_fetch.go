@@ -20,13 +20,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// counts is what one layer cost.
+// counts is the cost of one layer.
 type counts struct {
-	fetched, ranges atomic.Int64 // bytes and requests that were answered
+	fetched, ranges atomic.Int64 // bytes and answered requests
 	have, missing   int64        // bytes of distinct contents
 }
 
-// fetch stores a layer from the contents that the pool has and those that it fetches.
+// fetch stores a layer from contents in the pool and contents that it fetches.
 func (r *remotes) fetch(ctx context.Context, l snapshotter.Remote, w wanted, c *counts) (store.Stored, error) {
 	repo, err := r.repository(l.Image)
 	if err != nil {
@@ -41,7 +41,7 @@ func (r *remotes) fetch(ctx context.Context, l snapshotter.Remote, w wanted, c *
 	if err != nil {
 		return store.Stored{}, err
 	}
-	// The batch puts nothing. It keeps what it finds from being freed until the layer holds it.
+	// The batch adds nothing. It only protects the contents that it finds until the layer holds them.
 	found := r.d.store.Pool().Begin()
 	defer found.Discard()
 	plan := chunked.NewPlan(tables, found)
@@ -53,8 +53,8 @@ func (r *remotes) fetch(ctx context.Context, l snapshotter.Remote, w wanted, c *
 		return store.Stored{}, fmt.Errorf("%d bytes are missing: %w", plan.Missing,
 			&pool.FullError{What: "extent", Need: plan.Missing, Free: free})
 	}
-	// What a registry says to be the blob is not known to have its digest. So the store is not told that digest: it would
-	// take it for that of a blob with this diff ID.
+	// The registry's claim that this is the blob is not proven, so the store must not learn the blob's
+	// digest: it would record it as the digest of a blob with this diff ID.
 	return r.d.store.AddBlob(ctx, store.Blob{
 		MediaType: ocispec.MediaTypeImageLayer, DiffID: w.diffID, Pin: l.Pin,
 		Holder: store.ContainerdHolder(l.Namespace),
@@ -64,14 +64,14 @@ func (r *remotes) fetch(ctx context.Context, l snapshotter.Remote, w wanted, c *
 	})
 }
 
-// tables fetches the tables of a layer. A registry that does not answer is given up soon.
+// tables fetches the tables of a layer, with a short timeout.
 func (r *remotes) tables(ctx context.Context, src chunked.Source, l chunked.Layout) (*chunked.Tables, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(r.conf.AnswerTimeout))
 	defer cancel()
 	return chunked.ReadTables(ctx, src, l)
 }
 
-// counted counts what is fetched.
+// counted counts the fetched bytes and requests.
 type counted struct {
 	chunked.Source
 	c *counts
@@ -84,7 +84,7 @@ func (s *counted) Part(ctx context.Context, from, to int64) ([]byte, error) {
 	return b, err
 }
 
-// repositories are those that layers were pulled from lately, with their connections and tokens. The zero value is none.
+// repositories caches recently used repositories, with their connections and tokens. The zero value is empty.
 type repositories struct {
 	hostDirs []string
 
@@ -97,10 +97,9 @@ type openRepository struct {
 	used time.Time
 }
 
-// repositoryIdle is how long connections are kept after a layer was asked for.
+// repositoryIdle is how long connections are kept after the last layer.
 const repositoryIdle = 2 * time.Minute
 
-// repository returns the repository of an image.
 func (r *repositories) repository(image string) (*remote.Repository, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -126,14 +125,14 @@ func (r *repositories) repository(image string) (*remote.Repository, error) {
 	return o.repo, nil
 }
 
-// refusals are images of which a layer could not be pulled by its files, so that not every one of their layers is tried
-// in vain. The zero value is none.
+// refusals are images with a layer that could not be pulled file by file, so that their other layers
+// are not tried in vain. The zero value is empty.
 type refusals struct {
 	mu    sync.Mutex
 	until map[digest.Digest]time.Time
 }
 
-// refusalTime is how long nothing is tried again.
+// refusalTime is how long a refused image is not tried again.
 const refusalTime = 5 * time.Minute
 
 func (r *refusals) refuse(manifest digest.Digest) {
@@ -156,9 +155,8 @@ func (r *refusals) refused(manifest digest.Digest) bool {
 	return time.Now().Before(r.until[manifest])
 }
 
-// spoils reports whether an error says something about the registry or the image, and not about one layer only or this
-// machine.
-func spoils(err error) bool {
+// blamesRegistry reports whether an error concerns the registry or the whole image, and not just one layer.
+func blamesRegistry(err error) bool {
 	if _, ok := errors.AsType[*remote.Error](err); ok {
 		return true
 	}

@@ -28,7 +28,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/chunkedtest"
 )
 
-// ordinary fails the test unless containerd is to fetch the layer, and nothing of it is believed.
+// ordinary fails the test unless containerd has to fetch the layer, and nothing of it was stored.
 func (b *bed) ordinary(img *image, i int, parent string) {
 	b.t.Helper()
 	had := b.hasLayer(img.diffIDs[i])
@@ -41,7 +41,7 @@ func (b *bed) ordinary(img *image, i int, parent string) {
 	}
 }
 
-// changed returns options that change the first entry with contents of a table.
+// changed returns options that change the first entry with contents in a table.
 func changed(change func(*chunked.Entry)) chunkedtest.Options {
 	return chunkedtest.Options{TOC: func(t *chunked.TOC) {
 		for i := range t.Entries {
@@ -53,7 +53,7 @@ func changed(change func(*chunked.Entry)) chunkedtest.Options {
 	}}
 }
 
-// An image that lies gives an ordinary pull, and costs no more than the bytes of its blob.
+// An image with false tables is pulled ordinarily, and costs no more than the bytes of its blob.
 func TestPullLies(t *testing.T) {
 	heard := hearLog(t)
 	b := newBed(t, nil)
@@ -74,7 +74,8 @@ func TestPullLies(t *testing.T) {
 			defer b.setFault(nil)
 			img := push(lie)
 			b.ordinary(img, 0, "")
-			if lines := heard.take("the layer is not pulled by its files; containerd pulls it as a whole"); len(lines) != 1 {
+			lines := heard.take("the layer is not pulled by its files; containerd pulls it as a whole")
+			if len(lines) != 1 {
 				t.Errorf("%d lines say that the layer is refused", len(lines))
 			}
 			if size := img.manifest.Layers[0].Size; sent.Load() == 0 || sent.Load() > size {
@@ -83,7 +84,7 @@ func TestPullLies(t *testing.T) {
 		})
 	}
 	t.Run("contents of another file", func(t *testing.T) {
-		// The pool has both, and the sizes fit: only the diff ID tells.
+		// The pool has both contents, and the sizes match: only the diff ID reveals the swap.
 		twins := func(a, b string) []byte {
 			var raw bytes.Buffer
 			w := tar.NewWriter(&raw)
@@ -133,14 +134,14 @@ func TestPullLies(t *testing.T) {
 			t.Errorf("%d requests", got)
 		}
 	})
-	// And one that tells the truth is pulled still.
+	// A correct image is still pulled file by file.
 	img := push(chunkedtest.Options{})
 	if p, err := b.prepare(t.Context(), "ns", img, 0, ""); err != nil || !p.exists {
 		t.Errorf("%+v, %v; expected a layer that exists", p, err)
 	}
 }
 
-// Where it does not apply nobody is asked, or once for all layers of an image.
+// If the pull does not apply, the registry gets no request, or one for all layers of an image.
 func TestPullDoesNotApply(t *testing.T) {
 	for _, c := range []struct {
 		name     string
@@ -204,7 +205,7 @@ func (b *bed) hosts(registry, server, more string) {
 	b.must(errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644)))
 }
 
-// mirror starts a mirror of a name that leads to the registry otherwise, and returns its address.
+// mirror starts a mirror that forwards to the registry where serve does not answer, and returns its address.
 func (b *bed) mirror(registry string, serve http.HandlerFunc) string {
 	b.t.Helper()
 	m := httptest.NewServer(serve)
@@ -213,8 +214,8 @@ func (b *bed) mirror(registry string, serve http.HandlerFunc) string {
 	return m.URL
 }
 
-// With TLS and a password: hosts.toml says whom to trust, docker's configuration who we are. Without them containerd pulls.
-// A password that was changed is found where the old one was.
+// With TLS and a password: hosts.toml has the CA, docker's configuration our credentials. Without them
+// containerd pulls. A changed password is read from the same place.
 func TestPullWithLogin(t *testing.T) {
 	docker := t.TempDir()
 	t.Setenv("DOCKER_CONFIG", docker)
@@ -247,7 +248,7 @@ func TestPullWithLogin(t *testing.T) {
 			login(password)
 		}
 		img := b.push("app", chunkedtest.Options{}, layerOf(30, uint64(2+i)))
-		img.ref = fmt.Sprintf("%s/app:%d", host, min(i, 2)) // connections and passwords are kept by name
+		img.ref = fmt.Sprintf("%s/app:%d", host, min(i, 2)) // connections and passwords are cached by name
 		b.describe(img)
 		if i < 2 {
 			b.ordinary(img, 0, "")
@@ -260,7 +261,7 @@ func TestPullWithLogin(t *testing.T) {
 	}
 }
 
-// An empty pool has nothing to save, so nobody is asked. A blob that containerd has is not fetched again.
+// With an empty pool there is nothing to save, so nobody is asked. A blob in containerd is not fetched again.
 func TestPullNothingToSave(t *testing.T) {
 	b := newBed(t, nil)
 	img := b.push("app", chunkedtest.Options{}, layerOf(30, 2))
@@ -276,7 +277,7 @@ func TestPullNothingToSave(t *testing.T) {
 	}
 }
 
-// A registry that does not answer is waited for as long as the configuration says.
+// The configuration bounds the wait for a registry that does not answer.
 func TestPullTimeout(t *testing.T) {
 	b := newBed(t, func(c *config.Config) { c.Partial.AnswerTimeout = config.Duration(200 * time.Millisecond) })
 	b.seed(layerOf(30, 1))
@@ -292,7 +293,7 @@ func TestPullTimeout(t *testing.T) {
 	b.ordinary(b.push("app", chunkedtest.Options{}, layerOf(30, 2)), 0, "")
 }
 
-// A pool without room for what is missing leaves the layer to containerd.
+// A pool without room for the missing contents leaves the layer to containerd.
 func TestPullFull(t *testing.T) {
 	b := newBed(t, func(c *config.Config) { c.Pool.Size = 16 << 20 })
 	b.seed(layerOf(30, 1))
@@ -313,7 +314,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// faults are what goes wrong between a registry and us.
+// faults are errors between a registry and us.
 var faults = []func(rng *rand.Rand, w http.ResponseWriter, r *http.Request, blob []byte) bool{
 	func(rng *rand.Rand, w http.ResponseWriter, _ *http.Request, _ []byte) bool { // statuses
 		codes := []int{200, 204, 206, 301, 400, 401, 403, 404, 408, 416, 429, 500, 502, 503, 504}
@@ -357,7 +358,7 @@ var faults = []func(rng *rand.Rand, w http.ResponseWriter, r *http.Request, blob
 	},
 }
 
-// cutWriter drops what is behind a number of bytes.
+// cutWriter drops everything after a number of bytes.
 type cutWriter struct {
 	http.ResponseWriter
 	left int
@@ -372,11 +373,11 @@ func (c *cutWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// Two hundred pulls meet a fault each, at a random request, once or for good: each ends with the layer or with an ordinary
-// pull, and nothing is left of those that failed. What is left is looked for when the test ends.
+// Each of two hundred pulls meets a fault at a random request, once or permanently. Each ends with the
+// layer or with an ordinary pull, and failed pulls leave nothing behind, which the end of the test checks.
 func TestPullFaults(t *testing.T) {
 	b := newBed(t, func(c *config.Config) {
-		// A busy machine must not be taken for a fault, and a fault for good should not last long.
+		// A busy machine must not count as a fault, and a permanent fault should not take long.
 		c.Partial.AnswerTimeout = config.Duration(5 * time.Second)
 		c.Partial.LayerTimeout = config.Duration(15 * time.Second)
 	})

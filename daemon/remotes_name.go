@@ -20,23 +20,23 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// labelConfig is what containerd labels manifests of images with, and nothing else.
+// labelConfig is a label that containerd sets on image manifests, and on nothing else.
 const labelConfig = "containerd.io/gc.ref.content.config"
 
-// manifests are those that were read to find the image of a layer. The zero value is none.
+// manifests caches the manifests read to find the image of a layer. The zero value is empty.
 type manifests struct {
 	mu   sync.Mutex
 	read map[digest.Digest]imageLayers
 }
 
-// imageLayers are the layers of an image that can be pulled by their files: the digests of their blobs by chain ID.
+// imageLayers maps chain IDs to blob digests, for the layers of an image that can be pulled file by file.
 type imageLayers map[digest.Digest]digest.Digest
 
-// maxImages bounds how many are kept in memory.
+// maxImages bounds how many images are cached.
 const maxImages = 1024
 
-// name finds the image of a layer whose client does not name it, as nerdctl and "ctr image pull --local" do not. containerd
-// has the manifest by then, with a label that says which repository it came from.
+// name finds the image of a layer whose client does not name it, such as nerdctl and "ctr image pull
+// --local". containerd has the manifest by then, with a label that names its repository.
 func (r *remotes) name(ctx context.Context, l snapshotter.Remote) (snapshotter.Remote, error) {
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, l.Namespace), time.Duration(r.conf.AnswerTimeout))
 	defer cancel()
@@ -50,7 +50,7 @@ func (r *remotes) name(ctx context.Context, l snapshotter.Remote) (snapshotter.R
 	if err != nil {
 		return l, notFor("images of containerd: %v", err)
 	}
-	// The one that is being pulled was labelled last.
+	// The image that is being pulled was labelled last.
 	slices.SortFunc(found, func(a, b content.Info) int {
 		return cmp.Or(b.UpdatedAt.Compare(a.UpdatedAt), cmp.Compare(a.Digest, b.Digest))
 	})
@@ -63,7 +63,7 @@ func (r *remotes) name(ctx context.Context, l snapshotter.Remote) (snapshotter.R
 	return l, notFor("no image of containerd has a layer in zstd:chunked with chain ID %s", l.ChainID)
 }
 
-// sourceOf is the repository that a blob came from as containerd notes it; empty if it notes none. It notes no port.
+// sourceOf returns the repository of a blob from containerd's label, or "" if there is none. The label has no port.
 func sourceOf(info content.Info) string {
 	for _, key := range slices.Sorted(maps.Keys(info.Labels)) {
 		if host, ok := strings.CutPrefix(key, labels.LabelDistributionSource+"."); ok && host != "" {
@@ -74,7 +74,7 @@ func sourceOf(info content.Info) string {
 	return ""
 }
 
-// layersOf reads a manifest and its configuration. What cannot be read has no layers, until containerd has it.
+// layersOf reads a manifest and its configuration. An unreadable one has no layers until containerd has it.
 func (r *remotes) layersOf(ctx context.Context, manifest digest.Digest) imageLayers {
 	r.manifests.mu.Lock()
 	layers, ok := r.manifests.read[manifest]

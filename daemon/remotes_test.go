@@ -36,21 +36,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// bed is a daemon, a registry, and the part of containerd that the daemon asks.
+// bed is a daemon, a registry, and the services of containerd that the daemon uses.
 type bed struct {
 	*client
 	t        testing.TB
 	registry *httptest.Server
-	requests atomic.Int64 // of blobs
+	requests atomic.Int64 // for blobs
 	content  content.Store
 	n        atomic.Int64 // snapshots
 
 	mu    sync.Mutex
 	blobs map[string][]byte
-	fault func(w http.ResponseWriter, r *http.Request, blob []byte) bool // true: it has answered
+	fault func(w http.ResponseWriter, r *http.Request, blob []byte) bool // returns true if it has answered
 }
 
-// contentLabels are the labels of blobs, which containerd has in its database.
+// contentLabels are the labels of blobs in containerd's database.
 type contentLabels struct {
 	mu  sync.Mutex
 	all map[digest.Digest]map[string]string
@@ -84,7 +84,7 @@ func (l *contentLabels) Update(d digest.Digest, labels map[string]string) (map[s
 	return old, l.Set(d, old)
 }
 
-// containerdVersion answers as containerd of a version.
+// containerdVersion answers like a version of containerd.
 type containerdVersion string
 
 func (v containerdVersion) Version(context.Context, *emptypb.Empty, ...grpc.CallOption,
@@ -92,7 +92,7 @@ func (v containerdVersion) Version(context.Context, *emptypb.Empty, ...grpc.Call
 	return &versionapi.VersionResponse{Version: string(v)}, nil
 }
 
-// newBed starts all that. What change does to the configuration is the test's.
+// newBed starts a bed. change changes its configuration.
 func newBed(t testing.TB, change func(*config.Config)) *bed {
 	t.Helper()
 	dir := t.TempDir()
@@ -142,7 +142,7 @@ func (b *bed) serve(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// setFault makes the registry answer otherwise.
+// setFault makes the registry answer with f.
 func (b *bed) setFault(f func(w http.ResponseWriter, r *http.Request, blob []byte) bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -160,7 +160,7 @@ type image struct {
 	unnamed  bool // by the labels of its snapshots
 }
 
-// layerOf is the tar of a layer: n files of which those that seed does not divide are the same for all seeds.
+// layerOf returns the tar of a layer of n files. Files whose number seed does not divide are the same for all seeds.
 func layerOf(n int, seed uint64) []byte {
 	var raw bytes.Buffer
 	w := tar.NewWriter(&raw)
@@ -181,8 +181,7 @@ func layerOf(n int, seed uint64) []byte {
 	return raw.Bytes()
 }
 
-// push makes an image and puts its layers into the registry, and its documents into containerd. Options are those of
-// the layers that are changed.
+// push makes an image, its layers in the registry with the options, and its documents in containerd.
 func (b *bed) push(repository string, o chunkedtest.Options, tars ...[]byte) *image {
 	b.t.Helper()
 	img := &image{ref: strings.TrimPrefix(b.registry.URL, "http://") + "/" + repository + ":latest", tars: tars}
@@ -199,7 +198,7 @@ func (b *bed) push(repository string, o chunkedtest.Options, tars ...[]byte) *im
 	return img
 }
 
-// describe makes configuration and manifest of an image.
+// describe makes the configuration and the manifest of an image.
 func (b *bed) describe(img *image) {
 	b.t.Helper()
 	var c ocispec.Image
@@ -227,16 +226,15 @@ func (b *bed) must(err error) {
 	}
 }
 
-// prepared is what Prepare said.
 type prepared struct {
 	key    string
 	labels map[string]string
 	mounts []cmount.Mount
-	// exists: the layer need not be fetched, staged: so say its mounts
+	// exists means that the layer need not be fetched, staged that its mounts say so
 	exists, staged bool
 }
 
-// prepare does what containerd does before it fetches layer i.
+// prepare prepares layer i like containerd before a fetch.
 func (b *bed) prepare(ctx context.Context, ns string, img *image, i int, parent string) (p prepared, err error) {
 	p.key = fmt.Sprintf("%s/%d/extract-1-x %s", ns, b.n.Add(1), img.chain[i])
 	p.labels = map[string]string{
@@ -262,7 +260,7 @@ func (b *bed) prepare(ctx context.Context, ns string, img *image, i int, parent 
 
 func labelOf(name string) string { return "containerd.io/snapshot/" + name }
 
-// find does what containerd does when a layer exists.
+// find looks up an existing layer like containerd.
 func (b *bed) find(ns string, chain digest.Digest, parent string) (names []string) {
 	b.t.Helper()
 	filter := fmt.Sprintf(`labels.%q==%s,parent==%q`, snapshots.LabelSnapshotRef, chain, parent)
@@ -292,7 +290,7 @@ func (b *bed) seed(raw []byte) {
 	b.must(b.remote.Commit(ctx, fmt.Sprintf("seed/%d/%s", b.n.Add(1), id), key, labels))
 }
 
-// plant makes a committed snapshot that says to be a layer and is empty.
+// plant makes an empty committed snapshot with the label of a layer.
 func (b *bed) plant(ns string, chain digest.Digest) {
 	b.t.Helper()
 	ctx := namespaces.WithNamespace(b.t.Context(), ns)
@@ -303,11 +301,11 @@ func (b *bed) plant(ns string, chain digest.Digest) {
 	b.must(b.remote.Commit(ctx, fmt.Sprintf("%s/%d/%s", ns, b.n.Add(1), chain), key, labels))
 }
 
-// hasLayer reports whether the store has a layer of a diff ID.
+// hasLayer reports whether the store has the layer with a diff ID.
 func (b *bed) hasLayer(diffID digest.Digest) bool { return b.pool().HasLayer(store.BlobKey(diffID)) }
 
-// A layer whose parent is known becomes a snapshot that containerd finds; one that is unpacked in parallel is staged.
-// Only what the pool lacks is fetched.
+// A layer with a known parent becomes a snapshot that containerd finds; one unpacked in parallel is
+// staged. Only contents missing from the pool are fetched.
 func TestPull(t *testing.T) {
 	b := newBed(t, nil)
 	b.seed(layerOf(100, 1))
@@ -347,7 +345,7 @@ func TestPull(t *testing.T) {
 	b.runs(name, img)
 }
 
-// runs looks at the files of a chain in a container.
+// runs compares the files of a chain in a container.
 func (b *bed) runs(name string, img *image) {
 	b.t.Helper()
 	ctx := namespaces.WithNamespace(b.t.Context(), "ns")
@@ -359,7 +357,7 @@ func (b *bed) runs(name string, img *image) {
 	b.must(b.remote.Remove(ctx, key))
 }
 
-// filesOf are the files of layers, the upper ones over the lower ones.
+// filesOf returns the files of layers; upper layers hide lower ones.
 func filesOf(t testing.TB, tars [][]byte) []file {
 	t.Helper()
 	all := map[string][]byte{}

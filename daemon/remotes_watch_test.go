@@ -31,8 +31,8 @@ func (c *countingWriter) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// The log line and the metrics of a pull by files hold what the registry sent, and what the layer is made of. A pull that
-// fails is a line with its reason, and counted as that.
+// The log line and the metrics of a pull by files contain the bytes from the registry and the bytes of
+// the layer. A failed pull is logged with its reason and counted as failed.
 func TestPullIsToldAndCounted(t *testing.T) {
 	heard := hearLog(t)
 	b := newBed(t, nil)
@@ -60,7 +60,7 @@ func TestPullIsToldAndCounted(t *testing.T) {
 	if p, err := b.prepare(t.Context(), "ns", img, 0, ""); err != nil || !p.exists {
 		t.Fatalf("%+v, %v; expected a layer that exists", p, err)
 	}
-	lines := heard.take("pulled the files of a layer that the pool had not")
+	lines := heard.take("pulled the files of a layer that the pool did not have")
 	if len(lines) != 1 {
 		t.Fatalf("%d lines, expected 1", len(lines))
 	}
@@ -110,7 +110,7 @@ daxfs_partial_ranges_total %d
 	}
 }
 
-// partialMetrics are the values of the metrics about pulls by files, as Prometheus gets them.
+// partialMetrics returns the values of the metrics about pulls by files, as Prometheus gets them.
 func partialMetrics(t *testing.T, cl *client) string {
 	t.Helper()
 	var out strings.Builder
@@ -122,13 +122,13 @@ func partialMetrics(t *testing.T, cl *client) string {
 	return out.String()
 }
 
-// Tokens that are good for a few requests only are replaced in the middle of a pull.
+// Tokens that are valid for a few requests only are replaced during a pull.
 func TestPullWithShortTokens(t *testing.T) {
 	b := newBed(t, nil)
 	b.seed(layerOf(400, 1))
 	img := b.push("app", chunkedtest.Options{}, layerOf(400, 2))
 	var tokens, used atomic.Int64
-	const uses = 30 // more than there are requests at once: no request meets the end of two tokens
+	const uses = 30 // more than there are concurrent requests: no request meets the end of two tokens
 	b.setFault(func(w http.ResponseWriter, r *http.Request, _ []byte) bool {
 		if r.URL.Path == "/token" {
 			fmt.Fprintf(w, `{"token":"t%d"}`, tokens.Add(1))
@@ -151,7 +151,7 @@ func TestPullWithShortTokens(t *testing.T) {
 	b.runs(b.find("ns", img.chain[0], "")[0], img)
 }
 
-// A mirror that has the beginning of a blob only, or loses it in the middle, is left for the registry.
+// If a mirror has only the beginning of a blob, or loses it during the pull, the registry is used.
 func TestPullMirrorLacksBlob(t *testing.T) {
 	for name, answers := range map[string]int64{"always": 0, "in the middle": 4} {
 		t.Run(name, func(t *testing.T) {
@@ -179,7 +179,7 @@ func TestPullMirrorLacksBlob(t *testing.T) {
 	}
 }
 
-// A disk that fills up while the files come leaves the layer to containerd, and what was written of it goes.
+// If the disk fills up during a pull by files, containerd pulls the layer, and the files written so far are removed.
 func TestPullDiskFull(t *testing.T) {
 	disk := smallDisk(t)
 	heard := hearLog(t)
@@ -196,7 +196,7 @@ func TestPullDiskFull(t *testing.T) {
 	if len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0].Data["error"]), "no space left on device") {
 		t.Errorf("%v, expected a line that says why", lines)
 	}
-	// Neither the registry nor the image is at fault: with room again the same layer is pulled.
+	// Neither registry nor image is at fault: with room again the same layer is pulled.
 	b.must(os.Remove(ballast))
 	if p, err := b.prepare(t.Context(), "ns", img, 0, ""); err != nil || !p.exists {
 		t.Fatalf("%+v, %v; expected a layer that exists", p, err)
@@ -204,14 +204,14 @@ func TestPullDiskFull(t *testing.T) {
 	b.runs(b.find("ns", img.chain[0], "")[0], img)
 }
 
-// A client that does not name the image, as nerdctl does not, gets its layers by their files, too: containerd has the
-// manifest, and notes where it came from. The newest image with such a layer counts, if it is in the right format.
+// Layers of a client that does not name the image, such as nerdctl, are pulled by files too:
+// containerd records the source of the manifest. The newest image with such a layer is used, if its format is right.
 func TestPullUnnamed(t *testing.T) {
 	b := newBed(t, nil)
 	b.seed(layerOf(100, 1))
 	img := b.push("app", chunkedtest.Options{}, layerOf(100, 2), layerOf(100, 3))
 	img.unnamed = true
-	b.ordinary(img, 0, "") // containerd does not say whence it is
+	b.ordinary(img, 0, "") // containerd has no source for it
 	if got := b.requests.Load(); got != 0 {
 		t.Errorf("%d requests", got)
 	}
@@ -245,7 +245,7 @@ func TestPullUnnamed(t *testing.T) {
 	b.runs(parent, img)
 }
 
-// fetchedFrom labels the manifest of an image as containerd does when it has fetched it.
+// fetchedFrom labels the manifest of an image like containerd after a fetch.
 func (b *bed) fetchedFrom(img *image, registry, repositories string) {
 	b.t.Helper()
 	_, err := b.content.Update(namespaces.WithNamespace(b.t.Context(), "ns"), content.Info{

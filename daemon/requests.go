@@ -19,7 +19,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// control returns the handler of all requests.
 func (d *Daemon) control() http.Handler {
 	mux := http.NewServeMux()
 	bare := func(pattern string, do func(ctx context.Context) (any, error)) {
@@ -47,24 +46,25 @@ func (d *Daemon) control() http.Handler {
 	bare("GET /v1/readers", func(context.Context) (any, error) { return d.store.LeaseUsers() })
 	bare("POST /v1/scrub", func(ctx context.Context) (any, error) { return d.scrub(ctx, 0) })
 	bare("POST /v1/check", func(ctx context.Context) (any, error) { return d.checkPool(ctx) })
-	with(mux, "POST /v1/mounts", func(ctx context.Context, req api.MountRequest) (any, error) {
+	handleBody(mux, "POST /v1/mounts", func(ctx context.Context, req api.MountRequest) (any, error) {
 		return d.store.MountAt(ctx, req.Image, req.Dir, !req.Suid)
 	})
-	with(mux, "DELETE /v1/mounts", func(ctx context.Context, req api.MountRequest) (any, error) {
+	handleBody(mux, "DELETE /v1/mounts", func(ctx context.Context, req api.MountRequest) (any, error) {
 		return struct{}{}, d.store.UnmountAt(ctx, req.Dir)
 	})
-	with(mux, "POST /v1/pins", func(ctx context.Context, req api.PinRequest) (any, error) { return d.put(ctx, req) })
-	with(mux, "DELETE /v1/pins", func(_ context.Context, req api.PinRequest) (any, error) {
+	handleBody(mux, "POST /v1/pins",
+		func(ctx context.Context, req api.PinRequest) (any, error) { return d.put(ctx, req) })
+	handleBody(mux, "DELETE /v1/pins", func(_ context.Context, req api.PinRequest) (any, error) {
 		return struct{}{}, d.store.Unpin(req.Name)
 	})
-	with(mux, "DELETE /v1/readers", func(_ context.Context, req api.ReaderRequest) (any, error) {
+	handleBody(mux, "DELETE /v1/readers", func(_ context.Context, req api.ReaderRequest) (any, error) {
 		n, err := d.store.Release(req.Reader, req.Earlier)
 		return api.Released{Claims: n}, err
 	})
-	with(mux, "POST /v1/attach", func(ctx context.Context, req api.AttachRequest) (any, error) {
+	handleBody(mux, "POST /v1/attach", func(ctx context.Context, req api.AttachRequest) (any, error) {
 		return d.attachImages(ctx, req)
 	})
-	with(mux, "DELETE /v1/attach", func(ctx context.Context, req api.AttachRequest) (any, error) {
+	handleBody(mux, "DELETE /v1/attach", func(ctx context.Context, req api.AttachRequest) (any, error) {
 		return d.detachImages(ctx, req)
 	})
 	handle(mux, "/", func(r *http.Request, _ []byte) (any, error) {
@@ -73,8 +73,8 @@ func (d *Daemon) control() http.Handler {
 	return mux
 }
 
-// with adds a request whose body is a value.
-func with[T any](mux *http.ServeMux, pattern string, do func(ctx context.Context, req T) (any, error)) {
+// handleBody adds a request with a JSON body of type T.
+func handleBody[T any](mux *http.ServeMux, pattern string, do func(ctx context.Context, req T) (any, error)) {
 	handle(mux, pattern, func(r *http.Request, body []byte) (any, error) {
 		var req T
 		dec := json.NewDecoder(bytes.NewReader(body))
@@ -82,7 +82,7 @@ func with[T any](mux *http.ServeMux, pattern string, do func(ctx context.Context
 		err := dec.Decode(&req)
 		if err == nil {
 			if _, more := dec.Token(); !errors.Is(more, io.EOF) {
-				err = errors.New("there is more behind the value")
+				err = errors.New("there is more data after the value")
 			}
 		}
 		if err != nil {
@@ -92,22 +92,22 @@ func with[T any](mux *http.ServeMux, pattern string, do func(ctx context.Context
 	})
 }
 
-// callerKey is the key of a context whose value is the *unix.Ucred of the caller.
+// callerKey is the context key of the caller's *unix.Ucred.
 type callerKey struct{}
 
-// handle adds a request. do is called once all of it has come, from somebody who may ask.
+// handle adds a request. It calls do once the whole body has arrived, from an authorized caller.
 func handle(mux *http.ServeMux, pattern string, do func(r *http.Request, body []byte) (any, error)) {
 	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-		// The mode of the socket keeps others out. It is checked again because modes are changed with good intentions.
+		// The socket's mode already keeps others out. Check again, because people change modes with good intentions.
 		if cred, ok := r.Context().Value(callerKey{}).(*unix.Ucred); ok && !mayAsk(cred) {
 			refuse(r.Context(), w, http.StatusForbidden, "only root may ask the daemon")
 			return
 		}
-		// A caller who stops in the middle does not keep a connection for ever.
+		// A caller that stops in the middle must not keep a connection for ever.
 		rc := http.NewResponseController(w)
 		_ = rc.SetReadDeadline(time.Now().Add(requestTimeout))
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequest))
-		if err == nil { // else the server waits for the rest of the body, and not for ever
+		if err == nil { // else the server waits for the rest of the body, but not for ever
 			_ = rc.SetReadDeadline(time.Time{})
 		}
 		if large, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -124,7 +124,7 @@ func handle(mux *http.ServeMux, pattern string, do func(r *http.Request, body []
 	})
 }
 
-// mayAsk reports whether a caller is root, or who the daemon runs as. A caller that the kernel does not tell may not.
+// mayAsk reports whether a caller is root or the daemon's own user. An unknown caller may not ask.
 func mayAsk(cred *unix.Ucred) bool {
 	return cred != nil && (cred.Uid == 0 || int(cred.Uid) == os.Geteuid())
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 )
 
-// dialogue sends bytes to a socket and returns everything that comes back.
+// dialogue sends bytes to a socket and returns the whole answer.
 func dialogue(t *testing.T, socket, send string) string {
 	t.Helper()
 	conn, err := net.Dial("unix", socket)
@@ -33,18 +33,18 @@ func dialogue(t *testing.T, socket, send string) string {
 	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	_, _ = conn.Write([]byte(send)) // the daemon may have answered and gone before all of it was sent
+	_, _ = conn.Write([]byte(send)) // the daemon may answer and close before all bytes are sent
 	got, _ := io.ReadAll(conn)
 	return string(got)
 }
 
-// request is a request in full.
+// request returns a complete HTTP request.
 func request(line, body string) string {
 	return fmt.Sprintf("%s HTTP/1.1\r\nHost: d\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", line,
 		len(body), body)
 }
 
-// controlled starts a daemon with an image and a container, and its control socket.
+// controlled starts a daemon with an image and a container, and returns its control socket.
 func controlled(t *testing.T) (cl *client, m *machine, socket string) {
 	t.Helper()
 	cl, m = inside(t, flavours[0], func(*config.Config) {})
@@ -64,7 +64,7 @@ func controlled(t *testing.T) (cl *client, m *machine, socket string) {
 	return cl, m, api.Socket(m.cfg.Address)
 }
 
-// Requests that are garbage, huge, slow or half are refused with a reason, and change nothing.
+// Garbage, huge, slow and partial requests are refused with a reason, and change nothing.
 func TestControlRefuses(t *testing.T) {
 	old := requestTimeout
 	requestTimeout = time.Second
@@ -80,7 +80,7 @@ func TestControlRefuses(t *testing.T) {
 		"unknown field": {request("POST /v1/pins", `{"nome":"x"}`), `unknown field`},
 		"two values": {
 			request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"name":"x"}{}`, key)),
-			`there is more behind the value`,
+			`there is more data after the value`,
 		},
 		"no value":      {request("DELETE /v1/pins", ""), `400 Bad Request`},
 		"needless body": {request("POST /v1/sweep", "{}"), `takes no body`},
@@ -121,14 +121,14 @@ func TestControlRefuses(t *testing.T) {
 	}
 }
 
-// Others than root are refused, by the mode of the socket, and by the daemon where somebody changed that.
+// Only root may connect: the socket's mode refuses others, and so does the daemon if somebody changed the mode.
 func TestControlIsRoots(t *testing.T) {
 	cl, m, socket := controlled(t)
 	ask := func() (answer string, err error) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			runtime.LockOSThread() // and never unlock: the thread ends with the goroutine, and its user with it
+			runtime.LockOSThread() // never unlocked: the thread, and with it the user, ends with the goroutine
 			const nobody = 65534
 			keep := ^uintptr(0)
 			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, nobody, keep); errno != 0 {
@@ -153,7 +153,7 @@ func TestControlIsRoots(t *testing.T) {
 		<-done
 		return answer, err
 	}
-	// Everybody may come as far as the socket.
+	// Everybody may reach the socket.
 	for dir := m.dir; dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
 		m.must(os.Chmod(dir, 0o755))
 	}
@@ -173,7 +173,6 @@ func TestControlIsRoots(t *testing.T) {
 	}
 }
 
-// fdReader reads from a descriptor.
 type fdReader int
 
 func (fd fdReader) Read(p []byte) (int, error) {
@@ -184,10 +183,10 @@ func (fd fdReader) Read(p []byte) (int, error) {
 	return max(n, 0), err
 }
 
-// asked asks for a value.
+// asked sends a request and decodes the answer.
 func asked[T any](t *testing.T, socket, line, body string) (out T) {
 	t.Helper()
-	got := dialogue(t, socket, strings.Replace(request(line, body), "HTTP/1.1", "HTTP/1.0", 1)) // in one piece
+	got := dialogue(t, socket, strings.Replace(request(line, body), "HTTP/1.1", "HTTP/1.0", 1)) // not chunked
 	_, text, _ := strings.Cut(got, "\r\n\r\n")
 	if err := json.Unmarshal([]byte(text), &out); err != nil || !strings.Contains(got, "200 OK") {
 		t.Fatalf("%s: %q: %v", line, got, err)
@@ -195,7 +194,7 @@ func asked[T any](t *testing.T, socket, line, body string) (out T) {
 	return out
 }
 
-// What the daemon says of itself, its images and containers is what there is.
+// The daemon reports its real state, images and containers.
 func TestControlTells(t *testing.T) {
 	cl, m, socket := controlled(t)
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -230,7 +229,7 @@ func TestControlTells(t *testing.T) {
 		t.Errorf("check %+v", a)
 	}
 
-	// A pin holds what containerd has forgotten.
+	// A pin holds an image that containerd has forgotten.
 	asked[api.Image](t, socket, "POST /v1/pins", fmt.Sprintf(`{"image":%q,"name":"mine"}`, images[0].Key))
 	m.must(m.sn.Remove(ctx, "default/100/c"))
 	m.must(m.sn.Remove(ctx, "default/1/layer"))
@@ -247,7 +246,7 @@ func TestControlTells(t *testing.T) {
 	}
 }
 
-// A container that got plain directories is told apart, with the reason.
+// A container on plain directories is marked, with the reason.
 func TestControlTellsWhy(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(c *config.Config) { c.Pool.Size = 16 << 20 })
 	ctx := namespaces.WithNamespace(t.Context(), "default")

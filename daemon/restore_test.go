@@ -37,7 +37,7 @@ func (s labelStore) Update(d digest.Digest, m map[string]string) (map[string]str
 	return s[d], nil
 }
 
-// serveContents serves a new content store below m at address, as containerd does.
+// serveContents serves a new content store below m at address, like containerd.
 func serveContents(t *testing.T, m *machine, address string) content.Store {
 	t.Helper()
 	store, err := local.NewLabeledStore(filepath.Join(m.dir, "containerd"), labelStore{})
@@ -65,13 +65,12 @@ func (oneNamespace) List(context.Context,
 	}}, nil
 }
 
-// A layer that memory lost, and that has no pack or a damaged one, is stored again from the blob that containerd has;
-// not from one that is something else.
+// A layer lost from memory, without an intact pack, is restored from containerd's blob, if that is right.
 func TestRestoreFromContent(t *testing.T) {
 	for name, c := range map[string]struct {
 		durability string
 		harm       func(pack string) error
-		wrong      bool // containerd's blob is another layer's
+		wrong      bool // containerd's blob belongs to another layer
 	}{
 		"without packs": {config.DurabilityContent, nil, false},
 		"pack missing":  {config.DurabilityPack, os.Remove, false},
@@ -131,7 +130,7 @@ func TestRestoreFromContent(t *testing.T) {
 	}
 }
 
-// A layer whose record this version cannot read is stored again where that is possible.
+// A layer whose record this version cannot read is restored if possible.
 func TestUnreadableLayer(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {

@@ -13,14 +13,15 @@ import (
 )
 
 const (
-	// scrubDelay is how long the daemon serves before it begins to scrub: after a boot there is other work.
+	// scrubDelay is the time from the start of the daemon to its first scrub: a boot has other work first.
 	scrubDelay = time.Minute
-	// scrubInterval is the least time from the beginning of a scrub to that of the next one.
+	// scrubInterval is the least time from the start of one scrub to the start of the next.
 	scrubInterval = time.Hour
 )
 
-// scrubLoop scrubs the pool again and again, at most rate bytes a second, until ctx ends: for the first time after
-// delay, and then delay after the last one and interval after the last one began. It does nothing if rate is 0.
+// scrubLoop scrubs the pool repeatedly, at most rate bytes a second, until ctx ends. It first waits
+// for delay. The next scrub starts delay after the last one ended, and not before interval after it
+// began. A rate of 0 turns scrubbing off.
 func (d *Daemon) scrubLoop(ctx context.Context, rate int64, delay, interval time.Duration) {
 	for wait := delay; rate > 0; {
 		select {
@@ -30,13 +31,13 @@ func (d *Daemon) scrubLoop(ctx context.Context, rate int64, delay, interval time
 		}
 		began := time.Now()
 		if _, err := d.scrub(ctx, rate); err != nil && ctx.Err() == nil {
-			log.G(ctx).WithError(err).Error("the contents of the pool cannot be read through")
+			log.G(ctx).WithError(err).Error("not all contents of the pool can be read")
 		}
 		wait = max(delay, interval-time.Since(began))
 	}
 }
 
-// scrub reads the contents of the pool, and makes images again that hold damaged ones.
+// scrub reads the contents of the pool and rebuilds the images that hold damaged ones.
 func (d *Daemon) scrub(ctx context.Context, rate int64) (api.Scrub, error) {
 	done, err := d.store.Scrub(ctx, rate)
 	a := api.Scrub{Scrubbed: done, Findings: []pool.Finding{}}
@@ -54,9 +55,9 @@ func (d *Daemon) scrub(ctx context.Context, rate int64) (api.Scrub, error) {
 	return a, err
 }
 
-// heal makes images again that hold damaged contents. lost says which cannot be.
+// heal rebuilds the images that hold damaged contents. lost names those that cannot be rebuilt.
 func (d *Daemon) heal(ctx context.Context) (lost, err error) {
-	// The snapshotter knows where layers can be restored from.
+	// The snapshotter knows the sources of the layers.
 	facts, err := d.sn.Check(ctx, func(string) {})
 	if err != nil {
 		return nil, err

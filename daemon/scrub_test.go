@@ -24,7 +24,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// harm flips a bit in the middle of contents of the pool.
+// harm flips a bit in the middle of contents in the pool.
 func (c *client) harm(t *testing.T, body []byte) {
 	t.Helper()
 	r := c.pool().Region()
@@ -42,7 +42,7 @@ func (c *client) harm(t *testing.T, body []byte) {
 	t.Fatal("the pool does not hold the contents")
 }
 
-// run mounts a new container's root file system until the test ends or stop is called.
+// run mounts the root file system of a new container until the test ends or stop is called.
 func (m *machine) run(ctx context.Context, key, parent string) (dir, lower string, stop func()) {
 	m.t.Helper()
 	mounts, err := m.sn.Prepare(ctx, key, parent)
@@ -85,8 +85,8 @@ func (m *machine) holds(dir string, f file) {
 	}
 }
 
-// Contents that change under a running pool are found, and made again from what there is. Containers of other images go
-// on, new ones get what was pulled, and what is damaged goes with the last container that stands on it.
+// Contents that change in a running pool are found and restored. Containers of other images continue,
+// new ones get the original contents, and the damaged ones are freed with the last container on them.
 func TestScrub(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -145,7 +145,7 @@ func TestScrub(t *testing.T) {
 	}
 }
 
-// Health and metrics tell of what is damaged for good; pulling it again mends it.
+// Health and metrics report contents that stay damaged; a new pull repairs them.
 func TestScrubLost(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(c *config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -197,7 +197,7 @@ func scrape(t *testing.T, cl *client) string {
 	return w.Body.String()
 }
 
-// The loop finds what changes while the daemon runs, and does nothing where the configuration says so.
+// The loop finds changes while the daemon runs, and does nothing if the configuration turns it off.
 func TestScrubLoop(t *testing.T) {
 	cl, m := inside(t, flavours[1], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -226,11 +226,11 @@ func TestScrubLoop(t *testing.T) {
 	}
 }
 
-// flipsEnv makes TestScrubMany longer: how many bits flip below each daemon.
+// flipsEnv sets the number of flipped bits per daemon in TestScrubMany.
 const flipsEnv = "DAXFS_TEST_FLIPS"
 
-// Bits flip one after another in the contents of an image that a container runs from: one scrub finds each, and nobody
-// is given what it found. Containers of another image notice nothing.
+// Bits flip one after another in the contents of a running container's image. One scrub finds each,
+// and nobody gets damaged contents. Containers of another image are not affected.
 func TestScrubMany(t *testing.T) {
 	flips := 12
 	if s := os.Getenv(flipsEnv); s != "" {
@@ -248,8 +248,8 @@ func TestScrubMany(t *testing.T) {
 	}
 }
 
-// mostFlips is how many bits flip below one daemon: the images that hold them stay as long as the container runs, and each
-// scrub looks at all of them.
+// mostFlips is the number of flipped bits per daemon: damaged images stay as long as the container
+// runs, and each scrub reads all of them.
 const mostFlips = 100
 
 func scrubMany(t *testing.T, f flavour, flips int, seed uint64) {
@@ -291,7 +291,7 @@ func scrubMany(t *testing.T, f flavour, flips int, seed uint64) {
 	}
 }
 
-// place is where the pool has the contents of a file of the first image that has one of that name.
+// place returns the offset in the pool of a file with that name, in the first image that has one.
 func (c *client) place(t *testing.T, name string) int64 {
 	t.Helper()
 	r := c.pool().Region()

@@ -25,10 +25,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 )
 
-// stopTimeout is how long calls may go on after the daemon was told to stop. A pull that is cut off is tried again.
+// stopTimeout is how long calls may continue after the daemon was told to stop. Clients retry a pull that is cut off.
 const stopTimeout = 5 * time.Second
 
-// Serve answers on the configured addresses until ctx ends. ready is called once when it listens; it may be nil.
+// Serve answers on the configured addresses until ctx ends. ready, if not nil, is called once Serve listens.
 func (d *Daemon) Serve(ctx context.Context, ready func()) error {
 	if err := d.takeSockets(ctx); err != nil {
 		return err
@@ -92,7 +92,7 @@ func (d *Daemon) grpcServer(differ interface {
 	diff.Comparer
 },
 ) *grpc.Server {
-	// Handlers have to end before the pool below them is closed.
+	// Handlers must end before the pool below them is closed.
 	srv := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.WaitForHandlers(true),
 		grpc.Creds(peerCredentials{}), grpc.ChainUnaryInterceptor(plainError, logFailure, d.checkVisible))
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(d.sn))
@@ -101,7 +101,7 @@ func (d *Daemon) grpcServer(differ interface {
 	return srv
 }
 
-// serveGRPC serves until ctx ends, then lets calls under way end.
+// serveGRPC serves until ctx ends, then lets running calls finish.
 func serveGRPC(ctx context.Context, l net.Listener, srv *grpc.Server) error {
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(l) }()
@@ -119,8 +119,7 @@ func serveGRPC(ctx context.Context, l net.Listener, srv *grpc.Server) error {
 	return nil
 }
 
-// takeSockets takes over the sockets that systemd made for the daemon, if it made any. They stay while the daemon is away:
-// whoever calls meanwhile waits.
+// takeSockets takes over systemd's sockets, if any. They outlive the daemon, so callers wait for its restart.
 func (d *Daemon) takeSockets(ctx context.Context) error {
 	list, err := activation.Listeners()
 	if err != nil {
@@ -129,7 +128,7 @@ func (d *Daemon) takeSockets(ctx context.Context) error {
 	d.sockets = map[string]net.Listener{}
 	for _, l := range list {
 		if l == nil {
-			continue // it is no stream socket
+			continue // not a stream socket
 		}
 		address := l.Addr().String()
 		if address != d.cfg.Address && address != api.Socket(d.cfg.Address) {
@@ -143,7 +142,7 @@ func (d *Daemon) takeSockets(ctx context.Context) error {
 	return nil
 }
 
-// listen returns a socket that systemd made, or makes one.
+// listen returns a socket made by systemd, or makes one.
 func (d *Daemon) listen(address string) (net.Listener, error) {
 	if l := d.sockets[address]; l != nil {
 		return l, nil
@@ -151,8 +150,7 @@ func (d *Daemon) listen(address string) (net.Listener, error) {
 	return listen(address)
 }
 
-// listen makes the socket, for root alone. The socket file of a process that died is replaced; that of one that lives
-// is not.
+// listen makes the socket, for root alone. It replaces the socket file of a dead process, not of a living one.
 func listen(address string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
 		return nil, err
@@ -169,7 +167,7 @@ func listen(address string) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	// The mode is set before the socket has its name, because until it has its mode anyone could connect.
+	// Set the mode before the socket gets its name: until then anyone could connect.
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var merr error
 		err := c.Control(func(fd uintptr) { merr = unix.Fchmod(int(fd), 0o600) })

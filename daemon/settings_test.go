@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/lease"
 )
 
-// Settings that would fail each container by itself fail the start, and say what is wrong.
+// Settings that would make every container fail make the start fail, with a clear error.
 func TestRefusedSettings(t *testing.T) {
 	f := flavours[0]
 	f.need(t)
@@ -56,17 +56,17 @@ func TestRefusedSettings(t *testing.T) {
 	}
 }
 
-// Each metric has its place in the document, and no other has.
+// The document has every metric, and no other.
 func TestMetricsAreDocumented(t *testing.T) {
 	dir := t.TempDir()
-	cl, m := inside(t, flavours[0], func(c *config.Config) { // some metrics are of readers, and of pools of others
+	cl, m := inside(t, flavours[0], func(c *config.Config) { // some metrics are about readers, or pools of others
 		region := filepath.Join(dir, "a.lease")
 		must(t, os.WriteFile(region, make([]byte, lease.MinSize), 0o600))
 		c.Pool.Readers, c.Pool.Leases = "leases", []string{region}
 		c.Shared.Pools = []string{filepath.Join(dir, "pool")}
 	})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
-	top, err := m.pull(ctx, true, []file{{"a", random(1, 5000)}}) // and some of images
+	top, err := m.pull(ctx, true, []file{{"a", random(1, 5000)}}) // and some about images
 	m.must(err)
 	_, err = m.sn.Prepare(ctx, "default/100/c", top)
 	m.must(err)
@@ -102,7 +102,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 }
 
-// Metrics that everybody can read are worth a warning.
+// Publicly readable metrics cause a warning.
 func TestMetricsEverywhere(t *testing.T) {
 	heard := hearLog(t)
 	cl, _ := inside(t, flavours[0], func(*config.Config) {})
@@ -125,7 +125,7 @@ func TestMetricsEverywhere(t *testing.T) {
 	}
 }
 
-// The kind of an error stands in its text once.
+// An error's kind appears once in its text.
 func TestErrorTexts(t *testing.T) {
 	_, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")

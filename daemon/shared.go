@@ -16,12 +16,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// sharedInterval is how often pools of other owners are looked at for new images.
+// sharedInterval is how often the pools of other owners are checked for new images.
 const sharedInterval = 2 * time.Second
 
 func (d *Daemon) sharedRoot() string { return filepath.Join(d.cfg.Root, "shared") }
 
-// openShared opens the pools of other owners that are configured.
+// openShared opens the configured pools of other owners.
 func (d *Daemon) openShared(ctx context.Context, sc store.Config) (err error) {
 	if len(d.cfg.Shared.Pools) == 0 {
 		return nil
@@ -37,7 +37,7 @@ func (d *Daemon) openShared(ctx context.Context, sc store.Config) (err error) {
 	return err
 }
 
-// sharedImages is the pools as the snapshotter sees them; nil if there are none.
+// sharedImages returns the pools for the snapshotter; nil if there are none.
 func (d *Daemon) sharedImages() snapshotter.Shared {
 	if d.shared == nil {
 		return nil
@@ -45,7 +45,7 @@ func (d *Daemon) sharedImages() snapshotter.Shared {
 	return sharedImages{d.shared}
 }
 
-// sharedImages gives errors the kinds that containerd knows.
+// sharedImages converts errors to containerd's kinds.
 type sharedImages struct{ pools *shared.Pools }
 
 func (s sharedImages) Claim(ctx context.Context, chain digest.Digest) error {
@@ -61,7 +61,7 @@ func (s sharedImages) Sweep(ctx context.Context, needed func(digest.Digest) bool
 	return toErrdefs(s.pools.Sweep(ctx, needed))
 }
 
-// sharedStatus says how the pools of other owners are.
+// sharedStatus returns the state of the pools of other owners.
 func (d *Daemon) sharedStatus() []shared.Status {
 	if d.shared == nil {
 		return []shared.Status{}
@@ -69,8 +69,7 @@ func (d *Daemon) sharedStatus() []shared.Status {
 	return d.shared.Status()
 }
 
-// sharedTrouble returns what is wrong with pools of other owners: with those that something here stands on, and with
-// those that only cost their own images.
+// sharedTrouble returns the errors of pools of other owners: of those in use here, and of the others.
 func (d *Daemon) sharedTrouble() (used, unused error) {
 	for _, p := range d.sharedStatus() {
 		switch {
@@ -81,13 +80,13 @@ func (d *Daemon) sharedTrouble() (used, unused error) {
 			used = errors.Join(used,
 				fmt.Errorf("shared pool %q, of which %d images are in use here: %s", p.Name, p.Claimed, p.Error))
 		default:
-			unused = errors.Join(unused, fmt.Errorf("shared pool %q can not be used: %s", p.Name, p.Error))
+			unused = errors.Join(unused, fmt.Errorf("shared pool %q cannot be used: %s", p.Name, p.Error))
 		}
 	}
 	return used, unused
 }
 
-// watchShared looks at the pools of other owners until stop is called, and attaches what the configuration says.
+// watchShared looks for new images in pools of other owners until stop is called, and attaches the configured ones.
 func (d *Daemon) watchShared(ctx context.Context) (stop func()) {
 	if d.shared == nil {
 		return func() {}
@@ -104,7 +103,7 @@ func (d *Daemon) watchShared(ctx context.Context) (stop func()) {
 				err := d.endAttaches(ctx)
 				first = err != nil
 				if err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) {
-					log.G(ctx).WithError(err).Debug("leases of images whose attaching was interrupted are still there")
+					log.G(ctx).WithError(err).Debug("leases of interrupted attachments still exist")
 				}
 			}
 			for _, ns := range d.cfg.Shared.Attach {

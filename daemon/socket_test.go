@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// The longest address that the configuration allows can be listened on.
+// The daemon can listen on the longest address that the configuration allows.
 func TestLongSocket(t *testing.T) {
 	dir, err := os.MkdirTemp("", "s")
 	must(t, err)

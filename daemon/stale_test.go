@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// restart stops the daemon, lets change happen, and starts it again.
+// restart stops the daemon, calls change, and starts the daemon again.
 func (c *client) restart(m *machine, change func()) {
 	m.t.Helper()
 	m.must(c.end())
@@ -26,8 +26,8 @@ func (c *client) restart(m *machine, change func()) {
 	m.sn, m.ap = c.remote, c.applier
 }
 
-// uncache makes the kernel read a file again. It is for this file alone: tests of other packages that run beside this
-// one count what the kernel reads twice.
+// uncache makes the kernel read this file again. It leaves other files alone, because tests of other
+// packages count what the kernel reads twice.
 func uncache(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Open(path)
@@ -39,7 +39,7 @@ func uncache(t *testing.T, path string) {
 	}
 }
 
-// A volume made of an image outlives the view and the OCI image that it was made of, and shows no other bytes.
+// A volume made from an image outlives the view and the OCI image, and keeps its bytes.
 func TestVolumeOutlivesItsView(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -65,7 +65,7 @@ func TestVolumeOutlivesItsView(t *testing.T) {
 	}
 }
 
-// Another mount.driver is for images that are not mounted yet.
+// A changed mount.driver applies to images that are not mounted yet.
 func TestDriverChanged(t *testing.T) {
 	flavours[1].need(t)
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
@@ -93,8 +93,8 @@ func TestDriverChanged(t *testing.T) {
 	}
 }
 
-// A mount that shows what the pool gave away keeps no daemon from starting, however busy, and is never used: the image
-// can be mounted again when its user is gone.
+// A busy mount over freed parts of the pool does not keep the daemon from starting, and is never used.
+// When its user is gone, the image can be mounted again.
 func TestStaleMountIsBusy(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -121,7 +121,7 @@ func TestStaleMountIsBusy(t *testing.T) {
 	m.compare(mounts, a)
 }
 
-// An image that was made again in the place of another is not taken for it.
+// A new image in the slot of another is not mistaken for the other.
 func TestSlotTellsImages(t *testing.T) {
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")

@@ -16,7 +16,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// status says how the daemon is.
 func (d *Daemon) status(ctx context.Context) (api.Status, error) {
 	room, err := d.store.Room()
 	if err != nil {
@@ -58,7 +57,7 @@ func (d *Daemon) status(ctx context.Context) (api.Status, error) {
 	return s, err
 }
 
-// readers says who reads the pool of the daemon.
+// readers returns the readers of the daemon's pool.
 func (d *Daemon) readers() api.Readers {
 	list, err := d.store.LeaseUsers()
 	r := api.Readers{Mode: d.store.ReadersMode(), List: list}
@@ -68,7 +67,7 @@ func (d *Daemon) readers() api.Readers {
 	return r
 }
 
-// ownMemory returns how much memory this process has, in bytes; 0 without /proc.
+// ownMemory returns the resident memory of this process, in bytes; 0 without /proc.
 func ownMemory() int64 {
 	raw, err := os.ReadFile("/proc/self/statm")
 	if err != nil {
@@ -82,7 +81,7 @@ func ownMemory() int64 {
 	return pages * int64(os.Getpagesize())
 }
 
-// taken returns what a pool takes of what lies below it, in bytes; -1 if that is the pool's own.
+// taken returns what a pool takes of the disk or memory below it, in bytes; -1 if that is the pool's own.
 func taken(info region.Info) int64 {
 	var st unix.Stat_t
 	if !info.Sparse || unix.Stat(info.Path, &st) != nil {
@@ -91,7 +90,7 @@ func taken(info region.Info) int64 {
 	return st.Blocks * 512
 }
 
-// images lists the images with what they take and who uses them.
+// images lists the images with their size and users.
 func (d *Daemon) images(ctx context.Context) ([]api.Image, error) {
 	list, err := d.containers(ctx)
 	if err != nil {
@@ -118,7 +117,7 @@ func (d *Daemon) images(ctx context.Context) ([]api.Image, error) {
 		}
 		u, err := d.store.Pool().ImageUsage(info.Key)
 		if err != nil {
-			continue // it was removed meanwhile
+			continue // removed meanwhile
 		}
 		users := append([]string{}, on[store.CanonicalKey(info.Key)]...)
 		slices.Sort(users)
@@ -128,7 +127,7 @@ func (d *Daemon) images(ctx context.Context) ([]api.Image, error) {
 	return images, nil
 }
 
-// containers lists the snapshots that can be mounted, with what they stand on.
+// containers lists the snapshots that can be mounted, with their lowers.
 func (d *Daemon) containers(ctx context.Context) ([]api.Container, error) {
 	standing, err := d.sn.Standing(ctx)
 	if err != nil {

@@ -20,9 +20,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// streaming is a snapshotter that commits as a pull does: what was written to an active snapshot is made a layer blob
-// by containerd's own code, the snapshot is dropped, and the blob is applied by our differ to a snapshot prepared for
-// it.
+// streaming is a snapshotter that commits like a pull: containerd's own code makes a layer blob from
+// the active snapshot's changes, the snapshot is dropped, and our differ applies the blob to a new snapshot.
 type streaming struct {
 	snapshots.Snapshotter
 	applier diff.Applier
@@ -54,7 +53,7 @@ func (s *streaming) Commit(ctx context.Context, name, key string, opts ...snapsh
 	return s.unpack(ctx, desc, diffID, name, key, info.Parent, opts...)
 }
 
-// diff writes what key adds to parent as a tar.
+// diff writes the changes of key over parent as a tar.
 func (s *streaming) diff(ctx context.Context, w *bytes.Buffer, key, parent string) error {
 	upper, err := s.Mounts(ctx, key)
 	if err != nil {
@@ -73,7 +72,7 @@ func (s *streaming) diff(ctx context.Context, w *bytes.Buffer, key, parent strin
 	return errors.Join(err, s.Remove(ctx, view))
 }
 
-// put stores a tar compressed.
+// put compresses and stores a tar.
 func (s *streaming) put(ctx context.Context, tar []byte) (ocispec.Descriptor, digest.Digest, error) {
 	var b bytes.Buffer
 	z := gzip.NewWriter(&b)
@@ -90,7 +89,7 @@ func (s *streaming) put(ctx context.Context, tar []byte) (ocispec.Descriptor, di
 	return desc, digest.FromBytes(tar), content.WriteBlob(ctx, s.store, desc.Digest.String(), &b, desc)
 }
 
-// unpack does what containerd's unpacker does with one layer.
+// unpack unpacks one layer like containerd's unpacker.
 func (s *streaming) unpack(ctx context.Context, desc ocispec.Descriptor, diffID digest.Digest, name, key, parent string,
 	opts ...snapshots.Opt,
 ) error {
@@ -130,7 +129,7 @@ func TestSuiteStreaming(t *testing.T) {
 				}
 				return &streaming{cl.remote, cl.applier, store}, func() error {
 					err := errors.Join(cl.settle(ctx), cl.purge(ctx), cl.end(), removePool(c))
-					// The suite's directories must not lie below a mount that a failure left.
+					// The suite's directories must not be below a mount that a failure left behind.
 					return errors.Join(err, os.RemoveAll(filepath.Join(root, "content")))
 				}, nil
 			})

@@ -15,12 +15,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// suite runs containerd's conformance tests, each on a snapshotter that open makes, and wants all of them to have run.
-// The name "overlayfs" tells them which limits of overlayfs we inherit; see package snapshotter.
+// suite runs containerd's conformance tests, each on a snapshotter from open, and checks that all have
+// run. The name "overlayfs" selects the limits of overlayfs that we inherit; see package snapshotter.
 func suite(t *testing.T, open testsuite.SnapshotterFunc) {
 	t.Helper()
 	var ran atomic.Int32
-	t.Cleanup(func() { // when all have ended: they run in parallel
+	t.Cleanup(func() { // after all have ended: they run in parallel
 		const tests = 21 // of containerd 2.4
 		if n := ran.Load(); n != tests && !strings.Contains(flag.Lookup("test.run").Value.String(), "/") {
 			t.Errorf("%d conformance tests ran, want %d", n, tests)
@@ -53,7 +53,7 @@ func TestSuite(t *testing.T) {
 	}
 }
 
-// removePool removes a pool that is not below the root of the daemon.
+// removePool removes a pool outside the root of the daemon.
 func removePool(c *config.Config) error {
 	if c.Pool.Path == "" {
 		return nil

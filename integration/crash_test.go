@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// crashes is how often something is killed: DAXFS_TEST_CRASHES, or as often as every run has time for.
+// crashes is the number of kills: DAXFS_TEST_CRASHES, or a number small enough for every run.
 func crashes(t *testing.T) int {
 	v := os.Getenv("DAXFS_TEST_CRASHES")
 	if v == "" {
@@ -31,10 +31,10 @@ func crashes(t *testing.T) int {
 	return n
 }
 
-// The daemon, containerd, or both are killed at random moments while clients pull, run and remove, and a container that was
-// there before runs on. What clients ask for may fail when one of them dies; what succeeds is right. In the end containerd,
-// the daemon and the pool agree, every committed snapshot and every image shows the right tree, and after everything was
-// removed nothing is left.
+// The daemon, containerd, or both are killed at random moments while clients pull, run and remove, and
+// an older container continues. Requests of clients may fail when one of them dies; successful ones
+// have the right result. In the end containerd, the daemon and the pool are consistent, every
+// committed snapshot and every image shows the right tree, and nothing is left after everything was removed.
 func TestCrashLoop(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m, ParallelUnpacks: 2, Patient: true})
@@ -49,7 +49,7 @@ func TestCrashLoop(t *testing.T) {
 				t.Fatal(err)
 			}
 			build := testimage.Image
-			if i%2 == 1 { // the daemon pulls those by itself: the image that stays has most of their files
+			if i%2 == 1 { // pulled by files: the image that stays has most of them
 				build, files = testimage.Chunked, testimage.Updated(testimage.SmallFiles(300, 0), 7+i)
 			}
 			img, err := build(base, files, []testimage.Entry{
@@ -114,12 +114,12 @@ func TestCrashLoop(t *testing.T) {
 		wg.Wait()
 		t.Logf("%d rounds of clients, %d met a dead daemon; %d layers were pulled by their files", done, failed,
 			pulledByFiles(t, s))
-		// Pulls that containerd did not survive keep what they had for a day.
+		// Leases of pulls that a crash of containerd interrupted last for a day.
 		for _, lease := range strings.Fields(s.Ctr("leases", "ls", "-q")) {
 			s.Ctr("leases", "rm", lease)
 		}
 
-		// Nothing of this was read before: it comes through the mount of the first daemon now.
+		// This file was not read before: it comes through the mount of the first daemon now.
 		if out, err := s.Exec("witness", "sha256sum", "/s/size-5242880"); err != nil ||
 			out != sumOf(testimage.SpecialLayers()[0], "s/size-5242880")+"  /s/size-5242880\n" {
 			t.Errorf("the container from before: %q, %v", out, err)
@@ -134,8 +134,8 @@ func TestCrashLoop(t *testing.T) {
 		}
 		s.Pull(witness, "overlayfs")
 		s.Pull(stays, "overlayfs")
-		// A crash between containerd and daemon can leave snapshots that only the daemon knows; the next collection
-		// that has something to remove takes them along.
+		// A crash between containerd and the daemon can leave snapshots that only the daemon knows. The next
+		// garbage collection that removes something removes them too.
 		tiny := push(t, s, "tiny")
 		s.Pull(tiny, "daxfs")
 		s.Ctr("image", "rm", "--sync", tiny)
@@ -153,7 +153,7 @@ func TestCrashLoop(t *testing.T) {
 	})
 }
 
-// kill ends the daemon, containerd, or both, and starts them again.
+// kill kills the daemon, containerd, or both, and restarts them.
 func kill(s *stack.T, random *rand.Rand) {
 	victim := random.IntN(10) // 0: containerd, 1: both, else the daemon
 	if victim != 0 {
@@ -170,18 +170,18 @@ func kill(s *stack.T, random *rand.Rand) {
 	}
 }
 
-// pulledByFiles is how many layers the daemon says to have pulled by their files.
+// pulledByFiles returns the number of layers pulled by files, from the daemon's log.
 func pulledByFiles(t *testing.T, s *stack.T) int {
 	t.Helper()
 	log, err := os.ReadFile(s.DaemonLog())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Count(string(log), "pulled the files of a layer that the pool had not")
+	return strings.Count(string(log), "pulled the files of a layer that the pool did not have")
 }
 
-// lifetime is how long a daemon lives before it is killed. Half of them die while they still take up what the last one left,
-// most of the rest in the middle of a pull, a few at leisure.
+// lifetime returns how long a daemon lives before it is killed. Half of the daemons die while they
+// recover, most of the others during a pull, a few later.
 func lifetime(random *rand.Rand) time.Duration {
 	most := 150 * time.Millisecond
 	switch n := random.IntN(10); {
@@ -193,9 +193,9 @@ func lifetime(random *rand.Rand) time.Duration {
 	return time.Duration(random.Int64N(int64(most)))
 }
 
-// agree fails the test unless containerd and the daemon have the same snapshots, everything that the daemon has agrees with
-// everything that there is, and every committed snapshot shows the same tree with daxfs as with overlayfs, which must have
-// it too. It stops the daemon and starts it again.
+// agree fails the test unless containerd and the daemon have the same snapshots, the daemon's records
+// are consistent with the real state, and every committed snapshot shows the same tree with daxfs as
+// with overlayfs, which must have it too. It stops the daemon and starts it again.
 func agree(t *testing.T, s *stack.T) {
 	t.Helper()
 	s.Must(s.Collect())
@@ -220,10 +220,10 @@ func agree(t *testing.T, s *stack.T) {
 	}
 }
 
-// errWrong marks contents that are not what they must be. No crash excuses them.
+// errWrong marks wrong contents, which no crash excuses.
 var errWrong = errors.New("wrong contents")
 
-// script prints what shows that an image is the right one, or nothing that looks so.
+// script prints output that identifies the right image.
 const script = "cat /own && test ! -e /node_modules/package-0002 && sha256sum /node_modules/package-0001/lib/file-50.js"
 
 // useImage pulls an image, runs it, and sometimes removes it.

@@ -25,12 +25,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// The pod of the DaemonSet, with its mounts, its propagation, its namespaces and its configuration, serves the containerd of
-// the node on which it runs; it can be replaced below running containers, and a daemon on the node can take over from it.
+// The pod of the DaemonSet, with its mounts, propagation, namespaces and configuration, serves its
+// node's containerd. It can be replaced below running containers, and a daemon on the node can take over from it.
 func TestDaemonSet(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	s.Must(s.StopDaemon(syscall.SIGTERM))
-	// As / of a node: what is mounted in the pod is to appear here.
+	// Like / of a node: mounts made in the pod must appear here.
 	if err := unix.Mount(s.DaemonRoot(), s.DaemonRoot(), "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
@@ -41,14 +41,14 @@ func TestDaemonSet(t *testing.T) {
 	flags, args := podFlags(t, s)
 	start := func(id string) {
 		t.Helper()
-		// ctr has no word for the propagation of the root, without which that of the volume goes nowhere.
+		// ctr cannot set the propagation of the root, which the volume's propagation needs.
 		_, err := s.Try("nerdctl", append(append(append([]string{
 			"--snapshotter", "overlayfs", "run", "--detach",
 			"--name", id,
 		}, flags...), pod), args...)...)
 		s.Must(err)
-		for range 200 { // containerd waits for seconds after a failure before it connects again
-			// Of no snapshots containerd asks nobody.
+		for range 200 { // after a failure containerd reconnects only seconds later
+			// containerd asks nobody about an empty list of snapshots.
 			var c net.Conn
 			if c, err = net.Dial("unix", s.Stack.Run+"/daxfs.sock"); err == nil {
 				c.Close()
@@ -100,7 +100,7 @@ func TestDaemonSet(t *testing.T) {
 	}
 }
 
-// healthy asks what the probes of the DaemonSet ask; TestKubernetes compares the address with theirs.
+// healthy sends the request of the DaemonSet's probes; TestKubernetes compares the address with theirs.
 func healthy() error {
 	resp, err := http.Get("http://127.0.0.1:9760/healthz")
 	if err != nil {
@@ -113,7 +113,7 @@ func healthy() error {
 	return nil
 }
 
-// podImage pushes the image of a release, with the programs under test.
+// podImage pushes the image of a release with the programs under test.
 func podImage(t *testing.T, s *stack.T) string {
 	t.Helper()
 	cache, err := stack.CacheDir()
@@ -121,7 +121,8 @@ func podImage(t *testing.T, s *stack.T) string {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	out, err := exec.Command("sh", "-e", "-c", `go run ../packaging/image -output "$0/image.tar" "$2=$1"; tar --extract --file "$0/image.tar" --directory "$0"`,
+	out, err := exec.Command("sh", "-e", "-c", `go run ../packaging/image -output "$0/image.tar" "$2=$1"
+			tar --extract --file "$0/image.tar" --directory "$0"`,
 		dir, filepath.Join(cache, "own"), runtime.GOARCH).CombinedOutput()
 	if err != nil {
 		t.Fatalf("make the image: %v\n%s", err, out)
@@ -146,8 +147,8 @@ func platformImages(index v1.ImageIndex) ([]v1.Image, error) {
 	return partial.FindImages(inner[0], func(v1.Descriptor) bool { return true })
 }
 
-// podFlags translates the pod of the DaemonSet for nerdctl, as containerd's CRI would. Its paths on the node become those of the
-// stack.
+// podFlags translates the pod of the DaemonSet to flags of nerdctl, as containerd's CRI plugin would.
+// Paths on the node become those of the stack.
 func podFlags(t *testing.T, s *stack.T) (flags, args []string) {
 	t.Helper()
 	text, err := os.ReadFile("../docs/kubernetes/daemonset.yaml")

@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// notRun are the commands in documents that are not run by TestDocs, by how they begin, and why.
+// notRun maps prefixes of commands in documents that TestDocs does not run to the reason.
 var notRun = map[string]string{
 	"dpkg":             "needs a system of its own; TestOperator in integration/packages runs it in one",
 	"rpm":              "as dpkg; TestRPM runs it",
@@ -29,7 +29,8 @@ var notRun = map[string]string{
 	"make build":       "every target here is built by the stack",
 	"make demo":        "has tests of its own in integration/demo",
 	"go run ./integra": "makes the two images that are there; TestImages of integration/demo runs it",
-	"daxfs doctor --f": "writes beside the configuration of this machine's containerd; TestDoctorCases runs it elsewhere",
+	"daxfs doctor --f": "writes beside the configuration of this machine's containerd; " +
+		"TestDoctorCases runs it elsewhere",
 	"make test":        "is what runs this test",
 	"make install":     "writes to this machine; TestInstall runs it with DESTDIR",
 	"make uninstall":   "as make install",
@@ -41,7 +42,7 @@ var notRun = map[string]string{
 	"daxfs umount --f": "unmounts what this machine's daemon has mounted",
 }
 
-// docFiles are the documents, from the root of the module.
+// docFiles lists the documents, relative to the root of the module.
 func docFiles(t *testing.T) []string {
 	t.Helper()
 	files, err := filepath.Glob("../docs/*.md")
@@ -51,7 +52,7 @@ func docFiles(t *testing.T) []string {
 	return append([]string{"../README.md", "../CONTRIBUTING.md"}, files...)
 }
 
-// consoleBlocks returns the blocks of a document that are marked as console, without the indentation of a list.
+// consoleBlocks returns the blocks of a document marked as console, without a list's indentation.
 func consoleBlocks(text string) (blocks [][]string) {
 	var block []string
 	inside, indent := false, ""
@@ -71,7 +72,7 @@ func consoleBlocks(text string) (blocks [][]string) {
 	return blocks
 }
 
-// commands returns what a block lets a user type: lines after "$ " or "# ", with the lines that they continue on.
+// commands returns the commands in a block: lines after "$ " or "# ", with their continuation lines.
 func commands(block []string) (list []string) {
 	more := false
 	for _, line := range block {
@@ -88,7 +89,7 @@ func commands(block []string) (list []string) {
 	return list
 }
 
-// What documents tell users to type works as it is printed, but for the name of the registry and for what notRun lists.
+// Commands in documents work as printed, except for the name of the registry and the commands in notRun.
 func TestDocs(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	web, jobs, err := testimage.Twins()
@@ -153,7 +154,7 @@ func reasonNotToRun(command string, used map[string]bool) string {
 	return ""
 }
 
-// sandbox is a directory that looks to commands like the root of the source, with two images beside.
+// sandbox makes a directory that commands take for the root of the source, with two images beside.
 func sandbox(t *testing.T, web, jobs v1.Image) string {
 	t.Helper()
 	// On disk, for pools: /tmp may be a tmpfs.
@@ -192,7 +193,7 @@ func sandbox(t *testing.T, web, jobs v1.Image) string {
 	return dir
 }
 
-// sandboxPrograms is a directory with programs that talk to the stack where a user's would talk to the machine.
+// sandboxPrograms makes a directory with programs that use the stack in place of the machine.
 func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 	t.Helper()
 	cache, err := stack.CacheDir()
@@ -208,12 +209,14 @@ func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 	own, bin, containerd := filepath.Join(cache, "own"), filepath.Join(cache, "bin"), s.Run+"/containerd.sock"
 	for name, script := range map[string]string{
 		"ctr": fmt.Sprintf("exec %s/ctr --address %s --namespace %s \"$@\"", bin, containerd, stack.Namespace),
-		"nerdctl": fmt.Sprintf("exec %s/nerdctl --address %s --namespace %s --data-root %s/nerdctl --cni-path %s --cni-netconfpath %s/cni "+
+		"nerdctl": fmt.Sprintf("exec %s/nerdctl --address %s --namespace %s --data-root %s/nerdctl "+
+			"--cni-path %s --cni-netconfpath %s/cni "+
 			"--insecure-registry --cgroup-manager cgroupfs \"$@\"", bin, containerd, stack.Namespace,
 			s.Dir, bin, s.Dir),
-		"daxfs": fmt.Sprintf("if [ \"$1\" = doctor ]; then shift; set -- doctor --containerd %s --containerd-config %s/containerd.toml --config %s/daxfs.toml \"$@\"; fi\n"+
+		"daxfs": fmt.Sprintf("if [ \"$1\" = doctor ]; then shift\n"+
+			"set -- doctor --containerd %s --containerd-config %s/containerd.toml --config %s/daxfs.toml \"$@\"; fi\n"+
 			"exec %s/daxfs \"$@\"", containerd, s.Dir, dir, own),
-		// doctor asks it for its configuration.
+		// doctor runs it to dump its configuration.
 		"containerd":        fmt.Sprintf("exec %s/containerd \"$@\"", bin),
 		"daxfs-snapshotter": fmt.Sprintf("exec %s/daxfs-snapshotter \"$@\"", own),
 	} {
@@ -229,7 +232,7 @@ func sandboxPrograms(t *testing.T, s *stack.Stack) string {
 	return dir
 }
 
-// A command is only printed where this package finds it: a block that is marked in another way would not be run.
+// Every printed command is in a console block, where TestDocs finds it.
 func TestDocsMarked(t *testing.T) {
 	for _, file := range docFiles(t) {
 		text, err := os.ReadFile(file)
@@ -245,10 +248,10 @@ func TestDocsMarked(t *testing.T) {
 	}
 }
 
-// mention is daxfs with the arguments that follow it in a code span or an indented block.
+// mention matches daxfs and its arguments in a code span or an indented block.
 var mention = regexp.MustCompile("(?m)(?:^(?:    )+[#$]? ?|^ *[#$] |`)(daxfs [a-z][^`\n]*)")
 
-// Commands that documents mention outside of console blocks exist, and so do their flags.
+// Commands and flags in documents outside console blocks exist.
 func TestDocsMentions(t *testing.T) {
 	if unavailable := os.Getuid() != 0 || testing.Short(); unavailable {
 		t.Skip("the programs are only built for root, and not with -short")
@@ -271,7 +274,7 @@ func TestDocsMentions(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, m := range mention.FindAllStringSubmatch(string(text), -1) {
-			line, _, _ := strings.Cut(m[1], "    ") // what follows is an explanation
+			line, _, _ := strings.Cut(m[1], "    ") // an explanation follows
 			words := strings.Fields(strings.TrimRight(line, ".…"))[1:]
 			command := words[:1]
 			if (command[0] == "pool" || command[0] == "vm") && len(words) > 1 {
@@ -297,7 +300,7 @@ func TestDocsMentions(t *testing.T) {
 
 var link = regexp.MustCompile(`\]\(([^)#]+)(#[^)]*)?\)`)
 
-// What documents link to exists.
+// Links in documents lead to existing files.
 func TestDocsLinks(t *testing.T) {
 	for _, file := range docFiles(t) {
 		text, err := os.ReadFile(file)
@@ -315,7 +318,7 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
-// The messages that operations.md explains are those that the code, or containerd's, has.
+// The messages that operations.md explains exist in our code or in containerd's.
 func TestDocsMessages(t *testing.T) {
 	text, err := os.ReadFile("../docs/operations.md")
 	if err != nil {
@@ -347,7 +350,7 @@ func TestDocsMessages(t *testing.T) {
 			message, _, _ := strings.Cut(line[3:], "`")
 			seen++
 			if strings.HasPrefix(message, "dial unix ") {
-				continue // the Go library's
+				continue // from a Go library
 			}
 			for _, part := range strings.Split(message, "…") {
 				part = strings.TrimSuffix(strings.TrimSpace(part), ": daxfs") // a name that is filled in
@@ -362,7 +365,7 @@ func TestDocsMessages(t *testing.T) {
 	}
 }
 
-// sources is the text of all Go files below a directory but tests and one directory.
+// sources returns the text of all Go files below a directory, without tests and one directory.
 func sources(t *testing.T, root, except string) string {
 	t.Helper()
 	var all strings.Builder

@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// doctorOn runs daxfs doctor for a stack, with a configuration of the daemon, and returns its status and what it says.
+// doctorOn runs daxfs doctor for a stack, with a configuration of the daemon, and returns its status and output.
 func doctorOn(t *testing.T, s *stack.Stack, daemonConfig string, args ...string) (status int, text string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "daxfs.toml")
@@ -37,8 +37,7 @@ func doctorOn(t *testing.T, s *stack.Stack, daemonConfig string, args ...string)
 	return cmd.ProcessState.ExitCode(), string(out)
 }
 
-// doctor names each thing that is wrong between containerd and the daemon in one line, and the cure, and ends with a
-// verdict and status 3.
+// doctor names each fault between containerd and the daemon, with its remedy, and ends with status 3.
 func TestDoctorCases(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	config := fmt.Sprintf("root = %q\naddress = %q\n[containerd]\naddress = %q\n", s.DaemonRoot(),
@@ -64,14 +63,14 @@ func TestDoctorCases(t *testing.T) {
 	}
 	sound("at first")
 
-	// What the daemon's configuration says.
+	// Faults in the daemon's configuration.
 	check("wrong containerd.address", strings.Replace(config, "containerd.sock", "none.sock", 1),
 		"containerd.address", "correct it")
 	check("wrong kind", config+"[pool]\nkind = \"what\"\n", "configuration", "pool.kind")
 	check("wrong root", strings.Replace(config, "/root", "/other", 1), "root agrees", "make them the same")
 	check("overlay options", config+"[mount]\noverlay_options = [\"volatil\"]\n", "mount.overlay_options", "volatil")
 
-	// What containerd's says.
+	// Faults in containerd's configuration.
 	replace := func(old, now string, n int) func(string) string {
 		return func(text string) string {
 			if !strings.Contains(text, old) {
@@ -121,7 +120,7 @@ func TestDoctorCases(t *testing.T) {
 		})
 	}
 
-	// What is missing is put where it belongs, after asking.
+	// The missing parts are written to their place, after asking.
 	conf := filepath.Join(s.Dir, "conf.d")
 	bare := func(text string) string {
 		head, _, _ := strings.Cut(text, "[proxy_plugins.daxfs]")
@@ -151,7 +150,7 @@ func TestDoctorCases(t *testing.T) {
 		}
 	}
 	file := filepath.Join(conf, "daxfs.toml")
-	fix("--yes=false", "nothing was written") // there is nobody to answer
+	fix("--yes=false", "nothing was written") // nobody can answer
 	if _, err := os.Stat(file); err == nil {
 		t.Error("a file was written without leave")
 	}
@@ -164,7 +163,7 @@ func TestDoctorCases(t *testing.T) {
 	s.Must(s.RestartContainerd(bare))
 	sound("after doctor --fix")
 
-	// Who runs, and where.
+	// Faults of the processes: their user and their mount namespace.
 	s.Must(s.RestartContainerd(nil))
 	sound("with the first configuration again")
 	s.Must(s.StopDaemon(syscall.SIGTERM))

@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// diskOf returns what all below a directory takes of the disk.
+// diskOf returns the disk space of everything below a directory.
 func diskOf(t *testing.T, dir string) (n int64) {
 	t.Helper()
 	seen := map[uint64]bool{}
@@ -37,8 +37,8 @@ func diskOf(t *testing.T, dir string) (n int64) {
 	return n
 }
 
-// What daxfs estimate says of images that containerd has for overlayfs is, within 3 %, what they take there, and what they
-// take when they are pulled for daxfs.
+// daxfs estimate, for images that containerd has for overlayfs, is within 3 % of their space there and
+// of their space when they are pulled for daxfs.
 func TestEstimateOfSwitch(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	web, jobs, err := testimage.Twins()
@@ -76,7 +76,7 @@ func TestEstimateOfSwitch(t *testing.T) {
 	before := diskOf(t, pool)
 	for _, ref := range refs {
 		s.Pull(ref, "daxfs")
-		s.Run(ref, "daxfs", "c-"+filepath.Base(ref)[:3], "true") // makes the image
+		s.Run(ref, "daxfs", "c-"+filepath.Base(ref)[:3], "true") // builds the image
 	}
 	unix.Sync()
 	near("daxfs", said.Takes, diskOf(t, pool)-before)

@@ -9,8 +9,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// A pool that is too small for an image: either the image is served all the same, and rightly, or the error says how
-// much is missing. What was there before is not harmed.
+// In a pool that is too small for an image, either the image still works correctly, or the error says
+// how much space is missing. Existing images are not affected.
 func TestFullPool(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m, Config: "[pool]\nsize = \"32MiB\"\n"})
@@ -49,7 +49,7 @@ func TestFullPool(t *testing.T) {
 	})
 }
 
-// Without the daemon nothing of daxfs works, with an error that names the socket; everything else does work.
+// Without the daemon calls of daxfs fail, with an error that names the socket; everything else works.
 func TestDeadDaemon(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m})
@@ -64,7 +64,7 @@ func TestDeadDaemon(t *testing.T) {
 			t.Errorf("overlayfs without the daemon: %q", out)
 		}
 		s.Must(s.StartDaemon())
-		// After a failure containerd waits for some seconds before it connects again.
+		// After a failure containerd reconnects only some seconds later.
 		await(t, "containerd reaches the daemon again", func() bool {
 			_, err := s.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", "daxfs", ref)
 			return err == nil
@@ -73,8 +73,8 @@ func TestDeadDaemon(t *testing.T) {
 	})
 }
 
-// A container fills the disk that containerd and the daemon have, with data and with names. Nothing else is harmed: both
-// daemons can be killed and start again; when the container is removed the space is there, and the next one runs.
+// A container fills the disk of containerd and the daemon, with data and with names. Nothing else is
+// affected, and both daemons can restart. After the container's removal the space is free, and the next one runs.
 func TestFullDisk(t *testing.T) {
 	for _, snapshotter := range []string{"overlayfs", "daxfs"} {
 		t.Run(snapshotter, func(t *testing.T) {

@@ -9,8 +9,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// What is removed is freed: containers, then images, down to an empty pool, no mount and no directory; and what is not
-// removed stays as it was.
+// Removing containers, then images, frees everything, down to an empty pool, no mount and no
+// directory. What is not removed is unchanged.
 func TestRemove(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m})
@@ -20,7 +20,7 @@ func TestRemove(t *testing.T) {
 			s.Pull(refs[name], "daxfs")
 			s.Ctr("run", "--detach", "--snapshotter", "daxfs", refs[name], name, "sleep", "1000000")
 		}
-		// The image goes first, its container stays and works.
+		// Remove the image first; its container stays and works.
 		s.Ctr("image", "rm", "--sync", refs["layers"])
 		if out, err := s.Exec("layers", "cat", "/l/top"); err != nil || out != "layer 69\n" {
 			t.Errorf("container of a removed image: %q, %v", out, err)
@@ -44,8 +44,7 @@ func TestRemove(t *testing.T) {
 	})
 }
 
-// nothingLeft fails the test unless the daemon, which has no snapshot any more, gave everything back. It stops the
-// daemon and starts it again.
+// nothingLeft fails the test unless the daemon, without snapshots, has freed everything. It restarts the daemon.
 func nothingLeft(t *testing.T, s *stack.T) {
 	t.Helper()
 	s.Must(s.Collect())
@@ -69,7 +68,7 @@ func nothingLeft(t *testing.T, s *stack.T) {
 	s.Must(s.StartDaemon())
 }
 
-// await waits for something that the daemon does in the background.
+// await waits for background work of the daemon.
 func await(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	for range 600 {

@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// images are what the tests run on, smallest first.
+// images are the images of the tests, smallest first.
 var images = []struct {
 	name  string
 	build func() (v1.Image, error)
@@ -45,14 +45,14 @@ func push(t testing.TB, s *stack.T, name string) (ref string) {
 	return ""
 }
 
-// modes runs a test with each way in.
+// modes runs a test walking and streaming.
 func modes(t *testing.T, test func(*testing.T, stack.Mode)) {
 	for _, m := range []stack.Mode{stack.Walking, stack.Streaming} {
 		t.Run(string(m), func(t *testing.T) { test(t, m) })
 	}
 }
 
-// sumOf is the SHA-256 of an entry's contents in hex.
+// sumOf returns the SHA-256 of an entry's contents in hex.
 func sumOf(entries []testimage.Entry, name string) string {
 	for _, e := range entries {
 		if e.Name == name {

@@ -11,8 +11,7 @@ import (
 	"testing"
 )
 
-// make install puts everything where PREFIX and DESTDIR say, keeps a configuration that is there, and make uninstall
-// removes all but that.
+// make install respects DESTDIR, PREFIX and an existing configuration; make uninstall removes everything else.
 func TestInstall(t *testing.T) {
 	dest := t.TempDir()
 	makeTarget := func(target string, more ...string) {
@@ -27,7 +26,7 @@ func TestInstall(t *testing.T) {
 		}
 	}
 	makeTarget("build")
-	makeTarget("install", "GO=false") // what is built is installed, without Go
+	makeTarget("install", "GO=false") // installs existing builds, without Go
 	if out, err := exec.Command("make", "-C", "..", "install", "DESTDIR="+dest,
 		"FROM=none").CombinedOutput(); err == nil ||
 		!strings.Contains(string(out), `run "make build" first`) {
@@ -99,7 +98,7 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// systemd takes the unit as it is installed: it knows every option, and the program is where the unit says.
+// systemd accepts the installed unit: it knows every option, and the program is at the unit's path.
 func TestUnit(t *testing.T) {
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
 		t.Skip("no systemd-analyze: Debian's minimal system has no systemd")

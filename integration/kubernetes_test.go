@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// The files for Kubernetes have no field that its API types do not have, and say the same paths as the daemon's defaults.
+// The files for Kubernetes have only fields of its API types, and the same paths as the daemon's defaults.
 func TestKubernetes(t *testing.T) {
 	dir := "../docs/kubernetes/"
 	daemonSet := &appsv1.DaemonSet{}
@@ -84,7 +84,7 @@ func TestKubernetes(t *testing.T) {
 	}
 }
 
-// kustomize finds the program: in the path, or where the Makefile puts tools.
+// kustomize finds the program on the path, or where the Makefile puts tools.
 func kustomize(cache string) string {
 	if path, err := exec.LookPath("kustomize"); err == nil {
 		return path
@@ -96,8 +96,8 @@ func kustomize(cache string) string {
 	return path
 }
 
-// The kustomization builds, and names the generated configuration in the DaemonSet. With the line for k3s the pod has the
-// directory of that containerd, which its configuration names.
+// The kustomization builds, and the DaemonSet uses the generated configuration. With the line for k3s,
+// the pod has the directory of k3s's containerd, which its configuration names.
 func TestKustomize(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {

@@ -14,13 +14,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// Images leave the machine and come back, and go when nobody uses them: tag, save, load, export, import, prune.
+// Images are exported, imported and removed: tag, save, load, export, import, prune.
 func TestNerdctlImages(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m})
 		ref := push(t, s, "special")
 		s.Nerdctl("pull", ref)
-		size := string(testimage.Noise(2, 1)) // what the file /s/size-1 holds
+		size := string(testimage.Noise(2, 1)) // the contents of /s/size-1
 		show := func(image string) {
 			t.Helper()
 			if out := s.Nerdctl("run", "--rm", "--net=none", image, "cat", "/s/size-1", "/s/hidden/new"); out != size+
@@ -58,7 +58,7 @@ func TestNerdctlImages(t *testing.T) {
 
 // A container is stopped, changed from outside, started again, and serves on a port of the host.
 func TestNerdctlStopped(t *testing.T) {
-	// Once: nerdctl keeps its bridge, which a second stack with other files takes for somebody else's.
+	// Only one stack: nerdctl keeps its bridge, and a second stack with other files would take it for a foreign one.
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	ref := push(t, s, "special")
 	s.Nerdctl("pull", ref)
@@ -98,13 +98,14 @@ func TestNerdctlStopped(t *testing.T) {
 	s.Nerdctl("rm", "--force", "web")
 }
 
-// The daemon of containers maps all of them to the ids of one user: a line in /etc/subuid, and one flag.
+// The container daemon's configuration maps all containers to one user's ids: a line in /etc/subuid, and one flag.
 func TestNerdctlUserns(t *testing.T) {
 	etc(t, map[string]string{"subuid": "daemon:100000:65536\n", "subgid": "daemon:200000:65536\n"})
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	ref := push(t, s, "special")
 	s.Nerdctl("pull", ref)
-	const script = "stat -c %u:%g /etc/passwd /s/owned; cat /proc/self/uid_map /proc/self/gid_map; touch /s/new && stat -c %u /s/new"
+	const script = "stat -c %u:%g /etc/passwd /s/owned; cat /proc/self/uid_map /proc/self/gid_map; " +
+		"touch /s/new && stat -c %u /s/new"
 	out := s.Nerdctl("--userns-remap", "daemon", "run", "--rm", "--net=none", ref, "sh", "-c", script)
 	want := "0:0\n1000:1000\n         0     100000      65536\n         0     200000      65536\n0\n"
 	if out != want {
@@ -115,7 +116,7 @@ func TestNerdctlUserns(t *testing.T) {
 	}
 }
 
-// etc gives files in /etc other contents until the test ends, for the processes of the tests only.
+// etc replaces files in /etc until the test ends, for the processes of the tests only.
 func etc(t *testing.T, files map[string]string) {
 	t.Helper()
 	upper, work := t.TempDir(), t.TempDir()
@@ -135,7 +136,7 @@ func etc(t *testing.T, files map[string]string) {
 	})
 }
 
-// An image is a volume of a container of another image, as Kubernetes mounts one: by a view.
+// An image is a volume in a container of another image, mounted through a view like in Kubernetes.
 func TestImageVolume(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m})
@@ -149,7 +150,7 @@ func TestImageVolume(t *testing.T) {
 		s.Ctr("image", "mount", "--snapshotter", "daxfs", volume, dir)
 		s.Ctr("run", "--detach", "--snapshotter", "daxfs", "--mount",
 			"type=bind,src="+dir+",dst=/volume,options=rbind:ro", tiny, "user", "sleep", "1000000")
-		// The image goes while its volume is in use.
+		// Remove the image while its volume is in use.
 		s.Ctr("image", "rm", "--sync", volume)
 		s.Must(s.Collect())
 		out, err := s.Exec("user", "sh", "-c",

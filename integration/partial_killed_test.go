@@ -10,9 +10,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// The daemon, containerd, or both are killed while a pull by files waits for the tables of a layer, or for contents.
-// The same pull succeeds when they are back, with the tree of a full pull; daemon and containerd agree, and in the end
-// nothing is left.
+// The daemon, containerd, or both are killed while a pull by files waits for the tables of a layer, or
+// for contents. After their restart the same pull succeeds, with the tree of a full pull; daemon and
+// containerd are consistent, and in the end nothing is left.
 func TestKilledInPartialPull(t *testing.T) {
 	first, _ := versions(t, 300, 40)
 	old, err := testimage.Chunked(first...)
@@ -26,7 +26,7 @@ func TestKilledInPartialPull(t *testing.T) {
 			s.Pull(refs[0], "daxfs")
 			for round, c := range []struct {
 				daemon, containerd bool
-				request            int // that is waited for
+				request            int // the awaited request
 			}{
 				{daemon: true, request: 1},
 				{daemon: true, request: 3},
@@ -78,11 +78,11 @@ func TestKilledInPartialPull(t *testing.T) {
 				s.Ctr("leases", "rm", lease)
 			}
 			s.Pull(refs[0], "overlayfs")
-			// The next collection that has something to remove takes along what only the daemon knows.
+			// The next garbage collection that removes something also removes snapshots that only the daemon knows.
 			tiny := push(t, s, "tiny")
 			s.Pull(tiny, "daxfs")
 			s.Ctr("image", "rm", "--sync", tiny)
-			if parallel > 1 { // containerd calls a snapshot that was committed for it by another name than the daemon
+			if parallel > 1 { // containerd has another name than the daemon for a snapshot committed for it
 				agree(t, s)
 			}
 			for _, ref := range refs {

@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// podmanCompress writes layers by containers/storage, the library of podman, buildah and skopeo.
+// podmanCompress writes layers with containers/storage, the library of podman, buildah and skopeo.
 func podmanCompress(t *testing.T) func(w io.Writer, raw io.Reader) (map[string]string, error) {
 	program, err := stack.Program("podman-compress")
 	if err != nil {
@@ -41,11 +41,11 @@ func podmanCompress(t *testing.T) func(w io.Writer, raw io.Reader) (map[string]s
 	}
 }
 
-// Layers that podman's library writes are pulled by their files, by a daemon beside a real containerd, in each way in
-// which containerd can be told so: it fetches none of their blobs, and sees the tree of a full pull.
+// The daemon, with a real containerd, pulls layers written by podman's library by their files, in each
+// way of telling containerd: it fetches none of their blobs, and sees the tree of a full pull.
 func TestPartialPullOfPodman(t *testing.T) {
 	first, second := versions(t, 400, 5)
-	// One file is cut into chunks by podman, and half of it is holes.
+	// podman cuts one file into chunks, half of which are holes.
 	large := append(testimage.Noise(1, 200<<10), make([]byte, 1<<20)...)
 	second[1] = append(second[1], testimage.File("large", 0o644, append(large, testimage.Noise(2, 100<<10)...)))
 	old, err := testimage.Chunked(first...)
@@ -72,7 +72,7 @@ func TestPartialPullOfPodman(t *testing.T) {
 			if sent > blobs/2 {
 				t.Errorf("%d bytes were sent of layers with %d", sent, blobs)
 			}
-			// The first layer, busybox, is that of v1 in another encoding: containerd has its chain ID already.
+			// The first layer, busybox, is that of v1 in another encoding: containerd already has its chain ID.
 			if got := pulledByFiles(t, s); got != len(m.Layers)-1 {
 				t.Errorf("%d layers were pulled by their files, expected %d", got, len(m.Layers)-1)
 			}

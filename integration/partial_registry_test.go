@@ -18,11 +18,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// privateRegistry leads to the registry of TestPartialRegistry. It has the usual port: containerd notes no other one with
-// what it fetched, and nothing else tells whence nerdctl pulls.
+// privateRegistry leads to the registry of TestPartialRegistry. It has the default port, because
+// containerd records no other port with blobs, and nothing else tells from where nerdctl pulls.
 const privateRegistry = "registry.test"
 
-// criImages lets containerd's image service for Kubernetes pull for a snapshotter, with the hosts.toml of the stack.
+// criImages makes containerd's CRI image service pull for a snapshotter, with the stack's hosts.toml.
 const criImages = `
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = "daxfs"
@@ -34,8 +34,8 @@ const criImages = `
     conf_dir = "{{dir}}/cni.d"
 `
 
-// An image in a registry of the usual program, with TLS and a login, is made zstd:chunked by us, and pulled by each client
-// as its users pull any other. An update sends what the pool lacks, and gives the tree of a full pull.
+// An image in a common registry program, with TLS and a login, is made zstd:chunked by us, and each
+// client pulls it like any other image. An update sends only what the pool lacks, and gives the tree of a full pull.
 func TestPartialRegistry(t *testing.T) {
 	etc(t, map[string]string{"hosts": "127.0.0.1 localhost registry.test\n"})
 	s := stack.New(t, stack.Options{
@@ -45,7 +45,7 @@ func TestPartialRegistry(t *testing.T) {
 	d, err := s.StartDistribution(privateRegistry)
 	s.Must(err)
 	login := stack.DistributionUser + ":" + stack.DistributionPassword
-	// What docker login leaves. The daemon is told nothing else, nor are nerdctl and daxfs convert.
+	// The file of docker login. The daemon, nerdctl and daxfs convert get no other credentials.
 	config := fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, privateRegistry,
 		base64.StdEncoding.EncodeToString([]byte(login)))
 	s.Must(os.Mkdir(filepath.Join(s.Dir, ".docker"), 0o700))
@@ -53,7 +53,7 @@ func TestPartialRegistry(t *testing.T) {
 	clients := []struct {
 		name, namespace string
 		pull            func(ref, snapshotter string)
-		passOn          func(ref string) // what of it is not on this machine
+		passOn          func(ref string) // copies the part of it that is not on this machine
 	}{
 		{"ctr", stack.Namespace, func(ref, snapshotter string) {
 			s.Ctr("image", "pull", "--hosts-dir", s.HostsDir(), "--user", login, "--snapshotter", snapshotter, ref)
@@ -90,7 +90,7 @@ func TestPartialRegistry(t *testing.T) {
 					"docker://"+refs[tag])
 				s.Must(err)
 			}
-			img, err := testimage.Chunked(second...) // what convert wrote
+			img, err := testimage.Chunked(second...) // the output of convert
 			s.Must(err)
 			least := needed(t, first, second, img)
 
@@ -114,8 +114,8 @@ func TestPartialRegistry(t *testing.T) {
 	}
 }
 
-// larger makes the files of the layers above the base four times as long, about 12 KB: what is counted here are bytes on the
-// wire, and what TLS and HTTP add to each request is half a kilobyte.
+// larger makes the files of the layers above the base four times as long, about 12 KB: the test counts
+// bytes on the wire, and TLS and HTTP add half a kilobyte to each request.
 func larger(layers [][]testimage.Entry) {
 	for _, layer := range layers[1:] {
 		for i, e := range layer {
@@ -127,7 +127,7 @@ func larger(layers [][]testimage.Entry) {
 	}
 }
 
-// criPull pulls as a kubelet does for a pod with imagePullSecrets.
+// criPull pulls like a kubelet for a pod with imagePullSecrets.
 func criPull(t *testing.T, s *stack.T, ref string) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+s.Stack.Run+"/containerd.sock",
@@ -141,8 +141,8 @@ func criPull(t *testing.T, s *stack.T, ref string) {
 	s.Must(err)
 }
 
-// pushByCtr pushes an image of which containerd has not all blobs: to the registry that has them that works, also into another
-// repository; elsewhere ctr says what is missing, and after it was fetched that works, too.
+// pushByCtr pushes an image whose blobs containerd has only in part. It works for the registry with
+// the other blobs, into any repository. Elsewhere ctr reports the missing blobs, and pushing works after a fetch.
 func pushByCtr(t *testing.T, s *stack.T, ref, login string) {
 	t.Helper()
 	registry := []string{"--hosts-dir", s.HostsDir(), "--user", login}
@@ -161,7 +161,7 @@ func pushByCtr(t *testing.T, s *stack.T, ref, login string) {
 	s.Must(push(other, "--plain-http"))
 }
 
-// commitByNerdctl makes an image of a container, and pushes it. nerdctl fetches what is missing.
+// commitByNerdctl makes an image from a container, and pushes it. nerdctl fetches missing blobs.
 func commitByNerdctl(s *stack.T, ref string) {
 	const own = privateRegistry + "/committed:v1"
 	nerdctl := func(args ...string) string {

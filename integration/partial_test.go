@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// versions are two versions of an image, made of a seed: in each of three layers above the base every twentieth file differs.
+// versions makes two versions of an image from a seed: every twentieth file of three layers differs.
 func versions(t testing.TB, files int, seed uint64) (old, new [][]testimage.Entry) {
 	t.Helper()
 	base, err := testimage.Busybox()
@@ -32,8 +32,8 @@ func versions(t testing.TB, files int, seed uint64) (old, new [][]testimage.Entr
 	return old, new
 }
 
-// needed is what a host with the files of old has to fetch of new at least: each file that it lacks, compressed by itself,
-// and the tables of the layers that it has not.
+// needed returns the least that a host with the files of old has to fetch for new: each missing file,
+// compressed by itself, and the tables of the missing layers.
 func needed(t *testing.T, old, new [][]testimage.Entry, img v1.Image) (n int64) {
 	t.Helper()
 	have := map[[32]byte]bool{}
@@ -70,7 +70,7 @@ func needed(t *testing.T, old, new [][]testimage.Entry, img v1.Image) (n int64) 
 	return n
 }
 
-// layersSize is how many bytes the layers of an image have.
+// layersSize returns the size of an image's layers in bytes.
 func layersSize(t *testing.T, img v1.Image) (n int64) {
 	t.Helper()
 	all, err := img.Layers()
@@ -87,8 +87,8 @@ func layersSize(t *testing.T, img v1.Image) (n int64) {
 	return n
 }
 
-// An update fetches the files that the pool has not, in each way in which containerd can be told that it need not fetch
-// a layer, and gives the tree that a full pull gives. What is missing then of the blobs is fetched by who needs it.
+// An update fetches only files that the pool lacks, in each way of telling containerd that it need not
+// fetch a layer, and gives the tree of a full pull. Clients fetch missing blobs when they need them.
 func TestPartialPull(t *testing.T) {
 	first, second := versions(t, 400, 0)
 	old, err := testimage.Chunked(first...)
@@ -129,7 +129,7 @@ func TestPartialPull(t *testing.T) {
 					t.Errorf("export of what is not there: %v", err)
 				}
 				if mode == stack.Streaming {
-					s.Nerdctl("save", "-o", filepath.Join(s.Dir, "save.tar"), ref) // it fetches
+					s.Nerdctl("save", "-o", filepath.Join(s.Dir, "save.tar"), ref) // fetches missing blobs
 				} else {
 					s.Ctr("content", "fetch", "--plain-http", ref)
 				}
@@ -141,8 +141,8 @@ func TestPartialPull(t *testing.T) {
 	})
 }
 
-// packagesUpdated are the entries of a layer with other contents in all files of every n-th directory, as a base has
-// that is rebuilt from packages of which some are new.
+// packagesUpdated returns the entries of a layer with new contents in all files of every n-th
+// directory, like a base rebuilt from partly new packages.
 func packagesUpdated(entries []testimage.Entry, n int) []testimage.Entry {
 	out := slices.Clone(entries)
 	dirs, last := 0, ""
@@ -160,9 +160,9 @@ func packagesUpdated(entries []testimage.Entry, n int) []testimage.Entry {
 	return out
 }
 
-// BenchmarkPartialPull measures how long a pull takes until the image is there, over a line of 100 Mbit/s, by files and
-// as a whole: of an image with a few new files, of one in which a quarter is new, together or scattered, and of images
-// of which the pool has nothing.
+// BenchmarkPartialPull measures a pull until the image is complete, over a line of 100 Mbit/s, by
+// files and as a whole: of an image with a few new files, of one in which a quarter is new, together
+// or scattered, and of images of which the pool has nothing.
 func BenchmarkPartialPull(b *testing.B) {
 	first, second := versions(b, 4000, 0)
 	other, _ := versions(b, 4000, 0)
@@ -207,7 +207,7 @@ func BenchmarkPartialPull(b *testing.B) {
 					s.Pull(ref, "daxfs")
 					b.StopTimer()
 					b.ReportMetric(float64(s.Registry.Sent()-sent)/1e6, "MB-sent")
-					s.Must(s.Close()) // two stacks at once would end each other's processes
+					s.Must(s.Close()) // two concurrent stacks would end each other's processes
 					b.StartTimer()
 				}
 			})

@@ -6,7 +6,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// Every image that is pulled shows, entry by entry, what it shows with containerd's overlayfs snapshotter.
+// Every pulled image shows, entry by entry, the same tree as with containerd's overlayfs snapshotter.
 func TestPull(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m})
@@ -16,8 +16,7 @@ func TestPull(t *testing.T) {
 				s.Pull(ref, "overlayfs")
 				s.Pull(ref, "daxfs")
 				s.Compare(ref)
-				// A layer that is walked over one whose directory is gone is unpacked over an image of its parents, which
-				// stays until the next cleanup.
+				// Walking over a layer without a directory needs an image of it until the next cleanup.
 				if got := len(s.ImageMounts()); got < n+1 || m == stack.Streaming && got > n+1 {
 					t.Errorf("mounts of images: %q, want one for each that was looked at", s.ImageMounts())
 				}
@@ -26,7 +25,7 @@ func TestPull(t *testing.T) {
 	})
 }
 
-// Layers that are unpacked at the same time give the same tree: whiteouts work although no layer sees the one below.
+// Layers unpacked in parallel give the same tree: whiteouts work although no layer sees the one below.
 func TestPullParallel(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m, ParallelUnpacks: 4})

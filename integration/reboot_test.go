@@ -8,16 +8,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// After a reboot every container starts again with what it had written, and every image shows what it did, with the
-// registry switched off; also when the pool was in memory and is gone, and when the image was removed while its
-// container stayed.
+// After a reboot every container starts again with its own files, and every image shows the same tree,
+// with the registry off. This holds also if the pool was lost with the memory, or if the image was
+// removed while its container stayed.
 func TestReboot(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		for _, kind := range []string{"file", "tmpfs"} {
 			t.Run(kind, func(t *testing.T) {
 				config := ""
 				if kind == "tmpfs" {
-					// Run is on a tmpfs of its own and is wiped by the reboot; the path must outlive that.
+					// Run is on its own tmpfs, which the reboot wipes; the path must outlive that.
 					config = fmt.Sprintf("[pool]\nkind = %q\npath = %q\nsize = \"1GiB\"\n", kind,
 						"/run/daxfs-test.pool")
 				}
@@ -45,7 +45,7 @@ func TestReboot(t *testing.T) {
 						t.Errorf("%s after the reboot: %q, %v", name, out, err)
 					}
 					if name == "layers" {
-						continue // its image is gone; the container is what must work
+						continue // its image is gone; only the container must work
 					}
 					if err := listing.Diff(trees[name], s.ImageTree(refs[name], "daxfs")); err != nil {
 						t.Errorf("%s after the reboot: %v", name, err)

@@ -8,14 +8,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// drivers are the ways to mount images that work on a host without special memory, each with the TOML that asks for it.
+// drivers are the drivers that work on a host without special memory.
 var drivers = []string{"erofs-file", "erofs-loop", "fuse"}
 
-// driverConfig asks for a driver by name.
+// driverConfig selects a driver by name.
 func driverConfig(driver string) string { return fmt.Sprintf("[mount]\ndriver = %q\n", driver) }
 
-// Containers do not notice that the daemon ends, however it ends and whatever the driver. The daemon that follows
-// adopts the mount and goes on with it.
+// Containers do not notice any end of the daemon, with any driver. The next daemon adopts the mount.
 func TestDaemonRestart(t *testing.T) {
 	for _, driver := range drivers {
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
@@ -26,7 +25,7 @@ func TestDaemonRestart(t *testing.T) {
 				s.Ctr("run", "--detach", "--snapshotter", "daxfs", ref, "before", "sleep", "1000000")
 				works := func(id string) {
 					t.Helper()
-					// Nothing of this was read before: it comes through the mount now.
+					// These files were not read before: they come through the mount now.
 					out, err := s.Exec(id, "/usr/bin/python3", "/app/main.py")
 					if err != nil || out != `{"app": "one", "prefix": "/usr"}`+"\n" {
 						t.Errorf("container %q: %q, %v", id, out, err)
@@ -50,7 +49,7 @@ func TestDaemonRestart(t *testing.T) {
 	}
 }
 
-// Containerd ends and starts again: its containers are still there, and more can be started.
+// containerd restarts: its containers are still there, and it can start more.
 func TestContainerdRestart(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	ref := push(t, s, "tiny")

@@ -36,7 +36,7 @@ func TestRun(t *testing.T) {
 			t.Errorf("python printed %q", out)
 		}
 
-		// The root of a running container is the image and what the runtime makes in it: nothing else.
+		// The root of a running container contains only the image and the runtime's additions.
 		special := push(t, s, "special")
 		s.Pull(special, "overlayfs")
 		s.Pull(special, "daxfs")
@@ -55,7 +55,7 @@ func TestRun(t *testing.T) {
 	})
 }
 
-// What nerdctl does with images and containers works: run, exec, cp, diff, commit, save and run of the new image.
+// nerdctl works with images and containers: run, exec, cp, diff, commit, save and run of the new image.
 func TestNerdctl(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := stack.New(t, stack.Options{Mode: m})
@@ -99,7 +99,7 @@ func TestNerdctl(t *testing.T) {
 	})
 }
 
-// Fifty containers of one image run at once, over one mount of it.
+// Fifty containers of one image run at once, over one mount.
 func TestManyContainers(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	ref := push(t, s, "tiny")
@@ -145,13 +145,13 @@ func TestManyImages(t *testing.T) {
 	})
 }
 
-// wants is a script that fails unless a command prints what is wanted. On a busy machine ctr may end with status 0 and without
-// what the container printed: it stops opening the pipe of its output when the container has ended.
+// wants is a script that fails unless a command prints want. On a busy machine ctr may exit with
+// status 0 without the container's output: it stops opening the output pipe when the container has ended.
 func wants(command, want string) string {
 	return fmt.Sprintf(`got=$(%s) && [ "$got" = %q ] || { echo "got $got, want %s" >&2; exit 1; }`, command, want, want)
 }
 
-// concurrently calls f for 0 to n-1, limit of them at once.
+// concurrently calls f for 0 to n-1, at most limit at a time.
 func concurrently(t testing.TB, n, limit int, f func(int) error) {
 	t.Helper()
 	var wg sync.WaitGroup

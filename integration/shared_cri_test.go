@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// criConfig has containerd serve Kubernetes with our snapshotter, and names the image of sandboxes.
+// criConfig makes containerd serve Kubernetes with our snapshotter, and names the image of sandboxes.
 const criConfig = `
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = "daxfs"
@@ -25,7 +25,7 @@ const criConfig = `
   restrict_oom_score_adj = true
 `
 
-// Kubernetes sees images of a shared pool that were attached to its namespace, and runs a pod from them without a registry.
+// Kubernetes sees attached images of a shared pool in its namespace, and runs a pod from them without a registry.
 func TestSharedCRI(t *testing.T) {
 	r, err := stack.NewRegistry()
 	if err != nil {
@@ -91,8 +91,7 @@ func TestSharedCRI(t *testing.T) {
 		}
 	}
 
-	// What is detached has no name left, and what is attached again has both; a second name of the same image keeps the
-	// digest.
+	// Detaching removes both names of an image, attaching adds them. Another name keeps the digest.
 	status := func(name string) *cri.Image {
 		t.Helper()
 		answer, err := images.ImageStatus(t.Context(), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: name}})
@@ -115,9 +114,9 @@ func TestSharedCRI(t *testing.T) {
 	await(t, "the image is gone", func() bool { return status(byDigest) == nil })
 	s.daxfs("attach", "--namespace", "k8s.io", one)
 	await(t, "the image is back", func() bool { return status(byDigest) != nil })
-	spec.Image = byDigest // a pod may name it so
+	spec.Image = byDigest // a pod may give the digest
 
-	// The network is the host's, so no plugin has to make one.
+	// The network is the host's, so that no plugin has to make one.
 	host := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}
 	pod := &cri.PodSandboxConfig{
 		Metadata: &cri.PodSandboxMetadata{Name: "pod", Uid: "pod-1", Namespace: "default"},
@@ -128,7 +127,9 @@ func TestSharedCRI(t *testing.T) {
 	made, err := runtime.CreateContainer(t.Context(), &cri.CreateContainerRequest{
 		PodSandboxId: box.PodSandboxId, SandboxConfig: pod, Config: &cri.ContainerConfig{
 			Metadata: &cri.ContainerMetadata{Name: "app"}, Image: spec, Command: []string{"/bin/sleep", "1000000"},
-			Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: host}},
+			Linux: &cri.LinuxContainerConfig{
+				SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: host},
+			},
 		},
 	})
 	s.Must(err)
@@ -145,7 +146,7 @@ func TestSharedCRI(t *testing.T) {
 	_, err = runtime.RemovePodSandbox(t.Context(), &cri.RemovePodSandboxRequest{PodSandboxId: box.PodSandboxId})
 	s.Must(err)
 
-	// The owner has another image of the name: that of before keeps no name.
+	// The owner has another image under that name: the earlier one keeps no name.
 	s.Must(r.On())
 	push("one", other)
 	another, err := other.Digest()
@@ -165,7 +166,7 @@ func TestSharedCRI(t *testing.T) {
 		return slices.Contains(status(one).GetRepoDigests(), repo+"@"+another.String())
 	})
 
-	// What Kubernetes' garbage collection of images does ends the claims.
+	// Kubernetes' garbage collection of images ends the claims.
 	for _, ref := range []string{one, pause} {
 		_, err := images.RemoveImage(t.Context(), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}})
 		s.Must(err)

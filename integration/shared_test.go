@@ -24,8 +24,8 @@ import (
 // ownerSpace is the namespace of the owner of the shared pool.
 const ownerSpace = "owner"
 
-// ownerConfig tells containerd of a second daemon, which owns a pool. What one namespace has in the content store does not
-// help another: as if each were a machine of its own.
+// ownerConfig configures containerd for a second daemon, which owns a pool. Content is not shared
+// between namespaces, as if each were a separate machine.
 const ownerConfig = `
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux"
@@ -49,12 +49,13 @@ type sharing struct {
 	t *testing.T
 }
 
-// newSharing starts one, with what is added to the configuration of the daemon that reads, and with changed options.
+// newSharing starts the stack, with an addition to the configuration of the reading daemon, and with changed options.
 func newSharing(t *testing.T, m stack.Mode, config string, change ...func(*stack.Options)) sharing {
 	t.Helper()
 	owner := `printf '[pool]\nreaders = "leases"\nleases = ["%s/reader.lease"]\n' "$1" > "$1/owner.toml"
 test -e "$1/reader.lease" || head -c 65536 /dev/zero > "$1/reader.lease"
-exec daxfs-snapshotter --config "$1/owner.toml" --address "$0" --root "$1" --containerd-address "$XDG_RUNTIME_DIR/containerd.sock"`
+exec daxfs-snapshotter --config "$1/owner.toml" --address "$0" --root "$1" \
+	--containerd-address "$XDG_RUNTIME_DIR/containerd.sock"`
 	const pool = "{{dir}}/peer/pool/live"
 	o := stack.Options{
 		Mode: m, Containerd: ownerConfig, Peer: []string{"sh", "-c", owner},
@@ -67,7 +68,7 @@ exec daxfs-snapshotter --config "$1/owner.toml" --address "$0" --root "$1" --con
 	return sharing{stack.New(t, o), t}
 }
 
-// publish has the owner pull an image, and waits until the other daemon can attach it.
+// publish makes the owner pull an image, and waits until the other daemon can attach it.
 func (s sharing) publish(ref string) {
 	s.t.Helper()
 	s.Ctr("--namespace", ownerSpace, "image", "pull", "--plain-http", "--snapshotter", "owner", ref)
@@ -76,7 +77,7 @@ func (s sharing) publish(ref string) {
 	})
 }
 
-// put has the owner take an image from the registry by hand, and waits until the other daemon can attach it.
+// put makes the owner put an image from the registry by hand, and waits until the other daemon can attach it.
 func (s sharing) put(ref string) {
 	s.t.Helper()
 	control := filepath.Join(filepath.Dir(stack.PeerSocket), "control.sock")
@@ -108,7 +109,6 @@ func (s sharing) daxfs(args ...string) string {
 	return out
 }
 
-// attach attaches images to the namespace of the tests.
 func (s sharing) attach(names ...string) {
 	s.t.Helper()
 	s.daxfs(append([]string{"attach", "--namespace", stack.Namespace}, names...)...)
@@ -120,7 +120,7 @@ func (s sharing) state() (state sharedState) {
 	return state
 }
 
-// apps are three images on one base, which differ in their top layers.
+// apps are three images on one base with different top layers.
 func apps(t *testing.T) (one, two, three v1.Image) {
 	t.Helper()
 	base, err := testimage.Busybox()
@@ -143,8 +143,8 @@ func apps(t *testing.T) (one, two, three v1.Image) {
 	return made("one"), made("two"), made("three")
 }
 
-// The second daemon starts containers from the pool of the first, without a registry; pulls only what the pool lacks; and
-// gives back what it no longer needs.
+// The second daemon starts containers from the pool of the first without a registry, pulls only layers
+// that the pool lacks, and releases what it no longer needs.
 func TestShared(t *testing.T) {
 	modes(t, func(t *testing.T, m stack.Mode) {
 		s := newSharing(t, m, "")
@@ -159,7 +159,7 @@ func TestShared(t *testing.T) {
 		}
 		s.Ctr("run", "--detach", "--snapshotter", "daxfs", one, "stays", "sleep", "1000000")
 
-		// The base is claimed, and what is above it is fetched.
+		// The base is claimed, and the layers above are fetched.
 		s.Must(s.Registry.On())
 		s.Registry.Fetched()
 		s.Pull(two, "daxfs")
@@ -188,7 +188,7 @@ func TestShared(t *testing.T) {
 			}
 		}
 
-		// The daemon that uses the pool is killed; then the owner is, and adds an image when it is back.
+		// First kill the daemon that uses the pool. Then kill the owner, which adds an image after its restart.
 		s.Must(s.StopDaemon(syscall.SIGKILL))
 		s.Must(s.StartDaemon())
 		if out, err := s.Exec("stays", "cat", "/m/name"); err != nil || out != "one" {
@@ -205,7 +205,7 @@ func TestShared(t *testing.T) {
 			t.Errorf("an image that was added later printed %q", out)
 		}
 
-		// An image that was put by hand has its name and its manifest, too.
+		// An image put by hand has its name and its manifest, too.
 		four := s.Push("four", img3)
 		s.put(four)
 		s.Must(s.Registry.Off())
@@ -215,7 +215,7 @@ func TestShared(t *testing.T) {
 		}
 		s.Must(s.Registry.On())
 
-		// Images go; what runs stays.
+		// Images are removed; running containers stay.
 		s.daxfs("detach", "--namespace", stack.Namespace, "--all")
 		s.Ctr("image", "rm", "--sync", two)
 		s.Must(s.Collect())
@@ -233,7 +233,6 @@ func TestShared(t *testing.T) {
 	})
 }
 
-// treeIn lists an image of a namespace.
 func (s sharing) treeIn(namespace, ref, snapshotter string) []string {
 	s.t.Helper()
 	dir, err := os.MkdirTemp(s.Stack.Run, "tree-")
@@ -246,7 +245,7 @@ func (s sharing) treeIn(namespace, ref, snapshotter string) []string {
 	return lines
 }
 
-// With shared.attach the daemon attaches by itself what appears, once.
+// With shared.attach the daemon attaches new images by itself, once.
 func TestSharedAttach(t *testing.T) {
 	s := newSharing(t, stack.Streaming, "attach = [\""+stack.Namespace+"\"]\n")
 	img, _, _ := apps(t)
@@ -269,7 +268,7 @@ func TestSharedAttach(t *testing.T) {
 	}
 }
 
-// A reader that is killed while it attaches goes on with it when it is back, and keeps nothing that it did not attach.
+// A reader that is killed while it attaches continues after its restart, and leaves no partial attachment.
 func TestSharedAttachKilled(t *testing.T) {
 	s := newSharing(t, stack.Streaming, "")
 	img1, img2, _ := apps(t)
@@ -295,7 +294,7 @@ func TestSharedAttachKilled(t *testing.T) {
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
-			attach() // which fails if it was killed before it ended
+			attach() // fails if it was killed meanwhile
 		}()
 		for busy := true; busy && len(kept()) == 0; {
 			select {
@@ -317,7 +316,7 @@ func TestSharedAttachKilled(t *testing.T) {
 		}
 	}
 
-	// What a kill in the middle of it leaves.
+	// The leftover of a kill during an attachment.
 	killed, err := c.LeasesService().Create(t.Context(), leases.WithRandomID(), leases.WithExpiration(time.Hour),
 		leases.WithLabel("daxfs.attach", digest.FromString(s.DaemonRoot()).Encoded()[:32]+".1"))
 	s.Must(err)
@@ -336,7 +335,7 @@ func TestSharedAttachKilled(t *testing.T) {
 	s.Must(s.StopDaemon(syscall.SIGKILL))
 	s.Must(s.StartDaemon())
 	await(t, "all claims have ended", func() bool {
-		// A collection that could not reach the daemon leaves its part to the next one that removes a snapshot.
+		// If a garbage collection could not reach the daemon, the next one that removes a snapshot does its work.
 		if _, err := s.Try("ctr", "snapshots", "--snapshotter", "daxfs", "prepare", "any"); err == nil {
 			s.Ctr("snapshots", "--snapshotter", "daxfs", "rm", "any")
 		}

@@ -22,15 +22,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// Size of BenchmarkSnapshots.
 const (
 	benchImages = 100
 	benchRounds = 9
 	benchNew    = 20 // snapshots that each round makes and removes
 )
 
-// proxied is containerd's overlayfs snapshotter behind a socket, as daxfs is: what it takes more than overlayfs in
-// containerd is the price of a proxy.
+// proxied is containerd's overlayfs snapshotter behind a socket, like daxfs: its additional time over
+// overlayfs in containerd is the cost of a proxy.
 const proxied = "proxied"
 
 const proxiedConfig = `
@@ -43,9 +42,9 @@ const proxiedConfig = `
   differ = "walking"
 `
 
-// BenchmarkSnapshots measures what containerd's calls take when a snapshotter has 100 images and 1,000 snapshots: daxfs, overlayfs,
-// and overlayfs as a proxy, one after the other in every round. It prints medians. It also does so with 400 snapshots: what a call takes
-// beside listing is not to grow with their number.
+// BenchmarkSnapshots measures containerd's calls to a snapshotter with 100 images and 1,000 snapshots:
+// daxfs, overlayfs, and overlayfs as a proxy, one after the other in every round. It prints medians,
+// also for 400 snapshots: except for listing, the time of a call must not grow with their number.
 func BenchmarkSnapshots(b *testing.B) {
 	s := stack.New(b, stack.Options{Mode: stack.Streaming, Containerd: proxiedConfig})
 	serveOverlay(b, s)
@@ -86,7 +85,7 @@ func BenchmarkSnapshots(b *testing.B) {
 		}
 		clear(samples)
 		for range benchRounds {
-			// Whoever is first in one round is last in another.
+			// Rotate the order in each round.
 			for i := range names {
 				name := names[(i+round)%len(names)]
 				measureCalls(ctx, client, name, images, total, round, timed)
@@ -99,7 +98,8 @@ func BenchmarkSnapshots(b *testing.B) {
 				medianOf(samples[proxied+"-"+op])
 			b.ReportMetric(own/over, fmt.Sprintf("%s-ratio/%d", op, total))
 			// A benchmark's log is cut after ten lines.
-			fmt.Printf("%4d snapshots  %-8s overlayfs %8.3f ms  proxied %8.3f ms  daxfs %8.3f ms  daxfs/overlayfs %5.2f  daxfs/proxied %5.2f\n",
+			fmt.Printf("%4d snapshots  %-8s overlayfs %8.3f ms  proxied %8.3f ms  daxfs %8.3f ms  "+
+				"daxfs/overlayfs %5.2f  daxfs/proxied %5.2f\n",
 				total, op, over, proxy, own, own/over, own/proxy)
 		}
 	}
@@ -157,10 +157,10 @@ func measureCalls(ctx context.Context, client *containerd.Client, name string, i
 	each("rm", func(i int) error { return sn.Remove(ctx, key(i)+"-committed") })
 }
 
-// keep is for containerd's garbage collection.
+// keep protects from containerd's garbage collection.
 var keep = snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "bench"})
 
-// serveOverlay serves containerd's overlayfs snapshotter where proxiedConfig says.
+// serveOverlay serves containerd's overlayfs snapshotter at the address in proxiedConfig.
 func serveOverlay(b *testing.B, s *stack.T) {
 	sn, err := overlay.NewSnapshotter(filepath.Join(s.Dir, proxied))
 	if err != nil {

@@ -13,8 +13,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// containerd itself takes every file of config/containerd, alone as a version of its configuration and with each of those
-// for Kubernetes added, and knows every key in them.
+// containerd itself accepts every file of config/containerd, alone and with each addition for
+// Kubernetes, and knows every key in them.
 func TestSnippets(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {
@@ -50,7 +50,7 @@ func TestSnippets(t *testing.T) {
 				if err != nil {
 					t.Fatalf("%v\n%s", err, stderr.String())
 				}
-				// It only warns of what it does not know.
+				// It only warns about unknown keys.
 				if strings.Contains(strings.ToLower(stderr.String()), "unknown") {
 					t.Errorf("containerd says:\n%s", stderr.String())
 				}
@@ -96,7 +96,7 @@ func TestSnippets(t *testing.T) {
 	}
 }
 
-// As a file of its own in conf.d, the snippet works beside containerd's default configuration, which has the same tables.
+// In conf.d, the snippet works beside containerd's default configuration, which has the same tables.
 func TestSnippetBesideDefault(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {

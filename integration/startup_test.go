@@ -7,8 +7,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// The stack itself works: overlayfs serves an image, with ctr and with nerdctl. When this fails, no other failure says
-// anything about daxfs.
+// The stack itself works: ctr and nerdctl run an image on overlayfs. Without that, no failure is about daxfs.
 func TestStackItself(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.None})
 	img, err := testimage.Tiny()

@@ -6,15 +6,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// In a user namespace the image's files belong to the namespace's users, without a copy of the image: the mount of the
-// image is the same as for any other container.
+// In a user namespace the image's files belong to the namespace's users, without a copy of the image:
+// it has the same mount as for any other container.
 func TestUserNamespace(t *testing.T) {
 	for _, driver := range drivers {
 		t.Run(driver, func(t *testing.T) {
 			s := stack.New(t, stack.Options{Mode: stack.Streaming, Config: driverConfig(driver)})
 			ref := push(t, s, "special")
 			s.Pull(ref, "daxfs")
-			const script = "stat -c %u:%g /etc/passwd /s/owned; cat /proc/self/uid_map; touch /s/new && stat -c %u /s/new; cat /s/size-1 | wc -c"
+			const script = "stat -c %u:%g /etc/passwd /s/owned; cat /proc/self/uid_map; " +
+				"touch /s/new && stat -c %u /s/new; cat /s/size-1 | wc -c"
 			out := s.Ctr("run", "--rm", "--snapshotter", "daxfs", "--uidmap", "0:100000:65536", "--gidmap",
 				"0:200000:65536",
 				"--remap-labels", ref, "mapped", "sh", "-c", script)

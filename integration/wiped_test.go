@@ -11,8 +11,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// The daemon's directory was wiped below a containerd that has images on it. A pull fails with the message that operations.md
-// explains, and what it says cures it.
+// The daemon's directory was wiped below a containerd with images on it. A pull fails with a message
+// that operations.md explains, and the remedy in the message works.
 func TestWiped(t *testing.T) {
 	s := stack.New(t, stack.Options{Mode: stack.Streaming})
 	ref := push(t, s, "tiny")

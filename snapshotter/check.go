@@ -10,16 +10,16 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Facts are what the records say, for those who hold it against what there is.
+// Facts are the contents of the records, for callers that compare them with their own state.
 type Facts struct {
-	// Uses says what is needed.
+	// Uses tells what is needed.
 	Uses Uses
-	// Images are the layers, bottom first, of the chain of each committed snapshot, by the key of its image.
+	// Images maps the key of each committed snapshot's image to its layers, bottom first.
 	Images map[string][]Layer
 }
 
-// Check compares metadata, records and directories, and tells report of each contradiction. It is exact when nothing
-// else is under way and Cleanup was called.
+// Check compares metadata, records and directories, and passes each contradiction to report. It is
+// exact when no other operation is under way and Cleanup was called before.
 func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts, error) {
 	facts := Facts{Images: map[string][]Layer{}}
 	u, err := s.uses(ctx)
@@ -27,7 +27,7 @@ func (s *Snapshotter) Check(ctx context.Context, report func(msg string)) (Facts
 		return facts, err
 	}
 	facts.Uses = u
-	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error { // no snapshot is being created meanwhile
+	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error { // no snapshot is created meanwhile
 		ids, err := storage.IDMap(ctx)
 		if err != nil {
 			return err

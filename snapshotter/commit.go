@@ -14,9 +14,8 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Commit turns an active snapshot into a committed one. It only records: containerd waits for it inside a write
-// transaction of its own. What was streamed is durable already; what was unpacked is handed to Lowers in the
-// background.
+// Commit turns an active snapshot into a committed one. It only records, because containerd waits for
+// it in a write transaction. Streamed layers are durable already; a worker hands unpacked ones to Lowers.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	id, info, rec, err := s.lookup(ctx, key)
 	if err != nil {
@@ -32,7 +31,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return fmt.Errorf("snapshot %q: %w", key, err)
 	}
 	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
-		// A differ whose caller gave up may have ended only now.
+		// A differ whose caller gave up may have finished only now.
 		if now, err := getRecord(tx, id); err != nil {
 			return err
 		} else if len(now.Streamed) != streamed {
@@ -41,7 +40,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		if _, err := storage.CommitActive(ctx, key, name, usage, opts...); err != nil {
 			return err
 		}
-		if !isExtract(key, info.Labels) { // nobody mounts those
+		if !isExtract(key, info.Labels) { // layers being unpacked are never mounted
 			if err := leave(tx, id, rec.Lower); err != nil {
 				return err
 			}
@@ -53,8 +52,8 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		rec.Lower, rec.Top = nil, isTop(links[0].info.Labels)
 		links[0].rec = rec
 		if mixed(links) && len(rec.Streamed) > 0 {
-			return fmt.Errorf("snapshot %q: its layer was streamed, and what is below it was claimed meanwhile from a shared "+
-				"pool: pull again: %w", key, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("snapshot %q: its layer was streamed, and the layers below were claimed meanwhile from "+
+				"a shared pool: pull again: %w", key, errdefs.ErrFailedPrecondition)
 		}
 		rec.Image = s.imageKey(s.st, links)
 		return putRecord(tx, id, rec)
@@ -66,7 +65,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	return nil
 }
 
-// settleLayers decides which layers an active snapshot that is committed adds, and what they take.
+// settleLayers decides which layers the committed snapshot adds, and returns their space.
 func (s *Snapshotter) settleLayers(ctx context.Context, id string, info snapshots.Info,
 	rec *record,
 ) (snapshots.Usage, error) {
@@ -76,7 +75,7 @@ func (s *Snapshotter) settleLayers(ctx context.Context, id string, info snapshot
 		return usage, err
 	}
 	walkedBlindly := rec.Lower != nil && rec.Lower.Streaming && len(rec.Streamed) == 0
-	// Without a streamed layer even an empty directory is a layer: it says what the attributes of the root are.
+	// Without a streamed layer even an empty directory is a layer: it has the attributes of the root.
 	isDir := len(rec.Streamed) == 0 || !empty
 	if isDir {
 		du, err := fs.DiskUsage(ctx, s.upper(id))
@@ -89,7 +88,7 @@ func (s *Snapshotter) settleLayers(ctx context.Context, id string, info snapshot
 		rec.Dir = isDir
 		return usage, nil
 	}
-	// Whoever wrote here could not see the layers below, so directories may have got wrong attributes. The blob is right.
+	// The unpacker could not see the layers below, so directories may have wrong attributes. The blob is right.
 	claim := claimOf(info.Name, info.Labels)
 	if claim.DiffID == "" {
 		return usage,
@@ -100,7 +99,6 @@ func (s *Snapshotter) settleLayers(ctx context.Context, id string, info snapshot
 	return usage, nil
 }
 
-// lookup returns the id, info and record of a snapshot.
 func (s *Snapshotter) lookup(ctx context.Context, key string) (id string, info snapshots.Info, rec record, err error) {
 	err = s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		if id, info, _, err = storage.GetInfo(ctx, key); err != nil {
@@ -112,7 +110,7 @@ func (s *Snapshotter) lookup(ctx context.Context, key string) (id string, info s
 	return id, info, rec, err
 }
 
-// Remove forgets a snapshot. What it held is freed by Cleanup.
+// Remove forgets a snapshot. Cleanup frees its space.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	return s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		id, kind, err := storage.Remove(ctx, key)
@@ -132,7 +130,6 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	})
 }
 
-// isEmpty reports whether a directory has no entries.
 func isEmpty(dir string) (bool, error) {
 	f, err := os.Open(dir)
 	if err != nil {

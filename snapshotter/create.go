@@ -15,17 +15,17 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Prepare makes an active snapshot.
+// Prepare creates an active snapshot.
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	return s.create(ctx, snapshots.KindActive, key, parent, opts)
 }
 
-// View makes a read-only snapshot.
+// View creates a read-only snapshot.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	return s.create(ctx, snapshots.KindView, key, parent, opts)
 }
 
-// errChanged reports that what a new snapshot was to stand on was removed while it was made.
+// errChanged reports that a directory of the chosen lower was removed meanwhile.
 var errChanged = errors.New("a directory below was removed meanwhile")
 
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string,
@@ -35,7 +35,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	defer func() {
 		failed := err
 		if errdefs.IsAlreadyExists(err) {
-			failed = nil // an answer: the layer is there
+			failed = nil // not a failure: the layer exists
 		}
 		s.opts.Observe("prepare", time.Since(began), failed)
 	}()
@@ -81,7 +81,7 @@ func (s *Snapshotter) tryCreate(ctx context.Context, want snapshots.Info, opts [
 	if err != nil {
 		return nil, err
 	}
-	// What the snapshot will stand on is in no record yet. The pins keep a sweep away from it until it is.
+	// No record names the chosen lower yet. Until one does, pins keep sweeps away from it.
 	for _, l := range links {
 		defer s.pins.pin(l.rec.Image)()
 	}
@@ -105,7 +105,7 @@ func (s *Snapshotter) tryCreate(ctx context.Context, want snapshots.Info, opts [
 	return s.describe(id, info, low, lowerdirs), nil
 }
 
-// record makes the directories of a snapshot and writes it down.
+// record creates the directories of a snapshot and its record.
 func (s *Snapshotter) record(ctx context.Context, want snapshots.Info, low *lower, root rootAttr,
 	opts []snapshots.Opt,
 ) (id string, info snapshots.Info, err error) {
@@ -117,15 +117,15 @@ func (s *Snapshotter) record(ctx context.Context, want snapshots.Info, low *lowe
 		if rerr := os.RemoveAll(temp); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
-		// If the directory got its name before the transaction failed, only a cleanup may remove it: the id is given out
-		// again, perhaps at this moment.
+		// If the directory got its name before the transaction failed, only a cleanup may remove it: storage
+		// may give the id to another snapshot at this moment.
 		s.work.add(task{})
 	}()
 	err = s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		if err := checkDirs(tx, low); err != nil {
 			return err
 		}
-		// Inside the transaction, so that Cleanup, which holds one too, never sees a directory without a record.
+		// Inside the transaction: Cleanup, which runs in one too, never sees a directory without a record.
 		snap, err := storage.CreateSnapshot(ctx, want.Kind, want.Name, want.Parent, opts...)
 		if err != nil {
 			return err
@@ -146,7 +146,7 @@ func (s *Snapshotter) record(ctx context.Context, want snapshots.Info, low *lowe
 		if err := os.Mkdir(filepath.Join(temp, "work"), 0o711); err != nil {
 			return err
 		}
-		// What an earlier transaction left there that failed after the rename has no record.
+		// An earlier transaction that failed after the rename leaves a directory without a record.
 		if _, err := os.Lstat(s.dir(id)); err == nil {
 			if _, err := s.doom(s.dir(id), id); err != nil {
 				return err

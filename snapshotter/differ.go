@@ -23,7 +23,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Differ applies OCI layers to the snapshots of one Snapshotter without unpacking them. It is safe for concurrent use.
+// Differ applies OCI layers to a Snapshotter's snapshots without unpacking. It is safe for concurrent use.
 type Differ struct {
 	s     *Snapshotter
 	blobs content.Provider
@@ -34,15 +34,14 @@ var (
 	_ diff.Comparer = (*Differ)(nil)
 )
 
-// NewDiffer returns the differ of s, which reads blobs from blobs: containerd's content store, in the namespace that
-// the context names.
+// NewDiffer returns the differ of s. It reads from blobs, containerd's store, in the context's namespace.
 func NewDiffer(s *Snapshotter, blobs content.Provider) *Differ { return &Differ{s: s, blobs: blobs} }
 
-// blobBuffer is how much of a blob is asked for at once. Through containerd's API each piece is a request.
+// blobBuffer is the size of one read of a blob. Through containerd's API each read is a request.
 const blobBuffer = 4 << 20
 
-// Apply stores the layer desc in the snapshot that the mounts belong to. For the mounts of other snapshotters and
-// for layers that it can not decode it returns ErrNotImplemented, upon which containerd tries its next differ.
+// Apply stores the layer desc in the snapshot to which the mounts belong. It returns ErrNotImplemented
+// for mounts of other snapshotters and for layers that it cannot decode: containerd then tries its next differ.
 func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount,
 	opts ...diff.ApplyOpt,
 ) (_ ocispec.Descriptor, err error) {
@@ -64,7 +63,7 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		return ocispec.Descriptor{}, err
 	}
 	if !empty {
-		// Something was written already, so the layer belongs on top of it. Only walking can put it there.
+		// The directory has files already, so the layer belongs on top of them. Only walking can put it there.
 		if len(rec.Streamed) > 0 {
 			return ocispec.Descriptor{}, fmt.Errorf("snapshot %q holds a streamed layer and files above it: %w",
 				info.Name, errdefs.ErrFailedPrecondition)
@@ -72,7 +71,7 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		return d.unpack(ctx, id, desc, opts)
 	}
 	if rec.Lower.onShared() {
-		// A streamed layer shows only as part of an image in our pool, which would need a copy of all that is below it.
+		// A streamed layer would need an image in our pool with a copy of all layers below it.
 		return d.unpack(ctx, id, desc, opts)
 	}
 	added, err := d.stream(ctx, id, info, desc)
@@ -88,7 +87,7 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Size: added.Size, Digest: added.DiffID}, nil
 }
 
-// stream stores the layer and writes it down with the snapshot.
+// stream stores the layer and records it with the snapshot.
 func (d *Differ) stream(ctx context.Context, id string, info snapshots.Info,
 	desc ocispec.Descriptor,
 ) (Streamed, error) {
@@ -142,7 +141,7 @@ func (d *Differ) unpack(ctx context.Context, id string, desc ocispec.Descriptor,
 			return ocispec.Descriptor{}, err
 		}
 		options = append(options, "lowerdir="+strings.Join(lowerdirs, ":"))
-		// A snapshot that was to be streamed was made without a look at what is below it.
+		// A snapshot that was to be streamed did not take over the root attributes of its lower.
 		root, err := d.s.upperRoot(info.Labels, lowerdirs)
 		if err != nil {
 			return ocispec.Descriptor{}, err
@@ -151,7 +150,7 @@ func (d *Differ) unpack(ctx context.Context, id string, desc ocispec.Descriptor,
 			return ocispec.Descriptor{}, err
 		}
 	}
-	// The applier takes apart an overlay mount and writes to its upper directory; it never mounts it.
+	// The applier parses an overlay mount and writes to its upper directory; it never mounts it.
 	overlay := []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 	return apply.NewFileSystemApplier(d.blobs).Apply(ctx, desc, overlay, opts...)
 }
@@ -161,7 +160,6 @@ func (d *Differ) Compare(context.Context, []mount.Mount, []mount.Mount, ...diff.
 	return ocispec.Descriptor{}, errdefs.ErrNotImplemented
 }
 
-// open starts reading a blob from containerd.
 func (d *Differ) open(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
 	ra, err := d.blobs.ReaderAt(ctx, desc)
 	if err != nil {
@@ -178,7 +176,7 @@ type blobReader struct {
 	io.Closer
 }
 
-// decodable reports whether a media type is that of a tar, plain or compressed in a way that we know.
+// decodable reports whether a media type is that of a tar, plain or in a known compression.
 func decodable(ctx context.Context, mediaType string) bool {
 	if !images.IsLayerType(mediaType) || strings.HasSuffix(mediaType, "+encrypted") {
 		return false
@@ -194,7 +192,7 @@ func decodable(ctx context.Context, mediaType string) bool {
 	return false
 }
 
-// owns returns the id of the snapshot whose upper directory the mounts write to, or "" if it is none of ours.
+// owns returns the id of the snapshot to whose upper directory the mounts write, or "" if it is not ours.
 func (s *Snapshotter) owns(mounts []mount.Mount) string {
 	if len(mounts) != 1 {
 		return ""
@@ -220,7 +218,6 @@ func (s *Snapshotter) owns(mounts []mount.Mount) string {
 	return id
 }
 
-// active returns the active snapshot with an id.
 func (s *Snapshotter) active(ctx context.Context, id string) (info snapshots.Info, rec record, err error) {
 	key := ""
 	err = s.st.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
@@ -237,7 +234,6 @@ func (s *Snapshotter) active(ctx context.Context, id string) (info snapshots.Inf
 	return info, rec, err
 }
 
-// amendActive changes the record of an active snapshot.
 func (s *Snapshotter) amendActive(ctx context.Context, key, id string, change func(*bolt.Tx, *record) error) error {
 	return s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		if found, err := nameOf(ctx, id); err != nil || found != key {
@@ -254,8 +250,8 @@ func (s *Snapshotter) amendActive(ctx context.Context, key, id string, change fu
 	})
 }
 
-// underlay returns directories that show what is below an active snapshot, top first. A snapshot that was to be
-// streamed has none yet: they are chosen and recorded now, so that they stay.
+// underlay returns directories that show the layers below an active snapshot, top first. A snapshot
+// that was to be streamed has none yet: underlay chooses and records them, so that they stay.
 func (s *Snapshotter) underlay(ctx context.Context, id string, info snapshots.Info, rec record) ([]string, error) {
 	for {
 		var links []link

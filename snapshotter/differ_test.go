@@ -23,7 +23,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// pull is a differ and the content store that it reads.
+// pull is a differ and its content store.
 type pull struct {
 	*env
 	*snapshotter.Differ
@@ -65,7 +65,7 @@ func (p *pull) stream(name, parent string, tar []byte) {
 	p.must(p.Commit(p.t.Context(), name, key))
 }
 
-// unpackLabels are those that containerd's unpacker puts on the snapshot of a layer.
+// unpackLabels returns the labels of containerd's unpacker on the snapshot of a layer.
 func unpackLabels(name string, diffID digest.Digest) snapshots.Opt {
 	return labels(snapshots.LabelSnapshotRef, name, labelDiffID, diffID.String())
 }
@@ -89,7 +89,7 @@ func TestStream(t *testing.T) {
 	if u, err := e.Usage(t.Context(), "default/2/"+chainB); err != nil || u.Size == 0 {
 		t.Errorf("usage of a streamed layer: %+v, %v", u, err)
 	}
-	// A container's changes on top of streamed layers, as nerdctl commit and build make them.
+	// A container's changes on top of streamed layers, as in nerdctl commit and build.
 	e.must(os.WriteFile(filepath.Join(option(c, "upperdir"), "c"), nil, 0o644))
 	e.must(e.Commit(t.Context(), "default/4/mine", "default/3/c"))
 	e.expectFiles(e.prepare("default/5/d", "default/4/mine"), "a b c")
@@ -139,7 +139,7 @@ func TestForeignMounts(t *testing.T) {
 	}
 }
 
-// Without room for a layer it is unpacked into its directory, with what is below it in sight.
+// Without room for a layer it is unpacked into its directory, over the layers below.
 func TestStreamFallsBack(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	p := newPull(e)
@@ -152,7 +152,7 @@ func TestStreamFallsBack(t *testing.T) {
 	c := e.prepare("default/3/c", "default/2/"+chainB)
 	e.expectFiles(c, "dir")
 	err := mount.WithTempMount(t.Context(), c, func(root string) error {
-		// The upper layer does not list dir; walking takes its mode from below.
+		// The upper layer does not list dir; walking takes its mode from the layer below.
 		st, err := os.Stat(filepath.Join(root, "dir"))
 		if err == nil && st.Mode().Perm() != 0o750 {
 			t.Errorf("dir is %s", st.Mode())
@@ -164,8 +164,8 @@ func TestStreamFallsBack(t *testing.T) {
 	e.fake.setFull(false)
 }
 
-// A layer that was expected to be streamed and was walked may have got wrong attributes for the directories below, which
-// the walker did not see. It is restored from its blob, by the worker or by the first container.
+// A layer that was prepared to be streamed and then walked may have wrong attributes for directories
+// of the layers below, which the walker did not see. The worker or the first container restores it from its blob.
 func TestDifferChanges(t *testing.T) {
 	for _, atOnce := range []bool{true, false} {
 		t.Run(fmt.Sprintf("blob at once=%v", atOnce), func(t *testing.T) {
@@ -241,7 +241,7 @@ func TestBadBlob(t *testing.T) {
 	if _, err := p.Apply(t.Context(), p.put([]byte(strings.Repeat("not a tar ", 100))), m); err == nil {
 		t.Error("a blob that is no tar was applied")
 	}
-	// The snapshot is as good as new.
+	// The snapshot is empty again.
 	desc := p.put(tarOf("a"))
 	if _, err := p.Apply(t.Context(), desc, m); err != nil {
 		t.Fatal(err)
@@ -268,7 +268,7 @@ func TestStreamCancelled(t *testing.T) {
 	}
 }
 
-// The caller's deadline does not undo the work on an image: who comes back finds it done.
+// The caller's deadline does not stop the work on an image: a second call finds it done.
 func TestBuildOutlivesCaller(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.layer("default/1/"+chainA, "", "a")

@@ -10,9 +10,9 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// dropDirs removes the directories of unpacked layers whose contents Lowers keeps durably, so that nothing is on disk
-// twice. A directory stays while its chain is incomplete, because the layers above may be unpacked over it, and while
-// anything stands on it.
+// dropDirs removes the directories of unpacked layers whose contents Lowers stores durably, so that no
+// layer is on disk twice. A directory stays while its chain is incomplete, because the layers above
+// may be unpacked over it, and while anything stands on it.
 func (s *Snapshotter) dropDirs(ctx context.Context) error {
 	if !s.opts.Durable {
 		return nil
@@ -47,8 +47,8 @@ func (s *Snapshotter) dropDirs(ctx context.Context) error {
 	return s.drop(ctx, candidates)
 }
 
-// drop removes the directories of layers. The records go first: from then on nobody begins to read the directories, and
-// whoever began before holds a pin.
+// drop removes the directories of layers. It updates the records first: from then on no operation
+// starts to read the directories, and those that started before hold a pin.
 func (s *Snapshotter) drop(ctx context.Context, candidates []link) error {
 	if len(candidates) == 0 {
 		return nil
@@ -59,7 +59,7 @@ func (s *Snapshotter) drop(ctx context.Context, candidates []link) error {
 	for _, l := range candidates {
 		unpins = append(unpins, s.pins.pin(s.dirKey(l.id)))
 		ns, _ := splitName(l.info.Name)
-		// It may have been evicted since it was stored.
+		// The layer may have been evicted since it was stored.
 		if err := s.lowers.AddDir(ctx, ns, s.dirKey(l.id), s.upper(l.id)); err != nil {
 			errs = append(errs, s.unlessGone(ctx, l.info.Name, err))
 			continue
@@ -99,7 +99,7 @@ func (s *Snapshotter) drop(ctx context.Context, candidates []link) error {
 	return errors.Join(errs...)
 }
 
-// removeDropped removes what is left of the directory of a committed snapshot that no longer needs it.
+// removeDropped removes the rest of the directory of a committed snapshot that no longer needs it.
 func (s *Snapshotter) removeDropped(ctx context.Context, name string) error {
 	id, info, rec, err := s.lookup(ctx, name)
 	if err != nil {
@@ -121,8 +121,7 @@ func (s *Snapshotter) removeDropped(ctx context.Context, name string) error {
 	return os.RemoveAll(doomed)
 }
 
-// namedDirs returns the ids of the snapshots whose directories are in use: something stands on them, or they may still
-// be mounted.
+// namedDirs returns the ids of the snapshots whose directories something stands on, or which may be mounted.
 func namedDirs(ctx context.Context, tx *bolt.Tx) (map[string]bool, error) {
 	named := map[string]bool{}
 	add := func(low *lower) {

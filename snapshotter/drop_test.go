@@ -10,7 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// dirs returns the files that the directories of snapshots hold.
+// dirs lists the files in the directories of snapshots.
 func (e *env) dirs() string {
 	e.t.Helper()
 	found, err := filepath.Glob(filepath.Join(e.root, "snapshots/*/fs/*"))
@@ -22,7 +22,7 @@ func (e *env) dirs() string {
 	return strings.Join(names, " ")
 }
 
-// The directory of an unpacked layer goes when the pool has its contents for good, and not before its chain is complete.
+// The directory of an unpacked layer is removed when the pool stores the layer durably and its chain is complete.
 func TestDirectoriesGo(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{Durable: true})
 	ctx := t.Context()
@@ -50,7 +50,7 @@ func TestDirectoriesGo(t *testing.T) {
 		t.Fatalf("in the end the directories hold %q", got)
 	}
 	e.expectFiles(c, "a b")
-	// What has no directory any more is still there to unpack over, to run, and after a restart.
+	// A layer without a directory can still be unpacked over and run, also after a restart.
 	e.restart()
 	y := e.prepare("default/5/extract-1-x d", "default/2/b")
 	if low := option(y, "lowerdir"); low == "" || strings.Contains(low, "/snapshots/") {
@@ -60,7 +60,7 @@ func TestDirectoriesGo(t *testing.T) {
 	e.must(e.Remove(ctx, "default/5/extract-1-x d"))
 }
 
-// A directory that a container stands on, because there was no room for its image, stays.
+// A directory stays if a container stands on it because there was no room for its image.
 func TestDirectoryInUseStays(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{Durable: true})
 	ctx := t.Context()
@@ -83,7 +83,7 @@ func TestDirectoryInUseStays(t *testing.T) {
 	}
 }
 
-// Where memory does not survive a reboot a directory is what the layer is restored from.
+// Where memory does not survive a reboot, the layer is restored from its directory.
 func TestDirectoriesStayWithoutDurability(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.layer("default/1/a", "", "a")
@@ -96,7 +96,7 @@ func TestDirectoriesStayWithoutDurability(t *testing.T) {
 	e.expectFiles(c, "a")
 }
 
-// Without room for an image that has no directories a container stands on a copy on disk.
+// Without room for an image that has no directories, a container stands on a copy on disk.
 func TestPlainCopy(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{Durable: true})
 	ctx := t.Context()

@@ -25,21 +25,21 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// fakeLowers is snapshotter.Lowers made of containerd's own parts: a layer is a copy of a directory, an image is a
-// read-only overlay of layers. Nothing is shared and nothing of ours is trusted.
+// fakeLowers implements snapshotter.Lowers with containerd's own parts: a layer is a copy of a
+// directory, an image is a read-only overlay of layers. It shares nothing and uses no code of ours.
 type fakeLowers struct {
 	root string
 
 	mu     sync.Mutex
-	full   bool            // AddDir, AddBlob and Lower of what is new find no room
-	fail   error           // what they fail with besides
+	full   bool            // AddDir, AddBlob and Lower find no room for new things
+	fail   error           // another error for them to return
 	opens  int             // blobs read
 	builds map[int]int     // images built, by their number of layers
 	images map[string]bool // images that exist
 	plains map[string]bool // images that exist as directories
 	layers map[string]bool
-	blobs  map[digest.Digest]snapshotter.Blob // what AddClaimed finds, by diff ID
-	claims []snapshotter.Claim                // what AddClaimed was asked for
+	blobs  map[digest.Digest]snapshotter.Blob // the blobs for AddClaimed, by diff ID
+	claims []snapshotter.Claim                // the arguments of AddClaimed
 }
 
 func newFakeLowers(root string) *fakeLowers {
@@ -50,21 +50,21 @@ func newFakeLowers(root string) *fakeLowers {
 	}
 }
 
-// setFull says whether there is room from now on. The snapshotter may be at work.
+// setFull sets whether there is room. The snapshotter may be at work.
 func (f *fakeLowers) setFull(full bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.full = full
 }
 
-// setFail says what fails from now on, or nil. The snapshotter may be at work.
+// setFail sets the error that calls return, or nil. The snapshotter may be at work.
 func (f *fakeLowers) setFail(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.fail = err
 }
 
-// fakeState is what a fakeLowers has and did at one moment.
+// fakeState is a copy of a fakeLowers' state.
 type fakeState struct {
 	builds         map[int]int
 	images, layers map[string]bool
@@ -119,7 +119,6 @@ func copyUpper(dst, src string) error {
 	return fs.CopyDir(dst, src)
 }
 
-// AddClaimed implements snapshotter.Lowers.
 func (f *fakeLowers) AddClaimed(ctx context.Context, claim snapshotter.Claim) (s snapshotter.Streamed, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -237,7 +236,6 @@ func (f *fakeLowers) assemble(img snapshotter.Image) (mount.Mount, error) {
 	return mount.Mount{Type: "bind", Source: dirs[0], Options: []string{"ro", "rbind"}}, nil
 }
 
-// Plain implements snapshotter.Lowers.
 func (f *fakeLowers) Plain(ctx context.Context, img snapshotter.Image) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -293,7 +291,7 @@ func (f *fakeLowers) drop(key string) error {
 	return os.RemoveAll(f.path("images", key))
 }
 
-// reboot loses everything that is in memory.
+// reboot drops everything in memory.
 func (f *fakeLowers) reboot() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

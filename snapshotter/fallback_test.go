@@ -7,14 +7,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// A layer that was to be streamed over another, and had to be unpacked, leaves the attributes of the root as they were.
+// A layer that was prepared to be streamed, and had to be unpacked, keeps the attributes of the root.
 func TestFallbackKeepsRoot(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	p := newPull(e)
 	ctx := t.Context()
 	below, top := "default/1/"+chainA, "default/2/"+chainB
 	p.stream(below, "", tarOf("x"))
-	// expected to be streamed as well
+	// Prepared to be streamed as well.
 	m := e.prepare(extractKey(top), below, unpackLabels(top, p.put(tarOf("y")).Digest))
 	if option(m, "lowerdir") != "" {
 		t.Fatalf("mounts %v", m)

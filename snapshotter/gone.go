@@ -15,11 +15,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/overlay"
 )
 
-// A snapshot that is removed or committed may still be mounted: nothing forces a client to unmount first, and a mount
-// that was detached lives on as long as a process has a file or a directory in it. What such an overlay stands on is
-// kept in the bucket "gone" until the kernel says that the overlay is dead.
+// A removed or committed snapshot may still be mounted: nothing forces a client to unmount first, and
+// a detached mount lives as long as a process has a file or a directory in it. The bucket "gone" keeps
+// the lower of such an overlay until the kernel reports that the overlay is dead.
 
-// leave records that the overlay of a snapshot, which no longer says so itself, may stand on low.
+// leave records that the overlay of a snapshot may stand on low although the snapshot's record no longer says so.
 func leave(tx *bolt.Tx, id string, low *lower) error {
 	if !low.stands() {
 		return nil
@@ -27,7 +27,7 @@ func leave(tx *bolt.Tx, id string, low *lower) error {
 	return putJSON(own(tx, bucketGone), id, low)
 }
 
-// goneLowers returns what overlays of removed and committed snapshots may stand on, by snapshot id.
+// goneLowers returns the lowers of possibly living overlays of removed and committed snapshots, by snapshot id.
 func goneLowers(tx *bolt.Tx) (map[string]*lower, error) {
 	gone := map[string]*lower{}
 	err := own(tx, bucketGone).ForEach(func(id, raw []byte) error {
@@ -41,8 +41,8 @@ func goneLowers(tx *bolt.Tx) (map[string]*lower, error) {
 	return gone, err
 }
 
-// forgetDead removes the records of overlays that are dead. One call runs at a time: another one that still tried an
-// overlay of its own on a directory whose record is gone would meet whoever removes that directory.
+// forgetDead removes the records of dead overlays. One call runs at a time: a second one could try an
+// overlay on a directory whose record is gone, while the directory is being removed.
 func (s *Snapshotter) forgetDead(ctx context.Context) error {
 	s.trials.Lock()
 	defer s.trials.Unlock()
@@ -61,7 +61,7 @@ func (s *Snapshotter) forgetDead(ctx context.Context) error {
 		switch {
 		case err != nil:
 			errs = append(errs,
-				fmt.Errorf("removed snapshot %s: can not tell whether it is still mounted: %w", id, err))
+				fmt.Errorf("removed snapshot %s: cannot tell whether it is still mounted: %w", id, err))
 		case alive:
 			log.G(ctx).WithField("id", id).Debug("a removed snapshot is still mounted somewhere, keeping it")
 		default:
@@ -81,10 +81,10 @@ func (s *Snapshotter) forgetDead(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// alive reports whether an overlay with the upper directory of a snapshot exists, in whatever mount namespace, detached
-// or not. The kernel refuses a second overlay with the option index=on over an upper directory that is in use. The
-// trial leaves traces in the work directory, which nobody uses again, and on the upper directory, where nobody looks at
-// them.
+// alive reports whether an overlay with the upper directory of a snapshot exists, in any mount
+// namespace, detached or not. The kernel refuses a second overlay with index=on over an upper
+// directory in use. The trial leaves traces in the work directory, which is never used again, and on
+// the upper directory itself, where nobody looks at them.
 func (s *Snapshotter) alive(id string) (bool, error) {
 	if _, err := os.Lstat(s.upper(id)); errors.Is(err, os.ErrNotExist) {
 		return false, nil
@@ -99,8 +99,8 @@ func (s *Snapshotter) alive(id string) (bool, error) {
 	}
 	err := overlay.Try(options)
 	if errors.Is(err, unix.EINVAL) {
-		// The kernel does not take up the work directory of a volatile mount. By now the upper directory was found free,
-		// or the options are wrong; the second answer tells.
+		// The kernel refuses the work directory of a volatile mount. It checks this after it found the upper
+		// directory free; EINVAL can also mean wrong options, so try once more.
 		if rerr := os.RemoveAll(filepath.Join(s.workdir(id), "work", "incompat")); rerr != nil {
 			return false, rerr
 		}
@@ -116,5 +116,5 @@ func (s *Snapshotter) alive(id string) (bool, error) {
 	return false, err
 }
 
-// emptyDir is the lower directory of trials. New makes it: a trial must succeed on a full disk.
+// emptyDir is the lower directory of trials. New creates it, because a trial must succeed on a full disk.
 func (s *Snapshotter) emptyDir() string { return filepath.Join(s.root, "empty") }

@@ -14,8 +14,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// A snapshot that is removed while it is mounted keeps what it stands on until its overlay is dead, also when the mount is
-// detached and only a process with an O_PATH descriptor or a working directory in it keeps it alive.
+// The lower of a snapshot that is removed while mounted stays until its overlay is dead, also when the
+// mount is detached and only a process with an O_PATH descriptor or a working directory keeps it alive.
 func TestRemovedWhileMounted(t *testing.T) {
 	for name, make := range map[string]func(*env, string) []mount.Mount{
 		"active": func(e *env, key string) []mount.Mount { return e.prepare(key, "default/1/a") },
@@ -86,7 +86,7 @@ func TestRemovedWhileMounted(t *testing.T) {
 	}
 }
 
-// Cleanups that run at once find the same overlays dead, and none minds that another has removed their directories.
+// Concurrent cleanups find the same overlays dead; none fails because another one removed their directories.
 func TestCleanupsAtOnce(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.layer("default/1/a", "", "a")
@@ -105,7 +105,7 @@ func TestCleanupsAtOnce(t *testing.T) {
 	}
 }
 
-// A disk that is full to the last byte and inode gets free again: the way out needs no room.
+// A disk that is full to the last byte and inode can be freed: removing needs no room.
 func TestFullDiskGetsFree(t *testing.T) {
 	needRoot(t)
 	disk := t.TempDir()

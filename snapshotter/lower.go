@@ -12,10 +12,10 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// chooseLower decides what a new snapshot stands on and makes it available.
+// chooseLower chooses the lower of a new snapshot and makes it available.
 func (s *Snapshotter) chooseLower(ctx context.Context, want snapshots.Info, links []link) (*lower, []string, error) {
 	if len(links) == 0 {
-		// In parallel unpacking the parent is only named at Commit.
+		// When layers are unpacked in parallel, only Commit names the parent.
 		low := &lower{Blind: want.Labels[labelParentChainID] != ""}
 		err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
 			low.OverShared, err = overShared(ctx, tx, want.Labels[labelParentChainID])
@@ -50,7 +50,7 @@ func (s *Snapshotter) chooseLower(ctx context.Context, want snapshots.Info, link
 	return low, dirs, nil
 }
 
-// maxWhy bounds a reason that is recorded, in bytes.
+// maxWhy bounds a recorded reason, in bytes.
 const maxWhy = 1000
 
 func shortened(text string) string {
@@ -60,7 +60,7 @@ func shortened(text string) string {
 	return strings.ToValidUTF8(text[:maxWhy], "") + "…"
 }
 
-// reason names the cause of a fallback, for the metrics.
+// reason names the cause of a fallback for the metrics.
 func reason(err error) string {
 	if errdefs.IsResourceExhausted(err) {
 		return "full"
@@ -68,17 +68,16 @@ func reason(err error) string {
 	return "error"
 }
 
-// chooseForUnpack decides what a layer is unpacked over. An unpacker that walks looks up the attributes of directories
-// there which the layer does not list itself; one that streams does not look at all.
+// chooseForUnpack chooses the lower of a layer that is being unpacked. A walking unpacker looks up the
+// attributes of directories that the layer does not list; a streaming one does not read the lower.
 func (s *Snapshotter) chooseForUnpack(ctx context.Context, want snapshots.Info,
 	links []link,
 ) (*lower, []string, error) {
 	parent := links[0].rec
 	streamed := len(parent.Streamed) > 0 && parent.Claim == nil
 	if streamed && !parent.Built && claimOf(want.Name, want.Labels).DiffID != "" {
-		// The parent was streamed, so this layer is expected to be streamed as well. Building the image of every prefix
-		// of the chain for nobody to look at would use up the room for metadata. If the layer is walked all the same, it
-		// is restored from its blob, which the claim leads to.
+		// The parent was streamed, so this layer probably will be, too. An image for each prefix of the chain
+		// would waste room for metadata. A layer that is walked after all is restored from the claimed blob.
 		return &lower{Blind: true, Streaming: true}, nil, nil
 	}
 	low := directories(links)
@@ -86,8 +85,8 @@ func (s *Snapshotter) chooseForUnpack(ctx context.Context, want snapshots.Info,
 	return low, dirs, err
 }
 
-// directories returns the lower that needs the least of images: the directories from the top down to the first
-// snapshot that has none, whose chain has no other form than an image.
+// directories returns the lower that needs the smallest image: the directories from the top down to
+// the first snapshot that has none. Only an image can show the chain of that snapshot.
 func directories(links []link) *lower {
 	low := &lower{}
 	for _, l := range links {
@@ -100,8 +99,8 @@ func directories(links []link) *lower {
 	return low
 }
 
-// directoriesOf returns the directories of low, which is not recorded yet, top first. If there is no room for the image
-// in low it becomes a plain copy.
+// directoriesOf returns the directories of low, which is not recorded yet, top first. Without room for
+// the image in low, it switches low to a plain copy.
 func (s *Snapshotter) directoriesOf(ctx context.Context, low *lower, links []link) ([]string, error) {
 	dirs, err := s.lowerdirs(ctx, low, links)
 	if low.Image == "" || low.onShared() || !errdefs.IsResourceExhausted(err) {
@@ -141,8 +140,8 @@ func (s *Snapshotter) lowerdirs(ctx context.Context, low *lower, links []link) (
 	return nil, fmt.Errorf("image %q is not one of the parents: %w", low.Image, errdefs.ErrDataLoss)
 }
 
-// image makes the image of the chain links, top first, available and returns where it is mounted. The work goes on if
-// the caller gives up: one that comes back after its deadline finds it further on, or done.
+// image makes the image of the chain links (top first) available and returns its mount point. The work
+// continues if the caller gives up, so a caller that retries after its deadline finds it done or further on.
 func (s *Snapshotter) image(ctx context.Context, links []link) (string, error) {
 	if links[0].rec.Shared != "" {
 		return s.sharedLower(ctx, links[0])
@@ -167,7 +166,7 @@ func (s *Snapshotter) image(ctx context.Context, links []link) (string, error) {
 	}
 }
 
-// plain writes the image of the chain links, top first, to a directory on disk and returns that.
+// plain writes the image of the chain links (top first) to a directory on disk and returns the directory.
 func (s *Snapshotter) plain(ctx context.Context, links []link) (string, error) {
 	return s.build(ctx, links, s.lowers.Plain)
 }
@@ -198,9 +197,9 @@ func (s *Snapshotter) build(ctx context.Context, links []link,
 	return dir, err
 }
 
-// hold keeps the image and the layers of a chain from being swept, and their directories from being removed, until
-// release is called. It returns the chain as it is now, and fails if its top is gone. Reading a directory while it is
-// removed would give a layer that lacks files, and in the end an image that does.
+// hold keeps the image and the layers of a chain from being swept, and their directories from being
+// removed, until release is called. It returns the current chain, and fails if its top is gone.
+// Reading a directory during its removal would make a layer, and then an image, that lacks files.
 func (s *Snapshotter) hold(ctx context.Context, links []link) (now []link, release func(), err error) {
 	top := links[0]
 	unpins := []func(){s.pins.pin(top.rec.Image)}
@@ -212,7 +211,7 @@ func (s *Snapshotter) hold(ctx context.Context, links []link) (now []link, relea
 	for _, l := range s.layers(links) {
 		unpins = append(unpins, s.pins.pin(l.Key))
 	}
-	// After pinning: whoever removes something from now on sees the pins. Parents cannot be removed before the top.
+	// Look after pinning: removals that begin from now on see the pins. Parents cannot be removed before the top.
 	err = s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
 		now, err = chain(ctx, tx, top.info.Name)
 		return err
@@ -249,12 +248,12 @@ func (s *Snapshotter) layers(links []link) []Layer {
 	return layers
 }
 
-// dirKey is the key of the layer that the directory of a snapshot makes.
+// dirKey returns the key of the layer in the directory of a snapshot.
 func (s *Snapshotter) dirKey(id string) string { return dirKey(s.st, id) }
 
 func dirKey(st *store, id string) string { return "dir/" + st.id + "/" + id }
 
-// imageKey is the key of the image of the chain links, top first; empty if a pool can not have it as a whole.
+// imageKey returns the key of the image of the chain links (top first); empty if no pool can hold it as a whole.
 func (s *Snapshotter) imageKey(st *store, links []link) string {
 	if len(links) > 0 && links[0].rec.Shared != "" {
 		return sharedKey(links[0].rec.Shared)
@@ -273,7 +272,7 @@ func (s *Snapshotter) imageKey(st *store, links []link) string {
 	return s.lowers.ImageKey(keys)
 }
 
-// withEviction runs fn, and once more after it freed what is not in use if fn found no room.
+// withEviction runs fn. If fn finds no room, it frees what is not in use and runs fn once more.
 func (s *Snapshotter) withEviction(ctx context.Context, fn func() error) error {
 	err := fn()
 	if !errdefs.IsResourceExhausted(err) {

@@ -20,9 +20,9 @@ const recordVersion = 2
 // keyOldRecords is the bucket of records of version 1.
 var keyOldRecords = []byte("records")
 
-// closeToVersionOne moves records from where version 1 has them, and puts something there that is no bucket. Version 1
-// looks at no version: it would find records that name no image, and start containers on nothing but their upper
-// directories. So it does not start any more.
+// closeToVersionOne moves the records away from where version 1 looks for them, and puts a key there
+// that is not a bucket. Version 1 checks no version: it would find records that name no image, and
+// start containers on their upper directories alone. With the key in place it refuses to start.
 func closeToVersionOne(b *bolt.Bucket) error {
 	if old := b.Bucket(keyOldRecords); old != nil {
 		records := b.Bucket(bucketRecords)
@@ -36,7 +36,7 @@ func closeToVersionOne(b *bolt.Bucket) error {
 	return b.Put(keyOldRecords, []byte("a newer program has moved the records"))
 }
 
-// oldRecord is what version 1 has where version 2 has the key of an image.
+// oldRecord holds the fields of version 1 that the key of an image replaced in version 2.
 type oldRecord struct {
 	Chain string `json:"chain"`
 	Lower *struct {
@@ -44,7 +44,7 @@ type oldRecord struct {
 	} `json:"lower"`
 }
 
-// migrate brings the records of an earlier version up to date. What a snapshot stands on stays the same set of layers.
+// migrate updates the records of an earlier version. Each snapshot keeps standing on the same layers.
 func (s *Snapshotter) migrate(ctx context.Context, tx *bolt.Tx, st *store) error {
 	version := byte(1)
 	if raw := tx.Bucket(bucketOwn).Get(keyVersion); len(raw) == 1 {
@@ -55,8 +55,8 @@ func (s *Snapshotter) migrate(ctx context.Context, tx *bolt.Tx, st *store) error
 		return nil
 	case 1:
 	default:
-		return fmt.Errorf("its records are of version %d, expected %d or older: a newer program wrote them, start that "+
-			"one: %w", version, recordVersion, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("its records are of version %d, expected %d or older: a newer program wrote them, start "+
+			"that one: %w", version, recordVersion, errdefs.ErrFailedPrecondition)
 	}
 	names, err := storage.IDMap(ctx)
 	if err != nil {

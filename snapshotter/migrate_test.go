@@ -18,8 +18,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// oldMetadata writes metadata.db as version 1 does: a streamed layer, an unpacked one above it, a container on both, and a
-// container that stood on plain directories above the image of the streamed one.
+// oldMetadata writes metadata.db like version 1: a streamed layer, an unpacked one above it, a
+// container on both, and a container on plain directories above the image of the streamed layer.
 func oldMetadata(t *testing.T, root string) {
 	t.Helper()
 	ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
@@ -98,7 +98,7 @@ func oldMetadata(t *testing.T, root string) {
 	}
 }
 
-// The metadata of the version that named images by chain IDs is taken over; everything stands on the same layers.
+// Metadata of the version that named images by chain IDs is migrated; all snapshots keep their layers.
 func TestMigration(t *testing.T) {
 	needRoot(t)
 	e := &env{t: t, root: t.TempDir()}
@@ -118,7 +118,7 @@ func TestMigration(t *testing.T) {
 		t.Errorf("the container on directories stands on %q", low)
 	}
 	e.expectFiles(plain, "a b")
-	for range 2 { // once more: nothing is migrated twice
+	for range 2 { // twice: the second start migrates nothing
 		e.restart()
 		e.must(e.Flush(t.Context()))
 		again, err := e.Mounts(t.Context(), "default/5/c")
@@ -128,7 +128,7 @@ func TestMigration(t *testing.T) {
 	}
 }
 
-// Version 1 does not start on what this version wrote: it makes the bucket of its records first.
+// Version 1 does not start on the records of this version: it creates its own bucket of records first.
 func TestNoWayBackToVersionOne(t *testing.T) {
 	needRoot(t)
 	for name, before := range map[string]func(*testing.T, string){

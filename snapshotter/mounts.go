@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/overlay"
 )
 
-// overlayDefaults completes the configured overlay options with those that this kernel needs.
+// overlayDefaults adds the options that this kernel needs to the configured overlay options.
 func overlayDefaults(ctx context.Context, root string, configured []string) ([]string, error) {
 	options := append([]string(nil), configured...)
 	has := func(name string) bool {
@@ -37,7 +37,7 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 	if !has("userxattr") {
 		need, err := overlayutils.NeedsUserXAttr(root)
 		if err != nil {
-			log.G(ctx).WithError(err).Warnf("can not tell whether overlayfs needs the option userxattr, assuming %v",
+			log.G(ctx).WithError(err).Warnf("cannot tell whether overlayfs needs the option userxattr, assuming %v",
 				need)
 		}
 		if need {
@@ -45,14 +45,14 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 		}
 	}
 	if !has("xino") {
-		// Without it the files of the image have another device number than the directories above them, and programs that
-		// stay on one file system, such as du -x, leave them out. With "auto" overlayfs would not do it over FUSE, which
-		// has no UUID, and would forget there which files are hard links once they are copied up.
+		// Without xino the files of the image have another device number than the directories above, so
+		// programs that stay on one file system, such as du -x, skip them. Overlayfs ignores "auto" over FUSE,
+		// which has no UUID, and would lose hard links there when files are copied up.
 		options = append(options, "xino=on")
 	}
-	// index=on refuses to mount an upper directory twice, as nerdctl export, diff and cp do with a running container.
-	// redirect_dir and metacopy would leave files in an upper directory that say nothing without the lower they were
-	// made over, and a committed upper directory has to be a layer by itself.
+	// index=on refuses to mount an upper directory twice, as nerdctl export, diff and cp do with a running
+	// container. redirect_dir and metacopy leave files in an upper directory that depend on the lower, but
+	// a committed upper directory has to be a layer by itself.
 	for _, o := range []string{"index=off", "redirect_dir=nofollow", "metacopy=off"} {
 		name, _, _ := strings.Cut(o, "=")
 		value, err := os.ReadFile("/sys/module/overlay/parameters/" + name)
@@ -66,12 +66,12 @@ func overlayDefaults(ctx context.Context, root string, configured []string) ([]s
 	return options, nil
 }
 
-// tryOptions has the kernel try the configured overlay options: a misspelt one would fail each container by itself.
+// tryOptions tests the configured overlay options in the kernel: a misspelt one would make every container fail.
 func (s *Snapshotter) tryOptions() error {
 	if len(s.opts.MountOptions) == 0 {
 		return nil
 	}
-	// a cleanup removes what a crash leaves
+	// A cleanup removes this directory if the process crashes.
 	dir, err := os.MkdirTemp(filepath.Join(s.root, "snapshots"), doomed+"trial-")
 	if err != nil {
 		return err
@@ -83,7 +83,7 @@ func (s *Snapshotter) tryOptions() error {
 	}
 	places := []string{"lowerdir=" + s.emptyDir(), "upperdir=" + upper, "workdir=" + work}
 	if overlay.Try(places) != nil {
-		return nil // nothing can be tried here, so it is not known to be the options
+		return nil // no overlay can be mounted here, so the options may be right
 	}
 	if err := overlay.Try(append(places, s.opts.MountOptions...)); err != nil {
 		return fmt.Errorf("the kernel refuses the configured overlay options %q: %w", s.opts.MountOptions, err)
@@ -91,7 +91,7 @@ func (s *Snapshotter) tryOptions() error {
 	return nil
 }
 
-// mountsOf returns the mounts of a snapshot whose parent chain is links, after it made the image below it available.
+// mountsOf returns the mounts of a snapshot on the chain links, after it made the image below available.
 func (s *Snapshotter) mountsOf(ctx context.Context, id string, info snapshots.Info, rec record,
 	links []link,
 ) ([]mount.Mount, error) {
@@ -110,7 +110,7 @@ func (s *Snapshotter) mountsOf(ctx context.Context, id string, info snapshots.In
 	return s.describe(id, info, low, lowerdirs), nil
 }
 
-// describe puts the mounts of a snapshot into words.
+// describe returns the mounts of a snapshot over lowerdirs.
 func (s *Snapshotter) describe(id string, info snapshots.Info, low *lower, lowerdirs []string) []mount.Mount {
 	var options []string
 	if s.opts.RemapIDs {
@@ -127,8 +127,8 @@ func (s *Snapshotter) describe(id string, info snapshots.Info, low *lower, lower
 	view := info.Kind == snapshots.KindView
 	switch {
 	case low.Blind:
-		// Only ever parsed: containerd's unpacker finds the upper directory and writes the layer there in overlay
-		// form. A bind mount here would make it apply whiteouts by deleting, and so lose them.
+		// Nobody mounts this. containerd's unpacker parses it and writes the layer to the upper directory in
+		// overlay form. With a bind mount it would apply whiteouts by deleting, and so lose them.
 		options = append(options, "upperdir="+s.upper(id))
 		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 	case len(lowerdirs) == 0 && view:
@@ -136,8 +136,8 @@ func (s *Snapshotter) describe(id string, info snapshots.Info, low *lower, lower
 	case len(lowerdirs) == 0:
 		return bind(s.upper(id), "rw")
 	}
-	// Views have an upper directory too. A bind mount of the image would let locks and watches of one image's users reach
-	// those of another, and nothing could tell when a view that was removed is no longer mounted.
+	// Views have an upper directory too. A bind mount of the image would share locks and watches between
+	// all users of the image, and nothing could tell when a removed view is no longer mounted.
 	if view {
 		options = append(options, "ro")
 	}

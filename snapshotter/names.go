@@ -7,7 +7,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Labels that containerd's unpacker puts on the snapshots that it prepares and commits. It has no constants for them.
+// Labels of containerd's unpacker on the snapshots that it prepares. It exports no constants for them.
 const (
 	labelDiffID        = "containerd.io/snapshot/diff-id"
 	labelParentChainID = "containerd.io/snapshot/parent-chain-id"
@@ -16,8 +16,8 @@ const (
 	labelImageLayers   = "containerd.io/snapshot/cri.image-layers"
 )
 
-// splitName takes the name apart that a proxied snapshotter sees: "<namespace>/<n>/<name of the client>". A name of
-// another form has no namespace.
+// splitName splits the name that a proxied snapshotter gets, "<namespace>/<n>/<name of the client>". A
+// name of another form has no namespace.
 func splitName(name string) (namespace, client string) {
 	ns, rest, ok := strings.Cut(name, "/")
 	if !ok || ns == "" {
@@ -30,14 +30,14 @@ func splitName(name string) (namespace, client string) {
 	return ns, client
 }
 
-// isExtract reports whether an active snapshot is a layer being unpacked: nothing runs in it and, one layer per
-// snapshot, nothing ever mounts what it stands on.
+// isExtract reports whether an active snapshot is a layer being unpacked. Nothing runs in such a
+// snapshot, and nothing mounts its lower.
 func isExtract(key string, labels map[string]string) bool {
 	_, client := splitName(key)
 	return labels[snapshots.LabelSnapshotRef] != "" || strings.HasPrefix(client, snapshots.UnpackKeyPrefix+"-")
 }
 
-// claimOf returns what the labels of a snapshot claim about its layer.
+// claimOf returns the claim about a layer in the labels of its snapshot.
 func claimOf(name string, labels map[string]string) Claim {
 	diffID, err := digest.Parse(labels[labelDiffID])
 	if err != nil {
@@ -51,8 +51,8 @@ func claimOf(name string, labels map[string]string) Claim {
 	return claim
 }
 
-// isTop reports whether the labels say that a layer is the last one of its image. containerd adds them for remote
-// snapshotters: the label of the remaining layers names the layer alone if it is the last one.
+// isTop reports whether the labels mark the last layer of an image. containerd adds them for remote
+// snapshotters: the list of the remaining layers contains only the layer itself if it is the last one.
 func isTop(labels map[string]string) bool {
 	layer := labels[labelLayerDigest]
 	return layer != "" && layer == labels[labelImageLayers]

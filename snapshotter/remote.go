@@ -17,46 +17,45 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Remotes pulls layers from registries, before containerd fetches their blobs.
+// Remotes pulls layers from registries before containerd fetches their blobs.
 type Remotes interface {
-	// Pull stores a layer and proves that it has its diff ID. The layer survives a reboot when Pull returns. Any error
-	// means that containerd has to fetch the blob, as if nobody had tried: there is no harm in one.
-	// ErrNotImplemented says that the layer is not one for Pull, which is not worth a word in the log.
+	// Pull stores a layer and proves that it has its diff ID. The layer survives a reboot when Pull
+	// returns. After an error containerd fetches the blob as usual, so errors do no harm.
+	// ErrNotImplemented says that Pull does not handle this layer; it is not logged.
 	Pull(ctx context.Context, layer Remote) (Pulled, error)
 }
 
-// Remote is a layer of an image in a registry, as the labels of a snapshot name it. Nothing of it is proven.
+// Remote is a layer of an image in a registry, named by the labels of a snapshot. The labels are not proven.
 type Remote struct {
 	Namespace string
-	// Image is the reference of the image, Manifest the digest of its manifest, and Blob that of the layer's blob. All of
-	// them are empty if the client does not name the image.
+	// Image is the reference of the image, Manifest the digest of its manifest, and Blob the digest of the
+	// layer's blob. All three are empty if the client does not name the image.
 	Image          string
 	Manifest, Blob digest.Digest
-	// ChainID is that of the layer and those below it.
+	// ChainID names the layer together with those below it.
 	ChainID digest.Digest
-	// HasParent says that the snapshot is prepared on the layer below. Without, it is the first layer or is going to be
-	// put on its parent at Commit.
+	// HasParent says that the snapshot is prepared on the layer below; else Commit names it, if there is one.
 	HasParent bool
 	// Pin must be called with the key of the layer before the layer is stored.
 	Pin func(key string)
 }
 
-// Pulled is what Pull stored.
+// Pulled is the result of Pull.
 type Pulled struct {
 	Streamed
-	// Staged says how containerd is told that it need not fetch the blob: by mounts that are read-only, upon which it
-	// commits the snapshot, or else by a committed snapshot.
+	// Staged selects how containerd learns that it need not fetch the blob: by read-only mounts, after
+	// which it commits the snapshot, or otherwise by a committed snapshot.
 	Staged bool
 }
 
-// labelManifest names the manifest of the image that is unpacked.
+// labelManifest names the manifest of the image being unpacked.
 const labelManifest = "containerd.io/snapshot/cri.manifest-digest"
 
-// pulledPrefix begins the names of snapshots that were committed here instead of by containerd, after the namespace.
-// Where it has 0 containerd has a number, which is never 0.
+// pulledPrefix follows the namespace in the names of snapshots that this package committed instead of
+// containerd. containerd has a number in place of the 0, which is never 0.
 const pulledPrefix = "/0/pulled-"
 
-// remoteOf returns the layer that a snapshot is prepared for, if its labels tell.
+// remoteOf returns the layer for which a snapshot is prepared, if its labels name one.
 func remoteOf(want snapshots.Info) (Remote, bool) {
 	ns, _ := splitName(want.Name)
 	r := Remote{
@@ -70,8 +69,8 @@ func remoteOf(want snapshots.Info) (Remote, bool) {
 	return r, ns != "" && isExtract(want.Name, want.Labels) && r.ChainID.Validate() == nil
 }
 
-// pull makes a snapshot of a layer that Remotes pulls. If done is false nothing was made, and the snapshot has to be
-// prepared for containerd to unpack into.
+// pull creates a snapshot of a layer that Remotes pulls. If done is false it created nothing, and the
+// snapshot has to be prepared for containerd to unpack into.
 func (s *Snapshotter) pull(ctx context.Context, want snapshots.Info,
 	opts []snapshots.Opt,
 ) (_ []mount.Mount, done bool, _ error) {
@@ -101,7 +100,7 @@ func (s *Snapshotter) pull(ctx context.Context, want snapshots.Info,
 	return nil, false, nil
 }
 
-// tryPull returns the mounts of a staged snapshot, or ErrAlreadyExists for one that was committed.
+// tryPull returns the mounts of a staged snapshot, or ErrAlreadyExists for a committed one.
 func (s *Snapshotter) tryPull(ctx context.Context, want snapshots.Info, remote Remote,
 	opts []snapshots.Opt,
 ) ([]mount.Mount, error) {
@@ -127,7 +126,7 @@ func (s *Snapshotter) tryPull(ctx context.Context, want snapshots.Info, remote R
 		return nil, err
 	}
 	exists := fmt.Errorf("layer %s: %w", remote.ChainID, errdefs.ErrAlreadyExists)
-	if found { // by a call whose caller gave up before he heard of it
+	if found { // by a call whose caller gave up before the answer
 		return nil, exists
 	}
 	var unpins []func()
@@ -160,7 +159,7 @@ func (s *Snapshotter) tryPull(ctx context.Context, want snapshots.Info, remote R
 	return nil, exists
 }
 
-// recordPulled makes an active snapshot that holds a layer.
+// recordPulled creates an active snapshot that holds a layer.
 func (s *Snapshotter) recordPulled(ctx context.Context, want snapshots.Info, pulled Pulled,
 	opts []snapshots.Opt,
 ) (string, error) {

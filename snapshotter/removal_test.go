@@ -14,7 +14,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// slowLowers stops in AddDir and Lower until it is let go on.
+// slowLowers blocks in AddDir and Lower until it is released.
 type slowLowers struct {
 	*fakeLowers
 	entered, goOn chan struct{}
@@ -26,8 +26,8 @@ func (l *slowLowers) AddDir(ctx context.Context, ns, key, dir string) error {
 	return l.fakeLowers.AddDir(ctx, ns, key, dir)
 }
 
-// A directory that is being read for an image is not taken away below the reader: what was removed already would be
-// missing from an image that another namespace, or the next pull, finds under the same chain ID.
+// A directory is not removed while it is read for an image: the image would lack files, and another
+// namespace or the next pull would find it under the same chain ID.
 func TestRemovedWhileRead(t *testing.T) {
 	needRoot(t)
 	ctx := t.Context()
@@ -57,7 +57,7 @@ func TestRemovedWhileRead(t *testing.T) {
 	}
 }
 
-// What can not be removed keeps neither the rest nor the daemon from working.
+// A directory that cannot be removed stops neither other removals nor the daemon.
 func TestUnremovableDirectory(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.prepare("a", "")
@@ -73,7 +73,7 @@ func TestUnremovableDirectory(t *testing.T) {
 	e.must(e.Remove(t.Context(), "a"))
 	e.must(e.Remove(t.Context(), "b"))
 	if err := e.Cleanup(t.Context()); err == nil {
-		t.Error("no word of the directory that can not be removed")
+		t.Error("no word of the directory that cannot be removed")
 	}
 	if _, err := os.Stat(filepath.Join(e.root, "snapshots/2")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the other directory: %v", err)
@@ -91,7 +91,6 @@ func TestUnremovableDirectory(t *testing.T) {
 
 func bindMount(dir string) error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") }
 
-// unmountTree unmounts everything below dir.
 func unmountTree(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	for _, m := range mounts {

@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// rootAttr is what the root directory of a snapshot is made with: overlayfs shows the attributes of the upper one.
+// rootAttr holds the attributes of a snapshot's root directory: overlayfs shows those of the upper one.
 type rootAttr struct {
 	mode     os.FileMode
 	uid, gid int
@@ -31,8 +31,8 @@ func (a rootAttr) apply(dir string) error {
 	return os.Chmod(dir, a.mode) // after Lchown, and regardless of the umask
 }
 
-// upperRoot returns the attributes that the root of a snapshot takes over from what it stands on, with the owner that
-// the labels map root to.
+// upperRoot returns the attributes that the root of a snapshot takes over from its lower, with the
+// owner to which the labels map root.
 func (s *Snapshotter) upperRoot(labels map[string]string, lowerdirs []string) (rootAttr, error) {
 	root := rootAttr{mode: 0o755, uid: os.Geteuid(), gid: os.Getegid()}
 	if len(lowerdirs) > 0 {
@@ -44,7 +44,7 @@ func (s *Snapshotter) upperRoot(labels map[string]string, lowerdirs []string) (r
 		mode := st.Mode() & (os.ModePerm | os.ModeSetuid | os.ModeSetgid | os.ModeSticky)
 		root = rootAttr{mode: mode, uid: int(sys.Uid), gid: int(sys.Gid)}
 	}
-	// With an idmapped lower the upper directory is the only part that holds mapped ids on disk.
+	// With an idmapped lower, only the upper directory holds mapped ids on disk.
 	for _, m := range []struct {
 		label string
 		id    *int
@@ -62,7 +62,7 @@ func (s *Snapshotter) upperRoot(labels map[string]string, lowerdirs []string) (r
 	return root, nil
 }
 
-// mapRoot returns the id on the host that a mapping "container:host:length[,...]" gives to id 0.
+// mapRoot returns the host id that a mapping "container:host:length[,...]" gives to id 0.
 func mapRoot(mapping string) (int, error) {
 	for _, entry := range strings.Split(mapping, ",") {
 		var n [3]uint64

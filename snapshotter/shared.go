@@ -14,35 +14,35 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Shared finds images in pools of other owners. A committed snapshot that stands for such an image is claimed: nothing
-// was fetched for it, and nothing of it is on this machine. All methods may be called concurrently. Errors are of an
-// errdefs kind.
+// Shared finds images in pools of other owners. A committed snapshot that stands for such an image is
+// called claimed: nothing was fetched for it, and this machine stores nothing of it. All methods may
+// be called concurrently. Errors are of an errdefs kind.
 type Shared interface {
-	// Claim makes sure that the owner keeps the image of a chain until Sweep finds that nothing needs it. It fails with
-	// ErrNotFound if no pool has an image of exactly this chain. It is idempotent.
+	// Claim makes the owner keep the image of a chain until Sweep finds that nothing needs it. It is
+	// idempotent. It fails with ErrNotFound if no pool has an image of exactly this chain.
 	Claim(ctx context.Context, chain digest.Digest) error
 	// Lower claims the image of a chain and returns the directory at which it is mounted.
 	Lower(ctx context.Context, chain digest.Digest) (string, error)
-	// Sweep unmounts the images that are not needed and ends their claims. needed is cheap; it must be asked under
-	// whatever lock excludes Claim and Lower of the same chain.
+	// Sweep unmounts the images that are not needed and ends their claims. needed is cheap; call it under
+	// the lock that excludes Claim and Lower of the same chain.
 	Sweep(ctx context.Context, needed func(chain digest.Digest) bool) error
 }
 
-// sharedPrefix begins the keys of images in pools of other owners. The chain ID follows.
+// sharedPrefix begins the keys of images in pools of other owners. The chain ID follows it.
 const sharedPrefix = "shared/"
 
 func sharedKey(chain digest.Digest) string { return sharedPrefix + chain.String() }
 
-// mixed reports whether a chain, top first, has a claimed snapshot below its top. Its layers above that snapshot are
-// plain directories: no pool holds the whole chain.
+// mixed reports whether a chain, top first, has a claimed snapshot below its top. The layers above
+// that snapshot are plain directories: no pool holds the whole chain.
 func mixed(links []link) bool {
 	return len(links) > 0 && links[0].rec.Shared == "" &&
 		slices.ContainsFunc(links[1:], func(l link) bool { return l.rec.Shared != "" })
 }
 
-// claim makes a committed snapshot of the chain that a client is about to unpack, if a pool of another owner has its
-// image. It reports whether there is such a snapshot. The name of the chain is the one that containerd's unpacker
-// computed from the configuration of the OCI image.
+// claim creates a committed snapshot of the chain that a client is about to unpack, if a pool of
+// another owner has its image. It reports whether such a snapshot exists. containerd's unpacker
+// computed the name of the chain from the configuration of the OCI image.
 func (s *Snapshotter) claim(ctx context.Context, want snapshots.Info, opts []snapshots.Opt) (bool, error) {
 	chain, err := digest.Parse(want.Labels[snapshots.LabelSnapshotRef])
 	if s.opts.Shared == nil || want.Kind != snapshots.KindActive || err != nil {
@@ -55,7 +55,7 @@ func (s *Snapshotter) claim(ctx context.Context, want snapshots.Info, opts []sna
 		}
 		if !errdefs.IsNotFound(err) {
 			log.G(ctx).WithError(err).WithField("chain",
-				chain).Warn("a shared image can not be used, pulling it instead")
+				chain).Warn("a shared image cannot be used, pulling it instead")
 		}
 		return false, nil
 	}
@@ -68,8 +68,8 @@ func (s *Snapshotter) claim(ctx context.Context, want snapshots.Info, opts []sna
 		if err != nil {
 			return err
 		}
-		// The name of remote snapshotters. One chain may be claimed over several parents: containerd names the parent by
-		// the snapshot that a namespace has for it.
+		// Remote snapshotters use this name. One chain may be claimed over several parents, because containerd
+		// names a parent by the namespace's own snapshot of it.
 		name := chain.String()
 		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
 			name = want.Name + " " + name
@@ -105,8 +105,8 @@ func isClaimed(ctx context.Context, tx *bolt.Tx, name string) (bool, error) {
 	return rec.Shared != "", err
 }
 
-// overShared reports whether a layer that is unpacked out of order will be committed on a chain with a claimed snapshot.
-// It is told the chain by a label; the layers of an image are prepared in their order.
+// overShared reports whether a layer that is unpacked out of order will be committed on a chain with a
+// claimed snapshot. A label names the chain; the layers of an image are prepared in order.
 func overShared(ctx context.Context, tx *bolt.Tx, parentChain string) (bool, error) {
 	if parentChain == "" {
 		return false, nil
@@ -127,8 +127,8 @@ func overShared(ctx context.Context, tx *bolt.Tx, parentChain string) (bool, err
 	return false, nil
 }
 
-// reclaim claims again what snapshots stand for: the memory of the claims may have been lost while this process did not
-// run. An image that is gone is reported when it is used.
+// reclaim renews the claims of all snapshots: the memory of the claims may have been lost while this
+// process did not run. A missing image is reported when it is used.
 func (s *Snapshotter) reclaim(ctx context.Context) error {
 	if s.opts.Shared == nil {
 		return nil
@@ -161,7 +161,7 @@ func (s *Snapshotter) reclaim(ctx context.Context) error {
 	})
 }
 
-// sharedLower returns the directory of the image that a claimed snapshot stands for.
+// sharedLower returns the directory of the image for which a claimed snapshot stands.
 func (s *Snapshotter) sharedLower(ctx context.Context, l link) (string, error) {
 	if s.opts.Shared == nil {
 		return "", fmt.Errorf("snapshot %q stands for an image of a shared pool, and none is configured: add it to "+

@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// fakeShared has the images of some chains, each a directory.
+// fakeShared has images of some chains, each a directory.
 type fakeShared struct {
 	root string
 
@@ -32,7 +32,6 @@ func newFakeShared(t *testing.T) *fakeShared {
 	return &fakeShared{root: t.TempDir(), images: map[digest.Digest]bool{}, claimed: map[digest.Digest]bool{}}
 }
 
-// add adds the image of a chain with some files.
 func (f *fakeShared) add(t *testing.T, chain string, files ...string) {
 	t.Helper()
 	for _, name := range files {
@@ -91,7 +90,7 @@ func (f *fakeShared) claims() string {
 	return out
 }
 
-// claim prepares a chain as containerd's unpacker does, and returns the snapshot that containerd then finds for it.
+// claim prepares a chain like containerd's unpacker, and returns the snapshot that containerd then finds for it.
 func (e *env) claim(namespace, chain, parent string) string {
 	e.t.Helper()
 	_, err := e.Prepare(e.t.Context(), namespace+"/7/extract-1-abcd "+chain, parent,
@@ -106,7 +105,7 @@ func (e *env) claim(namespace, chain, parent string) string {
 	return name
 }
 
-// found is the snapshot that containerd would take for a chain that a Prepare said to exist.
+// found returns the snapshot that containerd takes for a chain after Prepare reported that it exists.
 func (e *env) found(chain, parent string) (name string) {
 	e.t.Helper()
 	e.must(e.Walk(e.t.Context(), func(_ context.Context, i snapshots.Info) error {
@@ -145,7 +144,7 @@ func TestClaim(t *testing.T) {
 	if info, err := e.Stat(t.Context(), b); err != nil || info.Parent != a || info.Kind != snapshots.KindCommitted {
 		t.Errorf("stat of a claimed snapshot: %+v, %v", info, err)
 	}
-	// What no pool has is prepared as ever, and nothing is claimed without the label, or for a view.
+	// A chain in no pool is prepared as usual. Without the label, or for a view, nothing is claimed.
 	e.layer("default/9/"+chainC, b, "c", labels(snapshots.LabelSnapshotRef, chainC))
 	e.prepare("default/10/extract-1-x "+chainA, "")
 	if _, err := e.View(t.Context(), "default/11/v", "", labels(snapshots.LabelSnapshotRef, chainA)); err != nil {
@@ -155,7 +154,7 @@ func TestClaim(t *testing.T) {
 	e.must(err)
 	e.expectFiles(v, "a b c")
 
-	// One chain over another parent is another snapshot.
+	// The same chain over another parent is another snapshot.
 	e.layer("default/13/mine", "", "m")
 	if over := e.claim("default", chainA, "default/13/mine"); over == a {
 		t.Errorf("%q was given for another parent", over)
@@ -197,7 +196,7 @@ func TestClaim(t *testing.T) {
 	}
 }
 
-// A layer above a claimed chain becomes a directory, whichever way containerd unpacks.
+// A layer above a claimed chain becomes a directory, in every way of unpacking.
 func TestLayerOverClaim(t *testing.T) {
 	for _, parallel := range []bool{false, true} {
 		t.Run(fmt.Sprintf("parallel %v", parallel), func(t *testing.T) {
@@ -238,7 +237,7 @@ func TestLayerOverClaim(t *testing.T) {
 			if err != nil || fmt.Sprint(again) != fmt.Sprint(c) {
 				t.Errorf("after a restart %v, %v, before %v", again, err, c)
 			}
-			// What a container wrote is a layer, too.
+			// A container's changes are a layer, too.
 			e.must(os.WriteFile(filepath.Join(option(c, "upperdir"), "w"), nil, 0o644))
 			e.must(e.Commit(t.Context(), "default/10/mine", "default/8/c"))
 			e.expectFiles(e.prepare("default/11/d", "default/10/mine"), "a b c d w")
@@ -250,7 +249,7 @@ func TestLayerOverClaim(t *testing.T) {
 	}
 }
 
-// What a client says about its own snapshot gives nobody else that snapshot.
+// A client cannot give others its own snapshot by labelling it.
 func TestPlantedReference(t *testing.T) {
 	shared := newFakeShared(t)
 	e := newEnv(t, snapshotter.Options{Shared: shared})
@@ -266,7 +265,7 @@ func TestPlantedReference(t *testing.T) {
 	e.expectFiles(e.prepare("good/3/c", e.claim("good", chainA, "")), "right")
 }
 
-// A pool that is gone, or no longer configured, is named to whoever starts a container.
+// Starting a container on a pool that is gone or no longer configured fails with the name of the pool.
 func TestClaimLost(t *testing.T) {
 	shared := newFakeShared(t)
 	shared.add(t, chainA, "a")

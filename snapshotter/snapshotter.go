@@ -18,26 +18,24 @@ import (
 
 // Options configures a Snapshotter. The zero value is usable.
 type Options struct {
-	// MountOptions are added to every overlay mount, before those that the kernel needs to be told anyway.
+	// MountOptions are added to every overlay mount, before the options that the kernel needs anyway.
 	MountOptions []string
-	// RemapIDs turns the labels of user namespace mappings into uidmap and gidmap options. Set it exactly when
-	// containerd is told that the snapshotter has the capability remap-ids: without the capability its client
-	// changes owners itself and sends the labels all the same.
+	// RemapIDs turns the labels of user namespace mappings into uidmap and gidmap options. Set it exactly
+	// when containerd's configuration gives the snapshotter the capability remap-ids. Without the
+	// capability its client changes owners itself, but still sends the labels.
 	RemapIDs bool
-	// Durable says that what Lowers stored survives a reboot. The directory of an unpacked layer is then removed once
-	// Lowers has it.
+	// Durable says that layers stored in Lowers survive a reboot. The directory of an unpacked layer is
+	// then removed once Lowers has the layer.
 	Durable bool
 	// Shared finds images in pools of other owners; nil if there are none.
 	Shared Shared
-	// Workers is how many snapshots are stored and built at once in the background. 0 means 2.
+	// Workers is the number of snapshots stored and built concurrently in the background. 0 means 2.
 	Workers int
 	// Remotes, if set, pulls layers before containerd fetches their blobs.
 	Remotes Remotes
-	// Observe, if set, is told how long a phase took: "ingest", "stream", "pull", "prepare", "sweep".
-	// It may be called concurrently.
+	// Observe, if set, gets the duration of each "ingest", "stream", "pull", "prepare" and "sweep", concurrently.
 	Observe func(phase string, took time.Duration, err error)
-	// Fallback, if set, is told each time that something other than the shared image was used, and why.
-	// It may be called concurrently.
+	// Fallback, if set, gets the reason each time the shared image was not used. It may be called concurrently.
 	Fallback func(reason string)
 }
 
@@ -52,7 +50,7 @@ type Snapshotter struct {
 
 	overlayOptions []string
 
-	// sweeping is held by the one sweep that is under way.
+	// sweeping is held by the current sweep.
 	sweeping sync.Mutex
 	// trials is held while the kernel is asked which removed snapshots are still mounted: see forgetDead.
 	trials sync.Mutex
@@ -66,9 +64,9 @@ var (
 	_ snapshots.Cleaner     = (*Snapshotter)(nil)
 )
 
-// New opens the snapshotter below root, a directory of its own on a file system that can be an overlay's upper layer.
-// It finishes or forgets what a previous process left half done. The caller closes it; lowers stays the caller's and
-// must outlive it.
+// New opens the snapshotter below root, a directory of its own on a file system that can be an
+// overlay's upper layer. It completes or forgets the unfinished work of a previous process. The caller
+// closes the snapshotter; lowers stays the caller's and must outlive it.
 func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapshotter, error) {
 	if opts.Workers == 0 {
 		opts.Workers = 2
@@ -114,7 +112,7 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 	return s, nil
 }
 
-// Close stops background work and closes the metadata. Mounts stay. Only the first call does anything.
+// Close stops background work and closes the metadata. Mounts stay. Further calls do nothing.
 func (s *Snapshotter) Close() error {
 	s.closeOnce.Do(func() {
 		s.work.stop()
@@ -123,7 +121,7 @@ func (s *Snapshotter) Close() error {
 	return s.closeErr
 }
 
-// Stat returns what is known about a snapshot.
+// Stat returns the metadata of a snapshot.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
 	err = s.st.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
 		_, info, _, err = storage.GetInfo(ctx, key)
@@ -143,8 +141,8 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info,
 	return updated, err
 }
 
-// Usage returns what a snapshot adds to its parent. For a committed one it is on record; for an active one its
-// directory is scanned.
+// Usage returns the space that a snapshot adds to its parent. For a committed snapshot it is on
+// record; for an active one its directory is scanned.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	var (
 		id   string
@@ -170,7 +168,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	return usage, nil
 }
 
-// Mounts returns the mounts of an active snapshot or a view, and sees to it that what they stand on is there.
+// Mounts returns the mounts of an active snapshot or a view, after it made the recorded lower available.
 func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
 	var (
 		snap  storage.Snapshot

@@ -20,7 +20,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
-// env is a snapshotter over fake lowers that can be closed and opened again.
+// env is a snapshotter over fake lowers that can be closed and reopened.
 type env struct {
 	*snapshotter.Snapshotter
 	t    *testing.T
@@ -29,7 +29,7 @@ type env struct {
 	opts snapshotter.Options
 
 	mu      sync.Mutex
-	reasons []string // of falling back to plain directories, as they come
+	reasons []string // of fallbacks to plain directories, in order
 }
 
 func newEnv(t *testing.T, opts snapshotter.Options) *env {
@@ -60,14 +60,13 @@ func (e *env) open() {
 	e.Snapshotter = s
 }
 
-// fallbacks returns the reasons for which containers stand on plain directories so far.
+// fallbacks returns the reasons of fallbacks to plain directories so far.
 func (e *env) fallbacks() []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return slices.Clone(e.reasons)
 }
 
-// restart closes the snapshotter and opens it again.
 func (e *env) restart() {
 	e.t.Helper()
 	e.must(e.Close())
@@ -87,7 +86,7 @@ func (e *env) must(err error) {
 	}
 }
 
-// eventually waits until f returns "", which says what is still missing.
+// eventually waits until f returns "". Until then f returns what is missing.
 func (e *env) eventually(f func() string) {
 	e.t.Helper()
 	missing := f()
@@ -116,7 +115,6 @@ func (e *env) prepare(key, parent string, opts ...snapshots.Opt) []mount.Mount {
 	return m
 }
 
-// option returns the value of a mount option, or "" if there is none.
 func option(mounts []mount.Mount, name string) string {
 	for _, m := range mounts {
 		for _, o := range m.Options {
@@ -128,13 +126,13 @@ func option(mounts []mount.Mount, name string) string {
 	return ""
 }
 
-// extractKey is the key under which containerd unpacks the layer that it will commit as name, "<namespace>/<n>/<chain ID>".
+// extractKey returns the key under which containerd unpacks the layer "<namespace>/<n>/<chain ID>".
 func extractKey(name string) string {
 	i := strings.LastIndex(name, "/") + 1
 	return name[:i] + "extract-1-abcd " + name[i:]
 }
 
-// layer commits a snapshot that was unpacked by walking: one file with its own name as contents.
+// layer commits a snapshot unpacked by walking: one file with its own name as contents.
 func (e *env) layer(name, parent, file string, opts ...snapshots.Opt) {
 	e.t.Helper()
 	key := extractKey(name)
@@ -147,7 +145,7 @@ func (e *env) layer(name, parent, file string, opts ...snapshots.Opt) {
 	e.must(e.Commit(e.t.Context(), name, key, opts...))
 }
 
-// files returns the names in the root directory that the mounts show.
+// files returns the names in the root directory of the mounts.
 func (e *env) files(mounts []mount.Mount) string {
 	e.t.Helper()
 	var names []string
@@ -194,7 +192,7 @@ func TestMountShapes(t *testing.T) {
 		t.Errorf("the view is of %q, the container stands on %q", option(v, "lowerdir"), option(m, "lowerdir"))
 	}
 	e.expectFiles(v, "a b")
-	// as nerdctl and containerd look at views
+	// Mount the view as nerdctl and containerd do.
 	e.must(mount.WithReadonlyTempMount(t.Context(), v, func(root string) error {
 		_, err := os.Stat(filepath.Join(root, "b"))
 		return err
@@ -216,8 +214,8 @@ func TestMountShapes(t *testing.T) {
 	}
 }
 
-// In parallel unpacking the parent is named at Commit only. A bind mount would make containerd's applier delete what a
-// whiteout names, and so lose the whiteout.
+// In parallel unpacking only Commit names the parent. With a bind mount, containerd's applier would
+// delete the file that a whiteout names, and lose the whiteout.
 func TestRebase(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	base := e.prepare("default/1/extract-1-a "+chainA, "", labels(snapshots.LabelSnapshotRef, chainA))
@@ -239,7 +237,7 @@ func TestRebase(t *testing.T) {
 	e.expectFiles(e.prepare("default/5/c", "default/4/"+chainB), "kept")
 }
 
-// Two namespaces have the same image: it is built once, and goes with the last of them.
+// Two namespaces with the same image: it is built once, and freed with the last of them.
 func TestNamespacesShare(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	p := newPull(e)
@@ -265,7 +263,7 @@ func TestNamespacesShare(t *testing.T) {
 	}
 }
 
-// What one namespace unpacked under the name of a chain is not what another namespace gets under that name.
+// A namespace does not get what another namespace unpacked under the name of a chain.
 func TestNamesAreNotBelieved(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.layer("one/1/"+chainA, "", "evil")
@@ -299,7 +297,7 @@ func TestBuiltAheadOfContainers(t *testing.T) {
 	}
 }
 
-// What a snapshot stands on stays, whatever happens to the process or to memory.
+// The lower of a snapshot stays the same after a restart of the process or a loss of memory.
 func TestLowerIsKept(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
 	e.layer("default/1/"+chainA, "", "a")

@@ -10,25 +10,25 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Standing is a snapshot that can be mounted over something, and what that is.
+// Standing is a snapshot that can be mounted over a lower, and a description of that lower.
 type Standing struct {
-	// Namespace is that of containerd, and Name the key of the snapshot there.
+	// Namespace is the containerd namespace, and Name the key of the snapshot in it.
 	Namespace, Name string
 	// View says that the snapshot is read-only.
 	View bool
-	// Since is when the snapshot was made. What it stands on never changes.
+	// Since is the time when the snapshot was created. Its lower never changes.
 	Since time.Time
 	// Image is the key of the image below; empty if there is none. Plain says that it is a copy on disk.
 	Image string
 	Plain bool
 	// Dirs is the number of directories above the image.
 	Dirs int
-	// Why says why there is something else than the shared image; empty if there is not, or if it is not known.
+	// Why explains why the lower is not the shared image; empty if it is, or if the reason is not known.
 	Why string
 }
 
-// Standing returns the active snapshots and views that stand on an image or on directories, by namespace and name. Layers
-// that are being unpacked are none: nothing runs in them.
+// Standing returns the active snapshots and views that stand on an image or on directories, by
+// namespace and name. It leaves out layers being unpacked, because nothing runs in them.
 func (s *Snapshotter) Standing(ctx context.Context) ([]Standing, error) {
 	var list []Standing
 	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {

@@ -17,18 +17,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The metadata file is that of core/snapshots/storage (bucket "v1"), and beside it
+// The metadata file holds the bucket of core/snapshots/storage ("v1"), and beside it
 //
 //	daxfs
 //	├── version                the version of the records, see migrate.go
-//	├── store                  16 hex digits: tells the snapshot ids of this file from those of any other
+//	├── store                  16 hex digits: tell the snapshot ids of this file from others
 //	├── records                not a bucket, see closeToVersionOne
 //	├── snapshots
 //	│   └── <snapshot id>      record, JSON
 //	└── gone
 //	    └── <snapshot id>      lower, JSON
 //
-// All change in one transaction.
+// All of them change in one transaction.
 var (
 	bucketOwn     = []byte("daxfs")
 	keyVersion    = []byte("version")
@@ -37,63 +37,62 @@ var (
 	bucketGone    = []byte("gone")
 )
 
-// record is what we know about a snapshot beyond what storage knows.
+// record is our own data about a snapshot, beside that of storage.
 type record struct {
-	// Lower is what an active snapshot or a view stands on. It never changes once it can be mounted.
+	// Lower is the lower of an active snapshot or a view. It never changes once it can be mounted.
 	Lower *lower `json:"lower,omitempty"`
-	// Streamed are the keys of the layers that were streamed into the snapshot, bottom first.
+	// Streamed are the keys of the layers streamed into the snapshot, bottom first.
 	Streamed []string `json:"streamed,omitempty"`
-	// StreamedUsage is what these layers hold.
+	// StreamedUsage is the space of these layers.
 	StreamedUsage snapshots.Usage `json:"streamedUsage,omitzero"`
-	// Claim is set while the one key in Streamed is a claim: the layer was unpacked where it was expected to be
-	// streamed, and has to be restored from a blob of the same namespace before it is used.
+	// Claim is set while the only key in Streamed is a claim: the layer was unpacked although it was
+	// prepared to be streamed. It must be restored from a blob of the same namespace before use.
 	Claim *Claim `json:"claim,omitempty"`
 	// Image is the key of the image of the chain that ends with this committed snapshot.
 	Image string `json:"image,omitempty"`
-	// Dir says that the directory of this committed snapshot is a layer too, above those streamed.
+	// Dir says that the directory of this committed snapshot is a layer too, above the streamed ones.
 	Dir bool `json:"dir,omitempty"`
-	// Ingested says that the directory was handed to Lowers once. Lowers may have dropped it since.
+	// Ingested says that Lowers got the directory once. Lowers may have dropped the layer since.
 	Ingested bool `json:"ingested,omitempty"`
-	// Dropped says that the directory was removed because Lowers keeps its contents durably.
+	// Dropped says that the directory was removed because Lowers stores its contents durably.
 	Dropped bool `json:"dropped,omitempty"`
-	// Shared is the chain whose image a pool of another owner has, for which this committed snapshot stands. It has no
-	// layer of its own then.
+	// Shared is the chain whose image, in a pool of another owner, this committed snapshot stands for. The
+	// snapshot then has no layer of its own.
 	Shared digest.Digest `json:"shared,omitempty"`
-	// Top says that the chain ends an OCI image, as far as that is known: its image is worth being kept mounted.
+	// Top says that the chain is known to end an OCI image, so its image is worth keeping mounted.
 	Top bool `json:"top,omitempty"`
 	// Built says that the image was built once. It may have been dropped since.
 	Built bool `json:"built,omitempty"`
 }
 
-// hasDir reports whether the directory of a committed snapshot is there and holds a layer.
+// hasDir reports whether the directory of a committed snapshot exists and holds a layer.
 func (r *record) hasDir() bool { return r.Dir && !r.Dropped }
 
-// lower is what a snapshot stands on: the directories of committed snapshots above the image of a chain. Either may be
-// missing; with both missing the snapshot stands on nothing.
+// lower is what a snapshot stands on: directories of committed snapshots above the image of a chain.
+// Either part may be missing; without both, the snapshot stands on nothing.
 type lower struct {
 	// Dirs are snapshot ids, top first.
 	Dirs []string `json:"dirs,omitempty"`
 	// Image is the key of the image below.
 	Image string `json:"image,omitempty"`
-	// Plain says that the image is a copy on disk because there was no room for the shared one.
+	// Plain says that the image is a copy on disk, because there was no room for the shared one.
 	Plain bool `json:"plain,omitempty"`
-	// Blind says that the snapshot has a parent but was given no lower: it is a layer that will be streamed, or one
-	// that is unpacked out of order. Its mount can not be mounted, only written below its upper directory.
+	// Blind says that the snapshot has a parent but no lower, because its layer will be streamed or is
+	// unpacked out of order. Its mount only names the upper directory; nobody can mount it.
 	Blind bool `json:"blind,omitempty"`
-	// OverShared says that Blind was chosen for a layer of a chain with a claimed snapshot. Such a layer has to become a
-	// directory.
+	// OverShared says that Blind was chosen for a chain with a claimed snapshot: the layer becomes a directory.
 	OverShared bool `json:"overShared,omitempty"`
-	// Streaming says that Blind was chosen because the layer is expected to be streamed. An unpacker that walks would
-	// have needed to see the directories below; see record.Claim.
+	// Streaming says that Blind was chosen because the layer is expected to be streamed. A walking
+	// unpacker would have to see the directories below; see record.Claim.
 	Streaming bool `json:"streaming,omitempty"`
-	// Why says why the shared image was not to be had, if that is why this is something else. It is for people.
+	// Why explains to people why this is not the shared image; empty if it is.
 	Why string `json:"why,omitempty"`
 }
 
-// stands reports whether an overlay that stands on something can have been mounted.
+// stands reports whether an overlay over a lower layer may have been mounted.
 func (l *lower) stands() bool { return l != nil && !l.Blind && (l.Image != "" || len(l.Dirs) > 0) }
 
-// onShared reports whether the snapshot stands on an image of another owner's pool, or will.
+// onShared reports whether the snapshot stands, or will stand, on an image of another owner's pool.
 func (l *lower) onShared() bool {
 	return l != nil && (l.OverShared || strings.HasPrefix(l.Image, sharedPrefix))
 }
@@ -105,7 +104,7 @@ type store struct {
 	id   string
 }
 
-// openStore opens or makes the file. migrate brings the records of earlier versions up to date.
+// openStore opens or creates the file. migrate brings the records of earlier versions up to date.
 func openStore(ctx context.Context, file string,
 	migrate func(context.Context, *bolt.Tx, *store) error,
 ) (*store, error) {
@@ -128,7 +127,7 @@ func openStore(ctx context.Context, file string,
 }
 
 func (st *store) init(tx *bolt.Tx) error {
-	// Until the first snapshot is made storage has no buckets, and walking fails. Make them.
+	// Before the first snapshot storage has no buckets, and walking fails. Create them.
 	v1, err := tx.CreateBucketIfNotExists([]byte("v1"))
 	if err != nil {
 		return err
@@ -163,11 +162,11 @@ func (st *store) init(tx *bolt.Tx) error {
 	return b.Put(keyStore, []byte(st.id))
 }
 
-// reserved is how much room the file gets ahead of its use.
+// reserved is the number of bytes that the file gets ahead of its use.
 const reserved = 4 << 20
 
-// reserve allocates the blocks of the file and some more. Removing a snapshot writes to the file, and must succeed on a
-// full disk. A full disk, or a file system that can not reserve, changes nothing.
+// reserve allocates the blocks of the file and some more. Removing a snapshot writes to the file and
+// must succeed on a full disk. reserve ignores errors, such as no space or no support for fallocate.
 func (st *store) reserve() {
 	f, err := os.OpenFile(st.file, os.O_RDWR, 0)
 	if err != nil {
@@ -179,8 +178,8 @@ func (st *store) reserve() {
 	}
 }
 
-// view runs fn in a read transaction, update in a write transaction. The context that fn gets carries the transaction
-// for package storage.
+// view runs fn in a read transaction, update in a write transaction. The context passed to fn carries
+// the transaction for package storage.
 func (st *store) view(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
 	return st.transact(ctx, false, fn)
 }
@@ -200,7 +199,7 @@ func (st *store) transact(ctx context.Context, writable bool, fn func(context.Co
 			t.Rollback()
 		}
 	}()
-	// storage hands out its bbolt transaction behind an interface; our bucket must change together with its own.
+	// storage hides its bbolt transaction behind an interface; our bucket must change in the same one.
 	tx, ok := t.(*bolt.Tx)
 	if !ok {
 		return fmt.Errorf("metadata transaction is a %T, expected a bbolt transaction", t)
@@ -214,7 +213,7 @@ func (st *store) transact(ctx context.Context, writable bool, fn func(context.Co
 
 func own(tx *bolt.Tx, name []byte) *bolt.Bucket { return tx.Bucket(bucketOwn).Bucket(name) }
 
-// getRecord returns the record of a snapshot id; an empty one if there is none.
+// getRecord returns the record of a snapshot id, or an empty one if there is none.
 func getRecord(tx *bolt.Tx, id string) (record, error) {
 	var r record
 	raw := own(tx, bucketRecords).Get([]byte(id))
@@ -239,7 +238,6 @@ func putJSON(b *bolt.Bucket, key string, v any) error {
 
 func deleteRecord(tx *bolt.Tx, id string) error { return own(tx, bucketRecords).Delete([]byte(id)) }
 
-// recordIDs returns the ids that have a record.
 func recordIDs(tx *bolt.Tx) []string {
 	var ids []string
 	c := own(tx, bucketRecords).Cursor()
@@ -256,7 +254,7 @@ type link struct {
 	rec  record
 }
 
-// chain returns the committed snapshots from name down to the first layer. Top first.
+// chain returns the committed snapshots from name down to the first layer, top first.
 func chain(ctx context.Context, tx *bolt.Tx, name string) ([]link, error) {
 	var links []link
 	for name != "" {
@@ -274,7 +272,7 @@ func chain(ctx context.Context, tx *bolt.Tx, name string) ([]link, error) {
 	return links, nil
 }
 
-// all returns all snapshots, by name, active ones and views too.
+// all returns all snapshots by name, including active ones and views.
 func all(ctx context.Context, tx *bolt.Tx) (everything, error) {
 	ids, err := storage.IDMap(ctx)
 	if err != nil {
@@ -293,10 +291,9 @@ func all(ctx context.Context, tx *bolt.Tx) (everything, error) {
 	})
 }
 
-// everything are all snapshots, by name.
 type everything map[string]link
 
-// chain returns a snapshot and those below it. Top first.
+// chain returns a snapshot and those below it, top first.
 func (e everything) chain(name string) []link {
 	var links []link
 	for name != "" {
@@ -307,7 +304,6 @@ func (e everything) chain(name string) []link {
 	return links
 }
 
-// nameOf returns the name of the snapshot with an id.
 func nameOf(ctx context.Context, id string) (string, error) {
 	ids, err := storage.IDMap(ctx)
 	if err != nil {

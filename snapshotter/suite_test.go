@@ -17,7 +17,7 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// containerd's suite wants this flag besides the right to mount; a test here skips itself without the right.
+	// containerd's suite needs this flag in addition to root. Our tests skip themselves without root.
 	if os.Geteuid() == 0 {
 		flag.Set("test.root", "true")
 	}
@@ -31,8 +31,8 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// TestSuite runs containerd's conformance tests. Its name for us is "overlayfs", because it knows by name only which
-// snapshotters inherit from overlayfs that a directory of a lower layer can not be renamed.
+// TestSuite runs containerd's conformance tests. It calls us "overlayfs", because the suite knows only
+// by name which snapshotters inherit overlayfs's inability to rename directories of a lower layer.
 func TestSuite(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, "overlayfs",

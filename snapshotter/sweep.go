@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cleanup frees what removed snapshots held: directories, mounts, images and layers.
+// Cleanup frees the directories, mounts, images and layers of removed snapshots.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	defer s.st.reserve()
 	return errors.Join(s.forgetDead(ctx), s.removeDirs(ctx), s.dropDirs(ctx), s.sweep(ctx, false))
@@ -26,11 +26,11 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 // doomed begins the names of directories that are being removed.
 const doomed = "removed-"
 
-// removeDirs removes the directories that belong to no snapshot. One that cannot be removed does not keep the others.
+// removeDirs removes the directories that belong to no snapshot. An error with one does not stop the others.
 func (s *Snapshotter) removeDirs(ctx context.Context) error {
 	var dirs, committed []string
 	var errs []error
-	// A write transaction, because snapshots are created in one: no directory is seen without its record.
+	// A write transaction, because snapshots are created in one: every directory seen has its record.
 	err := s.st.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		ids, err := storage.IDMap(ctx)
 		if err != nil {
@@ -60,8 +60,8 @@ func (s *Snapshotter) removeDirs(ctx context.Context) error {
 			if s.pins.has(s.dirKey(id)) {
 				continue // being read: see hold
 			}
-			// Renamed within the transaction: if the removal fails, the id is given out again, and a directory that is
-			// removed by that name later may be another snapshot's.
+			// Rename within the transaction: if the removal fails, the id is given out again, and the directory
+			// with that name may then belong to another snapshot.
 			dir, err := s.doom(s.dir(id), id)
 			if err != nil {
 				errs = append(errs, err)
@@ -103,9 +103,9 @@ func (s *Snapshotter) sweep(ctx context.Context, short bool) (err error) {
 	began := time.Now()
 	defer func() { s.opts.Observe("sweep", time.Since(began), err) }()
 	if short {
-		// What a removed snapshot stood on is in use until its overlay is known to be dead.
+		// The lower of a removed snapshot is in use until its overlay is known to be dead.
 		if err := s.forgetDead(ctx); err != nil {
-			log.G(ctx).WithError(err).Warn("what removed snapshots stood on stays in use")
+			log.G(ctx).WithError(err).Warn("the lowers of removed snapshots stay in use")
 		}
 	}
 	s.sweeping.Lock()
@@ -123,17 +123,16 @@ func (s *Snapshotter) sweep(ctx context.Context, short bool) (err error) {
 	return err
 }
 
-// pins are the images and layers that operations under way need, although no record says so yet. The zero value is
-// ready to use.
+// pins counts the images and layers needed by operations, not yet by records. The zero value is ready.
 type pins struct {
 	mu   sync.Mutex
 	held map[string]int
-	// seen, while a sweep watches, also holds what was released since the watch began: what the sweep read from the
-	// records before that moment does not have it.
+	// seen is set while a sweep watches. It holds also the keys released since the watch began: the
+	// records that the sweep read before may not name them.
 	seen map[string]bool
 }
 
-// pin holds key until the function that it returns is called.
+// pin holds key until unpin is called.
 func (p *pins) pin(key string) (unpin func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -153,8 +152,7 @@ func (p *pins) pin(key string) (unpin func()) {
 	}
 }
 
-// watch makes has report what is held at any moment from now until the function that it returns is called. There is
-// one watch at a time.
+// watch makes has report every key that is held at any moment until end is called. Only one watch may run at a time.
 func (p *pins) watch() (end func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

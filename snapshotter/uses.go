@@ -9,7 +9,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// uses implements Uses. It is what the records say, and the pins.
+// uses implements Uses from the records and the pins.
 type uses struct {
 	pins   *pins
 	needs  map[string]Use                 // by key of an image or layer
@@ -31,7 +31,7 @@ func (u *uses) Plain(key string) bool { return u.plain[key] || u.pins.has(key) }
 
 func (u *uses) Namespaces(key string) []string { return slices.Sorted(maps.Keys(u.spaces[key])) }
 
-// stand notes what an overlay stands on. An overlay of a removed snapshot is of no namespace.
+// stand notes the lower of an overlay. An overlay of a removed snapshot has no namespace.
 func (u *uses) stand(low *lower, namespace string) {
 	switch {
 	case low == nil || low.Image == "":
@@ -53,7 +53,7 @@ func (u *uses) raise(key, namespace string, use Use) {
 	u.spaces[key][namespace] = struct{}{}
 }
 
-// uses reads from the records what is needed. Only while pins are watched is the result good for a sweep.
+// uses reads from the records what is needed. A sweep may use the result only while pins are watched.
 func (s *Snapshotter) uses(ctx context.Context) (*uses, error) {
 	u := &uses{
 		pins: &s.pins, needs: map[string]Use{}, plain: map[string]bool{}, spaces: map[string]map[string]struct{}{},
@@ -82,8 +82,8 @@ func (s *Snapshotter) uses(ctx context.Context) (*uses, error) {
 	return u, err
 }
 
-// usesOf adds what the first of links, a snapshot and those below it, needs. A layer that is only claimed, and an image
-// with one, may be another namespace's: they are not needed before the claim is proven.
+// usesOf adds the needs of the first of links, a snapshot and those below it. A claimed layer, and an
+// image with one, may belong to another namespace: they are not needed before the claim is proven.
 func (s *Snapshotter) usesOf(links []link, hasChild bool, u *uses) {
 	id, info, rec := links[0].id, links[0].info, links[0].rec
 	ns, _ := splitName(info.Name)
@@ -95,7 +95,7 @@ func (s *Snapshotter) usesOf(links []link, hasChild bool, u *uses) {
 	if rec.Dir && info.Kind == snapshots.KindCommitted {
 		use := Stored
 		if rec.Dropped {
-			use = InUse // there is no other copy
+			use = InUse // no other copy exists
 		}
 		u.raise(s.dirKey(id), ns, use)
 	}

@@ -13,9 +13,9 @@ import (
 
 // Walk calls fn for each snapshot that matches a filter.
 //
-// containerd looks in this way for the snapshot that a Prepare says to exist: in all namespaces, by a label that anybody
-// may put on a snapshot. It takes the first one, so it sees only those that were pulled for the namespace that asks, and
-// those that stand for an image of a shared pool.
+// containerd uses Walk to find the snapshot that a Prepare reported as existing: in all namespaces, by
+// a label that anybody may set. It takes the first match, so Walk then shows only snapshots pulled for
+// the asking namespace, and those that stand for an image of a shared pool.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
 	ns, _ := namespaces.Namespace(ctx)
 	seeks := seeksRef(filters)
@@ -31,7 +31,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	})
 }
 
-// seeksRef reports whether all filters ask for snapshots by the name that they are to get.
+// seeksRef reports whether all filters ask for snapshots by their future name.
 func seeksRef(filters []string) bool {
 	for _, f := range filters {
 		if !strings.HasPrefix(f, fmt.Sprintf("labels.%q==", snapshots.LabelSnapshotRef)) {
@@ -41,12 +41,12 @@ func seeksRef(filters []string) bool {
 	return len(filters) > 0
 }
 
-// isPulled reports whether a snapshot was committed here for a namespace.
+// isPulled reports whether this package committed a snapshot for a namespace.
 func isPulled(namespace string, info snapshots.Info) bool {
 	return info.Kind == snapshots.KindCommitted && strings.HasPrefix(info.Name, namespace+pulledPrefix)
 }
 
-// hasPulled reports whether there is a snapshot already of the layer that another one is prepared for.
+// hasPulled reports whether a pulled snapshot of the same layer and parent exists already.
 func (s *Snapshotter) hasPulled(ctx context.Context, want snapshots.Info, remote Remote) (found bool, err error) {
 	filter := fmt.Sprintf("labels.%q==%s,parent==%q", snapshots.LabelSnapshotRef, remote.ChainID, want.Parent)
 	err = storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {

@@ -13,8 +13,8 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// worker stores committed directories and builds images ahead of the first container. Nothing depends on it: whoever
-// needs an image before it is built builds it.
+// worker stores committed directories and builds images before the first container needs them. Nothing
+// depends on it: an operation that needs an image which is not built yet builds it.
 type worker struct {
 	s      *Snapshotter
 	ctx    context.Context
@@ -22,14 +22,13 @@ type worker struct {
 	done   sync.WaitGroup
 
 	mu      sync.Mutex
-	changed *sync.Cond // queue, running or stopped changed
+	changed *sync.Cond // signals changes of queue, running and stopped
 	queue   []task
 	running int
 	stopped bool
 }
 
-// task is one committed snapshot to look at. With started set something was made to run on it. Without a name it is a
-// cleanup.
+// task is a committed snapshot to process, or a cleanup without a name. started: a container was prepared.
 type task struct {
 	name    string
 	started bool
@@ -45,7 +44,7 @@ func newWorker(s *Snapshotter) *worker {
 	return w
 }
 
-// stop ends the work under way and returns when it has ended. What is left is found again by the next process.
+// stop cancels the work under way and waits for its end. The next process finds the rest of the queue again.
 func (w *worker) stop() {
 	w.cancel()
 	w.mu.Lock()
@@ -55,7 +54,6 @@ func (w *worker) stop() {
 	w.done.Wait()
 }
 
-// committed hands a committed snapshot to the worker.
 func (w *worker) committed(name string) { w.add(task{name: name}) }
 
 func (w *worker) add(t task) {
@@ -79,7 +77,7 @@ func (w *worker) detach(fn func(context.Context)) error {
 	return nil
 }
 
-// flush returns when nothing is left to do.
+// flush waits until the queue is empty and nothing runs.
 func (w *worker) flush(ctx context.Context) error {
 	defer context.AfterFunc(ctx, func() {
 		w.mu.Lock()
@@ -127,7 +125,7 @@ func (w *worker) run() {
 // Flush waits until the background work on everything committed so far is done.
 func (s *Snapshotter) Flush(ctx context.Context) error { return s.work.flush(ctx) }
 
-// process does what can be done ahead of time for a committed snapshot.
+// process does the work that can be done ahead of time for a committed snapshot.
 func (s *Snapshotter) process(ctx context.Context, t task) error {
 	if t.name == "" {
 		return s.Cleanup(ctx)
@@ -142,7 +140,7 @@ func (s *Snapshotter) process(ctx context.Context, t task) error {
 	}
 	top := links[0]
 	if top.rec.Shared != "" || mixed(links) {
-		return nil // no pool of ours ever needs it
+		return nil // its image is never in a pool of ours
 	}
 	if err := s.ingest(ctx, top); err != nil {
 		return s.unlessGone(ctx, t.name, err)
@@ -159,7 +157,7 @@ func (s *Snapshotter) process(ctx context.Context, t task) error {
 	return s.dropDirs(ctx)
 }
 
-// ingest hands a committed snapshot that was unpacked to Lowers, the first time.
+// ingest hands an unpacked committed snapshot to Lowers, once.
 func (s *Snapshotter) ingest(ctx context.Context, l link) (err error) {
 	if (!l.rec.Dir || l.rec.Ingested) && l.rec.Claim == nil {
 		return nil
@@ -183,8 +181,7 @@ func (s *Snapshotter) ingest(ctx context.Context, l link) (err error) {
 	return s.amend(ctx, l.id, func(r *record) { r.Ingested = true })
 }
 
-// prove restores the layer of a snapshot from the blob that the snapshot claims to be made of. Preconditions: the layer
-// is held.
+// prove restores the layer of a snapshot from the blob that the snapshot claims. Precondition: the layer is held.
 func (s *Snapshotter) prove(ctx context.Context, l link) error {
 	if l.rec.Claim == nil {
 		return nil
@@ -195,8 +192,8 @@ func (s *Snapshotter) prove(ctx context.Context, l link) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("snapshot %q was unpacked where its layer was expected to be streamed, and has to be restored "+
-			"from its blob: %w", l.info.Name, err)
+		return fmt.Errorf("snapshot %q was unpacked where its layer was expected to be streamed, and has to be "+
+			"restored from its blob: %w", l.info.Name, err)
 	}
 	if added.Key != l.rec.Streamed[0] {
 		return fmt.Errorf("snapshot %q: restored layer %q, expected %q: %w", l.info.Name, added.Key, l.rec.Streamed[0],
@@ -209,7 +206,7 @@ func (s *Snapshotter) prove(ctx context.Context, l link) error {
 func (s *Snapshotter) amend(ctx context.Context, id string, change func(*record)) error {
 	return s.st.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
 		if own(tx, bucketRecords).Get([]byte(id)) == nil {
-			s.work.add(task{}) // what was done for it is of no use, and a cleanup before this spared it
+			s.work.add(task{}) // the work for it is useless, and an earlier cleanup spared it
 			return nil
 		}
 		rec, err := getRecord(tx, id)
@@ -236,7 +233,7 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// recover forgets what a crash left half done and takes up the work that it interrupted.
+// recover forgets the unfinished work of a crashed process and queues the work that it interrupted.
 func (s *Snapshotter) recover(ctx context.Context) error {
 	var names []string
 	err := s.st.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
@@ -261,8 +258,8 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 	if err := s.reclaim(ctx); err != nil {
 		return err
 	}
-	// Directories without a record, and whatever else is left over. Not now: removing can take longer than a service
-	// manager waits for a start. containerd calls Cleanup only after it removed something.
+	// Remove directories without a record and other leftovers, but not now: this can take longer than a
+	// service manager waits for a start. containerd calls Cleanup only after it removed something.
 	s.work.add(task{})
 	return err
 }

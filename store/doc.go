@@ -2,7 +2,9 @@
 // records who holds them. The daemon and the command line both use it; one process at a time owns a
 // store.
 //
-//	s, err := store.Open(ctx, store.Config{Root: root, Pool: store.Pool{Kind: region.KindFile}, Drivers: drivers.All()})
+//	s, err := store.Open(ctx, store.Config{
+//		Root: root, Pool: store.Pool{Kind: region.KindFile}, Drivers: drivers.All(),
+//	})
 //	...
 //	defer s.Close()
 //	info, err := s.Put(ctx, image, "docker.io/library/debian:12") // held by pin/docker.io/library/debian:12

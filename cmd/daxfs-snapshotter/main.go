@@ -1,7 +1,7 @@
 // Command daxfs-snapshotter is the daemon that serves containerd: a proxy snapshotter and its differ on one socket.
 //
-// Its configuration is a TOML file (see package config and docs/config.md); flags win over the file. Stopping it, in any
-// way, leaves containers and mounts alone.
+// Its configuration is a TOML file (see package config and docs/config.md); flags override the file.
+// Stopping the daemon, in any way, leaves containers and mounts alone.
 package main
 
 import (
@@ -27,7 +27,7 @@ func main() {
 	os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr))
 }
 
-// run is the program: 0 if all went well, 1 after an error, 2 if it was called wrongly.
+// run runs the program. It returns 0 for success, 1 for an error, and 2 for wrong usage.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGTERM, unix.SIGINT)
 	defer stop()
@@ -42,7 +42,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return 1
 }
 
-// errUsage marks errors in how the program was called.
+// errUsage marks errors in the command line.
 var errUsage = errors.New("see daxfs-snapshotter --help")
 
 func usage(format string, args ...any) error {
@@ -81,7 +81,7 @@ func app(stdout, stderr io.Writer) *cli.App {
 	return a
 }
 
-// The flags. Those without a default leave the file's value alone.
+// The flags. A flag without a default does not change the value of the file.
 const (
 	flagConfig     = "config"
 	flagRoot       = "root"
@@ -109,7 +109,7 @@ func flags() []cli.Flag {
 	}
 }
 
-// load reads the configuration and lays the flags over it.
+// load reads the configuration and applies the flags.
 func load(c *cli.Context) (*config.Config, error) {
 	if c.Args().Present() {
 		return nil, usage("unexpected argument %q", c.Args().First())
@@ -165,9 +165,9 @@ func serve(c *cli.Context) error {
 	return errors.Join(err, s.Close())
 }
 
-// notify tells systemd, if it is there.
+// notify reports a state to systemd, if systemd started the daemon.
 func notify(ctx context.Context, state string) {
 	if _, err := systemd.SdNotify(false, state); err != nil {
-		log.G(ctx).WithError(err).Warnf("can not tell systemd %q", strings.TrimSpace(state))
+		log.G(ctx).WithError(err).Warnf("cannot tell systemd %q", strings.TrimSpace(state))
 	}
 }

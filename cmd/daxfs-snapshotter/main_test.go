@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// runEnv makes the test program the daemon itself.
+// runEnv makes the test program run as the daemon.
 const runEnv = "DAXFS_TEST_RUN"
 
 func TestMain(m *testing.M) {
@@ -28,7 +28,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// call runs the program in this process.
 func call(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -84,7 +83,7 @@ func TestFlagsWin(t *testing.T) {
 	if err := os.WriteFile(file, []byte("root = \"relative\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The file alone is wrong; that it was is said even so, because a flag is not there at the next start.
+	// Report an error in the file even if a flag hides it, because the flag may be missing at the next start.
 	if code, _, errs := call(t, "--config", file, "--root", "/x", "config", "check"); code != 1 ||
 		!strings.Contains(errs, `"relative"`) {
 		t.Errorf("%d %q", code, errs)
@@ -94,7 +93,7 @@ func TestFlagsWin(t *testing.T) {
 	}
 }
 
-// The daemon tells systemd when its socket is there and when it ends, and leaves the socket's directory usable.
+// The daemon tells systemd when its socket exists and when it ends, and leaves the socket's directory usable.
 func TestServe(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("the daemon needs root")
@@ -146,7 +145,7 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// With sockets of systemd, a call that comes while the daemon is away is answered when it is back.
+// With systemd's sockets, a call that arrives while the daemon is away is answered when it is back.
 func TestSocketActivation(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("the daemon needs root")
@@ -204,7 +203,7 @@ func TestSocketActivation(t *testing.T) {
 	}
 	for range 2 {
 		answered := make(chan error, 1)
-		go func() { answered <- ask() }() // nobody is there yet
+		go func() { answered <- ask() }() // no daemon runs yet
 		cmd := start()
 		if err := <-answered; err != nil {
 			t.Error(err)

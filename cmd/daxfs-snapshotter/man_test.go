@@ -9,15 +9,18 @@ import (
 
 var manPage = manpage.Page{
 	Section: 8,
-	Intro: `daxfs-snapshotter serves containerd as a proxy snapshotter and differ. It keeps the layers of OCI images in one pool of shared
-memory, every distinct file once; each image is mounted once, and each container gets an OverlayFS over that mount.
+	Intro: `daxfs-snapshotter serves containerd as a proxy snapshotter and differ. It keeps the layers of
+OCI images in one pool of shared memory, every distinct file once; each image is mounted once, and
+each container gets an OverlayFS over that mount.
 
-Flags win over the configuration file. The file may be missing; then the pool is a file below the state directory.
+Flags override the configuration file. The file may be missing; then the pool is a file below the state directory.
 
-Stopping the daemon in any way, SIGKILL included, leaves containers and mounts alone. While it does not run, no
-container can be started and no image pulled with it. SIGTERM and SIGINT end it after what it was asked for is answered.`,
+Stopping the daemon in any way, SIGKILL included, leaves containers and mounts alone. While it does
+not run, no container can be started and no image pulled with it. SIGTERM and SIGINT end it after it
+has answered pending requests.`,
 	Sections: []manpage.Section{
-		{Title: "FILES", Text: `/etc/daxfs-snapshotter/config.toml	the configuration; "daxfs-snapshotter config default" prints one with all keys explained
+		{Title: "FILES", Text: `/etc/daxfs-snapshotter/config.toml	the configuration; "daxfs-snapshotter
+config default" prints one with all keys explained
 
 /var/lib/daxfs-snapshotter	the state, and the pool unless the configuration says otherwise
 
@@ -36,7 +39,7 @@ Use it:
 	},
 }
 
-// The page in docs/man is the one that the flags and commands make.
+// The page in docs/man is the output of the flags and commands.
 func TestManPage(t *testing.T) {
 	manpage.Check(t, "../../docs/man/daxfs-snapshotter.8", manPage.Render(app(io.Discard, io.Discard)))
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/version"
 )
 
-// env is what a command may touch of the world besides the files it is given.
+// env is a command's access to the outside, apart from its files.
 type env struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
@@ -38,19 +38,19 @@ func newApp(e *env) *cli.App {
 		HelpName: "daxfs",
 		Usage:    "container images that machines, kernels and processes share in memory",
 		Version:  version.String(),
-		Description: "Exit status: 0 done; 1 an error; 2 wrong use; 3 verify, pool check or doctor found something wrong; 130\n" +
-			"interrupted. Flags may stand before and after arguments. Every command has examples: daxfs help COMMAND,\n" +
-			"or daxfs COMMAND --help",
+		Description: "Exit status: 0 done; 1 an error; 2 wrong use; 3 verify, pool check or doctor found something\n" +
+			"wrong; 130 interrupted. Flags may stand before and after arguments. Every command has examples:\n" +
+			"daxfs help COMMAND, or daxfs COMMAND --help",
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,
 		BashComplete:         suggest,
 		Reader:               e.stdin,
 		Writer:               e.stdout,
 		ErrWriter:            e.stderr,
-		// run says what went wrong, and chooses the status.
+		// run prints the error and chooses the status.
 		ExitErrHandler: func(*cli.Context, error) {},
 		OnUsageError:   onUsageError,
-		// Only --help beside arguments comes here: the library takes those for the names of commands to explain.
+		// Only --help beside arguments gets here: the library takes the arguments for command names to explain.
 		CommandNotFound: func(c *cli.Context, _ string) { _ = cli.ShowSubcommandHelp(c) },
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -68,14 +68,14 @@ func newApp(e *env) *cli.App {
 	return app
 }
 
-// prepare sets what all commands have in common.
+// prepare sets the defaults of all commands.
 func prepare(c *cli.Command) {
 	c.OnUsageError = onUsageError
 	c.HideHelpCommand = true
 	if c.BashComplete == nil {
 		c.BashComplete = suggest
 	}
-	// A description is written in a raw string and shown as it stands there.
+	// Descriptions are raw strings and shown unchanged.
 	c.Description = strings.TrimSpace(c.Description)
 	if len(c.Subcommands) > 0 {
 		c.Action = func(c *cli.Context) error {
@@ -90,12 +90,11 @@ func prepare(c *cli.Command) {
 	}
 }
 
-// wrongUse is a usageError of the command that runs.
 func wrongUse(c *cli.Context, format string, args ...any) error {
 	return &usageError{command: commandName(c), msg: fmt.Sprintf(format, args...)}
 }
 
-// commandName is how a user calls the command that runs: "convert", "pool init", or nothing for the program itself.
+// commandName returns the name of the running command, such as "convert" or "pool init"; "" for the program itself.
 func commandName(c *cli.Context) string {
 	if c.Command == nil {
 		return ""
@@ -105,14 +104,14 @@ func commandName(c *cli.Context) string {
 
 func onUsageError(c *cli.Context, err error, _ bool) error {
 	msg := err.Error()
-	// Package flag names what it does not know with one dash, whatever was written.
+	// Package flag names an unknown flag with one dash, however it was written.
 	if flag, ok := strings.CutPrefix(msg, "flag provided but not defined: -"); ok {
 		msg = "unknown flag " + dashed(flag)
 	}
 	return wrongUse(c, "%s", msg)
 }
 
-// dashed is the name of a flag as help texts show it.
+// dashed returns the name of a flag as in help texts.
 func dashed(name string) string {
 	if len(name) == 1 {
 		return "-" + name
@@ -120,7 +119,7 @@ func dashed(name string) string {
 	return "--" + name
 }
 
-// needArgs checks the number of arguments; names are those that are missing or too many, "[X]" may be left out.
+// needArgs checks the number of arguments. names are the expected arguments; "[X]" is optional.
 func needArgs(c *cli.Context, names ...string) error {
 	least := 0
 	for _, n := range names {
@@ -134,15 +133,15 @@ func needArgs(c *cli.Context, names ...string) error {
 	return nil
 }
 
-// reorder moves flags before arguments, so that "convert SOURCE -o IMAGE" works: the flag parser of Go stops at the first
-// argument. What follows "--" stays where it is.
+// reorder moves flags before arguments, so that "convert SOURCE -o IMAGE" works: Go's flag parser
+// stops at the first argument. Everything after "--" stays in place.
 func reorder(args []string, flags []cli.Flag, commands []*cli.Command) []string {
 	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
 	}
 	out := []string{args[0]}
 	args = args[1:]
-	// Flags before the command belong to the program; then the command, and perhaps one of its own commands.
+	// Flags before the command belong to the program. Then follow the command and perhaps a subcommand.
 	for len(args) > 0 {
 		if strings.HasPrefix(args[0], "-") {
 			break
@@ -169,7 +168,7 @@ func reorder(args []string, flags []cli.Flag, commands []*cli.Command) []string 
 		options = append(options, a)
 		if takesValue(a, flags) {
 			if i++; i == len(args) {
-				// The parser shall miss the value, and not take an argument for it.
+				// Let the parser report the missing value, instead of taking an argument for it.
 				return append(out, options...)
 			}
 			options = append(options, args[i])
@@ -182,7 +181,7 @@ func reorder(args []string, flags []cli.Flag, commands []*cli.Command) []string 
 	return append(out, rest...)
 }
 
-// takesValue tells whether the argument after an option belongs to it.
+// takesValue reports whether the argument after an option belongs to it.
 func takesValue(option string, flags []cli.Flag) bool {
 	name := strings.TrimLeft(option, "-")
 	if strings.Contains(name, "=") {

@@ -20,9 +20,9 @@ func attachCommand(e *env) *cli.Command {
 		Usage:     "make OCI images of shared pools known to containerd",
 		ArgsUsage: "[NAME]...",
 		Description: `
-The daemon writes manifest, configuration and name of an OCI image to the containerd of this machine, and claims its layers in the
-pool of another owner (shared.pools in its configuration). No registry is asked and no layer is copied. Without NAME and --all
-the command lists what there is.
+The daemon writes the manifest, configuration and name of an OCI image to the containerd of this
+machine, and claims its layers in the pool of another owner (shared.pools in its configuration). It
+asks no registry and copies no layer. Without NAME and --all the command lists the available images.
 
 Examples:
    daxfs attach
@@ -41,8 +41,9 @@ func detachCommand(e *env) *cli.Command {
 		Usage:     "remove attached OCI images from containerd",
 		ArgsUsage: "[NAME]...",
 		Description: `
-Containers that run are not disturbed. What they use stays claimed in the pool until they are gone. The daemon does not attach an
-image again by itself that was detached, unless its name stands for another one then.
+Running containers are not disturbed. Their images stay claimed in the pool until they are gone. The
+daemon does not attach a detached image again by itself, unless its name then stands for another
+image.
 
 Example:
    daxfs detach docker.io/library/nginx:latest`,

@@ -9,7 +9,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// Names in a pool of somebody else can hold anything. Nothing of it reaches the terminal.
+// Names in another owner's pool can contain anything. No control sequence reaches the terminal.
 func TestAttach(t *testing.T) {
 	d := startDaemon(t, "")
 	d.shared = api.SharedAnswer{

@@ -49,17 +49,17 @@ Examples:
 	}
 }
 
-// completionFlag asks for what can follow the arguments before it. Scripts end those with "-" where a flag is meant.
+// completionFlag asks for possible continuations. Scripts put "-" before it to ask for flags.
 const completionFlag = "--generate-bash-completion"
 
-// asksAfterDashes tells whether it is asked what can follow "--". The library takes such a question for arguments, and
-// would run the command: a TAB would unmount, or remove an image.
+// asksAfterDashes reports whether a script asks for continuations of "--". The library would take the
+// question for arguments and run the command: a TAB would unmount a directory, or remove an image.
 func asksAfterDashes(args []string) bool {
 	return len(args) > 0 && args[len(args)-1] == completionFlag && slices.Contains(args, "--")
 }
 
-// suggest writes what can follow: commands or flags, each with its usage behind a tab. Where it writes nothing, the shell
-// completes file names.
+// suggest writes the possible continuations: commands or flags, each with its usage after a tab. If it
+// writes nothing, the shell completes file names.
 func suggest(c *cli.Context) {
 	if n := c.NArg(); n > 0 {
 		if c.Args().Get(n-1) == "-" {
@@ -82,8 +82,8 @@ func suggest(c *cli.Context) {
 	}
 }
 
-// The scripts ask the program, except where a flag stands before the word: its value is a file, if anything that a shell
-// can complete, and so is what follows a flag without one.
+// The scripts ask the program, unless the previous word is a flag: its value can only be completed as
+// a file name, and so can the word after a flag without a value.
 const bashCompletion = `_daxfs() {
   local cur=${COMP_WORDS[COMP_CWORD]} line
   local words=("${COMP_WORDS[@]:0:COMP_CWORD}") names=()

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// completions are what is typed before a TAB, and the arguments that daxfs is called with then.
+// completions are texts typed before a TAB, and the arguments with which daxfs is then called.
 var completions = []struct{ typed, args string }{
 	{"daxfs insp", "<inspect>"},
 	{"daxfs inspect im", "<inspect><image>"},
@@ -67,7 +67,7 @@ func TestCompletion(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// What runs in the place of daxfs says how it was called, and lets daxfs answer the questions of the shell.
+			// The script in place of daxfs prints its arguments, and lets daxfs answer the shell's questions.
 			daxfs := fmt.Sprintf("#!/bin/sh\nfor last; do :; done\n[ \"$last\" != %s ] || exec %s \"$@\"\n"+
 				"printf 'CALLED'; printf '<%%s>' \"$@\"; echo\n", completionFlag, program)
 			for name, b := range map[string]string{s.file: string(script), "bin/daxfs": daxfs, "work/image": ""} {
@@ -106,7 +106,7 @@ func TestCompletion(t *testing.T) {
 	}
 }
 
-// askFish has a command for what a TAB would do. Of a flag with a value behind "=" and of a source it shows the whole word.
+// askFish uses a command that prints a TAB's completions. For "--flag=" and for a source it prints the whole word.
 func askFish(t *testing.T, shell *exec.Cmd) {
 	for _, c := range completions {
 		cmd := exec.Command(shell.Path, "-c", "complete -C "+"'"+c.typed+"'")
@@ -123,7 +123,7 @@ func askFish(t *testing.T, shell *exec.Cmd) {
 	}
 }
 
-// typeAt starts a program on a terminal, types keys and returns what was to be seen there until it ended.
+// typeAt starts a program on a terminal, types keys and returns the output until the program ended.
 func typeAt(t *testing.T, cmd *exec.Cmd, keys string) string {
 	t.Helper()
 	master, tty := pseudoTerminal(t)
@@ -139,7 +139,7 @@ func typeAt(t *testing.T, cmd *exec.Cmd, keys string) string {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, _ = seen.ReadFrom(master) // ends with EIO when the last who has the terminal open ends
+		_, _ = seen.ReadFrom(master) // ends with EIO when the last process with the terminal open ends
 	}()
 	if _, err := master.WriteString(keys); err != nil {
 		t.Error(err)

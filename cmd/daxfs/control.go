@@ -17,10 +17,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// defaultControl is where the daemon answers unless its address was changed.
+// defaultControl is the default address of the daemon's control socket.
 const defaultControl = "/run/daxfs-snapshotter/control.sock"
 
-// daemonKeeper is a daemon, by its control socket. docs/control-api.md describes what it answers.
+// daemonKeeper is a keeper that asks the daemon. docs/control-api.md describes the answers.
 type daemonKeeper struct {
 	socket string
 	client http.Client
@@ -34,7 +34,7 @@ func dialControl(socket string) *daemonKeeper {
 	return &daemonKeeper{socket: socket, client: http.Client{Transport: transport}}
 }
 
-// owns tells whether the daemon runs and owns the pool with that id.
+// owns reports whether the daemon runs and owns the pool with that id.
 func (d *daemonKeeper) owns(ctx context.Context, id string) bool {
 	if d.socket == "" {
 		return false
@@ -102,7 +102,7 @@ func (d *daemonKeeper) Scrub(ctx context.Context) (found []pool.Finding, lost st
 	return a.Findings, a.Lost, err
 }
 
-// check has the daemon check its pool while it is in use.
+// check makes the daemon check its pool while the pool is in use.
 func (d *daemonKeeper) check(ctx context.Context) ([]pool.Finding, error) {
 	var a api.Check
 	err := d.ask(ctx, http.MethodPost, "check", nil, &a)
@@ -130,7 +130,7 @@ func (d *daemonKeeper) Unmount(ctx context.Context, dir string) error {
 	return d.ask(ctx, http.MethodDelete, "mounts", api.MountRequest{Dir: dir}, nil)
 }
 
-// mounted tells whether the daemon mounted an image on a directory for a user.
+// mounted reports whether the daemon mounted an image on a directory for a user.
 func (d *daemonKeeper) mounted(ctx context.Context, dir string) bool {
 	var list []api.MountRequest
 	if d.socket == "" || d.ask(ctx, http.MethodGet, "mounts", nil, &list) != nil {
@@ -146,7 +146,7 @@ func (d *daemonKeeper) mounted(ctx context.Context, dir string) bool {
 
 func (d *daemonKeeper) Close() error { return nil }
 
-// maxAnswer bounds an answer of the daemon.
+// maxAnswer bounds an answer of the daemon, in bytes.
 const maxAnswer = 256 << 20
 
 // ask sends a request and reads the answer into out, which may be nil.

@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// fakeDaemon answers on a control socket as one that owns a pool. It writes down what it was asked.
+// fakeDaemon answers on a control socket like the owner of a pool. It records the requests.
 type fakeDaemon struct {
 	socket string
 	id     string
@@ -34,7 +34,7 @@ type fakeDaemon struct {
 
 func startDaemon(t *testing.T, id string, images ...store.Info) *fakeDaemon {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "daxfs") // a socket has a short name
+	dir, err := os.MkdirTemp("", "daxfs") // a socket needs a short name
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func (d *fakeDaemon) take() string {
 	return s
 }
 
-// TestDaemonOwnsPool: commands on a pool that a daemon owns do nothing themselves, and ask for the right things.
+// TestDaemonOwnsPool: commands on a daemon's pool do nothing themselves, and send the right requests.
 func TestDaemonOwnsPool(t *testing.T) {
 	dir := t.TempDir()
 	p := filepath.Join(dir, "pool")
@@ -129,7 +129,8 @@ func TestDaemonOwnsPool(t *testing.T) {
 		t.Errorf("put asked %s, expected %s", asked, want)
 	}
 	put := []string{"pool", "put", "--hosts-dir", "certs", "--hosts-dir", "/b", "--name", "two", p, "rootfs:."}
-	want = fmt.Sprintf(`POST /v1/pins {"name":"two","source":"%s/.","hostDirs":["%s/certs","/b"],"namespace":"default"}`,
+	want = fmt.Sprintf(
+		`POST /v1/pins {"name":"two","source":"%s/.","hostDirs":["%s/certs","/b"],"namespace":"default"}`,
 		tree, strings.TrimPrefix(tree, "rootfs:"))
 	if asked := ask(statusOK, "two: 4KiB", put...); asked != want {
 		t.Errorf("put asked %s, expected %s", asked, want)
@@ -154,7 +155,7 @@ func TestDaemonOwnsPool(t *testing.T) {
 	if asked := ask(statusOK, "by the daemon", "mount", "--suid", "--pool", p, "one", dir); asked != want {
 		t.Errorf("mount asked %s, expected %s", asked, want)
 	}
-	ask(statusFailed, "not mounted", "umount", dir) // forgets what the daemon did not do
+	ask(statusFailed, "not mounted", "umount", dir) // forgets a mount that the daemon did not make
 	ask(statusFailed, `image "none": not found`, "mount", "--pool", p, "none", t.TempDir())
 
 	// A daemon that owns another pool is not asked.

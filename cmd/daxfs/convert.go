@@ -30,12 +30,15 @@ func convertCommand(e *env) *cli.Command {
 		Description: `
 ` + sourceHelp + `
 
-Archives may be compressed with gzip or zstd; such a one is unpacked to a file in $TMPDIR first. All digests are verified.
-The same layers give the same bytes, whatever the source. When the command fails or is interrupted, IMAGE is as it was before.
+Archives may be compressed with gzip or zstd; a compressed one is first unpacked to a file in
+$TMPDIR. All digests are verified. The same layers give the same bytes, whatever the source. If the
+command fails or is interrupted, IMAGE stays as it was.
 
-With --to DESTINATION the result is an OCI image with the same layers in zstd:chunked, of which a daxfs host and podman fetch only the
-files that they lack. DESTINATION is ` + recompress.Kinds + `. Configurations stay as they are, and so do
-indexes with all their images unless --platform chooses one. What cannot be zstd:chunked is kept, with the reason.
+With --to DESTINATION the result is an OCI image with the same layers in zstd:chunked. From such an
+image, a daxfs host and podman fetch only the files that they lack. DESTINATION is
+` + recompress.Kinds + `. Configurations stay as they are, and so do indexes
+with all their images unless --platform chooses one. A layer that cannot be zstd:chunked is kept,
+with the reason.
 
 ` + sizeHelp + `
 
@@ -56,7 +59,11 @@ Examples:
 				Name: "concurrency", Usage: "read `N` layers at the same time, at least 4",
 				DefaultText: "one for each core",
 			},
-			&cli.StringFlag{Name: "memory", Usage: "let at most `SIZE` of contents of a remote image wait in memory; more waits on disk", Value: size(converter.DefaultMemory)},
+			&cli.StringFlag{
+				Name:  "memory",
+				Usage: "let at most `SIZE` of contents of a remote image wait in memory; more waits on disk",
+				Value: size(converter.DefaultMemory),
+			},
 			&cli.StringFlag{
 				Name: "max-size", Usage: "refuse images with more than `SIZE` of unpacked layers",
 				Value: size(converter.DefaultMaxSize),
@@ -81,25 +88,28 @@ Examples:
 	}
 }
 
-// sourceHelp explains SOURCE to those who call a command that takes one.
+// sourceHelp explains SOURCE in the help of commands that take one.
 const sourceHelp = `SOURCE is one of
    oci:DIR[:TAG]              an OCI image layout
    oci-archive:FILE[:TAG]     an OCI image layout in a tar file
-   docker-archive:FILE[:REF]  what docker save writes; :@N in the place of :REF is its image N, from 0
+   docker-archive:FILE[:REF]  the output of docker save; :@N in place of :REF is its image N, from 0
    docker://REF               an image in a registry, with the credentials of docker login
    containerd:REF             an image in containerd's image store
-   rootfs:DIR                 a directory, as it is; with --overlay-upper without what overlayfs notes in it
+   rootfs:DIR                 a directory as it is; with --overlay-upper without overlayfs's own marks
    daxfs:FILE                 an image that daxfs convert wrote; it is verified first
-oci and oci-archive take @DIGEST in the place of :TAG, too. Without any of these there has to be one image, for each platform
-at most; what else stands beside it is passed over. docs/sources.md has the rules.`
+oci and oci-archive also take @DIGEST in place of :TAG. Without a tag, name or digest, the source must
+hold one image, at most one for each platform; other entries are skipped. docs/sources.md has the rules.`
 
-// sizeHelp explains SIZE to those who call a command that takes one: see sizeFlag.
+// sizeHelp explains SIZE in the help of commands that take one: see sizeFlag.
 const sizeHelp = `A SIZE is a number of bytes, or of KiB, MiB, GiB or TiB with k, m, g or t behind it.`
 
-// sourceFlags say how SOURCE is to be reached, and what is wanted of it.
+// sourceFlags select how to reach SOURCE and which image of it to take.
 func sourceFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "platform", Usage: "choose `OS[(VERSION+FEATURE)]/ARCH[/VARIANT]` from a multi-platform image", DefaultText: "this machine's"},
+		&cli.StringFlag{
+			Name: "platform", Usage: "choose `OS[(VERSION+FEATURE)]/ARCH[/VARIANT]` from a multi-platform image",
+			DefaultText: "this machine's",
+		},
 		&cli.BoolFlag{Name: "overlay-upper", Usage: "the directory of rootfs:DIR is the upper directory of an overlay"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "talk to the registry without TLS"},
 		&cli.StringSliceFlag{
@@ -118,7 +128,7 @@ func sourceFlags() []cli.Flag {
 	}
 }
 
-// parseSource opens what SOURCE and the sourceFlags say. The caller closes the source. notify is told what holds it up.
+// parseSource opens the SOURCE that the arguments name. The caller closes it. notify gets the reasons for delays.
 func (e *env) parseSource(c *cli.Context, name string, maxSize int64,
 	notify func(string),
 ) (source.Source, source.Platform, error) {
@@ -158,7 +168,7 @@ func (e *env) convert(c *cli.Context) error {
 		NoXattrs:    c.Bool("no-xattrs"),
 		Sync:        c.Bool("sync"),
 	}
-	if label := o.Image.Label; len(label) > daxfs.MaxLabel { // said before layers are read
+	if label := o.Image.Label; len(label) > daxfs.MaxLabel { // checked before layers are read
 		return wrongUse(c, "--label %q: %d bytes, expected at most %d", label, len(label), daxfs.MaxLabel)
 	}
 	if o.Concurrency < 0 {
@@ -195,7 +205,7 @@ func (e *env) convert(c *cli.Context) error {
 		printSummary(w, c.String("output"), res)
 		printOverlay(w, res.Dir, c.Bool("overlay-upper"))
 	}
-	if n := res.Dir.IgnoredXattrs; n > 0 { // a loss, which --quiet is not meant to hide
+	if n := res.Dir.IgnoredXattrs; n > 0 { // a loss, so --quiet does not hide it
 		fmt.Fprintf(e.stderr, "daxfs: left out %d extended attributes: "+
 			"an image holds user.*, trusted.*, security.* and POSIX ACLs\n", n)
 	}
@@ -206,7 +216,7 @@ func (e *env) convert(c *cli.Context) error {
 	return nil
 }
 
-// size writes bytes in the form in which flags take them.
+// size formats bytes as flags accept them.
 func size(n int64) string {
 	return units.CustomSize("%.4g%s", float64(n), 1024, []string{"", "k", "m", "g", "t"})
 }
@@ -219,7 +229,7 @@ func sizeFlag(c *cli.Context, name string) (int64, error) {
 	return n, nil
 }
 
-// summary is what convert --json writes. All sizes are bytes.
+// summary is the output of convert --json. All sizes are bytes.
 type summary struct {
 	Image        string    `json:"image"`
 	UUID         string    `json:"uuid"`
@@ -249,7 +259,6 @@ type lostXattr struct {
 	Bytes     []byte `json:"pathBytes,omitempty"`
 }
 
-// counts of an image, as convert and inspect show them.
 type counts struct {
 	Inodes      int   `json:"inodes"`
 	Names       int   `json:"names"`
@@ -308,8 +317,8 @@ func printSummary(w io.Writer, image string, r *converter.Result) {
 	printLosses(w, r.Stats.Xattrs, summaryOf(image, r).LeftOut, r.Stats.Names-r.Stats.V8Names)
 }
 
-// printLosses says what the DAXFS half cannot show: all names, of which the first are left. Times are not worth a line: it
-// never has them.
+// printLosses lists what the DAXFS half cannot show. left are the first of all names that it lacks. It
+// never has times, so they are not listed.
 func printLosses(w io.Writer, xattrs int, left []leftOut, all int) {
 	if xattrs > 0 {
 		fmt.Fprintf(w, "daxfs.ko will not show the extended attributes of %d inodes\n", xattrs)
@@ -328,7 +337,7 @@ func printLosses(w io.Writer, xattrs int, left []leftOut, all int) {
 	}
 }
 
-// printLostXattrs says what --no-xattrs left out: a loss, which --quiet is not meant to hide.
+// printLostXattrs lists the attributes that --no-xattrs left out. They are a loss, so --quiet does not hide them.
 func printLostXattrs(w io.Writer, lost []tree.LostXattr) {
 	const most = 10
 	for i, l := range lost {
@@ -341,7 +350,7 @@ func printLostXattrs(w io.Writer, lost []tree.LostXattr) {
 	}
 }
 
-// printOverlay says what became of the notes of overlayfs in a directory.
+// printOverlay reports how overlayfs's own marks in a directory were handled.
 func printOverlay(w io.Writer, s layer.Stats, upper bool) {
 	if s.Whiteouts+s.OverlayXattrs == 0 {
 		return

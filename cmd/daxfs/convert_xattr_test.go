@@ -12,7 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// TestConvertNoXattrs: what is left out is told, also with --quiet, and no more than a screen of it.
+// TestConvertNoXattrs: convert lists the lost attributes, also with --quiet, but at most a screenful.
 func TestConvertNoXattrs(t *testing.T) {
 	dir := t.TempDir()
 	layout := ocitest.NewLayout(t, filepath.Join(dir, "layout"))

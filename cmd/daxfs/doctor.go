@@ -26,16 +26,18 @@ func init() { register(80, doctorCommand) }
 func doctorCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "doctor",
-		Usage:     "tell what this machine can share, and what is missing",
+		Usage:     "show what this machine can share, and what is missing",
 		ArgsUsage: "[PATH...]",
 		Description: `
-PATH is an image, a pool or a directory for one; without any, all memory of the machine that could hold a pool is looked
-at. For each the drivers are tried, in the order of auto; * marks the one that auto takes. containerd, its configuration and the
-daemon are checked, too, and what has to be added to that configuration is printed. The last line is the verdict. The exit status
-is 3 if there is memory for which no driver works, or if containerd and the daemon do not fit together or do not run.
+PATH is an image, a pool or a directory for one. Without PATH, doctor checks all memory of the
+machine that could hold a pool. It tries the drivers in the order of auto; * marks the one that auto
+takes. It also checks containerd, its configuration and the daemon, and prints what that
+configuration lacks. The last line is the verdict. The exit status is 3 if no driver works for some
+memory, if containerd and the daemon do not fit together, or if one of them does not run.
 
-With --fix, what containerd's configuration lacks is written into a file of its own in a directory that it imports, after asking. A
-file that is replaced is kept. If containerd does not read the result, it is taken back.
+With --fix, doctor writes the missing part of containerd's configuration to a file of its own in a
+directory that containerd imports, after asking. It keeps a copy of a file that it replaces. If
+containerd does not accept the result, doctor takes the file back.
 
 Examples:
    daxfs doctor
@@ -45,7 +47,7 @@ Examples:
 			&cli.BoolFlag{Name: "json", Usage: "write JSON"},
 			&cli.BoolFlag{
 				Name:  "fix",
-				Usage: "put what containerd's configuration lacks where it belongs, after asking",
+				Usage: "add the missing part of containerd's configuration, after asking",
 			},
 			&cli.BoolFlag{Name: "yes", Usage: "with --fix, do not ask"},
 			&cli.StringFlag{
@@ -66,21 +68,20 @@ Examples:
 	}
 }
 
-// report is what doctor --json writes. Sizes are bytes.
+// report is the output of doctor --json. Sizes are bytes.
 type report struct {
 	Kernel  string         `json:"kernel"`
 	Root    bool           `json:"root"`
 	Support []support      `json:"support"`
 	Memory  []memoryReport `json:"memory"`
-	// Containerd is missing if no containerd was asked.
+	// Containerd is missing if doctor did not ask containerd.
 	Containerd *containerdReport `json:"containerd,omitempty"`
-	// Daemon is missing if neither containerd nor the daemon was asked.
+	// Daemon is missing if doctor asked neither containerd nor the daemon.
 	Daemon *daemonReport `json:"daemon,omitempty"`
-	// Wrong are the names of what is wrong; empty if nothing is.
+	// Wrong names the failed checks; empty if there are none.
 	Wrong []string `json:"wrong"`
 }
 
-// judge finds what is wrong.
 func (r *report) judge() {
 	r.Wrong = []string{}
 	for _, m := range r.Memory {
@@ -102,7 +103,7 @@ func (r *report) judge() {
 	}
 }
 
-// verdict is what is wrong in one line.
+// verdict sums up the report in one line.
 func (r *report) verdict() string {
 	switch len(r.Wrong) {
 	case 0:
@@ -121,7 +122,7 @@ type support struct {
 
 type memoryReport struct {
 	memory
-	// Limit is what containers cannot do with the picked driver and could do elsewhere.
+	// Limit names what containers cannot do with the picked driver, although other drivers allow it.
 	Limit   string              `json:"limit,omitempty"`
 	Drivers []mount.Explanation `json:"drivers"`
 }
@@ -147,7 +148,7 @@ func (e *env) doctor(c *cli.Context) error {
 		socket: c.String("containerd"), config: c.String("containerd-config"), daemonConfig: c.String("config"),
 		name: c.String("snapshotter"),
 	}
-	// A machine that has neither containerd nor a daemon need not have them.
+	// A machine without containerd and daemon is fine.
 	if files.socket != "" &&
 		(c.IsSet("containerd") || exists(files.socket) || exists(files.config) || exists(files.daemonConfig)) {
 		rep.Containerd = checkContainerd(c.Context, files)
@@ -171,9 +172,9 @@ func (e *env) doctor(c *cli.Context) error {
 	return err
 }
 
-// aclLimit is what the kernel cannot do for containers on EROFS.
-const aclLimit = "setfacl fails on files of the image that a container has not changed yet, because EROFS cannot set ACLs; " +
-	"touch them first. The fuse driver has not got that limit"
+// aclLimit describes what the kernel cannot do for containers on EROFS.
+const aclLimit = "setfacl fails on files of the image that a container has not changed yet, because EROFS cannot " +
+	"set ACLs; touch them first. The fuse driver does not have that limit"
 
 func exists(path string) bool {
 	_, err := os.Stat(path)
@@ -211,12 +212,12 @@ func memoryOf(paths []string) ([]memory, error) {
 	return out, nil
 }
 
-// explain asks the drivers. A directory stands for a pool file in it, so one is made for the question.
+// explain asks all drivers about a region. For a directory it makes a temporary pool file there.
 func explain(ctx context.Context, info region.Info) []mount.Explanation {
 	return explainWith(ctx, drivers.All(), info)
 }
 
-// explainWith is explain for some drivers.
+// explainWith is explain with a given list of drivers.
 func explainWith(ctx context.Context, list []mount.Driver, info region.Info) []mount.Explanation {
 	st, err := os.Stat(info.Path)
 	if err != nil || !st.IsDir() {
@@ -232,7 +233,7 @@ func explainWith(ctx context.Context, list []mount.Driver, info region.Info) []m
 	out := mount.Explain(ctx, list, info)
 	for i := range out {
 		out[i].Why = strings.ReplaceAll(out[i].Why, info.Path, dir)
-		// Who may not write there is asking for somebody who may.
+		// Without permission to write there, keep the answer; root could use the driver.
 		var pe *fs.PathError
 		if errors.As(err, &pe) && !errors.Is(err, fs.ErrPermission) {
 			out[i].Usable, out[i].Picked = false, false
@@ -250,7 +251,7 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// supported looks at what the kernel and the system have, without changing anything.
+// supported lists what the kernel and the system support, without changing anything.
 func supported() []support {
 	var out []support
 	known, _ := os.ReadFile("/proc/filesystems")
@@ -267,7 +268,7 @@ func supported() []support {
 		{"/dev/loop-control", "for pools on tmpfs; modprobe loop"},
 		{"/dev/fuse", "for the fuse driver; modprobe fuse"},
 	} {
-		f, err := os.OpenFile(dev.path, os.O_RDWR, 0) // a node can be there without its driver
+		f, err := os.OpenFile(dev.path, os.O_RDWR, 0) // the node may exist without its driver
 		if err == nil {
 			f.Close()
 		}
@@ -334,7 +335,6 @@ func (e *env) show(r report) error {
 	return nil
 }
 
-// properties says in words what can be done with a region.
 func properties(i region.Info) string {
 	device := "no block device"
 	if i.BlockDevice != "" && i.DAX {

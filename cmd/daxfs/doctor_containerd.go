@@ -26,27 +26,26 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/config"
 )
 
-// containerdReport is what doctor finds on containerd's side.
 type containerdReport struct {
 	Address string    `json:"address"`
 	Version string    `json:"version,omitempty"`
 	Checks  []support `json:"checks"`
-	// Snippet is what to add to containerd's configuration; empty if nothing is missing there.
+	// Snippet is the missing part of containerd's configuration; empty if nothing is missing.
 	Snippet string `json:"snippet,omitempty"`
 
-	process int // that listens; 0 if it cannot be seen
+	process int // the listening process; 0 if it is not visible
 }
 
-// containerdFiles says where the parties keep their configuration.
+// containerdFiles locates the sockets and configurations.
 type containerdFiles struct {
 	socket, config, daemonConfig string
 	name                         string // of the snapshotter in containerd
 }
 
-// doctorTimeout bounds each question to containerd and to the daemon.
+// doctorTimeout bounds each request to containerd and to the daemon.
 const doctorTimeout = 5 * time.Second
 
-// checkContainerd asks containerd, its configuration file and the daemon whether they fit together.
+// checkContainerd checks that containerd, its configuration file and the daemon fit together.
 func checkContainerd(ctx context.Context, files containerdFiles) *containerdReport {
 	r := &containerdReport{Address: files.socket}
 	add := func(name string, ok bool, format string, args ...any) bool {
@@ -59,7 +58,7 @@ func checkContainerd(ctx context.Context, files containerdFiles) *containerdRepo
 		return r
 	}
 	defer conn.Close()
-	ctx = namespaces.WithNamespace(ctx, "default") // any: nothing is looked up in it
+	ctx = namespaces.WithNamespace(ctx, "default") // any namespace will do: nothing is looked up in it
 	minor, err := r.askVersion(ctx, conn)
 	if !add("containerd answers", err == nil, "%v; is it running, and are you root?", err) {
 		return r
@@ -89,7 +88,7 @@ func checkContainerd(ctx context.Context, files containerdFiles) *containerdRepo
 	return r
 }
 
-// snippetFor is what has to be added for the daemon that a file configures.
+// snippetFor returns the configuration that containerd needs for the daemon with a configuration file.
 func snippetFor(minor int, daemonConfig string) string {
 	text, usual := config.ContainerdSnippet(minor), config.Default()
 	if c, err := loadDaemonConfig(daemonConfig); err == nil {
@@ -104,7 +103,7 @@ const snapshotterPlugin = "io.containerd.snapshotter.v1/"
 
 type adder func(name string, ok bool, format string, args ...any) bool
 
-// checkPlugin looks at what containerd was told about the snapshotter.
+// checkPlugin checks containerd's configuration of the snapshotter.
 func (r *containerdReport) checkPlugin(p *introspection.Plugin, add adder) {
 	add("export root", p.Exports["root"] != "",
 		"without it kubelet measures a directory that does not exist; expected the daemon's root")
@@ -115,16 +114,16 @@ func (r *containerdReport) checkPlugin(p *introspection.Plugin, add adder) {
 		"without it a container with a user namespace gets a copy of the whole image")
 }
 
-// checkConfig looks at what only containerd's configuration tells: pairs of snapshotter and differ, defaults, CRI.
+// checkConfig checks what only containerd's configuration shows: pairs of snapshotter and differ, defaults, CRI.
 func (r *containerdReport) checkConfig(ctx context.Context, files containerdFiles,
 	plugins map[string]*introspection.Plugin, add adder,
 ) {
 	d, err := dumpConfig(ctx, files.config)
 	if err != nil {
-		add("containerd's configuration", false, "can not be read: %v", err)
+		add("containerd's configuration", false, "cannot be read: %v", err)
 		return
 	}
-	// Our differs are those that lead to the snapshotter's own socket, and those that are called as if they did.
+	// Our differs are those at the snapshotter's own socket, and those with our name.
 	address := ""
 	if p := plugins[snapshotterPlugin+files.name]; p != nil {
 		address = strings.TrimPrefix(p.Exports["address"], "unix://")
@@ -134,7 +133,8 @@ func (r *containerdReport) checkConfig(ctx context.Context, files containerdFile
 		if p.Type == "diff" && (p.Address == address || name == files.name+"-diff") {
 			ours[name] = true
 			add("differ "+name+" socket", p.Address == address,
-				"[proxy_plugins.%s] has the address %q and the snapshotter %q; layers cannot be applied: make them the same",
+				"[proxy_plugins.%s] has the address %q and the snapshotter %q; layers cannot be applied: "+
+					"make them the same",
 				name, p.Address, address)
 		}
 	}
@@ -174,13 +174,13 @@ func (r *containerdReport) checkConfig(ctx context.Context, files containerdFile
 	}
 }
 
-// platformFits tells whether an entry of unpack_config is for this machine.
+// platformFits reports whether an entry of unpack_config is for this machine.
 func platformFits(name string) bool {
 	p, err := platforms.Parse(name)
 	return err == nil && platforms.Only(platforms.DefaultSpec()).Match(p)
 }
 
-// checkSocket compares what containerd was told of the daemon with the daemon's own configuration.
+// checkSocket compares the daemon's address in containerd's configuration with the daemon's own configuration.
 func (r *containerdReport) checkSocket(files containerdFiles, p *introspection.Plugin, add adder) {
 	address := strings.TrimPrefix(p.Exports["address"], "unix://")
 	st, err := os.Stat(address)
@@ -190,7 +190,7 @@ func (r *containerdReport) checkSocket(files containerdFiles, p *introspection.P
 	}
 	c, err := loadDaemonConfig(files.daemonConfig)
 	if err != nil {
-		return // said with the daemon
+		return // the daemon's part reports it
 	}
 	add("address agrees", c.Address == address, "%s says %q, containerd says %q; make them the same",
 		files.daemonConfig, c.Address, address)
@@ -222,7 +222,6 @@ func (r *containerdReport) askVersion(ctx context.Context, conn *grpc.ClientConn
 	return strconv.Atoi(fields[1])
 }
 
-// askPlugins returns containerd's plugins by type and id.
 func askPlugins(ctx context.Context, conn *grpc.ClientConn) (map[string]*introspection.Plugin, error) {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
@@ -237,7 +236,7 @@ func askPlugins(ctx context.Context, conn *grpc.ClientConn) (map[string]*introsp
 	return plugins, nil
 }
 
-// askDaemon asks for a snapshot that does not exist: the right answer comes from a working daemon only.
+// askDaemon asks for a snapshot that does not exist: only a working daemon gives the right answer.
 func askDaemon(ctx context.Context, address string) error {
 	conn, err := dialUnix(address)
 	if err != nil {
@@ -253,7 +252,7 @@ func askDaemon(ctx context.Context, address string) error {
 	return fmt.Errorf("asked for a snapshot that does not exist, expected NotFound, found: %w", err)
 }
 
-// dumped is what doctor needs of containerd's configuration.
+// dumped is the part of containerd's configuration that doctor needs.
 type dumped struct {
 	Imports []string
 	Proxy   map[string]struct{ Type, Address string } `toml:"proxy_plugins"`
@@ -277,7 +276,7 @@ type dumped struct {
 
 type unpackEntry struct{ Platform, Snapshotter, Differ string }
 
-// unpack returns the entries of unpack_config, or those that are built in.
+// unpack returns the entries of unpack_config, or containerd's built-in default.
 func (d *dumped) unpack() []unpackEntry {
 	if d.Plugins.Transfer.Unpack == nil {
 		return []unpackEntry{{"linux", "overlayfs", "walking"}}
@@ -285,7 +284,7 @@ func (d *dumped) unpack() []unpackEntry {
 	return d.Plugins.Transfer.Unpack
 }
 
-// criSnapshotters returns the snapshotters that CRI names, by where it does.
+// criSnapshotters returns the snapshotters in the configuration of CRI, by their keys.
 func (d *dumped) criSnapshotters() map[string]string {
 	all := map[string]string{}
 	if s := d.Plugins.Images.Snapshotter; s != "" {
@@ -299,8 +298,8 @@ func (d *dumped) criSnapshotters() map[string]string {
 	return all
 }
 
-// dumpConfig reads containerd's configuration. containerd itself puts its files together: they may import others, and a
-// version older than its own is translated.
+// dumpConfig reads containerd's configuration through containerd, which merges imported files and
+// translates older configuration versions.
 func dumpConfig(ctx context.Context, file string) (*dumped, error) {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()

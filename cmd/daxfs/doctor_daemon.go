@@ -22,14 +22,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// daemonReport is what doctor finds on the daemon's side.
 type daemonReport struct {
 	Config string    `json:"config"`
 	Checks []support `json:"checks"`
 }
 
-// checkDaemon looks at the daemon: its configuration, whether it runs, as whom and where. listener is the process that
-// listens on containerd's socket, or 0.
+// checkDaemon checks the daemon: its configuration, whether it runs, its user and its mount namespace.
+// listener is the process that listens on containerd's socket, or 0.
 func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daemonReport {
 	r := &daemonReport{Config: files.daemonConfig}
 	add := func(name string, ok bool, format string, args ...any) bool {
@@ -42,7 +41,8 @@ func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daem
 	}
 	if listener != 0 {
 		add("containerd.address", sameFile(c.Containerd.Address, files.socket),
-			"%s says %q, and containerd answers at %q: layers cannot be read from it; correct it and restart daxfs-snapshotter",
+			"%s says %q, and containerd answers at %q: layers cannot be read from it; "+
+				"correct it and restart daxfs-snapshotter",
 			files.daemonConfig, c.Containerd.Address, files.socket)
 	}
 	checkOverlayOptions(c, add)
@@ -60,9 +60,9 @@ func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daem
 	if listener != 0 && pid != 0 {
 		ours, theirs, err := mountNamespaces(pid, listener)
 		add("one mount namespace", err != nil || ours == theirs,
-			"daxfs-snapshotter (process %d) is in %s and containerd (process %d) in %s: containers would get an empty root, so "+
-				"they are refused; take away what separates them, such as PrivateMounts= of a unit", pid, ours,
-			listener, theirs)
+			"daxfs-snapshotter (process %d) is in %s and containerd (process %d) in %s: containers would get an empty "+
+				"root, so they are refused; take away what separates them, such as PrivateMounts= of a unit",
+			pid, ours, listener, theirs)
 	}
 	checkIdentity(c, add)
 	status, err := dialControl(api.Socket(c.Address)).status(ctx)
@@ -92,7 +92,7 @@ func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daem
 			add("shared pool "+p.Name, p.Error == "", "%s; its images cannot be used, %d are claimed",
 				p.Error, p.Claimed)
 		}
-		if p.Lease == "" { // which is right if its owner keeps all images
+		if p.Lease == "" { // fine if the owner keeps all images
 			const note = "none: its owner has to say readers = \"keep\""
 			r.Checks = append(r.Checks, support{"lease for shared pool " + p.Name, true, note})
 		}
@@ -108,7 +108,7 @@ func loadDaemonConfig(file string) (*config.Config, error) {
 	return c, err
 }
 
-// checkPool tries the configured driver on the configured pool, for a daemon that does not run.
+// checkPool tries the configured driver on the configured pool while the daemon does not run.
 func checkPool(ctx context.Context, c *config.Config, add adder) {
 	list, err := mount.Select(drivers.All(), c.Mount.Driver)
 	if !add("mount.driver", err == nil, "%v", err) {
@@ -121,7 +121,7 @@ func checkPool(ctx context.Context, c *config.Config, add adder) {
 	}
 	if path != "" {
 		if info, err = describe("/", path); errors.Is(err, fs.ErrNotExist) {
-			// One that is not made yet is of the kind of its directory.
+			// A pool that does not exist yet will have the kind of its directory.
 			info, err = fileRegion(existing(filepath.Dir(path)))
 		}
 	}
@@ -141,7 +141,7 @@ func checkPool(ctx context.Context, c *config.Config, add adder) {
 		strings.Join(why, "; "))
 }
 
-// checkOverlayOptions has the kernel try the configured options. Only root can ask it.
+// checkOverlayOptions tries the configured options in the kernel. Only root can do that.
 func checkOverlayOptions(c *config.Config, add adder) {
 	if len(c.Mount.OverlayOptions) == 0 || os.Geteuid() != 0 {
 		return
@@ -158,14 +158,14 @@ func checkOverlayOptions(c *config.Config, add adder) {
 	}
 	places := []string{"lowerdir=" + dir + "/lower", "upperdir=" + dir + "/upper", "workdir=" + dir + "/work"}
 	if overlay.Try(places) != nil {
-		return // it is not the options
+		return // the options are not the cause
 	}
 	err = overlay.Try(append(places, c.Mount.OverlayOptions...))
 	add("mount.overlay_options", err == nil, "the kernel refuses %q: %v; correct them in the daemon's configuration",
 		c.Mount.OverlayOptions, err)
 }
 
-// sameFile tells whether two paths lead to one file, such as a socket.
+// sameFile reports whether two paths lead to the same file, for instance the same socket.
 func sameFile(a, b string) bool {
 	sa, err := os.Stat(a)
 	if err != nil {
@@ -175,8 +175,7 @@ func sameFile(a, b string) bool {
 	return err == nil && os.SameFile(sa, sb)
 }
 
-// socketOwner returns the process and the user that listen on a unix socket. The process is 0 if it cannot be seen from
-// here.
+// socketOwner returns the process and the user that listen on a unix socket; 0 for an invisible process.
 func socketOwner(path string) (pid, uid int, err error) {
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	if err != nil {
@@ -198,7 +197,6 @@ func socketOwner(path string) (pid, uid int, err error) {
 	return int(cred.Pid), int(cred.Uid), nil
 }
 
-// mountNamespaces returns the mount namespaces of two processes.
 func mountNamespaces(a, b int) (ofA, ofB string, err error) {
 	ofA, erra := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", a))
 	ofB, errb := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", b))

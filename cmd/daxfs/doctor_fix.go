@@ -16,10 +16,10 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// dropInName is the file that doctor --fix writes into containerd's conf.d.
+// dropInName is the name of the file that doctor --fix writes to containerd's conf.d.
 const dropInName = "daxfs.toml"
 
-// fix writes what containerd's configuration lacks where it belongs, after asking.
+// fix writes the missing part of containerd's configuration, after asking.
 func (e *env) fix(c *cli.Context, r *containerdReport) error {
 	if r.Snippet == "" {
 		_, err := fmt.Fprintln(e.stdout, "\nNothing to fix in containerd's configuration.")
@@ -52,9 +52,9 @@ func (e *env) fix(c *cli.Context, r *containerdReport) error {
 	if err := renameio.WriteFile(file, []byte(r.Snippet), 0o644); err != nil {
 		return err
 	}
-	// What containerd does not read is taken back.
+	// Take the file back if containerd does not accept the result.
 	if _, err := dumpConfig(c.Context, main); err != nil {
-		return errors.Join(fmt.Errorf("containerd does not read its configuration with that file: %w", err),
+		return errors.Join(fmt.Errorf("containerd rejects its configuration with that file: %w", err),
 			takeBack(file, backup))
 	}
 	if backup != "" {
@@ -65,14 +65,14 @@ func (e *env) fix(c *cli.Context, r *containerdReport) error {
 }
 
 func ignoreEOF(err error) error {
-	if errors.Is(err, io.EOF) { // nobody is there to ask
+	if errors.Is(err, io.EOF) { // nobody can answer
 		return nil
 	}
 	return err
 }
 
-// dropIn returns the file in a directory below that of containerd's main configuration, which imports it. Directories
-// elsewhere, such as the one that containerd imports whatever its configuration is, may be read by another containerd.
+// dropIn returns the path of the drop-in, below the directory of containerd's main configuration,
+// which imports it. Other directories may belong to another containerd, even the one that is always imported.
 func dropIn(ctx context.Context, main string) (string, error) {
 	d, err := dumpConfig(ctx, main)
 	if err != nil {
@@ -95,7 +95,7 @@ func dropIn(ctx context.Context, main string) (string, error) {
 		"imports = [%q]\nabove its first table, then try again", main, filepath.Join(root, "conf.d/*.toml"))
 }
 
-// keepCopy copies a file beside itself, and returns the name of the copy; empty if there is no file.
+// keepCopy copies a file beside itself and returns the name of the copy, or "" if there is no file.
 func keepCopy(file string) (string, error) {
 	raw, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -104,7 +104,7 @@ func keepCopy(file string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// not imported: it does not end with .toml
+	// containerd imports only names that end with .toml, so not this one.
 	backup := file + "." + time.Now().UTC().Format("20060102T150405Z") + ".bak"
 	return backup, renameio.WriteFile(backup, raw, 0o644)
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store/shared"
 )
 
-// checkLeases looks for the lease regions of those who read the daemon's pool. One that is not there claims nothing, so
-// that what its reader uses would be freed.
+// checkLeases looks for the lease regions of the readers of the daemon's pool. A missing region claims
+// nothing, so images that its reader uses would be freed.
 func checkLeases(c *config.Config, add adder) {
 	if c.Pool.Readers != store.ReadersLeases {
 		return
@@ -32,7 +32,7 @@ func checkLeases(c *config.Config, add adder) {
 	}
 }
 
-// checkIdentity finds a reader that would be another one after a boot.
+// checkIdentity finds readers whose identity would change at a boot.
 func checkIdentity(c *config.Config, add adder) {
 	if len(c.Shared.Leases) == 0 || shared.Identified() {
 		return
@@ -45,12 +45,12 @@ func checkIdentity(c *config.Config, add adder) {
 			"a boot the lease regions belong to another reader; give the machine one of them (-uuid of QEMU)", dir)
 }
 
-// checkSharedFiles looks at the pools of other owners, for a daemon that does not run.
+// checkSharedFiles checks the pools of other owners while the daemon does not run.
 func checkSharedFiles(c *config.Config, add adder) {
 	for _, name := range c.Shared.Pools {
 		rc, err := region.Named(name)
 		if err == nil {
-			rc.Force = rc.Kind == region.KindPhys // its owner took the range
+			rc.Force = rc.Kind == region.KindPhys // the owner reserved the range
 			_, err = catalogue(rc)
 		}
 		add("shared pool "+name, err == nil, "%v; its images cannot be used", err)

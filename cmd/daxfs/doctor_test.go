@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestDoctorSeesWhoServes: a daemon that is not root's is found, and so is a socket that nobody answers.
+// TestDoctorSeesWhoServes: doctor reports a daemon that is not root's, and a socket that nobody answers.
 func TestDoctorSeesWhoServes(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("takes another user's part, which needs root")
 	}
-	dir, err := os.MkdirTemp("", "daxfs") // a socket has a short name
+	dir, err := os.MkdirTemp("", "daxfs") // a socket needs a short name
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +45,7 @@ func TestDoctorSeesWhoServes(t *testing.T) {
 	}
 	listening := make(chan net.Listener)
 	go func() {
-		runtime.LockOSThread() // and never unlock: the thread ends with the goroutine, and its user with it
+		runtime.LockOSThread() // never unlocked: the thread, and with it the user, ends with the goroutine
 		keep, nobody := ^uintptr(0), uintptr(65534)
 		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, nobody, keep); errno != 0 {
 			t.Error(errno)
@@ -79,8 +79,7 @@ func TestDoctorSeesWhoServes(t *testing.T) {
 	}
 }
 
-// TestDoctorSharedPools: doctor finds lease regions that are not there, and pools of other owners that cannot be used, also
-// for a daemon that does not run.
+// TestDoctorSharedPools: doctor reports missing lease regions and unusable shared pools, also without a daemon.
 func TestDoctorSharedPools(t *testing.T) {
 	dir := t.TempDir()
 	good, away, place := filepath.Join(dir, "good"), filepath.Join(dir, "away"), filepath.Join(dir, "guest.lease")

@@ -25,8 +25,8 @@ func duCommand(e *env) *cli.Command {
 		Usage:     "show what takes space in an image of a pool, and what of it other images have",
 		ArgsUsage: "IMAGE",
 		Description: `
-Each directory down to --depth with the contents of all files below it, in whole pages, the largest first. Contents that have
-several names in the image count once, for the name that comes first.
+Shows each directory down to --depth with the contents of all files below it, in whole pages, the
+largest first. Contents with several names in the image count once, for the first name.
 
 Examples:
    daxfs du docker.io/library/debian:12
@@ -41,7 +41,7 @@ Examples:
 	}
 }
 
-// imageSpace is what du --json writes.
+// imageSpace is the output of du --json.
 type imageSpace struct {
 	Image       string           `json:"image"`
 	Names       []string         `json:"names"`
@@ -51,12 +51,12 @@ type imageSpace struct {
 	Directories []directorySpace `json:"directories"`
 }
 
-// directorySpace is what the files below a directory take.
+// directorySpace is the space of the files below a directory.
 type directorySpace struct {
 	Path      string `json:"path"`
 	PathBytes []byte `json:"pathBytes,omitempty"`
 	Bytes     int64  `json:"bytes"`
-	Shared    int64  `json:"shared"` // of Bytes, what other images have
+	Shared    int64  `json:"shared"` // the part of Bytes that other images have too
 	Files     int    `json:"files"`  // distinct contents
 }
 
@@ -130,7 +130,7 @@ func (e *env) du(c *cli.Context) error {
 	return w.Flush()
 }
 
-// directoriesAbove returns the directories that a file is in, from the root down to depth names below it.
+// directoriesAbove returns the directories above a file, from the root down to depth names below it.
 func directoriesAbove(name string, depth int) []string {
 	dirs := []string{"/"}
 	parts := strings.Split(name, "/")
@@ -146,8 +146,8 @@ func diffCommand(e *env) *cli.Command {
 		Usage:     "show which files two images of a pool share, and which only one has",
 		ArgsUsage: "IMAGE IMAGE",
 		Description: `
-A line for each file with contents: "=" both images have these contents, whatever the names; "-" only the first image has them,
-"+" only the second. Sums stand at the end.
+Writes a line for each file with contents: "=" if both images have these contents, whatever the
+names; "-" if only the first image has them, "+" if only the second. Sums follow at the end.
 
 Examples:
    daxfs diff debian:12 debian:12-slim
@@ -160,7 +160,7 @@ Examples:
 	}
 }
 
-// imageDiff is what diff --json writes.
+// imageDiff is the output of diff --json.
 type imageDiff struct {
 	First  string     `json:"first"`
 	Second string     `json:"second"`
@@ -179,7 +179,7 @@ type diffFile struct {
 	In        string `json:"in"` // shared, first or second
 	Path      string `json:"path"`
 	PathBytes []byte `json:"pathBytes,omitempty"`
-	Other     string `json:"other,omitempty"` // the name in the second image, if it is another one
+	Other     string `json:"other,omitempty"` // the name in the second image, if it differs
 	Bytes     int64  `json:"bytes"`
 }
 
@@ -231,13 +231,13 @@ func (e *env) diff(c *cli.Context) error {
 	return err
 }
 
-// lookFile is contents in an image, with the first of their names.
+// lookFile is one of an image's contents, with its first name.
 type lookFile struct {
 	path     string
 	off, len int64
 }
 
-// compareFiles says which contents are in both lists.
+// compareFiles finds the contents that are in both lists or in one of them.
 func compareFiles(lists [2][]lookFile) imageDiff {
 	second := map[int64]string{}
 	for _, f := range lists[1] {
@@ -270,14 +270,14 @@ func compareFiles(lists [2][]lookFile) imageDiff {
 	return out
 }
 
-// look is a pool that is looked at: whoever owns it, nothing is changed.
+// look is a pool opened for reading. Nothing in it is changed, whoever owns it.
 type look struct {
 	region.Region
 	cat   *pool.Catalogue
 	state *poolState
 }
 
-// openLook opens the pool that a command with poolFlags means. The caller closes it.
+// openLook opens the pool that the poolFlags select. The caller closes it.
 func (e *env) openLook(c *cli.Context) (*look, error) {
 	a, err := poolMeant(c)
 	if err != nil {
@@ -296,12 +296,12 @@ func (e *env) openLook(c *cli.Context) (*look, error) {
 
 func (p *look) find(name string) (poolImage, error) { return p.state.find(name) }
 
-// files calls fn with the names and places of the contents of an image.
+// files calls fn with the name and place of each of an image's contents.
 func (p *look) files(m poolImage, fn func(name string, off, n int64)) error {
 	return pool.WalkFiles(p.Region, p.cat, m.Image, fn)
 }
 
-// distinct returns the contents of an image, each with the first of its names, as a path from "/".
+// distinct returns the contents of an image, each with its first name as a path from "/".
 func (p *look) distinct(m poolImage) (list []lookFile, err error) {
 	seen := map[int64]bool{}
 	err = p.files(m, func(name string, off, n int64) {

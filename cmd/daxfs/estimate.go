@@ -25,15 +25,15 @@ func init() { register(55, estimateCommand) }
 func estimateCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "estimate",
-		Usage:     "tell what images would take and save in a pool, without storing them",
+		Usage:     "estimate what images would take and save in a pool, without storing them",
 		ArgsUsage: "[SOURCE...]",
 		Description: `
 ` + sourceHelp + `
 
-All layers are read, and nothing is written. With --all, the images in a namespace of containerd are taken, whatever snapshotter
-they are unpacked for. What overlayfs takes is what containerd says, for images that are unpacked for it; for others it is what
-the files of their layers take, without directories. The pool is taken to be an empty one; memory for contents is the same as the
-space, once they are read.
+Reads all layers and writes nothing. --all takes the images in a namespace of containerd, whatever
+snapshotter they are unpacked for. The space under overlayfs comes from containerd, for images
+unpacked for it; for others it is the files of their layers, without directories. The pool is
+assumed to be empty. Once the contents are read, they take as much memory as space.
 
 Examples:
    daxfs estimate docker://debian:12 docker://redis:7
@@ -54,20 +54,20 @@ Examples:
 	}
 }
 
-// estimation is what estimate --json writes.
+// estimation is the output of estimate --json.
 type estimation struct {
 	Images []imageEstimate `json:"images"`
-	// LeftOut are images that cannot be read, with the reason.
+	// LeftOut are the images that cannot be read, with the reasons.
 	LeftOut []leftOutImage `json:"leftOut"`
 	store.Estimate
-	// Takes is what a pool with the images takes.
+	// Takes is the size of a pool with the images.
 	Takes int64 `json:"takes"`
-	// Overlay is what the images take unpacked: according to containerd, or else their files.
+	// Overlay is the unpacked size of the images: according to containerd, or else of their files.
 	Overlay int64 `json:"overlay"`
 	Saved   int64 `json:"saved"`
 }
 
-// imageEstimate is what an image takes besides those before it.
+// imageEstimate is the space of an image in addition to the images before it.
 type imageEstimate struct {
 	Source string `json:"source"`
 	store.Estimate
@@ -166,11 +166,11 @@ func (e *env) estimateOne(c *cli.Context, est *store.Estimator, unpacked *unpack
 	return out, nil
 }
 
-// unpackedLayers asks containerd what the snapshots of layers take.
+// unpackedLayers asks containerd for the space of layers' snapshots.
 type unpackedLayers struct {
 	client snapshots.SnapshotsClient
 	closer func() error
-	seen   map[digest.Digest]bool // chains that were counted
+	seen   map[digest.Digest]bool // counted chains
 }
 
 func (u *unpackedLayers) close() {
@@ -179,8 +179,8 @@ func (u *unpackedLayers) close() {
 	}
 }
 
-// usage returns what the snapshots of an image take that were not counted before. ok is false if it is not unpacked for
-// the snapshotter.
+// usage returns the space of an image's snapshots that were not counted before. ok is false if the
+// image is not unpacked for the snapshotter.
 func (u *unpackedLayers) usage(c *cli.Context, img *source.Image) (n int64, ok bool, err error) {
 	if u.client == nil {
 		conn, err := dialUnix(strings.TrimPrefix(c.String("address"), "unix://"))

@@ -24,9 +24,10 @@ func exportCommand(e *env) *cli.Command {
 		Usage:     "write the tree of an image as a tar archive",
 		ArgsUsage: "IMAGE",
 		Description: `
-The archive goes to standard output, or to the file after -o, which is there when all of it is. It is in PAX format: times in
-nanoseconds, extended attributes, hard links, devices. Sockets, and attributes with a "=" in their name, cannot be in a tar;
-they are named on standard error. The same image gives the same archive.
+The archive goes to standard output, or to the file after -o, which appears when it is complete. Its
+format is PAX, with times in nanoseconds, extended attributes, hard links and devices. A tar cannot
+hold sockets, or attributes with a "=" in their name; they are named on standard error. The same
+image gives the same archive.
 
 Examples:
    daxfs export -o debian.tar debian.daxfs
@@ -53,7 +54,7 @@ func (e *env) export(c *cli.Context) error {
 		if err == nil {
 			err = out.CloseAtomicallyReplace()
 		}
-		return errors.Join(err, out.Cleanup()) // which does nothing to a file that is complete
+		return errors.Join(err, out.Cleanup()) // does nothing after the file is complete
 	}
 	if isTerminal(e.stdout) {
 		return wrongUse(c, "standard output is a terminal, expected a file, a pipe or -o FILE")
@@ -94,8 +95,8 @@ type exporter struct {
 	ctx   *cli.Context
 	w     *tar.Writer
 	warn  io.Writer
-	first map[uint64]string // the first name of each inode with several
-	buf   []byte            // for contents: clearing a new one for each file takes longer than all the rest
+	first map[uint64]string // the first name of each inode with several names
+	buf   []byte            // for contents: clearing a new buffer for each file would take longer than all the rest
 }
 
 func (x *exporter) entry(path string, in daxfs.Inode) error {
@@ -147,8 +148,7 @@ func (x *exporter) entry(path string, in daxfs.Inode) error {
 	return copyContents(x.ctx, x.w, in, x.buf)
 }
 
-// header writes a header with the extended attributes. Those of a hard link are repeated: what unpacks it may set the
-// attributes of every entry.
+// header writes a header with the extended attributes. Hard links repeat them: an unpacker may need them.
 func (x *exporter) header(h *tar.Header, in daxfs.Inode) error {
 	xs, err := in.Xattrs()
 	if err != nil {

@@ -11,8 +11,8 @@ import (
 
 func init() { register(920, versionCommand) }
 
-// askHelp turns "daxfs help COMMAND" into "daxfs COMMAND --help". The library's own help command explains commands of
-// commands in another way, and takes the flag away.
+// askHelp turns "daxfs help COMMAND" into "daxfs COMMAND --help". The library's own help command
+// handles subcommands differently and drops the flag.
 func askHelp(args []string, commands []*cli.Command) []string {
 	if len(args) < 2 || args[1] != "help" {
 		return args
@@ -21,7 +21,7 @@ func askHelp(args []string, commands []*cli.Command) []string {
 	for _, name := range args[1:] {
 		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(name) })
 		if i < 0 {
-			return args // which is wrong use, and said to be
+			return args // wrong usage, reported later
 		}
 		commands = commands[i].Subcommands
 	}

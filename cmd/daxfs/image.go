@@ -14,14 +14,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// image is an image file, or a block device that holds one, that is open for reading.
+// image is an open image file, or a block device that holds an image.
 type image struct {
 	*os.File
 	size int64
 }
 
 func openImage(name string) (*image, error) {
-	// Before it is opened: that of a FIFO waits until somebody writes to it, deaf to ^C.
+	// Stat first: opening a FIFO would wait for a writer and ignore ^C.
 	var st unix.Stat_t
 	if err := unix.Stat(name, &st); err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
@@ -34,18 +34,18 @@ func openImage(name string) (*image, error) {
 	if err != nil {
 		return nil, err
 	}
-	size, err := f.Seek(0, io.SeekEnd) // also that of a device
+	size, err := f.Seek(0, io.SeekEnd) // works for devices too
 	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	if kind == unix.S_IFBLK {
-		size = imageSize(f, 0, size) // a device has the size that it has
+		size = imageSize(f, 0, size) // a device may be larger than the image
 	}
 	return &image{f, size}, nil
 }
 
-// openImageFS opens an image and its EROFS half, which holds everything. The caller closes the image.
+// openImageFS opens an image and its EROFS half. The caller closes the image.
 func openImageFS(name string) (*image, *daxfs.FS, error) {
 	img, err := openImage(name)
 	if err != nil {
@@ -59,6 +59,7 @@ func openImageFS(name string) (*image, *daxfs.FS, error) {
 	return img, f, nil
 }
 
+// fs opens the EROFS half, which is complete.
 func (i *image) fs() (*daxfs.FS, error) {
 	f, err := daxfs.Open(daxfs.NewReadCache(i.File, i.size), i.size)
 	if err != nil {
@@ -67,7 +68,7 @@ func (i *image) fs() (*daxfs.FS, error) {
 	return f, nil
 }
 
-// inside is a path of the user as the reader of an image takes it: from the root, wherever it is said to begin.
+// inside converts a user's path to the form of the image reader: relative to the root, wherever it starts.
 func inside(name string) string {
 	if name = path.Clean("/" + name); name == "/" {
 		return "."
@@ -75,8 +76,8 @@ func inside(name string) string {
 	return name[1:]
 }
 
-// printable is a name from an image as it can be shown: one that could do things to a terminal is quoted, and one that
-// looks as if it were.
+// printable returns a name from an image in a form that is safe to show: names with control sequences
+// are quoted, and so are names that look quoted.
 func printable(s string) string {
 	if strings.HasPrefix(s, `"`) {
 		return strconv.Quote(s)

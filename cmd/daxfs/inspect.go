@@ -28,22 +28,22 @@ Examples:
 	}
 }
 
-// maxLeftOut bounds the bytes of the names that are listed: the image may be made to have very many long ones.
+// maxLeftOut bounds the bytes of the listed names: a crafted image may have very many long ones.
 const maxLeftOut = 16 << 20
 
-// inspection is what inspect --json writes. All sizes and offsets are bytes.
+// inspection is the output of inspect --json. All sizes and offsets are bytes.
 type inspection struct {
 	Image string `json:"image"`
 	Size  int64  `json:"size"`
 	UUID  string `json:"uuid"`
-	// RootHash is the one that the image says to have; empty if it has no digest table.
+	// RootHash is the root hash stored in the image; empty without a digest table.
 	RootHash string `json:"rootHash,omitempty"`
 	Label    string `json:"label"`
 	EROFS    erofs  `json:"erofs"`
 	DAXFS    v8     `json:"daxfs"`
 	Counts   counts `json:"counts"`
-	// DataBytes are the blocks of distinct contents; Huge are the files of 2 MiB and more, Aligned those of them that
-	// start at a multiple of 2 MiB.
+	// DataBytes are the blocks of distinct contents. Huge counts the files of 2 MiB and more, Aligned
+	// those of them that start at a multiple of 2 MiB.
 	DataBytes int64 `json:"dataBytes"`
 	Huge      int   `json:"hugeFiles"`
 	Aligned   int   `json:"alignedHugeFiles"`
@@ -103,7 +103,7 @@ func inspect(c *cli.Context, img *image) (*inspection, error) {
 	case err == nil:
 		hash = root.String()
 	case errors.Is(err, daxfs.ErrNoDigests):
-	case errors.Is(err, daxfs.ErrUnsupported): // the image can be read as one without a table
+	case errors.Is(err, daxfs.ErrUnsupported): // the image is readable as one without a table
 		fmt.Fprintf(c.App.ErrWriter, "daxfs: %s: its root hash is not known: %v\n", printable(img.Name()), err)
 	default:
 		return nil, fmt.Errorf("%s: %w", img.Name(), err)
@@ -186,7 +186,7 @@ func (r *inspection) content(off, size int64) {
 	}
 }
 
-// leftOutReason says what keeps an inode out of the DAXFS half, or "".
+// leftOutReason returns the reason why the DAXFS half lacks an inode, or "".
 func leftOutReason(mode uint32) string {
 	switch mode & unix.S_IFMT {
 	case unix.S_IFCHR:

@@ -22,8 +22,8 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// endless serves an image from a registry that never sends the end of its layer. It returns the image's name, and what gets
-// a value whenever somebody waits for that.
+// endless serves an image from a registry that never completes its layer. It returns the image's name,
+// and a channel that gets a value whenever a client waits for the rest.
 func endless(tb testing.TB, dir string) (ref string, waiting <-chan struct{}, stop func()) {
 	tb.Helper()
 	l := ocitest.NewLayout(tb, filepath.Join(dir, "endless"))
@@ -41,8 +41,8 @@ func endless(tb testing.TB, dir string) (ref string, waiting <-chan struct{}, st
 	return strings.TrimPrefix(srv.URL, "http://") + "/image", reached, srv.Close
 }
 
-// interrupt runs daxfs in this process with a context that ends, as by ^C, while a layer is read, and wants status 130:
-// interrupt ARGS... An argument ENDLESS is replaced by the source; the output is a path below the work directory.
+// interrupt runs daxfs in this process, cancels its context while it reads a layer, as ^C does, and
+// expects status 130: interrupt ARGS... The source replaces ENDLESS; the output is below the work directory.
 func interrupt(ts *testscript.TestScript, neg bool, args []string) {
 	source := slices.Index(args, "ENDLESS")
 	if neg || source < 0 {
@@ -67,7 +67,7 @@ func interrupt(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// TestSignals: a signal in the middle of a layer leaves what was there, and nothing else.
+// TestSignals: a signal in the middle of a layer leaves existing files, and nothing else.
 func TestSignals(t *testing.T) {
 	ref, waiting, stop := endless(t, t.TempDir())
 	defer stop()
@@ -86,7 +86,7 @@ func TestSignals(t *testing.T) {
 			}
 			ended := make(chan struct{})
 			go func() {
-				_ = cmd.Wait() // says the status, as ProcessState does
+				_ = cmd.Wait() // ProcessState has the status
 				close(ended)
 			}()
 			select {

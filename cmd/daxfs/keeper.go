@@ -18,32 +18,31 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// mounter mounts images of a pool on directories.
 type mounter interface {
-	// Mount returns how the image was mounted, in words.
+	// Mount returns a description of how the image was mounted.
 	Mount(ctx context.Context, name, dir string, suid bool) (how string, err error)
 	Unmount(ctx context.Context, dir string) error
 	Close() error
 }
 
-// keeper is the owner of a pool: this process, or the daemon that it asks.
+// keeper is the owner of a pool: this process, or the daemon on its behalf.
 type keeper interface {
 	mounter
 	Images(ctx context.Context) ([]store.Info, error)
 	Usage(ctx context.Context) (pool.Usage, error)
 	Put(ctx context.Context, src putSource, name string) (store.Info, error)
-	// Pin holds an image that is in the pool, under a name, until Unpin.
+	// Pin holds an image of the pool under a name until Unpin.
 	Pin(ctx context.Context, image, name string) (store.Info, error)
 	Unpin(ctx context.Context, name string) error
 	Sweep(ctx context.Context) error
-	// Readers returns who uses images in other kernels, and Release ends the claims of one that is gone.
+	// Readers returns the readers in other kernels. Release ends the claims of a reader that is gone.
 	Readers(ctx context.Context) ([]store.LeaseUser, error)
 	Release(ctx context.Context, reader string, earlier bool) (claims int, err error)
-	// Scrub reads all contents. lost says which images cannot be made again.
+	// Scrub reads all contents. lost names the images that cannot be rebuilt.
 	Scrub(ctx context.Context) (found []pool.Finding, lost string, err error)
 }
 
-// putSource is an image to be put: as it was found, and as a user wrote it.
+// putSource is an image to put into a pool, and the user's description of it.
 type putSource struct {
 	image                     *source.Image
 	name, platform, namespace string
@@ -51,7 +50,7 @@ type putSource struct {
 	hostDirs                  []string
 }
 
-// keeperFlags say who owns the pool.
+// keeperFlags select the owner of the pool.
 func keeperFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{
@@ -61,10 +60,10 @@ func keeperFlags() []cli.Flag {
 	}
 }
 
-// errNoIndex is returned for a pool whose owner is on another machine, or has its index in another directory.
+// errNoIndex reports that the owner of the pool is on another machine, or has its index in another directory.
 var errNoIndex = errors.New("the pool's index is not on this machine, or has to be named with --index")
 
-// openKeeper finds the owner of a pool: the daemon if it has the pool open, else this process becomes it.
+// openKeeper returns the owner of a pool: the daemon if it has the pool open, else this process.
 func (e *env) openKeeper(c *cli.Context, a poolArgs, driver string) (keeper, error) {
 	rc, err := a.region(true)
 	if err != nil {
@@ -85,7 +84,7 @@ func (e *env) openKeeper(c *cli.Context, a poolArgs, driver string) (keeper, err
 	if index == "" {
 		if pid := ownerOf(rc); pid != 0 {
 			busy := &region.BusyError{Path: rc.Path, PID: pid}
-			return nil, fmt.Errorf("%s: %w, which is no daemon that answers at %q", a.Pool, busy, c.String("control"))
+			return nil, fmt.Errorf("%s: %w, and no daemon with it answers at %q", a.Pool, busy, c.String("control"))
 		}
 		return nil, fmt.Errorf("%s: %w", a.Pool, errNoIndex)
 	}
@@ -96,7 +95,7 @@ func (e *env) openKeeper(c *cli.Context, a poolArgs, driver string) (keeper, err
 	return e.openStore(c.Context, rc, index, list)
 }
 
-// catalogue reads what a pool says of itself, without being its owner.
+// catalogue reads the pool's own data, without becoming its owner.
 func catalogue(rc region.Config) (*pool.Catalogue, error) {
 	rc.ReadOnly = true
 	r, err := region.Open(rc)
@@ -137,7 +136,7 @@ func (e *env) openStore(
 	return &localKeeper{s, root}, nil
 }
 
-// localKeeper is the store of this process.
+// localKeeper is a store in this process.
 type localKeeper struct {
 	store *store.Store
 	root  string
@@ -208,7 +207,7 @@ func (k *localKeeper) Mount(ctx context.Context, name, dir string, suid bool) (s
 	return "", nil
 }
 
-// Unmount leaves nothing of the pool mounted that nobody asked for.
+// Unmount also removes the mounts of the pool that no user asked for.
 func (k *localKeeper) Unmount(ctx context.Context, dir string) error {
 	if err := k.store.UnmountAt(ctx, dir); err != nil {
 		return err
@@ -216,12 +215,12 @@ func (k *localKeeper) Unmount(ctx context.Context, dir string) error {
 	return k.sweep(ctx)
 }
 
-// Close leaves no directories behind where nothing is mounted.
+// Close also removes directories on which nothing is mounted.
 func (k *localKeeper) Close() error {
 	err := k.store.Close()
 	if filepath.Dir(k.root) == stateDir() {
 		for _, dir := range []string{"images", "live", "plain", ""} {
-			_ = os.Remove(filepath.Join(k.root, dir)) // it stays if something is in it
+			_ = os.Remove(filepath.Join(k.root, dir)) // fails if it is not empty
 		}
 		_ = os.Remove(stateDir())
 	}

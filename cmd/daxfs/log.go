@@ -11,7 +11,7 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// useLog makes what the packages of the daemon log look like what a command says. What goes well is not worth a line.
+// useLog makes log lines of the daemon's packages look like messages of a command. It drops those below warnings.
 func (e *env) useLog() {
 	log.L.Logger.SetOutput(e.stderr)
 	log.L.Logger.SetLevel(logrus.WarnLevel)

@@ -26,9 +26,9 @@ func lsCommand(e *env) *cli.Command {
 		Usage:     "list files of an image",
 		ArgsUsage: "IMAGE [PATH]",
 		Description: `
-With -l: type and permissions, links, owner, size (device number of a device), time of modification (UTC), name. Names
-that a terminal could not show are quoted. A symbolic link at the end of PATH is followed if it leads to a directory; with -l
-and --json only if a / stands behind it.
+With -l: type and permissions, links, owner, size (device number of a device), time of modification
+(UTC), name. Names that a terminal cannot show are quoted. A symbolic link at the end of PATH is
+followed if it leads to a directory; with -l and --json only if a / follows it.
 
 Examples:
    daxfs ls debian.daxfs /etc
@@ -45,8 +45,8 @@ Examples:
 	}
 }
 
-// humanSizes turns the -h of "ls -lh" into --human-readable. Everywhere else -h asks for help, which the library sees
-// before the command does.
+// humanSizes turns the -h of "ls -lh" into --human-readable. Everywhere else -h asks for help, and the
+// library handles it before the command.
 func humanSizes(args []string) []string {
 	short := func(a string) bool { return len(a) > 1 && a[0] == '-' && strings.Trim(a[1:], "lRh") == "" }
 	end := slices.Index(args, "--")
@@ -104,7 +104,7 @@ func (e *env) ls(c *cli.Context) error {
 	w := bufio.NewWriter(e.stdout)
 	l := lister{ctx: c, fs: f, w: w}
 	if err := l.list(c.Args().Get(1)); err != nil {
-		w.Flush() // what was read stays true
+		w.Flush() // lines written so far are valid
 		return fmt.Errorf("%s: %w", img.Name(), err)
 	}
 	return w.Flush()
@@ -133,7 +133,7 @@ func (l *lister) list(name string) error {
 	return l.dir(p, in, map[uint64]bool{})
 }
 
-// dir lists a directory, and then those in it. seen keeps a hostile image from having no end.
+// dir lists a directory and those below it. seen stops endless recursion in a hostile image.
 func (l *lister) dir(p string, dir daxfs.Inode, seen map[uint64]bool) error {
 	if seen[dir.Nid] {
 		return fmt.Errorf("%q: %w: the directory has two names", p, daxfs.ErrCorrupt)
@@ -252,7 +252,7 @@ func typeName(mode uint32) string {
 	return leftOutReason(mode)
 }
 
-// modeString is the mode as ls -l writes it.
+// modeString formats the mode as ls -l does.
 func modeString(mode uint32) string {
 	b := []byte("?rwxrwxrwx")
 	switch mode & unix.S_IFMT {
@@ -330,10 +330,10 @@ func (e *env) cat(c *cli.Context) error {
 	return copyContents(c, e.stdout, in, make([]byte, min(copyBuffer, in.Size)))
 }
 
-// copyBuffer is the size of the pieces that contents are copied in, in bytes.
+// copyBuffer is the size in bytes of the pieces in which contents are copied.
 const copyBuffer = 1 << 20
 
-// copyContents writes a regular file in pieces as large as buf, and looks for an interruption between them.
+// copyContents writes a regular file in pieces of len(buf), and checks for an interruption between them.
 func copyContents(c *cli.Context, w io.Writer, in daxfs.Inode, buf []byte) error {
 	for off := int64(0); off < in.Size; {
 		if err := c.Context.Err(); err != nil {

@@ -1,7 +1,7 @@
-// Command daxfs makes images that both EROFS and DAXFS mount, and looks into them.
+// Command daxfs makes images that both EROFS and DAXFS mount, and inspects them.
 //
-// Each sub-command is one file, which registers itself; adding a command is adding a file. Standard output carries what
-// was asked for, standard error what is said about it. The exit status is
+// Each command is one file, which registers itself; to add a command, add a file. Results go to
+// standard output, messages to standard error. The exit status is
 //
 //	0    done
 //	1    an error
@@ -9,7 +9,7 @@
 //	3    verify, pool check or doctor found something wrong
 //	130  interrupted by SIGINT, SIGTERM or SIGHUP
 //
-// A command that fails leaves no output file behind, and one that was there as it was.
+// A command that fails leaves no new output file behind, and an existing one unchanged.
 package main
 
 import (
@@ -45,15 +45,15 @@ func main() {
 	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))
 }
 
-// tuneMemory makes the collector run when the heap has grown by a quarter, unless GOGC says otherwise. A command that
-// keeps something for each of a million files would else need twice the memory, and saves only a tenth of its time.
+// tuneMemory runs the collector whenever the heap has grown by a quarter, unless GOGC is set. With the
+// default a command with data about each of a million files would need twice the memory, and run only a tenth faster.
 func tuneMemory() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(25)
 	}
 }
 
-// run is the program. args[0] is its name.
+// run runs the program. args[0] is its name.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if asksAfterDashes(args) {
 		return statusOK
@@ -87,10 +87,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	return statusFailed
 }
 
-// errFindings ends a command that did what it should and found something wrong, which it has said.
+// errFindings ends a command that worked, found something wrong and reported it.
 var errFindings = errors.New("something is wrong")
 
-// usageError is wrong use of a command.
 type usageError struct {
 	command string
 	msg     string

@@ -81,7 +81,7 @@ func setup(t *testing.T, dir string) {
 	m.Tag("", m.Index(m.Index(amd), m.Manifest(arm, ocitest.Layer{Tar: Tar(Reg("arm64", "1"))})))
 }
 
-// wantStatus runs daxfs and wants this exit status: status N ARGS...
+// wantStatus runs daxfs and expects an exit status: status N ARGS...
 func wantStatus(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 1 {
 		ts.Fatalf("usage: status N ARGS...")
@@ -99,7 +99,7 @@ func wantStatus(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// wantField wants a field of JSON in a file (or stdout) to have a value: json FILE PATH.TO.FIELD VALUE
+// wantField expects a value of a JSON field in a file (or stdout): json FILE PATH.TO.FIELD VALUE
 func wantField(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 3 {
 		ts.Fatalf("usage: json FILE FIELD VALUE")
@@ -120,12 +120,12 @@ func wantField(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// newLayout makes an OCI layout with one layer out of a tar: layout TAR DIR
+// newLayout makes an OCI layout with one layer from a tar: layout TAR DIR
 func newLayout(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: layout TAR DIR")
 	}
-	tb := &testing.B{} // a layout that cannot be written shows as one that cannot be read
+	tb := &testing.B{} // if writing the layout fails, reading it fails
 	l := ocitest.NewLayout(tb, ts.MkAbs(args[1]))
 	l.Tag("",
 		l.Manifest(ocitest.LinuxAMD64, ocitest.Layer{Tar: []byte(ts.ReadFile(args[0])), Compression: ocitest.Gzip}))
@@ -165,10 +165,10 @@ func flipBit(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(name, b, 0o644))
 }
 
-// footerOff is where docs/format.md says that the footer of the digest table is, from the end of an image.
+// footerOff is the offset of the digest table's footer from the end of an image, as in docs/format.md.
 const footerOff = 8192 + 160
 
-// rootHashOf computes the root hash of an image as docs/format.md says: hash FILE VARIABLE
+// rootHashOf computes the root hash of an image by the rules of docs/format.md: hash FILE VARIABLE
 func rootHashOf(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: hash FILE VARIABLE")
@@ -178,7 +178,7 @@ func rootHashOf(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[1], hex.EncodeToString(sum[:]))
 }
 
-// stripDigests makes an image one without a digest table: strip FILE NEW
+// stripDigests copies an image without its digest table: strip FILE NEW
 func stripDigests(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: strip FILE NEW")
@@ -188,7 +188,7 @@ func stripDigests(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b, 0o644))
 }
 
-// lieInFooter changes a field of 4 bytes of the footer of a digest table, and seals it: lie FILE NEW OFFSET VALUE
+// lieInFooter changes 4 bytes of the digest table's footer, and its checksum: lie FILE NEW OFFSET VALUE
 func lieInFooter(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 4 {
 		ts.Fatalf("usage: lie FILE NEW OFFSET VALUE")
@@ -237,7 +237,7 @@ func TestReorder(t *testing.T) {
 	}
 }
 
-// TestEveryCommandIsDocumented: help has a text and examples for each, and the examples name commands and flags that exist.
+// TestEveryCommandIsDocumented: every command has a help text with examples, which use existing commands and flags.
 func TestEveryCommandIsDocumented(t *testing.T) {
 	examples := 0
 	var check func(name string, c *cli.Command)
@@ -255,7 +255,7 @@ func TestEveryCommandIsDocumented(t *testing.T) {
 				args = args[:i]
 			}
 			examples++
-			// What does not exist is wrong use, before --help is looked at.
+			// The parser reports unknown names as wrong usage before it looks at --help.
 			var stdout, stderr bytes.Buffer
 			words := append(append([]string{"daxfs"}, strings.Fields(args)...), "--help")
 			if status := run(t.Context(), words, nil, &stdout, &stderr); status != statusOK {

@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// sysroot is where the kernel describes the machine; tests have a directory of their own.
+// sysroot is the root of /sys and /proc; tests use a directory of their own.
 type sysroot string
 
 func (s sysroot) read(elem ...string) string {
@@ -30,7 +30,7 @@ func (s sysroot) read(elem ...string) string {
 func (s sysroot) block(dev, name string) region.Info {
 	info := region.Info{Kind: region.KindPmem, Path: dev, BlockDevice: dev, FD: -1, Persistent: region.PersistsReboot}
 	info.DAX = s.read("sys/class/block", name, "queue/dax") == "1"
-	// An nvdimm namespace, and the virtio or legacy region that it came from, say where they lie.
+	// An nvdimm namespace, and the virtio or legacy region below it, give their physical address.
 	for _, file := range []string{"device/resource", "device/../resource"} {
 		if phys, err := strconv.ParseUint(s.read("sys/class/block", name, file), 0, 64); err == nil && phys != 0 {
 			info.Phys, info.HasPhys = phys, true
@@ -40,7 +40,7 @@ func (s sysroot) block(dev, name string) region.Info {
 	return info
 }
 
-// describe tells what kind of memory is behind a path: a file, or a block or DAX device.
+// describe returns the kind of memory behind a path: a file, or a block or DAX device.
 func describe(s sysroot, path string) (region.Info, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -70,27 +70,26 @@ func describe(s sysroot, path string) (region.Info, error) {
 	return region.Info{}, fmt.Errorf("%q is neither a file nor a device", path)
 }
 
-// memoryFile is memory that is open for reading.
 type memoryFile interface {
 	io.ReaderAt
 	io.Closer
 }
 
-// openMemory opens what a path or ADDRESS+SIZE stands for, describes it and tells how many bytes it has.
+// openMemory opens a path or ADDRESS+SIZE, fills in info and returns the size in bytes.
 func openMemory(arg string, info *region.Info) (_ memoryFile, size int64, err error) {
 	rc, err := regionAt("", arg)
 	if err != nil {
 		return nil, 0, err
 	}
 	if t := region.TraitsOf(rc.Kind); t.ByAddress && t.MapOnly {
-		// This memory can only be mapped: read(2) knows nothing of it.
+		// This memory does not support read(2), only mmap.
 		rc.ReadOnly = true
 		r, err := region.Open(rc)
 		if err != nil {
 			return nil, 0, err
 		}
 		*info = r.Info()
-		info.FD = -1 // it ends with r
+		info.FD = -1 // the descriptor ends with r
 		return r, r.Size(), nil
 	}
 	if *info, err = describe("/", arg); err != nil {
@@ -100,11 +99,11 @@ func openMemory(arg string, info *region.Info) (_ memoryFile, size int64, err er
 	if err != nil {
 		return nil, 0, err
 	}
-	if size, err = f.Seek(0, io.SeekEnd); err != nil { // also that of a device
+	if size, err = f.Seek(0, io.SeekEnd); err != nil { // works for devices too
 		return nil, 0, errors.Join(fmt.Errorf("size of %q: %w", arg, err), f.Close())
 	}
 	if info.BlockDevice != "" {
-		// What this kernel has cached of the device may be older than what another one, with the same memory, wrote since.
+		// This kernel's cache of the device may be older than what another kernel wrote to the same memory.
 		if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
 			return nil, 0, errors.Join(fmt.Errorf("drop the cache of %q: %w", arg, err), f.Close())
 		}
@@ -112,7 +111,7 @@ func openMemory(arg string, info *region.Info) (_ memoryFile, size int64, err er
 	return f, size, nil
 }
 
-// fileRegion describes a region that is the file at path, or one in the directory at path.
+// fileRegion describes a region that is the file at path, or a new file in the directory at path.
 func fileRegion(path string) (region.Info, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
@@ -128,7 +127,7 @@ func fileRegion(path string) (region.Info, error) {
 	return info, nil
 }
 
-// free is the number of bytes that a file in dir can have.
+// free returns the number of bytes that a file in dir can have.
 func free(dir string) uint64 {
 	var st unix.Statfs_t
 	if unix.Statfs(dir, &st) != nil {
@@ -137,16 +136,16 @@ func free(dir string) uint64 {
 	return st.Bavail * uint64(st.Bsize)
 }
 
-// memory is one place where a pool could be.
+// memory is a possible place for a pool.
 type memory struct {
 	Info region.Info `json:"region"`
-	// Bytes is the size of a device, or what is free on a file system.
+	// Bytes is the size of a device, or the free space of a file system.
 	Bytes uint64 `json:"bytes"`
 	Note  string `json:"note,omitempty"`
 }
 
-// findMemory lists the memory of this machine that can hold a pool: devices first, then a file below dir and one on tmpfs. The
-// file systems are represented by a file that does not exist yet.
+// findMemory lists the memory of this machine that can hold a pool: devices first, then a file below
+// dir and one on tmpfs. For the file systems it gives the path of a file that does not exist yet.
 func findMemory(s sysroot, dir string) ([]memory, error) {
 	var out []memory
 	devices, err := os.ReadDir(filepath.Join(string(s), "sys/class/block"))
@@ -185,7 +184,7 @@ func findMemory(s sysroot, dir string) ([]memory, error) {
 		}
 		if dir, err := filepath.EvalSymlinks(filepath.Join(string(s), "sys/bus/dax/devices", d.Name())); err == nil &&
 			strings.Contains(dir, "/ndbus") {
-			m.Info.Persistent = region.PersistsReboot // an nvdimm's, as package region takes it
+			m.Info.Persistent = region.PersistsReboot // an nvdimm's, as in package region
 		}
 		out = append(out, m)
 	}
@@ -212,8 +211,8 @@ func findMemory(s sysroot, dir string) ([]memory, error) {
 	return out, nil
 }
 
-// reserved finds what the kernel command line keeps out of the kernel's hands, memmap=SIZE$ADDRESS. Other ranges that
-// /proc/iomem calls reserved are the firmware's.
+// reserved returns the ranges that memmap=SIZE$ADDRESS on the kernel command line reserves. Other
+// reserved ranges in /proc/iomem belong to the firmware.
 func reserved(cmdline string) []memory {
 	var out []memory
 	for _, arg := range strings.Fields(cmdline) {
@@ -241,7 +240,7 @@ func reserved(cmdline string) []memory {
 	return out
 }
 
-// memSize reads a number as the kernel does on its command line: decimal or 0x, then K, M, G or T.
+// memSize parses a number of the kernel command line: decimal or 0x, with an optional suffix K, M, G or T.
 func memSize(s string) (uint64, error) {
 	shift := 0
 	if s != "" {
@@ -256,7 +255,7 @@ func memSize(s string) (uint64, error) {
 	return n << shift, err
 }
 
-// existing is the longest part of a path that is there.
+// existing returns the longest existing part of a path.
 func existing(path string) string {
 	for {
 		if _, err := os.Stat(path); err == nil || path == "/" || path == "." {

@@ -27,7 +27,7 @@ func TestRegionAt(t *testing.T) {
 	}{
 		{"", "0x400000000+4294967296", phys},
 		{region.KindPhys, "17179869184+0x100000000", phys},
-		{"", file, region.Config{Kind: there.Kind, Path: file}}, // a path, though it has a plus
+		{"", file, region.Config{Kind: there.Kind, Path: file}}, // a path, although it contains a plus
 		{"", filepath.Join(dir, "new"), region.Config{Kind: there.Kind, Path: filepath.Join(dir, "new")}},
 		{region.KindFile, "1+1", region.Config{Kind: region.KindFile, Path: "1+1"}},
 		{region.KindPmem, "/dev/pmem7", region.Config{Kind: region.KindPmem, Path: "/dev/pmem7"}},
@@ -42,7 +42,7 @@ func TestRegionAt(t *testing.T) {
 	}
 }
 
-// Memory that the kernel manages is not opened as that of a pool, whatever is asked for.
+// The kernel's own memory is never opened as a pool, whatever the arguments.
 func TestOpenMemoryRefusesRAM(t *testing.T) {
 	ram, err := os.ReadFile("/proc/iomem")
 	if err != nil || os.Geteuid() != 0 || !bytes.Contains(ram, []byte("System RAM")) {

@@ -6,8 +6,8 @@ import (
 	"unicode/utf8"
 )
 
-// message is an error as it can be shown: what could do things to a terminal is escaped, and further lines are
-// indented, because errors hold names from images and answers from registries.
+// message formats an error for a terminal. It escapes control sequences and indents further lines,
+// because errors contain names from images and answers from registries.
 func message(err error) string {
 	var b strings.Builder
 	for s := err.Error(); s != ""; {

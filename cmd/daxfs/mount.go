@@ -24,20 +24,23 @@ func mountCommand(e *env) *cli.Command {
 		Usage:     "mount an image, read-only",
 		ArgsUsage: "IMAGE DIR | --pool POOL IMAGE DIR",
 		Description: `
-IMAGE is an image file, or a device or range of physical memory that holds one. With --pool, IMAGE is the name of an image in
-a pool (or the beginning of its key, if no other begins like it), and POOL the file, device or ADDRESS+SIZE of the pool. The
-pool is mounted once, and its images are shown where they are wanted. A daemon that owns the pool is asked to do it; if nobody
-owns it, this command does. The image stays in the pool as long as it is mounted. A machine that has no index of the pool can
-mount its images as well, by their keys: then the owner does not know of it, and must not remove them meanwhile.
+IMAGE is an image file, or a device or range of physical memory that holds one. With --pool, IMAGE
+is the name of an image in a pool (or the beginning of its key, if no other key begins like it), and
+POOL is the file, device or ADDRESS+SIZE of the pool. The pool is mounted once, and its images
+appear at their directories. If a daemon owns the pool, it does the work; if nobody owns it, this
+command does. The image stays in the pool as long as it is mounted. A machine without an index of
+the pool can mount its images as well, by their keys. The owner does not know of such a mount, and
+must not remove the image meanwhile.
 
-Drivers: auto takes the first that works, in the order shown by daxfs doctor; erofs (erofs-dax, erofs-file, erofs-loop),
-daxfs (the kernel module), fuse. The image is checked first: what a stranger wrote is not for a kernel to find out. Of a pool, what only root can have
-written is not checked again.
+Drivers: auto takes the first that works, in the order shown by daxfs doctor; erofs (erofs-dax,
+erofs-file, erofs-loop), daxfs (the kernel module), fuse. The image is checked first, because a
+kernel must not parse a stranger's image unchecked. Data of a pool that only root can have written
+is not checked again.
 
-With --root-hash the image is mounted only if it is, byte for byte, the one that this hash stands for: inspect shows the hash
-that an image says to have. All of the image is read first.
+With --root-hash the image is mounted only if it is, byte for byte, the image of this hash. inspect
+shows the hash that is stored in an image. All of the image is read first.
 
-Setuid programs and device nodes of the image do nothing unless --suid is given.
+Setuid programs and device nodes of the image do not work unless --suid is given.
 
 With --driver fuse --foreground the command serves the image itself until it is unmounted; otherwise it starts a process
 that does. SIGUSR1 makes a server write its counters to its standard error.
@@ -61,7 +64,7 @@ Examples:
 				Usage: "do not check the image first: only for those that were checked and cannot have changed",
 			},
 			&cli.BoolFlag{Name: "foreground", Usage: "serve in this process (fuse only)"},
-			// Those two belong to the driver that starts this command as its server.
+			// These two belong to the driver, which starts this command as its server.
 			&cli.StringFlag{Name: "name", Hidden: true},
 			&cli.IntFlag{Name: "ready-fd", Value: -1, Hidden: true},
 		}, keeperFlags()...),
@@ -105,7 +108,7 @@ func (e *env) mount(c *cli.Context) error {
 	return err
 }
 
-// checkMount checks what is to be mounted as far as the flags want it.
+// checkMount checks the image as the flags demand.
 func checkMount(c *cli.Context, src mount.Source) error {
 	root, err := rootHash(c)
 	switch {
@@ -134,7 +137,7 @@ func isDir(dir string) error {
 	return nil
 }
 
-// mountSource is the image that the arguments name.
+// mountSource returns the image that the arguments name.
 func mountSource(c *cli.Context) (mount.Source, error) {
 	name := c.Args().First()
 	src := mount.Source{Key: name, Off: c.Int64("offset"), Size: c.Int64("size"), Restrict: !c.Bool("suid")}
@@ -155,8 +158,8 @@ func mountSource(c *cli.Context) (mount.Source, error) {
 	return src, nil
 }
 
-// imageSize is how much of the room for it an image takes: a device, or the file that is a virtual machine's memory, has the
-// size that it has. What is no image has all of it, and the check says why it is none.
+// imageSize returns the size of the image in room bytes at off: a device, or the file that is a
+// virtual machine's memory, may be larger. If there is no image it returns room, and the check reports the error.
 func imageSize(f io.ReaderAt, off, room int64) int64 {
 	img, err := daxfs.Open(io.NewSectionReader(f, off, room), room)
 	if err != nil {
@@ -165,7 +168,7 @@ func imageSize(f io.ReaderAt, off, room int64) int64 {
 	return int64(img.Super().Blocks) * daxfs.BlockSize
 }
 
-// serve is mount --foreground.
+// serve implements mount --foreground.
 func (e *env) serve(c *cli.Context) error {
 	if c.String("driver") != "fuse" {
 		return wrongUse(c, "--foreground goes with --driver fuse: the other drivers leave no process behind")
@@ -175,7 +178,7 @@ func (e *env) serve(c *cli.Context) error {
 		Dir: c.Args().Get(1), Restrict: !c.Bool("suid"), Log: e.stderr,
 	}
 	if fd := c.Int("ready-fd"); fd >= 0 {
-		// Started by the driver, which has checked the image and resolved all names.
+		// The driver started this process. It has checked the image and resolved all names.
 		return fusefs.Run(c.Context, conf, func(err error) { fusefs.Ready(os.NewFile(uintptr(fd), "ready"), err) })
 	}
 	src, err := mountSource(c)

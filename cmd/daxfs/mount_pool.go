@@ -24,7 +24,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// mountFromPool is mount --pool: it asks the owner of the pool, so that what is mounted is known to be in use.
+// mountFromPool implements mount --pool. The owner of the pool mounts, so that it knows the image is in use.
 func (e *env) mountFromPool(c *cli.Context) error {
 	for _, flag := range []string{"offset", "size", "foreground", "root-hash"} {
 		if c.IsSet(flag) {
@@ -53,7 +53,7 @@ func (e *env) mountFromPool(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// The record comes first: umount finds what to ask, whatever happens in between.
+	// Write the record first: umount then knows the owner, whatever happens in between.
 	if err := rec.write(); err != nil {
 		return errors.Join(err, k.Close())
 	}
@@ -65,7 +65,7 @@ func (e *env) mountFromPool(c *cli.Context) error {
 	return k.Close()
 }
 
-// umountFromPool unmounts what mountFromPool mounted. It returns false if that is not what is mounted there.
+// umountFromPool unmounts a mount of mountFromPool. It returns false if dir has none.
 func (e *env) umountFromPool(c *cli.Context, dir string) (bool, error) {
 	rec, err := readMountRecord(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -79,7 +79,7 @@ func (e *env) umountFromPool(c *cli.Context, dir string) (bool, error) {
 		return true, err
 	}
 	if _, _, err := drivers.Of(dir); errors.Is(err, mount.ErrNotFound) {
-		// Somebody else has unmounted it; the owner finds that out by itself.
+		// Somebody else unmounted it. The owner finds out by itself.
 		return true, errors.Join(err, rec.remove())
 	}
 	open := e.openMounter
@@ -96,14 +96,14 @@ func (e *env) umountFromPool(c *cli.Context, dir string) (bool, error) {
 	return true, errors.Join(err, k.Close())
 }
 
-// mountRecord remembers which pool is mounted on a directory.
+// mountRecord records which pool is mounted on a directory.
 type mountRecord struct {
 	poolArgs
 	Dir    string `json:"dir"`
 	Reader bool   `json:"reader,omitempty"` // this machine has no index of the pool
 }
 
-// absolute makes the record one for processes with another working directory.
+// absolute makes the paths of the record absolute, for processes with another working directory.
 func (r *mountRecord) absolute() error {
 	if rc, err := r.region(true); err != nil {
 		return err
@@ -154,16 +154,15 @@ func (r mountRecord) write() error {
 func (r mountRecord) remove() error {
 	path := mountRecordPath(r.Dir)
 	err := os.Remove(path)
-	_ = os.Remove(filepath.Dir(path)) // it stays if there are other records
+	_ = os.Remove(filepath.Dir(path)) // fails if there are other records
 	return err
 }
 
-// openMounter finds the owner of a pool.
 func (e *env) openMounter(c *cli.Context, a poolArgs) (mounter, error) {
 	return e.openKeeper(c, a, c.String("driver"))
 }
 
-// reader mounts images of a pool whose owner is elsewhere. Nobody there learns what is mounted here.
+// reader mounts images of a pool with an owner elsewhere. The owner does not learn of the mounts.
 type reader struct {
 	cat   *pool.Catalogue
 	mem   region.Region
@@ -204,12 +203,11 @@ func (e *env) openReader(c *cli.Context, a poolArgs) (_ mounter, err error) {
 	return k, err
 }
 
-// warn says something that is no error.
 func (e *env) warn(format string, args ...any) {
 	fmt.Fprintf(e.stderr, "daxfs: warning: %s\n", message(fmt.Errorf(format, args...)))
 }
 
-// check proves what another machine wrote before this kernel parses it.
+// check verifies data of another machine before this kernel parses it.
 func (k *reader) check(ctx context.Context, src mount.Source) error {
 	if src.Key != "" {
 		return mount.CheckImage(ctx, src)

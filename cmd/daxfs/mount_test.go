@@ -12,7 +12,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
 )
 
-// program builds the daxfs program, for what has to be a process of its own: a FUSE server, a mount namespace.
+// program builds the daxfs program, for tests that need it as a process: a FUSE server, a mount namespace.
 func program(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -31,7 +31,7 @@ func program(t *testing.T) string {
 // inNamespace runs a shell script in a mount namespace of its own, with the program as "daxfs".
 func inNamespace(t *testing.T, bin, script string) string {
 	t.Helper()
-	// What is remembered of mounts ends with them.
+	// The records of mounts in /run end with the namespace.
 	script = "mount -t tmpfs none /run; " + script
 	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-euc", script)
 	cmd.Dir = t.TempDir()
@@ -58,7 +58,7 @@ func TestMount(t *testing.T) {
 	}
 }
 
-// mountsByRootHash mounts the image of a root hash, also from memory that is larger, and no other one.
+// mountsByRootHash mounts the image with a root hash, also from memory larger than the image, and no other.
 func mountsByRootHash(t *testing.T, bin string) {
 	out := inNamespace(t, bin, `
 		mkdir tree mnt; echo hello >tree/greeting
@@ -138,7 +138,8 @@ func mountRefuses(t *testing.T, bin string) {
 		mkdir tree mnt; echo hello >tree/greeting
 		daxfs convert -o image rootfs:tree 2>/dev/null
 		printf x | dd of=image bs=1 seek=1030 conv=notrunc 2>/dev/null
-		for args in "image mnt" "/nowhere mnt" "image /nowhere" "image image" "--driver ext4 image mnt" "--offset 99999999 image mnt" \
+		for args in "image mnt" "/nowhere mnt" "image /nowhere" "image image" "--driver ext4 image mnt" \
+			"--offset 99999999 image mnt" \
 			"--pool image sha256:00 mnt" "--pool image --offset 4096 x mnt" "mnt mnt" "image"; do
 			echo "== $args"; ! daxfs mount $args || echo mounted
 		done
@@ -159,7 +160,7 @@ func mountRefuses(t *testing.T, bin string) {
 	}
 }
 
-// mountsFromPool: the pool is mounted once, images are shown where they are wanted, and nothing is left behind.
+// mountsFromPool: the pool is mounted once, images appear at their directories, and nothing is left behind.
 func mountsFromPool(t *testing.T, bin string) {
 	for _, driver := range []string{"auto", "erofs", "erofs-loop", "fuse"} {
 		t.Run(driver, func(t *testing.T) {
@@ -210,7 +211,7 @@ func mountsFromPool(t *testing.T, bin string) {
 	}
 }
 
-// mountsAsReader: a machine without the index of a pool mounts its images, by their keys.
+// mountsAsReader: a machine without the index of a pool mounts its images by their keys.
 func mountsAsReader(t *testing.T, bin string) {
 	out := inNamespace(t, bin, `
 		mkdir one two tree elsewhere; echo one >tree/name
@@ -234,8 +235,7 @@ func mountsAsReader(t *testing.T, bin string) {
 	}
 }
 
-// sharesWithDaemon: the command line and a daemon use one pool, in turns and at the same time, and neither destroys
-// what is the other's.
+// sharesWithDaemon: the command line and a daemon share a pool, and neither destroys the other's data.
 func sharesWithDaemon(t *testing.T, bin string) {
 	server := filepath.Join(t.TempDir(), "daxfs-snapshotter")
 	if out, err := exec.Command("go", "build", "-o", server, "../daxfs-snapshotter").CombinedOutput(); err != nil {
@@ -243,7 +243,8 @@ func sharesWithDaemon(t *testing.T, bin string) {
 	}
 	out := inNamespace(t, bin, `
 		mkdir tree root mnt; echo hello >tree/file
-		printf 'root = "%s/root"\naddress = "/run/d/daxfs.sock"\n[pool]\nsize = "256MiB"\n[containerd]\naddress = "/run/d/none.sock"\n' $PWD >config
+		printf 'root = "%s/root"\naddress = "/run/d/daxfs.sock"\n' $PWD >config
+		printf '[pool]\nsize = "256MiB"\n[containerd]\naddress = "/run/d/none.sock"\n' >>config
 		start() {
 			rm -f /run/d/control.sock
 			`+server+` --config config 2>>log & daemon=$!
@@ -298,7 +299,7 @@ func sharesWithDaemon(t *testing.T, bin string) {
 	}
 }
 
-// An image that any driver has mounted is not removed, by whatever path the pool is named, nor is its pool made anew.
+// A mounted image is not removed, whichever driver and path; nor is its pool reinitialized.
 func removeLeavesWhatIsMounted(t *testing.T, bin string) {
 	for _, driver := range []string{"erofs", "erofs-loop", "fuse"} {
 		out := inNamespace(t, bin, `
@@ -322,7 +323,7 @@ func removeLeavesWhatIsMounted(t *testing.T, bin string) {
 	}
 }
 
-// What a table mounted is not for umount.
+// umount leaves the mounts of a table alone.
 func umountLeavesTheSnapshotter(t *testing.T, bin string) {
 	out := inNamespace(t, bin, `
 		mkdir -p tree root/images/0123/mnt; echo hello >tree/greeting
@@ -358,7 +359,7 @@ func TestDoctor(t *testing.T) {
 			t.Errorf("output lacks %q:\n%s", want, &out)
 		}
 	}
-	if os.Geteuid() == 0 { // others may not write there, which is another matter
+	if os.Geteuid() == 0 { // others may not write there, a different error
 		out.Reset()
 		status := run(t.Context(), []string{"daxfs", "doctor", "--containerd=", "/proc"}, nil, &out, &errs)
 		if status != statusFindings ||
@@ -371,7 +372,7 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
-// A machine with memory devices, as sysfs describes it.
+// A machine with memory devices in sysfs.
 func TestFindMemory(t *testing.T) {
 	root := t.TempDir()
 	for name, text := range map[string]string{
@@ -434,7 +435,7 @@ func TestFindMemory(t *testing.T) {
 	}
 }
 
-// readsLargerDevice: a block device is rarely as large as the image in it, a file that is larger is not that image.
+// readsLargerDevice: a block device may be larger than its image, a file may not.
 func readsLargerDevice(t *testing.T, bin string) {
 	if _, err := exec.LookPath("losetup"); err != nil {
 		t.Skip("losetup is not installed (mount)")

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/term"
 )
 
-// output is standard output. It remembers that writing failed, so that a command that prints with no eye on errors still
-// ends with one when the disk under a redirection is full.
+// output is standard output. It remembers a failed write, so that a command that ignores errors of
+// printing still fails, for instance when the disk of a redirection is full.
 type output struct {
 	io.Writer
 	err error
@@ -28,7 +28,7 @@ func (o *output) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// isTerminal looks through an output.
+// isTerminal reports whether w is a terminal, also through an output.
 func isTerminal(w io.Writer) bool {
 	if o, ok := w.(*output); ok {
 		w = o.Writer
@@ -37,10 +37,10 @@ func isTerminal(w io.Writer) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// writeJSON writes what one command has to say as one indented value; docs/json.md describes the fields of each.
+// writeJSON writes the output of a command as one indented value. docs/json.md describes the fields.
 func writeJSON(w io.Writer, v any) error { return encodeJSON(w, v, "  ") }
 
-// writeJSONLine writes one of many values, each in a line.
+// writeJSONLine writes one of many values on a line of its own.
 func writeJSONLine(w io.Writer, v any) error { return encodeJSON(w, v, "") }
 
 func encodeJSON(w io.Writer, v any, indent string) error {
@@ -55,8 +55,8 @@ func encodeJSON(w io.Writer, v any, indent string) error {
 	return err
 }
 
-// printableJSON escapes what could do things to a terminal and that package json leaves as it is: DEL, the control
-// characters from U+0080 on, those that change the direction of text. Only strings can hold any of them.
+// printableJSON escapes what package json leaves alone and a terminal may act on: DEL, control
+// characters from U+0080 on, and characters that change the direction of text. Only strings can contain them.
 func printableJSON(p []byte) []byte {
 	var out []byte
 	done := 0
@@ -83,8 +83,7 @@ func printableJSON(p []byte) []byte {
 	return append(out, p[done:]...)
 }
 
-// bytesOf is a name as JSON holds it beside the text, in base64, where the text is not the name: names are bytes, texts of
-// JSON are UTF-8. It is nil where the text will do.
+// bytesOf returns a name for the base64 field beside its text; nil if the text is exact, that is, UTF-8.
 func bytesOf(name string) []byte {
 	if utf8.ValidString(name) {
 		return nil

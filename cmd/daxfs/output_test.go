@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 )
 
-// TestJSONIsDocumented: docs/json.md has every field, in the section of the command that writes it.
+// TestJSONIsDocumented: docs/json.md has every field in the section of its command.
 func TestJSONIsDocumented(t *testing.T) {
 	text, err := os.ReadFile("../../docs/json.md")
 	if err != nil {
@@ -62,7 +62,6 @@ func TestJSONIsDocumented(t *testing.T) {
 	}
 }
 
-// eachField calls f with the names of all JSON fields of a type.
 func eachField(t reflect.Type, f func(string)) {
 	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 		t = t.Elem()
@@ -83,14 +82,14 @@ func eachField(t reflect.Type, f func(string)) {
 	}
 }
 
-// odd are names that are hard to show: what a terminal acts upon, what is not UTF-8, and what looks quoted.
+// odd are names that are hard to show: control sequences, invalid UTF-8, and text that looks quoted.
 var odd = []string{
 	"new\nline", "escape\x1b[31m", "tab\there", "delete\x7f", "csi\u009b31m", "right to left\u202e",
 	"no break\u00a0space", "tag\U000e0041",
 	"not\xffutf8", "not\xfeutf8", `"quoted"`, "plain", "日本",
 }
 
-// TestOddNames: nothing that a command writes makes a terminal do anything, and programs get every name byte by byte.
+// TestOddNames: no output controls the terminal, and programs get every name byte for byte.
 func TestOddNames(t *testing.T) {
 	dir := t.TempDir()
 	root := filepath.Join(dir, "root")
@@ -149,7 +148,7 @@ func TestOddNames(t *testing.T) {
 	}
 }
 
-// TestFullOutput: a disk that is full under standard output is an error, whatever the command.
+// TestFullOutput: every command reports an error if the disk of standard output is full.
 func TestFullOutput(t *testing.T) {
 	dir := t.TempDir()
 	setup(t, dir)

@@ -34,15 +34,18 @@ func poolCommand(e *env) *cli.Command {
 		Usage:     "look after a pool, which holds many images in shared memory",
 		ArgsUsage: "COMMAND POOL",
 		Description: `
-POOL is a file on a disk, on tmpfs or on hugetlbfs, a /dev/pmem or /dev/dax device, or a reserved range of physical memory
-as ADDRESS+SIZE. The kind follows from it, unless --kind says so.
+POOL is a file on a disk, on tmpfs or on hugetlbfs, a /dev/pmem or /dev/dax device, or a reserved
+range of physical memory as ADDRESS+SIZE. Its kind follows from that, unless --kind is given.
 
-A pool has one owner at a time, usually the snapshotter daemon. ls and show read, whoever owns the pool; the others ask
-the daemon if it owns the pool, and become the owner if nobody does. init needs the pool to be free.
+A pool has one owner at a time, usually the snapshotter daemon. ls and show read a pool whoever owns
+it. The other commands ask the daemon if it owns the pool, and become the owner if nobody does. init
+needs a pool that is free.
 
-The index says who holds what. Without --index it is POOL.index beside a file, or that of a daemon; a device needs --index.
+The index records who holds which image. Without --index it is POOL.index beside a file, or that of
+a daemon; a device needs --index.
 
-An IMAGE is named as it was put, by the reference of the OCI image, or by the beginning of its key.
+An IMAGE is given by the name under which it was put, by the reference of the OCI image, or by the
+beginning of its key.
 
 Examples:
    daxfs pool init --size 64g /var/lib/pool
@@ -51,8 +54,9 @@ Examples:
    daxfs pool init --index /var/lib/pmem0.index /dev/pmem0`,
 		Subcommands: []*cli.Command{
 			{Name: "init", Usage: "make an empty pool", ArgsUsage: "POOL", Action: e.poolInit, Description: `
-A file is made if there is none, and then needs --size; it takes only the blocks that are used. What the region holds is
-not overwritten without --force. When the command fails, no file is left that was not there before.
+init makes the file if there is none, and then needs --size; the file takes only the blocks that are
+used. Without --force, init does not overwrite data in the region. If the command fails, it leaves
+no new file behind.
 
 ` + sizeHelp + `
 
@@ -63,11 +67,13 @@ Examples:
    daxfs pool init --index /var/lib/range.index 0x300000000+4294967296`, Flags: with(
 				&cli.StringFlag{
 					Name: "dax", Value: "auto",
-					Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device here; say yes for a file that virtual machines get as virtio-pmem",
+					Usage: "prepare it for kernels that mount it with DAX: `YES|NO`, or auto: if it is such a device " +
+						"here; say yes for a file that virtual machines get as virtio-pmem",
 				},
 				&cli.StringFlag{
 					Name: "windows", Value: "auto",
-					Usage: "give every image a window for daxfs.ko: `YES|NO`, or auto: for memory that other kernels may reach by address",
+					Usage: "give every image a window for daxfs.ko: `YES|NO`, or auto: " +
+						"for memory that other kernels may reach by address",
 				},
 				&cli.StringFlag{Name: "size", Usage: "make it `SIZE` large, as 64g; a device may be used whole"},
 				&cli.StringFlag{
@@ -75,18 +81,21 @@ Examples:
 					Usage: "others read the pool: `MODE` none, keep (all images stay until they are removed) or leases",
 				},
 				&cli.StringSliceFlag{
-					Name:  "lease",
-					Usage: "with --readers leases, a reader says in `REGION` what it uses: a file, a device, a directory, or flock:FILE",
+					Name: "lease",
+					Usage: "with --readers leases, a reader says in `REGION` what it uses: " +
+						"a file, a device, a directory, or flock:FILE",
 				},
 				&cli.BoolFlag{Name: "force", Usage: "destroy what the region holds, and an old index"})},
 			{Name: "ls", Usage: "list the images in a pool", ArgsUsage: "POOL", Action: e.poolList, Description: `
-For each image: the beginning of its key, its slot (the name of its directory in the pool, when all of that is mounted), its
-contents, those of them that other images have as well, when it was added, and the names that it has.
+Shows for each image: the beginning of its key, its slot (the name of its directory in the pool,
+when all of the pool is mounted), its contents, the part of them that other images have as well,
+when it was added, and its names.
 
 Examples:
    daxfs pool ls /var/lib/pool
    daxfs pool ls --json /var/lib/pool | jq -r '.images[].key'`, Flags: read()},
-			{Name: "show", Usage: "show what a pool, or an image in it, takes and shares", ArgsUsage: "POOL [IMAGE]", Action: e.poolShow, Description: `
+			{Name: "show", Usage: "show what a pool, or an image in it, takes and shares",
+				ArgsUsage: "POOL [IMAGE]", Action: e.poolShow, Description: `
 Examples:
    daxfs pool show /var/lib/pool
    daxfs pool show /var/lib/pool web
@@ -94,9 +103,10 @@ Examples:
 			{Name: "put", Usage: "add an image and keep it", ArgsUsage: "POOL SOURCE", Action: e.poolPut, Description: `
 ` + sourceHelp + `
 
-Files and layers that the pool has are not stored again. The image stays until rm, whatever containerd does. A name that
-another image has moves to the new one; the other is freed by gc if nothing else holds it. A directory and an image file
-need --name. When the command fails, the pool holds the images that it held before.
+Files and layers in the pool are not stored again. The image stays until rm, whatever containerd
+does. If another image has the name, the name moves to the new one; gc frees the other if nothing
+else holds it. A directory and an image file need --name. If the command fails, the pool holds the
+same images as before.
 
 Examples:
    daxfs pool put /var/lib/pool docker://debian:12
@@ -105,65 +115,77 @@ Examples:
 				&cli.StringFlag{Name: "name", Usage: "call it `NAME`", DefaultText: "its reference, else its key"},
 			}, keeperFlags()...), sourceFlags()...)...)},
 			poolDiffCommand(e, with()),
-			{Name: "rm", Usage: "remove images that were put; they must not be mounted", ArgsUsage: "POOL IMAGE...", Action: e.poolRemove, Description: `
-If one of the images is not there or is mounted, none is removed. What containers use, or another name holds, stays. What
-somebody has open stays until he closes it: its space comes back by itself.
+			{Name: "rm", Usage: "remove images that were put; they must not be mounted",
+				ArgsUsage: "POOL IMAGE...", Action: e.poolRemove, Description: `
+If one of the images does not exist or is mounted, none is removed. An image that containers use or
+another name holds stays. An open file stays until it is closed; then its space comes back by
+itself.
 
 Example:
    daxfs pool rm /var/lib/pool web jobs`, Flags: read()},
-			{Name: "pin", Usage: "keep an image that is in the pool", ArgsUsage: "POOL IMAGE [NAME]", Action: e.poolPin, Description: `
-The image stays, whatever containerd does, until unpin or rm. NAME is what it is called then; without one, the name that it has.
-A NAME that another image has moves to this one.
+			{Name: "pin", Usage: "keep an image that is in the pool",
+				ArgsUsage: "POOL IMAGE [NAME]", Action: e.poolPin, Description: `
+The image stays, whatever containerd does, until unpin or rm. NAME becomes its name; without NAME it
+keeps its present one. If another image has NAME, the name moves to this one.
 
 Example:
    daxfs pool pin /var/lib/pool docker.io/library/debian:12`, Flags: read()},
-			{Name: "unpin", Usage: "no longer keep an image", ArgsUsage: "POOL NAME", Action: e.poolUnpin, Description: `
-Nothing is removed at once: gc, or the daemon when it next looks, frees the image if nothing else holds it.
+			{Name: "unpin", Usage: "no longer keep an image",
+				ArgsUsage: "POOL NAME", Action: e.poolUnpin, Description: `
+Nothing is removed at once: gc, or the daemon at its next sweep, frees the image if nothing else
+holds it.
 
 Example:
    daxfs pool unpin /var/lib/pool docker.io/library/debian:12`, Flags: read()},
 			{Name: "move", Usage: "move the file of a pool", ArgsUsage: "POOL PATH", Action: e.poolMove, Description: `
-The pool has no owner and is not mounted meanwhile: stop the daemon and its containers first. An index beside the pool goes with it;
-that of a daemon stays where it is and is found. PATH is on a file system of the same kind. What cannot be moved as a whole stays.
+The pool must have no owner and must not be mounted: stop the daemon and its containers first. An
+index beside the pool moves with it; a daemon's index stays where it is and is found. PATH is on a
+file system of the same kind. If the move fails, everything stays at its old place.
 
 Example:
    daxfs pool move /var/lib/pool /srv/pool`, Flags: with()},
-			{Name: "grow", Usage: "make the file of a pool larger", ArgsUsage: "POOL SIZE", Action: e.poolGrow, Description: `
-SIZE is what the pool has then. The file is sparse: it takes no more of the disk than before. The pool has no owner and is not
-mounted meanwhile: stop the daemon and its containers first. Images, holders and names stay. A pool does not shrink. The number
-of slots stays as well.
+			{Name: "grow", Usage: "make the file of a pool larger",
+				ArgsUsage: "POOL SIZE", Action: e.poolGrow, Description: `
+SIZE is the new size. The file is sparse: it takes no more of the disk than before. The pool must
+have no owner and must not be mounted: stop the daemon and its containers first. Images, holders and
+names stay. A pool does not shrink. The number of slots stays as well.
 
 ` + sizeHelp + `
 
 Example:
    daxfs pool grow /var/lib/pool 128g`, Flags: with(keeperFlags()...)},
 			{Name: "gc", Usage: "free what nothing holds", ArgsUsage: "POOL", Action: e.poolCollect, Description: `
-Images and layers that nothing holds, and contents that waited until nobody could read them.
+Frees images and layers that nothing holds, and contents that nobody can read any more.
 
 Example:
    daxfs pool gc /var/lib/pool`, Flags: read()},
-			{Name: "release", Usage: "say that a reader on another machine is gone", ArgsUsage: "POOL READER", Action: e.poolRelease, Description: `
-READER is the name of the reader, as pool ls shows it, or its lease region. What it had claimed is freed by the next gc, or by
-the daemon. A reader that lives after all may read other bytes than before: only say so when its machine is off.
+			{Name: "release", Usage: "say that a reader on another machine is gone",
+				ArgsUsage: "POOL READER", Action: e.poolRelease, Description: `
+READER is the name of the reader, as pool ls shows it, or its lease region. The next gc, or the
+daemon, frees what it had claimed. A reader that is still alive may then read wrong bytes: use this
+only when its machine is off.
 
 Examples:
    daxfs pool release /var/lib/pool guest1
    daxfs pool release --earlier /var/lib/pool guest1`, Flags: with(append([]cli.Flag{
-				&cli.BoolFlag{Name: "earlier", Usage: "end only what it claimed before it booted the last time"},
-			}, keeperFlags()...)...)},
-			{Name: "check", Usage: "prove that everything in a pool is consistent", ArgsUsage: "POOL", Action: e.poolCheck, Description: `
-Reads all contents and metadata; a daemon that owns the pool does so, and adds and removes no image meanwhile. Writes every finding with its rule (docs/pool.md and docs/format.md explain the rules), and
-ends with status 3 if there are any; 1 means that it could not be read.
+					&cli.BoolFlag{Name: "earlier", Usage: "end only the claims from before its last boot"},
+				}, keeperFlags()...)...)},
+			{Name: "check", Usage: "prove that everything in a pool is consistent",
+				ArgsUsage: "POOL", Action: e.poolCheck, Description: `
+Reads all contents and metadata. A daemon that owns the pool does the work, and adds and removes no
+image meanwhile. Writes every finding with its rule (docs/pool.md and docs/format.md explain the
+rules), and ends with status 3 if there are any; status 1 means that the pool could not be read.
 
-With --contents it reads all contents and nothing else, while the pool is in use: a daemon that owns it does so. Contents that
-have changed are given to nobody from then on. Images that hold them are made again where that is possible.
+With --contents it reads all contents and nothing else, while the pool is in use; a daemon that owns
+the pool does the work. From then on nobody gets contents that have changed. Images that hold them
+are rebuilt where possible.
 
 Examples:
    daxfs pool check /var/lib/pool
    daxfs pool check --contents /var/lib/pool
    daxfs pool check --json /var/lib/pool | jq '.findings[].rule'`, Flags: with(append([]cli.Flag{
-				&cli.BoolFlag{Name: "contents", Usage: "read contents only, also while the pool is in use"},
-			}, keeperFlags()...)...)},
+					&cli.BoolFlag{Name: "contents", Usage: "read contents only, also while the pool is in use"},
+				}, keeperFlags()...)...)},
 		},
 	}
 }
@@ -243,7 +265,7 @@ func (e *env) poolInit(c *cli.Context) error {
 	return nil
 }
 
-// readersFlags says who reads a new pool. A daemon that has one says so in its configuration.
+// readersFlags returns the readers of a new pool. A daemon takes those of its own pool from its configuration.
 func readersFlags(c *cli.Context) (store.Readers, error) {
 	r := store.Readers{Mode: c.String("readers")}
 	for _, spec := range c.StringSlice("lease") {
@@ -268,7 +290,7 @@ func readersFlags(c *cli.Context) (store.Readers, error) {
 
 var choices = map[string]pool.Choice{"auto": pool.Auto, "yes": pool.Yes, "no": pool.No}
 
-// poolMade is what pool init --json writes.
+// poolMade is the output of pool init --json.
 type poolMade struct {
 	ID     string      `json:"id"`
 	Index  string      `json:"index"`
@@ -276,11 +298,11 @@ type poolMade struct {
 	Usage  pool.Usage  `json:"usage"`
 }
 
-// poolChecked is what pool check --json writes.
+// poolChecked is the output of pool check --json.
 type poolChecked struct {
 	OK       bool           `json:"ok"`
 	Findings []pool.Finding `json:"findings"`
-	// Lost says which images cannot be made again, and why.
+	// Lost names the images that cannot be rebuilt, and why.
 	Lost string `json:"lost,omitempty"`
 }
 
@@ -321,7 +343,7 @@ func (e *env) poolCheck(c *cli.Context) error {
 	return e.tellFindings(c, findings, "")
 }
 
-// poolScrub is pool check --contents.
+// poolScrub implements pool check --contents.
 func (e *env) poolScrub(c *cli.Context, a poolArgs) error {
 	k, err := e.openKeeper(c, a, "auto")
 	if err != nil {
@@ -349,7 +371,7 @@ func (e *env) tellFindings(c *cli.Context, findings []pool.Finding, lost string)
 	return err
 }
 
-// check checks a pool as its owner, which no store needs to be: what is damaged cannot always be opened as one.
+// check checks a pool as its owner, without a store: a damaged pool cannot always be opened as one.
 func (e *env) check(ctx context.Context, rc region.Config, index string) (findings []pool.Finding, err error) {
 	r, err := region.Open(rc)
 	if err != nil {

@@ -22,9 +22,10 @@ func poolDiffCommand(e *env, flags []cli.Flag) *cli.Command {
 		Description: `
 ` + sourceHelp + `
 
-Nothing is fetched but the tables of layers in zstd:chunked, and nothing is changed; a daemon may own the pool. For each layer: the
-bytes that a pull fetches, those of the blob, and the files that the pool has and lacks. A layer without tables is fetched as a whole,
-also if the pool has that layer. --files lists the files that it lacks.
+Fetches only the tables of layers in zstd:chunked, and changes nothing; a daemon may own the pool.
+Shows for each layer: the bytes that a pull fetches, the size of the blob, and the files in the pool
+and not in the pool. A layer without tables is fetched as a whole, even if the pool has that layer.
+--files lists the missing files.
 
 Examples:
    daxfs pool diff /var/lib/pool docker://registry.example.com/web:v2
@@ -34,11 +35,11 @@ Examples:
 	}
 }
 
-// poolDifference is what pool diff --json writes. All sizes are bytes.
+// poolDifference is the output of pool diff --json. All sizes are bytes.
 type poolDifference struct {
 	Image   string      `json:"image"`
-	Fetched int64       `json:"bytesFetched"` // what a pull fetches of layers
-	Blobs   int64       `json:"bytesBlobs"`   // what it would fetch without the pool
+	Fetched int64       `json:"bytesFetched"` // layer bytes that a pull fetches
+	Blobs   int64       `json:"bytesBlobs"`   // and would fetch without the pool
 	Layers  []layerDiff `json:"layers"`
 }
 
@@ -48,10 +49,10 @@ type layerDiff struct {
 	Blob    int64      `json:"bytesBlob"`
 	Fetched int64      `json:"bytesFetched"`
 	Ranges  int        `json:"ranges"`
-	Have    int64      `json:"bytesHave"`    // of files that the pool has
-	Missing int64      `json:"bytesMissing"` // of files that it lacks
+	Have    int64      `json:"bytesHave"`    // of files in the pool
+	Missing int64      `json:"bytesMissing"` // of files not in the pool
 	Whole   string     `json:"whole,omitempty"`
-	Files   []fileDiff `json:"files"` // that it lacks
+	Files   []fileDiff `json:"files"` // files not in the pool
 }
 
 type fileDiff struct {
@@ -100,7 +101,7 @@ func (e *env) poolDiff(c *cli.Context) error {
 	return errors.Join(err, w.Flush())
 }
 
-// knownContents reads what a pool has, whoever owns it.
+// knownContents reads the contents of a pool, whoever owns it.
 func (e *env) knownContents(a poolArgs) (pool.Known, error) {
 	rc, err := a.region(true)
 	if err != nil {
@@ -127,7 +128,7 @@ func (e *env) knownContents(a poolArgs) (pool.Known, error) {
 	return nil, fmt.Errorf("%s: %w", a.Pool, err)
 }
 
-// diffLayer says what of a layer would be fetched.
+// diffLayer determines which parts of a layer a pull would fetch.
 func diffLayer(ctx context.Context, l source.Layer, known pool.Known) (*layerDiff, error) {
 	d := &layerDiff{
 		Digest: l.Desc.Digest.String(), DiffID: l.DiffID.String(), Blob: l.Desc.Size, Fetched: l.Desc.Size, Ranges: 1,

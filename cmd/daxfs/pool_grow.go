@@ -15,7 +15,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// poolGrown is what pool grow --json writes.
+// poolGrown is the output of pool grow --json.
 type poolGrown struct {
 	ID     string     `json:"id"`
 	Before int64      `json:"before"` // size in bytes
@@ -48,8 +48,8 @@ func (e *env) poolGrow(c *cli.Context) error {
 		return fmt.Errorf("%s: %w", a.Pool, err)
 	}
 	if d := dialControl(c.String("control")); d.owns(c.Context, hex.EncodeToString(cat.PoolID[:])) {
-		return fmt.Errorf("%s: %w: the daemon has it mounted, and the kernel remembers how large it is; stop the daemon and its "+
-			"containers, then grow it", a.Pool, pool.ErrBusy)
+		return fmt.Errorf("%s: %w: the daemon has it mounted, and the kernel remembers how large it is; "+
+			"stop the daemon and its containers, then grow it", a.Pool, pool.ErrBusy)
 	}
 	index, err := a.needIndex(rc, cat)
 	if err != nil {
@@ -71,7 +71,7 @@ func (e *env) poolGrow(c *cli.Context) error {
 	return err
 }
 
-// canGrow compares the sizes of a pool before and after.
+// canGrow returns an error if a pool cannot grow from one size to another.
 func canGrow(from, to int64) error {
 	switch {
 	case to == from:
@@ -86,7 +86,7 @@ func canGrow(from, to int64) error {
 	return nil
 }
 
-// noReaders returns an error if other kernels use the pool. They remember how large it is.
+// noReaders returns an error if other kernels use the pool, because they remember its size.
 func noReaders(index string, size int64) error {
 	peeked, err := pool.ReadIndex(index, size)
 	if err != nil {
@@ -94,18 +94,19 @@ func noReaders(index string, size int64) error {
 	}
 	users, err := store.PeekReaders(peeked)
 	if err != nil {
-		return fmt.Errorf("who reads it is not known: %w", err)
+		return fmt.Errorf("its readers are not known: %w", err)
 	}
 	for _, u := range users {
 		if n := len(u.Images) + len(u.Earlier) + u.Torn; n > 0 {
-			return fmt.Errorf("%w: reader %q (%s) has %d claims, and its kernel remembers how large the pool is; stop it, and "+
-				"release it with `daxfs pool release` if it does not do so itself", pool.ErrBusy, u.Reader, u.Region, n)
+			return fmt.Errorf("%w: reader %q (%s) has %d claims, and its kernel remembers how large the pool is; "+
+				"stop it, and release it with `daxfs pool release` if it does not do so itself",
+				pool.ErrBusy, u.Reader, u.Region, n)
 		}
 	}
 	return nil
 }
 
-// grow makes a file and the pool in it larger. After an error the file is as large as the pool says.
+// grow enlarges a file and the pool in it. After an error the file has the size that the pool records.
 func (e *env) grow(rc region.Config, index string, from, to int64) (u pool.Usage, err error) {
 	st, err := os.Stat(rc.Path)
 	if err != nil {
@@ -114,7 +115,7 @@ func (e *env) grow(rc region.Config, index string, from, to int64) (u pool.Usage
 	if st.Size() > to {
 		return u, fmt.Errorf("the file has %d bytes already, more than %d: %w", st.Size(), to, pool.ErrInvalid)
 	}
-	if st.Size()&^(region.Align-1) == from { // else an earlier command ended before it was done
+	if st.Size()&^(region.Align-1) == from { // otherwise an interrupted command enlarged the file
 		if err := e.tryOwn(rc, index); err != nil {
 			return u, err
 		}
@@ -139,7 +140,7 @@ func (e *env) grow(rc region.Config, index string, from, to int64) (u pool.Usage
 	return p.Usage(), p.Close()
 }
 
-// tryOwn returns an error if this process cannot become the owner of a pool that nothing uses.
+// tryOwn returns an error if this process cannot become the owner of the pool or if something uses the pool.
 func (e *env) tryOwn(rc region.Config, index string) error {
 	r, err := region.Open(rc)
 	if err != nil {

@@ -10,8 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// TestPoolGrow: a pool that is full takes more after it has grown, and what it had is there. What cannot be done changes
-// nothing.
+// TestPoolGrow: a full pool takes more after it has grown, and keeps its images. A refused grow changes nothing.
 func TestPoolGrow(t *testing.T) {
 	dir := t.TempDir()
 	p, place := filepath.Join(dir, "pool"), filepath.Join(dir, "guest.lease")
@@ -46,7 +45,7 @@ func TestPoolGrow(t *testing.T) {
 	}
 	refused("does not shrink", statusFailed, p, "8m")
 	refused("already", statusFailed, p, "16m")
-	refused("already", statusFailed, p, "17m") // whole 2 MiB
+	refused("already", statusFailed, p, "17m") // rounded to whole 2 MiB
 	refused("expected a size", statusUsage, p, "large")
 	refused("more than a pool can have", statusFailed, p, "17t")
 	refused("no such file", statusFailed, filepath.Join(dir, "away"), "64m")
@@ -69,7 +68,7 @@ func TestPoolGrow(t *testing.T) {
 	}
 	mustPool(t, with("put", "--name", "large", p, large)...)
 	mustPool(t, with("check", p)...)
-	// It was made larger by hand, or the command was killed.
+	// Somebody enlarged the file by hand, or the command was killed.
 	must(t, os.Truncate(p, 160<<20))
 	status, _, errs = runPool(t, with("gc", p)...)
 	if status != statusFailed || !strings.Contains(errs, "daxfs pool grow") || strings.Contains(errs, "corrupt") {

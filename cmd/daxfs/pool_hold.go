@@ -53,7 +53,7 @@ func (e *env) poolPut(c *cli.Context) error {
 			image: img, name: name, platform: c.String("platform"), namespace: c.String("namespace"),
 			plainHTTP: c.Bool("plain-http"), overlayUpper: c.Bool("overlay-upper"),
 		}
-		if c.IsSet("hosts-dir") { // else the daemon's default counts
+		if c.IsSet("hosts-dir") { // otherwise the daemon's default applies
 			from.hostDirs = c.StringSlice("hosts-dir")
 		}
 		info, err := k.Put(c.Context, from, pin)
@@ -68,7 +68,7 @@ func (e *env) poolPut(c *cli.Context) error {
 	})
 }
 
-// pinName is the name under which an image is put.
+// pinName returns the name under which an image is put.
 func pinName(c *cli.Context, img *source.Image) (string, error) {
 	switch {
 	case c.String("name") != "":
@@ -85,7 +85,7 @@ func pinName(c *cli.Context, img *source.Image) (string, error) {
 	return store.ImageKey(keys), nil
 }
 
-// showPut tells what was put. What it takes is read from the pool, as any reader would.
+// showPut reports the new image. It reads its size from the pool, as any reader can.
 func (e *env) showPut(c *cli.Context, info store.Info, pin string, added int64) error {
 	r, cat, err := poolArgsOf(c).open()
 	if err != nil {
@@ -119,7 +119,7 @@ func (e *env) poolRemove(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		// All of them or none: a misspelt name removes nothing.
+		// Remove all or none: a misspelt name must not remove anything.
 		pins := map[string]bool{}
 		for _, name := range c.Args().Slice()[1:] {
 			of, err := pinsOf(images, name)
@@ -141,7 +141,7 @@ func (e *env) poolRemove(c *cli.Context) error {
 	})
 }
 
-// pinsOf are the pins that go if a user removes an image: the one that he named, or all of the image that he named.
+// pinsOf returns the pins to remove for a name: the pin of that name, or all pins of the image with that name.
 func pinsOf(images []store.Info, name string) ([]string, error) {
 	info, err := store.Match(images, name)
 	if err != nil {
@@ -160,7 +160,7 @@ func pinsOf(images []store.Info, name string) ([]string, error) {
 		if !ok {
 			continue
 		}
-		// Somebody may have unmounted it without asking. The next sweep finds that out.
+		// Somebody may have unmounted it without asking. The next sweep finds out.
 		if mounted, err := mountinfo.Mounted(dir); err != nil || mounted {
 			return nil, fmt.Errorf("image %q is mounted on %q: %w; unmount it first", name, dir, pool.ErrBusy)
 		}
@@ -234,9 +234,9 @@ func (e *env) poolUnpin(c *cli.Context) error {
 	})
 }
 
-// poolReleased is what pool release --json writes.
+// poolReleased is the output of pool release --json.
 type poolReleased struct {
-	Claims int `json:"claims"` // how many ended
+	Claims int `json:"claims"` // the number of ended claims
 }
 
 func (e *env) poolRelease(c *cli.Context) error {
@@ -256,7 +256,7 @@ func (e *env) poolRelease(c *cli.Context) error {
 	})
 }
 
-// poolFreed is what pool rm --json and pool gc --json write.
+// poolFreed is the output of pool rm --json and pool gc --json.
 type poolFreed struct {
 	Images int        `json:"images"`
 	Layers int        `json:"layers"`
@@ -264,7 +264,7 @@ type poolFreed struct {
 	Usage  pool.Usage `json:"usage"`
 }
 
-// freeing calls f, frees what nothing holds, and says how much that was.
+// freeing calls f, frees what nothing holds, and reports how much that was.
 func (e *env) freeing(c *cli.Context, k keeper, f func(context.Context) error) error {
 	before, err := k.Usage(c.Context)
 	if err != nil {
@@ -281,7 +281,7 @@ func (e *env) freeing(c *cli.Context, k keeper, f func(context.Context) error) e
 		return err
 	}
 	images, layers := before.Images-after.Images, before.Layers-after.Layers
-	// What a new epoch gains is in none of the sums but this.
+	// A new epoch frees space that appears only in this sum.
 	taken := func(u pool.Usage) int64 { return u.Extents + u.Dead + u.Segments + u.Tree }
 	freed := max(0, taken(before)-taken(after))
 	if c.Bool("json") {

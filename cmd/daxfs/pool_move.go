@@ -16,11 +16,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// poolMoved is what pool move --json writes.
+// poolMoved is the output of pool move --json.
 type poolMoved struct {
 	From  string `json:"from"`
 	To    string `json:"to"`
-	Index string `json:"index"` // where it is now
+	Index string `json:"index"` // its path after the move
 }
 
 func (e *env) poolMove(c *cli.Context) error {
@@ -55,7 +55,7 @@ func (e *env) poolMove(c *cli.Context) error {
 		return err
 	}
 	defer r.Close()
-	// As its owner: nobody else changes it meanwhile. What is to be written is written.
+	// As the owner, because then nobody else changes the pool. Pending writes are done.
 	if err := e.ownUnused(r, index); err != nil {
 		return err
 	}
@@ -75,7 +75,7 @@ func (e *env) poolMove(c *cli.Context) error {
 	return err
 }
 
-// canMove returns an error if the pool cannot be moved to a path, whatever is in it.
+// canMove returns an error if a pool cannot be moved to a path, whatever its contents.
 func canMove(rc region.Config, to string) error {
 	if !region.TraitsOf(rc.Kind).Regular {
 		return fmt.Errorf("pool of kind %q: only files are moved; put its images into another pool: %w", rc.Kind,
@@ -97,7 +97,7 @@ func canMove(rc region.Config, to string) error {
 	return nil
 }
 
-// move is the move of a file, and of an index beside it if there is one. After an error both are where they were.
+// move moves a file, and the index beside it if there is one. After an error both are at their old place.
 type move struct{ from, to, index string }
 
 func (m move) run(ctx context.Context) error {
@@ -117,7 +117,7 @@ func (m move) run(ctx context.Context) error {
 	return m.copy(ctx)
 }
 
-// copy moves to another file system. The old files are removed when the new ones are durable.
+// copy moves to another file system. It removes the old files when the new ones are durable.
 func (m move) copy(ctx context.Context) (err error) {
 	files := map[string]string{m.from: m.to}
 	if m.index != "" {
@@ -157,7 +157,7 @@ func (m move) copy(ctx context.Context) (err error) {
 	return nil
 }
 
-// copySparse copies what is in a file to a new one, and leaves its holes out.
+// copySparse copies a file to a new one and keeps its holes.
 func copySparse(ctx context.Context, from, to string) (err error) {
 	src, err := os.Open(from)
 	if err != nil {

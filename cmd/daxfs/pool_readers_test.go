@@ -17,8 +17,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// TestPoolReadersAlone: a pool that no daemon owns tells readers of the OCI images that were put into it, and pool ls says
-// who uses them. Looking writes nothing, also where the reader's launcher is gone.
+// TestPoolReadersAlone: a pool without a daemon tells readers which OCI images were put into it, and
+// pool ls shows the users of images. Reading writes nothing, even if the reader's launcher is gone.
 func TestPoolReadersAlone(t *testing.T) {
 	dir := t.TempDir()
 	p, place := filepath.Join(dir, "pool"), filepath.Join(dir, "guest.lease")
@@ -78,14 +78,14 @@ func TestPoolReadersAlone(t *testing.T) {
 	if after, err := os.ReadFile(place); err != nil || !bytes.Equal(before, after) {
 		t.Errorf("ls wrote to the lease region: %v", err)
 	}
-	// The owner looks, and finds that the reader is gone.
+	// The owner checks, and finds that the reader is gone.
 	mustPool(t, append([]string{"gc"}, append(none, p)...)...)
 	mustPool(t, append([]string{"rm"}, append(none, p, "example.org/web:1")...)...)
 	if text = mustPool(t, append([]string{"ls"}, append(none, p)...)...); strings.Contains(text, "guest") {
 		t.Errorf("ls after the owner looked: %s", text)
 	}
 
-	// A region that cannot be read is named, and nothing else is lost.
+	// An unreadable region is named, and the other output is complete.
 	must(t, os.Truncate(place, 100))
 	status, text, errs := runPool(t, append([]string{"ls"}, append(none, p)...)...)
 	if status != statusOK || !strings.Contains(errs, "not all readers are known") || !strings.Contains(errs, place) {

@@ -14,26 +14,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// poolArgs say which pool is meant: what a user gives, and what is remembered of a mount.
+// poolArgs select a pool: the user's arguments, or those recorded for a mount.
 type poolArgs struct {
 	Pool  string `json:"pool"`
 	Kind  string `json:"kind,omitempty"`
 	Index string `json:"index,omitempty"`
 }
 
-// poolArgsOf are those of a command whose first argument is POOL.
+// poolArgsOf returns the poolArgs of a command whose first argument is POOL.
 func poolArgsOf(c *cli.Context) poolArgs {
 	return poolArgs{Pool: c.Args().First(), Kind: c.String("kind"), Index: c.String("index")}
 }
 
-// region turns the arguments into a region.
 func (a poolArgs) region(readOnly bool) (region.Config, error) {
 	rc, err := regionAt(a.Kind, a.Pool)
 	rc.ReadOnly = readOnly
 	return rc, err
 }
 
-// open opens the memory of a pool for reading, and reads what the pool says of itself. The caller closes the memory.
+// open opens the memory of a pool for reading, and reads its catalogue. The caller closes the memory.
 func (a poolArgs) open() (region.Region, *pool.Catalogue, error) {
 	rc, err := a.region(true)
 	if err != nil {
@@ -51,14 +50,14 @@ func (a poolArgs) open() (region.Region, *pool.Catalogue, error) {
 	return r, cat, nil
 }
 
-// regionAt is the region that a POOL argument stands for, of the kind that follows from it unless one is given.
+// regionAt returns the region of a POOL argument. Its kind follows from the argument unless kind is set.
 func regionAt(kind, arg string) (region.Config, error) {
 	rc := region.Config{Kind: kind, Path: arg}
 	if kind == "" || kind == region.KindPhys {
 		if phys, ok, err := region.PhysRange(arg); err != nil {
 			return rc, &usageError{"pool", err.Error()}
 		} else if ok {
-			// Whoever opens a pool does not take the range: init did, and had to be forced where the kernel does not reserve it.
+			// Opening a pool does not reserve the range: init did, with force if the kernel does not reserve it.
 			phys.Force = true
 			return phys, nil
 		}
@@ -72,7 +71,7 @@ func regionAt(kind, arg string) (region.Config, error) {
 	}
 	info, err := describe("/", arg)
 	if errors.Is(err, os.ErrNotExist) {
-		// One that is to be made is of the kind of its directory.
+		// A new file has the kind of its directory.
 		dir, derr := filepath.EvalSymlinks(filepath.Dir(arg))
 		if derr != nil {
 			return rc, derr
@@ -83,7 +82,7 @@ func regionAt(kind, arg string) (region.Config, error) {
 	return rc, err
 }
 
-// newIndex is where the index of a pool is made unless --index says so: beside a file.
+// newIndex returns the path of a new pool's index: beside a file, unless --index is given.
 func (a poolArgs) newIndex(rc region.Config) (string, error) {
 	switch {
 	case a.Index != "":
@@ -94,7 +93,7 @@ func (a poolArgs) newIndex(rc region.Config) (string, error) {
 	return "", &usageError{"pool", fmt.Sprintf("a pool of kind %q needs --index", rc.Kind)}
 }
 
-// needIndex is findIndex for a command that becomes the owner of the pool. The error names who owns it, if it is that.
+// needIndex is findIndex for a command that becomes the owner of the pool. Its error names the current owner, if any.
 func (a poolArgs) needIndex(rc region.Config, cat *pool.Catalogue) (string, error) {
 	index := a.findIndex(rc, cat)
 	if index != "" {
@@ -106,7 +105,7 @@ func (a poolArgs) needIndex(rc region.Config, cat *pool.Catalogue) (string, erro
 	return "", fmt.Errorf("%s: %w", a.Pool, errNoIndex)
 }
 
-// ownUnused becomes the owner of a pool for a moment, and fails if something uses the pool. The lock on r stays.
+// ownUnused briefly becomes the owner of a pool, and fails if something uses the pool. It keeps the lock on r.
 func (e *env) ownUnused(r region.Region, index string) error {
 	p, err := pool.Open(r, index, e.poolOptions())
 	if err != nil {
@@ -118,8 +117,8 @@ func (e *env) ownUnused(r region.Region, index string) error {
 	return p.Close()
 }
 
-// findIndex is the index of a pool that there is: the one that was named, that beside the pool, or that of a daemon.
-// It is empty if there is none: another machine has it, or another directory.
+// findIndex returns the index of an existing pool: the one given, the one beside the pool, or a
+// daemon's. It returns "" if it finds none: the index is on another machine or in another directory.
 func (a poolArgs) findIndex(rc region.Config, cat *pool.Catalogue) string {
 	sure, candidates := a.indexes(rc)
 	if sure != "" {
@@ -134,7 +133,7 @@ func (a poolArgs) findIndex(rc region.Config, cat *pool.Catalogue) string {
 	return ""
 }
 
-// indexes are where the index of a pool may be: in one place that is named or beside the pool, or in several.
+// indexes returns where the index of a pool may be: one sure place, given or beside the pool, or several candidates.
 func (a poolArgs) indexes(rc region.Config) (sure string, candidates []string) {
 	if a.Index != "" {
 		return a.Index, nil
@@ -149,8 +148,8 @@ func (a poolArgs) indexes(rc region.Config) (sure string, candidates []string) {
 	return "", append(candidates, daemons...)
 }
 
-// storeRoot is the directory of the state of a pool's store. An index that lies where a daemon puts it belongs to that
-// daemon's store: what the daemon has mounted is found there. Everybody else's mounts end with the machine.
+// storeRoot returns the state directory of a pool's store. An index at a daemon's path belongs to that
+// daemon's store, whose root also has the daemon's mounts. All other mounts end with the machine.
 func storeRoot(index string, id string) string {
 	if dir, err := filepath.Abs(filepath.Dir(index)); err == nil && filepath.Base(dir) == "pool" {
 		if root := filepath.Dir(dir); fileExists(filepath.Join(root, "images")) &&
@@ -161,7 +160,7 @@ func storeRoot(index string, id string) string {
 	return filepath.Join(stateDir(), id)
 }
 
-// stateDir is the directory of what ends with the machine.
+// stateDir returns the directory of state that ends with the machine.
 func stateDir() string {
 	if os.Geteuid() == 0 {
 		return "/run/daxfs"

@@ -17,18 +17,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// poolImage is an image in pool ls --json and pool show --json, and what pool put --json writes.
+// poolImage is an image in the output of pool ls, pool show and pool put with --json.
 type poolImage struct {
 	pool.Image
 	UUID    string   `json:"uuid"`
 	Names   []string `json:"names,omitempty"`
 	Holders []string `json:"holders,omitempty"`
-	// Brought is how many bytes the pool holds because of the image that it did not hold before; 0 if it is not known.
+	// Brought is the number of bytes that the pool stored newly for the image; 0 if unknown.
 	Brought int64            `json:"brought,omitempty"`
 	Usage   *pool.ImageUsage `json:"usage,omitempty"`
 }
 
-// poolState is pool ls --json and pool show --json.
+// poolState is the output of pool ls --json and pool show --json.
 type poolState struct {
 	ID         string      `json:"id"`
 	Epoch      string      `json:"epoch"`
@@ -38,28 +38,27 @@ type poolState struct {
 	SlotsUsed  int         `json:"slotsUsed"`
 	Windows    bool        `json:"windows"`
 	DAX        bool        `json:"dax"`
-	Unshared   int64       `json:"unshared"` // what the images' contents would take apart
-	Contents   int64       `json:"contents"` // and what they take
+	Unshared   int64       `json:"unshared"` // the size of the images' contents without sharing
+	Contents   int64       `json:"contents"` // and with sharing
 	Saved      int64       `json:"saved"`
-	Index      *poolHolds  `json:"index,omitempty"` // what the pool itself does not say
+	Index      *poolHolds  `json:"index,omitempty"` // the data that the pool itself lacks
 	Images     []poolImage `json:"images"`
 	// Readers are the readers with lease regions.
 	Readers []store.LeaseUser `json:"readers,omitempty"`
 }
 
-// poolHolds is what the index of a pool says, in bytes.
+// poolHolds is data from the index of a pool, in bytes.
 type poolHolds struct {
 	Layers   int   `json:"layers"`
 	Extents  int64 `json:"extents"` // contents that images and layers hold
 	Files    int   `json:"files"`
 	Metadata int64 `json:"metadata"`
-	Waiting  int64 `json:"waiting"` // contents that nothing holds and that somebody may still read
+	Waiting  int64 `json:"waiting"` // contents that nothing holds but that may still be read
 	Free     int64 `json:"free"`
 }
 
-// state reads what the pool itself says. It takes no lock and writes nothing: any process and any machine may do
-// that, at any time. What is in the index is told by the daemon that has it open, or read from the file while nobody
-// has.
+// state reads the pool's own data without a lock and without writing, as any process on any machine
+// may at any time. Data of the index comes from the daemon that has it open, or else from the file.
 func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 	r, cat, err := a.open()
 	if err != nil {
@@ -97,7 +96,6 @@ func (e *env) state(c *cli.Context, a poolArgs) (*poolState, error) {
 	return s, nil
 }
 
-// addIndex adds what is in the index.
 func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, cat *pool.Catalogue) error {
 	if d := dialControl(c.String("control")); d.owns(c.Context, s.ID) {
 		list, err := d.Images(c.Context)
@@ -150,7 +148,7 @@ func (e *env) addIndex(c *cli.Context, s *poolState, a poolArgs, cat *pool.Catal
 	return err
 }
 
-// name adds what the index says of an image.
+// name adds the index's data about an image.
 func (s *poolState) name(info store.Info) {
 	for i := range s.Images {
 		if s.Images[i].Key == info.Key {
@@ -159,7 +157,6 @@ func (s *poolState) name(info store.Info) {
 	}
 }
 
-// find returns the image that a user means.
 func (s *poolState) find(name string) (poolImage, error) {
 	infos := make([]store.Info, len(s.Images))
 	for i, m := range s.Images {
@@ -173,10 +170,10 @@ func (s *poolState) find(name string) (poolImage, error) {
 	return s.Images[i], nil
 }
 
-// pinPrefix begins the holders that pool put makes; the name follows.
+// pinPrefix begins the holders that pool put makes; the name follows it.
 const pinPrefix = "pin/"
 
-// label is how a list calls an image: by its pins and names, else by its key.
+// label returns an image's name in lists: its pins and names, or else its key.
 func (m poolImage) label() string {
 	var names []string
 	for _, h := range m.Holders {
@@ -195,7 +192,7 @@ func (m poolImage) label() string {
 	return strings.Join(names, ", ")
 }
 
-// shortKey is the beginning of a key, which commands take as well.
+// shortKey returns the beginning of a key, which commands accept as well.
 func shortKey(key string) string {
 	const most = len("image/") + 12
 	if strings.HasPrefix(key, "image/") && len(key) > most {
@@ -231,7 +228,7 @@ func (e *env) poolList(c *cli.Context) error {
 	return s.showReaders(e.stdout)
 }
 
-// showReaders lists who uses which images in other kernels, those included that were removed and wait for it.
+// showReaders lists the images in use by other kernels, including removed ones that wait for them.
 func (s *poolState) showReaders(out io.Writer) error {
 	if len(s.Readers) == 0 {
 		return nil

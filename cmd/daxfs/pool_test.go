@@ -104,7 +104,7 @@ func showPool(t *testing.T, p string) (state poolState) {
 	return state
 }
 
-// TestPoolPutSources puts what convert wrote, and OCI images, which have names of their own.
+// TestPoolPutSources puts output of convert, and OCI images, which have names of their own.
 func TestPoolPutSources(t *testing.T) {
 	dir := t.TempDir()
 	p, image := filepath.Join(dir, "pool"), filepath.Join(dir, "image")
@@ -139,7 +139,7 @@ func TestPoolPutSources(t *testing.T) {
 		len(showPool(t, p).Images) != 2 {
 		t.Errorf("put again: %q", again)
 	}
-	// What has two names stays until both are gone.
+	// An image with two names stays until both are gone.
 	mustPool(t, "put", "--name", "two", p, "oci:"+layout.Dir+":v1")
 	if out := mustPool(t, "rm", p, "two"); !strings.Contains(out, "removed 0 images") ||
 		strings.Contains(mustPool(t, "ls", p), "two") {
@@ -181,7 +181,7 @@ func TestPoolCheckFindsDamage(t *testing.T) {
 		!strings.Contains(got.Lost, "pull the image again") || !strings.Contains(stderr, "cannot be made again") {
 		t.Errorf("check --contents: status %d, %s%s", status, stdout, stderr)
 	}
-	// Nobody gets it, until it is put again.
+	// Nobody gets the image until it is put again.
 	if state := showPool(t, p); len(state.Images) != 0 {
 		t.Errorf("the catalogue lists %+v", state.Images)
 	}
@@ -244,7 +244,7 @@ func TestPoolErrors(t *testing.T) {
 	mustPool(t, "init", "--force", foreign)
 }
 
-// TestPoolOwned reads a pool that has an owner, and changes nothing in it: ls and show take no lock and write nothing.
+// TestPoolOwned reads a pool with an owner: ls and show take no lock and write nothing.
 func TestPoolOwned(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pool")
 	mustPool(t, "init", "--size", "64m", path)
@@ -279,7 +279,7 @@ func TestPoolOwned(t *testing.T) {
 	if after := stamps(t, path, path+".index"); after != before {
 		t.Errorf("pool and index were %s, and after reading are %s", before, after)
 	}
-	// What the images share is the same for readers and for the owner.
+	// Readers and the owner see the same sharing.
 	u := p.Usage()
 	if state.Index != nil || state.Saved != 4096 || state.Unshared != u.Unshared || state.Contents != u.ImageExtents {
 		t.Errorf("show: %+v, the owner knows %+v", state, u)
@@ -295,7 +295,7 @@ func TestPoolOwned(t *testing.T) {
 	}
 }
 
-// stamps are the times at which files were changed.
+// stamps returns the modification times of files.
 func stamps(t *testing.T, paths ...string) string {
 	t.Helper()
 	var all []string
@@ -309,7 +309,7 @@ func stamps(t *testing.T, paths ...string) string {
 	return strings.Join(all, " ")
 }
 
-// TestPoolKeepsWhatItHas: a command that cannot do all of what it was asked for does none of it, and says so.
+// TestPoolKeepsWhatItHas: a command that cannot do everything it was told does nothing, and reports an error.
 func TestPoolKeepsWhatItHas(t *testing.T) {
 	dir := t.TempDir()
 	p := filepath.Join(dir, "pool")
@@ -338,7 +338,7 @@ func TestPoolKeepsWhatItHas(t *testing.T) {
 			t.Errorf("pool %q: status %d, %q, expected %d and %q", c.args, status, stderr, c.status, c.want)
 		}
 	}
-	// A name moves to what is put under it.
+	// A name moves to the image put under it.
 	mustPool(t, "put", "--name", "one", p, rootfs(t, map[string]string{"name": "another"}))
 	if out := mustPool(t, "gc", p); !strings.Contains(out, "removed 1 images and 1 layers") {
 		t.Errorf("gc: %q", out)
@@ -356,7 +356,7 @@ func TestPoolKeepsWhatItHas(t *testing.T) {
 	}
 }
 
-// TestPoolMove: a pool that was moved, within a file system or to another one, is the same; one that cannot be moved stays.
+// TestPoolMove: a moved pool is unchanged, also on another file system; a failed move leaves it in place.
 func TestPoolMove(t *testing.T) {
 	dir, shm := t.TempDir(), "/dev/shm"
 	p := filepath.Join(dir, "pool")
@@ -390,7 +390,7 @@ func TestPoolMove(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustPool(t, "move", p, there)
-	// To another file system, as that does which the kernel cannot rename to.
+	// Move to another file system, as if rename had returned EXDEV.
 	m := move{from: there, to: filepath.Join(dir, "copy"), index: there + ".index"}
 	if err := m.copy(t.Context()); err != nil {
 		t.Fatal(err)
@@ -410,7 +410,7 @@ func TestPoolMove(t *testing.T) {
 		after.Index == nil {
 		t.Errorf("after: %+v; before: %+v", after, before)
 	}
-	// A copy that is cut off leaves all where it was.
+	// An interrupted copy leaves all files in place.
 	ctx, stop := context.WithCancel(t.Context())
 	stop()
 	if err := (move{from: m.to, to: p, index: m.to + ".index"}).copy(ctx); err == nil || fileExists(p) ||

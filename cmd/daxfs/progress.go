@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// progress shows a conversion: on a terminal a bar for each layer that is read and one for each that is sent, elsewhere a
-// line for each layer that is done, or nothing.
+// progress shows a conversion: on a terminal a bar for each layer that is read and one for each that
+// is sent; elsewhere a line for each finished layer, or nothing.
 type progress struct {
 	w      io.Writer
 	quiet  bool
@@ -37,14 +37,14 @@ func newProgress(w io.Writer, quiet bool) *progress {
 	return p
 }
 
-// hasSize tells whether f is a terminal with room for bars. One of no size, as a serial line or script(1) without a
-// terminal of its own may be, shows none of them.
+// hasSize reports whether f is a terminal with room for bars. A terminal of size zero, such as a
+// serial line or script(1) without a terminal of its own, shows none of them.
 func hasSize(f *os.File) bool {
 	width, height, err := term.GetSize(int(f.Fd()))
 	return err == nil && width > 0 && height > 0
 }
 
-// short is a digest as it fits into a line.
+// short returns a digest short enough for a line.
 func short(l source.Layer) string {
 	const n = len("sha256:") + 12
 	if name := l.Name(); len(name) > n {
@@ -63,7 +63,7 @@ func (p *progress) Start(layers []source.Layer) {
 	}
 }
 
-// add adds a bar. Those of a lower priority stand above it.
+// add adds a bar. Bars of lower priority are above it.
 func (p *progress) add(name string, total int64, priority int) *mpb.Bar {
 	return p.bars.AddBar(total, mpb.BarPriority(priority),
 		mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR)),
@@ -82,7 +82,7 @@ func (p *progress) Send(layer int, size int64) {
 	defer p.mu.Unlock()
 	bar := p.sent[layer]
 	if bar == nil {
-		// It has no total yet, so it does not end when all is sent: the registry may want to have it again.
+		// The bar has no total yet, so it does not end when all is sent: the registry may ask for the layer again.
 		bar = p.add(short(p.layers[layer])+" push", 0, 2*layer+1)
 		if p.sent == nil {
 			p.sent = map[int]*mpb.Bar{}
@@ -100,7 +100,7 @@ func (p *progress) Sent(layer, n int) {
 	}
 }
 
-// push is the bar of a layer that is sent, or nil.
+// push returns the bar of a layer that is sent, or nil.
 func (p *progress) push(layer int) *mpb.Bar {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -131,7 +131,7 @@ func (p *progress) Done(layer int) {
 	fmt.Fprintf(p.w, "%s %s (%d of %d layers)\n", short(l), human(l.Desc.Size), n, len(p.layers))
 }
 
-// notify shows a line about what holds the conversion up, above the bars if there are any.
+// notify shows a line about a delay of the conversion, above the bars if there are any.
 func (p *progress) notify(line string) {
 	if p.quiet {
 		return
@@ -145,7 +145,7 @@ func (p *progress) notify(line string) {
 	fmt.Fprintln(w, message(errors.New(line)))
 }
 
-// end leaves the terminal as it should be. Bars of layers that were not finished stay where they stopped.
+// end restores the terminal. Bars of unfinished layers stay where they stopped.
 func (p *progress) end(ok bool) {
 	if p.bars == nil {
 		return

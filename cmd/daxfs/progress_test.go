@@ -49,7 +49,7 @@ func pseudoTerminal(t *testing.T) (master, tty *os.File) {
 	return master, tty
 }
 
-// terminal returns a terminal and what was written to it, once the terminal was closed.
+// terminal returns a terminal and a function that closes it and returns its output.
 func terminal(t *testing.T) (*os.File, func() string) {
 	t.Helper()
 	master, tty := pseudoTerminal(t)
@@ -66,7 +66,7 @@ func terminal(t *testing.T) (*os.File, func() string) {
 	}
 }
 
-// TestProgressOnTerminal: a bar for each layer, also when the conversion fails, and nothing with --quiet.
+// TestProgressOnTerminal: there is a bar for each layer, also if the conversion fails, and nothing with --quiet.
 func TestProgressOnTerminal(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -100,7 +100,7 @@ func TestProgressOnTerminal(t *testing.T) {
 	}
 }
 
-// TestProgressOnTerminalWithoutSize: bars would not be seen there, so there are lines.
+// TestProgressOnTerminalWithoutSize: the terminal cannot show bars, so there are lines.
 func TestProgressOnTerminalWithoutSize(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -116,8 +116,7 @@ func TestProgressOnTerminalWithoutSize(t *testing.T) {
 	}
 }
 
-// TestRetriesAreSaid: whoever waits for a registry is told so, above the bars and without them, unless he is in a hurry to
-// know nothing.
+// TestRetriesAreSaid: convert reports that it waits for a registry, with and without bars, but not with --quiet.
 func TestRetriesAreSaid(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -156,7 +155,7 @@ func TestRetriesAreSaid(t *testing.T) {
 	}
 }
 
-// TestHostsDir: --hosts-dir leads to the place where a registry is.
+// TestHostsDir: --hosts-dir leads to the address of a registry.
 func TestHostsDir(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -187,7 +186,7 @@ func TestHostsDir(t *testing.T) {
 	}
 }
 
-// TestPushOnTerminal: a bar for each layer that is sent, which begins anew when the registry wants to have the layer again.
+// TestPushOnTerminal: each sent layer has a bar, which starts again when the registry asks for the layer again.
 func TestPushOnTerminal(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -210,7 +209,8 @@ func TestPushOnTerminal(t *testing.T) {
 	if got != statusOK {
 		t.Fatalf("status %d: %s", got, seen)
 	}
-	bars := regexp.MustCompile(`(sha256:[0-9a-f]{12}) push +\[[^\]]*\] +([0-9.]+) \w+ / ([0-9.]+) \w+`).FindAllStringSubmatch(seen, -1)
+	form := regexp.MustCompile(`(sha256:[0-9a-f]{12}) push +\[[^\]]*\] +([0-9.]+) \w+ / ([0-9.]+) \w+`)
+	bars := form.FindAllStringSubmatch(seen, -1)
 	last := map[string][]string{}
 	for _, m := range bars {
 		sent, total := number(t, m[2]), number(t, m[3])

@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// rootHash is the value of --root-hash, or nil if there is none.
+// rootHash returns the value of --root-hash, or nil if it is not set.
 func rootHash(c *cli.Context) (*daxfs.RootHash, error) {
 	if !c.IsSet("root-hash") {
 		return nil, nil
@@ -28,7 +28,7 @@ func rootHash(c *cli.Context) (*daxfs.RootHash, error) {
 	return &h, err
 }
 
-// withoutFinding drops an error that is a finding, which was reported.
+// withoutFinding drops an error that is a finding, because it was reported.
 func withoutFinding(err error) error {
 	if _, ok := errors.AsType[*daxfs.FormatError](err); ok {
 		return nil
@@ -36,10 +36,10 @@ func withoutFinding(err error) error {
 	return err
 }
 
-// proof is what verify does besides the check.
+// proof is the part of verify that goes beyond the check.
 type proof struct {
 	root     *daxfs.RootHash
-	src      source.Source // nil if there is none to compare with
+	src      source.Source // nil if there is nothing to compare with
 	platform source.Platform
 }
 
@@ -59,8 +59,7 @@ func (p *proof) close() {
 	}
 }
 
-// run holds the bytes of an image against its digests, and its tree against the source. The error is that of a proof
-// that could not be made.
+// run compares an image with its digests, and its tree with the source. An error means it could not do so.
 func (p *proof) run(c *cli.Context, stderr io.Writer, img *image, report func(daxfs.Finding) bool) error {
 	err := daxfs.Prove(c.Context, img, img.size, daxfs.ProveOptions{Root: p.root}, report)
 	if errors.Is(err, daxfs.ErrNoDigests) {

@@ -13,13 +13,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 )
 
-// formatChunked is the one format of --format.
+// formatChunked is the only value of --format.
 const formatChunked = "zstd:chunked"
 
-// imageOnly are the flags of convert that are about image files.
+// imageOnly are the flags of convert that apply only to image files.
 var imageOnly = []string{"label", "concurrency", "memory", "max-entries", "no-align", "sync", "overlay-upper"}
 
-// recompress is convert --to.
+// recompress implements convert --to.
 func (e *env) recompress(c *cli.Context) error {
 	switch format := c.String("format"); {
 	case c.IsSet("output"):
@@ -74,7 +74,7 @@ func (e *env) recompress(c *cli.Context) error {
 	return nil
 }
 
-// recompressed is what convert --to --json writes. All sizes are bytes.
+// recompressed is the output of convert --to --json. All sizes are bytes.
 type recompressed struct {
 	Image     string              `json:"image"`
 	Digest    string              `json:"digest"`

@@ -24,7 +24,7 @@ func init() {
 	register(52, explainCommand)
 }
 
-// poolFlags say which pool is meant where no argument does.
+// poolFlags select a pool for commands without a POOL argument.
 func poolFlags() []cli.Flag {
 	return append([]cli.Flag{
 		&cli.StringFlag{
@@ -37,8 +37,8 @@ func poolFlags() []cli.Flag {
 	}, keeperFlags()...)
 }
 
-// poolMeant returns the pool that a command with poolFlags means: the one that is named, else that of the daemon, else
-// the one that the daemon would have by default.
+// poolMeant returns the pool that the poolFlags select: the named one, else the daemon's, else the one
+// that the daemon would use by default.
 func poolMeant(c *cli.Context) (poolArgs, error) {
 	a := poolArgs{Pool: c.String("pool"), Kind: c.String("kind"), Index: c.String("index")}
 	if a.Pool != "" {
@@ -62,7 +62,7 @@ func poolMeant(c *cli.Context) (poolArgs, error) {
 func statusCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:  "status",
-		Usage: "show how the snapshotter daemon is, and what its pool holds, saves and has free",
+		Usage: "show the state of the snapshotter daemon, and what its pool holds, saves and has free",
 		Description: `
 Without a daemon, or with --pool, it shows the pool alone.
 
@@ -129,7 +129,7 @@ func showStatus(out io.Writer, s api.Status) error {
 	}
 	for _, d := range s.Drivers {
 		if d.Picked {
-			break // what comes after it was not needed
+			break // the drivers after it were not needed
 		}
 		row("", "not %s: %s", d.Driver, d.Why)
 	}
@@ -144,7 +144,7 @@ func showStatus(out io.Writer, s api.Status) error {
 	return w.Flush()
 }
 
-// freeText says how much can be stored, and what the limit is.
+// freeText describes how much can be stored, and the limit.
 func freeText(s api.Status) string {
 	switch {
 	case s.Room.Disk < 0:
@@ -167,7 +167,7 @@ func takenText(s api.Status) string {
 	return human(s.Taken) + " of " + where
 }
 
-// countText writes numbers by name.
+// countText formats numbers by name.
 func countText(m map[string]int64) string {
 	var list []string
 	for _, name := range slices.Sorted(maps.Keys(m)) {
@@ -182,9 +182,9 @@ func imagesCommand(e *env) *cli.Command {
 		Usage:     "list the images of the snapshotter daemon: what each takes, brought and shares, and who uses it",
 		ArgsUsage: "[IMAGE]",
 		Description: `
-NEW is what the pool took when the image came; SHARED is what other images have as well; HOLDERS are the namespaces of
-containerd, pins, mounts and readers in other kernels that keep it. With IMAGE, only that one. Containers and readers are
-known to the daemon alone.
+NEW is the space that the pool took when the image came; SHARED is the part that other images have
+as well; HOLDERS are the namespaces of containerd, pins, mounts and readers in other kernels that
+keep it. With IMAGE, only that image. Only the daemon knows containers and readers.
 
 Examples:
    daxfs images
@@ -229,7 +229,7 @@ func (e *env) images(c *cli.Context) error {
 	return w.Flush()
 }
 
-// imageList returns the images of the pool that is meant, from the daemon that owns it or from the pool.
+// imageList returns the images of the selected pool, from the daemon that owns it or from the pool.
 func (e *env) imageList(c *cli.Context) ([]api.Image, error) {
 	if c.String("pool") == "" {
 		if list, err := dialControl(c.String("control")).images(c.Context); err == nil {
@@ -257,7 +257,7 @@ func (e *env) imageList(c *cli.Context) ([]api.Image, error) {
 	return list, nil
 }
 
-// matchImage returns the place of the image that a user means.
+// matchImage returns the index of the image that a user names.
 func matchImage(list []api.Image, name string) (int, error) {
 	infos := make([]store.Info, len(list))
 	for i, m := range list {
@@ -273,7 +273,7 @@ func matchImage(list []api.Image, name string) (int, error) {
 func explainCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "explain",
-		Usage:     "say what a container stands on, since when, and why it shares no more",
+		Usage:     "show what a container stands on, since when, and why it does not share more",
 		ArgsUsage: "CONTAINER",
 		Description: `
 CONTAINER is a container's name in containerd or its beginning, also as NAMESPACE/NAME. What a container stands on never
@@ -307,7 +307,6 @@ func (e *env) explainContainer(c *cli.Context) error {
 	return showContainer(e.stdout, found)
 }
 
-// matchContainer returns the container that a user means.
 func matchContainer(list []api.Container, name string) (api.Container, error) {
 	var same, begin []api.Container
 	for _, c := range list {

@@ -12,7 +12,7 @@ import (
 // rower writes a row of a table with two columns.
 type rower func(name, format string, args ...any)
 
-// readerRows says who reads the pool in other kernels.
+// readerRows shows the readers of the pool in other kernels.
 func readerRows(row rower, r api.Readers) {
 	switch r.Mode {
 	case "", "none":
@@ -47,7 +47,7 @@ func readerRows(row rower, r api.Readers) {
 	}
 }
 
-// shortKeys writes some keys of images, and how many there are.
+// shortKeys lists some keys of images, and their number.
 func shortKeys(keys []string) string {
 	const most = 3
 	var short []string
@@ -64,7 +64,7 @@ func shortKeys(keys []string) string {
 	return fmt.Sprintf("%d %s (%s)", len(keys), noun, strings.Join(short, ", "))
 }
 
-// sharedRows says how the pools of other owners are.
+// sharedRows shows the state of the pools of other owners.
 func sharedRows(row rower, list []shared.Status) {
 	name := "Shared"
 	for _, p := range list {
@@ -81,7 +81,7 @@ func sharedRows(row rower, list []shared.Status) {
 			text += ", no lease: its owner has to keep all images"
 		}
 		if p.Error != "" {
-			text = fmt.Sprintf("%s, %d images claimed, can not be used: %s", printable(p.Name), p.Claimed,
+			text = fmt.Sprintf("%s, %d images claimed, cannot be used: %s", printable(p.Name), p.Claimed,
 				message(errors.New(p.Error)))
 		}
 		row(name, "%s", text)

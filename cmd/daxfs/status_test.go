@@ -25,7 +25,7 @@ func daxfsOut(t *testing.T, want int, args ...string) (stdout, stderr string) {
 	return out.String(), errs.String()
 }
 
-// TestLookAtImages: images, du and diff say what is in a pool and what images share.
+// TestLookAtImages: images, du and diff show the images of a pool and what they share.
 func TestLookAtImages(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "pool")
 	mustPool(t, "init", "--size", "64m", p)
@@ -100,7 +100,7 @@ func TestLookAtImages(t *testing.T) {
 	}
 }
 
-// TestContainerNames: a container is found by its name or the beginning of it, if that is one.
+// TestContainerNames: a container is found by its name or an unambiguous beginning of it.
 func TestContainerNames(t *testing.T) {
 	list := []api.Container{
 		{Namespace: "default", Name: "web"},
@@ -126,7 +126,7 @@ func TestContainerNames(t *testing.T) {
 	}
 }
 
-// TestStatusText: what is wrong is seen.
+// TestStatusText: the status shows errors.
 func TestStatusText(t *testing.T) {
 	var out bytes.Buffer
 	s := api.Status{
@@ -168,7 +168,7 @@ func TestStatusText(t *testing.T) {
 		"used before its last boot 1 image (0123456789ab)", "2 entries that cannot be read",
 		`is freed: lease region "/x": gone`,
 		"/dev/pmem0: generation 7, 3 images, 2 claimed, 1 mounted with erofs-dax, lease in /dev/pmem1",
-		"/dev/pmem2, 0 images claimed, can not be used: no pool", "no lease: its owner has to keep all images",
+		"/dev/pmem2, 0 images claimed, cannot be used: no pool", "no lease: its owner has to keep all images",
 		"/srv/pool: no container starts from 2 images",
 	} {
 		if !strings.Contains(out.String(), want) {
@@ -189,7 +189,7 @@ func TestStatusText(t *testing.T) {
 	}
 }
 
-// TestHelpAndVersion: the words do what the flags do.
+// TestHelpAndVersion: the commands help and version work like the flags.
 func TestHelpAndVersion(t *testing.T) {
 	for _, c := range [][2][]string{
 		{{"help"}, {"--help"}},

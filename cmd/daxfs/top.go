@@ -26,12 +26,14 @@ func topCommand(e *env) *cli.Command {
 		Name:  "top",
 		Usage: "show how much of each mounted image is in memory, and which processes map it",
 		Description: `
-RESIDENT is what the kernel has cached of the image's files, SHARED what of it other mounted images have as well; both count
-page frames, so what a hundred containers use counts once. On a terminal it is shown again and again until it is interrupted;
-elsewhere, and with --once, it is written once. Images that are mounted with DAX have no cache: their pages are the pool's.
+RESIDENT is the part of the image's files in the page cache, SHARED the part of it that other
+mounted images have as well. Both count page frames, so memory that a hundred containers use counts
+once. On a terminal the list is refreshed until it is interrupted; elsewhere, and with --once, it is
+written once. Images mounted with DAX have no cache: their pages are the pool's.
 
-PROCESSES are those that have a file of the image mapped, such as a program that runs from it; the names that are most frequent
-follow. A file that a container has changed is its own and does not count. --json lists all of them.
+PROCESSES counts the processes that map a file of the image, such as a program that runs from it,
+and gives their most frequent names. A file that a container has changed is its own and does not
+count. --json lists all processes.
 
 Examples:
    daxfs top
@@ -45,14 +47,14 @@ Examples:
 	}
 }
 
-// residentImage is an element of what top --json writes.
+// residentImage is an element of the output of top --json.
 type residentImage struct {
 	Image      string   `json:"image"`
 	Names      []string `json:"names"`
 	Driver     string   `json:"driver"`
 	Bytes      int64    `json:"bytes"` // of contents
 	Resident   int64    `json:"resident"`
-	Shared     int64    `json:"shared"` // of Resident, what other mounted images have
+	Shared     int64    `json:"shared"` // the part of Resident that other mounted images have too
 	Containers int      `json:"containers"`
 	// Processes have files of the image mapped.
 	Processes []mappingProcess `json:"processes"`
@@ -107,7 +109,7 @@ func showTop(out io.Writer, list []residentImage) error {
 	return w.Flush()
 }
 
-// processText says how many processes there are, and the names that most of them have.
+// processText returns the number of processes and their most frequent names.
 func processText(list []mappingProcess) string {
 	const most = 3
 	count := map[string]int{}
@@ -129,10 +131,10 @@ func processText(list []mappingProcess) string {
 	return text
 }
 
-// inode is a file, whatever image it is seen through.
+// inode identifies a file, whatever image it is seen through.
 type inode struct{ dev, ino uint64 }
 
-// residentOf looks at the files of mounted images, the image with most in memory first.
+// residentOf reads the files of mounted images. The image with most in memory comes first.
 func residentOf(images []api.Image) ([]residentImage, error) {
 	cached, users := map[inode]int64{}, map[inode]int{}
 	files := make([]map[inode]bool, len(images))
@@ -187,7 +189,7 @@ func residentOf(images []api.Image) ([]residentImage, error) {
 	return list, nil
 }
 
-// eachFile calls fn for the regular files below a directory. What is unmounted meanwhile has none.
+// eachFile calls fn for the regular files below a directory. An image unmounted meanwhile has none.
 func eachFile(dir string, fn func(id inode, path string) error) error {
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {

@@ -18,33 +18,33 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
-// mappingProcess is a process that has files of an image mapped.
+// mappingProcess is a process that maps files of an image.
 type mappingProcess struct {
 	PID  int    `json:"pid"`
 	Name string `json:"name"`
-	// Mapped is the address space over files of the image, in bytes; not all of it is in memory.
+	// Mapped is the size of its address space over files of the image, in bytes; not all of it is in memory.
 	Mapped int64 `json:"mapped"`
 }
 
-// mappers finds the processes that map files of images. What ends meanwhile is left out.
+// mappers finds the processes that map files of images. It skips processes that end meanwhile.
 type mappers struct {
-	proc   string         // where /proc is
-	dirs   map[string]int // images by the directory at which they are mounted
+	proc   string         // the path of /proc
+	dirs   map[string]int // images by mount point
 	inodes map[inode][]int
 	spaces map[string]mountSpace // by mount namespace
 }
 
-// mountSpace is the overlays over images in a mount namespace, by device number as /proc/PID/maps writes it.
+// mountSpace holds the overlays over images in a mount namespace, by device number as in /proc/PID/maps.
 type mountSpace map[string]overlayMount
 
 // overlayMount is an overlay with images below.
 type overlayMount struct {
 	images []int
-	points []string // where it is mounted
+	points []string // its mount points
 	upper  string
 }
 
-// findMappers returns the processes by image, those that map most first. files are those of each image.
+// findMappers returns the processes of each image, largest mapping first. files are the files of each image.
 func findMappers(proc string, dirs []string, files []map[inode]bool) ([][]mappingProcess, error) {
 	m := mappers{proc: proc, dirs: map[string]int{}, inodes: map[inode][]int{}, spaces: map[string]mountSpace{}}
 	for i, dir := range dirs {
@@ -83,7 +83,7 @@ func findMappers(proc string, dirs []string, files []map[inode]bool) ([][]mappin
 	return out, nil
 }
 
-// gone reports whether an error says that a process has ended, or that it is not ours to look at.
+// gone reports whether an error says that a process has ended, or that we may not read it.
 func gone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrPermission)
 }
@@ -124,7 +124,7 @@ func (m *mappers) mapped(pid string) (map[int]int64, error) {
 	return out, s.Err()
 }
 
-// mapping is a line of /proc/PID/maps that is of a file.
+// mapping is a line of /proc/PID/maps about a file.
 type mapping struct {
 	bytes int64
 	dev   string // MAJOR:MINOR, decimal
@@ -189,7 +189,7 @@ func (m *mappers) space(pid string) (mountSpace, error) {
 	return out, nil
 }
 
-// changed reports whether a container has a file of its own in the place of that of the image.
+// changed reports whether a container has its own copy of the image's file.
 func (o overlayMount) changed(path string) bool {
 	if o.upper == "" {
 		return false

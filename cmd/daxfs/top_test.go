@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// TestTopCountsPages: a file that two images have is counted for both, as shared, and its page frames once.
+// TestTopCountsPages: a file in two images counts for both, as shared, and its page frames count once.
 func TestTopCountsPages(t *testing.T) {
 	one, two := t.TempDir(), t.TempDir()
 	must(t, os.Mkdir(filepath.Join(one, "sub"), 0o755))
@@ -50,8 +50,8 @@ func TestTopCountsPages(t *testing.T) {
 	}
 }
 
-// TestTopFindsProcesses: a process that runs from an overlay over an image maps the image, until the container has changed
-// the file. One that runs from the image itself maps it, too.
+// TestTopFindsProcesses: a process that runs from an overlay maps the image, until the container has
+// changed the file. A process that runs from the image itself maps it, too.
 func TestTopFindsProcesses(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounts overlays, which needs root")
@@ -70,7 +70,7 @@ func TestTopFindsProcesses(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(image, "changed"), body, 0o755))
 	options := "lowerdir=" + image + ",upperdir=" + upper + ",workdir=" + work
 	must(t, unix.Mount("overlay", merged, "overlay", 0, options))
-	t.Cleanup(func() { must(t, unix.Unmount(merged, 0)) }) // when the processes have ended
+	t.Cleanup(func() { must(t, unix.Unmount(merged, 0)) }) // after the processes have ended
 	must(t, os.Chmod(filepath.Join(merged, "changed"), 0o700))
 
 	// start runs a program that waits for its input to end.

@@ -18,8 +18,8 @@ func umountCommand(e *env) *cli.Command {
 		Usage:     "unmount images",
 		ArgsUsage: "DIR...",
 		Description: `
-The devices and the server process that the mount had go with it. An image of a pool is unmounted by whoever owns the pool. What
-the snapshotter mounted for containers is left alone.
+The devices and the server process of the mount go with it. The owner of a pool unmounts the pool's
+images. Mounts that the snapshotter made for containers are left alone.
 
 Example:
    daxfs umount /mnt`,
@@ -53,8 +53,8 @@ func (e *env) umountOne(c *cli.Context, arg string) error {
 		return err
 	}
 	if table != "" && !c.Bool("force") {
-		return fmt.Errorf("%q belongs to the snapshotter with the root %q, which unmounts it when no container uses it "+
-			"(--force unmounts it now)", dir, table)
+		return fmt.Errorf("%q belongs to the snapshotter with the root %q, which unmounts it when no container uses "+
+			"it (--force unmounts it now)", dir, table)
 	}
 	return d.Unmount(c.Context, dir)
 }

@@ -16,14 +16,15 @@ func verifyCommand(e *env) *cli.Command {
 		Usage:     "prove that an image is sound, and that its contents are what was written",
 		ArgsUsage: "IMAGE",
 		Description: `
-IMAGE is a file, which has to have the size of the image, or a block device, which may be larger. Writes every finding with
-the rule it breaks (docs/format.md explains the rules), and ends with status 3 if there are any; 1 means that the image
-could not be read. It says nothing about an image without findings.
+IMAGE is a file of exactly the image's size, or a block device, which may be larger. Writes every
+finding with the rule that it breaks (docs/format.md explains the rules), and ends with status 3 if
+there are any; status 1 means that the image could not be read. For a sound image it writes nothing.
 
-Both halves are checked, and all bytes are held against the digests that the image carries. So it is found what changed by
-accident. An image without digests, as earlier versions wrote it, is only checked, and that is said. --root-hash proves that
-this is the very image that had this hash (inspect shows it) when it was in good hands. --source reads an OCI image again
-(convert lists the forms of SOURCE) and proves that the image shows exactly its files.
+verify checks both halves, and compares all bytes with the digests in the image. This finds
+accidental changes. An image without digests, as earlier versions wrote it, is only checked, with a
+message that says so. --root-hash proves that this is the very image whose hash inspect showed when
+it was in good hands. --source reads an OCI image again (convert lists the forms of SOURCE) and
+proves that the image shows exactly its files.
 
 Examples:
    daxfs verify debian.daxfs && mount -t erofs -o ro debian.daxfs /mnt
@@ -39,7 +40,7 @@ Examples:
 	}
 }
 
-// finding is a line of verify --json. Off is -1 where a finding belongs to no place.
+// finding is a line of verify --json. Off is -1 for a finding without a place.
 type finding struct {
 	Rule string `json:"rule"`
 	Off  int64  `json:"offset"`

@@ -24,8 +24,8 @@ func vmCommand(e *env) *cli.Command {
 		Usage:     "hand pools and images to virtual machines",
 		ArgsUsage: "COMMAND",
 		Description: `
-A guest maps the memory of a pool, or of one image, read-only, and a lease region to write to. docs/virtual-machines.md
-says how containers are started from them.
+A guest maps the memory of a pool, or of one image, read-only, and a lease region to write to.
+docs/virtual-machines.md explains how to start containers from them.
 
 Example:
    daxfs vm args --pool /var/lib/pool --lease /var/lib/guest1.lease`,
@@ -33,11 +33,12 @@ Example:
 			Name: "args", Usage: "print the arguments that give a guest a pool or an image as persistent memory",
 			Action: e.vmArgs,
 			Description: `
-The guest sees the image, the pool and the lease region as /dev/pmem0 and so on, in this order. It maps the pages of the file
-itself, and can change none but those of the lease region. Files, sizes and the guest's memory are checked first: an image is
-filled up with truncate --size=%2M, a pool is made with pool init --dax yes. One argument is in each line.
+The guest sees the image, the pool and the lease region as /dev/pmem0 and so on, in this order. It
+maps the pages of the files themselves, and can change only those of the lease region. The command
+first checks files, sizes and the guest's memory: extend an image with truncate --size=%2M, make a
+pool with pool init --dax yes. It prints one argument per line.
 
-For Firecracker, which takes a configuration file, the lines are the JSON that belongs into it.
+Firecracker takes a configuration file; for it the lines are the JSON for that file.
 
 ` + sizeHelp + `
 
@@ -60,7 +61,7 @@ Examples:
 	}
 }
 
-// vmArgs is what vm args --json writes.
+// vmArgs is the output of vm args --json.
 type vmArgs struct {
 	VMM         string     `json:"vmm"`
 	Args        []string   `json:"args"`
@@ -116,8 +117,9 @@ func (e *env) vmArgs(c *cli.Context) error {
 		out.PageStructs += vmm.PageStructs(size)
 	}
 	if out.PageStructs > memory/2 {
-		return fmt.Errorf("the guest needs %s of its memory of %s to describe the pages that it is given (1/64 of their size); "+
-			"expected at most half: give it more with --memory, or a smaller pool, or one image with --image",
+		return fmt.Errorf("the guest needs %s of its memory of %s to describe the pages that it is given "+
+			"(1/64 of their size); expected at most half: give it more with --memory, or a smaller pool, "+
+			"or one image with --image",
 			human(out.PageStructs), human(memory))
 	}
 	if out.Args, err = vmm.Args(out.VMM, memory, devices); err != nil {
@@ -132,9 +134,9 @@ func (e *env) vmArgs(c *cli.Context) error {
 	return nil
 }
 
-// checkVMFile checks a file that a guest is to have and returns its size. check looks into it; nil where there is nothing to know.
+// checkVMFile checks a file for a guest and returns its size. check, if not nil, checks its contents.
 func checkVMFile(path string, check func(f *os.File, size int64) error) (int64, error) {
-	var st unix.Stat_t // before it is opened: that of a FIFO waits
+	var st unix.Stat_t // before it is opened: opening a FIFO waits
 	if err := unix.Stat(path, &st); err != nil {
 		return 0, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -172,7 +174,8 @@ func checkVMPool(f *os.File, size int64) error {
 	case cat.Size > size:
 		return fmt.Errorf("the pool has %d bytes, the file %d", cat.Size, size)
 	case !cat.DAX:
-		return errors.New("the pool is not prepared for guests, which mount it with DAX: make it with daxfs pool init --dax yes")
+		return errors.New("the pool is not prepared for guests, which mount it with DAX: " +
+			"make it with daxfs pool init --dax yes")
 	}
 	return nil
 }

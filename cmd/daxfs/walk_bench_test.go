@@ -22,9 +22,9 @@ var walkEntries = flag.Int("walks.entries", 50_000, "entries of the tree that Be
 //
 //	go test ./cmd/daxfs -run '^$' -bench Walks -benchtime 1x -walks.entries 1000000
 //
-// x-wall and x-cpu are the ratios of time on the clock and of processor time; the latter says more on a machine that does
-// other things, too. B/entry is the peak of the process, less that of the same command for an almost empty tree. What each
-// command is compared with was measured once, in the same run, on the same disk: that of TMPDIR.
+// x-wall and x-cpu are the ratios of elapsed and of processor time; the latter is better on a busy
+// machine. B/entry is the peak memory of the process, less that of the same command for an almost
+// empty tree. Each reference command is measured once, in the same run and on the same disk (TMPDIR).
 func BenchmarkWalks(b *testing.B) {
 	w := newWalks(b)
 	for _, op := range []struct {
@@ -57,14 +57,14 @@ func BenchmarkWalks(b *testing.B) {
 	}
 }
 
-// What the commands are compared with: reading the tree, writing it, and listing it with all attributes.
+// The reference commands: read the tree, write it, and list it with all attributes.
 const (
 	tarRead  = "tar --xattrs -cf - tree | cat"
 	tarWrite = "mkdir -p out && tar --xattrs --xattrs-include='*' -xf flat.tar -C out"
 	findAll  = "find tree -ls"
 )
 
-// walks is a large tree and a small one, each in a directory that also holds it as flat.tar, layout, image and full pool.
+// walks has a large tree and a small one, each in a directory with flat.tar, layout, image and full pool.
 type walks struct {
 	entries int
 	dirs    [2]string // small, large
@@ -101,7 +101,7 @@ func newWalks(b *testing.B) *walks {
 func (w *walks) small(b *testing.B, line string) cost { return w.run(b, w.dirs[0], line) }
 func (w *walks) large(b *testing.B, line string) cost { return w.run(b, w.dirs[1], line) }
 
-// run measures a command that finds no output of an earlier one, and an empty pool.
+// run measures a command after removing its earlier output, with an empty pool.
 func (w *walks) run(b *testing.B, dir, line string) cost {
 	b.Helper()
 	if strings.Contains(line, "pool put") {
@@ -112,7 +112,7 @@ func (w *walks) run(b *testing.B, dir, line string) cost {
 	return c
 }
 
-// once measures what a command is compared with the first time that it is asked for.
+// once measures a reference command at its first use.
 func (w *walks) once(b *testing.B, line string) cost {
 	b.Helper()
 	if _, ok := w.others[line]; !ok {
@@ -121,7 +121,7 @@ func (w *walks) once(b *testing.B, line string) cost {
 	return w.others[line]
 }
 
-// cost is what a command took: seconds, and bytes of memory.
+// cost is the cost of a command: seconds, and bytes of memory.
 type cost struct {
 	wall, cpu float64
 	peak      int64 // of the largest process
@@ -150,8 +150,8 @@ func (w *walks) measure(b *testing.B, dir, line string) cost {
 	return cost{wall, cpu.Seconds(), <-peak}
 }
 
-// watchPeak returns the largest peak of a process and its children until done is closed. rusage would not do: it counts
-// what a process had before exec, and that is the memory of this program.
+// watchPeak returns the largest peak of a process and its children until done is closed. rusage is no
+// substitute: it counts the memory before exec, which is that of this program.
 func watchPeak(pid int, done chan struct{}) (peak int64) {
 	children := fmt.Sprintf("/proc/%d/task/%d/children", pid, pid)
 	tick := time.NewTicker(5 * time.Millisecond)
@@ -174,7 +174,7 @@ func watchPeak(pid int, done chan struct{}) (peak int64) {
 	}
 }
 
-// writeWalks writes flat.tar, with n entries or some more, and an OCI layout with it as its only layer.
+// writeWalks writes flat.tar with at least n entries, and an OCI layout with it as its only layer.
 func writeWalks(dir string, n int) error {
 	blobs := filepath.Join(dir, "layout", "blobs", "sha256")
 	if err := os.MkdirAll(blobs, 0o755); err != nil {
@@ -217,7 +217,8 @@ func writeWalks(dir string, n int) error {
 	if err != nil {
 		return err
 	}
-	index := fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":"%smanifest.v1+json","digest":"sha256:%s","size":%d}]}`,
+	index := fmt.Sprintf(
+		`{"schemaVersion":2,"manifests":[{"mediaType":"%smanifest.v1+json","digest":"sha256:%s","size":%d}]}`,
 		media, manifestSum, len(manifest))
 	if err := os.WriteFile(filepath.Join(dir, "layout", "index.json"), []byte(index), 0o644); err != nil {
 		return err
@@ -225,11 +226,10 @@ func writeWalks(dir string, n int) error {
 	return os.WriteFile(filepath.Join(dir, "layout", "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644)
 }
 
-// walkKinds are the entries of each directory of the tree: empty files, small ones, small ones with an xattr, symbolic
-// links and hard links.
+// walkKinds are the entries of each directory: e(mpty) and s(mall) files, with x(attr), s(y)m- and h(ard) links.
 const walkKinds = "eeessessessysehsexsesees"
 
-// walkTar writes a tar with n entries, or as many more as the last directory has. Each small file has contents of its own.
+// walkTar writes a tar with n entries, rounded up to a full directory. Small files have distinct contents.
 func walkTar(w io.Writer, n int) error {
 	b := bufio.NewWriterSize(w, 1<<20)
 	t := walkTarWriter{tar: tar.NewWriter(b)}

@@ -36,8 +36,7 @@ func runOK(t *testing.T, args ...string) {
 	}
 }
 
-// TestWalksAllocateLittle: what a command that walks through an image allocates for each entry does not include a buffer
-// of a size that has nothing to do with the entry.
+// TestWalksAllocateLittle: walking through an image allocates no large buffer for each entry.
 func TestWalksAllocateLittle(t *testing.T) {
 	const few, many = 500, 2500
 	small, large := imageOf(t, few), imageOf(t, many)

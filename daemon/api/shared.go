@@ -9,18 +9,18 @@ import (
 // AttachRequest is the body of requests to /v1/attach.
 type AttachRequest struct {
 	Namespace string `json:"namespace"`
-	// Names are names of OCI images; All stands for those of all that there are.
+	// Names are names of OCI images; All stands for all names that there are.
 	Names []string `json:"names,omitempty"`
 	All   bool     `json:"all,omitempty"`
 }
 
-// Attached is an OCI image that was attached or detached. The answer to requests to /v1/attach is a list of it.
+// Attached is an OCI image that was attached or detached. Requests to /v1/attach return a list of them.
 type Attached struct {
 	Name   string        `json:"name"`
 	Target digest.Digest `json:"target"`
 	Chain  digest.Digest `json:"chain,omitempty"`
 	Pool   string        `json:"pool,omitempty"`
-	// Bytes is how much was written to containerd's content store.
+	// Bytes is the number of bytes written to containerd's content store.
 	Bytes int64 `json:"bytes"`
 }
 
@@ -33,7 +33,7 @@ type SharedAnswer struct {
 // SharedImage is an OCI image in a pool of another owner.
 type SharedImage struct {
 	Name      string        `json:"name"`
-	Namespace string        `json:"namespace"` // that of the owner's containerd
+	Namespace string        `json:"namespace"` // the namespace in the owner's containerd
 	Target    digest.Digest `json:"target"`
 	Chain     digest.Digest `json:"chain"`
 	Pool      string        `json:"pool"`

@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// panel is one group of bars, on a scale of its own.
+// panel is one group of bars with its own scale.
 type panel struct {
 	title string
 	rows  []bar
@@ -20,11 +20,11 @@ type panel struct {
 type bar struct {
 	name string
 	s    spread
-	base float64 // what the median is held against, in brackets; 0: nothing
+	base float64 // the reference for the ratio in brackets; 0: none
 }
 
-// charts draws what the tables say: a chart for each metric of the snapshotters with a panel for each workload, one of
-// the conversions, and two of the read paths, cold and warm, with a panel for each way to read.
+// charts draws the tables: a chart per metric of the snapshotters with a panel for each workload, one
+// of the conversions, and two of the read paths, cold and warm, with a panel for each way to read.
 func (b *bench) charts(dir string) error {
 	var errs []error
 	draw := func(name, title, metric string, panels []panel) {
@@ -69,7 +69,7 @@ func (b *bench) charts(dir string) error {
 	return errors.Join(errs...)
 }
 
-// panel collects the bars of one metric. The base is the first bar.
+// panel collects the bars of one metric. The first bar is the base.
 func (b *bench) panel(title, workload, base, metric string) panel {
 	p := panel{title: title}
 	against := b.of(workload, base, metric).median
@@ -126,10 +126,12 @@ func chart(w io.Writer, title, metric string, panels []panel) error {
 		}
 		y += 14
 	}
-	_, err := fmt.Fprintf(w, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" font-family="sans-serif" font-size="12" fill="#222">
+	_, err := fmt.Fprintf(w, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d"
+ font-family="sans-serif" font-size="12" fill="#222">
 <rect width="100%%" height="100%%" fill="white"/>
 <text x="12" y="24" font-size="17" font-weight="bold">%s, %s</text>
-<text x="12" y="42" fill="#666">median of %d, line from least to greatest; in brackets the ratio; shorter is better</text>
+<text x="12" y="42" fill="#666">median of %d, line from least to greatest; in brackets the ratio;
+ shorter is better</text>
 %s</svg>
 `, left+width+right, y, html.EscapeString(title), unit, n, t.String())
 	return err

@@ -20,30 +20,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mConvert is the time of a conversion; mConverted what came out.
+// mConvert is the time of a conversion, mConverted the size of its result.
 const (
 	mConvert   = "convert"
 	mConverted = "convert MiB"
 )
 
-// What the other conversions are held against.
+// The references of the conversions.
 const (
 	untar   = "tar -x to tmpfs"
 	mkfsTar = "mkfs.erofs --tar=f"
 )
 
-// tool makes something of an image. All read from a tmpfs, and write there unless they say otherwise.
+// tool converts an image. All tools read from a tmpfs, and write to it unless disk is set.
 type tool struct {
 	name string
-	// command runs in a directory with layout (the OCI image), plain (the same, uncompressed), flat.tar and tree. out is
-	// where the result goes: a file, or a directory that exists for those that make one.
+	// command runs in a directory with layout (the OCI image), plain (the same, uncompressed), flat.tar
+	// and tree. out is the path of the result: a new file, or an existing directory.
 	command func(out string) []string
 	dir     bool // out is a directory
 	disk    bool // out is on disk
-	sync    bool // the time until it is durable
+	sync    bool // measure until the result is durable
 }
 
-// converting is the name of the conversions of a workload among the samples.
+// converting returns the name of a workload's conversions among the samples.
 func converting(w *workload) string { return "conversion of " + w.name }
 
 func tools(daxfs, mkfs string) []tool {
@@ -91,10 +91,10 @@ func tools(daxfs, mkfs string) []tool {
 	}
 }
 
-// scratch is on a tmpfs of our own.
+// scratch is on our own tmpfs.
 const scratch = "/run/daxfs-bench"
 
-// convert compares the conversions of each workload, tool after tool in every round. disk is an empty directory on disk.
+// convert compares the conversions of each workload, all tools in every round. disk is an empty directory.
 func (b *bench) convert(daxfs, mkfs, disk string) error {
 	const dir = scratch
 	defer os.RemoveAll(dir)
@@ -149,7 +149,7 @@ func (b *bench) runTool(t tool, w *workload, dir, disk string, round int) error 
 	return nil
 }
 
-// stage lays out what the tools read.
+// stage prepares the input of the tools.
 func stage(w *workload, dir string) error {
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(filepath.Join(dir, "tree"), 0o755)); err != nil {
 		return err
@@ -202,7 +202,7 @@ func saveLayer(l v1.Layer, path string) error {
 	return writeFile(path, func(w io.Writer) error { _, err := io.Copy(w, rc); return err })
 }
 
-// flatten writes what a container sees as a tar and as a tree, with a program of neither side.
+// flatten writes a container's view as a tar and as a tree, with a neutral program.
 func flatten(img v1.Image, flat, tree string) error {
 	rc := mutate.Extract(img)
 	defer rc.Close()

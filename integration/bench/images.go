@@ -22,26 +22,25 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// Names of what is measured with images that have contents in common.
+// Metrics of images with contents in common.
 const (
-	mRead   = "page cache MiB" // after all files of all images were read
-	mSecond = "second MiB"     // what the second image added to that
-	// From the last byte of an image's metadata until a container could be created, ...
-	mFurther = "further ready ms" // ... where all layers are known, but not in this combination
-	mSame    = "same ready ms"    // ... where only the configuration is new: what containerd takes for itself
+	mRead   = "page cache MiB" // after reading all files of all images
+	mSecond = "second MiB"     // added by the second image
+	// Time from the last byte of an image's metadata until a container could be created, ...
+	mFurther = "further ready ms" // ... if all layers are known, but not in this combination
+	mSame    = "same ready ms"    // ... if only the configuration is new: containerd's own time
 )
 
-// distinctContents takes the place of a variant: the whole pages of contents that differ.
+// distinctContents stands in place of a variant: the whole pages of distinct contents.
 const distinctContents = "distinct contents"
 
-// servedImage is an image in the registry.
 type servedImage struct {
 	ref   string
 	chain string
 	want  contents
 }
 
-// imageSets measures all scenarios, once: unlike times, the page cache is the same each time.
+// imageSets measures all scenarios once: unlike times, the page cache does not vary.
 func (b *bench) imageSets() error {
 	base := baseLayer()
 	for _, sc := range scenarios() {
@@ -52,7 +51,7 @@ func (b *bench) imageSets() error {
 	return b.ctx.Err()
 }
 
-// imageSet serves the images of a scenario and has them read with each snapshotter.
+// imageSet serves the images of a scenario and reads them with each snapshotter.
 func (b *bench) imageSet(sc scenario, base []testimage.Entry) (err error) {
 	r, err := stack.NewRegistry()
 	if err != nil {
@@ -98,7 +97,7 @@ func (b *bench) imageSet(sc scenario, base []testimage.Entry) (err error) {
 	return b.ctx.Err()
 }
 
-// total is a sum of bytes, in MiB.
+// total returns a sum of bytes, in MiB.
 func total(sizes map[[32]byte]int64) float64 {
 	var n int64
 	for _, size := range sizes {
@@ -126,7 +125,7 @@ func serve(r *stack.Registry, name string, layers []*layer) (img servedImage, er
 		return img, err
 	}
 	cfg = cfg.DeepCopy()
-	cfg.Config.Labels = map[string]string{"name": name} // makes it another image than one with the same layers
+	cfg.Config.Labels = map[string]string{"name": name} // distinguishes it from an image with the same layers
 	if p.image, err = mutate.ConfigFile(p.image, cfg); err != nil {
 		return img, err
 	}
@@ -135,8 +134,8 @@ func serve(r *stack.Registry, name string, layers []*layer) (img servedImage, er
 	return img, err
 }
 
-// imagesTurn is one snapshotter with the images of a scenario, on a stack of its own. later are images that are pulled
-// when all those have been read, by the metric that they are for.
+// imagesTurn measures one snapshotter with the images of a scenario, on its own stack. later are
+// images, by metric, that are pulled after all others have been read.
 func (b *bench) imagesTurn(
 	sc scenario, v *variant, r *stack.Registry, images []servedImage, later map[string][]servedImage,
 ) (err error) {
@@ -180,12 +179,12 @@ func (b *bench) imagesTurn(
 	return nil
 }
 
-// note tells whoever watches.
+// note prints progress.
 func note(format string, args ...any) {
 	fmt.Printf("%s  %s\n", time.Now().Format(time.TimeOnly), fmt.Sprintf(format, args...))
 }
 
-// imageTurn is what is being measured.
+// imageTurn is the state of a measurement.
 type imageTurn struct {
 	ctx         context.Context
 	stack       *stack.Stack
@@ -193,7 +192,7 @@ type imageTurn struct {
 	snapshotter string
 }
 
-// pull pulls an image and makes what a container of it would stand on.
+// pull pulls an image and makes the mounts of a container.
 func (t *imageTurn) pull(img servedImage, key string) ([]mount.Mount, error) {
 	from, err := registry.NewOCIRegistry(t.ctx, img.ref, registry.WithDefaultScheme("http"))
 	if err != nil {
@@ -204,7 +203,7 @@ func (t *imageTurn) pull(img servedImage, key string) ([]mount.Mount, error) {
 	if err := t.client.Transfer(t.ctx, from, to); err != nil {
 		return nil, fmt.Errorf("pull %q: %w", img.ref, err)
 	}
-	// Without this label containerd's garbage collection removes what no container has.
+	// Without this label containerd's garbage collector removes snapshots without a container.
 	keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().Format(time.RFC3339)})
 	mounts, err := t.client.SnapshotService(t.snapshotter).Prepare(t.ctx, key, img.chain, keep)
 	if err != nil {
@@ -213,18 +212,18 @@ func (t *imageTurn) pull(img servedImage, key string) ([]mount.Mount, error) {
 	return mounts, nil
 }
 
-// ready pulls an image and returns the time from the last byte that the registry had to serve until a container could
-// be created. Preconditions: containerd has the layers.
+// ready pulls an image and returns the time from the last byte sent by the registry until a container
+// could be created. Precondition: containerd has the layers.
 func (t *imageTurn) ready(img servedImage, key string) (time.Duration, error) {
-	unix.Sync() // what others wrote before is not our time
+	unix.Sync() // so that earlier writes do not count
 	if _, err := t.pull(img, key); err != nil {
 		return 0, err
 	}
 	return time.Since(t.stack.Registry.Served()), nil
 }
 
-// readAll pulls all images, then reads all files of one after the other from an empty page cache, as a container of it
-// sees them. It returns the page cache after each image, in MiB.
+// readAll pulls all images, then reads all files of one after the other, as a container does, starting
+// with an empty page cache. It returns the page cache after each image, in MiB.
 func (t *imageTurn) readAll(images []servedImage) (values []float64, err error) {
 	var roots []string
 	defer func() {
@@ -256,7 +255,7 @@ func (t *imageTurn) readAll(images []servedImage) (values []float64, err error) 
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, group.Close()) }()
-	// What the reader itself needs is no image's.
+	// The reader's own pages do not count.
 	empty := filepath.Join(t.stack.Run, "empty")
 	if err := os.Mkdir(empty, 0o755); err != nil {
 		return nil, err

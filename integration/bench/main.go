@@ -1,15 +1,15 @@
-// Command bench compares daxfs with others on this machine, in one run: with containerd's own snapshotters and
-// stargz-snapshotter (pulling, starting, memory and disk, on a real containerd); the page cache of images that have contents
-// in common; daxfs convert with other programs that make file system images; and what reading from the mounted image costs
-// with reading from a tmpfs and from disk.
+// Command bench compares daxfs with other programs on this machine, in one run: with containerd's own
+// snapshotters and stargz-snapshotter (pull, start, memory and disk, on a real containerd); the page
+// cache of images with contents in common; daxfs convert with other makers of file system images; and
+// reads from the mounted image with reads from a tmpfs and from disk.
 //
 //	make bench
 //	make bench BENCH="-rounds 3 -only daxfs,overlayfs -images python"
 //
-// All variants have their turn in every round, each on a containerd and a disk state of its own, so that whatever else
-// slows the machine down slows all of them. What fails is named in the result, and the rest goes on. The result is a
-// Markdown table with ratios first, the samples as CSV, and charts, in a directory. It needs root;
-// integration/bench/prepare makes the images, mkfs.erofs and stargz-snapshotter beforehand.
+// Every round runs all variants, each on its own containerd and disk state, so that other load slows
+// all of them. The result names failures, and the rest of the run continues. The result is a directory
+// with Markdown tables, ratios first, the samples as CSV, and charts. The command needs root. Before
+// it, run integration/bench/prepare, which makes the images, mkfs.erofs and stargz-snapshotter.
 package main
 
 import (
@@ -29,7 +29,6 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// options of a run.
 type options struct {
 	out        string
 	rounds     int
@@ -75,15 +74,15 @@ func measure(ctx context.Context, o options) (err error) {
 	}
 	cache := filepath.Join(dir, "bench")
 	b := &bench{ctx: ctx, rounds: o.rounds, nth: o.nth, containers: o.containers, profiles: o.profiles}
-	parts, err := choose([]string{"snapshotters", "images", "conversion", "reads"}, o.parts,
+	parts, err := chooseNamed([]string{"snapshotters", "images", "conversion", "reads"}, o.parts,
 		func(s string) string { return s })
 	if err != nil {
 		return err
 	}
-	if b.variants, err = choose(variants(cache), o.only, func(v *variant) string { return v.name }); err != nil {
+	if b.variants, err = chooseNamed(variants(cache), o.only, func(v *variant) string { return v.name }); err != nil {
 		return err
 	}
-	if b.loads, err = choose(workloads(), o.images, func(w *workload) string { return w.name }); err != nil {
+	if b.loads, err = chooseNamed(workloads(), o.images, func(w *workload) string { return w.name }); err != nil {
 		return err
 	}
 	for _, w := range b.loads {
@@ -104,7 +103,7 @@ func measure(ctx context.Context, o options) (err error) {
 			v.options.Config += profileConfig
 		}
 	}
-	// Below the directory of the stacks: what a run that was killed left there, the next one removes.
+	// Below the directory of the stacks: the next run removes what a killed run left there.
 	if err := os.MkdirAll(filepath.Join(dir, "run"), 0o755); err != nil {
 		return err
 	}
@@ -135,7 +134,7 @@ func measure(ctx context.Context, o options) (err error) {
 		}
 	}
 	b.took = time.Since(began)
-	// What was measured is worth keeping also when the rest failed.
+	// Keep the measurements even if others failed.
 	err = errors.Join(ctx.Err(), b.report(o.out, where))
 	if err == nil && len(b.failures) > 0 {
 		err = fmt.Errorf("not all could be measured; %q names what", filepath.Join(o.out, "results.md"))
@@ -143,7 +142,7 @@ func measure(ctx context.Context, o options) (err error) {
 	return err
 }
 
-// snapshotters serves the images and has all of them pulled and run.
+// snapshotters serves the images and pulls and runs all of them.
 func (b *bench) snapshotters(cache string) (err error) {
 	if b.registry, err = stack.NewRegistry(); err != nil {
 		return err
@@ -167,8 +166,8 @@ func (b *bench) snapshotters(cache string) (err error) {
 	return b.run()
 }
 
-// choose returns those of all that a list names.
-func choose[T any](all []T, list string, name func(T) string) ([]T, error) {
+// chooseNamed returns those of all that a list names.
+func chooseNamed[T any](all []T, list string, name func(T) string) ([]T, error) {
 	if list == "" {
 		return all, nil
 	}

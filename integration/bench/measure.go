@@ -17,15 +17,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// Names of what is measured. Seconds, unless they say MiB.
+// Metrics. Seconds, unless their name says MiB.
 const (
-	mPull  = "pull"      // ctr image pull, which unpacks
-	mReady = "ready"     // pull until a container could be created: the image is built and mounted
-	mCPU   = "ready cpu" // what containerd, the snapshotter and their children computed for that
+	mPull  = "pull"      // ctr image pull, which includes unpacking
+	mReady = "ready"     // from pull until a container could be created: the image is built and mounted
+	mCPU   = "ready cpu" // processor time of containerd, the snapshotter and their children for that
 	mFirst = "first"     // the application in the first container
 	mAll   = "ready + first"
 	mNth   = "nth"       // a small program in each further container; median of one round
-	mDisk  = "disk MiB"  // what the snapshotter keeps on disk
+	mDisk  = "disk MiB"  // the snapshotter's files on disk
 	mCache = "cache MiB" // growth of Cached (with Shmem) for the containers of the memory test, from cold
 	mShmem = "shmem MiB" // growth of Shmem
 	mAvail = "used MiB"  // shrinkage of MemAvailable
@@ -40,13 +40,12 @@ type sample struct {
 	Value                     float64
 }
 
-// bench is one run.
 type bench struct {
 	ctx        context.Context
 	registry   *stack.Registry
 	loads      []*workload
 	variants   []*variant
-	nth        int // containers that are started one after the other
+	nth        int // number of containers started one after the other
 	containers int // of the memory test; 0: none
 	rounds     int
 	samples    []sample
@@ -55,20 +54,20 @@ type bench struct {
 	profiles   string // directory for the daemon's profiles; "" takes none
 }
 
-// failure is something that could not be measured, in whole or in part.
+// failure is a measurement that failed, wholly or partly.
 type failure struct {
 	what string
 	err  error
 }
 
-// fail keeps a failure for the report; the rest goes on.
+// fail records a failure for the report; the run continues.
 func (b *bench) fail(err error, format string, args ...any) {
 	f := failure{fmt.Sprintf(format, args...), err}
 	b.failures = append(b.failures, f)
 	fmt.Printf("FAILED  %s: %v\n", f.what, err)
 }
 
-// run goes through all rounds: within each, every variant has its turn with every workload.
+// run runs all rounds. Each round runs every variant with every workload.
 func (b *bench) run() error {
 	for round := range b.rounds {
 		for _, w := range b.loads {
@@ -85,7 +84,7 @@ func (b *bench) run() error {
 	return b.ctx.Err()
 }
 
-// turn is one variant with one workload on a stack of its own, from nothing.
+// turn runs one variant with one workload on its own new stack.
 func (b *bench) turn(round int, w *workload, v *variant) (err error) {
 	if v.image(w).ref == "" {
 		return errors.New("the image could not be made")
@@ -115,7 +114,6 @@ func (b *bench) turn(round int, w *workload, v *variant) (err error) {
 	return nil
 }
 
-// turn is what is being measured.
 type turn struct {
 	*bench
 	*stack.Stack
@@ -132,9 +130,9 @@ func (t *turn) add(metric string, value float64) {
 	t.samples, t.taken = append(t.samples, x), append(t.taken, x)
 }
 
-// pull pulls an image that containerd has never seen, then asks for a container's root as the first container will.
+// pull pulls a new image, then requests a container's root as the first container will.
 func (t *turn) pull() error {
-	unix.Sync() // what others wrote before is not our time
+	unix.Sync() // so that earlier writes do not count
 	defer t.profile()()
 	before, err := daemonsCPU()
 	if err != nil {
@@ -161,7 +159,7 @@ func (t *turn) pull() error {
 	return err
 }
 
-// run runs a container to its end and tells how long that took.
+// run runs a container to its end and returns the time in seconds.
 func (t *turn) run(id string, command []string) (float64, error) {
 	began := time.Now()
 	_, err := t.Try("ctr",
@@ -180,7 +178,7 @@ func (t *turn) first() error {
 	return nil
 }
 
-// further runs one container after the other.
+// further runs containers one after the other.
 func (t *turn) further() error {
 	var times []float64
 	for n := range t.nth {
@@ -199,7 +197,7 @@ func (t *turn) further() error {
 	return nil
 }
 
-// disk adds up the blocks that the snapshotter's files take when containerd's garbage collection has told it to clean up.
+// disk sums the blocks of the snapshotter's files after containerd's garbage collection.
 func (t *turn) disk() error {
 	if err := t.Collect(); err != nil {
 		return err
@@ -246,7 +244,7 @@ func (t *turn) disk() error {
 	return nil
 }
 
-// memory starts containers that stay, from an empty page cache, and looks what that took.
+// memory starts long-running containers with an empty page cache, and measures the memory.
 func (t *turn) memory() error {
 	if t.containers == 0 {
 		return nil
@@ -255,7 +253,7 @@ func (t *turn) memory() error {
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o200); err != nil {
 		return err
 	}
-	// What the client and runc read themselves is the same for all and would count as the image's.
+	// The reads of the client and of runc are the same for all variants, and would count as the image's.
 	if _, err := t.Try("ctr", "run", "--rm", "--snapshotter", t.v.snapshotter, t.img.ref, "warm",
 		"/bin/true"); err != nil {
 		return err
@@ -299,7 +297,7 @@ func (t *turn) memory() error {
 	return nil
 }
 
-// await waits for a file. The limit only ends what would never end.
+// await waits for a file. The limit is only a safeguard.
 func (t *turn) await(path string) error {
 	limit := time.After(2 * time.Minute)
 	for {
@@ -316,7 +314,7 @@ func (t *turn) await(path string) error {
 	}
 }
 
-// pss sums what the programs in the containers have in memory, shared pages divided among those that share them. KiB.
+// pss returns the sum of the Pss of the programs in the containers, in KiB: each page counts divided by its users.
 func (t *turn) pss() (total, file int64, err error) {
 	out, err := t.Try("ctr", "task", "ls")
 	if err != nil {
@@ -337,8 +335,8 @@ func (t *turn) pss() (total, file int64, err error) {
 	return total, file, nil
 }
 
-// daemonsCPU is the processor time of containerd and the snapshotter beside it so far, in seconds. Unlike the time on the clock it
-// says little about what else the machine does.
+// daemonsCPU returns the processor time of containerd and the snapshotter so far, in seconds. Unlike
+// elapsed time it hardly depends on other load.
 func daemonsCPU() (float64, error) {
 	paths, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -347,7 +345,7 @@ func daemonsCPU() (float64, error) {
 	var ticks int64
 	for _, p := range paths {
 		raw, err := os.ReadFile(p)
-		if err != nil { // a process that ended
+		if err != nil { // the process ended
 			continue
 		}
 		// pid (name) state, and 10 fields before the times of itself and of its children.

@@ -21,13 +21,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// memoryGroup is a control group that counts the page cache which its processes are the first to need.
+// memoryGroup is a control group. It counts page cache that its processes touch first.
 type memoryGroup struct {
 	dir   string
 	field string // of memory.stat
 }
 
-// newMemoryGroup makes an empty group, of version 1 or 2 of control groups. The caller closes it.
+// newMemoryGroup makes an empty group, for version 1 or 2 of control groups. The caller closes it.
 func newMemoryGroup() (memoryGroup, error) {
 	g := memoryGroup{dir: "/sys/fs/cgroup/memory", field: "total_cache"}
 	if _, err := os.Stat(filepath.Join(g.dir, "memory.stat")); errors.Is(err, fs.ErrNotExist) {
@@ -43,7 +43,6 @@ func newMemoryGroup() (memoryGroup, error) {
 	return g, err
 }
 
-// cached is the page cache in bytes.
 func (g memoryGroup) cached() (int64, error) {
 	path := filepath.Join(g.dir, "memory.stat")
 	raw, err := os.ReadFile(path)
@@ -58,7 +57,7 @@ func (g memoryGroup) cached() (int64, error) {
 	return 0, fmt.Errorf("%q has no field %q", path, g.field)
 }
 
-// Close removes the group, whose processes have ended. The kernel may need a moment to notice.
+// Close removes the group after its processes have ended. The kernel may notice their end a moment later.
 func (g memoryGroup) Close() error {
 	var err error
 	for range 100 {
@@ -73,7 +72,7 @@ func (g memoryGroup) Close() error {
 // readerCommand makes this program a reader of trees.
 const readerCommand = "read-tree"
 
-// read has a process of the group read all regular files below dir, and fails unless they are what want says.
+// read reads all regular files below dir in a process of the group, and compares them with want.
 func (g memoryGroup) read(ctx context.Context, dir string, want contents) error {
 	digests := map[string]string{}
 	for name, sum := range want {
@@ -84,14 +83,14 @@ func (g memoryGroup) read(ctx context.Context, dir string, want contents) error 
 		return err
 	}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", readerCommand, g.dir, dir)
-	cmd.Stdin = bytes.NewReader(raw) // a file would be page cache of the group
+	cmd.Stdin = bytes.NewReader(raw) // a file would add page cache to the group
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("read %q: %w\n%s", dir, err, out)
 	}
 	return nil
 }
 
-// exitIfReader does the work of a process that read started, and ends it.
+// exitIfReader runs the process of read and exits; in any other process it does nothing.
 func exitIfReader() {
 	if len(os.Args) != 4 || os.Args[1] != readerCommand {
 		return
@@ -103,7 +102,7 @@ func exitIfReader() {
 	os.Exit(0)
 }
 
-// readTree is the process of read.
+// readTree is the main function of read's process.
 func readTree(group, dir string, stdin io.Reader) error {
 	if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte("0"), 0o644); err != nil {
 		return err

@@ -10,14 +10,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// metricsAddress is where the daemon serves profiles, in the network namespace of the run.
+// metricsAddress is the daemon's address for profiles, in the network namespace of the run.
 const metricsAddress = "127.0.0.1:9760"
 
-// profileConfig makes it serve them.
+// profileConfig makes the daemon serve profiles.
 const profileConfig = "[metrics]\naddress = \"" + metricsAddress + "\"\npprof = true\n"
 
-// profile records what the daemon does for five seconds from now on. The caller calls wait, which also saves the
-// daemon's metrics.
+// profile records the daemon's next five seconds. The caller calls wait, which also saves the metrics.
 func (t *turn) profile() (wait func()) {
 	if t.profiles == "" || t.v.options.Mode == stack.None {
 		return func() {}

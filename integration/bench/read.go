@@ -29,7 +29,7 @@ const (
 	page       = 4096
 )
 
-// readTmpfs is what the others are held against, and beside it the disk, named after its filesystem.
+// readTmpfs is the reference; the disk is named after its filesystem.
 const readTmpfs = "tmpfs"
 
 // view is one way to read the same tree.
@@ -55,9 +55,9 @@ func readOps() []readOp {
 	}
 }
 
-// read compares how a tree is read: from a tmpfs, from disk, and from an image of it that each driver mounted. Cold is
-// the first time after a mount, with an empty page cache; warm the median of the next five. disk is an empty directory on
-// disk.
+// read compares reads of a tree on a tmpfs, on disk, and in an image of it mounted by each driver.
+// Cold is the first read after a mount, with an empty page cache; warm is the median of the next five.
+// disk is an empty directory on disk.
 func (b *bench) read(daxfs, disk string) error {
 	defer os.RemoveAll(scratch)
 	views, err := readViews(daxfs, disk)
@@ -175,7 +175,7 @@ func makeTree(dir string) error {
 	return nil
 }
 
-// filesystem names the filesystem of a directory on disk.
+// filesystem returns the name of the filesystem of a directory.
 func filesystem(dir string) string {
 	names := map[int64]string{
 		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs",
@@ -211,7 +211,7 @@ func sequential(dir string) error {
 	}
 }
 
-// random reads 4096 pages in an order of its own, which is the same each time.
+// random reads 4096 pages in a random order, the same each time.
 func random(dir string) error {
 	f, err := os.Open(filepath.Join(dir, bigFile))
 	if err != nil {
@@ -228,7 +228,7 @@ func random(dir string) error {
 	return nil
 }
 
-// faults maps the big file and touches every page of it.
+// faults maps the big file and touches every page.
 func faults(dir string) error {
 	f, err := os.Open(filepath.Join(dir, bigFile))
 	if err != nil {
@@ -243,11 +243,11 @@ func faults(dir string) error {
 	for i := 0; i < len(m); i += page {
 		sum ^= m[i]
 	}
-	runtime.KeepAlive(sum) // the compiler must not leave the reads out
+	runtime.KeepAlive(sum) // keeps the compiler from dropping the reads
 	return unix.Munmap(m)
 }
 
-// find lists the tree and asks for the attributes of every entry.
+// find lists the tree with the attributes of every entry.
 func find(dir string) error {
 	return filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -20,7 +20,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// spread is the median of some rounds with its extremes.
+// spread is the median and the extremes of some rounds.
 type spread struct {
 	median, min, max float64
 	n                int
@@ -28,7 +28,7 @@ type spread struct {
 
 func median(values []float64) float64 { return spreadOf(values).median }
 
-// spreadOf. Preconditions: there is a value.
+// spreadOf returns the spread of values. Precondition: there is at least one.
 func spreadOf(values []float64) spread {
 	v := slices.Sorted(slices.Values(values))
 	mid := v[len(v)/2]
@@ -38,7 +38,7 @@ func spreadOf(values []float64) spread {
 	return spread{mid, v[0], v[len(v)-1], len(v)}
 }
 
-// of returns the spread of a metric; n is 0 if it was not measured.
+// of returns the spread of a metric; its n is 0 if nothing was measured.
 func (b *bench) of(workload, variant, metric string) spread {
 	var values []float64
 	for _, x := range b.samples {
@@ -52,7 +52,7 @@ func (b *bench) of(workload, variant, metric string) spread {
 	return spreadOf(values)
 }
 
-// ratio is that of two medians, and 0 if one is missing.
+// ratio returns the ratio of two medians, or 0 if one is missing.
 func (b *bench) ratio(workload, variant, base, metric string) float64 {
 	x, y := b.of(workload, variant, metric), b.of(workload, base, metric)
 	if x.n == 0 || y.n == 0 || y.median == 0 {
@@ -61,7 +61,7 @@ func (b *bench) ratio(workload, variant, base, metric string) float64 {
 	return x.median / y.median
 }
 
-// goal is what a ratio should not exceed.
+// goal is an upper limit of a ratio.
 type goal struct {
 	metric, variant, base string
 	limit                 float64
@@ -83,7 +83,7 @@ var goals = []goal{
 	{mNth, walking, overlay, 1.2},
 }
 
-// report writes all results to a directory. where is what describe returned.
+// report writes all results to a directory. where is the result of describe.
 func (b *bench) report(dir, where string) error {
 	var text strings.Builder
 	b.markdown(&text, where)
@@ -115,7 +115,7 @@ func (b *bench) csv(w io.Writer) error {
 	return c.WriteAll(rows)
 }
 
-// markdown writes what is missing, goals, ratios and values.
+// markdown writes failures, goals, ratios and values.
 func (b *bench) markdown(w io.Writer, where string) {
 	fmt.Fprintf(w, "%s\n%d rounds; the run took %.0f minutes.\n\n", where, b.rounds, b.took.Minutes())
 	b.missing(w)
@@ -148,12 +148,13 @@ func (b *bench) markdown(w io.Writer, where string) {
 	}
 }
 
-// stargzNote keeps readers from comparing what is not the same.
-const stargzNote = "stargz (stargz-snapshotter) pulls the same layers as eStargz and loads their contents on demand: it is \"ready\" when it has read " +
-	"their tables of contents, fetches what a container reads while it runs and the rest behind it. Compare \"ready + first\"; its disk and memory " +
-	"are those of the moment, and its own memory counts in \"used\" only."
+// stargzNote warns readers about the comparison with stargz.
+const stargzNote = "stargz (stargz-snapshotter) pulls the same layers as eStargz and loads their contents on demand: " +
+	"it is \"ready\" when it has read their tables of contents, fetches what a container reads while it runs and the " +
+	"rest behind it. Compare \"ready + first\"; its disk and memory are those of the moment, and its own memory " +
+	"counts in \"used\" only."
 
-// missing names what could not be measured, each once.
+// missing lists each failure once.
 func (b *bench) missing(w io.Writer) {
 	if len(b.failures) == 0 {
 		return
@@ -173,7 +174,7 @@ func (b *bench) missing(w io.Writer) {
 	fmt.Fprintln(w)
 }
 
-// metrics lists what was measured of a workload, in the order of the measuring.
+// metrics lists the measured metrics of a workload, in the order of the measurements.
 func (b *bench) metrics(workload string) []string {
 	var list []string
 	for _, x := range b.samples {
@@ -184,7 +185,7 @@ func (b *bench) metrics(workload string) []string {
 	return list
 }
 
-// measured lists the variants with samples of a workload, in the order of the measuring.
+// measured lists the variants with samples of a workload, in the order of the measurements.
 func (b *bench) measured(workload string) []string {
 	var list []string
 	for _, x := range b.samples {
@@ -195,7 +196,7 @@ func (b *bench) measured(workload string) []string {
 	return list
 }
 
-// unit splits the name of a metric from its unit, and says how to write values of it.
+// unit splits a metric into its name and its unit, and returns the format of its values.
 func unit(metric string) (name, unit, format string) {
 	if name, ok := strings.CutSuffix(metric, " MiB"); ok {
 		return name, "MiB", "%.0f"
@@ -206,7 +207,7 @@ func unit(metric string) (name, unit, format string) {
 	return metric, "s", "%.2f"
 }
 
-// text writes a spread in the unit of its metric.
+// text formats a spread in the unit of its metric.
 func (s spread) text(metric string) string {
 	if s.n == 0 {
 		return ""
@@ -256,7 +257,8 @@ func (b *bench) conversions(w io.Writer, load *workload) {
 	if len(tools) == 0 {
 		return
 	}
-	fmt.Fprintf(w, "\n### Conversion, %s\n\n| program | against %s | against %s | s, median [min..max] | MiB |\n| --- | --- | --- | --- | --- |\n",
+	fmt.Fprintf(w, "\n### Conversion, %s\n\n"+
+		"| program | against %s | against %s | s, median [min..max] | MiB |\n| --- | --- | --- | --- | --- |\n",
 		load.name, untar, mkfsTar)
 	for _, t := range tools {
 		size := ""
@@ -298,7 +300,7 @@ func (b *bench) goalTable(w io.Writer) {
 	}
 }
 
-// imageGoals are about images that have contents in common: the workload is a scenario.
+// imageGoals are goals for images with contents in common: the workload is a scenario.
 var imageGoals = []struct {
 	scenario string
 	goal
@@ -308,10 +310,10 @@ var imageGoals = []struct {
 	{scenarioB, goal{mRead, file, overlay, 0.35}},
 }
 
-// furtherGoal is how many milliseconds an image on known layers may take.
+// furtherGoal is the limit in milliseconds for an image of known layers.
 const furtherGoal = 50
 
-// imageTable writes what images that have contents in common need.
+// imageTable writes the results of images with contents in common.
 func (b *bench) imageTable(w io.Writer) {
 	var rows, goals []string
 	for _, sc := range scenarios() {
@@ -365,7 +367,8 @@ func names(loads []*workload) []string {
 	return list
 }
 
-// describe says when, where and with what it was measured. cache is what integration/bench/prepare filled.
+// describe describes the time, the machine and the programs. cache is filled by
+// integration/bench/prepare.
 func describe(cache string) string {
 	var u unix.Utsname
 	kernel := "unknown"
@@ -389,7 +392,8 @@ func describe(cache string) string {
 	if raw, err := os.ReadFile("/proc/loadavg"); err == nil {
 		load = strings.Join(strings.Fields(string(raw))[:3], " ")
 	}
-	return fmt.Sprintf("%s; Linux %s; %d × %s; %d GiB; disk with %s; load %s.\n%s; %s; stargz-snapshotter %s; %s; %s; %s; %s.",
+	return fmt.Sprintf("%s; Linux %s; %d × %s; %d GiB; disk with %s; load %s.\n"+
+		"%s; %s; stargz-snapshotter %s; %s; %s; %s; %s.",
 		time.Now().UTC().Format("2006-01-02 15:04 UTC"), kernel, runtime.NumCPU(), model, memory,
 		filesystem(cache), load,
 		stack.Versions(), version("runc", "--version"), stargzVersion(cache),
@@ -398,9 +402,9 @@ func describe(cache string) string {
 		runtime.Version())
 }
 
-// version is the first line of what a program says about itself.
+// version returns the first line of a program's version output.
 func version(argv ...string) string {
-	out, _ := exec.Command(argv[0], argv[1:]...).CombinedOutput() // some say it and fail
+	out, _ := exec.Command(argv[0], argv[1:]...).CombinedOutput() // some print it and fail
 	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
 	return cmp.Or(line, "no "+filepath.Base(argv[0]))
 }

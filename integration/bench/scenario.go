@@ -19,9 +19,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// scenario is a set of images that have contents in common. The same bytes come out on every machine.
+// scenario is a set of images with contents in common. Every machine makes the same bytes.
 type scenario struct {
-	name  string // of the samples
+	name  string // in the samples
 	title string
 	build func(base []testimage.Entry) imageSet
 }
@@ -29,11 +29,11 @@ type scenario struct {
 // imageSet holds images as lists of layers, bottom first.
 type imageSet struct {
 	images [][]*layer
-	// further are images whose layers are all part of images, but not in this combination.
+	// further are new combinations of layers from images.
 	further [][]*layer
 }
 
-// layer is one layer. Several images may have it.
+// layer is one layer, perhaps of several images.
 type layer struct {
 	entries []testimage.Entry
 	packed  *mutate.Addendum // nil until an image with it is packed
@@ -65,7 +65,7 @@ func commonLayer(base []testimage.Entry) (set imageSet) {
 	return set
 }
 
-// equalLayers are images that were built on different days: the files of their bases are equal, the layers are not.
+// equalLayers are images built on different days: the files of their bases are equal, the layers differ.
 func equalLayers(base []testimage.Entry) (set imageSet) {
 	for i := range 4 {
 		build := testimage.File("etc-build", 0o644, fmt.Appendf(nil, "build %d\n", i+1))
@@ -75,7 +75,7 @@ func equalLayers(base []testimage.Entry) (set imageSet) {
 	return set
 }
 
-// touchedLayers are images whose builder did not care about modification times.
+// touchedLayers are images from a builder that does not preserve modification times.
 func touchedLayers(base []testimage.Entry) (set imageSet) {
 	for i := range 2 {
 		bottom := &layer{}
@@ -87,7 +87,7 @@ func touchedLayers(base []testimage.Entry) (set imageSet) {
 	return set
 }
 
-// Shape of the base layer: that of 3,500 files below /usr of a Debian 12 with Python, 127 MiB in 417 directories.
+// The base layer resembles 3,500 files below /usr of a Debian 12 with Python: 127 MiB in 417 directories.
 const (
 	baseFiles = 3500
 	baseDirs  = 417
@@ -125,14 +125,14 @@ func baseSize(share float64) int {
 	return int(math.Round(math.Exp(math.Log(a.size)*(1-at) + math.Log(b.size)*at)))
 }
 
-// baseLayer is what the images have in common.
+// baseLayer is the common base of the images.
 func baseLayer() []testimage.Entry {
 	entries := []testimage.Entry{testimage.Dir("usr", 0o755)}
 	for i := range baseDirs {
 		entries = append(entries, testimage.Dir(baseDir(i), 0o755))
 	}
 	for i := range baseFiles {
-		// 1999 has no divisor in common with the number of files: each size comes up once, and directories get all sizes.
+		// 1999 is coprime to the number of files: each size occurs once, and directories get all sizes.
 		size := baseSize(float64(i*1999%baseFiles) / (baseFiles - 1))
 		mode := int64(0o644)
 		if i%5 == 0 {
@@ -144,7 +144,7 @@ func baseLayer() []testimage.Entry {
 	return entries
 }
 
-// baseDir is the i-th directory below usr: one of 17 that hold 24 or 25 each, or one in those.
+// baseDir returns the i-th directory below usr: one of 17 top directories, or one of 24 or 25 in each of them.
 func baseDir(i int) string {
 	if i < 17 {
 		return fmt.Sprintf("usr/package-%d", i)
@@ -152,7 +152,7 @@ func baseDir(i int) string {
 	return fmt.Sprintf("usr/package-%d/part-%d", i%17, i/17)
 }
 
-// ownLayer is the i-th application: 8 MiB of its own, and 20 files of the base that it replaces.
+// ownLayer returns the i-th application: 8 MiB of its own, and replacements of 20 files of the base.
 func ownLayer(base []testimage.Entry, i int) *layer {
 	dir := fmt.Sprintf("application-%d", i)
 	entries := []testimage.Entry{testimage.Dir(dir, 0o755)}
@@ -173,10 +173,10 @@ func ownLayer(base []testimage.Entry, i int) *layer {
 	return &layer{entries: entries}
 }
 
-// contents are the regular files of an image: path and SHA-256.
+// contents maps the paths of an image's regular files to SHA-256 digests.
 type contents map[string][sha256.Size]byte
 
-// hashes remembers digests of bodies, which many layers share, by their first byte.
+// hashes caches the digests of bodies, which many layers share, by their first byte.
 type hashes map[*byte][sha256.Size]byte
 
 func (h hashes) of(body []byte) [sha256.Size]byte {
@@ -191,8 +191,8 @@ func (h hashes) of(body []byte) [sha256.Size]byte {
 	return sum
 }
 
-// merge says what a container of an image reads, and adds the whole pages of its contents to distinct. The layers have
-// no whiteouts.
+// merge returns the contents of an image as a container reads them, and adds their whole pages to
+// distinct. The layers have no whiteouts.
 func (h hashes) merge(image []*layer, distinct map[[sha256.Size]byte]int64) contents {
 	c, sizes := contents{}, map[string]int{}
 	for _, l := range image {
@@ -208,7 +208,7 @@ func (h hashes) merge(image []*layer, distinct map[[sha256.Size]byte]int64) cont
 	return c
 }
 
-// pack compresses the layer the first time. What is in it does not get smaller.
+// pack compresses the layer the first time. Its contents do not compress.
 func (l *layer) pack() (mutate.Addendum, error) {
 	if l.packed != nil {
 		return *l.packed, nil

@@ -16,7 +16,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// The scenarios are what their titles say.
+// The scenarios match their titles.
 func TestScenarios(t *testing.T) {
 	base := baseLayer()
 	if n := len(base) - 1 - baseDirs; n != baseFiles {
@@ -52,7 +52,7 @@ func TestScenarios(t *testing.T) {
 				}
 			}
 		}
-		// Each image brings between 8 and 20 MiB of its own.
+		// Each image has between 8 and 20 MiB of its own.
 		n := float64(len(set.images))
 		if own := (total(distinct) - apart/n) / (n - 1); own < 8 || own > 20 {
 			t.Errorf("%s: %.0f MiB are distinct of %.0f MiB in %.0f images", sc.name, total(distinct), apart, n)
@@ -64,7 +64,7 @@ func TestScenarios(t *testing.T) {
 	}
 }
 
-// Bases of scenario B differ as layers and are equal as files; those of C differ in their times.
+// The bases of scenario B differ as layers but have equal files; those of C differ in their times.
 func TestBases(t *testing.T) {
 	base := []testimage.Entry{testimage.Dir("usr", 0o755)}
 	for i := range baseFiles {
@@ -95,7 +95,7 @@ func TestBases(t *testing.T) {
 	}
 }
 
-// A reader finds what was changed, what is missing and what is too much.
+// A reader finds changed, missing and additional files.
 func TestReadTree(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: it makes a control group")

@@ -18,7 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// stargzConfig makes containerd use stargz-snapshotter, and tell it what it needs to load layers itself.
+// stargzConfig makes containerd use stargz-snapshotter, with the labels that it needs to load layers itself.
 const stargzConfig = `
 [proxy_plugins.stargz]
   type = "snapshot"
@@ -31,13 +31,13 @@ const stargzConfig = `
   differ = "walking"
 `
 
-// tocAnnotation is where stargz-snapshotter finds what to verify a layer by.
+// tocAnnotation names the digest that verifies a layer for stargz-snapshotter.
 const tocAnnotation = "containerd.io/snapshot/stargz/toc.digest"
 
-// stargzProgram is what integration/bench/prepare built from stargz/.
+// stargzProgram returns the program that integration/bench/prepare built from stargz/.
 func stargzProgram(cache string) string { return filepath.Join(cache, "stargz") }
 
-// stargzVersion is the version of the library in the program.
+// stargzVersion returns the version of the library in the program.
 func stargzVersion(cache string) string {
 	info, err := buildinfo.ReadFile(stargzProgram(cache))
 	if err != nil {
@@ -51,7 +51,7 @@ func stargzVersion(cache string) string {
 	return "unknown"
 }
 
-// openStargz makes the image from the layers of open, converted to eStargz the first time.
+// openStargz makes the image from the layers of open, which it converts to eStargz the first time.
 func (w *workload) openStargz(ctx context.Context, cache string) (err error) {
 	var layers []mutate.Addendum
 	for _, t := range w.trees {

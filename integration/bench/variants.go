@@ -6,16 +6,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// variant is one way to unpack images and to start containers from them.
+// variant is one way to unpack images and to start containers.
 type variant struct {
 	name        string
 	snapshotter string
 	options     stack.Options
 	esgz        bool // pulls the image as eStargz
-	pullOnly    bool // differs from another variant in its pulls only
+	pullOnly    bool // differs from another variant only in its pulls
 }
 
-// The name of what the others are held against, and those of what has goals.
+// The reference, and the variants with goals.
 const (
 	overlay = "overlayfs"
 	erofs   = "erofs"
@@ -25,10 +25,10 @@ const (
 	stargz  = "stargz"
 )
 
-// unpacks is how many layers containerd unpacks at once, as the documentation of daxfs configures it.
+// unpacks is the number of layers that containerd unpacks at once, as in the documentation of daxfs.
 const unpacks = 3
 
-// erofsConfig ties containerd's erofs snapshotter to its own differ.
+// erofsConfig connects containerd's erofs snapshotter with its own differ.
 const erofsConfig = `
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux"
@@ -36,9 +36,9 @@ const erofsConfig = `
   differ = "erofs"
 `
 
-// variants lists what is compared. cache is what integration/bench/prepare filled.
+// variants lists the variants. cache is the directory of integration/bench/prepare.
 func variants(cache string) []*variant {
-	mkfs := filepath.Join(cache, "erofs") // a mkfs.erofs that containerd's differ takes
+	mkfs := filepath.Join(cache, "erofs") // accepted by containerd's differ
 	return []*variant{
 		{name: overlay, snapshotter: "overlayfs"},
 		{name: erofs, snapshotter: "erofs", options: stack.Options{Containerd: erofsConfig, Path: mkfs}},
@@ -65,7 +65,6 @@ func variants(cache string) []*variant {
 	}
 }
 
-// image is what the variant pulls.
 func (v *variant) image(w *workload) packed {
 	if v.esgz {
 		return w.esgz
@@ -73,7 +72,7 @@ func (v *variant) image(w *workload) packed {
 	return w.gzip
 }
 
-// roots are the directories that hold what a variant keeps of an image.
+// roots returns the directories with a variant's data of an image.
 func (v *variant) roots(s *stack.Stack) []string {
 	switch v.snapshotter {
 	case "daxfs":

@@ -24,18 +24,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// workload is one image and what runs from it.
+// workload is one image and its programs.
 type workload struct {
 	name  string
 	trees []string // below the cache, bottom first
 	small []string // a program that ends at once
-	app   []string // one that loads what a service would
-	wait  []string // the same, which then waits
+	app   []string // loads the modules of a typical service
+	wait  []string // the same, then waits
 	gzip  packed
-	esgz  packed // the same layers as eStargz; without a reference if nobody asked for it
+	esgz  packed // the same layers as eStargz; without a reference unless requested
 }
 
-// packed is an image in one way of packing layers.
+// packed is an image in one packing of its layers.
 type packed struct {
 	image v1.Image
 	ref   string // in the registry
@@ -58,7 +58,7 @@ func workloads() []*workload {
 	}
 }
 
-// open makes the image of the trees in the cache. Their layers are packed the first time.
+// open makes the image from the trees in the cache. It packs their layers the first time.
 func (w *workload) open(cache string) (err error) {
 	var layers []mutate.Addendum
 	for _, t := range w.trees {
@@ -76,7 +76,6 @@ func (w *workload) open(cache string) (err error) {
 	return err
 }
 
-// pack makes an image of layers.
 func pack(layers []mutate.Addendum) (packed, error) {
 	var p packed
 	var diffIDs []digest.Digest
@@ -108,7 +107,7 @@ func pack(layers []mutate.Addendum) (packed, error) {
 	return p, err
 }
 
-// packTree writes the tree dir/fs, an upper directory of overlayfs or a plain one, to dir/layer.tar.gz unless it is there.
+// packTree writes the tree dir/fs, plain or an overlayfs upper directory, to dir/layer.tar.gz unless it exists.
 func packTree(dir string) (string, error) {
 	packed := filepath.Join(dir, "layer.tar.gz")
 	if _, err := os.Stat(packed); err == nil {

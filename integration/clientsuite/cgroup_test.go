@@ -10,12 +10,12 @@ import (
 	"testing"
 )
 
-// theirs tells whether a control group is named after a namespace of containerd's tests, or for their shims.
+// theirs reports whether a control group belongs to a namespace of containerd's tests, or to their shims.
 func theirs(name string) bool {
 	return strings.HasPrefix(name, "testing") || name == "containerd" || name != "" && strings.Trim(name, "n") == ""
 }
 
-// cgroups lists the outermost control groups that are theirs, in every hierarchy (version 1) or the only one (version 2).
+// cgroups lists the top control groups of containerd's tests, in every hierarchy of version 1, or in version 2.
 func cgroups(t *testing.T) (dirs []string) {
 	t.Helper()
 	for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup/*/*"} {
@@ -32,8 +32,8 @@ func cgroups(t *testing.T) (dirs []string) {
 	return dirs
 }
 
-// removeCgroups takes away the control groups that were not there before. The namespaces of the tests do not hold them,
-// and runc leaves those of a namespace.
+// removeCgroups removes the control groups that did not exist before. The tests' namespaces do not
+// contain them, and runc leaves those of a namespace.
 func removeCgroups(t *testing.T, before []string) {
 	t.Helper()
 	for _, dir := range cgroups(t) {

@@ -12,14 +12,14 @@ import (
 	. "github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// accounts are those of the images that containerd's tests name, by name or number.
+// The accounts in the images that containerd's tests use by name or number.
 const (
-	passwd = "root:x:0:0:root:/root:/bin/sh\nsys:x:3:3:sys:/dev:/bin/false\nwww-data:x:33:33::/var/www:/bin/false\nbackup:x:34:34::/:/bin/false\n"
-	group  = "root:x:0:\nsys:x:3:\nwww-data:x:33:\nbackup:x:34:\n"
+	passwd = "root:x:0:0:root:/root:/bin/sh\nsys:x:3:3:sys:/dev:/bin/false\n" +
+		"www-data:x:33:33::/var/www:/bin/false\nbackup:x:34:34::/:/bin/false\n"
+	group = "root:x:0:\nsys:x:3:\nwww-data:x:33:\nbackup:x:34:\n"
 )
 
-// pushImages uploads stand-ins for the images of containerd's tests: for this platform one that runs, for the others
-// something to fetch.
+// pushImages uploads stand-ins for images of containerd's tests; those of other platforms are only fetched.
 func pushImages(t *testing.T, u *upstream) {
 	t.Helper()
 	base, err := Busybox()
@@ -28,7 +28,7 @@ func pushImages(t *testing.T, u *upstream) {
 	}
 	users := []Entry{
 		Dir("etc", 0o755), File("etc/passwd", 0o644, []byte(passwd)), File("etc/group", 0o644, []byte(group)),
-		// As the first process of a container, Debian's nc does not end when it is told to.
+		// Debian's nc ignores SIGTERM when it is a container's first process.
 		Dir("bin", 0o755),
 		File("bin/nc", 0o755, []byte("#!/bin/sh\ntrap 'exit 143' TERM\nbusybox nc \"$@\" &\nwait $!\n")),
 	}
@@ -37,7 +37,7 @@ func pushImages(t *testing.T, u *upstream) {
 		"registry.k8s.io/e2e-test-images/busybox:1.29-2": {users},
 		"registry.k8s.io/pause:3.10.2":                   {{File("pause", 0o755, []byte("3.10.2"))}},
 		"registry.k8s.io/pause:3.6":                      {{File("pause", 0o755, []byte("3.6"))}},
-		// Three layers more, so that they may be unpacked at once.
+		// Three more layers, so that several may be unpacked at once.
 		"ghcr.io/containerd/volume-copy-up:2.2": {
 			users,
 			{Dir("test_dir", 0o755), File("test_dir/test_file", 0o644, []byte("test_content\n"))},
@@ -50,7 +50,7 @@ func pushImages(t *testing.T, u *upstream) {
 				File(":colon_prefixed/colon_prefixed_file", 0o644, []byte("test_content\n")),
 			},
 		},
-		// A larger distribution than busybox: the tests call bash and look at a set-user-ID program.
+		// A larger distribution than busybox: the tests run bash and inspect a set-user-ID program.
 		"ghcr.io/containerd/volume-ownership:2.1": {
 			users,
 			{
@@ -64,8 +64,8 @@ func pushImages(t *testing.T, u *upstream) {
 	}
 }
 
-// multiPlatform is an index of images for several platforms. No two of them, of one or of two names, have the same
-// layers: fetching one does not fetch a part of another.
+// multiPlatform is an index of images for several platforms. No two of them, under the same or another
+// name, share layers, so fetching one does not fetch part of another.
 func multiPlatform(t *testing.T, reference string, layers [][]Entry) v1.ImageIndex {
 	t.Helper()
 	var index v1.ImageIndex = mutate.IndexMediaType(empty.Index, types.OCIImageIndex)

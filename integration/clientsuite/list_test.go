@@ -9,13 +9,13 @@ import (
 	"testing"
 )
 
-// listFile is the list, seen from the root of the tree.
+// listFile is the path of the list, relative to the root of the tree.
 const listFile = "docs/containerd-tests.md"
 
-// list says what becomes of each test.
+// list says which tests run.
 type list struct {
 	run      []string
-	excluded []string // a test, or a part of one: its name follows after a slash
+	excluded []string // a test, or a part of one, with its name after a slash
 }
 
 var (
@@ -23,7 +23,6 @@ var (
 	row      = regexp.MustCompile("(?m)^\\| `(Test[^`]+)` \\| [^|]+ \\|$") // with a reason
 )
 
-// readList reads the document.
 func readList(t *testing.T) list {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", listFile))
@@ -44,7 +43,7 @@ func readList(t *testing.T) list {
 	return l
 }
 
-// without moves tests from those that run to those that do not.
+// without moves tests from run to excluded.
 func (l list) without(names ...string) list {
 	short := list{excluded: slices.Clone(l.excluded)}
 	for _, name := range l.run {
@@ -57,7 +56,7 @@ func (l list) without(names ...string) list {
 	return short
 }
 
-// pattern matches what does not run, for -test.skip.
+// pattern returns the pattern of -test.skip for the excluded tests.
 func (l list) pattern() string {
 	var patterns []string
 	for _, name := range l.excluded {

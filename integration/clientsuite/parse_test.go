@@ -7,21 +7,20 @@ import (
 	"testing"
 )
 
-// result is what the tests printed about one of them.
 type result struct {
 	status string // PASS, FAIL or SKIP; empty when the test did not end
-	output string // its own and that of its parts
+	output string // of the test and its parts
 	parts  map[string]string
 }
 
-// results are those of all tests by name. What belongs to none has the empty name.
+// results maps names to the results of tests. Output of no test is under the empty name.
 type results map[string]*result
 
 var ended = regexp.MustCompile(`^ *--- (PASS|FAIL|SKIP): (\S+) \(`)
 
-// parse reads what a test binary prints with -test.v=test2json: a ^V stands before each line of the framework, which
-// says to which test the lines after it belong.
-func parse(out []byte) results {
+// parseTest2JSON reads the output of a test binary with -test.v=test2json: a ^V marks each line of the
+// framework, which names the test of the following lines.
+func parseTest2JSON(out []byte) results {
 	all := results{"": {}}
 	for _, chunk := range strings.Split(string(out), "\x16") {
 		name := ""
@@ -52,7 +51,7 @@ func parse(out []byte) results {
 	return all
 }
 
-// check returns an error unless a test ran to its end, with all its parts, and passed.
+// check returns an error unless a test completed, with all its parts, and passed.
 func (rs results) check(name string) error {
 	r := rs[name]
 	switch {
@@ -72,13 +71,17 @@ func (rs results) check(name string) error {
 	return nil
 }
 
-// Only a test that was seen to pass has passed.
+// Only a test whose PASS was seen has passed.
 func TestParse(t *testing.T) {
-	all := parse([]byte("level=info msg=starting\n" +
-		"\x16=== RUN   TestGood\n    log of good\n\x16=== RUN   TestGood/part\n\x16=== NAME  TestGood\nno newline\x16    --- PASS: TestGood/part (0.00s)\n\x16--- PASS: TestGood (0.01s)\n" +
-		"\x16=== RUN   TestBad\n\x16=== PAUSE TestBad\n\x16=== RUN   TestSkipped\n\x16--- SKIP: TestSkipped (0.00s)\n    no CRIU\n" +
-		"\x16=== RUN   TestPart\n\x16=== RUN   TestPart/a_b\n\x16    --- SKIP: TestPart/a_b (0.00s)\n\x16--- PASS: TestPart (0.00s)\n" +
-		"\x16=== CONT  TestBad\nwrong digest\n\x16--- FAIL: TestBad (0.00s)\n\x16=== RUN   TestHangs\npanic: test timed out\n"))
+	all := parseTest2JSON([]byte("level=info msg=starting\n" +
+		"\x16=== RUN   TestGood\n    log of good\n\x16=== RUN   TestGood/part\n\x16=== NAME  TestGood\nno newline" +
+		"\x16    --- PASS: TestGood/part (0.00s)\n\x16--- PASS: TestGood (0.01s)\n" +
+		"\x16=== RUN   TestBad\n\x16=== PAUSE TestBad\n" +
+		"\x16=== RUN   TestSkipped\n\x16--- SKIP: TestSkipped (0.00s)\n    no CRIU\n" +
+		"\x16=== RUN   TestPart\n\x16=== RUN   TestPart/a_b\n" +
+		"\x16    --- SKIP: TestPart/a_b (0.00s)\n\x16--- PASS: TestPart (0.00s)\n" +
+		"\x16=== CONT  TestBad\nwrong digest\n\x16--- FAIL: TestBad (0.00s)\n" +
+		"\x16=== RUN   TestHangs\npanic: test timed out\n"))
 	for name, want := range map[string]string{
 		"TestGood": "", "TestBad": "wrong digest", "TestSkipped": "no CRIU", "TestPart": `"TestPart/a_b" is SKIP`,
 		"TestHangs": "test timed out", "TestAbsent": "msg=starting",

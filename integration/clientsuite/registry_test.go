@@ -23,13 +23,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// upstream is a registry that answers for the hosts which containerd's tests pull from.
+// upstream is a registry in place of the hosts from which containerd's tests pull.
 type upstream struct {
-	certificate string // file; who trusts it takes the registry for the hosts
+	certificate string // file; a client that trusts it takes the registry for the hosts
 	client      http.RoundTripper
 }
 
-// serveUpstream starts the registry and lets the names of the hosts lead to it, in the namespaces of the tests only.
+// serveUpstream starts the registry and redirects the host names to it, in the namespaces of the tests only.
 func serveUpstream(t *testing.T, hosts ...string) *upstream {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -75,7 +75,7 @@ func serveUpstream(t *testing.T, hosts ...string) *upstream {
 	return u
 }
 
-// push uploads what the tests will find under a name.
+// push uploads an image under a name that the tests use.
 func (u *upstream) push(t *testing.T, reference string, index v1.ImageIndex) {
 	t.Helper()
 	ref, err := name.ParseReference(reference)

@@ -20,16 +20,16 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m, stack.BuildClientSuite)) }
 
-// slow are tests that make much output or wait for containerd, on a snapshot like that of all others. Once is enough.
+// slow are tests with much output or long waits, on ordinary snapshots. Run them once.
 var slow = []string{
 	"TestContainerExecLargeOutputWithTTY", "TestContainerRestartPolicyAlways",
 	"TestRegressionIssue6429",
 }
 
-// fellBack finds a counter of fallbacks that is not 0.
+// fellBack matches a counter of fallbacks that is not 0.
 var fellBack = regexp.MustCompile(`(?m)^daxfs_fallbacks_total\{.*\} [^0]`)
 
-// All tests of containerd that can run here pass with daxfs, with each way in. Each test of theirs is one of ours.
+// All of containerd's tests that can run here pass with daxfs, walking and streaming. Each is a subtest.
 func TestClient(t *testing.T) {
 	all := readList(t)
 	for _, way := range []struct {
@@ -38,7 +38,7 @@ func TestClient(t *testing.T) {
 	}{{stack.Streaming, all}, {stack.Walking, all.without(slow...)}} {
 		t.Run(string(way.mode), func(t *testing.T) {
 			out, err := runSuite(t, way.mode, way.list)
-			results := parse(out)
+			results := parseTest2JSON(out)
 			for _, name := range way.run {
 				t.Run(name, func(t *testing.T) {
 					if err := results.check(name); err != nil {
@@ -53,14 +53,15 @@ func TestClient(t *testing.T) {
 	}
 }
 
-// runSuite runs the tests that are not excluded and returns what they printed. The error is that of their process.
+// runSuite runs the tests that are not excluded and returns their output. The error is that of their process.
 func runSuite(t *testing.T, mode stack.Mode, listed list) (output []byte, err error) {
 	t.Helper()
 	const metrics = "127.0.0.1:9760"
 	options := stack.Options{Mode: mode, Config: fmt.Sprintf("[metrics]\naddress = %q\n", metrics)}
 	if mode == stack.Streaming {
-		// These clients unpack by containerd's own service, so that has to know our differ.
-		options.Containerd = "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"daxfs-diff\", \"walking\"]\n"
+		// These clients unpack through containerd's diff service, which needs to know our differ.
+		options.Containerd = "[plugins.\"io.containerd.service.v1.diff-service\"]\n" +
+			"  default = [\"daxfs-diff\", \"walking\"]\n"
 	}
 	before := cgroups(t)
 	s := stack.New(t, options)
@@ -70,7 +71,7 @@ func runSuite(t *testing.T, mode stack.Mode, listed list) (output []byte, err er
 
 	s.Must(s.StopContainerd(syscall.SIGTERM))
 	t.Cleanup(func() { s.Must(s.StartContainerd()) })
-	// Their containerd keeps its state in /var/lib/containerd-test and removes that.
+	// Their containerd keeps its state in /var/lib/containerd-test and removes it.
 	lib := filepath.Join(s.Dir, "lib")
 	s.Must(os.Mkdir(lib, 0o755))
 	bind(t, lib, "/var/lib")
@@ -85,8 +86,8 @@ func runSuite(t *testing.T, mode stack.Mode, listed list) (output []byte, err er
 	return output, err
 }
 
-// checkUse fails the test unless the daemon counted what the tests ought to have made it do: containers on images that
-// are built from layers, and those read in the way that the stack is set up for.
+// checkUse fails the test unless the daemon's counters show the expected use: containers on images
+// built from layers, and layers read in the stack's mode.
 func checkUse(t *testing.T, mode stack.Mode, url string) {
 	t.Helper()
 	answer, err := http.Get(url)
@@ -110,7 +111,7 @@ func checkUse(t *testing.T, mode stack.Mode, url string) {
 	}
 }
 
-// verify compares the list with what the tests are. It fails when containerd has other tests than the list.
+// verify compares the list with containerd's tests, and fails if they differ.
 func (l list) verify(t *testing.T, s *stack.T) {
 	t.Helper()
 	cmd, err := s.ClientSuite("-test.short", "-test.list=^Test")
@@ -141,7 +142,7 @@ func (l list) verify(t *testing.T, s *stack.T) {
 	}
 }
 
-// bind shows a file or directory at another place, in the namespaces of the tests.
+// bind mounts a file or directory at another place, in the namespaces of the tests.
 func bind(t *testing.T, from, to string) {
 	t.Helper()
 	if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {

@@ -21,7 +21,6 @@ import (
 // imageNames are the repositories of the two images.
 var imageNames = [2]string{"web", "jobs"}
 
-// demo is one run.
 type demo struct {
 	*stack.Stack
 	options
@@ -29,11 +28,11 @@ type demo struct {
 	refs [2]string
 }
 
-// facts are what a run found, for the test.
+// facts are the findings of a run, for the test.
 type facts struct {
 	daxfs, overlay figures
-	erofs          *figures // nil if it could not be had here
-	devices        [][2]int // of the mounts of the images of daxfs
+	erofs          *figures // nil if it is not available here
+	devices        [][2]int // device numbers of the mounts of daxfs's images
 	pool           poolFacts
 	libraries      []library
 }
@@ -53,7 +52,8 @@ func (d *demo) run() (*facts, error) {
 			return nil, err
 		}
 	}
-	d.say("Two images with the same Python, which have no layer in common: %q has it in a layer of its own, %q in its only base layer.\n",
+	d.say("Two images with the same Python, which have no layer in common: "+
+		"%q has it in a layer of its own, %q in its only base layer.\n",
 		imageNames[0], imageNames[1])
 
 	f := &facts{}
@@ -72,7 +72,7 @@ func (d *demo) run() (*facts, error) {
 	return f, nil
 }
 
-// makeImages makes the two images. Interrupted, it does not wait for what it is at, which ends with the process.
+// makeImages makes the two images. If interrupted, it returns at once; the process's end stops the work.
 func (d *demo) makeImages() ([]v1.Image, error) {
 	var web, jobs v1.Image
 	made := make(chan error, 1)
@@ -89,7 +89,7 @@ func (d *demo) makeImages() ([]v1.Image, error) {
 	}
 }
 
-// measureErofs measures containerd's erofs snapshotter where it works; it is no reason to fail.
+// measureErofs measures containerd's erofs snapshotter if it works; its errors do not fail the demo.
 func (d *demo) measureErofs() *figures {
 	if _, err := exec.LookPath("mkfs.erofs"); err != nil {
 		d.say("  erofs: left out, there is no mkfs.erofs (Debian: erofs-utils)")
@@ -106,7 +106,7 @@ func (d *demo) measureErofs() *figures {
 	return &f
 }
 
-// measure pulls both images by one snapshotter, starts the containers, calls look while they run, and removes them.
+// measure pulls both images with one snapshotter, starts the containers, calls look, and removes the containers.
 func (d *demo) measure(snapshotter string, look func([]*process) error) (f figures, err error) {
 	f.name = snapshotter
 	for i, ref := range d.refs {
@@ -121,7 +121,7 @@ func (d *demo) measure(snapshotter string, look func([]*process) error) (f figur
 	}
 	var ids []string
 	defer func() {
-		for _, id := range ids { // also those of which only the container was made
+		for _, id := range ids { // including containers without a task
 			_, e := d.Try("ctr", "task", "rm", "--force", id)
 			if e != nil && !strings.Contains(e.Error(), "not found") {
 				err = errors.Join(err, e)
@@ -132,7 +132,7 @@ func (d *demo) measure(snapshotter string, look func([]*process) error) (f figur
 			}
 		}
 	}()
-	// What the pull left in the page cache would hide what the containers need.
+	// Pages that the pull left in the page cache would hide those of the containers.
 	if err := d.dropCache(snapshotter); err != nil {
 		return f, err
 	}
@@ -166,8 +166,7 @@ func (d *demo) measure(snapshotter string, look func([]*process) error) (f figur
 	return f, nil
 }
 
-// pull pulls an image. The transfer service of the private containerd knows daxfs and overlayfs; for others the client
-// unpacks.
+// pull pulls an image. The transfer service knows daxfs and overlayfs; for others the client unpacks.
 func (d *demo) pull(snapshotter, ref string) error {
 	args := []string{"image", "pull", "--plain-http", "--snapshotter", snapshotter}
 	if snapshotter == "erofs" {
@@ -177,7 +176,7 @@ func (d *demo) pull(snapshotter, ref string) error {
 	return errors.Join(d.ctx.Err(), err)
 }
 
-// processes waits until the programs in the containers are ready and reads which pages they have.
+// processes waits until the programs in the containers are ready and reads their pages.
 func (d *demo) processes(ids []string) ([]*process, error) {
 	for _, id := range ids {
 		if err := d.awaitFile(filepath.Join(d.Rootfs(id), testimage.TwinReady), id); err != nil {
@@ -211,7 +210,7 @@ func (d *demo) processes(ids []string) ([]*process, error) {
 	return list, nil
 }
 
-// awaitFile waits until a file is there. The limit only ends what would never end.
+// awaitFile waits until a file exists. The limit is only a safeguard.
 func (d *demo) awaitFile(path, id string) error {
 	limit := time.After(2 * time.Minute)
 	for {

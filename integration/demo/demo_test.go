@@ -25,7 +25,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m)) }
 
-// The demo proves what it says, with both kinds of pool.
+// The demo's claims are true, with both kinds of pool.
 func TestDemo(t *testing.T) {
 	for _, kind := range []string{"file", "tmpfs"} {
 		t.Run(kind, func(t *testing.T) {
@@ -103,7 +103,7 @@ func (s stopper) Write(b []byte) (int, error) {
 	return s.Writer.Write(b)
 }
 
-// Wherever it is interrupted, everything that was started is ended: Close of the stack fails if anything stays.
+// An interrupt at any point ends everything that was started: closing the stack fails if anything stays.
 func TestInterrupted(t *testing.T) {
 	for _, word := range []string{"image pull", "The same containers on"} {
 		t.Run(word, func(t *testing.T) {
@@ -119,8 +119,8 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// ^C as a terminal sends it, to the program and all its processes, ends it with status 130 and leaves nothing in the
-// kernel and nothing but the programs in the cache.
+// ^C, sent by a terminal to the program and all its processes, ends the demo with status 130 and
+// leaves nothing in the kernel, and only the programs in the cache.
 func TestControlC(t *testing.T) {
 	shared, err := stack.CacheDir()
 	if err != nil {
@@ -180,7 +180,7 @@ func TestControlC(t *testing.T) {
 	if code := cmd.ProcessState.ExitCode(); code != 130 {
 		t.Errorf("exit status %d, expected 130", code)
 	}
-	// Loop devices go when their last user has gone.
+	// Loop devices disappear after their last user.
 	var after []string
 	for range 100 {
 		if after = kernelState(t); slices.Equal(after, before) {
@@ -268,7 +268,7 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-// The images that README.md puts into a pool can be had.
+// The images that README.md puts into a pool can be made.
 func TestImages(t *testing.T) {
 	dir := t.TempDir()
 	if err := writeImages(dir); err != nil {

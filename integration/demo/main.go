@@ -1,15 +1,15 @@
-// Command demo shows on this machine what daxfs does: a private containerd pulls two images that have files in common,
-// starts containers from each, and the demo looks up which physical pages they stand on. The same images then run on
-// containerd's own snapshotters, for comparison.
+// Command demo shows what daxfs does on this machine: a private containerd pulls two images with files
+// in common and starts containers from each, and the demo looks up their physical pages. For
+// comparison, the same images then run on containerd's own snapshotters.
 //
 //	make demo
 //	make demo POOL=tmpfs
 //	go run ./integration/demo -images DIR
 //
-// The last one only writes the two images, as web.tar and jobs.tar, into a directory.
+// The last form only writes the two images, as web.tar and jobs.tar, into a directory.
 //
-// It runs in namespaces of its own, with state below DAXFS_TEST_CACHE (see package stack), and leaves nothing behind but the
-// programs there. It needs root.
+// The demo runs in its own namespaces, with state below DAXFS_TEST_CACHE (see package stack), and
+// leaves only the programs there. It needs root.
 package main
 
 import (
@@ -48,7 +48,6 @@ func main() {
 	os.Exit(stack.Show("demo", func(ctx context.Context) error { return show(ctx, o) }))
 }
 
-// options of a run.
 type options struct {
 	pool       string // kind of the pool
 	containers int    // of each image
@@ -68,14 +67,14 @@ func (o options) check() error {
 	return nil
 }
 
-// introduce says what will happen before anything does.
+// introduce announces what the demo will do.
 func introduce(w io.Writer) {
 	cache, err := stack.CacheDir()
 	if err != nil {
 		cache = "the cache directory"
 	}
-	fmt.Fprintf(w, `This starts a containerd of its own, in namespaces of its own; one that runs here already is not touched.
-Programs that are missing in %s/bin are built first: %s.
+	fmt.Fprintf(w, `This starts its own containerd, in its own namespaces; a containerd that already runs here is not
+touched. Programs that are missing in %s/bin are built first: %s.
 The first time that takes about ten minutes on two cores. They stay there; nothing else does.
 
 `, cache, stack.Versions())
@@ -91,7 +90,7 @@ func writeImages(dir string) error {
 		testimage.WriteArchive(filepath.Join(dir, "jobs.tar"), jobs))
 }
 
-// config is the daemon's configuration for a kind of pool: nothing for the default.
+// config returns the daemon's configuration for a kind of pool; empty for the default.
 func (o options) config() string {
 	if o.pool == "file" {
 		return ""

@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// figures are what one snapshotter needs for all containers together. Bytes.
+// figures are the needs of one snapshotter for all containers together, in bytes.
 type figures struct {
 	name     string
 	mapped   int64 // pages of files in the processes, each counted once per process
 	distinct int64 // physical pages behind them
-	cached   int64 // page cache of the images' files and of what they are made of; -1: the kernel cannot tell
-	pool     int64 // of cached: the pool's own
+	cached   int64 // page cache of the images' files and of the files below them; -1: the kernel cannot tell
+	pool     int64 // the pool's part of cached
 	disk     int64 // blocks taken on disk
 }
 
@@ -56,7 +56,7 @@ func (f *figures) add(d *demo, ps []*process) error {
 	return err
 }
 
-// poolPath is the file under the pool.
+// poolPath returns the path of the pool's file.
 func (d *demo) poolPath() string {
 	if d.pool == "tmpfs" {
 		return filepath.Join(d.Run, "pool")
@@ -64,8 +64,8 @@ func (d *demo) poolPath() string {
 	return d.PoolFile()
 }
 
-// eachFile calls f once with each regular file that a snapshotter keeps: what is below its root, and what its mounted
-// images show. onDisk tells the first from the second. A file that several images show is one file.
+// eachFile calls f once for each regular file of a snapshotter: those below its root (onDisk), and
+// those that its mounted images show. A file in several images counts once.
 func (d *demo) eachFile(snapshotter string, f func(file *os.File, st fs.FileInfo, onDisk bool) error) error {
 	root := filepath.Join(d.Dir, "containerd/root/io.containerd.snapshotter.v1."+snapshotter)
 	if snapshotter == "daxfs" {
@@ -105,7 +105,7 @@ func (d *demo) eachFile(snapshotter string, f func(file *os.File, st fs.FileInfo
 	return nil
 }
 
-// imageMounts lists the mounts of images, but not of containers.
+// imageMounts lists the mounts of images, without those of containers.
 func (d *demo) imageMounts(snapshotter string) ([]*mountinfo.Info, error) {
 	return mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		if snapshotter == "daxfs" {
@@ -117,7 +117,7 @@ func (d *demo) imageMounts(snapshotter string) ([]*mountinfo.Info, error) {
 	})
 }
 
-// walk opens all regular files below root, in its file system only.
+// walk opens all regular files below root in the same file system.
 func walk(root string, f func(*os.File, fs.FileInfo) error) error {
 	top, err := os.Lstat(root)
 	if err != nil {
@@ -158,7 +158,7 @@ func deviceOf(st fs.FileInfo) uint64 {
 	return uint64(st.Sys().(*syscall.Stat_t).Dev)
 }
 
-// cachedBytes is how much of a file is in the page cache. The error is ENOSYS before Linux 6.5.
+// cachedBytes returns the bytes of a file in the page cache. The error is ENOSYS before Linux 6.5.
 func cachedBytes(f *os.File) (int64, error) {
 	var c unix.Cachestat_t
 	if err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &c, 0); err != nil {
@@ -170,7 +170,7 @@ func cachedBytes(f *os.File) (int64, error) {
 	return int64(c.Cache) * pageSize, nil
 }
 
-// dropCache drops the pages of a snapshotter's files that nobody uses: of these files only.
+// dropCache drops the unused pages of a snapshotter's files, and of no other files.
 func (d *demo) dropCache(snapshotter string) error {
 	return d.eachFile(snapshotter, func(file *os.File, _ fs.FileInfo, onDisk bool) error {
 		if !onDisk {

@@ -8,22 +8,22 @@ import (
 
 const pageSize = pagemap.PageSize
 
-// process is a container's program and the physical pages of files that it has mapped.
+// process is a container's program and the physical pages of its mapped files.
 type process struct {
 	*pagemap.Process
 	container string
 	image     int // index in imageNames
 }
 
-// library is program text that every container has mapped.
+// library is program text that every container maps.
 type library struct {
 	file string // path in the container
-	// For each image: pages that are in memory in all its containers, and how many of these are one physical page.
+	// For each image: the pages in memory in all its containers, and those of them that are one physical page.
 	common, same [2]int
-	// sample is the offset of a page that all have, frames where each of the processes has it.
+	// sample is the offset of a page that all processes have; frames are its frames in each of them.
 	sample uint64
 	frames []uint64
-	// across tells how many pages both images have in memory, and how many of these are one physical page.
+	// acrossCommon counts the pages in memory in both images, acrossSame those that are one physical page.
 	acrossCommon, acrossSame int
 }
 

@@ -10,16 +10,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// poolFacts are what the pool's catalogue and the images in it say. Sizes are bytes of whole pages.
+// poolFacts are findings from the pool's catalogue and images. Sizes are bytes of whole pages.
 type poolFacts struct {
 	images   int
-	apart    int64 // contents of all images, if each had its own
-	together int64 // contents as they are in the pool
-	// files are the addresses in the pool of one file, image by image.
+	apart    int64 // contents of all images, if each had its own copies
+	together int64 // contents in the pool
+	// files maps a file to its addresses in the pool, image by image.
 	files map[string][]int64
 }
 
-// readPool reads the pool as another kernel would: no daemon is asked.
+// readPool reads the pool like another kernel, without asking a daemon.
 func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
 	r, err := region.Open(region.Config{Kind: d.pool, Path: d.poolPath(), ReadOnly: true})
 	if err != nil {
@@ -64,8 +64,7 @@ func (d *demo) readPool(files ...string) (facts poolFacts, err error) {
 	return facts, nil
 }
 
-// extents lists where the contents of an image's files are, by their offset in the pool, and how many bytes of whole
-// pages they take.
+// extents maps the pool offsets of an image's contents to their sizes in bytes of whole pages.
 func extents(img *daxfs.FS) (map[int64]int64, error) {
 	found := map[int64]int64{}
 	err := fs.WalkDir(img, ".", func(path string, e fs.DirEntry, err error) error {

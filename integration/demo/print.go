@@ -9,10 +9,10 @@ import (
 	"text/tabwriter"
 )
 
-// maxShown is how many libraries and containers of an image are printed; all are compared.
+// maxShown is the number of libraries and of containers per image that are printed; all are compared.
 const maxShown = 3
 
-// prove looks at the running containers of daxfs and prints what they share.
+// prove inspects the running containers of daxfs and prints what they share.
 func (d *demo) prove(f *facts, ps []*process) error {
 	mounts, err := d.imageMounts("daxfs")
 	if err != nil {
@@ -38,11 +38,13 @@ func (d *demo) prove(f *facts, ps []*process) error {
 		pages, same = pages+l.common[0]+l.common[1], same+l.same[0]+l.same[1]
 		across, acrossSame = across+l.acrossCommon, acrossSame+l.acrossSame
 	}
-	d.say("     %d of %d pages of program text, in %d files, are one physical page in all %d containers of their image;",
+	d.say("     %d of %d pages of program text, in %d files, "+
+		"are one physical page in all %d containers of their image;",
 		same, pages, len(f.libraries), d.containers)
-	d.say("     %d of %d are one physical page in both images, which have the same file, at the same place in the pool:",
+	d.say("     %d of %d are one physical page in both images, "+
+		"which have the same file, at the same place in the pool:",
 		acrossSame, across)
-	var files []string // of the libraries that are shown
+	var files []string // of the printed libraries
 	for _, l := range f.libraries[:min(maxShown, len(f.libraries))] {
 		files = append(files, strings.TrimPrefix(l.file, "/"))
 	}
@@ -58,7 +60,8 @@ func (d *demo) prove(f *facts, ps []*process) error {
 	}
 
 	p := f.pool
-	d.say("\n3. Files with the same contents are in the pool once: the contents of both images would take %s apart, and take %s: %s saved (%d %%).\n",
+	d.say("\n3. Files with the same contents are in the pool once: "+
+		"the contents of both images would take %s apart, and take %s: %s saved (%d %%).\n",
 		mib(p.apart), mib(p.together), mib(p.apart-p.together), percent(p.apart-p.together, p.apart))
 	return nil
 }
@@ -88,7 +91,7 @@ func (d *demo) printFrames(f *facts, ps []*process) {
 	}
 }
 
-// compare prints what the snapshotters needed.
+// compare prints the needs of the snapshotters.
 func (d *demo) compare(f *facts) {
 	d.say("\n4. Memory and disk for the two images and %d containers of each:\n", d.containers)
 	w := tabwriter.NewWriter(d.out, 0, 8, 2, ' ', tabwriter.AlignRight)
@@ -117,10 +120,11 @@ func (d *demo) compare(f *facts) {
 		}
 		d.say("Of what daxfs has cached, %s are the pool itself, %s.", mib(f.daxfs.pool), why)
 	}
-	d.say(`How to read this: with overlayfs, containers share the page cache of the layers that their images have in common.
-These two images have none in common, so overlayfs caches their equal files twice. With daxfs an equal file is one file in
-all images. With DAX memory the pool's pages are mapped without any page cache: by every image, container and virtual
-machine. See README.md, "When it pays".`)
+	d.say(`How to read this: with overlayfs, containers share the page cache of the layers that their images
+have in common. These two images have none in common, so overlayfs caches their equal files twice.
+With daxfs an equal file is one file in all images. With DAX memory the pool's pages are mapped
+without any page cache: by every image, container and virtual machine.
+See README.md, "When it pays".`)
 }
 
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

@@ -24,7 +24,7 @@ const (
 	poolSize  = 256 << 20
 	leaseSize = 2 << 20
 
-	// hostConfig makes a pool that the machines can mount with DAX, and names the lease regions to look into.
+	// hostConfig makes a pool that the machines can mount with DAX, and names the lease regions.
 	hostConfig = `[pool]
 size = "256MiB"
 dax = "yes"
@@ -47,7 +47,6 @@ leases = { "/dev/pmem1" = "/dev/pmem2" }
 // machines are the names of the virtual machines.
 var machines = []string{"one", "two"}
 
-// demo is one run.
 type demo struct {
 	*stack.Stack
 	ctx   context.Context
@@ -55,22 +54,21 @@ type demo struct {
 	nodes []*machine
 }
 
-// machine is a virtual machine of the demo.
 type machine struct {
 	*node.Node
 	name   string
-	before memory // when its containerd ran, before it saw an image
+	before memory // with containerd running, before the first image
 }
 
-// facts are what a run found, for the test.
+// facts are the findings of a run, for the test.
 type facts struct {
 	after    []memory // of each machine, with the containers of both images running
 	before   []memory
-	mapped   []int64 // KiB of the pool that each machine has mapped
-	together int64   // KiB of memory that this is
+	mapped   []int64 // KiB of the pool mapped by each machine
+	together int64   // KiB of memory behind all of them
 	late     []string
-	kept     bool // the image that a machine uses was there after it was removed on the host
-	freed    bool // and its space came back when the machine was done with it
+	kept     bool // an image in use by a machine survived its removal on the host
+	freed    bool // its space came back after the machine's last use
 }
 
 func (d *demo) say(format string, args ...any) { fmt.Fprintf(d.out, format+"\n", args...) }
@@ -133,7 +131,7 @@ func (d *demo) push() (refs []string, err error) {
 	return refs, d.ctx.Err()
 }
 
-// pull has the host's containerd pull an image.
+// pull makes the host's containerd pull an image.
 func (d *demo) pull(ref string) error {
 	began := time.Now()
 	if _, err := d.Try("ctr", "image", "pull", "--plain-http", "--snapshotter", "daxfs", ref); err != nil {
@@ -143,14 +141,14 @@ func (d *demo) pull(ref string) error {
 	return nil
 }
 
-// shortName is the repository of a reference.
+// shortName returns the repository of a reference.
 func shortName(ref string) string {
 	_, name, _ := strings.Cut(ref, "/")
 	name, _, _ = strings.Cut(name, ":")
 	return name
 }
 
-// boot starts the machines, both at once.
+// boot starts both machines at once.
 func (d *demo) boot() error {
 	kernels, err := qemu.FindKernels()
 	if err != nil {
@@ -214,7 +212,7 @@ func (d *demo) boot() error {
 func (d *demo) start(_ *facts, refs []string) error {
 	d.say("In each machine:\n$ daxfs attach web jobs")
 	return d.each(func(m *machine) error {
-		// The owner tells of images some time after they were pulled.
+		// The owner publishes images some time after they were pulled.
 		for _, ref := range refs[:2] {
 			if err := m.attach(ref); err != nil {
 				return err
@@ -224,7 +222,8 @@ func (d *demo) start(_ *facts, refs []string) error {
 			began := time.Now()
 			id := shortName(ref)
 			_, err := m.Sh(`ctr run --detach --snapshotter daxfs %[1]s %[2]s /usr/bin/python3 -B /app/main.py
-				until [ -s /run/containerd/state/io.containerd.runtime.v2.task/default/%[2]s/rootfs/tmp/ready ]; do sleep 0.1; done`, ref, id)
+				until [ -s /run/containerd/state/io.containerd.runtime.v2.task/default/%[2]s/rootfs/tmp/ready ]
+				do sleep 0.1; done`, ref, id)
 			if err != nil {
 				return err
 			}
@@ -243,7 +242,7 @@ func (m *machine) attach(ref string) error {
 	return err
 }
 
-// each does something in each machine, one after the other, so that times are those of one.
+// each runs do on one machine after the other, so that times are those of one machine.
 func (d *demo) each(do func(*machine) error) error {
 	for _, m := range d.nodes {
 		if err := errors.Join(d.ctx.Err(), do(m)); err != nil {
@@ -253,21 +252,22 @@ func (d *demo) each(do func(*machine) error) error {
 	return nil
 }
 
-// memory is what a machine has copied and cached. Bytes.
+// memory counts a machine's copied and cached bytes.
 type memory struct {
 	content   int64 // in containerd's content store
-	snapshots int64 // files of images outside of the shared pool
+	snapshots int64 // files of images outside the shared pool
 	cached    int64 // page cache
 	pulled    int64 // received by its network devices
 }
 
-// memory asks a machine.
 func (m *machine) memory() (out memory, err error) {
 	text, err := m.Sh(`sync
-		echo $(($(find /var/lib/containerd/root/io.containerd.content.v1.content/blobs -type f 2>/dev/null | xargs -r cat | wc -c)))
+		blobs=/var/lib/containerd/root/io.containerd.content.v1.content/blobs
+		echo $(($(find $blobs -type f 2>/dev/null | xargs -r cat | wc -c)))
 		echo $(($(du -skx /var/lib/daxfs-snapshotter /run/pool | awk '{n += $1} END {print n}') * 1024))
 		awk '/^Cached:|^Buffers:/ {n += $2} END {print n * 1024}' /proc/meminfo
-		for d in /sys/class/net/*; do [ $d = /sys/class/net/lo ] || cat $d/statistics/rx_bytes; done | awk '{n += $1} END {print n + 0}'`)
+		for d in /sys/class/net/*; do [ $d = /sys/class/net/lo ] || cat $d/statistics/rx_bytes; done |
+			awk '{n += $1} END {print n + 0}'`)
 	if err != nil {
 		return out, err
 	}

@@ -13,7 +13,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m)) }
 
-// The demo proves what it says, and leaves nothing behind: closing its stack fails if anything stays.
+// The demo's claims are true, and it leaves nothing behind: closing its stack fails if anything stays.
 func TestDemo(t *testing.T) {
 	if unavailable := testing.Short() || os.Getuid() != 0; unavailable {
 		t.Skip("needs root, and not -short")
@@ -36,7 +36,7 @@ func TestDemo(t *testing.T) {
 		if n := after.content - before.content; n <= 0 || n > 64<<10 {
 			t.Errorf("machine %q copied %d bytes of manifests, expected 1 to 64 KiB", m, n)
 		}
-		// Directories and databases; the images have 110 MiB.
+		// Directories and databases only; the images have 110 MiB.
 		if n := after.snapshots - before.snapshots; n > 1<<20 {
 			t.Errorf("machine %q has %d bytes of its own for images", m, n)
 		}

@@ -1,11 +1,11 @@
-// Command demovm shows kernels that share a pool. The host's containerd pulls two images into a pool; two virtual machines,
-// each with a kernel and a containerd of its own, have the pool as read-only memory and start containers from it. The demo
-// prints what the machines copied, what they cached, and which memory they share.
+// Command demovm shows kernels that share a pool. The host's containerd pulls two images into a pool.
+// Two virtual machines, each with its own kernel and containerd, have the pool as read-only memory and
+// start containers from it. The demo prints what the machines copied and cached, and which memory they share.
 //
 //	make demo-vm
 //
-// It runs in namespaces of its own, with state below DAXFS_TEST_CACHE (see package stack), and leaves nothing behind but the
-// programs there. It needs root, and no hardware virtualization: the machines are emulated, which is slow.
+// It runs in its own namespaces, with state below DAXFS_TEST_CACHE (see package stack), and leaves
+// only the programs there. It needs root, but no hardware virtualization: the machines are emulated, which is slow.
 package main
 
 import (
@@ -25,7 +25,8 @@ func main() {
 		os.Exit(2)
 	}
 	if stack.Outermost() {
-		fmt.Printf("This runs a containerd of its own on this machine, and two virtual machines, in namespaces of their own.\n"+
+		fmt.Printf("This runs a containerd of its own on this machine, and two virtual machines, "+
+			"in namespaces of their own.\n"+
 			"Programs that are missing are built first: %s. Emulation is slow: allow five minutes.\n\n",
 			stack.Versions())
 	}
@@ -42,7 +43,7 @@ func show(ctx context.Context, out io.Writer) (_ *facts, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	// The machines end before the stack does, however this ends.
+	// The machines end before the stack, whatever happens.
 	ctx, cancel := context.WithCancel(ctx)
 	d := &demo{Stack: s, ctx: ctx, out: out}
 	defer func() {

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// prove prints what the machines copied and cached, and what memory of the host they share.
+// prove prints what the machines copied and cached, and which memory of the host they share.
 func (d *demo) prove(f *facts, _ []string) error {
 	d.say("\n1. What each machine has of the images, with a container of each running:")
 	w := tabwriter.NewWriter(d.out, 0, 8, 2, ' ', 0)
@@ -47,7 +47,7 @@ func (d *demo) prove(f *facts, _ []string) error {
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
 func kib(n int64) string { return fmt.Sprintf("%d KiB", n>>10) }
 
-// addLate has the host add an image while the machines run, and runs it there.
+// addLate adds an image on the host while the machines run, and runs it in them.
 func (d *demo) addLate(f *facts, refs []string) error {
 	d.say("3. An image that the host adds now:")
 	late := refs[2]
@@ -69,7 +69,7 @@ func (d *demo) addLate(f *facts, refs []string) error {
 	})
 }
 
-// remove removes an image on the host that one machine goes on using.
+// remove removes an image on the host while one machine still uses it.
 func (d *demo) remove(f *facts, refs []string) error {
 	web, user, other := refs[0], d.nodes[0], d.nodes[1]
 	d.say("\n4. The host removes %s, which both machines use:", shortName(web))

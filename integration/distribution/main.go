@@ -1,5 +1,4 @@
-// Distribution is the registry of the distribution project, which most registries are made of, with files for storage and
-// passwords.
+// Distribution is the registry program behind most registries, with files for storage and passwords.
 package main
 
 import (

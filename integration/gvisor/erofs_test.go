@@ -18,10 +18,10 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m, stack.BuildGVisor)) }
 
-// device is what gVisor's reader does not tell of device nodes.
+// device matches device numbers, which gVisor's reader does not return.
 var device = regexp.MustCompile(` device=\d+,\d+`)
 
-// gVisor's own reader finds in an image file what the kernel shows of it.
+// gVisor's reader and the kernel show the same contents of an image file.
 func TestErofs(t *testing.T) {
 	s := stack.New(t, stack.Options{})
 	for name, build := range map[string]func() (v1.Image, error){
@@ -60,7 +60,7 @@ func TestErofs(t *testing.T) {
 	}
 }
 
-// What --no-xattrs is for: gVisor reads an image up to the first inode with an extended attribute.
+// The reason for --no-xattrs: gVisor reads an image only up to the first inode with an extended attribute.
 func TestXattrs(t *testing.T) {
 	s := stack.New(t, stack.Options{})
 	img, err := testimage.Special()
@@ -78,7 +78,7 @@ func TestXattrs(t *testing.T) {
 	}
 }
 
-// mounted lists an image that the kernel mounts.
+// mounted lists an image mounted by the kernel.
 func mounted(t *testing.T, file string) []string {
 	t.Helper()
 	dir := t.TempDir()

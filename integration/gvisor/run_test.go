@@ -17,13 +17,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// runsc are the flags of ctr for a container of gVisor.
+// runsc are ctr's flags for a gVisor container.
 var runsc = []string{
 	"--runtime", "io.containerd.runsc.v1",
-	"--annotation", "io.kubernetes.cri.container-type=sandbox", // else the shim waits for one
+	"--annotation", "io.kubernetes.cri.container-type=sandbox", // otherwise the shim waits for one
 }
 
-// rootfs are the flags of ctr for a container of gVisor whose root is an image file.
+// rootfs returns ctr's flags for a gVisor container whose root is an image file.
 func rootfs(file string) []string {
 	return append([]string{
 		"--annotation", "dev.gvisor.spec.rootfs.source=" + file,
@@ -56,7 +56,7 @@ func newBed(t *testing.T) *bed {
 	return b
 }
 
-// start runs the image's program, and waits until it has loaded all that it needs.
+// start runs the image's program, and waits until it has loaded everything.
 func (b *bed) start(id, program string, flags ...string) {
 	b.t.Helper()
 	args := append([]string{"run", "--detach", "--snapshotter", "daxfs"}, flags...)
@@ -72,8 +72,8 @@ func (b *bed) start(id, program string, flags ...string) {
 	b.t.Fatalf("container %q is not ready: %v", id, err)
 }
 
-// text has the frames of the text of a file, which is known by how its name begins, in the processes that started since
-// before: offset in the file -> frame.
+// text maps the offsets in a file's program text to page frames, in the processes started since
+// before. name is a prefix of the file's name.
 func (b *bed) text(name string, before map[int]bool) map[uint64]uint64 {
 	b.t.Helper()
 	frames := map[uint64]uint64{}
@@ -112,15 +112,15 @@ func processes(t *testing.T) map[int]bool {
 	return list
 }
 
-// Containers of gVisor and of runc that stand on one snapshot, and containers of gVisor that stand on one image file,
-// have the program's text in the same physical pages. Those on the file have pages of their own.
+// gVisor and runc containers on one snapshot share the physical pages of the program text, and so do
+// gVisor containers on one image file. The snapshot and the file have separate pages.
 func TestRun(t *testing.T) {
 	b := newBed(t)
 	frames := map[string]map[uint64]uint64{}
 	for _, c := range []struct {
 		id    string
 		flags []string
-		maps  string // what the program's text is mapped from: from an image file it is that file, whatever is in it
+		maps  string // the file from which the text is mapped; for an image file, always that file
 	}{
 		{"runc-1", nil, "python3"},
 		{"runc-2", nil, "python3"},
@@ -172,7 +172,7 @@ func compare(a, b map[uint64]uint64) (common, same int) {
 	return common, same
 }
 
-// writes proves that what a container writes is its own.
+// writes proves that a container's writes are private.
 func (b *bed) writes() {
 	b.t.Helper()
 	for _, id := range []string{"runsc-1", "file-1"} {
@@ -188,7 +188,7 @@ func (b *bed) writes() {
 	}
 }
 
-// An image file with data is mounted into containers of either runtime by a flag.
+// A flag mounts a data image into containers of either runtime.
 func TestData(t *testing.T) {
 	b := newBed(t)
 	models := filepath.Join(b.Dir, "models")
@@ -216,8 +216,8 @@ func TestData(t *testing.T) {
 	}
 }
 
-// Programs in a mounted image file are in memory once for all containers of gVisor, and once for each container of
-// runc: every mount of the kernel has a page cache of its own.
+// Programs in a mounted image file are in memory once for all gVisor containers, but once for each
+// runc container: every kernel mount has its own page cache.
 func TestDataMemory(t *testing.T) {
 	b := newBed(t)
 	for name, c := range map[string]struct {

@@ -28,7 +28,7 @@ import (
 
 const token = "a-token-of-this-test"
 
-// resources says where the API server takes objects of a kind; %s is their namespace.
+// resources maps kinds of objects to the API server's paths; %s is the namespace.
 var resources = map[string]string{
 	"Namespace":      "/api/v1/namespaces",
 	"ConfigMap":      "/api/v1/namespaces/%s/configmaps",
@@ -38,7 +38,7 @@ var resources = map[string]string{
 	"ServiceAccount": "/api/v1/namespaces/%s/serviceaccounts",
 }
 
-// A real API server, with its validation and admission, takes every object of docs/kubernetes, and knows every field.
+// A real API server, with validation and admission, accepts every object of docs/kubernetes, and knows every field.
 func TestAPIServer(t *testing.T) {
 	c := startAPIServer(t)
 	docs := "../../docs/kubernetes/"
@@ -59,7 +59,7 @@ func TestAPIServer(t *testing.T) {
 			t.Errorf("%s: status %d: %s", kind, status, answer)
 		}
 		kinds[kind]++
-		if kind == "Namespace" { // what is in it needs it
+		if kind == "Namespace" { // its contents need it
 			if _, status, answer := c.create(text, false); status != http.StatusCreated {
 				t.Fatalf("namespace: status %d: %s", status, answer)
 			}
@@ -98,7 +98,7 @@ type client struct {
 
 const serverURL = "https://127.0.0.1:6443"
 
-// create asks the server to make an object; a dry run stores nothing.
+// create asks the server to create an object; a dry run stores nothing.
 func (c *client) create(text []byte, dryRun bool) (kind string, status int, answer string) {
 	c.t.Helper()
 	var object struct {
@@ -158,8 +158,8 @@ func startAPIServer(t *testing.T) *client {
 		"--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--service-cluster-ip-range", "10.0.0.0/24",
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", key,
 		"--service-account-signing-key-file", key, "--token-auth-file", tokens, "--authorization-mode", "RBAC",
-		"--allow-privileged") // as kubeadm and others start it
-	// It makes a certificate for itself, and there is nobody else in this network namespace.
+		"--allow-privileged") // like kubeadm
+	// It makes its own certificate, which is safe: this network namespace is private.
 	c := &client{
 		t:    t,
 		http: http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}},
@@ -179,7 +179,7 @@ func startAPIServer(t *testing.T) *client {
 	return nil
 }
 
-// program runs until stop, which the end of the test calls as well.
+// program is a running program. The end of the test stops it if stop was not called.
 type program struct {
 	ended chan struct{} // closed when it has
 	stop  func()

@@ -29,7 +29,7 @@ const (
 	named   = "gcr.io/k8s-staging-cri-tools/test-image-1:latest" // has the file /name
 )
 
-// checkDaemon proves that what a stopped daemon leaves has no contradiction, and starts it again.
+// checkDaemon checks that the state of a stopped daemon is consistent, and starts it again.
 func checkDaemon(t *testing.T, s *stack.T) {
 	t.Helper()
 	s.Must(s.StopDaemon(syscall.SIGTERM))
@@ -39,7 +39,7 @@ func checkDaemon(t *testing.T, s *stack.T) {
 	s.Must(s.StartDaemon())
 }
 
-// Many pods come and go at once, while an image is removed below the containers that stand on it and pulled
+// Many pods start and end concurrently, while an image is removed below running containers and pulled
 // again, and the same image comes and goes in another namespace. Nothing fails, and nothing is left.
 func TestChurn(t *testing.T) {
 	s := startCRI(t, "daxfs")
@@ -112,7 +112,7 @@ func TestChurn(t *testing.T) {
 	checkDaemon(t, s)
 }
 
-// withoutImage runs a pod and removes its image while it runs.
+// withoutImage runs a pod and removes its image meanwhile.
 func (r *runtime) withoutImage(ctx context.Context, name string) error {
 	if err := r.pull(ctx, named); err != nil {
 		return err
@@ -125,8 +125,8 @@ func (r *runtime) withoutImage(ctx context.Context, name string) error {
 	return errors.Join(err, r.prints(ctx, container, "1", "cat", "/name"), r.remove(ctx, sandbox))
 }
 
-// containerd is killed again and again while pods start. Those that had started run on, what was begun leaves nothing
-// behind, and the next pod runs.
+// containerd is killed repeatedly while pods start. Running pods continue, interrupted starts leave
+// nothing behind, and the next pod runs.
 func TestKilledContainerd(t *testing.T) {
 	s := startCRI(t, "daxfs")
 	r := connect(t, s)
@@ -142,7 +142,7 @@ func TestKilledContainerd(t *testing.T) {
 				for i := 0; ; i++ {
 					_, container, err := r.run(ctx, fmt.Sprintf("pod-%d-%d-%d", round, worker, i), busybox)
 					if err != nil {
-						refused <- err // cut off, at best
+						refused <- err // interrupted, at best
 						return
 					}
 					mu.Lock()
@@ -159,11 +159,11 @@ func TestKilledContainerd(t *testing.T) {
 		case err := <-refused:
 			t.Fatalf("a pod did not start: %v", err)
 		}
-		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond) // somewhere in the middle of the next ones
+		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond) // during the next starts
 		s.Must(s.StopContainerd(syscall.SIGKILL))
 		wg.Wait()
 		s.Must(s.StartContainerd())
-		r = connect(t, s) // the connection that was cut waits before it is made again
+		r = connect(t, s) // the broken connection waits before it is made again
 	}
 	t.Logf("%d pods had started when containerd was killed", len(survivors))
 	for _, container := range survivors {
@@ -180,8 +180,8 @@ func TestKilledContainerd(t *testing.T) {
 	endShims(t)
 }
 
-// endShims ends the shims that containerd was starting when it was killed, and has forgotten, with any snapshotter. Those of
-// pods have ended, and other tests' are in other namespaces.
+// endShims ends the shims that containerd was starting when it was killed and has forgotten, a problem
+// with any snapshotter. The pods' shims have ended, and other tests' are in other namespaces.
 func endShims(t *testing.T) {
 	t.Helper()
 	shims, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -204,8 +204,8 @@ func endShims(t *testing.T) {
 	}
 }
 
-// Pods that start while the daemon hangs start when it goes on. While it is gone none does, with an error that names its
-// socket; when it is back the next one does.
+// Pods that start while the daemon hangs complete when it continues. While it is gone they fail with
+// an error that names its socket; when it is back, the next one starts.
 func TestAbsentDaemon(t *testing.T) {
 	s := startCRI(t, "daxfs")
 	r := connect(t, s)
@@ -236,7 +236,7 @@ func TestAbsentDaemon(t *testing.T) {
 		t.Logf("without the daemon: %v", err)
 	}
 	s.Must(s.StartDaemon())
-	// After a failure containerd waits for some seconds before it connects again.
+	// After a failure containerd reconnects only some seconds later.
 	var container string
 	var err error
 	for i := range 60 {

@@ -13,7 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// On a node whose pods use overlayfs, those of a class of docs/kubernetes stand on daxfs, in runc and in gVisor.
+// On a node whose pods use overlayfs, pods of a class of docs/kubernetes stand on daxfs, in runc and in gVisor.
 func TestRuntimeClasses(t *testing.T) {
 	n := startNode(t, "overlayfs", 0, func(o *stack.Options) {
 		for _, name := range []string{"cri-runtimeclass.toml", "cri-gvisor.toml"} {
@@ -64,12 +64,12 @@ func TestRuntimeClasses(t *testing.T) {
 	}
 }
 
-// A pod in a user namespace has its root and its image volume as its own users', with daxfs as with overlayfs.
+// In a user namespace a pod's root and image volume belong to its own users, with daxfs as with overlayfs.
 func TestUserNamespacePods(t *testing.T) {
 	for _, snapshotter := range []string{"overlayfs", "daxfs"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			n := startNode(t, snapshotter, 0, newRunc(t))
-			n.showKernelSettings() // the kernel mounts /proc in a user namespace only if nothing of it is hidden
+			n.showKernelSettings() // the kernel mounts /proc in a user namespace only if no part of it is hidden
 			n.pushBulky()
 			no := false
 			p := n.pod("mapped", "set -e; test $(awk '{print $2}' /proc/self/uid_map) != 0; "+

@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// runtime is containerd as a kubelet sees it, without one.
+// runtime is containerd's CRI service, used without a kubelet.
 type runtime struct {
 	cri.RuntimeServiceClient
 	images cri.ImageServiceClient
@@ -49,8 +49,8 @@ func (r *runtime) pull(ctx context.Context, image string) error {
 	return err
 }
 
-// run starts a pod with one container that waits, in the network of the node. The sandbox is there even if the
-// container is not, unless it is empty.
+// run starts a pod with one waiting container, in the network of the node. sandbox, unless empty,
+// exists even if the container does not.
 func (r *runtime) run(ctx context.Context, name, image string) (sandbox, container string, err error) {
 	config := &cri.PodSandboxConfig{
 		Metadata: &cri.PodSandboxMetadata{Name: name, Uid: name, Namespace: "default"},
@@ -75,7 +75,7 @@ func (r *runtime) run(ctx context.Context, name, image string) (sandbox, contain
 	return box.PodSandboxId, made.ContainerId, err
 }
 
-// prints runs a command in a container and compares what it prints.
+// prints runs a command in a container and compares its output.
 func (r *runtime) prints(ctx context.Context, container, want string, command ...string) error {
 	out, err := r.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: container, Cmd: command, Timeout: 60})
 	if err != nil {
@@ -96,7 +96,6 @@ func (r *runtime) remove(ctx context.Context, sandbox string) error {
 	return err
 }
 
-// removeAll removes every pod there is.
 func (r *runtime) removeAll(ctx context.Context) error {
 	list, err := r.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{})
 	if err != nil {
@@ -109,12 +108,11 @@ func (r *runtime) removeAll(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// idle proves that nothing of any pod is left: no snapshot that could be written, no mount but those of images, and
-// nothing that the daemon does not account for.
+// idle checks that nothing of any pod is left: no writable snapshot, no other mounts than those of images.
 func idle(t *testing.T, s *stack.T) {
 	t.Helper()
 	for line := range strings.Lines(s.Ctr("--namespace", "k8s.io", "leases", "ls", "-q")) {
-		s.Ctr("--namespace", "k8s.io", "leases", "rm", strings.TrimSpace(line)) // of calls that were cut off
+		s.Ctr("--namespace", "k8s.io", "leases", "rm", strings.TrimSpace(line)) // of interrupted calls
 	}
 	s.Ctr("--namespace", "k8s.io", "content", "prune", "references")
 	snapshots := s.Ctr("--namespace", "k8s.io", "snapshot", "--snapshotter", "daxfs", "ls")

@@ -20,8 +20,8 @@ func TestMain(m *testing.M) {
 	os.Exit(stack.Main(m, stack.BuildCritest, stack.BuildKubernetes, stack.BuildGVisor, stack.BuildRunc))
 }
 
-// criConfig is the configuration of containerd's CRI with a snapshotter. Processes of containers cannot have less than our
-// own protection from the kernel when memory is short where root has no CAP_SYS_RESOURCE.
+// criConfig configures containerd's CRI plugin with a snapshotter. Where root has no CAP_SYS_RESOURCE,
+// processes of containers cannot have a lower OOM score adjustment than ours.
 const criConfig = `
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = %q
@@ -42,18 +42,18 @@ const network = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [
   {"type": "portmap", "capabilities": {"portMappings": true}}
 ]}`
 
-// unrunnable are specs that cannot run here with any snapshotter: one wants an image with the digest of one that only
-// its registry has, and one the message of a shell that finds ls in its path, while Debian's busybox has ls within.
+// unrunnable are specs that cannot run here with any snapshotter: one needs an image whose digest only
+// its registry has, and one expects the message of a shell with an external ls, which is built into Debian's busybox.
 const unrunnable = "public image with digest should be pulled and removed|runtime should support MaskedPaths"
 
-// critest passes with daxfs what it passes with overlayfs, and runs the same specs.
+// critest runs the same specs with daxfs and overlayfs, with the same results.
 func TestCritest(t *testing.T) {
 	compare(t, 90, func(t *testing.T, snapshotter string) map[string]string {
 		return critest(t, startCRI(t, snapshotter), snapshotter, "--ginkgo.skip", unrunnable)
 	})
 }
 
-// Pods in user namespaces pass with daxfs what they pass with overlayfs.
+// Pods in user namespaces have the same results with daxfs as with overlayfs.
 func TestCritestUserNamespaces(t *testing.T) {
 	compare(t, 6, func(t *testing.T, snapshotter string) map[string]string {
 		s := startCRI(t, snapshotter, newRunc(t))
@@ -61,12 +61,12 @@ func TestCritestUserNamespaces(t *testing.T) {
 	})
 }
 
-// newRunc has containerd find a runc that can do user namespaces.
+// newRunc puts a runc with support for user namespaces on containerd's path.
 func newRunc(t *testing.T) func(*stack.Options) {
 	return func(o *stack.Options) { o.Path = stack.RuncDir(cacheDir(t)) }
 }
 
-// compare runs specs with both snapshotters. At least so many must pass.
+// compare runs specs with both snapshotters. At least atLeast must pass.
 func compare(t *testing.T, atLeast int, run func(t *testing.T, snapshotter string) map[string]string) {
 	t.Helper()
 	results := map[string]map[string]string{}
@@ -135,7 +135,7 @@ func critest(t *testing.T, s *stack.T, snapshotter string, which ...string) map[
 	if failed != nil {
 		t.Errorf("critest: %v", failed)
 	}
-	// Images stay behind, and show where they were unpacked.
+	// Images stay, and show where they were unpacked.
 	snapshots, err := s.Try("ctr", "--namespace", "k8s.io", "snapshot", "--snapshotter", snapshotter, "ls")
 	if err != nil || strings.Count(snapshots, "Committed") == 0 {
 		t.Errorf("snapshots of %s: %v\n%s", snapshotter, err, snapshots)

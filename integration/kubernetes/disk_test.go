@@ -27,7 +27,7 @@ const (
 
 var weights = testimage.Noise(7, 3<<20)
 
-// pushBulky uploads images that are large enough to be missed, and one for volumes.
+// pushBulky uploads images whose removal is measurable, and one for volumes.
 func (n *node) pushBulky() {
 	n.t.Helper()
 	base, err := testimage.Busybox()
@@ -54,8 +54,8 @@ func (n *node) pushBulky() {
 	}
 }
 
-// A node with a small disk does with daxfs what it does with overlayfs: image volumes, statistics, the removal of
-// images when the disk gets full, and of a pod that fills it.
+// A node with a small disk behaves with daxfs as with overlayfs: image volumes, statistics, the
+// removal of images when the disk gets full, and of a pod that fills it.
 func TestNode(t *testing.T) {
 	outcomes := map[string]map[string]string{}
 	for _, snapshotter := range []string{"overlayfs", "daxfs"} {
@@ -75,7 +75,7 @@ func TestNode(t *testing.T) {
 	}
 }
 
-// volumes mounts directories of an image into pods, and returns what becomes of each.
+// volumes mounts directories of an image into pods, and returns the outcome of each.
 func (n *node) volumes() map[string]string {
 	n.t.Helper()
 	outcomes := map[string]string{}
@@ -121,7 +121,7 @@ func (n *node) volumes() map[string]string {
 	return outcomes
 }
 
-// withModels gives a pod a directory of the image of pushBulky at /v.
+// withModels mounts a directory of pushBulky's image into a pod at /v.
 func (n *node) withModels(p *corev1.Pod, subPath string) {
 	p.Spec.Volumes = []corev1.Volume{{Name: "v", VolumeSource: corev1.VolumeSource{
 		Image: &corev1.ImageVolumeSource{Reference: "registry.k8s.io/models:1", PullPolicy: corev1.PullIfNotPresent},
@@ -139,7 +139,7 @@ type summary struct {
 	}
 }
 
-// rootfs is what the root of a pod's only container takes.
+// rootfs returns the space of the root of a pod's only container.
 func (s *summary) rootfs(name string) fsStats {
 	for _, p := range s.Pods {
 		if p.PodRef.Name == name && len(p.Containers) == 1 {
@@ -149,11 +149,11 @@ func (s *summary) rootfs(name string) fsStats {
 	return fsStats{}
 }
 
-// statistics compares what the kubelet says with the disk.
+// statistics compares the kubelet's statistics with the disk.
 func (n *node) statistics(snapshotter string) {
 	n.t.Helper()
 	const written = 24 << 20
-	const own = 12 << 20 // what the snapshotter needs for its indexes
+	const own = 12 << 20 // for the snapshotter's indexes
 	n.create(n.pod("writer", "dd if=/dev/zero of=/written bs=1M count=24 && sleep 1000000"))
 	n.reach("writer", corev1.PodRunning)
 	root := filepath.Join(n.Dir, "containerd/root/io.containerd.snapshotter.v1.overlayfs")
@@ -164,7 +164,7 @@ func (n *node) statistics(snapshotter string) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	// The kubelet and containerd look from time to time, each for itself.
+	// The kubelet and containerd measure at intervals, independently.
 	n.until("the statistics agree with the disk", func() error {
 		var s summary
 		if err := n.get("/stats/summary", &s); err != nil {
@@ -189,7 +189,7 @@ func (n *node) statistics(snapshotter string) {
 
 func near(a, b, by uint64) bool { return max(a, b)-min(a, b) <= by }
 
-// allocated is what the files below a directory take on the disk, in bytes.
+// allocated returns the disk space of the files below a directory, in bytes.
 func allocated(t *testing.T, root string) (sum uint64) {
 	t.Helper()
 	seen := map[uint64]bool{}
@@ -222,7 +222,7 @@ func allocated(t *testing.T, root string) (sum uint64) {
 	return sum
 }
 
-// collect has the kubelet remove images that no pod uses, because the disk is fuller than it shall be.
+// collect makes the kubelet remove unused images, because the disk is above its threshold.
 func (n *node) collect() {
 	n.t.Helper()
 	n.create(n.pod("stays", "sleep 1000000"))
@@ -233,7 +233,7 @@ func (n *node) collect() {
 		n.run(p)
 		n.remove(p.Name)
 	}
-	// Images of containers that have ended are in use until the kubelet removes these, which it does once in a minute.
+	// Images of ended containers are in use until the kubelet removes the containers, once a minute.
 	n.until("only the containers of one pod are left", func() error {
 		ids, err := n.Try("ctr", "--namespace", "k8s.io", "container", "ls", "-q")
 		if err == nil && len(strings.Fields(ids)) != 2 {
@@ -254,11 +254,12 @@ func (n *node) collect() {
 		}
 		return err
 	}
-	// The kubelet looks when it starts, perhaps before it knows the disk, and then after five minutes: so it starts until
-	// it did. An age below zero lets images go that it saw just now.
+	// The kubelet collects at its start, perhaps before it knows the disk, and then after five minutes. So
+	// restart it until it has collected. An age below zero allows the removal of images that it has just seen.
 	for i := 0; i < 100 && removed() != nil; i++ {
 		if i%20 == 0 {
-			n.restart(fmt.Sprintf("imageGCHighThresholdPercent: %d\nimageGCLowThresholdPercent: 1\nimageMinimumGCAge: -1s\n"+
+			n.restart(fmt.Sprintf("imageGCHighThresholdPercent: %d\nimageGCLowThresholdPercent: 1\n"+
+				"imageMinimumGCAge: -1s\n"+
 				"evictionHard: {imagefs.available: \"1%%\", nodefs.available: \"1%%\", memory.available: \"10Mi\"}\n",
 				used-2))
 		}
@@ -281,7 +282,7 @@ func (n *node) collect() {
 	n.remove("stays")
 }
 
-// pressure has a pod fill the disk: it goes, its space comes back, the others stay, and the next one runs.
+// pressure lets a pod fill the disk: the pod is evicted, its space is freed, the others stay, and the next one runs.
 func (n *node) pressure() {
 	n.t.Helper()
 	n.restart("evictionHard: {imagefs.available: \"10%\", nodefs.available: \"10%\", memory.available: \"10Mi\"}\n" +

@@ -15,12 +15,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// The registries whose images critest asks for; ours is the mirror of both.
+// The registries of critest's images; ours is the mirror of both.
 var registries = []string{"registry.k8s.io", "gcr.io"}
 
 const pause = "pause:3.10"
 
-// pushImages uploads images that do what those of critest do.
+// pushImages uploads images that behave like those of critest.
 func pushImages(t *testing.T, r *stack.Registry) {
 	t.Helper()
 	cache, err := stack.CacheDir()
@@ -102,7 +102,6 @@ func pushImages(t *testing.T, r *stack.Registry) {
 	}
 }
 
-// marked makes an image unlike others.
 func marked(name string) []testimage.Entry {
 	return []testimage.Entry{testimage.File("name", 0o644, []byte(name))}
 }

@@ -18,8 +18,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// kubeletConfig runs a kubelet without a cluster. It does not manage resources: the cgroups of a test's pods are those
-// that containerd makes.
+// kubeletConfig runs a kubelet without a cluster. containerd makes the cgroups of the pods, not the kubelet.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 address: 127.0.0.1
@@ -44,7 +43,7 @@ syncFrequency: 10s
 volumeStatsAggPeriod: 10s
 `
 
-// roomy never calls the disk too full.
+// roomy has thresholds that the disk never reaches.
 const roomy = `evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: "10Mi"}
 imageGCHighThresholdPercent: 100
 `
@@ -61,8 +60,7 @@ spec:
       readinessProbe: {httpGet: {path: /, port: 80}, periodSeconds: 1}
 `
 
-// Pods of a real kubelet run on daxfs, do not restart when both daemons are killed, and the kubelet knows what images
-// take.
+// Pods of a kubelet run on daxfs through kills of both daemons. The kubelet knows the space of images.
 func TestKubelet(t *testing.T) {
 	s := startCRI(t, "daxfs")
 	k := startKubelet(t, s)
@@ -82,7 +80,7 @@ func TestKubelet(t *testing.T) {
 			}
 		}
 	}
-	// containerd looks at snapshots from time to time.
+	// containerd measures snapshots at intervals.
 	k.until("the summary tells of the pod and of images", func() error {
 		if err := k.get("/stats/summary", &summary); err != nil {
 			return err
@@ -112,7 +110,7 @@ func TestKubelet(t *testing.T) {
 	s.Must(s.StopDaemon(syscall.SIGKILL))
 	s.Must(s.StartDaemon())
 	s.Must(s.StartContainerd())
-	k.addPod("second") // the kubelet has seen the new containerd when this one runs
+	k.addPod("second") // when this one runs, the kubelet has connected to the new containerd
 	k.await("second")
 	after := k.await("first")
 	if after.ContainerID != before.ContainerID || after.RestartCount != 0 {
@@ -145,7 +143,7 @@ type kubelet struct {
 	showKernelSettings func()
 }
 
-// startKubelet starts one that runs static pods.
+// startKubelet starts a kubelet that runs static pods.
 func startKubelet(t *testing.T, s *stack.T, args ...string) *kubelet {
 	t.Helper()
 	k := &kubelet{t: t, dir: filepath.Join(s.Dir, "kubelet")}
@@ -165,7 +163,7 @@ func startKubelet(t *testing.T, s *stack.T, args ...string) *kubelet {
 	return k
 }
 
-// restart starts the kubelet, after it has ended if it runs, and adds more to its configuration.
+// restart starts the kubelet, after stopping a running one, and adds more to its configuration.
 func (k *kubelet) restart(more string) {
 	k.t.Helper()
 	if k.program != nil {
@@ -177,9 +175,9 @@ func (k *kubelet) restart(more string) {
 	k.program = start(k.t, k.dir, "kubelet", k.args...)
 }
 
-// keepKernelSettings shows the kubelet, which would change settings of the whole machine, those that it wants. The
-// mounts are in the namespace of the tests alone, until show, which the end of the test calls as well. The kubelet looks
-// when it starts.
+// keepKernelSettings shows the kubelet the settings that it wants, because it would change those of
+// the whole machine. The mounts exist only in the namespace of the tests, and until show, which the
+// end of the test calls as well. The kubelet checks the settings when it starts.
 func keepKernelSettings(t *testing.T, dir string) (show func()) {
 	t.Helper()
 	var hidden []string
@@ -232,7 +230,7 @@ func (k *kubelet) await(name string) (status corev1.ContainerStatus) {
 			return err
 		}
 		for _, p := range list.Items {
-			if p.Name != name && p.Name != name+"-node" { // the latter is that of a static one
+			if p.Name != name && p.Name != name+"-node" { // the name of a static pod
 				continue
 			}
 			if s := p.Status.ContainerStatuses; len(s) == 1 && s[0].Ready {
@@ -258,7 +256,7 @@ func (k *kubelet) get(path string, answer any) error {
 	return json.NewDecoder(resp.Body).Decode(answer)
 }
 
-// until waits for something that takes a kubelet some of its rounds.
+// until waits for a condition that takes a kubelet some of its rounds.
 func (k *kubelet) until(what string, ready func() error) {
 	k.t.Helper()
 	var err error

@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	nodeAddress = "192.0.2.1" // a kubelet wants one that is not 127.0.0.1
+	nodeAddress = "192.0.2.1" // a kubelet refuses 127.0.0.1
 	kubeconfig  = `apiVersion: v1
 kind: Config
 clusters: [{name: test, cluster: {server: "` + serverURL + `", insecure-skip-tls-verify: true}}]
@@ -75,7 +75,7 @@ func addAddress(t *testing.T) {
 	}
 }
 
-// object reads one from the API server.
+// object reads an object from the API server.
 func (c *client) object(path string, into any) error {
 	status, answer, err := c.do(http.MethodGet, path, nil)
 	if err != nil {
@@ -101,7 +101,7 @@ func (n *node) condition(kind corev1.NodeConditionType, want corev1.ConditionSta
 	return fmt.Errorf("condition %s is not %s: %+v", kind, want, node.Status.Conditions)
 }
 
-// pod is one of this node that runs a script in the image with a shell.
+// pod returns a pod of this node that runs a script in the image with a shell.
 func (n *node) pod(name, script string) *corev1.Pod {
 	no, second := false, int64(1)
 	return &corev1.Pod{
@@ -118,7 +118,7 @@ func (n *node) pod(name, script string) *corev1.Pod {
 	}
 }
 
-// create makes a pod. What refers to an object that was made just now may be refused a few times.
+// create creates a pod. It retries, because a reference to a new object may be refused a few times.
 func (n *node) create(p *corev1.Pod) {
 	n.t.Helper()
 	text, err := json.Marshal(p)
@@ -148,14 +148,14 @@ func (n *node) reach(name string, phase corev1.PodPhase) (p corev1.Pod) {
 	return p
 }
 
-// run runs a pod until it ends well.
+// run runs a pod until it ends successfully.
 func (n *node) run(p *corev1.Pod) {
 	n.t.Helper()
 	n.create(p)
 	n.reach(p.Name, corev1.PodSucceeded)
 }
 
-// remove removes a pod and waits until its containers are gone.
+// remove removes pods and waits until their containers are gone.
 func (n *node) remove(names ...string) {
 	n.t.Helper()
 	for _, name := range names {

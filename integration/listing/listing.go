@@ -1,5 +1,5 @@
-// Package listing writes a directory tree down as text, one line per entry with everything that a program can see of
-// it, so that trees on different file systems, snapshotters and kernels can be compared.
+// Package listing writes a directory tree as text, one line per entry with everything that a program
+// can see of it, so that trees on different file systems, snapshotters and kernels can be compared.
 package listing
 
 import (
@@ -16,22 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options leave out what a file system cannot show. The zero value leaves out nothing.
+// Options omit what a file system cannot show. The zero value omits nothing.
 type Options struct {
 	NoTimes bool // modification times
-	// NoRootTime leaves out the time of dir itself, which layers rarely name and tools then make up.
+	// NoRootTime omits the time of dir itself: layers rarely contain it, so tools make it up.
 	NoRootTime bool
 	NoXattrs   bool
-	// NoLinkCounts leaves out how many names an inode has: overlayfs counts names that upper layers removed. Which names of
-	// the tree are the same inode is shown all the same.
+	// NoLinkCounts omits the number of names of an inode: overlayfs counts names that upper layers
+	// removed. The listing still shows which names are the same inode.
 	NoLinkCounts bool
-	// NoSpecial leaves out devices, fifos and sockets altogether.
+	// NoSpecial omits devices, fifos and sockets altogether.
 	NoSpecial bool
 }
 
-// Tree lists dir and all below it, in the order of names. Sizes and link counts of directories are left out, because
-// every file system counts them its own way. Hard links are shown by naming the first path of the inode. Reading
-// contents uses no more memory than a buffer.
+// Tree lists dir and all entries below it, sorted by name. It omits sizes and link counts of
+// directories, because every file system counts them differently. A hard link shows the first path of
+// its inode. Contents are read through a buffer of fixed size.
 func Tree(dir string, o Options) ([]string, error) {
 	var lines []string
 	first := map[uint64]string{}
@@ -124,7 +124,7 @@ func contents(path string) ([]byte, error) {
 	return h.Sum(nil), nil
 }
 
-// xattrs lists the extended attributes in order, but overlayfs' own, which are no part of what it shows.
+// xattrs lists the extended attributes in order, without overlayfs's own, which do not belong to its view.
 func xattrs(path string) ([]string, error) {
 	buf := make([]byte, 1<<16)
 	n, err := unix.Llistxattr(path, buf)
@@ -150,7 +150,7 @@ func xattrs(path string) ([]string, error) {
 	return list, nil
 }
 
-// Diff tells how two listings differ, at most some lines of it; nil means not at all.
+// Diff returns an error with some of the differences between two listings, or nil if they are equal.
 func Diff(want, got []string) error {
 	if slices.Equal(want, got) {
 		return nil

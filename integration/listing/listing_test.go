@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// Every kind of change is seen.
+// The listing shows every kind of change.
 func TestDiff(t *testing.T) {
 	build := func() string {
 		dir := t.TempDir()
@@ -33,7 +33,7 @@ func TestDiff(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// Symbolic links are of now.
+		// Symbolic links have the current time.
 		for i, l := range lines {
 			if before, rest, ok := strings.Cut(l, " mtime="); ok && strings.HasPrefix(l, `"link"`) {
 				_, rest, _ = strings.Cut(rest, " ")

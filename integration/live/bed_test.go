@@ -23,7 +23,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// place is where the pool of a test lies, and how it is mounted.
+// place is the place of a test's pool, and its driver.
 type place struct {
 	fs     string // "ext4", "xfs", "btrfs" or "tmpfs"
 	driver string
@@ -46,7 +46,7 @@ func driverOf(name string) mount.Driver {
 	return fusefs.Driver{Command: []string{cmd.Path}, Env: cmd.Env}
 }
 
-// bed is a pool, and a table that mounts it, as one daemon has them.
+// bed is a pool and a table that mounts it, like those of one daemon.
 type bed struct {
 	place
 	dir  string // of the pool
@@ -94,7 +94,7 @@ func newBed(t *testing.T, pl place, seed uint64) *bed {
 	return b
 }
 
-// makeFS mounts a file system on the directory of the pool. It is in memory, whatever its kind: syncing costs little.
+// makeFS mounts a file system on the directory of the pool. It is in memory, whatever its kind, so syncing is cheap.
 func (b *bed) makeFS(t *testing.T) {
 	t.Helper()
 	if b.fs == "tmpfs" {
@@ -115,7 +115,7 @@ func (b *bed) makeFS(t *testing.T) {
 		t.Fatal(err)
 	}
 	args := []string{img}
-	if b.fs == "ext4" { // blocks of a page also where it is small, and all of them for us
+	if b.fs == "ext4" { // page-sized blocks also on a small disk, and none reserved
 		args = []string{"-q", "-b", "4096", "-m", "0", img}
 	}
 	if out, err := exec.Command(mkfs, args...).CombinedOutput(); err != nil {
@@ -163,7 +163,7 @@ func (b *bed) tryOpenTable(ctx context.Context, warn mount.Warning) (err error) 
 	return err
 }
 
-// open opens the pool again that close has closed, or another process.
+// open reopens the pool after close, or after another process had it.
 func (b *bed) open(t *testing.T) {
 	t.Helper()
 	if err := b.tryOpen(t.Context(), b.options(t), t.Logf); err != nil {
@@ -192,7 +192,7 @@ func (b *bed) close(t *testing.T) {
 	b.p, b.r, b.tab = nil, nil, nil
 }
 
-// detach removes all mounts of the table: a test that failed may have left some.
+// detach removes all mounts of the table: a failed test may have left some.
 func (b *bed) detach() {
 	for _, kind := range []string{"images", "live"} {
 		dirs, _ := filepath.Glob(filepath.Join(b.root, kind, "*", "mnt"))
@@ -206,7 +206,6 @@ func key(n int) string { return "image/" + strconv.Itoa(n) }
 
 func (b *bed) want(n int) map[string]entry { return image(shapes[b.shape], b.seed, n) }
 
-// add adds an image to the pool.
 func (b *bed) add(ctx context.Context, n int) (pool.Image, error) {
 	batch := b.p.Begin()
 	defer batch.Discard()
@@ -224,7 +223,7 @@ func tree(ctx context.Context, batch *pool.Batch, want map[string]entry) (*daxfs
 	for name := range want {
 		names = append(names, name)
 	}
-	slices.Sort(names) // directories come before what they hold
+	slices.Sort(names) // directories come before their entries
 	for _, name := range names {
 		e := want[name]
 		n := nodes[e.first]
@@ -275,8 +274,8 @@ func (b *bed) mount(ctx context.Context, m pool.Image) (string, error) {
 	return got.Dir, err
 }
 
-// remove removes an image in the order that package store has, once the overlays of its containers are dead. It is
-// false while something stands on the image. found tells of what mount tables show.
+// remove removes an image in the same order as package store, once the overlays of its containers are
+// dead. It returns false while something stands on the image. found is called if mount tables show a user.
 func (b *bed) remove(ctx context.Context, n int, found func()) (bool, error) {
 	used, err := b.tab.UsedBy(ctx, key(n))
 	if err != nil {
@@ -296,7 +295,7 @@ func (b *bed) remove(ctx context.Context, n int, found func()) (bool, error) {
 	return true, b.p.RemoveImage(ctx, key(n))
 }
 
-// reclaim frees what nobody can read any more, and returns how many extents it has freed and how many wait.
+// reclaim frees contents that nobody can read any more, and returns the numbers of freed and of waiting extents.
 func (b *bed) reclaim(ctx context.Context, evicted bool) (freed, waiting int, err error) {
 	dead := b.p.Dead()
 	if len(dead) == 0 {

@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// cgroup is a memory control group: what its processes have in memory can be taken from them without disturbing
-// others. Without one, there is no pressure on memory; dir is "" then.
+// cgroup is a memory control group: memory of its processes can be reclaimed without disturbing
+// others. Without one, dir is "", and there is no memory pressure.
 type cgroup struct{ dir, reclaim, amount string }
 
-// newCgroup makes a group of version 1 or 2, limited to so many bytes.
+// newCgroup makes a group of version 1 or 2 with a limit in bytes.
 func newCgroup(t *testing.T, limit int64) *cgroup {
 	t.Helper()
 	for _, v := range []struct{ base, limit, reclaim, amount string }{
@@ -34,7 +34,7 @@ func newCgroup(t *testing.T, limit int64) *cgroup {
 			continue
 		}
 		t.Cleanup(func() {
-			for range 100 { // a process that ended leaves it a little later
+			for range 100 { // an ended process leaves it a little later
 				if err = os.Remove(dir); !errors.Is(err, syscall.EBUSY) {
 					break
 				}
@@ -50,10 +50,10 @@ func newCgroup(t *testing.T, limit int64) *cgroup {
 	return &cgroup{}
 }
 
-// squeeze takes from the group what memory it can give up: cached pages, names and inodes.
+// squeeze reclaims memory of the group: cached pages, names and inodes.
 func (g *cgroup) squeeze() {
 	if g.dir != "" {
-		// It may have less to give than was asked for.
+		// It may have less to give than the requested amount.
 		_ = os.WriteFile(filepath.Join(g.dir, g.reclaim), []byte(g.amount), 0)
 	}
 }

@@ -9,19 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What an image may leave behind that was removed, in bytes, as long as the pool is mounted. It comes back with the
-// next epoch.
+// Bytes that a removed image may leave behind while the pool is mounted. The next epoch frees them.
 const (
 	maxTreeLeft  = 24 << 10 // addresses of the tree area
 	maxDiskLeft  = 6 << 10  // blocks of the pool file
 	maxIndexLeft = 1 << 10
 )
 
-// Images come and go in a pool that is mounted all the time. Space comes back; what does not is stated, and
-// bounded; and all of it comes back when nothing is mounted.
+// Images come and go in a pool that stays mounted. Their space is freed, except for bounded amounts,
+// which are logged. When nothing is mounted, all of it is freed.
 func TestChurn(t *testing.T) {
 	count := times(t, 10_000)
-	const window = 20 // images that are there at a time
+	const window = 20 // number of images at a time
 	pl := place{
 		fs: "ext4", driver: "erofs-file", shape: "small", slots: count + 10,
 		size: 128<<20 + int64(count)*64<<10, disk: 256<<20 + int64(count)*64<<10,
@@ -29,7 +28,7 @@ func TestChurn(t *testing.T) {
 	b := newBed(t, pl, newSeed(t))
 	ctx := t.Context()
 	rnd := rand.New(rand.NewPCG(b.seed, 9))
-	// The pool stays mounted for an image that stays.
+	// The pool stays mounted for one image that stays.
 	if _, err := b.publish(ctx, count); err != nil {
 		t.Fatal(err)
 	}
@@ -76,8 +75,8 @@ func TestChurn(t *testing.T) {
 	n := int64(count - warm)
 	tree, disk, index := (end.tree-start.tree)/n, (end.disk-start.disk)/n, (end.index-start.index)/n
 	t.Logf("%d images came and went. Each leaves, until the pool is not mounted: 1 slot of %d, %d bytes of addresses "+
-		"in the tree area, %d bytes of disk, %d bytes of index. %d bytes of contents are there, %d wait, %d are free in "+
-		"%d pieces",
+		"in the tree area, %d bytes of disk, %d bytes of index. "+
+		"%d bytes of contents are there, %d wait, %d are free in %d pieces",
 		count, u.Slots, tree, disk, index, u.Extents, u.Dead, u.Free, u.Gaps)
 	if tree > maxTreeLeft || disk > maxDiskLeft || index > maxIndexLeft {
 		t.Errorf("expected at most %d, %d and %d bytes", maxTreeLeft, maxDiskLeft, maxIndexLeft)
@@ -107,7 +106,7 @@ func TestChurn(t *testing.T) {
 	}
 }
 
-// left is what there is, in bytes.
+// left is the space in use, in bytes.
 type left struct{ tree, disk, index int64 }
 
 func (b *bed) left(t *testing.T) left {

@@ -14,13 +14,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
-// errForeign says that somebody read bytes that are not those of the file.
+// errForeign reports bytes that do not belong to the file.
 var errForeign = errors.New("foreign bytes")
 
-// line is the unit of contents: each says which contents it belongs to, and where.
+// line is the unit of contents: each line names its contents and its offset.
 const line = 32
 
-// contents are the bytes of a file: they depend on id and size alone, and any 32 of them tell the id.
+// contents returns the bytes of a file. They depend only on id and size, and any 32 of them reveal the id.
 func contents(id uint64, size int) []byte {
 	b := make([]byte, (size+line-1)/line*line)
 	x := id*0x9e3779b97f4a7c15 + 1
@@ -36,7 +36,7 @@ func contents(id uint64, size int) []byte {
 	return b[:size]
 }
 
-// compare returns an error that wraps errForeign unless got is that part of contents(id, size) that begins at off.
+// compare returns an error that wraps errForeign unless got is the part of contents(id, size) at off.
 func compare(got []byte, id uint64, size, off int) error {
 	want := contents(id, size)[off:]
 	if len(got) > len(want) {
@@ -79,29 +79,29 @@ type entry struct {
 func (e entry) regular() bool { return e.mode&unix.S_IFMT == unix.S_IFREG }
 func (e entry) dir() bool     { return e.mode&unix.S_IFMT == unix.S_IFDIR }
 
-// shape says what images look like.
+// shape describes images.
 type shape struct {
-	Common int   // how many common files there are
-	Take   int   // of them an image takes about so many
+	Common int   // the number of common files
+	Take   int   // about how many of them an image has
 	Own    int   // files that no other image has
-	Sizes  []int // of files; those that come more often are more frequent
-	Odd    bool  // symlinks, special files, hard links and extended attributes, too
+	Sizes  []int // of files; repeated values are more frequent
+	Odd    bool  // with symlinks, special files, hard links and extended attributes
 }
 
-// shapes by name: a worker knows them, too.
+// shapes maps names to shapes, also for workers.
 var shapes = map[string]shape{
 	// With everything that an image can have.
 	"rich": {
 		Common: 300, Take: 60, Own: 8, Odd: true,
 		Sizes: []int{0, 1, 31, 300, 4095, 4096, 4097, 9000, 20_000, 20_000, 60_000, 60_000, 300_000},
 	},
-	// Of few sizes, so that space that becomes free is taken by the next image.
+	// With few sizes, so that the next image takes freed space.
 	"reuse": {Common: 20, Take: 6, Own: 10, Sizes: []int{3000, 3000, 20_000, 20_000, 70_000, 300_000}},
-	// Small ones, for many of them.
+	// Small files, for many images.
 	"small": {Common: 40, Take: 6, Own: 4, Sizes: []int{0, 200, 3000, 9000}},
 }
 
-// image is what an image of a shape with a number holds, by path; "" is the root.
+// image returns the contents of image n of a shape, by path; "" is the root.
 func image(s shape, seed uint64, n int) map[string]entry {
 	r := rand.New(rand.NewPCG(seed, uint64(n)+1<<32))
 	out := map[string]entry{"": directory(r)}
@@ -120,7 +120,7 @@ func image(s shape, seed uint64, n int) map[string]entry {
 		i := r.IntN(s.Common)
 		e := commonFile(s, seed, i)
 		put(fmt.Sprintf("common%d%s", i, strings.Repeat("n", r.IntN(40))), e)
-		if s.Odd && r.IntN(10) == 0 { // the same file a second time, which is no hard link
+		if s.Odd && r.IntN(10) == 0 { // the same file again, but no hard link
 			put(fmt.Sprintf("again%d", i), e)
 		}
 	}

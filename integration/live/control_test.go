@@ -14,9 +14,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// Without one of the guards there are foreign bytes, so TestHolders could find them: without the lease for who has
-// a file open or mapped; without waiting for eviction for who has a working directory in an overlay that no table
-// shows.
+// Without one of the guards foreign bytes appear, so TestHolders is able to find them: without the
+// lease, for holders of open or mapped files; without waiting for eviction, for holders of a working
+// directory in an overlay that no table shows.
 func TestHoldersControl(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
@@ -71,7 +71,7 @@ func TestHoldersControl(t *testing.T) {
 	}
 }
 
-// A lease on a file of an image that is there is seen by whoever verifies the image, through an overlay too.
+// Verifying an image notices a lease on one of its live files, through an overlay too.
 func TestLeaseControl(t *testing.T) {
 	pl := holderPlaces[0]
 	pl.slots = 400
@@ -95,7 +95,7 @@ func TestLeaseControl(t *testing.T) {
 	}
 }
 
-// leaseAny takes a write lease on a file below dir, which nobody has open, until the result is called.
+// leaseAny takes a write lease on a file below dir that nobody has open, until release is called.
 func leaseAny(t *testing.T, dir string) (release func()) {
 	t.Helper()
 	var f *os.File

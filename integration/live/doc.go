@@ -1,7 +1,6 @@
-// Package live puts pools that are mounted under load: packages pool and mount together, on the kernel that runs.
-// Images are published, removed and published again in their place while other processes read, map and hold what
-// there is.
+// Package live puts mounted pools under load: it tests packages pool and mount together, on the
+// running kernel. Images are published, removed and replaced while other processes read, map and hold them.
 //
-// Counts bound the tests, not time. DAXFS_TEST_STRESS=20 makes them twenty times as long, DAXFS_TEST_SEED=n repeats
-// the choices of an earlier run.
+// Tests are bounded by counts, not by time. DAXFS_TEST_STRESS=20 makes them twenty times as long,
+// DAXFS_TEST_SEED=n repeats the choices of an earlier run.
 package live

@@ -11,11 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Somebody breaks the rule that no slot is looked up before its image is published. What he sees at the first
-// moment, which the kernel remembers, is the whole image all the same: the slot becomes valid with its last two
-// bytes. On block devices the rule is needed: a look leaves old blocks in the cache of the device.
+// A reader breaks the rule that no slot is looked up before its image is published. What it first
+// sees, which the kernel caches, is still the whole image: the last two bytes make the slot valid. On
+// block devices the rule is needed, because a lookup leaves old blocks in the cache of the device.
 //
-// The kernel logs each look at an empty slot, so there are not many.
+// The kernel logs each lookup of an empty slot, so the test makes few of them.
 func TestLookEarly(t *testing.T) {
 	for _, pl := range publishPlaces[:3] {
 		t.Run(pl.String(), func(t *testing.T) {
@@ -60,8 +60,8 @@ func TestLookEarly(t *testing.T) {
 	}
 }
 
-// lookUntil looks at a slot until it is valid, or until the image was added. It is true if the slot came first; the
-// result of adding is still to come then.
+// lookUntil looks a slot up until it is valid, or until the image was added. It returns true if the
+// slot came first; the result of adding is then still pending.
 func lookUntil(t *testing.T, slot string, added chan error) bool {
 	t.Helper()
 	for {

@@ -18,10 +18,10 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// BenchmarkFirstBind is what the first image costs that is bound in a table: after the pool was mounted through a
-// loop device ("mount"), after a restart of the daemon ("restart"), and after one that left no record of what was
-// compared ("all"), so that all metadata of the pool is. Each image has 1,000 files of its own, so metadata that no
-// other has. Cold means that the host has nothing of the pool in memory. Run it with -benchtime 3x.
+// BenchmarkFirstBind measures the first bind of an image in a table: after the pool was mounted
+// through a loop device ("mount"), after a restart of the daemon ("restart"), and after a restart
+// without the record of comparisons, so that all metadata of the pool is compared ("all"). Each image
+// has 1,000 files of its own. Cold means that the host has no page of the pool in memory. Run it with -benchtime 3x.
 func BenchmarkFirstBind(b *testing.B) {
 	if os.Geteuid() != 0 {
 		b.Skip("mounting needs root")
@@ -39,7 +39,7 @@ func BenchmarkFirstBind(b *testing.B) {
 	}
 }
 
-// fullPool is a pool of images and the file below it.
+// fullPool is a pool of images and its file.
 type fullPool struct {
 	*pool.Pool
 	r    region.Region
@@ -87,7 +87,7 @@ func newFullPool(b *testing.B, images int) *fullPool {
 	return p
 }
 
-// image describes one as the store does.
+// image describes an image like the store.
 func (p *fullPool) image(b *testing.B, n int) mount.Image {
 	b.Helper()
 	m, err := p.Image(p.keys[n])
@@ -107,7 +107,7 @@ func (p *fullPool) firstBind(b *testing.B, after string, cold bool) {
 		spent += p.once(b, after, cold)
 	}
 	perOp := spent / time.Duration(b.N)
-	b.ReportMetric(0, "ns/op") // with what is prepared for each
+	b.ReportMetric(0, "ns/op") // includes the preparation of each
 	b.ReportMetric(float64(perOp.Microseconds())/1000, "ms")
 	b.ReportMetric(float64(p.tree)/(1<<20), "tree-MiB")
 	if after == "all" {
@@ -115,7 +115,7 @@ func (p *fullPool) firstBind(b *testing.B, after string, cold bool) {
 	}
 }
 
-// once returns how long the first image takes.
+// once returns the time for the first image.
 func (p *fullPool) once(b *testing.B, after string, cold bool) time.Duration {
 	b.Helper()
 	root := b.TempDir()
@@ -163,7 +163,7 @@ func (p *fullPool) open(b *testing.B, root string) *mount.Table {
 	return tab
 }
 
-// forget makes the record of the mount one that does not say what was compared.
+// forget changes the record of the mount to one that does not say what was compared.
 func forget(b *testing.B, root string) {
 	b.Helper()
 	names, err := filepath.Glob(filepath.Join(root, "live/*/pool.json"))

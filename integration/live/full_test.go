@@ -13,8 +13,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// The disk below a mounted pool is full at any write of a publication. The image is not there then, and no other is
-// harmed; removing images works, and gives space back; and with space the image is published.
+// The disk below a mounted pool fills up at any write of a publication. The image is then missing, and
+// no other is affected. Removing images works and frees space; with space the image is published.
 func TestFullDisk(t *testing.T) {
 	pl := place{fs: "ext4", driver: "erofs-file", size: 256 << 20, disk: 48 << 20, shape: "reuse", slots: 20_000}
 	b := newBed(t, pl, newSeed(t))
@@ -45,7 +45,7 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// full is a bed whose disk is filled.
+// full is a bed with a full disk.
 type full struct {
 	*bed
 	rnd  *rand.Rand
@@ -108,7 +108,7 @@ func (f *full) round(t *testing.T) {
 
 func (f *full) ballast() string { return filepath.Join(f.dir, "ballast") }
 
-// fill leaves a few blocks of the disk, and returns how many.
+// fill leaves a few free blocks on the disk, and returns their number.
 func (f *full) fill(t *testing.T) int64 {
 	t.Helper()
 	if err := f.r.Sync(0, f.r.Size()); err != nil {
@@ -120,7 +120,7 @@ func (f *full) fill(t *testing.T) int64 {
 	}
 	defer b.Close()
 	leave := f.rnd.Int64N(600)
-	for { // it needs blocks for itself, too
+	for { // the file needs metadata blocks, too
 		var fs unix.Statfs_t
 		var st unix.Stat_t
 		if err := errors.Join(unix.Fstatfs(int(b.Fd()), &fs), unix.Fstat(int(b.Fd()), &st)); err != nil {
@@ -140,7 +140,6 @@ func (f *full) fill(t *testing.T) int64 {
 	}
 }
 
-// verify verifies all images.
 func (f *full) verify(t *testing.T) {
 	t.Helper()
 	for n, dir := range f.live {
@@ -159,7 +158,7 @@ func (f *full) removeOne(t *testing.T) {
 	for n := range f.live {
 		ok, err := f.remove(t.Context(), n, func() {})
 		if err != nil || !ok {
-			// The index may not be written to any more.
+			// The index may not be writable any more.
 			t.Logf("remove image %d from a full disk: %t, %v", n, ok, err)
 			return
 		}
@@ -172,7 +171,7 @@ func (f *full) removeOne(t *testing.T) {
 	}
 }
 
-// recover opens the pool anew if it says that this is needed.
+// recover reopens the pool if the pool requires it.
 func (f *full) recover(t *testing.T) {
 	t.Helper()
 	err := f.p.SetRecord("test", "key", []byte(fmt.Sprint(f.next)))

@@ -16,35 +16,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// grasp is one way to hold on to an image.
+// grasp is one way to hold an image.
 type grasp struct {
-	// Namespace is true in a mount namespace of its own, a copy of ours.
+	// Namespace means in a mount namespace of its own, a copy of ours.
 	Namespace bool
-	// Mount is what leads to the image: "own" is the mount of the table, "overlay" has an upper directory and
-	// "lowers" has none; "bind" and "idmapped" are copies of the mount.
+	// Mount is the path to the image: "own" is the mount of the table, "overlay" has an upper directory
+	// and "lowers" has none; "bind" and "idmapped" are copies of the mount.
 	Mount string
-	// Lazy unmounts that lazily, so that no table shows it.
+	// Lazy unmounts it lazily, so that no mount table shows it.
 	Lazy bool
-	// Thing is what is kept: "fd", "map", "cwd", "dirfd", "path" (an O_PATH descriptor) or "nothing".
+	// Thing is the held object: "fd", "map", "cwd", "dirfd", "path" (an O_PATH descriptor) or "nothing".
 	Thing string
 }
 
-// holders are the holdings of a worker.
+// holders are a worker's holdings.
 type holders struct {
 	mu   sync.Mutex
 	list map[int]*holding
 }
 
-// holding belongs to a thread that has a working directory, and perhaps a mount namespace, of its own.
+// holding belongs to a thread with its own working directory, and perhaps its own mount namespace.
 type holding struct {
 	how    grasp
 	checks chan *answer
 	found  chan error
 	things []thing
-	mnt    string // what was mounted
+	mnt    string // the mount point
 }
 
-// thing is one file that is kept.
+// thing is one held file.
 type thing struct {
 	e    entry
 	fd   int // -1 if there is none
@@ -70,7 +70,7 @@ func (h *holders) add(id int, o *order, want map[string]entry, rnd *rand.Rand) e
 func (h *holders) check(id int, a *answer) error {
 	h.mu.Lock()
 	g := h.list[id]
-	defer h.mu.Unlock() // a holding does not end while it is checked
+	defer h.mu.Unlock() // a holding does not end during its check
 	if g == nil {
 		return nil
 	}
@@ -127,7 +127,7 @@ func (g *holding) take(o *order, want map[string]entry, rnd *rand.Rand) error {
 	return nil
 }
 
-// mount returns the directory by which the image is reached.
+// mount returns the directory through which the image is reached.
 func (g *holding) mount(o *order) (dir string, err error) {
 	switch g.how.Mount {
 	case "own":
@@ -151,7 +151,7 @@ func (g *holding) mount(o *order) (dir string, err error) {
 	return dir, err
 }
 
-// keep takes some files of a directory, or of the image if a directory of it is not what is kept.
+// keep holds some files of a directory, or of the whole image unless a directory is held.
 func (g *holding) keep(dir string, want map[string]entry, rnd *rand.Rand) error {
 	if g.how.Thing == "nothing" {
 		return nil
@@ -210,7 +210,7 @@ func (g *holding) keepOne(th *thing, at string, rnd *rand.Rand) (err error) {
 		flags := []int{unix.MAP_SHARED, unix.MAP_PRIVATE}[rnd.IntN(2)]
 		th.mem, err = unix.Mmap(fd, 0, pages(th.e.size), unix.PROT_READ, flags)
 		return errors.Join(err, unix.Close(fd))
-	default: // some names are known to the kernel, and of them some inodes have pages; others were never looked up
+	default: // the kernel knows some names, and has pages of some of their inodes; others were never looked up
 		switch rnd.IntN(3) {
 		case 0:
 			return th.open(nil)
@@ -222,7 +222,7 @@ func (g *holding) keepOne(th *thing, at string, rnd *rand.Rand) (err error) {
 	return err
 }
 
-// look reads everything that is kept. Who keeps a directory opens the names in it.
+// look reads everything that is held. For a held directory it opens names in it.
 func (g *holding) look(a *answer) error {
 	var errs []error
 	for i := range g.things {
@@ -248,7 +248,7 @@ func (g *holding) look(a *answer) error {
 	return errors.Join(errs...)
 }
 
-// read compares the contents, as they are in the pool now.
+// read compares the contents with those in the pool now.
 func (th *thing) read(fd int) error {
 	if err := unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED); err != nil {
 		return err
@@ -270,7 +270,7 @@ func (th *thing) read(fd int) error {
 	return compare(b, th.e.id, th.e.size, 0)
 }
 
-// open opens a name. If a is nil it must be there; else what does not open any more is counted.
+// open opens a name. If a is nil it must exist; otherwise missing names are counted.
 func (th *thing) open(a *answer) error {
 	fd, err := unix.Openat(th.fd, th.name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	return th.opened(fd, err, a)
@@ -312,7 +312,7 @@ func (g *holding) leave() error {
 	return errors.Join(errs...)
 }
 
-// userNS is a user namespace to map owners into, or why there is none.
+// userNS returns a user namespace for mapping owners, or the error.
 var userNS = sync.OnceValues(func() (*os.File, error) {
 	cmd := exec.Command("sleep", "60")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -328,8 +328,7 @@ var userNS = sync.OnceValues(func() (*os.File, error) {
 	return os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
 })
 
-// idmapped attaches a copy of the mount on dir with mapped owners to at, as containerd does for a container with a
-// user namespace.
+// idmapped attaches a copy of the mount on dir to at, with mapped owners as in a user namespace.
 func idmapped(dir, at string) error {
 	ns, err := userNS()
 	if err != nil {

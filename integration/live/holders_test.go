@@ -24,9 +24,8 @@ var holderPlaces = []place{
 	{fs: "ext4", driver: "fuse", size: 96 << 20, disk: 160 << 20, shape: "reuse"},
 }
 
-// Images that somebody holds on to are removed, and their space is used at once by images whose bytes are
-// recognised. Every holder reads what he holds all the time: he sees his bytes, or, if he held no more than a name,
-// perhaps an error.
+// Held images are removed, and their space is reused at once by images with recognizable bytes.
+// Holders read continuously: they see their own bytes, or, if they hold only a name, perhaps an error.
 func TestHolders(t *testing.T) {
 	for _, pl := range holderPlaces {
 		for _, byHand := range []bool{false, true} {
@@ -50,7 +49,7 @@ func TestHolders(t *testing.T) {
 	}
 }
 
-// house is a bed with holders, and what a daemon knows of them.
+// house is a bed with holders, and a daemon's knowledge of them.
 type house struct {
 	*bed
 	over    string
@@ -58,9 +57,9 @@ type house struct {
 	workers []*worker
 	rnd     *rand.Rand
 
-	// byHand lets people hold in all ways that they find; else all have overlays of which the snapshotter knows.
+	// byHand allows all ways to hold; otherwise all holders have overlays that the snapshotter knows.
 	byHand bool
-	// evicted is what package store knows when it has seen that somebody mounted by hand.
+	// evicted is package store's knowledge after it has seen a mount made by hand.
 	evicted bool
 
 	next   int // image
@@ -71,22 +70,22 @@ type house struct {
 	held []*held
 
 	removed, waited, freed, checks, lost atomic.Int64
-	underHolder                          int // images that were removed while somebody held on to them
+	underHolder                          int // images removed while somebody held them
 }
 
 // tenancy is an image.
 type tenancy struct {
 	dir    string
-	uppers []string // overlays that the snapshotter made
+	uppers []string // overlays of the snapshotter
 }
 
-// held is what a worker holds.
+// held is a worker's holding.
 type held struct {
 	id, n int
 	w     *worker
 	how   grasp
 	over  string
-	gone  atomic.Bool // the image is being removed, or was
+	gone  atomic.Bool // the image was, or is being, removed
 }
 
 func newHouse(t *testing.T, b *bed) *house {
@@ -102,7 +101,7 @@ func newHouse(t *testing.T, b *bed) *house {
 	return h
 }
 
-// atOnce are how many images are in the pool.
+// atOnce is the number of images in the pool.
 const atOnce = 8
 
 func (h *house) run(t *testing.T, steps int) {
@@ -147,7 +146,7 @@ func (h *house) run(t *testing.T, steps int) {
 	}
 }
 
-// settle publishes an image in the space of others.
+// settle publishes an image in freed space.
 func (h *house) settle(ctx context.Context) error {
 	if len(h.images) >= atOnce {
 		return h.evict(ctx)
@@ -165,7 +164,6 @@ func (h *house) settle(ctx context.Context) error {
 	return nil
 }
 
-// any returns an image.
 func (h *house) any() (int, *tenancy) {
 	if len(h.images) == 0 {
 		return 0, nil
@@ -179,7 +177,7 @@ func (h *house) any() (int, *tenancy) {
 	return n, h.images[n]
 }
 
-// grasps are the ways to hold.
+// grasp returns a random way to hold.
 func (h *house) grasp() grasp {
 	g := grasp{
 		Namespace: h.rnd.IntN(3) == 0, Lazy: h.rnd.IntN(2) == 0, Mount: "overlay",
@@ -196,13 +194,13 @@ func (h *house) grasp() grasp {
 	return g
 }
 
-// grab makes somebody hold on to an image.
+// grab makes a worker hold an image.
 func (h *house) grab(t *testing.T) error {
 	n, img := h.any()
 	if img == nil {
 		return nil
 	}
-	// An attempt to remove it may have unmounted it.
+	// An attempt to remove the image may have unmounted it.
 	m, err := h.p.Image(key(n))
 	if err != nil {
 		return err
@@ -235,7 +233,6 @@ func (h *house) take(x *held, dir string) error {
 	return nil
 }
 
-// letGo ends a holder.
 func (h *house) letGo() error {
 	h.mu.Lock()
 	if len(h.held) == 0 {
@@ -252,7 +249,7 @@ func (h *house) letGo() error {
 	return nil
 }
 
-// evict removes an image if nothing that can be known stands on it.
+// evict removes an image if nothing is known to stand on it.
 func (h *house) evict(ctx context.Context) error {
 	n, img := h.any()
 	if img == nil {
@@ -300,7 +297,7 @@ func (h *house) sweep(ctx context.Context) error {
 	return err
 }
 
-// checkAll asks holders, one after the other, until done is closed.
+// checkAll checks the holdings one after the other until done is closed.
 func (h *house) checkAll(t *testing.T, done chan struct{}) {
 	for i := 0; !t.Failed(); i++ {
 		select {
@@ -331,7 +328,7 @@ func (h *house) checkAll(t *testing.T, done chan struct{}) {
 	}
 }
 
-// empty ends all holders and removes all images: everything has to come back.
+// empty ends all holdings and removes all images: all space must be freed.
 func (h *house) empty(t *testing.T) {
 	t.Helper()
 	for len(h.held) > 0 {
@@ -368,7 +365,7 @@ func (h *house) empty(t *testing.T) {
 	h.emptied(t)
 }
 
-// eventually gives threads and processes that end the time that the kernel takes to close what they had.
+// eventually retries f, because the kernel needs time to close the files of ended threads and processes.
 func (h *house) eventually(t *testing.T, what string, f func() (bool, error)) {
 	t.Helper()
 	for range 1000 {
@@ -384,8 +381,8 @@ func (h *house) eventually(t *testing.T, what string, f func() (bool, error)) {
 	t.Fatalf("not so: %s: %d images, %d extents wait", what, len(h.images), len(h.p.Dead()))
 }
 
-// overlayAlive tells whether an overlay over the upper directory lives, detached or not: the kernel refuses a
-// second one with index=on.
+// overlayAlive reports whether an overlay over the upper directory exists, detached or not: the kernel
+// refuses a second one with index=on.
 func overlayAlive(dir, base string) (bool, error) {
 	empty := filepath.Join(base, "empty")
 	if err := os.MkdirAll(empty, 0o700); err != nil {

@@ -26,9 +26,9 @@ var killPlaces = []place{
 	{fs: "tmpfs", driver: "erofs-loop", size: 192 << 20, shape: "rich", slots: 10_000},
 }
 
-// A daemon that publishes, removes and reclaims is killed at any moment, again and again, while the pool stays
-// mounted. What it said that it had done is done; what it was doing is done or not, for the next daemon and for the
-// kernel. Who held on to a file meanwhile keeps its bytes.
+// A daemon that publishes, removes and reclaims is killed at random moments while the pool stays
+// mounted. Steps that it reported as done are done; the current step is done or not, for the next
+// daemon and for the kernel. Holders of files keep their bytes.
 func TestKill(t *testing.T) {
 	for _, pl := range killPlaces {
 		t.Run(pl.String(), func(t *testing.T) {
@@ -63,18 +63,18 @@ func TestKill(t *testing.T) {
 // stays is an image that is never removed.
 const stays = 1000
 
-// killing is what is known of a daemon that is killed.
+// killing is the known state of a killed daemon.
 type killing struct {
 	*house
 	have  map[int]bool
-	doing step // what it was doing
-	slot  int  // the last one that it said
+	doing step // the current step
+	slot  int  // the last reported slot
 	steps int
 	cut   int
 	asked int
 }
 
-// step is one thing that a daemon does: "+" or "-" an image.
+// step is one step of a daemon: "+" or "-" an image.
 type step struct {
 	what string
 	n    int
@@ -114,7 +114,7 @@ func (k *killing) life(t *testing.T, life uint64) {
 	}
 }
 
-// said notes a line of the daemon.
+// said records a line of the daemon.
 func (k *killing) said(t *testing.T, text string) {
 	t.Helper()
 	var verb, what string
@@ -134,7 +134,7 @@ func (k *killing) said(t *testing.T, text string) {
 	}
 }
 
-// apply makes what was being done done.
+// apply records the current step as done.
 func (k *killing) apply() {
 	switch k.doing.what {
 	case "+":
@@ -144,8 +144,8 @@ func (k *killing) apply() {
 	}
 }
 
-// unfinished looks, as the kernel sees it and before anybody repaired anything, at the slot of an image that was being
-// published: it is whole, or not there.
+// unfinished checks the slot of an image that was being published, as the kernel sees it before any
+// repair: the image is whole, or not there.
 func (k *killing) unfinished(t *testing.T) {
 	t.Helper()
 	if k.doing.what != "+" {
@@ -162,7 +162,7 @@ func (k *killing) unfinished(t *testing.T) {
 			}
 			continue
 		}
-		// By the worker: what it has in memory can be taken from it.
+		// In the worker, whose memory can be reclaimed.
 		a := k.workers[0].do(order{
 			Do: "verify", Dir: dir, Shape: k.shape, Seed: k.seed, N: k.doing.n, Rnd: k.rnd.Uint64(),
 		})
@@ -172,7 +172,7 @@ func (k *killing) unfinished(t *testing.T) {
 	}
 }
 
-// compare compares the pool that was opened again with what was said.
+// compare compares the reopened pool with the daemon's reports.
 func (k *killing) compare(t *testing.T) {
 	t.Helper()
 	k.check(t)
@@ -206,7 +206,7 @@ func (k *killing) compare(t *testing.T) {
 	}
 }
 
-// holdOn makes one more, or one less, hold on to files that no mount table tells of.
+// holdOn adds or ends a holding of files that no mount table shows.
 func (k *killing) holdOn(t *testing.T) {
 	t.Helper()
 	if len(k.held) >= 4 {
@@ -236,7 +236,7 @@ func number(t *testing.T, key string) int {
 	return n
 }
 
-// serveDaemon is the helper "daemon": it publishes, removes and reclaims until it is killed, and says what it does.
+// serveDaemon is the helper "daemon": it publishes, removes and reclaims until it is killed, and reports its steps.
 func serveDaemon(args []string) error {
 	seed, err := strconv.ParseUint(args[5], 10, 64)
 	if err != nil {
@@ -259,7 +259,6 @@ func serveDaemon(args []string) error {
 	}
 }
 
-// step does one thing.
 func (b *bed) step(ctx context.Context, rnd *rand.Rand, w io.Writer) error {
 	n := rnd.IntN(8)
 	_, err := b.p.Image(key(n))

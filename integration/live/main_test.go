@@ -16,7 +16,7 @@ import (
 
 const envHelper = "DAXFS_LIVE_HELPER"
 
-// helpers are what this program is when it is started as another process.
+// helpers are the roles of this program as another process.
 var helpers = map[string]func(args []string) error{"serve": fusefs.ServeArgs, "worker": work, "daemon": serveDaemon}
 
 func TestMain(m *testing.M) {
@@ -44,7 +44,7 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// times returns how often something is done: n, or less with -short, or more as DAXFS_TEST_STRESS says.
+// times returns a number of repetitions: n, fewer with -short, or more with DAXFS_TEST_STRESS.
 func times(t *testing.T, n int) int {
 	t.Helper()
 	if v := os.Getenv("DAXFS_TEST_STRESS"); v != "" {
@@ -60,7 +60,7 @@ func times(t *testing.T, n int) int {
 	return n
 }
 
-// newSeed returns the seed of the test's choices, and says it.
+// newSeed returns and logs the seed of the test's choices.
 func newSeed(t *testing.T) uint64 {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
@@ -75,7 +75,7 @@ func newSeed(t *testing.T) uint64 {
 	return seed
 }
 
-// kernelWarnings returns the lines of the kernel's log that tell of a bug in it, so far.
+// kernelWarnings returns the number of lines in the kernel's log that report a kernel bug.
 func kernelWarnings(t *testing.T) int {
 	t.Helper()
 	out, err := exec.Command("dmesg").Output()

@@ -21,8 +21,8 @@ var publishPlaces = []place{
 	{fs: "ext4", driver: "fuse", size: 256 << 20, disk: 320 << 20, shape: "rich"},
 }
 
-// Images are published and removed while others are read and mapped, by processes that are short of memory, and
-// while one looks at each directory where an image is about to appear.
+// Images are published and removed while others are read and mapped by processes under memory
+// pressure, and while one process looks up each directory where an image is about to appear.
 func TestPublish(t *testing.T) {
 	for _, pl := range publishPlaces {
 		t.Run(pl.String(), func(t *testing.T) {
@@ -46,7 +46,6 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// load is one run of TestPublish.
 type load struct {
 	*bed
 	over    string // a file system for upper directories
@@ -58,13 +57,13 @@ type load struct {
 	next int
 	live map[int]*published
 
-	// The free space is asked for under one lock, as sweeps are.
+	// One lock serializes reclaims, as for sweeps.
 	sweep sync.Mutex
 
 	verified, objects, looks, seen atomic.Int64
 }
 
-// published is an image that can be read.
+// published is a readable image.
 type published struct {
 	dir   string
 	users int
@@ -150,7 +149,7 @@ func (l *load) publishAll(t *testing.T, rnd *rand.Rand) {
 	}
 }
 
-// thin removes images that nobody reads, so that liveImages are left, and frees their space.
+// thin removes unread images until liveImages are left, and frees their space.
 func (l *load) thin(ctx context.Context, rnd *rand.Rand) error {
 	for {
 		l.mu.Lock()
@@ -189,7 +188,7 @@ func (l *load) readAll(t *testing.T, i int, rnd *rand.Rand, done chan struct{}) 
 		}
 		n, p := l.pick(rnd)
 		if p == nil {
-			time.Sleep(time.Millisecond) // the first one is in the making
+			time.Sleep(time.Millisecond) // the first one is being published
 			continue
 		}
 		o := order{Do: "verify", Dir: p.dir, Shape: l.shape, Seed: l.seed, N: n, Rnd: rnd.Uint64()}
@@ -205,7 +204,7 @@ func (l *load) readAll(t *testing.T, i int, rnd *rand.Rand, done chan struct{}) 
 	}
 }
 
-// pick returns an image that stays until its users are counted down; rather one that was just published.
+// pick returns an image, preferably a new one. It stays until its user count is decremented.
 func (l *load) pick(rnd *rand.Rand) (int, *published) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// verify compares a directory with the image that it has to be: every name, all attributes, every byte. rnd chooses
-// how files are read. over tells that an overlay lies in between. It returns the number of names.
+// verify compares a directory with its image: every name, all attributes, every byte. rnd chooses how
+// files are read. over means that an overlay is mounted in between. It returns the number of names.
 func verify(root string, want map[string]entry, rnd *rand.Rand, over bool) (int, error) {
 	left := maps.Clone(want)
 	inodes := map[uint64]string{}
@@ -48,7 +48,7 @@ func verifyOne(p, name string, e entry, rnd *rand.Rand, over bool, inodes map[ui
 	}
 	same := st.Mode == e.mode && st.Uid == e.uid && st.Rdev == e.rdev &&
 		st.Mtim.Sec == e.mtime.Sec && st.Mtim.Nsec == int64(e.mtime.Nsec)
-	if !same && !(over && name == "") { // the root of an overlay is that of its upper directory
+	if !same && !(over && name == "") { // the root of an overlay comes from its upper directory
 		return fmt.Errorf("attributes %+v, expected %+v", st, e)
 	}
 	switch {
@@ -70,7 +70,7 @@ func verifyOne(p, name string, e entry, rnd *rand.Rand, over bool, inodes map[ui
 	if e.dir() {
 		return nil
 	}
-	// Only hard links may have one inode: an overlay would take the names for one file.
+	// Only hard links may share an inode: an overlay would take the names for one file.
 	other, again := inodes[st.Ino]
 	inodes[st.Ino] = name
 	if e.nlink > 1 {
@@ -110,8 +110,8 @@ func verifyXattrs(p string, e entry) error {
 	return nil
 }
 
-// openLive opens a file of an image that is there. It does not wait for a lease: an owner takes leases on dead inodes
-// only, for one that is stopped or killed in between would stall whoever opens the file.
+// openLive opens a file of a live image. It does not wait for a lease: owners take leases only on dead
+// inodes, because an owner that is stopped or killed meanwhile would block readers.
 func openLive(p string) (*os.File, error) {
 	f, err := os.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.EAGAIN) {
@@ -120,7 +120,7 @@ func openLive(p string) (*os.File, error) {
 	return f, err
 }
 
-// verifyFile reads a file in one of the ways there are.
+// verifyFile reads a file in one of several ways.
 func verifyFile(p string, e entry, rnd *rand.Rand) error {
 	f, err := openLive(p)
 	if err != nil {
@@ -147,7 +147,7 @@ func verifyFile(p string, e entry, rnd *rand.Rand) error {
 	return compare(b[:n], e.id, e.size, 0)
 }
 
-// verifyMapped compares the mapped pages, the rest of the last one included.
+// verifyMapped compares the mapped pages, including the rest of the last one.
 func verifyMapped(f *os.File, e entry) error {
 	m, err := unix.Mmap(int(f.Fd()), 0, pages(e.size), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
@@ -157,7 +157,7 @@ func verifyMapped(f *os.File, e entry) error {
 	return compareMapped(m, e)
 }
 
-// pages is the size of a mapping of n bytes.
+// pages returns the size of a mapping of n bytes.
 func pages(n int) int { return (n + 4095) / 4096 * 4096 }
 
 func compareMapped(m []byte, e entry) error {

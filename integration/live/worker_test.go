@@ -17,39 +17,39 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A helper never runs goroutines on its first thread: threads that have a working directory or a mount namespace of
-// their own must end, and the first one cannot.
+// A helper never runs goroutines on its first thread: threads with their own working directory or
+// mount namespace must end, and the first thread cannot.
 func init() {
 	if os.Getenv(envHelper) != "" {
 		runtime.LockOSThread()
 	}
 }
 
-// order tells a worker, another process, what to do.
+// order is a task for a worker process.
 type order struct {
 	ID int
 	Do string // "verify", "look", "hold", "check" or "end"
 
-	Dir   string // shows the image N
+	Dir   string // shows image N
 	Shape string
 	Seed  uint64
 	N     int
 
 	Rnd   uint64 // for choices
-	Over  string // a directory for those of an overlay; "" means none
+	Over  string // directory for overlays; "" means none
 	Tries int    // of "look"
 
-	Hold int   // a name of what is held
+	Hold int   // number of the holding
 	How  grasp // of "hold"
 }
 
-// answer is what came of it.
+// answer is the result of an order.
 type answer struct {
 	ID      int
-	Objects int    // that were verified
-	Lost    int    // names that were held and do not open any more
-	Err     string // what is wrong
-	Foreign bool   // bytes were wrong
+	Objects int    // number of verified names
+	Lost    int    // held names that no longer open
+	Err     string // the error
+	Foreign bool   // foreign bytes were read
 }
 
 // work is the helper "worker": it follows orders until its input ends.
@@ -108,7 +108,7 @@ func (o *order) run(h *holders, a *answer) (err error) {
 
 const erofsMagic = 0xe0f5e1e2
 
-// look looks at a directory where an image is about to appear, and verifies it at the first moment when there is one.
+// look polls a directory where an image is about to appear, and verifies the image at the first moment.
 func (o *order) look(want map[string]entry, rnd *rand.Rand, a *answer) (err error) {
 	for range o.Tries {
 		var st unix.Stat_t
@@ -123,7 +123,7 @@ func (o *order) look(want map[string]entry, rnd *rand.Rand, a *answer) (err erro
 	return nil
 }
 
-// overlay mounts an overlay over an image, and returns where. Its directories are below dir.
+// overlay mounts an overlay over an image, and returns its mount point. Its directories are below dir.
 func overlay(image, dir string, upper bool) (string, error) {
 	m, u, w := filepath.Join(dir, "m"), filepath.Join(dir, "u"), filepath.Join(dir, "w")
 	for _, d := range []string{m, u, w} {
@@ -141,7 +141,7 @@ func overlay(image, dir string, upper bool) (string, error) {
 	return m, nil
 }
 
-// worker is the process, seen from the test.
+// worker is the test's handle of a worker process.
 type worker struct {
 	cmd *exec.Cmd
 	in  *json.Encoder
@@ -204,7 +204,6 @@ func (w *worker) receive(r io.Reader) {
 	}
 }
 
-// start gives an order.
 func (w *worker) start(o order) chan answer {
 	c := make(chan answer, 1)
 	w.mu.Lock()

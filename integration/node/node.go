@@ -14,29 +14,29 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/vmm"
 )
 
-// Options of a node.
+// Options are the options of a node.
 type Options struct {
 	Kernel qemu.Kernel
-	// Root is the image that MakeRoot made. It is /dev/pmem0 of the node.
+	// Root is the image from MakeRoot. It is the node's /dev/pmem0.
 	Root string
-	// Devices are what the node has as /dev/pmem1, /dev/pmem2 and so on.
+	// Devices become the node's /dev/pmem1, /dev/pmem2 and so on.
 	Devices []vmm.Device
-	// Disk is a file with an ext4 file system, of a multiple of 2 MiB, that the node has as /var: what is there survives a boot.
-	// It is the last of the devices. Empty makes /var memory of the node.
+	// Disk is a file with an ext4 file system, of a multiple of 2 MiB. It is the last device and the
+	// node's /var, which then survives a reboot. Without Disk, /var is in the node's memory.
 	Disk string
 	// Config is the configuration of the node's daxfs-snapshotter, as TOML.
 	Config string
-	// UUID is what the firmware calls the machine. By it a reader of a shared pool is the same one after a boot.
+	// UUID is the machine's UUID in its firmware. It identifies a reader of a shared pool across reboots.
 	UUID string
-	// Network lets the node reach servers on 127.0.0.1 of this machine, as 10.0.2.2.
+	// Network lets the node reach servers on this machine's 127.0.0.1, as 10.0.2.2.
 	Network bool
 	// RAM in MiB; 0 means 768.
 	RAM int
-	// Launcher is that of the machine.
+	// Launcher is the machine's launcher.
 	Launcher []string
 }
 
-// limit ends a command that never ends. Emulation is slow, and the machine may have other work.
+// limit ends hanging commands. It allows for slow emulation and a busy machine.
 const limit = 5 * time.Minute
 
 // Node is a virtual machine whose containerd runs.
@@ -45,8 +45,8 @@ type Node struct {
 	ctx context.Context
 }
 
-// Start boots a node and waits until its containerd and its daxfs-snapshotter answer. dir is an empty directory for what
-// belongs to it. The machine ends with ctx.
+// Start boots a node and waits until its containerd and its daxfs-snapshotter answer. dir is an empty
+// directory for its files. The machine ends with ctx.
 func Start(ctx context.Context, o Options, dir string) (*Node, error) {
 	if o.RAM == 0 {
 		o.RAM = 768
@@ -81,18 +81,20 @@ func Start(ctx context.Context, o Options, dir string) (*Node, error) {
 			return n, err
 		}
 	}
-	if _, err := n.Sh("hostname node; ip link set lo up; mkdir -p /var/lib/containerd /run/containerd /run/daxfs-snapshotter"); err != nil {
+	if _, err := n.Sh("hostname node; ip link set lo up; " +
+		"mkdir -p /var/lib/containerd /run/containerd /run/daxfs-snapshotter"); err != nil {
 		return n, err
 	}
 	if o.Network {
-		if _, err := n.Sh("ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2"); err != nil {
+		if _, err := n.Sh("ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; " +
+			"ip route add default via 10.0.2.2"); err != nil {
 			return n, err
 		}
 	}
 	return n, errors.Join(n.StartDaemon(), n.StartContainerd())
 }
 
-// Sh runs a script in the node's shell and returns what it printed.
+// Sh runs a script in the node's shell and returns its output.
 func (n *Node) Sh(format string, args ...any) (string, error) {
 	ctx, cancel := context.WithTimeout(n.ctx, limit)
 	defer cancel()
@@ -116,13 +118,13 @@ func (n *Node) StartDaemon() error {
 	return n.withLog("daxfs-snapshotter", err)
 }
 
-// KillDaemon ends daxfs-snapshotter as a crash would.
+// KillDaemon kills daxfs-snapshotter with SIGKILL.
 func (n *Node) KillDaemon() error {
 	_, err := n.Sh("kill -9 $(cat /run/daxfs-snapshotter.pid)")
 	return err
 }
 
-// Log is what a program of the node has logged.
+// Log returns the log of a node's program.
 func (n *Node) Log(name string) string {
 	b, err := os.ReadFile(filepath.Join(n.Share(), name+".log"))
 	if err != nil {
@@ -138,7 +140,7 @@ func (n *Node) withLog(name string, err error) error {
 	return fmt.Errorf("start %s in the virtual machine: %w\nits log:\n%s", name, err, n.Log(name))
 }
 
-// Stop turns the machine off, at once. The error says what the kernel warned of while the node ran.
+// Stop turns the machine off at once. The error includes warnings of the kernel while the node ran.
 func (n *Node) Stop() error {
 	if err := n.Resume(); err != nil {
 		return err

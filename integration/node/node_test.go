@@ -17,7 +17,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m)) }
 
-// kernels skips a test where nodes cannot run, and returns the kernels to test on.
+// kernels skips a test where nodes cannot run, and returns the kernels to test.
 func kernels(t testing.TB) []qemu.Kernel {
 	t.Helper()
 	if unavailable := testing.Short() || os.Getuid() != 0; unavailable {
@@ -33,7 +33,7 @@ func kernels(t testing.TB) []qemu.Kernel {
 	return list
 }
 
-// bed is a directory with the root of nodes.
+// bed is a directory with the nodes' root.
 type bed struct {
 	testing.TB
 	dir  string
@@ -50,7 +50,6 @@ func newBed(t testing.TB) *bed {
 	return &bed{t, dir, root}
 }
 
-// start starts a node that ends with the test.
 func (b *bed) start(o Options) *node {
 	b.Helper()
 	o.Root = b.root
@@ -63,7 +62,7 @@ func (b *bed) start(o Options) *node {
 	b.Cleanup(func() {
 		cancel()
 		if n != nil {
-			n.Wait() // it was killed, unless it has ended in the test
+			n.Wait() // it was killed, unless it ended in the test
 		}
 	})
 	if err != nil {
@@ -87,13 +86,13 @@ func (n *node) sh(format string, args ...any) string {
 	return out
 }
 
-// awaitDaemon waits until containerd has connected to a daxfs-snapshotter that was started again.
+// awaitDaemon waits until containerd has connected to a restarted daxfs-snapshotter.
 func (n *node) awaitDaemon() {
 	n.b.Helper()
 	n.sh("until ctr snapshot --snapshotter daxfs ls; do sleep 0.2; done")
 }
 
-// give puts an OCI archive where the node has it as /host/NAME.tar.
+// give writes an OCI archive that the node has as /host/NAME.tar.
 func (n *node) give(name string, img v1.Image) {
 	n.b.Helper()
 	if err := testimage.WriteArchive(filepath.Join(n.Share(), name+".tar"), img); err != nil {
@@ -101,8 +100,8 @@ func (n *node) give(name string, img v1.Image) {
 	}
 }
 
-// A node's containerd imports an image and runs containers, with containerd's own snapshotter and with ours, whose pool is
-// memory of the node.
+// A node's containerd imports an image and runs containers, with containerd's own snapshotter and with
+// ours, whose pool is in the node's memory.
 func TestNode(t *testing.T) {
 	k := kernels(t)[0]
 	b := newBed(t)

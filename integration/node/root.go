@@ -12,15 +12,15 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/vmm"
 )
 
-// Where a node has its state and sockets: where a user's machine has them, so that commands need no flags.
+// The paths of a node's state and sockets are the defaults, so that commands need no flags.
 const (
 	containerdRun = "/run/containerd"
 	daemonSocket  = "/run/daxfs-snapshotter/daxfs.sock"
 	daemonRoot    = "/var/lib/daxfs-snapshotter"
 )
 
-// MakeRoot makes the root file system of nodes below dir: an image of busybox, containerd with its shim and ctr, runc with
-// its libraries, and the programs of this tree. It returns the image's path. Any number of nodes share it.
+// MakeRoot makes the root file system of nodes below dir, and returns the path of its image, which
+// nodes can share: busybox, containerd with its shim and ctr, runc with its libraries, and the programs of this tree.
 func MakeRoot(dir string) (image string, err error) {
 	busybox, err := testimage.Busybox()
 	if err != nil {
@@ -58,7 +58,7 @@ func MakeRoot(dir string) (image string, err error) {
 	return convert(dir, entries)
 }
 
-// convert makes an image file of entries by the program that a user has, and fills it up to a size that a machine takes.
+// convert makes an image file of entries with daxfs convert, and pads it to a size valid for a machine.
 func convert(dir string, entries []testimage.Entry) (image string, err error) {
 	tree := filepath.Join(dir, "root")
 	if err := os.Mkdir(tree, 0o755); err != nil {
@@ -83,7 +83,7 @@ func convert(dir string, entries []testimage.Entry) (image string, err error) {
 	return image, os.Truncate(image, (st.Size()+vmm.Align-1)&^(vmm.Align-1))
 }
 
-// unpack lets tar(1) make a tree of entries.
+// unpack makes a tree of entries with tar(1).
 func unpack(dir string, entries []testimage.Entry) (err error) {
 	cmd := exec.Command("tar", "--extract", "--preserve-permissions", "--same-owner", "--numeric-owner",
 		"--directory", dir)

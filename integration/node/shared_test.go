@@ -21,10 +21,10 @@ const (
 	poolSize  = 128 << 20
 	leaseSize = 2 << 20
 	diskSize  = 256 << 20
-	ownSize   = 2 << 20 // of what no other image has
+	ownSize   = 2 << 20 // of contents unique to an image
 )
 
-// hostConfig makes a pool in memory that nodes mount with DAX. The lease region of a node counts while its launcher lives.
+// hostConfig makes a pool in memory that nodes mount with DAX. A node's lease region counts while its launcher lives.
 const hostConfig = `[pool]
 kind = "tmpfs"
 path = "{{run}}/pool"
@@ -34,7 +34,7 @@ readers = "leases"
 leases = ["flock:{{run}}/leases"]
 `
 
-// readerConfig makes a node use the host's pool beside one of its own.
+// readerConfig makes a node use the host's pool beside its own.
 const readerConfig = `[pool]
 kind = "tmpfs"
 path = "/run/pool"
@@ -45,11 +45,11 @@ pools = ["/dev/pmem1"]
 leases = { "/dev/pmem1" = "/dev/pmem2" }
 `
 
-// launcher is what docs/virtual-machines.md has a user do: the monitor inherits a lock on the lease region, and never lets it go.
+// launcher follows docs/virtual-machines.md: the monitor inherits a lock on the lease region, and never releases it.
 var launcher = []string{"sh", "-euc", `exec 9<>"$0"; flock --nonblock 9; exec "$@"`}
 
-// onBase makes an image of busybox, a layer that images of the same base have in common, and a layer of its own: the file
-// /own/NAME holds text, and a larger one is in no other image.
+// onBase makes an image of busybox, a layer common to images of the same base, and a layer of its own:
+// the file /own/NAME contains text, and a larger file is unique.
 func onBase(t *testing.T, base, name, text string) v1.Image {
 	t.Helper()
 	busybox, err := testimage.Busybox()
@@ -78,10 +78,10 @@ func onBase(t *testing.T, base, name, text string) v1.Image {
 // sharing is a host that owns a pool, and a node that reads it.
 type sharing struct {
 	*stack.T
-	*node // the machine that runs now, if one does
+	*node // the running machine, if there is one
 	t     *testing.T
 	b     *bed
-	disk  string // of the node: what survives its machines
+	disk  string // of the node; survives its machines
 	runs  int
 }
 
@@ -97,10 +97,9 @@ func newSharing(t *testing.T) *sharing {
 	return s
 }
 
-// pool is the file of the host's pool.
 func (s *sharing) pool() string { return filepath.Join(s.Stack.Run, "pool") }
 
-// boot starts the node on its disk, with the pool and the lease region that are there now. A launcher makes that of zeros.
+// boot starts the node on its disk, with the current pool and lease region. A launcher creates the region as zeros.
 func (s *sharing) boot() {
 	s.t.Helper()
 	lease := filepath.Join(s.Stack.Run, "leases", "node.lease")
@@ -125,7 +124,7 @@ func (s *sharing) upload(name, text string) (ref, digest string) {
 	return s.Push(name, img), h.String()
 }
 
-// attach attaches what the host has under a name, when it has told of it: that is some time after it was pulled.
+// attach attaches an image of the host by name, once the host has published it, some time after the pull.
 func (s *sharing) attach(ref, digest string) {
 	s.t.Helper()
 	s.t.Log(s.sh(`i=0; until daxfs attach %s 2>&1 | tee /tmp/attach | grep %s; do
@@ -133,7 +132,7 @@ func (s *sharing) attach(ref, digest string) {
 	done`, ref, digest))
 }
 
-// reads runs a container of an image of the node to its end: it prints its file.
+// reads runs a container of an image on the node, which prints its file, and compares the output.
 func (s *sharing) reads(what, ref, file, want string) {
 	s.t.Helper()
 	s.runs++
@@ -147,7 +146,7 @@ func (s *sharing) prints(what, out, want string) {
 	}
 }
 
-// contents is what the host's pool holds, after nobody there needs any more what nobody needs.
+// contents returns the bytes of contents in the host's pool after a sweep.
 func (s *sharing) contents() int64 {
 	s.t.Helper()
 	s.Must(s.Collect())
@@ -156,7 +155,7 @@ func (s *sharing) contents() int64 {
 	return n
 }
 
-// await waits until the host's pool holds at most so much.
+// await waits until the host's pool holds at most most bytes.
 func (s *sharing) await(what string, most int64) {
 	s.t.Helper()
 	var n int64
@@ -169,7 +168,7 @@ func (s *sharing) await(what string, most int64) {
 	s.t.Errorf("%s: the pool has %d bytes of contents, want at most %d:\n%s", what, n, most, s.users())
 }
 
-// users is what the host says about who uses its images.
+// users returns the host's report of its images' users.
 func (s *sharing) users() string {
 	s.t.Helper()
 	out, err := s.Try("daxfs", "pool", "ls", "--control", s.Stack.Run+"/control.sock", s.pool())
@@ -177,8 +176,8 @@ func (s *sharing) users() string {
 	return out
 }
 
-// A second kernel starts containers from the pool of the host: its containerd has the images without having pulled them,
-// pulls only what the pool lacks, and survives what can happen to either side.
+// A second kernel starts containers from the host's pool: its containerd has the images without
+// pulling them, pulls only layers that the pool lacks, and survives failures on either side.
 func TestShared(t *testing.T) {
 	s := newSharing(t)
 	app, first := s.upload("app", "app")
@@ -198,7 +197,7 @@ func TestShared(t *testing.T) {
 	s.awaitDaemon()
 	s.reads("after the node's daemon was killed", app, "app", "app")
 
-	// The host goes on, after a crash too.
+	// The host continues, after a crash too.
 	s.Must(s.StopDaemon(syscall.SIGKILL))
 	s.Must(s.T.StartDaemon())
 	s.Must(s.Registry.On())
@@ -206,7 +205,7 @@ func TestShared(t *testing.T) {
 	s.attach(late, lateDigest)
 	s.reads("image that the host added", late, "late", "late")
 
-	// What the pool lacks is pulled: the configuration, and its own layer.
+	// Layers not in the pool are pulled: here the configuration and the image's own layer.
 	other := s.fromNode("other")
 	s.Registry.Fetched()
 	s.sh("ctr image pull --plain-http --snapshotter daxfs %s", other)
@@ -217,7 +216,7 @@ func TestShared(t *testing.T) {
 
 	s.replace(app)
 
-	// The guest boots again. What it has on its disk is as good as before.
+	// The guest reboots. Everything on its disk is still valid.
 	s.Must(s.Stop())
 	s.Must(s.Registry.Off())
 	s.boot()
@@ -229,13 +228,13 @@ func TestShared(t *testing.T) {
 	s.Must(s.Stop())
 }
 
-// fromNode is a reference by which the node reaches what was uploaded.
+// fromNode returns a reference by which the node reaches an uploaded image.
 func (s *sharing) fromNode(name string) string {
 	_, port, _ := strings.Cut(s.Registry.Addr(), ":")
 	return "10.0.2.2:" + port + "/" + name + ":latest"
 }
 
-// replace has the host replace an image, and then remove it, while a container of the node runs from what it was.
+// replace makes the host replace an image, and then remove it, while a container on the node runs from the old one.
 func (s *sharing) replace(app string) {
 	s.t.Helper()
 	s.sh("ctr run --detach --snapshotter daxfs %s stays /bin/sleep 1000000", app)
@@ -273,7 +272,7 @@ func (s *sharing) replace(app string) {
 	s.await("the container has ended", two-2*ownSize)
 }
 
-// kill ends the machine as a crash of the monitor does. With it goes the lock that its launcher took, and what it used is free.
+// kill ends the machine like a crash of the monitor. This releases its launcher's lock, and its images are free.
 func (s *sharing) kill(late string) {
 	s.t.Helper()
 	s.sh("ctr run --detach --snapshotter daxfs %s killed /bin/sleep 1000000; sync", late)
@@ -286,8 +285,8 @@ func (s *sharing) kill(late string) {
 	s.await("the machine is dead", before-ownSize)
 }
 
-// rebootHost loses all that the host has in memory: the pool and the lease regions. The node boots on its disk: it finds
-// nothing in the new pool, says so, and pulls as ever, once nothing is left that stands for what the old pool had.
+// rebootHost loses the host's memory: the pool and the lease regions. The node boots, finds nothing in
+// the new pool, reports that, and pulls as usual once no snapshot stands for an image of the old pool.
 func (s *sharing) rebootHost(late, other string) {
 	s.t.Helper()
 	s.Must(s.Reboot(nil))

@@ -15,9 +15,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/vmm"
 )
 
-// starts is a script that prints a line for each time that it takes: its name and the seconds. It brings an image to the node in
-// both ways, and starts containers of it, each with a process that prints one line. $1 is the archive, $2 the image's name in the
-// pool, and the rest the command.
+// starts is a script that prints a line for each measured time: its name and the seconds. It brings an
+// image to the node in both ways, and starts containers of it, each with a process that prints one
+// line. $1 is the archive, $2 the image's name in the pool, and the rest the command.
 const starts = `cat >/tmp/starts <<'END'
 archive=$1; name=$2; shift 2
 now() { read -r up idle </proc/uptime; echo $up; }
@@ -43,9 +43,9 @@ ctr content prune references >/dev/null
 END
 chmod +x /tmp/starts`
 
-// BenchmarkStart compares, in one node, the way of an image to its first output, and the start of a second container: of an image
-// of the host's pool that is attached, and of the same image that is imported into overlayfs from the node's memory. An iteration
-// is all of it; medians are reported, in seconds of the emulated machine.
+// BenchmarkStart compares the times to the first output of an image and to that of a second container
+// on one node: for an attached image of the host's pool, and for the same image imported into
+// overlayfs from memory. An iteration includes everything; it reports medians, in seconds of the emulated machine.
 func BenchmarkStart(b *testing.B) {
 	tiny, err := testimage.Tiny()
 	if err != nil {
@@ -80,11 +80,12 @@ func BenchmarkStart(b *testing.B) {
 	for _, i := range images {
 		n.give(i.name, i.img)
 		n.sh(`cp /host/%[1]s.tar /tmp; i=0
-			until daxfs attach %[2]s; do i=$((i+1)); [ $i -lt 120 ]; sleep 0.5; done; daxfs detach %[2]s`, i.name, refs[i.name])
+				until daxfs attach %[2]s; do i=$((i+1)); [ $i -lt 120 ]; sleep 0.5; done; daxfs detach %[2]s`,
+			i.name, refs[i.name])
 	}
 	for _, i := range images {
 		b.Run(i.name, func(b *testing.B) {
-			n.sh("sh -eu /tmp/starts /tmp/%s.tar %s %s", i.name, refs[i.name], i.command) // warm
+			n.sh("sh -eu /tmp/starts /tmp/%s.tar %s %s", i.name, refs[i.name], i.command) // warm up
 			times := map[string][]float64{}
 			for range b.N {
 				for _, line := range strings.Split(strings.TrimSpace(
@@ -106,7 +107,7 @@ func BenchmarkStart(b *testing.B) {
 			for _, what := range []string{"first", "second"} {
 				b.ReportMetric(median["daxfs-"+what]/median["overlayfs-"+what], what+"-ratio")
 			}
-			b.ReportMetric(0, "ns/op") // the host's clock says nothing
+			b.ReportMetric(0, "ns/op") // the host's clock is meaningless
 			b.Logf("%v", times)
 		})
 	}

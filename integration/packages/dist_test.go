@@ -15,7 +15,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// The versions that are installed, and upgraded to.
+// The installed version and the upgrade.
 const (
 	oldVersion = "v1.0.0"
 	newVersion = "v1.0.1"
@@ -31,7 +31,7 @@ func makeDist(tree, version, dir string) error {
 	return nil
 }
 
-// files are the names that make dist gives oldVersion.
+// files returns the file names of make dist for oldVersion.
 func files(arch string) []string {
 	rpmArch := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[arch]
 	number := strings.TrimPrefix(oldVersion, "v")
@@ -46,7 +46,7 @@ func files(arch string) []string {
 	}
 }
 
-// What make dist makes for one architecture is complete, and has the files, modes and configuration files that it should.
+// make dist's output for one architecture is complete, with the right files, modes and configuration files.
 func TestDist(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds the programs, and not with -short")
@@ -76,7 +76,7 @@ func TestDist(t *testing.T) {
 	checkImage(t, filepath.Join(dir, want[3]))
 }
 
-// checkDeb asks dpkg-deb what is in a package.
+// checkDeb checks the contents of a package with dpkg-deb.
 func checkDeb(t *testing.T, file string) {
 	t.Helper()
 	if _, err := exec.LookPath("dpkg-deb"); err != nil {
@@ -110,7 +110,7 @@ func checkDeb(t *testing.T, file string) {
 	}
 }
 
-// checkImage reads an archive of an OCI image layout by hand: every blob is named by its digest, and one image is for amd64.
+// checkImage reads an OCI archive without a library: every blob is named by its digest, and one image is for amd64.
 func checkImage(t *testing.T, file string) {
 	t.Helper()
 	f, err := os.Open(file)

@@ -14,19 +14,20 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// suites are the Debian releases, with what an operator's machine has beside Debian's minimal system.
+// suites are the Debian releases to test on.
 var suites = []string{"bookworm", "trixie"}
 
 const debianPackages = "systemd,systemd-sysv,dbus,runc,make,ca-certificates"
 
-// builds are what the tests need from the network.
+// builds are the parts of the tests that need the network.
 var builds = []stack.Build{makeRoots, makeDists}
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m, builds...)) }
 
-// makeRoots makes the roots of clean systems that the cache lacks, as archives.
+// makeRoots makes the missing roots of clean systems in the cache, as archives.
 func makeRoots(cache string) error {
-	mirror, err := exec.Command("sh", "-c", `apt-get indextargets --format '$(CREATED_BY) $(LABEL) $(COMPONENT) $(REPO_URI)' |
+	mirror, err := exec.Command("sh", "-c", `apt-get indextargets \
+			--format '$(CREATED_BY) $(LABEL) $(COMPONENT) $(REPO_URI)' |
 		awk '/^Packages Debian main / {print $4; exit}'`).Output()
 	if err != nil || len(mirror) == 0 {
 		return fmt.Errorf("apt has no mirror of Debian's packages (%w)", err)

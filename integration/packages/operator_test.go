@@ -18,18 +18,18 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// registryName is what documents call a registry.
+// registryName is the registry's name in documents.
 const registryName = "registry.example.com"
 
 // section is a part of docs/operations.md that the operator follows.
 type section struct {
 	title string
-	// only is in the commands of the blocks that are followed; the section has others for other ways. Empty: all.
+	// only selects the blocks whose commands contain it; the section has others for other ways. Empty: all.
 	only string
 }
 
-// The operator of docs/operations.md gets from a clean system to running containers and back, by the commands as they are printed:
-// with each way to install, with systemd and without.
+// The operator of docs/operations.md gets from a clean system to running containers and back, with the
+// commands as printed: for each way to install, with systemd and without.
 func TestOperator(t *testing.T) {
 	for _, way := range []struct {
 		name, suite string
@@ -98,7 +98,7 @@ func TestOperator(t *testing.T) {
 				r.sh("systemctl enable --now containerd")
 			}
 			for _, s := range way.sections {
-				if s.title == "" { // what "systemctl restart containerd" is with systemd
+				if s.title == "" { // stands in for "systemctl restart containerd"
 					r.sh(startContainerd)
 					continue
 				}
@@ -121,7 +121,7 @@ func TestOperator(t *testing.T) {
 	}
 }
 
-// blocks returns the commands of each console block of a section, as documents print them.
+// blocks returns the commands of each console block of a section, as printed.
 func blocks(text string, s section) (scripts []string) {
 	_, text, _ = strings.Cut(text, "\n"+s.title+"\n")
 	if end := regexp.MustCompile(`(?m)^#{2,3} `).FindStringIndex(text); end != nil {
@@ -158,10 +158,11 @@ func giveContainerd(r *root) {
 	r.sh("mkdir -p /etc/containerd && containerd config default >/etc/containerd/config.toml")
 }
 
-// giveSource puts the sources where the operator stands, and the Go of this machine with the modules that it has.
+// giveSource copies the sources to the operator's directory, and this machine's Go with its modules.
 func giveSource(r *root) {
 	r.Helper()
-	r.host("sh", "-c", `git -C ../.. ls-files -z --cached --others --exclude-standard | tar -C ../.. --null --files-from - --create | tar -x -C "$0"`,
+	r.host("sh", "-c", `git -C ../.. ls-files -z --cached --others --exclude-standard |
+		tar -C ../.. --null --files-from - --create | tar -x -C "$0"`,
 		filepath.Join(r.dir, "root"))
 	for variable, to := range map[string]string{
 		"GOROOT": "usr/local/go", "GOMODCACHE": "root/go/pkg/mod",
@@ -174,7 +175,7 @@ func giveSource(r *root) {
 	}
 }
 
-// serveRegistry serves an image under the name that documents have.
+// serveRegistry serves an image under the name in the documents.
 func serveRegistry(r *root) {
 	r.Helper()
 	registry, err := stack.NewRegistry()

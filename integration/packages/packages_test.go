@@ -13,11 +13,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// everything lists what is in a system but what dpkg, rpm and the like keep for themselves.
-const everything = `find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /var/lib/dpkg -o -path /var/lib/rpm -o -path /usr/lib/sysimage \
-	-o -path /var/log -o -path /var/cache -o -path /tmp -o -path /run/systemd -o -path /root \) -prune -o -printf '%p %M %u:%g\n' | sort`
+// everything lists a system's files except the data of dpkg, rpm and the like.
+const everything = `find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /var/lib/dpkg \
+	-o -path /var/lib/rpm -o -path /usr/lib/sysimage -o -path /var/log -o -path /var/cache -o -path /tmp \
+	-o -path /run/systemd -o -path /root \) -prune -o -printf '%p %M %u:%g\n' | sort`
 
-// dist is the only file of a version that a pattern names.
+// dist returns the only file of a version that matches a pattern.
 func dist(t *testing.T, version, pattern string) string {
 	t.Helper()
 	cache, err := stack.CacheDir()
@@ -31,8 +32,8 @@ func dist(t *testing.T, version, pattern string) string {
 	return files[0]
 }
 
-// The Debian package installs in clean systems, keeps the operator's configuration through an upgrade, and leaves nothing when
-// it is purged but the data of the daemon.
+// The Debian package installs in clean systems, keeps the operator's configuration through an upgrade,
+// and when purged leaves only the daemon's data.
 func TestDebian(t *testing.T) {
 	for _, suite := range suites {
 		t.Run(suite, func(t *testing.T) {
@@ -54,7 +55,8 @@ func TestDebian(t *testing.T) {
 					t.Errorf("not installed: %s", want)
 				}
 			}
-			if out := r.sh("dpkg --verify daxfs-snapshotter; daxfs --version; daxfs-snapshotter config check"); !strings.Contains(out, oldVersion) {
+			out := r.sh("dpkg --verify daxfs-snapshotter; daxfs --version; daxfs-snapshotter config check")
+			if !strings.Contains(out, oldVersion) {
 				t.Errorf("installed is %q, expected %s", out, oldVersion)
 			}
 			if out := r.sh("systemd-analyze verify --man=no /usr/lib/systemd/system/daxfs-snapshotter.*"); out != "" {
@@ -66,7 +68,8 @@ func TestDebian(t *testing.T) {
 				!strings.HasSuffix(out, "\n# mine\n") {
 				t.Errorf("after the upgrade there is %q", out)
 			}
-			r.sh("mkdir -p /var/lib/daxfs-snapshotter/pool; echo data >/var/lib/daxfs-snapshotter/pool/live; dpkg --remove daxfs-snapshotter")
+			r.sh("mkdir -p /var/lib/daxfs-snapshotter/pool; echo data >/var/lib/daxfs-snapshotter/pool/live; " +
+				"dpkg --remove daxfs-snapshotter")
 			if out := r.sh("tail -n 1 /etc/daxfs-snapshotter/config.toml"); out != "# mine\n" {
 				t.Errorf("dpkg --remove has taken the configuration: %q", out)
 			}
@@ -87,17 +90,18 @@ func TestDebian(t *testing.T) {
 	}
 }
 
-// The RPM package has the same files, keeps the configuration, and leaves nothing. Debian's rpm stands for that of other
-// distributions.
+// The RPM package has the same files, keeps the configuration, and leaves nothing. Debian's rpm stands
+// in for those of other distributions.
 func TestRPM(t *testing.T) {
 	r := newRoot(t, "bookworm")
 	old, upgrade := dist(t, oldVersion, "*.rpm"), dist(t, newVersion, "*.rpm")
 	listed := strings.Fields(r.host("rpm", "--query", "--list", "--package", old))
 	r.sh("mkdir /root/lists")
 	r.give(dist(t, oldVersion, "*.deb"), "/root/old.deb")
-	ofDebian := strings.Fields(r.sh(`dpkg-deb --fsys-tarfile /root/old.deb | tar -t | grep -v '/$' | sed 's|^\./|/|; s|^[^/]|/&|'`))
+	ofDebian := strings.Fields(r.sh(`dpkg-deb --fsys-tarfile /root/old.deb | tar -t | grep -v '/$' |
+		sed 's|^\./|/|; s|^[^/]|/&|'`))
 	for _, file := range ofDebian {
-		// Each has its place for these two.
+		// These two have another place in each.
 		if strings.HasSuffix(file, "/_daxfs") || strings.HasSuffix(file, "/copyright") {
 			continue
 		}
@@ -121,7 +125,7 @@ func TestRPM(t *testing.T) {
 		t.Errorf("after the upgrade there is %q", out)
 	}
 	rpm("--erase", "daxfs-snapshotter")
-	// rpm saves what was changed. Directories of zsh and the like are those of other packages, where RPM is at home.
+	// rpm keeps changed files. On RPM systems, directories of zsh and the like belong to other packages.
 	left := slices.DeleteFunc(difference(r.sh(everything), before),
 		func(line string) bool { return !strings.Contains(line, "daxfs") })
 	if want := []string{
@@ -132,10 +136,11 @@ func TestRPM(t *testing.T) {
 	}
 }
 
-// Another copy of the sources, in another directory and built from nothing, gives the same bytes.
+// A clean copy of the sources in another directory builds to the same bytes.
 func TestReproducible(t *testing.T) {
 	copied := t.TempDir()
-	out, err := exec.Command("sh", "-c", `git -C ../.. ls-files -z --cached --others --exclude-standard | tar -C ../.. --null --files-from - --create | tar -x -C "$0"`,
+	out, err := exec.Command("sh", "-c", `git -C ../.. ls-files -z --cached --others --exclude-standard |
+		tar -C ../.. --null --files-from - --create | tar -x -C "$0"`,
 		copied).CombinedOutput()
 	if err != nil {
 		t.Fatalf("copy the sources: %v\n%s", err, out)
@@ -171,7 +176,7 @@ func TestReproducible(t *testing.T) {
 	}
 }
 
-// difference returns the lines that a has and b has not.
+// difference returns the lines of a that b lacks.
 func difference(a, b string) (list []string) {
 	known := map[string]bool{}
 	for line := range strings.Lines(b) {

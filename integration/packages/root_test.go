@@ -22,10 +22,10 @@ import (
 type root struct {
 	*testing.T
 	dir string
-	pid int // of PID 1 of the system, while it runs
+	pid int // of PID 1 of the running system
 }
 
-// marker is a file that tells a clean system from this machine.
+// marker is a file that distinguishes a clean system from this machine.
 const marker = "etc/daxfs-clean-system"
 
 // newRoot unpacks a clean system of a suite. It is removed when the test ends.
@@ -60,7 +60,7 @@ func newRoot(t *testing.T, suite string) *root {
 	return r
 }
 
-// host runs a program outside of the system.
+// host runs a program outside the system.
 func (r *root) host(name string, args ...string) string {
 	r.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
@@ -70,7 +70,7 @@ func (r *root) host(name string, args ...string) string {
 	return string(out)
 }
 
-// try runs a script in the system, by bash -e, and returns all that it printed. If the system is not started nothing is mounted.
+// try runs a script in the system, by bash -e, and returns its output. Before start nothing is mounted.
 func (r *root) try(script string) (string, error) {
 	argv := []string{"chroot", r.dir}
 	if r.pid != 0 {
@@ -79,7 +79,7 @@ func (r *root) try(script string) (string, error) {
 			"--root", "--wd",
 		}
 	}
-	// While the system starts, its PID 1 stands in this machine's root.
+	// While the system starts, its PID 1 is in this machine's root.
 	script = "test -e /" + marker + " || { echo the system has not started; exit 99; }\n" + script
 	cmd := exec.Command(argv[0],
 		append(argv[1:], "/usr/bin/env", "-i", "HOME=/root", "LANG=C.UTF-8", "DEBIAN_FRONTEND=noninteractive",
@@ -87,7 +87,7 @@ func (r *root) try(script string) (string, error) {
 			"-c", script)...)
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &out
-	// What a script leaves in the background does not keep it.
+	// Do not wait for background programs of the script.
 	cmd.WaitDelay = time.Second
 	err := cmd.Run()
 	return out.String(), err
@@ -103,7 +103,7 @@ func (r *root) sh(script string) string {
 	return out
 }
 
-// enter makes the mounts that a machine has and takes the directory as its root. PID 1 is what follows.
+// enter makes the usual mounts and changes the root to the directory. What follows is PID 1.
 const enter = `
 mount --make-rprivate /
 mount --rbind "$0" "$0"
@@ -167,7 +167,8 @@ func (r *root) start(systemd bool) {
 		if r.Failed() {
 			text, _ := os.ReadFile(log.Name())
 			r.Logf("the console of the system:\n%s", text)
-			out, _ := r.try("journalctl --no-pager -n 100 -u daxfs-snapshotter -u containerd 2>/dev/null; tail -n 30 /var/log/containerd.log /var/log/daxfs-snapshotter.log 2>/dev/null")
+			out, _ := r.try("journalctl --no-pager -n 100 -u daxfs-snapshotter -u containerd 2>/dev/null; " +
+				"tail -n 30 /var/log/containerd.log /var/log/daxfs-snapshotter.log 2>/dev/null")
 			r.Log(out)
 		}
 		_ = cmd.Process.Kill()
@@ -197,7 +198,7 @@ func (r *root) start(systemd bool) {
 	}
 }
 
-// cgroup makes a control group of version 2 for the system, which is the top of what it sees.
+// cgroup makes a control group of version 2 for the system, as the root of its view.
 func (r *root) cgroup() string {
 	r.Helper()
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
@@ -211,8 +212,8 @@ func (r *root) cgroup() string {
 	return dir
 }
 
-// noController is runc where the machine has its controllers in control groups of version 1, and systemd can have those of version 2
-// only: containers run without the share of the processor that clients ask for.
+// noController stands in for runc where the machine's controllers are in control groups of version 1,
+// while systemd needs version 2: containers run without the CPU shares that clients request.
 const noController = `#!/bin/sh
 for a; do
 	[ "$before" != --bundle ] || sed -i -e 's/,"cpu":{[^}]*}//' -e 's/"cpu":{[^}]*},\{0,1\}//' "$a/config.json"
@@ -258,11 +259,14 @@ func (r *root) give(from, to string) {
 
 // Scripts that start daemons and wait until they answer.
 const (
-	startDaemon = `mkdir -p /run/daxfs-snapshotter; setsid daxfs-snapshotter >>/var/log/daxfs-snapshotter.log 2>&1 </dev/null &
-		echo $! >/run/daxfs-snapshotter.pid; for i in $(seq 600); do daxfs status >/dev/null 2>&1 && break; sleep 0.1; done; daxfs status >/dev/null
+	startDaemon = `mkdir -p /run/daxfs-snapshotter
+		setsid daxfs-snapshotter >>/var/log/daxfs-snapshotter.log 2>&1 </dev/null &
+		echo $! >/run/daxfs-snapshotter.pid
+		for i in $(seq 600); do daxfs status >/dev/null 2>&1 && break; sleep 0.1; done; daxfs status >/dev/null
 		`
 	startContainerd = `setsid containerd >>/var/log/containerd.log 2>&1 </dev/null &
-		echo $! >/run/containerd.pid; for i in $(seq 600); do ctr snapshot --snapshotter daxfs ls >/dev/null 2>&1 && break; sleep 0.1; done
+		echo $! >/run/containerd.pid
+		for i in $(seq 600); do ctr snapshot --snapshotter daxfs ls >/dev/null 2>&1 && break; sleep 0.1; done
 		ctr snapshot --snapshotter daxfs ls >/dev/null
 		`
 )

@@ -14,17 +14,17 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
-// version is a release of containerd that daxfs is tried on.
+// version is a release of containerd to test.
 type version struct {
 	module, number string
-	snippet        string   // prints the file for conf.d
-	pulls          []string // flags of ctr image pull that choose who pulls
+	snippet        string   // prints the configuration for conf.d
+	pulls          []string // flags of ctr image pull that choose the puller
 }
 
-// bothPulls have containerd's transfer service pull, then ctr itself.
+// bothPulls let containerd's transfer service pull, then ctr itself.
 var bothPulls = []string{"--local=false", "--local"}
 
-// versions are the newest releases of each line that operations.md names, but for that of the other tests.
+// versions are the newest releases of each line in operations.md, without the one of the other tests.
 var versions = []version{
 	{
 		"github.com/containerd/containerd", "v1.7.35",
@@ -54,7 +54,7 @@ func makeContainerds(cache string) error {
 	return nil
 }
 
-// build builds the programs from a copy of the module. "go install" refuses modules that exclude others.
+// build builds the programs from a copy of the module. "go install" refuses modules with exclude directives.
 func (v version) build(to string) (err error) {
 	tree, err := os.MkdirTemp("", "containerd-")
 	if err != nil {
@@ -91,7 +91,7 @@ func (v version) build(to string) (err error) {
 	return os.Rename(temp, to)
 }
 
-// What an operator does works with each version of containerd, with its default configuration and our snippet.
+// An operator's actions work with each version of containerd, with its default configuration and our snippet.
 func TestVersions(t *testing.T) {
 	cache, err := stack.CacheDir()
 	if err != nil {
@@ -106,7 +106,8 @@ func TestVersions(t *testing.T) {
 			r.give(dist(t, oldVersion, "*.deb"), "/root/daxfs.deb")
 			r.sh(`dpkg --install /root/daxfs.deb
 				mkdir -p /etc/containerd/conf.d; containerd config default >/etc/containerd/config.toml
-				grep -q '^imports' /etc/containerd/config.toml && sed -i 's|^imports.*|imports = ["/etc/containerd/conf.d/*.toml"]|' /etc/containerd/config.toml ||
+				grep -q '^imports' /etc/containerd/config.toml &&
+				sed -i 's|^imports.*|imports = ["/etc/containerd/conf.d/*.toml"]|' /etc/containerd/config.toml ||
 					sed -i '1i imports = ["/etc/containerd/conf.d/*.toml"]' /etc/containerd/config.toml
 				` + v.snippet + ` >/etc/containerd/conf.d/daxfs.toml`)
 			serveRegistry(r)
@@ -147,5 +148,6 @@ func TestVersions(t *testing.T) {
 }
 
 func stop(name string) string {
-	return fmt.Sprintf("p=$(cat /run/%s.pid); kill $p; for i in $(seq 600); do kill -0 $p 2>/dev/null || break; sleep 0.1; done\n", name)
+	return fmt.Sprintf("p=$(cat /run/%s.pid); kill $p\n"+
+		"for i in $(seq 600); do kill -0 $p 2>/dev/null || break; sleep 0.1; done\n", name)
 }

@@ -1,5 +1,5 @@
-// Package pagemap reads which physical pages of memory a process has mapped, from /proc/PID/maps and /proc/PID/pagemap.
-// The kernel tells it to root alone.
+// Package pagemap reads which physical pages a process has mapped, from /proc/PID/maps and
+// /proc/PID/pagemap. Only root can read page frame numbers.
 package pagemap
 
 import (
@@ -15,18 +15,18 @@ import (
 // PageSize is the size of a page in bytes.
 const PageSize = 4096
 
-// Process has the physical pages of files that a process has mapped.
+// Process holds the physical pages of a process's mapped files.
 type Process struct {
 	PID    int
 	Mapped int                          // pages of files in its address space
-	Frames map[uint64]bool              // page frame numbers of those
+	Frames map[uint64]bool              // page frame numbers of those pages
 	Text   map[string]map[uint64]uint64 // program text: path -> offset in the file -> page frame number
 }
 
 // Bits of an entry of /proc/PID/pagemap, see Documentation/admin-guide/mm/pagemap.rst of Linux.
 const (
 	pagePresent = 1 << 63
-	pageFile    = 1 << 61 // of a file (or shared); not a private copy
+	pageFile    = 1 << 61 // of a file or shared; not a private copy
 	frameMask   = 1<<55 - 1
 )
 
@@ -37,7 +37,7 @@ func Read(pid int) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Where this process has another root, in a chroot for instance, the kernel puts the way to the container's in front.
+	// If this process has another root, such as a chroot, the kernel prefixes the path to the container's root.
 	root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
 	if err != nil {
 		return nil, err
@@ -79,7 +79,7 @@ func parseRange(s string) (first, last uint64, err error) {
 	return first, last, err
 }
 
-// add counts one mapping, whose pagemap entries are given.
+// add counts one mapping. entries are its pagemap entries.
 func (p *Process) add(file string, text bool, offset uint64, entries []byte) {
 	for i := 0; i+8 <= len(entries); i += 8 {
 		e := binary.LittleEndian.Uint64(entries[i:])

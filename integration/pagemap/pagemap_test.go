@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// Addresses and counts of a mapping are read from lines as the kernel prints them.
+// Addresses and counts of a mapping are parsed from the kernel's format.
 func TestReadOwnPages(t *testing.T) {
 	p, err := Read(os.Getpid())
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package podman holds our reader of zstd:chunked against the writer that podman, buildah and skopeo use. It is a module
-// of its own: the product does not depend on that library.
+// Package podman tests our reader of zstd:chunked with the writer of podman, buildah and skopeo. It is
+// a module of its own, because the product does not depend on that library.
 package podman
 
 import (
@@ -37,7 +37,7 @@ func (c contents) Find(sum [32]byte, size int64) (io.ReaderAt, bool) {
 	return bytes.NewReader(b), ok && int64(len(b)) == size
 }
 
-// entry is an entry of the tar of the test.
+// entry is an entry of the test's tar.
 type entry struct {
 	tar.Header
 	body []byte
@@ -82,7 +82,7 @@ func entries() []entry {
 	return append(all, entry{tar.Header{Name: "again", Mode: 0o644}, all[len(all)-1].body})
 }
 
-// Layers that podman's library writes come out byte by byte, with whatever part of their files is there already.
+// Layers written by podman's library are restored byte by byte, whichever of their files exist already.
 func TestRead(t *testing.T) {
 	all := entries()
 	var raw bytes.Buffer

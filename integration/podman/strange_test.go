@@ -24,7 +24,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/chunked"
 )
 
-// header makes a header of a tar by hand, as archive/tar refuses to. Change has the block before its checksum is made.
+// header makes a tar header without archive/tar, which refuses such ones. change edits the block before the checksum.
 func header(name string, typeflag byte, size int, change func([]byte)) []byte {
 	b := make([]byte, 512)
 	copy(b, name)
@@ -50,7 +50,7 @@ func member(name string, typeflag byte, body []byte, change func([]byte)) []byte
 	return append(b, make([]byte, -len(b)&511)...)
 }
 
-// records are those of PAX.
+// records encodes PAX records.
 func records(all ...string) []byte {
 	var b bytes.Buffer
 	for _, r := range all {
@@ -68,7 +68,7 @@ func records(all ...string) []byte {
 
 var end = make([]byte, 1024)
 
-// strange are tars that few tools write, by hand where archive/tar does not.
+// strange are unusual tars, made by hand where archive/tar cannot write them.
 func strange(t *testing.T) map[string][]byte {
 	made := func(all ...entry) []byte {
 		raw := rawTar(t, all)
@@ -210,8 +210,8 @@ func strange(t *testing.T) map[string][]byte {
 	}
 }
 
-// refused are those of strange that a table of contents cannot say, or of which containers/storage would make another
-// tree by files than as a whole, if any.
+// refused are those of strange that a table of contents cannot represent, or that containers/storage,
+// if it accepts them, unpacks differently by files than as a whole.
 var refused = []string{
 	"PAX attribute, Latin", "PAX link, Latin", "PAX name with NUL", "PAX name, Latin", "after end",
 	"below a symlink", "checksum",
@@ -225,9 +225,9 @@ var refused = []string{
 	"whiteout with contents",
 }
 
-// Whatever the tar of a layer is, it is refused, or what we write gives it to each reader: to one who decompresses it,
-// to our reader, with files that are there and without, and to containers/storage, by files and as a whole, which get
-// the same tree of it. Where containers/storage cannot read the tar as it is, nothing is to be had.
+// Each tar of a layer is either refused, or our encoding gives it to every reader: to a decompressor,
+// to our reader, with existing files and without, and to containers/storage, which makes the same tree
+// of it by files and as a whole. For tars that containers/storage cannot read at all, there is no such comparison.
 func TestStrange(t *testing.T) {
 	s := newStorage(t)
 	all := strange(t)
@@ -309,7 +309,7 @@ func readByFiles(t *testing.T, stored []byte, e *chunked.Encoded, have contents)
 	return io.ReadAll(r)
 }
 
-// treeOf is what a layer shows, without devices and FIFOs: containers/storage makes none when it pulls by files.
+// treeOf lists a layer without devices and FIFOs: containers/storage makes none when it pulls by files.
 func treeOf(t *testing.T, s storage.Store, id string) map[string]string {
 	t.Helper()
 	root := filepath.Join(s.GraphRoot(), "overlay", id, "diff")
@@ -325,7 +325,7 @@ func treeOf(t *testing.T, s storage.Store, id string) map[string]string {
 		line := fmt.Sprintf("mode %o owner %d:%d", st.Mode, st.Uid, st.Gid)
 		switch st.Mode & unix.S_IFMT {
 		case unix.S_IFREG:
-			// It makes times before 1970 later, if it pulls as a whole.
+			// A full pull clamps times before 1970.
 			line += fmt.Sprintf(" time %d.%09d links %d", max(st.Mtim.Sec, 0), st.Mtim.Nsec, st.Nlink)
 			b, err := os.ReadFile(path)
 			if err != nil {

@@ -22,7 +22,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if reexec.Init() { // the library unpacks in processes of its own
+	if reexec.Init() { // the library unpacks in its own processes
 		return
 	}
 	os.Exit(m.Run())
@@ -52,7 +52,7 @@ func rawTar(t testing.TB, all []entry) []byte {
 	return raw.Bytes()
 }
 
-// seekable gives containers/storage parts of a blob, as a registry does, and counts them.
+// seekable serves parts of a blob to containers/storage, like a registry, and counts them.
 type seekable struct {
 	b       []byte
 	fetched int
@@ -73,7 +73,7 @@ func (s *seekable) GetBlobAt(chunks []podchunked.ImageSourceChunk) (chan io.Read
 	return streams, errs, nil
 }
 
-// newStorage is a storage as podman has it.
+// newStorage makes a storage like podman's.
 func newStorage(t testing.TB) storage.Store {
 	t.Helper()
 	dir := t.TempDir()
@@ -92,7 +92,7 @@ func newStorage(t testing.TB) storage.Store {
 	return s
 }
 
-// tarOf is the digest of the tar that a storage makes of a layer that it has.
+// tarOf returns the digest of the tar that a storage makes from one of its layers.
 func tarOf(t testing.TB, s storage.Store, id string) digest.Digest {
 	t.Helper()
 	plain := archive.Uncompressed
@@ -108,7 +108,7 @@ func tarOf(t testing.TB, s storage.Store, id string) digest.Digest {
 	return d
 }
 
-// partial pulls a layer as podman does from a registry, and returns how many bytes it fetched.
+// partial pulls a layer like podman from a registry, and returns the number of fetched bytes.
 func partial(t testing.TB, s storage.Store, id string, stored []byte, e *chunked.Encoded) int {
 	t.Helper()
 	src := &seekable{b: stored}
@@ -136,8 +136,8 @@ func partial(t testing.TB, s storage.Store, id string, stored []byte, e *chunked
 	return src.fetched
 }
 
-// Layers that we write are pulled by containers/storage partially and in full. Of the second version of a layer it
-// fetches the files that the first one has not got. (Chunks that it has got, too, where files can share blocks.)
+// containers/storage pulls our layers partially and in full. Of the second version of a layer it
+// fetches the files that the first one lacks. (Where files can share blocks it also reuses chunks.)
 func TestWrite(t *testing.T) {
 	s := newStorage(t)
 	first := entries()
@@ -168,14 +168,14 @@ func TestWrite(t *testing.T) {
 	}
 }
 
-// noise are bytes that cannot be compressed, the same each time.
+// noise returns incompressible bytes, the same each time.
 func noise(n int) []byte {
 	b := make([]byte, n)
 	_, _ = rand.NewChaCha8([32]byte{7}).Read(b)
 	return b
 }
 
-// BenchmarkEncode writes a tar, DAXFS_LAYER or that of TestRead, with our encoder and with that of containers/storage.
+// BenchmarkEncode encodes a tar, DAXFS_LAYER or that of TestRead, with our encoder and containers/storage's.
 func BenchmarkEncode(b *testing.B) {
 	raw := rawTar(b, entries())
 	if name := os.Getenv("DAXFS_LAYER"); name != "" {

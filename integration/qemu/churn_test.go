@@ -11,11 +11,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// churnRounds is how many images are added in one run.
+// churnRounds is the number of images added in one run.
 const churnRounds = 40
 
-// The host adds and removes images while a guest has the pool mounted, verifies files of others and is short of memory. No byte is
-// ever wrong, an image is seen whole, and space that the guest has forgotten holds other files again.
+// The host adds and removes images while a guest, short of memory, has the pool mounted and verifies
+// other images. No byte is ever wrong, an image appears whole, and space that the guest has forgotten is reused.
 func TestPublishUnderLoad(t *testing.T) {
 	onEach(t, func(t *testing.T, k Kernel) {
 		p := newPool(t, 64<<20)
@@ -76,7 +76,7 @@ func TestPublishUnderLoad(t *testing.T) {
 	})
 }
 
-// churnImage makes an image of files that others have, too, and of its own.
+// churnImage makes an image of common files and of its own files.
 func churnImage(i int) (key string, entries []testimage.Entry) {
 	random := rand.New(rand.NewPCG(uint64(i), 1))
 	sizes := []int{1, 100, 4096, 20_000, 70_000}

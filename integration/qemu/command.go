@@ -13,11 +13,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 )
 
-// Share is the directory on the host that the guest has as /host.
+// Share returns the directory on the host that the guest has as /host.
 func (r *Running) Share() string { return filepath.Join(r.dir, "share") }
 
-// Command runs a script in the shell of a guest whose task is "node", and returns what it printed. Scripts run one after the
-// other; programs that one leaves in the background go on. The error of one that fails holds its output.
+// Command runs a script in the shell of a guest with the task "node", and returns its output. Scripts
+// run one after the other; background programs continue. If a script fails, the error contains its output.
 func (r *Running) Command(ctx context.Context, script string) (string, error) {
 	r.commands.Lock()
 	defer r.commands.Unlock()

@@ -7,12 +7,12 @@ import (
 	"sort"
 )
 
-// archive is an initramfs: files by their path without a leading slash. The kernel reads it in the "newc" form of
-// cpio, which is described in its Documentation/driver-api/early-userspace/buffer-format.rst.
+// archive is an initramfs: files by path without a leading slash, written in the "newc" format of
+// cpio. The kernel's Documentation/driver-api/early-userspace/buffer-format.rst describes the format.
 type archive map[string]archiveFile
 
 type archiveFile struct {
-	mode uint32 // type and permissions; a directory has no body, a symbolic link its target
+	mode uint32 // type and permissions; a directory has no body, a symbolic link has its target
 	body []byte
 }
 
@@ -62,7 +62,7 @@ func writeMember(w io.Writer, ino int, name string, f archiveFile) error {
 	return pad(w, len(f.body))
 }
 
-// pad fills up to a multiple of four bytes.
+// pad pads to a multiple of four bytes.
 func pad(w io.Writer, n int) error {
 	_, err := w.Write(make([]byte, -n&3))
 	return err

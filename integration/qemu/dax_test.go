@@ -12,12 +12,13 @@ import (
 
 const bash = "/bin/bash"
 
-// waiting is a dynamic program that says that it is up and then waits for the end of its input.
+// waiting is a dynamic program that reports its start and then waits for the end of its input.
 var waiting = []string{bash, "-c", "echo up; read line"}
 
-// In a guest that shares a pool, containers of different images run on the pool's own pages: all program text in memory is the
-// memory that the host shares, and a page of a file is the same page in all images that have the file. Reading an image
-// grows no page cache. An image that the host adds while the guest has the pool mounted is as good as the others.
+// In a guest that shares a pool, containers of different images run on the pool's own pages: all
+// program text in memory is the host's shared memory, and a page of a file is the same page in all
+// images with the file. Reading an image does not grow the page cache. An image added while the guest
+// has the pool mounted works like the others.
 func TestSharedPages(t *testing.T) {
 	need(t)
 	programs, err := testimage.Programs(bash)
@@ -56,7 +57,7 @@ func TestSharedPages(t *testing.T) {
 	}
 }
 
-// checkShared tells whether a number of images share all that they have in common.
+// checkShared checks that images share everything that they have in common.
 func checkShared(t *testing.T, a task.Answer, images int) {
 	t.Helper()
 	t.Logf("kernel %s, mounts %q, page cache %+d KiB for %d bytes read", a.Kernel, a.Options, a.Cached, a.Read)
@@ -69,10 +70,11 @@ func checkShared(t *testing.T, a task.Answer, images int) {
 		t.Fatalf("%d images were read, %d were mapped and %d processes ran, want %d, %d and %d",
 			len(a.Read), len(a.Frames), len(a.Text), images, images, 2*images)
 	}
-	// What it may grow by is metadata, which the kernel reads through the page cache of the device.
+	// It may grow by metadata, which the kernel reads through the page cache of the device.
 	for i, n := range a.Read {
 		if most := int64(256); n < 25<<20 || a.Cached[i] > most {
-			t.Errorf("image %d: the page cache grew by %d KiB while %d bytes were read, want at most %d KiB for 25 MiB or more", i, a.Cached[i], n, most)
+			t.Errorf("image %d: the page cache grew by %d KiB while %d bytes were read, "+
+				"want at most %d KiB for 25 MiB or more", i, a.Cached[i], n, most)
 		}
 		if len(a.Frames[i]) < 100 || !slices.Equal(a.Frames[i], a.Frames[0]) {
 			t.Errorf("image %d has %q in other page frames than image 0: %x and %x", i, bash, a.Frames[i], a.Frames[0])
@@ -107,7 +109,7 @@ func checkShared(t *testing.T, a task.Answer, images int) {
 	}
 }
 
-// The tree that the kernel shows is the one that tar unpacks.
+// The kernel shows the tree that tar unpacks.
 func TestTree(t *testing.T) {
 	need(t)
 	entries := special(t)
@@ -129,5 +131,5 @@ func TestTree(t *testing.T) {
 	})
 }
 
-// withoutRoot drops the line of the root, whose time no layer names.
+// withoutRoot drops the line of the root, whose time is in no layer.
 func withoutRoot(lines []string) []string { return lines[1:] }

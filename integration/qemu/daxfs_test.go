@@ -17,7 +17,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
-// kernelModule is daxfs.ko and the kernel that it was built for: DAXFS_KO is its path. The module is no part of this project.
+// kernelModule returns daxfs.ko, from the path in DAXFS_KO, and its kernel. The module is not part of this project.
 func kernelModule(t *testing.T) (Kernel, map[string][]byte) {
 	t.Helper()
 	kernels := need(t)
@@ -40,12 +40,12 @@ func kernelModule(t *testing.T) (Kernel, map[string][]byte) {
 
 const (
 	ramMiB = 512          // of the guest
-	behind = ramMiB << 20 // where the shared memory begins
+	behind = ramMiB << 20 // start of the shared memory
 )
 
-// The DAXFS half of images, of two windows of a pool that overlap and of a file of its own, mounts with all checks of
-// the kernel module, shows what tar unpacks as far as it can, and runs programs, static and dynamic. Where the memory is
-// a block device too, the same bytes mounted as EROFS meanwhile show all of it.
+// The DAXFS half of images, in two overlapping windows of a pool and in a separate file, mounts with
+// all checks of the kernel module, shows the tree of tar as far as it can, and runs static and dynamic
+// programs. If the memory is also a block device, the same bytes mounted as EROFS meanwhile show everything.
 func TestKernelModule(t *testing.T) {
 	k, files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
@@ -170,8 +170,7 @@ func TestKernelModuleDMABuf(t *testing.T) {
 	}
 }
 
-// What the kernel module shares and what it does not: read(2) grows no page cache, and processes have copies of what
-// they map.
+// What the kernel module shares: read(2) does not grow the page cache, but mapped files are copied.
 func TestKernelModuleMemory(t *testing.T) {
 	k, files := kernelModule(t)
 	programs, err := testimage.Programs(bash)
@@ -208,8 +207,8 @@ func TestKernelModuleMemory(t *testing.T) {
 	}
 }
 
-// odd is a layer with the smallest and largest of what both halves of an image can hold, and the sizes around borders:
-// of directories, which are arrays in the one and blocks in the other, of names, links, paths and numbers.
+// odd is a layer with the smallest and largest values that both halves can hold, and sizes around
+// limits: of directories (arrays in one half, blocks in the other), of names, links, paths and numbers.
 func odd(t *testing.T) []testimage.Entry {
 	t.Helper()
 	list, err := testimage.Busybox()
@@ -255,7 +254,7 @@ func odd(t *testing.T) []testimage.Entry {
 	return append(list, many)
 }
 
-// imageFile makes a self-contained image of one layer, in a file that is filled up to a multiple of 2 MiB.
+// imageFile makes a self-contained image of one layer, in a file padded to a multiple of 2 MiB.
 func imageFile(t *testing.T, entries []testimage.Entry) (path string, size int64) {
 	t.Helper()
 	contents := &treetest.Store{}

@@ -11,12 +11,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 )
 
-// flipsEnv makes TestFlips longer: how many bits of contents flip, and of metadata, on each kernel.
+// flipsEnv sets the number of flipped bits of contents, and of metadata, on each kernel in TestFlips.
 const flipsEnv = "DAXFS_TEST_FLIPS"
 
-// Bits flip in the persistent memory below a running pool, whose images are mounted with DAX. One scrub finds each that is in
-// contents, and the image is made again: nobody is given those contents any more, and another image never changes. Check finds
-// each that is in metadata and changes what a reader sees.
+// Bits flip in the persistent memory below a running pool, whose images are mounted with DAX. One
+// scrub finds each flip in contents, and the image is rebuilt: nobody gets those contents any more,
+// and another image never changes. Check finds each flip in metadata that changes what a reader sees.
 func TestFlips(t *testing.T) {
 	rounds := 12
 	if s := os.Getenv(flipsEnv); s != "" {
@@ -32,8 +32,8 @@ func TestFlips(t *testing.T) {
 	})
 }
 
-// mostFlips is how many bits of contents flip below one machine: each makes an image that stays in the pool, and a scrub says
-// of the next flip which of them hold it.
+// mostFlips is the number of flips of contents below one machine: each leaves another image in the
+// pool, and the next scrub has to tell which images hold its flip.
 const mostFlips = 50
 
 // flipBelow boots a machine and flips bits of its memory: rounds in contents, and as many in metadata.
@@ -69,7 +69,8 @@ func flipBelow(t *testing.T, k Kernel, rounds int, seed uint64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("kernel %s, seed %d: %d flips of contents found, %d files verified, %d flips of metadata, %d of them in bytes that nothing reads",
+	t.Logf("kernel %s, seed %d: %d flips of contents found, %d files verified, "+
+		"%d flips of metadata, %d of them in bytes that nothing reads",
 		a.Kernel, seed, a.Flips, a.Verified, a.MetaFlips, a.Silent)
 	if a.Flips != rounds || a.MetaFlips != rounds || a.Silent > rounds/2 {
 		t.Errorf("%d flips of contents and %d of metadata, %d of those silent, expected %d of each", a.Flips,
@@ -77,7 +78,7 @@ func flipBelow(t *testing.T, k Kernel, rounds int, seed uint64) {
 	}
 }
 
-// flipBit flips a bit of the file that is the guest's memory.
+// flipBit flips a bit of the file below the guest's memory.
 func flipBit(f *os.File, off int64, bit int) error {
 	b := make([]byte, 1)
 	if _, err := f.ReadAt(b, off); err != nil {

@@ -14,14 +14,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// handSize is the memory of a pool made by hand.
+// handSize is the size of a pool made by hand.
 const handSize = 64 << 20
 
-// hand is a user who makes a pool, adds directories, and mounts them, by the program alone.
+// hand is a user who makes a pool, adds directories, and mounts them, only with the program.
 type hand struct {
 	driver, kind string // of the mount
 	pool         string
-	before       string // what makes the memory
+	before       string // makes the memory
 	machine      Machine
 }
 
@@ -122,7 +122,7 @@ func TestKernelModuleByHand(t *testing.T) {
 		"DAX device": {
 			pool:    "/dev/dax0.0",
 			machine: Machine{Via: Memmap, Modules: []string{"dax_pmem", "device_dax"}},
-			// What ndctl create-namespace --force --mode devdax does.
+			// The steps of ndctl create-namespace --force --mode devdax.
 			before: `
 				echo namespace0.0 >/sys/bus/nd/drivers/nd_pmem/unbind
 				cd /sys/bus/nd/devices/dax0.0
@@ -142,7 +142,7 @@ func TestKernelModuleByHand(t *testing.T) {
 	}
 }
 
-// A pool is not made on memory that the guest has read-only: the kernel takes the writes, and they are lost.
+// No pool is made on memory that is read-only for the guest: the kernel accepts the writes, and they are lost.
 func TestByHandReadOnly(t *testing.T) {
 	m := handMachine(t, Machine{Kernel: need(t)[0], Via: VirtioPmem, ReadOnly: true})
 	m.Task.Name, m.Task.Program = "script", []string{"/bin/busybox", "sh", "-euc", `

@@ -19,9 +19,9 @@ type Kernel struct {
 	modules string // directory of the modules
 }
 
-// FindKernels returns the kernels to test on: the one of this machine or the distribution's in the test cache, and a newer one
-// from there. DAXFS_TEST_KERNEL=DIR names one root directory in their place, with boot/ and lib/modules/ below it. The error
-// says how to get them.
+// FindKernels returns the kernels to test: this machine's or the distribution's from the test cache,
+// and a newer one from the cache. DAXFS_TEST_KERNEL=DIR replaces them by one root directory with boot/
+// and lib/modules/. The error explains how to get kernels.
 func FindKernels() ([]Kernel, error) {
 	if root := os.Getenv("DAXFS_TEST_KERNEL"); root != "" {
 		k, err := findKernel(root)
@@ -39,7 +39,7 @@ func FindKernels() ([]Kernel, error) {
 	return []Kernel{own, newer}, err
 }
 
-// findKernel returns the newest kernel of the first root that has one with what the tests need as modules.
+// findKernel returns the newest kernel, with the modules for the tests, of the first root that has one.
 func findKernel(roots ...string) (Kernel, error) {
 	for _, root := range roots {
 		images, err := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))
@@ -58,8 +58,8 @@ func findKernel(roots ...string) (Kernel, error) {
 	return Kernel{}, fmt.Errorf("no kernel with modules for virtio-pmem and erofs below %q (run .ci/deps test)", roots)
 }
 
-// order lists the files of modules and of all that they need, in the order in which to load them. What is built into
-// the kernel is left out, and checksum where it is no module; others that are neither there nor built in are an error.
+// order lists the files of modules and of their dependencies in load order. It omits modules built
+// into the kernel, and checksum if it is not a module; any other missing module is an error.
 func (k Kernel) order(names ...string) ([]string, error) {
 	needs := map[string][]string{} // by path below k.modules
 	byName := map[string]string{}
@@ -86,7 +86,7 @@ func (k Kernel) order(names ...string) ([]string, error) {
 			}
 			continue
 		}
-		// modules.dep lists everything that is needed, what is needed first last.
+		// modules.dep lists all dependencies, in reverse load order.
 		for _, f := range append(reversed(needs[file]), file) {
 			if !slices.Contains(list, f) {
 				list = append(list, f)
@@ -102,7 +102,7 @@ func reversed(s []string) []string {
 	return s
 }
 
-// moduleName is the name under which a file is known: without directory and suffixes, "-" the same as "_".
+// moduleName returns the name of a module file: without directory and suffixes, with "_" for "-".
 func moduleName(file string) string {
 	name, _, _ := strings.Cut(filepath.Base(file), ".ko")
 	return strings.ReplaceAll(name, "-", "_")

@@ -8,8 +8,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// A large file, such as the weights of a model, is mapped with huge pages: it begins at a multiple of 2 MiB in memory, lies
-// there in one piece, and reading it costs one page fault for each 2 MiB. Both images that hold it map the same memory.
+// A large file, such as a model's weights, is mapped with huge pages: it is contiguous from a multiple
+// of 2 MiB, and reading it costs one page fault per 2 MiB. Both images with the file map the same memory.
 func TestLargeFile(t *testing.T) {
 	need(t)
 	const size, file = 64 << 20, "models/weights.safetensors"
@@ -42,7 +42,7 @@ func TestLargeFile(t *testing.T) {
 					t.Fatalf("image %d: page %d is frame %#x, want one piece from %#x on", i, n, frame, frames[0])
 				}
 			}
-			// Some faults are of the Go runtime's own memory.
+			// Some faults are for the Go runtime's own memory.
 			if f := answer.Faults[i]; f < size>>21 || f > 2*size>>21 {
 				t.Errorf("image %d: %d page faults, want about %d, one for each huge page (with small pages: %d)", i, f,
 					size>>21, size>>12)

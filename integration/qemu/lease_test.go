@@ -12,14 +12,14 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/lease"
 )
 
-// A guest claims an image in each kind of lease region that it can have, and the owner, which is the host, reads that in the
-// memory behind it. What the owner writes there the guest reads, too.
+// A guest claims an image in each kind of lease region, and the owner, the host, reads the claim in
+// the memory behind it. The guest also reads what the owner writes.
 func TestLeases(t *testing.T) {
 	kernel := need(t)[0]
 	const size = 64 << 20
 	for name, m := range map[string]struct {
 		Machine
-		from int64 // where the region begins in the file
+		from int64 // start of the region in the file
 	}{
 		"block device": {Machine{Via: VirtioPmem, Task: task.Task{Lease: "/dev/pmem0"}}, 0},
 		"DAX device": {Machine{

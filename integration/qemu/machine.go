@@ -24,14 +24,14 @@ import (
 // Program is the emulator.
 const Program = "qemu-system-x86_64"
 
-// modules are what the guest loads, in this order.
+// modules are the modules of every guest, in load order.
 var modules = []string{
 	"virtio_pci", "9pnet_virtio", "9p", // the directory shared with the host
-	checksum, "overlay", "erofs", // what images are mounted with
+	checksum, "overlay", "erofs", // for mounting images
 	"libnvdimm", "nd_pmem", "nd_e820", "virtio_pmem", // the memory
 }
 
-// checksum is what erofs needs without naming it. Since Linux 6.15 it is a plain function of the kernel.
+// checksum is a dependency of erofs that modules.dep lacks; a plain function since Linux 6.15.
 const checksum = "crc32c_generic"
 
 // Via is the way in which the host's file becomes memory of the guest.
@@ -40,55 +40,54 @@ type Via string
 const (
 	// VirtioPmem is a paravirtual persistent memory device.
 	VirtioPmem Via = "virtio-pmem"
-	// Memmap makes the file a part of the guest's RAM that the kernel is told to leave alone (memmap=nn!ss).
+	// Memmap makes the file a part of the guest's RAM that its kernel leaves alone (memmap=nn!ss).
 	Memmap Via = "memmap"
-	// Reserved is the same with memmap=nn$ss: a physical range without any driver or device.
+	// Reserved is the same with memmap=nn$ss: a physical range without a driver or device.
 	Reserved Via = "reserved"
 )
 
 // Machine is one virtual machine that runs one task.
 type Machine struct {
 	Kernel Kernel
-	// Memory is the host file that the guest shares, and Via how. Its size is a multiple of 2 MiB. Several machines can
-	// have the same file.
+	// Memory is the file shared with the guest, a multiple of 2 MiB, and Via how. Machines can share a file.
 	Memory string
 	Via    Via
-	// Task is what /init does; Files are further files for the initramfs, by path without leading slash.
+	// Task is the task of /init; Files are further files of the initramfs, by path without a leading slash.
 	Task  task.Task
 	Files map[string][]byte
-	// ReadOnly keeps the guest from changing Memory. It is for VirtioPmem.
+	// ReadOnly keeps the guest from changing Memory. Only for VirtioPmem.
 	ReadOnly bool
-	// More are further files that the guest gets as persistent memory, behind Memory. They are for VirtioPmem.
+	// More are further files for the guest's persistent memory, after Memory. Only for VirtioPmem.
 	More []vmm.Device
-	// Network lets the guest reach this machine: 127.0.0.1 here is 10.0.2.2 there, and the guest is 10.0.2.15.
+	// Network lets the guest reach this machine's 127.0.0.1 as 10.0.2.2; the guest is 10.0.2.15.
 	Network bool
-	// Modules are loaded besides those that every machine has.
+	// Modules are loaded in addition to those of every machine.
 	Modules []string
-	// UUID is what the firmware calls the machine; empty gives it none.
+	// UUID is the machine's UUID in its firmware; empty gives it none.
 	UUID string
-	// CPUs of the guest; 0 means 2. An emulator that runs several at once can trip over code that the guest's kernel changes
-	// while it runs ("Oops: int3"): what runs for long has one.
+	// CPUs is the number of the guest's CPUs; 0 means 2. With several CPUs, the emulator can fail on code
+	// that the guest's kernel modifies at run time ("Oops: int3"), so long tests use one.
 	CPUs int
-	// RAM of the guest in MiB, without Memory; 0 means 512.
+	// RAM is the guest's RAM in MiB, without Memory; 0 means 512.
 	RAM int
-	// Launcher is a command that becomes (exec) the emulator, whose command line is added to it. Empty starts that at once.
+	// Launcher is a command that execs the emulator, given as its arguments. Empty starts the emulator directly.
 	Launcher []string
 }
 
-// Running is a machine that was started.
+// Running is a started machine.
 type Running struct {
 	dir    string // shared with the guest
 	cmd    *exec.Cmd
 	output bytes.Buffer
-	done   chan struct{} // closed when the machine has ended, with err
+	done   chan struct{} // closed when the machine has ended and err is set
 	err    error
 
 	commands sync.Mutex // one Command at a time
 	count    int        // of commands
 }
 
-// Start boots a machine. dir is an empty directory for what host and guest exchange; the guest program is built from
-// this tree. The machine ends with ctx.
+// Start boots a machine. dir is an empty directory for the exchange of files; the guest program is
+// built from this tree. The machine ends with ctx.
 func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 	info, err := os.Stat(m.Memory)
 	if err != nil {
@@ -110,7 +109,7 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 	if ram == 0 {
 		ram = 512
 	}
-	// The log is large enough for all that a task makes the kernel say: warnings are looked for at its end.
+	// The log buffer holds everything that a task makes the kernel log: the guest reads warnings at its end.
 	params := "console=ttyS0 quiet panic=-1 oops=panic nokaslr random.trust_cpu=on log_buf_len=4M rdinit=/init"
 	memory, extra, err := m.memory(ram, info.Size())
 	if err != nil {
@@ -143,14 +142,14 @@ func Start(ctx context.Context, m Machine, dir string) (*Running, error) {
 	return r, nil
 }
 
-// memory returns the arguments that give the guest its RAM and the shared file, and what its kernel must be told.
+// memory returns the emulator's arguments for the guest's RAM and the shared file, and parameters for its kernel.
 func (m Machine) memory(ram int, size int64) (args []string, params string, err error) {
 	mib := size >> 20
 	switch m.Via {
 	case Memmap, Reserved:
 		mark := map[Via]string{Memmap: "!", Reserved: "$"}[m.Via]
-		// The file is a NUMA node right behind the first. The firmware keeps tables at the very end of RAM, so a last
-		// node of ordinary memory follows.
+		// The file is a NUMA node right after the first. The firmware keeps tables at the very end of RAM, so
+		// a last node of ordinary memory follows.
 		const tail = 64
 		return []string{
 			"-machine", "q35", "-m", fmt.Sprintf("%dM", int64(ram)+mib+tail),
@@ -166,7 +165,7 @@ func (m Machine) memory(ram int, size int64) (args []string, params string, err 
 	}
 }
 
-// writeInitramfs makes the guest's first file system: /init, its task, and the modules.
+// writeInitramfs makes the guest's initramfs: /init, its task, and the modules.
 func (m Machine) writeInitramfs(path string) error {
 	program, err := guestProgram()
 	if err != nil {
@@ -201,7 +200,7 @@ func (m Machine) writeInitramfs(path string) error {
 	}
 	a.add("modules/order", typeFile|0o644, []byte(order.String()))
 
-	// Not compressed: an emulated processor takes seconds to unpack it.
+	// Not compressed, because an emulated processor takes seconds to unpack it.
 	var packed bytes.Buffer
 	if err := a.write(&packed); err != nil {
 		return err
@@ -209,7 +208,7 @@ func (m Machine) writeInitramfs(path string) error {
 	return os.WriteFile(path, packed.Bytes(), 0o644)
 }
 
-// guestProgram builds package main in guest/, once for all machines of a process.
+// guestProgram builds package main in guest/, once per process.
 var guestProgram = sync.OnceValues(func() ([]byte, error) {
 	dir, err := os.MkdirTemp("", "daxfs-guest-")
 	if err != nil {
@@ -226,7 +225,7 @@ var guestProgram = sync.OnceValues(func() ([]byte, error) {
 	return os.ReadFile(program)
 })
 
-// AwaitReady waits until the task called Pause, and Resume lets it go on.
+// AwaitReady waits until the task called Pause. Resume lets the task continue.
 func (r *Running) AwaitReady() error {
 	for {
 		if _, err := os.Stat(filepath.Join(r.dir, "share", task.ReadyFile)); err == nil {
@@ -240,12 +239,12 @@ func (r *Running) AwaitReady() error {
 	}
 }
 
-// Resume lets a task that called Pause go on.
+// Resume lets a task that called Pause continue.
 func (r *Running) Resume() error {
 	return os.WriteFile(filepath.Join(r.dir, "share", task.ResumeFile), nil, 0o644)
 }
 
-// Serve carries out the requests of the guest until the machine ends.
+// Serve handles the requests of the guest until the machine ends.
 func (r *Running) Serve(do func(task.Request) task.Reply) error {
 	for n := 1; ; {
 		b, err := os.ReadFile(filepath.Join(r.dir, "share", fmt.Sprintf("%s%d", task.RequestFile, n)))
@@ -275,8 +274,8 @@ func (r *Running) Serve(do func(task.Request) task.Reply) error {
 	}
 }
 
-// Wait waits for the end of the machine and returns what the task answered. It fails where the guest's kernel warned, too. The
-// error holds the end of the guest's console.
+// Wait waits for the end of the machine and returns the task's answer. It also fails if the guest's
+// kernel warned. The error contains the end of the guest's console.
 func (r *Running) Wait() (task.Answer, error) {
 	<-r.done
 	if r.err != nil {
@@ -299,7 +298,7 @@ func (r *Running) Wait() (task.Answer, error) {
 	return a, nil
 }
 
-// Kill ends the machine at once, as a failure of the monitor does.
+// Kill ends the machine at once, like a failure of the monitor.
 func (r *Running) Kill() error {
 	err := r.cmd.Process.Kill()
 	<-r.done

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// Mapped returns how much of a file the machine has mapped and in memory, and its proportional part of that, in KiB: memory
-// that two machines have mapped counts half for each.
+// Mapped returns, in KiB, how much of a file is mapped and in the machine's memory, and its
+// proportional part: memory that two machines map counts half for each.
 func (r *Running) Mapped(path string) (rss, pss int64, err error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", r.cmd.Process.Pid))
 	if err != nil {
@@ -28,7 +28,7 @@ func (r *Running) Mapped(path string) (rss, pss int64, err error) {
 		}
 		kib, err := strconv.ParseInt(fields[1], 10, 64)
 		if err != nil {
-			continue // a line of another form
+			continue // a line in another format
 		}
 		switch fields[0] {
 		case "Rss:":

@@ -22,7 +22,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// need skips a test where virtual machines cannot run, and returns the kernels to test on.
+// need skips a test where virtual machines cannot run, and returns the kernels to test.
 func need(t *testing.T) []Kernel {
 	t.Helper()
 	if testing.Short() {
@@ -41,7 +41,7 @@ func need(t *testing.T) []Kernel {
 	return list
 }
 
-// onEach runs a test on each kernel, on all at once: a guest boots on one processor.
+// onEach runs a test on all kernels in parallel: a guest boots on one processor.
 func onEach(t *testing.T, test func(t *testing.T, k Kernel)) {
 	t.Helper()
 	for _, k := range need(t) {
@@ -52,7 +52,7 @@ func onEach(t *testing.T, test func(t *testing.T, k Kernel)) {
 	}
 }
 
-// boot runs a machine with a time limit that only a hung one reaches.
+// boot runs a machine with a time limit for hung ones.
 func boot(t *testing.T, m Machine) *Running {
 	t.Helper()
 	limit := 10*time.Minute + time.Duration(m.Task.Rounds)*5*time.Second
@@ -64,18 +64,18 @@ func boot(t *testing.T, m Machine) *Running {
 	}
 	t.Cleanup(func() {
 		cancel()
-		<-r.done // the emulator is gone before its files are removed
+		<-r.done // the emulator ends before its files are removed
 	})
 	return r
 }
 
-// testPool is a pool that the host owns, in a file that guests map.
+// testPool is a pool of the host, in a file that guests map.
 type testPool struct {
 	*pool.Pool
 	path string
 }
 
-// newPool makes one as a guest's persistent memory would be: kernels mount it with DAX, or a window of it by address.
+// newPool makes a pool for a guest's persistent memory: kernels mount it with DAX, or a window of it by address.
 func newPool(t *testing.T, size int64) *testPool {
 	t.Helper()
 	dir := t.TempDir()
@@ -110,7 +110,7 @@ func poolOf(t *testing.T, size int64, images map[string][][]testimage.Entry) *te
 	return p
 }
 
-// add adds an image. The guests that map the pool may be running.
+// add adds an image. Guests that map the pool may be running.
 func (p *testPool) add(t *testing.T, key string, layers [][]testimage.Entry) {
 	t.Helper()
 	b := p.Begin()
@@ -142,7 +142,7 @@ func merge(t *testing.T, s layer.Store, layers [][]testimage.Entry) *daxfs.Node 
 	return root
 }
 
-// unpacked lists what tar(1) makes of a layer: the tree that every kernel has to show.
+// unpacked lists tar(1)'s tree of a layer, which every kernel has to show.
 func unpacked(t *testing.T, o listing.Options, entries []testimage.Entry) []string {
 	t.Helper()
 	dir := t.TempDir()
@@ -166,8 +166,8 @@ func unpacked(t *testing.T, o listing.Options, entries []testimage.Entry) []stri
 	return lines
 }
 
-// special is one layer with all kinds of entries, and nothing that a second layer changes. Times before 1970 are left
-// out: containerd, and so this project, makes them 1970, and tar does not.
+// special is one layer with all kinds of entries, without those that a second layer changes. It has no
+// times before 1970: containerd, and so this project, clamps them, and tar does not.
 func special(t *testing.T) []testimage.Entry {
 	t.Helper()
 	base, err := testimage.Busybox()

@@ -10,8 +10,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/testimage"
 )
 
-// Three virtual machines on one pool at the same time: all show the tree that tar unpacks, and the host has the pool's
-// pages once.
+// Three machines on one pool show the tree that tar unpacks, and the host has the pool's pages once.
 func TestThreeMachines(t *testing.T) {
 	need(t)
 	entries := append(special(t), testimage.File("big", 0o644, testimage.Noise(7, 64<<20)))
@@ -40,12 +39,12 @@ func TestThreeMachines(t *testing.T) {
 		if err := unix.Stat(memory, &st); err != nil {
 			t.Fatal(err)
 		}
-		// A hole that a guest looks at, such as the end of the device when it looks for partitions, becomes pages of zeros.
+		// Holes that a guest reads become zero pages, such as the end of the device, searched for partitions.
 		const holes = 1024
 		if used := st.Blocks / 2; pss > used+holes {
 			t.Errorf("the machines hold %d KiB of memory for a pool that has %d KiB", pss, used)
 		}
-		if rss < 2*pss { // three times as much, but for what only one has looked at
+		if rss < 2*pss { // three times as much, except for pages that only one has read
 			t.Errorf("the machines map %d KiB together and that is %d KiB of memory: too little is shared", rss, pss)
 		}
 		want := withoutRoot(unpacked(t, listing.Options{}, entries))

@@ -10,8 +10,7 @@ import (
 // clientSuite is the directory of the cache that holds containerd's own client tests.
 const clientSuite = "clientsuite"
 
-// BuildClientSuite makes the tests of containerd's integration/client, as they are in its module, and the runc that they
-// let fail. For Main.
+// BuildClientSuite builds the unchanged tests of containerd's integration/client, and their runc. For Main.
 func BuildClientSuite(cache string) error {
 	runc := program{containerdModule, containerdVersion, "integration/failpoint/cmd/runc-fp"}
 	if err := runc.install(filepath.Join(cache, "bin")); err != nil {
@@ -43,17 +42,18 @@ func BuildClientSuite(cache string) error {
 	return os.WriteFile(stamp, []byte(containerdVersion), 0o644)
 }
 
-// ClientSuite makes the command that runs containerd's client tests, which have to be in the cache already. They start
-// and stop a containerd themselves, in directories of their own; it has the configuration and the address of the
-// stack's, which has to be stopped.
+// ClientSuite returns the command that runs containerd's client tests, which must be in the cache. The
+// tests start and stop their own containerd, in directories of their own, with the configuration and
+// the address of the stack's containerd, which must be stopped.
 func (s *Stack) ClientSuite(args ...string) (*exec.Cmd, error) {
-	// The suite finds containerd on the path, and gives it a configuration that knows no proxy plugin. Its other
-	// containerds are about other things than snapshotters; they get what they are given.
+	// The suite finds containerd on the path, and gives it a configuration without proxy plugins. The
+	// suite's other containerds do not test snapshotters; their arguments stay.
 	bin := filepath.Join(s.Dir, "suite")
 	if err := os.MkdirAll(bin, 0o755); err != nil {
 		return nil, err
 	}
-	script := fmt.Sprintf("#!/bin/sh\ncase \" $* \" in *\" --root /var/lib/containerd-test \"*) set -- \"$@\" --config %q ;; esac\nexec %q \"$@\"\n",
+	script := fmt.Sprintf("#!/bin/sh\n"+
+		"case \" $* \" in *\" --root /var/lib/containerd-test \"*) set -- \"$@\" --config %q ;; esac\nexec %q \"$@\"\n",
 		s.ContainerdConfig(), s.tools.path("containerd"))
 	if err := os.WriteFile(filepath.Join(bin, "containerd"), []byte(script), 0o755); err != nil {
 		return nil, err

@@ -13,8 +13,8 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 )
 
-// containerdTemplate is the configuration of the private containerd. What containerd does for Kubernetes is off: it
-// wants devices and directories that most tests have no use for.
+// containerdTemplate is the configuration of the private containerd. The plugins for Kubernetes are
+// off, because they need devices and directories that most tests do not use.
 var containerdTemplate = template.Must(template.New("config.toml").Parse(`version = 3
 root = "{{.Dir}}/containerd/root"
 state = "{{.Run}}/state"
@@ -62,11 +62,11 @@ disabled_plugins = [
   optional = true
 {{.More}}`))
 
-// ContainerdConfig is where StartContainerd leaves the configuration.
+// ContainerdConfig returns the path of the configuration that StartContainerd writes.
 func (s *Stack) ContainerdConfig() string { return filepath.Join(s.Dir, "containerd.toml") }
 
-// ContainerdConfig returns the configuration of a containerd that keeps its state in dir, has its sockets in run, and
-// asks the daxfs-snapshotter at the socket daemon, which keeps its state in root.
+// ContainerdConfig returns the configuration of a containerd with its state in dir and its sockets in
+// run. It uses the daxfs-snapshotter at the socket daemon, which keeps its state in root.
 func (o Options) ContainerdConfig(dir, run, daemon, root string) ([]byte, error) {
 	var text bytes.Buffer
 	err := containerdTemplate.Execute(&text, map[string]any{
@@ -80,7 +80,7 @@ func (o Options) ContainerdConfig(dir, run, daemon, root string) ([]byte, error)
 // StartContainerd starts the private containerd and waits until it answers.
 func (s *Stack) StartContainerd() error { return s.startContainerd(nil) }
 
-// RestartContainerd ends containerd if it runs, and starts it with a configuration that edit changes; nil changes nothing.
+// RestartContainerd restarts containerd with the configuration changed by edit, unless edit is nil.
 func (s *Stack) RestartContainerd(edit func(config string) string) error {
 	if err := s.containerd.stop(syscall.SIGTERM); err != nil {
 		return err
@@ -88,7 +88,7 @@ func (s *Stack) RestartContainerd(edit func(config string) string) error {
 	return s.startContainerd(edit)
 }
 
-// StartContainerdApart starts containerd in a mount namespace of its own, which no mount of the daemon comes to.
+// StartContainerdApart starts containerd in its own mount namespace, to which no mount of the daemon propagates.
 func (s *Stack) StartContainerdApart() error {
 	return s.startContainerd(nil, "unshare", "--mount", "--propagation", "private")
 }
@@ -122,11 +122,11 @@ func (s *Stack) startContainerd(edit func(string) string, with ...string) error 
 	})
 }
 
-// StopContainerd ends containerd with sig. Shims and their containers go on.
+// StopContainerd ends containerd with sig. Shims and their containers continue.
 func (s *Stack) StopContainerd(sig syscall.Signal) error { return s.containerd.stop(sig) }
 
-// env is the environment of everything that runs in the stack: our programs first on the path (but for those in first),
-// and nothing that would point nerdctl or containerd at the machine's own.
+// env returns the environment of everything in the stack: our programs come first on the path, after
+// those in first, and no variable points nerdctl or containerd at the machine's own.
 func (s *Stack) env(first ...string) []string {
 	path := strings.Join(append(first, s.tools.own, s.tools.bin), ":")
 	if s.options.Path != "" {
@@ -141,7 +141,7 @@ func (s *Stack) env(first ...string) []string {
 	}
 }
 
-// command makes one of the client programs, with the flags that keep it private.
+// command returns a command of a client program, with the flags that keep it private.
 func (s *Stack) command(name string, args ...string) *exec.Cmd {
 	var flags []string
 	switch name {
@@ -160,12 +160,12 @@ func (s *Stack) command(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Client is connected to the private containerd, in the namespace of the tests. The caller closes it.
+// Client connects to the private containerd, in the namespace of the tests. The caller closes the client.
 func (s *Stack) Client() (*containerd.Client, error) {
 	return containerd.New(s.Run+"/containerd.sock", containerd.WithDefaultNamespace(Namespace))
 }
 
-// output runs a program and returns what it wrote to its standard output. The error holds all that it wrote.
+// output runs a program and returns its standard output. An error contains all of its output.
 func (s *Stack) output(name string, args ...string) (string, error) {
 	cmd := s.command(name, args...)
 	var stdout, stderr bytes.Buffer

@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// StartDaemon starts daxfs-snapshotter and waits until it takes connections; if containerd runs and has snapshots to ask
-// about, until that is connected to it again: after a failure containerd waits for seconds before it tries the next time.
+// StartDaemon starts daxfs-snapshotter and waits until it accepts connections. If containerd runs with
+// snapshots, it also waits until containerd has reconnected: after a failure containerd retries only seconds later.
 func (s *Stack) StartDaemon() error {
 	config := filepath.Join(s.Dir, "daxfs.toml")
 	text := strings.NewReplacer("{{run}}", s.Run, "{{dir}}", s.Dir).Replace(s.options.Config)
@@ -39,16 +39,16 @@ func (s *Stack) StartDaemon() error {
 
 func (s *Stack) daemonSocket() string { return s.Run + "/daxfs.sock" }
 
-// DaemonRoot is the state directory of the daemon.
+// DaemonRoot returns the state directory of the daemon.
 func (s *Stack) DaemonRoot() string { return filepath.Join(s.Dir, "daxfs") }
 
-// DaemonLog is the file that the daemon logs to.
+// DaemonLog returns the path of the daemon's log.
 func (s *Stack) DaemonLog() string { return filepath.Join(s.Dir, "daxfs-snapshotter.log") }
 
-// StopDaemon ends the daemon with sig: SIGTERM as an upgrade would, SIGKILL as a crash.
+// StopDaemon ends the daemon with sig: SIGTERM like an upgrade, SIGKILL like a crash.
 func (s *Stack) StopDaemon(sig syscall.Signal) error { return s.daemon.stop(sig) }
 
-// SignalDaemon sends sig to the daemon and waits for nothing.
+// SignalDaemon sends sig to the daemon and does not wait.
 func (s *Stack) SignalDaemon(sig syscall.Signal) error { return s.daemon.cmd.Process.Signal(sig) }
 
 // SetConfig replaces the TOML that the next StartDaemon uses.

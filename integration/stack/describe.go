@@ -5,11 +5,11 @@ import (
 	"os"
 )
 
-// Outermost tells whether this process is the one that was started by hand: Main and Isolated start two more of the same
-// program. What is to be said once is said here.
+// Outermost reports whether this is the process that the user started: Main and Isolated start two
+// more of the same program. Print here what should appear once.
 func Outermost() bool { return os.Getenv(stageEnv) == "" }
 
-// Versions says what the cache gets from elsewhere.
+// Versions describes the third-party programs in the cache.
 func Versions() string {
 	return fmt.Sprintf("containerd %s with its shim and ctr, nerdctl %s, CNI plugins %s", containerdVersion,
 		nerdctlVersion, cniVersion)

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// makeDisk gives the directory of the stack a file system of its own, so that it can be full. Like other mounts below
-// the directory it goes when the stack is closed.
+// makeDisk gives the directory of the stack its own file system, so that it can become full. Like
+// other mounts below the directory, it ends when the stack is closed.
 func (s *Stack) makeDisk(size int64) error {
 	f, err := os.Create(s.diskFile())
 	if err != nil {
@@ -29,10 +29,10 @@ func (s *Stack) makeDisk(size int64) error {
 	return nil
 }
 
-// diskFile is what holds the file system of the stack, if it has one of its own.
+// diskFile returns the file below the stack's own file system, if there is one.
 func (s *Stack) diskFile() string { return s.Dir + ".disk" }
 
-// Disk tells the size of the file system that the directory of the stack is on, and what can be stored there. In bytes.
+// Disk returns the size of the file system with the stack's directory, and its free space, in bytes.
 func (s *Stack) Disk() (size, free uint64, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(s.Dir, &st); err != nil {

@@ -23,20 +23,20 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// BuildDistribution makes the program of StartDistribution. For Main.
+// BuildDistribution builds the program of StartDistribution. For Main.
 func BuildDistribution(cache string) error {
 	return buildModule(cache, "distribution", ".", "distribution")
 }
 
-// The one user of a Distribution. A hash of the cheapest kind, since every request has to show the password.
+// The only user of a Distribution. The hash is of the cheapest kind, because every request checks the password.
 const (
 	DistributionUser     = "puller"
 	DistributionPassword = "sesame"
 	distributionHash     = "$2b$04$abcdefghijklmnopqrstuuinwY/tkBVrn3xrxQI/TgnMHhkvl85RW"
 )
 
-// Distribution is the registry that most registries are made of, in a process of its own: with TLS, by an authority that
-// nobody knows, and closed to who has not logged in.
+// Distribution is the registry program behind most registries, in a process of its own: with TLS from
+// an unknown authority, and with a login.
 type Distribution struct {
 	host  string
 	front *front
@@ -54,8 +54,8 @@ http:
   tls: {certificate: "%[1]s/server.crt", key: "%[1]s/server.key"}
 `
 
-// StartDistribution starts a registry on port 443 of the loopback interface, where its name has to lead. A hosts.toml in
-// HostsDir names its authority. The registry ends with the stack.
+// StartDistribution starts a registry on port 443 of the loopback interface, where its name must lead.
+// A hosts.toml in HostsDir names its authority. The registry ends with the stack.
 func (s *Stack) StartDistribution(host string) (*Distribution, error) {
 	dir, socket := filepath.Join(s.Dir, "distribution"), s.Run+"/distribution.sock"
 	hosts := filepath.Join(s.HostsDir(), host)
@@ -100,10 +100,9 @@ func (s *Stack) StartDistribution(host string) (*Distribution, error) {
 	return d, err
 }
 
-// HostsDir is the directory of hosts.toml files that nerdctl looks into.
+// HostsDir returns the directory in which nerdctl looks for hosts.toml files.
 func (s *Stack) HostsDir() string { return filepath.Join(s.Dir, "hosts") }
 
-// stopDistribution ends the registry.
 func (s *Stack) stopDistribution() error {
 	if s.distributionFront != nil {
 		if err := s.distributionFront.Close(); err != nil {
@@ -116,7 +115,7 @@ func (s *Stack) stopDistribution() error {
 	return nil
 }
 
-// Sent is how many bytes the registry has sent, what TLS and HTTP add included.
+// Sent returns the bytes sent by the registry, including the overhead of TLS and HTTP.
 func (d *Distribution) Sent() int64 { return d.front.sent.Load() }
 
 // Push uploads an image and returns its reference.
@@ -134,7 +133,7 @@ func (d *Distribution) Push(repository, tag string, img v1.Image) (string, error
 	return ref.Name(), nil
 }
 
-// certify makes an authority and a certificate of it for a server, in dir: ca.crt, server.crt and server.key.
+// certify makes an authority and its certificate for a server, in dir: ca.crt, server.crt and server.key.
 func certify(dir, server string) (*x509.CertPool, error) {
 	ca := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority of a test"}, IsCA: true,

@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// front stands before a socket whose server comes and goes: it takes connections at any time, and passes each on as soon as
-// there is a server. A client that pauses after a connection was refused, as containerd does for a second, has none refused.
+// front listens in place of a server that comes and goes, and forwards each connection when the server
+// runs. So clients are never refused; some, like containerd, would then pause for a second.
 type front struct {
 	listener net.Listener
 	server   string
 	closing  chan struct{}
 	running  sync.WaitGroup
-	sent     atomic.Int64 // bytes that the server sent
+	sent     atomic.Int64 // bytes sent by the server
 }
 
-// newFront listens at an address of a network ("unix", "tcp"), for a server with a Unix socket. The caller closes it.
+// newFront listens at an address of a network ("unix", "tcp"), for a server at a Unix socket. The caller closes it.
 func newFront(network, address, server string) (*front, error) {
 	l, err := net.Listen(network, address)
 	if err != nil {
@@ -60,7 +60,7 @@ func (f *front) pass(c net.Conn) {
 		from io.Reader
 	}{{&counting{c, &f.sent}, s}, {s, c}} {
 		go func() {
-			io.Copy(way.to, way.from) // its error is that of a connection that ended
+			io.Copy(way.to, way.from) // its error is that of a closed connection
 			ended <- struct{}{}
 		}()
 	}
@@ -70,7 +70,6 @@ func (f *front) pass(c net.Conn) {
 	}
 }
 
-// counting counts what is written.
 type counting struct {
 	io.Writer
 	n *atomic.Int64

@@ -13,7 +13,7 @@ const (
 	gvisorModule  = "gvisor.dev/gvisor"
 )
 
-// BuildGVisor makes runsc, its shim for containerd, and the program of integration/gvisor/walk. For Main.
+// BuildGVisor builds runsc, its shim for containerd, and the program of integration/gvisor/walk. For Main.
 func BuildGVisor(cache string) error {
 	bin := filepath.Join(cache, "bin")
 	root, err := moduleRoot()
@@ -25,8 +25,8 @@ func BuildGVisor(cache string) error {
 	return errors.Join(run(walk), program{gvisorModule, gvisorVersion, "runsc"}.install(bin), buildGVisorShim(bin))
 }
 
-// buildGVisorShim makes containerd-shim-runsc-v1, which protects itself from the kernel when memory is short. Where
-// root has no CAP_SYS_RESOURCE, as in many containers, it cannot, and ends. So this one asks for what anybody may have.
+// buildGVisorShim builds containerd-shim-runsc-v1. The shim protects itself from the OOM killer, and
+// exits if root has no CAP_SYS_RESOURCE, as in many containers. So this one asks for a value that everybody may set.
 func buildGVisorShim(bin string) (err error) {
 	stamp := filepath.Join(bin, "containerd-shim-runsc-v1.version")
 	if have, err := os.ReadFile(stamp); err == nil && string(have) == gvisorVersion {

@@ -15,18 +15,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stageEnv tells a process of a test run which of the three it is: unset for the one that "go test" started, "init" for
-// PID 1 of the namespaces, "test" for the one that runs the tests.
+// stageEnv tells a process of a test run its stage: unset for the one that "go test" started, "init"
+// for PID 1 of the namespaces, "test" for the one that runs the tests.
 const stageEnv = "DAXFS_TEST_STAGE"
 
-// cniState is where CNI plugins keep addresses that they gave out, whatever they are told.
+// cniState is where CNI plugins record allocated addresses, whatever their configuration.
 const cniState = "/var/lib/cni"
 
-// unavailable is why no stack can be had here; empty when one can.
+// unavailable is the reason why no stack can run here; empty if one can.
 var unavailable string
 
-// Main builds the programs, enters namespaces of its own and runs the tests there. It returns the exit status of the
-// process. Benchmarks and short runs go the same way: New decides what to skip.
+// Main builds the programs, enters its own namespaces and runs the tests there. It returns the exit
+// status of the process. Benchmarks and short runs use it as well: New decides what to skip.
 func Main(m interface{ Run() int }, more ...Build) int {
 	switch os.Getenv(stageEnv) {
 	case "":
@@ -38,16 +38,15 @@ func Main(m interface{ Run() int }, more ...Build) int {
 	}
 }
 
-// Isolated runs f as the tests are run, for programs that are no test. It does not return in the outer processes
-// before f has ended in the inner one.
+// Isolated runs f like the tests, for other programs. The outer processes return after f has ended.
 func Isolated(f func() int) int { return Main(runFunc(f)) }
 
-// Show runs a demonstration as Isolated does, with a context that a signal ends, and returns the exit status of the
-// program. What goes wrong is told on standard error after the program's name.
+// Show runs a demonstration like Isolated, with a context that a signal cancels, and returns the exit
+// status of the program. It prints errors to standard error after the program's name.
 func Show(name string, f func(context.Context) error) int {
 	return Isolated(func() int {
-		// Twice ^C changes nothing: what was started has to be ended. A terminal sends it to everyone, and the outer
-		// processes pass it on as well.
+		// A second ^C has no effect, because the started programs must be stopped. A terminal sends ^C to all
+		// processes, and the outer ones forward it as well.
 		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 		defer stop()
 		err := f(ctx)
@@ -67,7 +66,7 @@ type runFunc func() int
 
 func (f runFunc) Run() int { return f() }
 
-// outside prepares what needs the host's network, then starts itself again in new namespaces.
+// outside prepares everything that needs the host's network, then restarts itself in new namespaces.
 func outside(m interface{ Run() int }, more []Build) int {
 	if os.Getuid() != 0 {
 		unavailable = "needs root: it mounts filesystems and runs containers"
@@ -81,8 +80,8 @@ func outside(m interface{ Run() int }, more []Build) int {
 		fmt.Fprintln(os.Stderr, "build the programs under test:", err)
 		return 1
 	}
-	// A time limit of go test (SIGQUIT) and ^C are for the tests; they print where they stand, then all of it ends. From here on
-	// there is something to remove.
+	// The tests handle go test's time limit (SIGQUIT) and ^C: they print their stacks, then everything
+	// ends. From here on there is something to clean up.
 	forward := make(chan os.Signal, 1)
 	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
 	release, err := claimRunDir()
@@ -91,18 +90,19 @@ func outside(m interface{ Run() int }, more []Build) int {
 		return 1
 	}
 	defer release()
-	// A mount point must exist before it can be hidden. On a machine without CNI it is ours to remove again.
+	// A mount point must exist before it can be hidden. On a machine without CNI, remove it again.
 	if err := os.Mkdir(cniState, 0o755); err == nil {
 		defer os.Remove(cniState)
 	}
-	// The death signal of the child is tied to this thread, so the thread must live as long as the process.
+	// The child's death signal is tied to this thread, so the thread must live as long as the process.
 	runtime.LockOSThread()
 	p, err := os.StartProcess("/proc/self/exe", os.Args, &os.ProcAttr{
 		Env:   append(os.Environ(), stageEnv+"=init"),
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 		Sys: &syscall.SysProcAttr{
-			Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
-			Pdeathsig:  unix.SIGKILL,
+			Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC |
+				unix.CLONE_NEWUTS,
+			Pdeathsig: unix.SIGKILL,
 		},
 	})
 	if err != nil {
@@ -122,8 +122,8 @@ func outside(m interface{ Run() int }, more []Build) int {
 	return exitStatus(syscall.WaitStatus(state.Sys().(syscall.WaitStatus)))
 }
 
-// claimRunDir marks the directory of running tests as in use until release. If nobody else uses it, what runs that were
-// killed left there is removed.
+// claimRunDir marks the directory of running tests as in use until release. If no other run uses it,
+// claimRunDir removes the leftovers of killed runs.
 func claimRunDir() (release func(), err error) {
 	cache, err := CacheDir()
 	if err != nil {
@@ -148,22 +148,22 @@ func claimRunDir() (release func(), err error) {
 	}, nil
 }
 
-// removeCgroups removes the control groups of the containers' namespaces, which runc makes and nobody removes, and those
-// of containers that were interrupted while they were made. One that is in use stays.
+// removeCgroups removes the control groups of the containers' namespaces, which runc creates and never
+// removes, and those of interrupted container creations. Groups in use stay.
 func removeCgroups() {
 	for _, namespace := range []string{Namespace, "k8s.io"} {
 		for _, pattern := range []string{"/sys/fs/cgroup/" + namespace, "/sys/fs/cgroup/*/" + namespace} {
 			for _, glob := range []string{pattern + "/*", pattern} {
-				dirs, _ := filepath.Glob(glob) // the pattern is right
+				dirs, _ := filepath.Glob(glob) // the pattern is valid
 				for _, dir := range dirs {
-					unix.Rmdir(dir) // fails for files, and for what is in use
+					unix.Rmdir(dir) // fails for files, and for groups in use
 				}
 			}
 		}
 	}
 }
 
-// shortRun finds -test.short before the flags are parsed.
+// shortRun looks for -test.short before the flags are parsed.
 func shortRun() bool {
 	for _, a := range os.Args[1:] {
 		if a == "-test.short" || a == "-test.short=true" {
@@ -173,7 +173,7 @@ func shortRun() bool {
 	return false
 }
 
-// inside is PID 1 of the namespaces: it makes them usable, starts the tests, and reaps what the shims leave behind.
+// inside is PID 1 of the namespaces. It sets them up, starts the tests, and reaps orphans of the shims.
 func inside() int {
 	if err := prepareNamespaces(); err != nil {
 		fmt.Fprintln(os.Stderr, "prepare the namespaces of the tests:", err)
@@ -227,8 +227,8 @@ func prepareNamespaces() error {
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mount /proc: %w", err)
 	}
-	// /run holds /run/containerd, /run/nerdctl, /run/netns, /run/xtables.lock; an empty one also hides systemd, so that
-	// cgroups are made directly.
+	// /run holds /run/containerd, /run/nerdctl, /run/netns, /run/xtables.lock. An empty /run also hides
+	// systemd, so that cgroups are made directly.
 	for _, dir := range []string{"/run", cniState} {
 		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"); err != nil {
 			return fmt.Errorf("mount a private %q: %w", dir, err)
@@ -254,8 +254,8 @@ func loopbackUp() error {
 	return nil
 }
 
-// EndLostShims ends the shims that containerd forgot: one that dies after it started a shim, and before it has noted that,
-// leaves it running for good. It is for when no container is left.
+// EndLostShims ends shims that containerd has forgotten: if containerd dies after starting a shim, and
+// before it records it, the shim runs forever. Call EndLostShims when no container is left.
 func (s *Stack) EndLostShims() error {
 	all, err := ownProcesses()
 	if err != nil {
@@ -278,8 +278,7 @@ func (s *Stack) EndLostShims() error {
 	return nil
 }
 
-// ownProcesses lists the processes of this PID namespace but PID 1 and this one, as "pid command line". Threads that
-// ended and wait for PID 1 to reap them are left out.
+// ownProcesses lists the other processes of this PID namespace, without PID 1, as "pid command line".
 func ownProcesses() ([]string, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {

@@ -12,8 +12,8 @@ const (
 	runcModule      = "github.com/opencontainers/runc"
 )
 
-// BuildCritest makes critest, the tests that container runtimes for Kubernetes have to pass, and the program that runs
-// in the images of package kubernetes. For Main.
+// BuildCritest builds critest, the test suite for Kubernetes' container runtimes, and the program for
+// the images of package kubernetes. For Main.
 func BuildCritest(cache string) error {
 	bin := filepath.Join(cache, "bin")
 	root, err := moduleRoot()
@@ -40,7 +40,8 @@ func BuildCritest(cache string) error {
 	return os.WriteFile(stamp, []byte(criToolsVersion), 0o644)
 }
 
-// BuildKubernetes makes etcd, kube-apiserver and kubelet, at the versions of integration/kubernetes/programs. For Main.
+// BuildKubernetes builds etcd, kube-apiserver and kubelet, at the versions of
+// integration/kubernetes/programs. For Main.
 func BuildKubernetes(cache string) error {
 	root, err := moduleRoot()
 	if err != nil {
@@ -52,10 +53,10 @@ func BuildKubernetes(cache string) error {
 		"./etcd", "k8s.io/kubernetes/cmd/kube-apiserver", "k8s.io/kubernetes/cmd/kubelet"))
 }
 
-// RuncDir has a runc that can do what that of Debian 12 cannot: pods in a user namespace.
+// RuncDir contains a runc that supports pods in a user namespace, unlike that of Debian 12.
 func RuncDir(cache string) string { return filepath.Join(cache, "runc") }
 
-// BuildRunc makes the program of RuncDir. For Main.
+// BuildRunc builds the program of RuncDir. For Main.
 func BuildRunc(cache string) error {
 	return program{runcModule, runcVersion, ""}.install(RuncDir(cache), "CGO_ENABLED=1",
 		"GOFLAGS=-buildvcs=false -tags=seccomp")

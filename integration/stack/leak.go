@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// footprint is what a stack can leave in the kernel.
+// footprint is the state that a stack can leave in the kernel.
 type footprint struct {
 	mounts []string // mount points
 	loops  []string // loop device and its file
@@ -33,14 +33,14 @@ func takeFootprint() (footprint, error) {
 		return f, err
 	}
 	for _, l := range loops {
-		if file, err := os.ReadFile(l); err == nil { // else it went away just now
+		if file, err := os.ReadFile(l); err == nil { // otherwise it was just detached
 			f.loops = append(f.loops, strings.Split(l, "/")[3]+" "+strings.TrimSpace(string(file)))
 		}
 	}
 	return f, nil
 }
 
-// Mounts lists the mount points below the directories of the stack, as the kernel has them.
+// Mounts lists the kernel's mount points below the directories of the stack.
 func (s *Stack) Mounts() ([]string, error) {
 	infos, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		return !within(m.Mountpoint, s.Dir) && !within(m.Mountpoint, s.Run) &&
@@ -58,8 +58,8 @@ func (s *Stack) Mounts() ([]string, error) {
 
 func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 
-// unmountAll takes away the mounts that stay when daemons stop, newest first. That the image mounts stay is what the
-// daemon promises, so finding some is no error; being unable to unmount one is, for then something still uses it.
+// unmountAll unmounts the mounts that outlive the daemons, newest first. The daemon promises that
+// image mounts stay, so finding some is no error. A failing unmount is one, because something still uses the mount.
 func (s *Stack) unmountAll() error {
 	points, err := s.Mounts()
 	if err != nil {
@@ -75,8 +75,8 @@ func (s *Stack) unmountAll() error {
 	return errors.Join(errs...)
 }
 
-// leaks compares the kernel's state with that before the stack. Loop devices and processes may need a moment after
-// the last unmount, so what is left is looked at until it is gone or stays.
+// leaks compares the kernel's state with that before the stack. Loop devices and processes may need a
+// moment after the last unmount, so it retries for a while.
 func (s *Stack) leaks() error {
 	var err error
 	for range 100 {
@@ -112,7 +112,7 @@ func (s *Stack) leaksNow() error {
 	return errors.Join(errs...)
 }
 
-// added lists what of now is not in before.
+// added lists the elements of now that are not in before.
 func added(before, now []string) []string {
 	var list []string
 	for _, s := range now {

@@ -9,19 +9,19 @@ import (
 	"syscall"
 )
 
-// PeerSocket is where a snapshotter that is not ours listens, for the configuration of containerd. There is one /run for
-// all stacks of a process, and one stack with a peer at a time.
+// PeerSocket is the address of a third-party snapshotter, for the configuration of containerd. All
+// stacks of a process share /run, so only one stack with a peer can run at a time.
 const PeerSocket = "/run/daxfs-peer.sock"
 
-// PeerRoot is the state directory of such a snapshotter.
+// PeerRoot returns the state directory of the third-party snapshotter.
 func (s *Stack) PeerRoot() string { return filepath.Join(s.Dir, "peer") }
 
-// StopPeer ends the snapshotter that is not ours with sig.
+// StopPeer ends the third-party snapshotter with sig.
 func (s *Stack) StopPeer(sig syscall.Signal) error { return s.peer.stop(sig) }
 
-// StartPeer starts the snapshotter that is not ours and waits until it takes connections.
+// StartPeer starts the third-party snapshotter and waits until it accepts connections.
 func (s *Stack) StartPeer() error {
-	if err := os.Remove(PeerSocket); err != nil && !errors.Is(err, fs.ErrNotExist) { // of the stack before
+	if err := os.Remove(PeerSocket); err != nil && !errors.Is(err, fs.ErrNotExist) { // from an earlier stack
 		return err
 	}
 	if err := os.MkdirAll(s.PeerRoot(), 0o711); err != nil {

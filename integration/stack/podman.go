@@ -2,7 +2,7 @@ package stack
 
 import "path/filepath"
 
-// buildModule makes a program of a package of another module below integration/.
+// buildModule builds a program from a package of another module below integration/.
 func buildModule(cache, module, pkg, program string) error {
 	root, err := moduleRoot()
 	if err != nil {
@@ -12,7 +12,7 @@ func buildModule(cache, module, pkg, program string) error {
 		"-o", filepath.Join(cache, "bin", program), pkg))
 }
 
-// BuildPodman makes "podman-compress", which writes layers as podman does. For Main.
+// BuildPodman builds "podman-compress", which writes layers like podman. For Main.
 func BuildPodman(cache string) error {
 	return buildModule(cache, "podman", "./compress", "podman-compress")
 }

@@ -21,16 +21,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// PoolReport is what a stopped daemon's pool holds.
+// PoolReport describes the contents of a stopped daemon's pool.
 type PoolReport struct {
 	pool.Usage
 	ImageKeys, LayerKeys []string
 }
 
-// PoolFile is the file of the daemon's pool, unless its configuration says otherwise.
+// PoolFile returns the default file of the daemon's pool.
 func (s *Stack) PoolFile() string { return store.Pool{Kind: region.KindFile}.File(s.DaemonRoot()) }
 
-// CheckPool opens the file pool of the daemon, which must be stopped, proves it and tells what is in it.
+// CheckPool opens the file pool of a stopped daemon, checks it and describes its contents.
 func (s *Stack) CheckPool() (report PoolReport, err error) {
 	r, err := region.Open(region.Config{Kind: region.KindFile, Path: s.PoolFile()})
 	if err != nil {
@@ -63,8 +63,8 @@ func (s *Stack) CheckPool() (report PoolReport, err error) {
 	return report, errors.Join(findings...)
 }
 
-// CollectPool has the running daemon free what nobody needs in its pool, which a user calls by name, and returns the bytes of
-// contents that are left, used or not yet free.
+// CollectPool makes the running daemon free unneeded space in its pool. name is a user's name of the
+// pool. It returns the bytes of the remaining contents, used or not yet free.
 func (s *Stack) CollectPool(name string) (int64, error) {
 	control := s.Run + "/control.sock"
 	if _, err := s.output("daxfs", "pool", "gc", "--control", control, name); err != nil {
@@ -83,7 +83,7 @@ func (s *Stack) CollectPool(name string) (int64, error) {
 	return state.Index.Extents + state.Index.Waiting, nil
 }
 
-// SnapshotDirs lists the directories in which the daemon keeps what snapshots wrote.
+// SnapshotDirs lists the directories with the snapshots' files.
 func (s *Stack) SnapshotDirs() ([]string, error) {
 	entries, err := os.ReadDir(filepath.Join(s.DaemonRoot(), "snapshots"))
 	if err != nil {
@@ -96,17 +96,17 @@ func (s *Stack) SnapshotDirs() ([]string, error) {
 	return names, nil
 }
 
-// Left is what a stopped daemon left.
+// Left is the state that a stopped daemon left.
 type Left struct {
-	// Keys are the snapshots, as containerd's clients know them.
+	// Keys are the keys of the snapshots, as containerd's clients know them.
 	Keys []string
-	// Trees lists the committed ones among them, as a view shows them.
+	// Trees lists views of the committed snapshots.
 	Trees map[string][]string
 }
 
-// CheckDaemon opens what the daemon, which must be stopped, left behind, does the work that it left, mounts every committed
-// snapshot, and compares all there is: snapshots, directories, layers, packs, images, mounts, loop devices. The error names
-// each contradiction and each thing that is left over.
+// CheckDaemon opens the state of a stopped daemon, completes its pending work, mounts every committed
+// snapshot, and compares everything: snapshots, directories, layers, packs, images, mounts, loop
+// devices. The error names each contradiction and each leftover.
 func (s *Stack) CheckDaemon() (left Left, err error) {
 	ctx := context.Background()
 	c, err := config.Load(filepath.Join(s.Dir, "daxfs.toml"))
@@ -145,7 +145,7 @@ func (s *Stack) CheckDaemon() (left Left, err error) {
 	return left, errors.Join(append(findings, err)...)
 }
 
-// clientKey is the key that a client of containerd gave, which calls the snapshot "<namespace>/<number>/<key>".
+// clientKey returns the client's key of the snapshot "<namespace>/<number>/<key>".
 func clientKey(name string) string {
 	if parts := strings.SplitN(name, "/", 3); len(parts) == 3 {
 		return parts[2]
@@ -153,7 +153,6 @@ func clientKey(name string) string {
 	return name
 }
 
-// viewTree lists a committed snapshot.
 func viewTree(ctx context.Context, sn *snapshotter.Snapshotter, name string) (lines []string, err error) {
 	const view = "check-view"
 	mounts, err := sn.View(ctx, view, name)

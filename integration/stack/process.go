@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// readyTimeout bounds the wait for a program to start or stop. It is generous: reaching it means "never".
+// readyTimeout bounds the wait for a program to start or stop. It is so long that only a hanging program reaches it.
 const readyTimeout = 2 * time.Minute
 
 // process is a program that runs beside the tests, with its output in a file.
@@ -19,11 +19,10 @@ type process struct {
 	name string
 	log  string
 	cmd  *exec.Cmd
-	done chan struct{} // closed when it ended
+	done chan struct{} // closed when the process ended
 	err  error         // valid after done
 }
 
-// startProcess starts a program whose output is appended to log.
 func startProcess(name, log string, env []string, argv ...string) (*process, error) {
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -33,7 +32,7 @@ func startProcess(name, log string, env []string, argv ...string) (*process, err
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = f, f
 	cmd.Env = env
-	// A group of its own: a signal to the tests does not end it behind their back.
+	// A process group of its own: signals to the tests do not reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
@@ -46,7 +45,7 @@ func startProcess(name, log string, env []string, argv ...string) (*process, err
 	return p, nil
 }
 
-// await calls ready until it returns nil. It fails when the process ends first.
+// await calls ready until it returns nil. It fails if the process ends first.
 func (p *process) await(ready func() error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
 	defer cancel()
@@ -66,7 +65,7 @@ func (p *process) await(ready func() error) error {
 	}
 }
 
-// stop sends sig and waits for the end. A process that has ended already is no error.
+// stop sends sig and waits for the end. An already ended process is no error.
 func (p *process) stop(sig syscall.Signal) error {
 	if err := p.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("signal %s: %w", p.name, err)
@@ -89,7 +88,6 @@ func (p *process) ended() bool {
 	}
 }
 
-// tail returns the last lines of a file, for messages.
 func tail(path string) string {
 	b, err := os.ReadFile(path)
 	if err != nil {

@@ -22,19 +22,19 @@ type Registry struct {
 	handler http.Handler
 	addr    string
 	server  *http.Server
-	served  atomic.Int64 // nanoseconds of the clock
+	served  atomic.Int64 // Unix time in nanoseconds
 	sent    atomic.Int64 // bytes of blobs and manifests
-	rate    atomic.Int64 // bytes in a second that all answers share; 0 is no limit
-	line    sync.Mutex   // held while bytes are sent, with a limit
+	rate    atomic.Int64 // bytes per second for all answers together; 0 is no limit
+	line    sync.Mutex   // held while sending with a limit
 
 	mu      sync.Mutex
 	fetched []string
 	hold    *hold // nil unless a range is to be held
 }
 
-// hold keeps one answer back.
+// hold delays one answer.
 type hold struct {
-	left          int // requests before that
+	left          int // requests before that one
 	held, release chan struct{}
 }
 
@@ -44,7 +44,7 @@ func NewRegistry() (*Registry, error) {
 	return r, r.On()
 }
 
-// On listens again, at the same address and with the same contents, after Off.
+// On listens again after Off, at the same address and with the same contents.
 func (r *Registry) On() error {
 	l, err := net.Listen("tcp", r.addr)
 	if err != nil {
@@ -56,10 +56,10 @@ func (r *Registry) On() error {
 	return nil
 }
 
-// Addr is where it listens, HOST:PORT.
+// Addr returns the registry's address, HOST:PORT.
 func (r *Registry) Addr() string { return r.addr }
 
-// Off refuses connections until On; those that are open are cut.
+// Off refuses connections until On, and closes open ones.
 func (r *Registry) Off() error { return r.server.Close() }
 
 // Push uploads an image under repository:latest and returns its reference.
@@ -79,7 +79,7 @@ func (r *Registry) PushTag(repository, tag string, img v1.Image) (string, error)
 	return ref.Name(), nil
 }
 
-// Fetched returns the digests of the blobs that were asked for since the last call, manifests not counted.
+// Fetched returns the digests of the blobs requested since the last call, without manifests.
 func (r *Registry) Fetched() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -88,8 +88,8 @@ func (r *Registry) Fetched() []string {
 	return list
 }
 
-// HoldRange keeps the answer to the n-th request for a part of a blob back, until release is called or who asked is
-// gone. held is closed when it is asked for.
+// HoldRange delays the answer to the n-th request for a part of a blob, until release is called or the
+// client is gone. held is closed when the request arrives.
 func (r *Registry) HoldRange(n int) (held <-chan struct{}, release func()) {
 	h := &hold{n - 1, make(chan struct{}), make(chan struct{})}
 	r.mu.Lock()
@@ -124,8 +124,8 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 		r.fetched = append(r.fetched, "sha256:"+digest)
 		r.mu.Unlock()
 	}
-	// The handler refuses a range without an end, with which containerd goes on after a pull that was cut off. An answer
-	// with all of the blob will do as well.
+	// The handler refuses a range without an end, with which containerd resumes an interrupted pull.
+	// Answer with the whole blob instead.
 	if strings.HasSuffix(req.Header.Get("Range"), "-") {
 		req.Header.Del("Range")
 	}
@@ -136,16 +136,16 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 	r.served.Store(time.Now().UnixNano())
 }
 
-// Served is when the registry had answered the last request.
+// Served returns the time of the last answer.
 func (r *Registry) Served() time.Time { return time.Unix(0, r.served.Load()) }
 
-// Sent is how many bytes the registry has sent in bodies of answers.
+// Sent returns the number of bytes sent in bodies of answers.
 func (r *Registry) Sent() int64 { return r.sent.Load() }
 
-// Throttle makes all answers share a line of that many bytes in a second. 0 ends it.
+// Throttle limits all answers together to rate bytes per second. 0 ends the limit.
 func (r *Registry) Throttle(rate int64) { r.rate.Store(rate) }
 
-// sending counts the bytes of a body, and takes its time for them.
+// sending counts and delays the bytes of a body.
 type sending struct {
 	http.ResponseWriter
 	r *Registry

@@ -16,52 +16,53 @@ import (
 // Namespace is the containerd namespace that the tests use unless they name another.
 const Namespace = "daxfs-test"
 
-// Mode is the way in which layers reach the snapshotter.
+// Mode selects how layers reach the snapshotter.
 type Mode string
 
 const (
-	// None runs no daemon: for comparison with containerd's own snapshotters.
+	// None runs no daemon, for comparison with containerd's own snapshotters.
 	None Mode = ""
-	// Walking lets containerd unpack into directories; only the snapshot proxy is configured.
+	// Walking makes containerd unpack into directories; only the snapshot proxy is configured.
 	Walking Mode = "walking"
-	// Streaming gives layers to the differ of the daemon.
+	// Streaming hands layers to the daemon's differ.
 	Streaming Mode = "streaming"
 )
 
-// Options of a stack. The zero value of each field is the default of the product; that of Mode runs no daemon.
+// Options configures a stack. Zero values are the defaults of the product; the zero Mode runs no daemon.
 type Options struct {
 	Mode Mode
-	// ParallelUnpacks is how many layers containerd unpacks at once; 0 and 1 mean one after the other.
+	// ParallelUnpacks is the number of layers that containerd unpacks concurrently; 0 and 1 mean one.
 	ParallelUnpacks int
-	// Config is the daemon's configuration, as TOML. "{{run}}" and "{{dir}}" in it are replaced with Run and Dir of the stack.
+	// Config is the daemon's configuration, TOML with the stack's Run and Dir for "{{run}}" and "{{dir}}".
 	Config string
-	// Containerd is TOML that is appended to containerd's configuration.
+	// Containerd is TOML appended to containerd's configuration.
 	Containerd string
-	// Kubernetes leaves on what containerd does for Kubernetes, with the keys of Containerd. "{{run}}", "{{dir}}" and "{{bin}}" in
-	// these are replaced with the Run and Dir of the stack, and the directory of the programs of containerd and CNI.
+	// Kubernetes enables containerd's plugins for Kubernetes. In Containerd, "{{run}}", "{{dir}}" and
+	// "{{bin}}" are then replaced with the stack's Run and Dir, and the directory with the programs of
+	// containerd and CNI.
 	Kubernetes bool
-	// Peer is the command line of another snapshotter, to which PeerSocket and PeerRoot are added. It runs from before
-	// containerd until after it. Empty runs none.
+	// Peer is the command line of another snapshotter, to which PeerSocket and PeerRoot are added. It
+	// starts before containerd and ends after it. Empty runs none.
 	Peer []string
-	// Path is searched for programs before the machine's own directories; our programs come first anyway.
+	// Path is searched for programs before the machine's own directories, and after our programs.
 	Path string
-	// Patient lets containerd's connections wait while the daemon is away. Without, calls fail at once, and for a second or
-	// more after the daemon came back.
+	// Patient makes containerd's connections wait while the daemon is away. Otherwise calls fail at once,
+	// and for a second or more after the daemon is back.
 	Patient bool
-	// Registry is one that serves already, for stacks that follow one another. It is the caller's; nil makes a new one.
+	// Registry is an existing registry, for successive stacks. It stays the caller's; nil makes a new one.
 	Registry *Registry
-	// Disk is the size in bytes of a file system for the directory of the stack alone, which Reboot would take
-	// away. 0 shares the one of the cache.
+	// Disk is the size in bytes of a separate file system for the stack's directory. Reboot would lose it.
+	// 0 uses the file system of the cache.
 	Disk int64
 }
 
 // Stack is a running registry, containerd and daxfs-snapshotter.
 type Stack struct {
-	// Dir is on a disk filesystem; what survives a reboot is below it.
+	// Dir is on a disk filesystem; state that survives a reboot is below it.
 	Dir string
 	// Run is on a tmpfs; sockets and the state of containerd are below it.
 	Run string
-	// Registry serves the images that were pushed.
+	// Registry serves the pushed images.
 	Registry *Registry
 
 	options    Options
@@ -79,8 +80,7 @@ type Stack struct {
 	closed bool
 }
 
-// New starts a stack and stops it when the test ends. The test fails if anything is left behind then: a mount, a loop
-// device, a process.
+// New starts a stack and stops it when the test ends. The test fails if a mount, a loop device or a process is left.
 func New(t testing.TB, o Options) *T {
 	t.Helper()
 	if unavailable != "" {
@@ -101,7 +101,7 @@ func New(t testing.TB, o Options) *T {
 	return &T{Stack: s, t: t}
 }
 
-// Start starts a stack outside of a test. The caller must be inside of Main or Isolated, and calls Close.
+// Start starts a stack outside a test, but inside Main or Isolated. The caller must call Close.
 func Start(o Options) (_ *Stack, err error) {
 	if unavailable != "" {
 		return nil, errors.New(unavailable)
@@ -123,7 +123,7 @@ func Start(o Options) (_ *Stack, err error) {
 	if s.Dir, err = os.MkdirTemp(filepath.Join(cache, "run"), "stack-"); err != nil {
 		return nil, err
 	}
-	if s.Run, err = os.MkdirTemp("/run", "s-"); err != nil { // short: sockets have 107 bytes
+	if s.Run, err = os.MkdirTemp("/run", "s-"); err != nil { // short, because sockets have 107 bytes
 		return nil, errors.Join(err, os.RemoveAll(s.Dir))
 	}
 	defer func() {
@@ -136,7 +136,7 @@ func Start(o Options) (_ *Stack, err error) {
 			return nil, err
 		}
 	}
-	// The root of a user namespace has to pass through on its way to the container.
+	// The root user of a user namespace must be able to traverse these directories.
 	for _, dir := range []string{s.Dir, s.Run} {
 		if err := os.Chmod(dir, 0o711); err != nil {
 			return nil, err
@@ -168,14 +168,14 @@ func Start(o Options) (_ *Stack, err error) {
 	return s, s.StartContainerd()
 }
 
-// Push uploads an image and returns the reference to pull it by.
+// Push uploads an image and returns the reference for pulling it.
 func (s *Stack) Push(repository string, img v1.Image) (string, error) {
 	return s.Registry.Push(repository, img)
 }
 
-// Close ends everything in the order in which a machine shuts down: containers, containerd, daemon, mounts. Its error
-// says what had to be cleaned that should not have been there. A second call does nothing. It ends every process of the
-// namespaces that Main made, so stacks follow one another.
+// Close ends everything in the order of a machine's shutdown: containers, containerd, daemon, mounts.
+// Its error names unexpected leftovers. A second call does nothing. It ends every process in the
+// namespaces of Main, so stacks can follow one another.
 func (s *Stack) Close() error {
 	if s.closed {
 		return nil
@@ -198,12 +198,12 @@ func (s *Stack) Close() error {
 	if s.Registry != nil && s.options.Registry == nil {
 		errs = append(errs, s.Registry.Off())
 	}
-	// What is left counts against this stack and not against the next one.
+	// Leftovers count against this stack and not against the next one.
 	errs = append(errs, s.leaks(), killOwn(), os.RemoveAll(s.Run), os.RemoveAll(s.Dir), os.RemoveAll(s.diskFile()))
 	return errors.Join(errs...)
 }
 
-// dumpLogs shows the end of what the programs printed.
+// dumpLogs logs the end of the programs' output.
 func (s *Stack) dumpLogs(t testing.TB) {
 	for _, name := range []string{"containerd", "daxfs-snapshotter"} {
 		t.Logf("the log of %s ends with:\n%s", name, tail(filepath.Join(s.Dir, name+".log")))
@@ -239,7 +239,7 @@ func (s *T) Pull(ref, snapshotter string) {
 	s.Ctr("image", "pull", "--plain-http", "--snapshotter", snapshotter, ref)
 }
 
-// Run runs a container of an image that was pulled, to its end, and returns what it printed.
+// Run runs a container of a pulled image until it ends, and returns its output.
 func (s *T) Run(ref, snapshotter, id string, args ...string) string {
 	s.t.Helper()
 	return s.Ctr(append([]string{"run", "--rm", "--snapshotter", snapshotter, ref, id}, args...)...)
@@ -259,10 +259,10 @@ func (s *T) must(err error) {
 	}
 }
 
-// Try runs ctr or nerdctl and returns what it wrote to its standard output, for calls that may fail.
+// Try runs ctr or nerdctl and returns its standard output, for calls that may fail.
 func (s *Stack) Try(name string, args ...string) (string, error) { return s.output(name, args...) }
 
-// removeContainers ends and removes all containers of all namespaces that the tests made, running ones included.
+// removeContainers kills and removes all containers in all namespaces of the tests.
 func (s *Stack) removeContainers() error {
 	namespaces, err := s.output("ctr", "namespace", "ls", "-q")
 	if err != nil {
@@ -285,9 +285,9 @@ func (s *Stack) removeContainers() error {
 	return errors.Join(errs...)
 }
 
-// Reboot does what a power failure and a boot do: every process ends at once, what is in memory is gone (mounts, and all
-// below Run), and the daemons start again. lost is called while nothing runs, to take away what else was in memory; it
-// may be nil. The registry stays as it is.
+// Reboot does what a power failure and a boot do: every process ends at once, memory is lost (mounts,
+// and everything below Run), and the daemons start again. lost, if not nil, is called while nothing
+// runs, to remove other contents of memory. The registry stays as it is.
 func (s *Stack) Reboot(lost func()) error {
 	if err := killOwn(); err != nil {
 		return err
@@ -318,9 +318,9 @@ func (s *Stack) Reboot(lost func()) error {
 	return s.StartContainerd()
 }
 
-// killOwn ends every process of this PID namespace but PID 1 and this one, at once.
+// killOwn kills every process of this PID namespace except PID 1 and this one.
 func killOwn() error {
-	for range 100 { // a shim may start one more while it is looked for
+	for range 100 { // a shim may start one more meanwhile
 		pids, err := ownProcesses()
 		if err != nil {
 			return err
@@ -342,18 +342,18 @@ func killOwn() error {
 	return nil
 }
 
-// Exec runs a command in a running container and returns what it printed.
+// Exec runs a command in a running container and returns its output.
 func (s *Stack) Exec(id string, args ...string) (string, error) {
 	s.execs++
 	return s.output("ctr",
 		append([]string{"task", "exec", "--exec-id", fmt.Sprintf("exec-%d", s.execs), id}, args...)...)
 }
 
-// Collect makes containerd forget what nothing refers to, and waits until it has.
+// Collect runs containerd's garbage collection and waits for it.
 func (s *Stack) Collect() error {
 	_, err := s.output("ctr", "content", "prune", "references")
 	return err
 }
 
-// Must fails the test on an error, which is the last of the values.
+// Must fails the test on an error.
 func (s *T) Must(err error) { s.t.Helper(); s.must(err) }

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Versions of what the tests run. Raising one is a change like any other: run the tests.
+// Versions of the programs. After raising one, run the tests.
 const (
 	containerdVersion = "v2.4.2"
 	cniVersion        = "v1.9.1"
@@ -27,7 +27,7 @@ const (
 	nerdctlModule    = "github.com/containerd/nerdctl/v2"
 )
 
-// program is one thing that "go install" can make. An empty pkg is the module's root.
+// program is a program that "go install" can build. An empty pkg is the module's root.
 type program struct {
 	module, version, pkg string
 }
@@ -46,7 +46,7 @@ var programs = []program{
 	{cniModule, cniVersion, "plugins/meta/firewall"},
 }
 
-// CacheDir is the directory of things that are slow to make; see the package comment.
+// CacheDir returns the directory of the test cache; see the package comment.
 func CacheDir() (string, error) {
 	if dir := os.Getenv("DAXFS_TEST_CACHE"); dir != "" {
 		return filepath.Abs(dir)
@@ -58,7 +58,7 @@ func CacheDir() (string, error) {
 	return filepath.Join(dir, "daxfs-test"), nil
 }
 
-// Program is the path of a program of the cache: one of this tree, containerd's or nerdctl. Main has built it.
+// Program returns the path of a program in the cache: one of this tree, containerd's or nerdctl. Main has built it.
 func Program(name string) (string, error) {
 	cache, err := CacheDir()
 	if err != nil {
@@ -72,13 +72,12 @@ func Program(name string) (string, error) {
 	return path, nil
 }
 
-// Build makes something that not every test needs in the cache, where the network is at hand.
+// Build builds something for some of the tests in the cache, while the network is available.
 type Build func(cache string) error
 
-// tools are the programs of one test run.
 type tools struct {
 	cache string // CacheDir
-	bin   string // containerd and friends; first in every PATH
+	bin   string // containerd's programs and others; first in every PATH
 	own   string // daxfs and daxfs-snapshotter of this tree
 }
 
@@ -91,8 +90,7 @@ func (t tools) path(name string) string {
 	return name
 }
 
-// buildTools makes what the cache does not hold yet, and the programs of this tree. It needs the network the first
-// time only.
+// buildTools builds what the cache lacks, and the programs of this tree. It needs the network only the first time.
 func buildTools(more ...Build) (tools, error) {
 	cache, err := CacheDir()
 	if err != nil {
@@ -104,7 +102,7 @@ func buildTools(more ...Build) (tools, error) {
 			return tools{}, err
 		}
 	}
-	// Two test binaries may start at once; the second waits and finds everything made.
+	// Two test binaries may start at once; the second waits and finds everything built.
 	unlock, err := lockFile(filepath.Join(cache, "build.lock"))
 	if err != nil {
 		return tools{}, err
@@ -129,7 +127,7 @@ func buildTools(more ...Build) (tools, error) {
 	return t, nil
 }
 
-// install makes the program in bin unless it is there in the right version. Env is added to the environment of go.
+// install builds the program in bin unless that version exists. env is added to the environment of go.
 func (p program) install(bin string, env ...string) error {
 	info, err := buildinfo.ReadFile(filepath.Join(bin, path.Base(p.path())))
 	if err == nil && info.Main.Path == p.module && info.Main.Version == p.version {
@@ -143,8 +141,8 @@ func (p program) install(bin string, env ...string) error {
 	return run(cmd)
 }
 
-// installNerdctl makes nerdctl from its module zip. "go install" refuses it: its go.mod has replace directives, one of
-// them for a test library that a few non-test files of the command import.
+// installNerdctl builds nerdctl from its module zip. "go install" refuses its go.mod because of
+// replace directives, one of them for a test library that a few non-test files of the command import.
 func installNerdctl(bin string) error {
 	stamp := filepath.Join(bin, "nerdctl.version")
 	if have, err := os.ReadFile(stamp); err == nil && string(have) == nerdctlVersion &&
@@ -183,9 +181,9 @@ func installNerdctl(bin string) error {
 	return os.WriteFile(stamp, []byte(nerdctlVersion), 0o644)
 }
 
-// moduleDir downloads a module unless the module cache has it, and returns the directory there. It is read-only.
+// moduleDir downloads a module to the module cache if necessary, and returns its directory, which is read-only.
 func moduleDir(module, version string) (string, error) {
-	// Download wants to stand in a module; any will do.
+	// go mod download must run in a module; any will do.
 	dir, err := os.MkdirTemp("", "download-")
 	if err != nil {
 		return "", err
@@ -207,7 +205,7 @@ func moduleDir(module, version string) (string, error) {
 	return mod.Dir, nil
 }
 
-// copyModule makes a copy of a module in tree that can be changed.
+// copyModule copies a module to tree, where it can be changed.
 func copyModule(tree, module, version string) error {
 	dir, err := moduleDir(module, version)
 	if err != nil {
@@ -229,13 +227,12 @@ func copyModule(tree, module, version string) error {
 	})
 }
 
-// buildOwn makes the programs of this tree, as a release would be made.
 func buildOwn(bin string) error {
 	root, err := moduleRoot()
 	if err != nil {
 		return err
 	}
-	// Git refuses to tell root about a clone that belongs to another user.
+	// Git refuses root access to another user's clone.
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o",
 		bin+string(filepath.Separator), "./cmd/...")
 	cmd.Dir = root
@@ -243,7 +240,7 @@ func buildOwn(bin string) error {
 	return run(cmd)
 }
 
-// moduleRoot finds the directory of go.mod above the working directory, which is that of the package under test.
+// moduleRoot finds the directory of go.mod at or above the working directory.
 func moduleRoot() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
@@ -259,7 +256,7 @@ func moduleRoot() (string, error) {
 	return dir, nil
 }
 
-// goCommand is the go tool for modules that are not ours, free of our flags and of the version in our go.mod.
+// goCommand returns a go command for other modules, without our flags and the version in our go.mod.
 func goCommand(dir string, args ...string) *exec.Cmd {
 	cmd := exec.Command("go", args...)
 	cmd.Dir = dir
@@ -270,7 +267,7 @@ func goCommand(dir string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// run runs cmd; its error holds what the command printed.
+// run runs cmd; an error contains the command's output.
 func run(cmd *exec.Cmd) error {
 	var out bytes.Buffer
 	if cmd.Stdout == nil {
@@ -283,7 +280,7 @@ func run(cmd *exec.Cmd) error {
 	return nil
 }
 
-// lockFile waits for an exclusive lock on path. The lock ends with unlock or the process.
+// lockFile waits for an exclusive lock on path. unlock or the process's end releases it.
 func lockFile(path string) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {

@@ -14,16 +14,16 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/listing"
 )
 
-// Rootfs is the root directory of a running container, as its shim mounted it.
+// Rootfs returns the root directory of a running container, as mounted by its shim.
 func (s *Stack) Rootfs(id string) string {
 	return filepath.Join(s.Run, "state/io.containerd.runtime.v2.task", Namespace, id, "rootfs")
 }
 
-// Comparable leaves out of listings what containerd's overlayfs snapshotter makes up: the time of the root is that of the
-// unpacking, and link counts are those of a lower layer.
+// Comparable omits from listings what containerd's overlayfs snapshotter makes up: the root's time is
+// that of the unpack, and link counts are those of a lower layer.
 var Comparable = listing.Options{NoRootTime: true, NoLinkCounts: true}
 
-// ImageTree mounts an image by a view of a snapshotter and lists it. Flags are for ctr, such as another namespace.
+// ImageTree lists an image through a view of a snapshotter. Flags are for ctr, such as another namespace.
 func (s *Stack) ImageTree(ref, snapshotter string, flags ...string) (lines []string, err error) {
 	dir, err := os.MkdirTemp(s.Run, "tree-")
 	if err != nil {
@@ -51,7 +51,7 @@ func (s *Stack) Snapshots(snapshotter string) ([]string, error) {
 		return nil, err
 	}
 	header, table, _ := strings.Cut(out, "\n")
-	column := strings.Index(header, "PARENT") // keys may have spaces
+	column := strings.Index(header, "PARENT") // keys may contain spaces
 	var keys []string
 	for line := range strings.Lines(table) {
 		keys = append(keys, strings.TrimSpace(line[:column]))
@@ -66,8 +66,8 @@ func (s *Stack) OverlayTree(name string) (lines []string, err error) {
 		return nil, err
 	}
 	defer os.Remove(dir)
-	// It prints the command that mounts the view. Nothing refers to the view, so containerd removes it; its mount is made of
-	// what the committed snapshots have.
+	// The command prints the mount command of the view. containerd removes the view, to which nothing
+	// refers, but the mount consists of the committed snapshots.
 	command, err := s.output("ctr", "snapshot", "--snapshotter", "overlayfs", "view", "--target", dir,
 		"view-"+filepath.Base(dir), name)
 	if err != nil {
@@ -80,7 +80,7 @@ func (s *Stack) OverlayTree(name string) (lines []string, err error) {
 	return listing.Tree(dir, Comparable)
 }
 
-// Compare fails unless an image, which both snapshotters have, shows the same tree with daxfs as with overlayfs.
+// Compare fails unless an image, unpacked for both snapshotters, shows the same tree with daxfs as with overlayfs.
 func (s *Stack) Compare(ref string, flags ...string) error {
 	want, err := s.ImageTree(ref, "overlayfs", flags...)
 	if err != nil {
@@ -112,7 +112,7 @@ func (s *T) ImageTree(ref, snapshotter string) []string {
 	return lines
 }
 
-// ImageMounts lists the mount points of images, each of which may serve many containers.
+// ImageMounts lists the mount points of images. Each may serve many containers.
 func (s *Stack) ImageMounts() ([]string, error) {
 	points, err := s.Mounts()
 	if err != nil {

@@ -17,7 +17,7 @@ const architecture = runtime.GOARCH
 // busyboxPaths are where distributions put a static busybox.
 var busyboxPaths = []string{"/bin/busybox", "/usr/bin/busybox"}
 
-// Busybox is the base layer: a static busybox with its applets, and the directories that a runtime expects.
+// Busybox returns the base layer: a static busybox with its applets, and the directories that a runtime expects.
 func Busybox() ([]Entry, error) {
 	var body []byte
 	var err error
@@ -55,7 +55,6 @@ func Busybox() ([]Entry, error) {
 // Tiny is an image of one layer: busybox.
 func Tiny() (v1.Image, error) { return onBusybox() }
 
-// onBusybox is an image of layers above busybox.
 func onBusybox(layers ...[]Entry) (v1.Image, error) {
 	base, err := Busybox()
 	if err != nil {
@@ -64,9 +63,9 @@ func onBusybox(layers ...[]Entry) (v1.Image, error) {
 	return Image(append([][]Entry{base}, layers...)...)
 }
 
-// Special is an image with everything that a tree can hold: owners, special mode bits, devices, fifos, hard links,
-// extended attributes and capabilities, odd names, odd times, and sizes around block and huge page borders; then a
-// layer that changes a part of it.
+// Special is an image with everything that a tree can hold: owners, special mode bits, devices, fifos,
+// hard links, extended attributes and capabilities, odd names, odd times, and sizes around block and
+// huge page borders. A second layer changes parts of it.
 func Special() (v1.Image, error) { return onBusybox(SpecialLayers()...) }
 
 // SpecialLayers are the two layers of Special above the base.
@@ -125,7 +124,7 @@ func SpecialLayers() [][]Entry {
 		Dir("s/tree", 0o755), File("s/tree/a", 0o644, []byte("a")), Dir("s/tree/b", 0o755),
 		File("s/tree/b/c", 0o644, []byte("c")),
 	)
-	// Directories that this layer changes have entries: without, containerd leaves the time of the unpacking.
+	// The directories that this layer changes have entries: without them, containerd keeps the time of the unpack.
 	upper := []Entry{
 		Dir("s", 0o755), Dir("s/sticky", 0o1777), Dir("s/replaced", 0o755),
 		Whiteout("s/removed"), Whiteout("s/tree"),
@@ -133,18 +132,18 @@ func SpecialLayers() [][]Entry {
 		Whiteout("s/replaced/in-dir"), File("s/replaced/new", 0o644, []byte("x")),
 		File("s/was-dir", 0o644, []byte("a file now")),
 		Dir("s/was-file", 0o755), File("s/was-file/inside", 0o644, []byte("inside")),
-		// The mode of a lower directory changes. Its attribute is repeated, as whoever archives the directory does: without,
-		// overlayfs would hide the attribute, and converting a layer keeps it (see package tree).
+		// The mode of a lower directory changes. The entry repeats its attribute, like archivers do: without
+		// that, overlayfs would hide the attribute, while converting a layer keeps it (see package tree).
 		Dir("s/attrdir", 0o711).Xattr("user.on.dir", "yes"),
-		Whiteout("s/link2"),                           // one of three names goes
-		File("s/sticky/link3", 0o600, []byte("own")),  // one is a file of its own now
+		Whiteout("s/link2"),                           // one of three names is removed
+		File("s/sticky/link3", 0o600, []byte("own")),  // one becomes a file of its own
 		File("s/size-4096", 0o644, []byte("smaller")), // contents change
 	}
 	return [][]Entry{lower, upper}
 }
 
-// Layers is an image of n layers above busybox. Each adds files, most remove or replace what a lower one added, and
-// every seventh makes a directory opaque.
+// Layers is an image of n layers above busybox. Each layer adds files, most remove or replace some of
+// a lower one, and every seventh makes a directory opaque.
 func Layers(n int) (v1.Image, error) {
 	layers := make([][]Entry, n)
 	for i := range layers {
@@ -171,8 +170,8 @@ func Layers(n int) (v1.Image, error) {
 	return onBusybox(layers...)
 }
 
-// Small is an image with n small files in nested directories, as package managers of scripting languages make them;
-// seed decides on the contents, so that two images share files only when they share the seed.
+// Small is an image with n small files in nested directories, similar to packages of scripting
+// languages. seed selects the contents, so two images share files only if they have the same seed.
 func Small(n int, seed uint64) (v1.Image, error) { return onBusybox(SmallFiles(n, seed)) }
 
 // SmallFiles is the layer of Small.
@@ -191,7 +190,7 @@ func SmallFiles(n int, seed uint64) []Entry {
 	return entries
 }
 
-// Noise is size bytes that look random and depend on seed only. It does not compress.
+// Noise returns size pseudo-random bytes that depend only on seed. They do not compress.
 func Noise(seed uint64, size int) []byte {
 	b := make([]byte, (size+7)&^7)
 	for i := 0; i < len(b); i += 8 {

@@ -23,7 +23,7 @@ func Chunked(layers ...[]Entry) (v1.Image, error) {
 	}, layers...)
 }
 
-// ChunkedBy makes such an image with another encoder, which turns the tar of a layer into its blob and annotations.
+// ChunkedBy makes such an image with another encoder. encode turns the tar of a layer into its blob and annotations.
 func ChunkedBy(encode func(w io.Writer, raw io.Reader) (map[string]string, error),
 	layers ...[]Entry,
 ) (v1.Image, error) {
@@ -52,7 +52,7 @@ func ChunkedBy(encode func(w io.Writer, raw io.Reader) (map[string]string, error
 	return img, nil
 }
 
-// Updated are the entries of a layer with other contents in every n-th regular file.
+// Updated returns the entries of a layer with new contents in every n-th regular file.
 func Updated(entries []Entry, n int) []Entry {
 	out := make([]Entry, len(entries))
 	for i, e := range entries {

@@ -12,7 +12,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Formats is the image Special with each layer in another form that registries have: gzip, zstd, and eStargz.
+// Formats is the image Special with its layers in three formats of registries: gzip, zstd, and eStargz.
 func Formats() (v1.Image, error) {
 	base, err := Busybox()
 	if err != nil {
@@ -43,7 +43,7 @@ func Formats() (v1.Image, error) {
 	return img, nil
 }
 
-// Docker is the image Special with the media types of Docker, and a layer of its own: the same layers would be the same chain.
+// Docker is the image Special with Docker's media types, and one more layer to make its chain a different one.
 func Docker() (v1.Image, error) {
 	base, err := Busybox()
 	if err != nil {
@@ -53,7 +53,7 @@ func Docker() (v1.Image, error) {
 	return imageOf(types.DockerManifestSchema2, types.DockerConfigJSON, types.DockerLayer, layers)
 }
 
-// blobLayer is a layer whose bytes are known.
+// blobLayer is a layer with given bytes.
 type blobLayer struct {
 	encoded, plain []byte
 	media          types.MediaType
@@ -95,9 +95,9 @@ func zstdLayer(entries []Entry) (encoded, plain []byte, err error) {
 	return w.EncodeAll(plain, nil), plain, nil
 }
 
-// stargzLayer has the shape of eStargz: a gzip member for each entry, so that one can be read alone, then the table of
-// contents as a file in a member of its own, then an empty member that says where the table is. Readers that do not know the
-// format see an ordinary layer with one file more, and so do containers.
+// stargzLayer has the structure of eStargz: a separate gzip member for each entry, the table of
+// contents as a file in its own member, and an empty member with the place of the table. Readers that
+// do not know the format, and containers, see an ordinary layer with one more file.
 func stargzLayer(entries []Entry) (encoded, plain []byte, err error) {
 	var whole, out bytes.Buffer
 	member := func(raw []byte, extra []byte) error {
@@ -136,7 +136,7 @@ func stargzLayer(entries []Entry) (encoded, plain []byte, err error) {
 	return out.Bytes(), whole.Bytes(), nil
 }
 
-// entryBytes is an entry as it is in an archive, without the archive's end.
+// entryBytes returns an entry's bytes in an archive, without the archive's end.
 func entryBytes(e Entry) ([]byte, error) {
 	var b bytes.Buffer
 	if err := Tar(&b, []Entry{e}); err != nil {

@@ -1,8 +1,8 @@
-// Package testimage makes OCI images for tests, without a network and always with the same bytes: a small one with
-// busybox, one with everything that a file system can hold, one with many layers and whiteouts, one with thousands of
-// small files, and one with Python from this machine.
+// Package testimage makes OCI images for tests, without a network and always with the same bytes: a
+// small one with busybox, one with everything that a file system can hold, one with many layers and
+// whiteouts, one with thousands of small files, and one with Python from this machine.
 //
-// A layer is a list of entries; a tree of image is what the layers say, so tests can also ask for the list.
+// A layer is a list of entries. Image trees follow from the entries, so tests can also ask for the list.
 package testimage
 
 import (
@@ -20,7 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// epoch is the modification time of entries that name none.
+// epoch is the default modification time of entries.
 var epoch = time.Unix(1700000000, 0).UTC()
 
 // Entry is one member of a layer. The zero type is a regular file.
@@ -44,19 +44,19 @@ func Symlink(name, target string) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777}}
 }
 
-// Link is a second name of a file that this layer has under target. It repeats the file's mode, as archivers do, for
-// containerd applies it again.
+// Link is a second name of the file target in this layer. Like archivers it repeats the file's mode,
+// because containerd applies it again.
 func Link(name, target string, mode int64) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: target, Mode: mode}}
 }
 
-// Whiteout removes what a lower layer has under name.
+// Whiteout removes name of lower layers.
 func Whiteout(name string) Entry {
 	dir, base := path.Split(name)
 	return File(dir+".wh."+base, 0o644, nil)
 }
 
-// Opaque hides what lower layers have in a directory.
+// Opaque hides the contents of a directory in lower layers.
 func Opaque(dir string) Entry { return File(dir+"/.wh..wh..opq", 0o644, nil) }
 
 // Owned sets the owner of an entry.
@@ -94,7 +94,7 @@ func Tar(w io.Writer, entries []Entry) error {
 	return tw.Close()
 }
 
-// Image makes an image of layers, bottom first, gzip-compressed as registries have them.
+// Image makes an image of layers, bottom first, compressed with gzip as in registries.
 func Image(layers ...[]Entry) (v1.Image, error) {
 	return imageOf(types.OCIManifestSchema1, types.OCIConfigJSON, types.OCILayer, layers)
 }

@@ -13,12 +13,12 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// pythonPath is the distribution's interpreter, whatever comes first on the path.
+// pythonPath is the distribution's interpreter, which may not be the first on the path.
 const pythonPath = "/usr/bin/python3"
 
-// Python is an image with this machine's Python in a layer above busybox and an application above that: a dynamic
-// program with libraries, thousands of files, and something to run. The application differs with app; everything
-// below is the same in all, so two of them share their files.
+// Python is an image with this machine's Python in a layer above busybox, and an application above
+// that: a dynamic program with libraries, thousands of files, and something to run. The application
+// depends on app; the layers below are the same in all images, so two of them share their files.
 func Python(app string) (v1.Image, error) {
 	interpreter, err := PythonLayer()
 	if err != nil {
@@ -28,7 +28,7 @@ func Python(app string) (v1.Image, error) {
 	return onBusybox(interpreter, []Entry{Dir("app", 0o755), File("app/main.py", 0o644, []byte(script))})
 }
 
-// PythonLayer holds the interpreter, the libraries it is linked with, and its standard library.
+// PythonLayer contains the interpreter, its libraries and its standard library.
 func PythonLayer() ([]Entry, error) {
 	real, err := filepath.EvalSymlinks(pythonPath)
 	if err != nil {
@@ -47,7 +47,7 @@ func PythonLayer() ([]Entry, error) {
 	return l.entries, nil
 }
 
-// Programs holds dynamic programs of this machine under their own paths, and the libraries they are linked with.
+// Programs contains dynamic programs of this machine under their own paths, and their libraries.
 func Programs(paths ...string) ([]Entry, error) {
 	l := fromHost{seen: map[string]bool{}}
 	for _, p := range paths {
@@ -64,7 +64,7 @@ type fromHost struct {
 	seen    map[string]bool
 }
 
-// program adds a program or library and, after it, what it is linked with.
+// program adds a program or library, then its libraries.
 func (l *fromHost) program(path string) error {
 	if l.seen[path] {
 		return nil
@@ -105,7 +105,7 @@ func (l *fromHost) program(path string) error {
 	return nil
 }
 
-// findLibrary looks where Debian and its kin keep libraries. The first directory is that of the architecture.
+// findLibrary searches the library directories of Debian and similar systems, that of the architecture first.
 func findLibrary(name string) (string, error) {
 	for _, pattern := range []string{
 		"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/",
@@ -119,7 +119,7 @@ func findLibrary(name string) (string, error) {
 	return "", fmt.Errorf("library %q is not on this machine", name)
 }
 
-// file adds one regular file, following symbolic links to it, with the directories above it.
+// file adds a regular file, following symbolic links, and the directories above it.
 func (l *fromHost) file(path string) error {
 	l.seen[path] = true
 	info, err := os.Stat(path)
@@ -148,8 +148,7 @@ func (l *fromHost) parents(path string) {
 	}
 }
 
-// tree adds a directory with all files, links and directories in it, but the compiled files that Python may write
-// while others read.
+// tree adds a directory with everything in it, except compiled files, which Python may write meanwhile.
 func (l *fromHost) tree(root string) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -6,10 +6,10 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// TwinReady is the file that the program of a twin writes, below the root of its container, when it has loaded all it needs.
+// TwinReady is the file that a twin's program writes, below the container's root, when everything is loaded.
 const TwinReady = "tmp/ready"
 
-// twinProgram loads what a service would, then waits. Modules that a minimal Python has not got are left out.
+// twinProgram loads the modules of a typical service, then waits. It skips modules that a minimal Python lacks.
 const twinProgram = `import sys, time, importlib
 for name in ("json asyncio decimal email.message http.server logging.config xml.dom.minidom unittest argparse ctypes "
              "sqlite3 ssl zipfile typing dataclasses concurrent.futures urllib.request").split():
@@ -22,9 +22,10 @@ while True:
     time.sleep(1000)
 `
 
-// Twins are two images that hold the same Python, with this machine's files, and share no layer: in the first it is a
-// layer above busybox, in the second it is in one base layer with busybox and a package. Images that were built on
-// different days share files in this way. Both have a program /app/main.py for Python, which writes TwinReady.
+// Twins are two images with the same Python, from this machine's files, and without a common layer: in
+// the first, Python is a layer above busybox; in the second, it is in one base layer with busybox and
+// a package. Images built on different days share files in this way. Both have a Python program
+// /app/main.py, which writes TwinReady.
 func Twins() (web, jobs v1.Image, err error) {
 	base, err := Busybox()
 	if err != nil {

@@ -1,5 +1,5 @@
-// Command image writes the container image of docs/kubernetes as an archive of an OCI image layout: the two static programs
-// on nothing, for one platform or several.
+// Command image writes the container image of docs/kubernetes as an archive of an OCI image layout. The image holds
+// nothing but the two static programs, for one platform or several.
 //
 //	image -output FILE.tar -created SECONDS -ref NAME ARCHITECTURE=DIRECTORY…
 //

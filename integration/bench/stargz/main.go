@@ -1,6 +1,6 @@
-// Command stargz is stargz-snapshotter and its converter for the comparison. It is a module of its own, so that what it
-// needs is not among the dependencies of daxfs. The command of the project itself cannot be had: its directory is a module
-// that the Go module proxy does not serve.
+// Command stargz is stargz-snapshotter and its converter, for the comparison. It is a module of its
+// own, so that its dependencies are not those of daxfs. The upstream command is not usable: its
+// directory is a module that the Go module proxy does not serve.
 //
 //	stargz serve SOCKET ROOT           serves the snapshotter, on its own defaults
 //	stargz convert LAYER.tar.gz OUT    writes the layer as eStargz and prints the digest of its table of contents
@@ -46,7 +46,7 @@ func serve(socket, root string) error {
 	defer stop()
 	var c service.Config
 	c.Direct = true               // the default of the configuration file
-	c.ForceSingleRangeMode = true // our registry answers the first range of a request only
+	c.ForceSingleRangeMode = true // our registry answers only the first range of a request
 	sn, err := service.NewStargzSnapshotterService(ctx, root, &c)
 	if err != nil {
 		return err

@@ -1,7 +1,7 @@
-// Gvisor-walk lists an image file as gVisor reads it: one line for each name, in the form of package listing, without
-// extended attributes, which gVisor does not know, and without device numbers, which its reader does not give.
+// Gvisor-walk lists an image file as gVisor reads it: one line for each name, in the format of package
+// listing. It omits extended attributes, which gVisor ignores, and device numbers, which its reader does not return.
 //
-// It is a module of its own: no other part of the project has a use for gVisor's packages.
+// It is a module of its own, because no other part of the project uses gVisor's packages.
 package main
 
 import (
@@ -47,7 +47,7 @@ func list(name string, out io.Writer) error {
 type walker struct {
 	img   *erofs.Image
 	out   *bufio.Writer
-	first map[uint64]string // of inodes with several names, the first
+	first map[uint64]string // the first name of each inode with several
 }
 
 func (w *walker) inode(name string, nid uint64) error {
@@ -75,7 +75,7 @@ func (w *walker) inode(name string, nid uint64) error {
 		}
 		fmt.Fprintf(w.out, " target=%q", target)
 	case n.IsRegular():
-		// What is mapped into a sandbox: gVisor maps contents only where they lie in one piece.
+		// gVisor maps contents into a sandbox only if they are contiguous.
 		if _, err := n.DataOffset(); err != nil {
 			return fmt.Errorf("%q: where the contents are: %w", name, err)
 		}

@@ -1,4 +1,4 @@
-// Testprogram is what runs in the images that stand for those of critest. Its first argument says what it is.
+// Testprogram runs in the images that stand in for those of critest. Its first argument selects its role.
 package main
 
 import (
@@ -33,7 +33,7 @@ func run(args []string) error {
 		if err := os.WriteFile("/run/nginx.pid", []byte(strconv.Itoa(os.Getpid())), 0o644); err != nil {
 			return err
 		}
-		fmt.Println("httpd serves") // what critest looks for in a log
+		fmt.Println("httpd serves") // critest looks for this in a log
 		return http.ListenAndServe(":"+args[1], http.HandlerFunc(hello))
 	}
 	return fmt.Errorf("arguments %q are not known", args)

@@ -1,5 +1,5 @@
-// Compress writes a layer as podman, buildah and skopeo do: from the tar on standard input into a file. It prints the
-// annotations of the layer as JSON.
+// Compress writes a layer as podman, buildah and skopeo do, from a tar on standard input to a file. It
+// prints the annotations of the layer as JSON.
 package main
 
 import (

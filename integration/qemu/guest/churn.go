@@ -22,12 +22,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
-// kept is how many images are mounted at a time.
+// kept is the number of images mounted at a time.
 const kept = 6
 
-// churn has the host add an image Rounds times, and remove those that are too many, while images that are mounted are
-// verified again and again, the kernel has to drop what it keeps, and somebody reads the device. All of them leave the
-// emulated processors time for the others.
+// churn makes the host add an image Rounds times and remove surplus ones. Meanwhile the mounted images
+// are verified repeatedly, the kernel has to drop its caches, and another goroutine reads the device.
+// All goroutines leave the emulated processors time for the others.
 func (g *guest) churn() error {
 	s, err := g.openPool(erofs.DAX{})
 	if err != nil {
@@ -56,7 +56,7 @@ func (g *guest) churn() error {
 	return errors.Join(c.errs...)
 }
 
-// churn is what the goroutines of that task share.
+// churn is the shared state of the goroutines of that task.
 type churn struct {
 	hostLine
 	g        *guest
@@ -69,7 +69,7 @@ type churn struct {
 	errs   []error
 }
 
-// used is an image that is mounted. Who verifies it holds it.
+// used is a mounted image. It is read-locked while it is verified.
 type used struct {
 	mount.Mounted
 	sync.RWMutex
@@ -117,7 +117,7 @@ func (c *churn) round(ctx context.Context, i int) error {
 	return c.remove(ctx, old.Key)
 }
 
-// remove has an image removed that nothing uses any more, and its space freed as far as this kernel has forgotten the files.
+// remove removes an unused image and frees its space, as far as this kernel has forgotten the files.
 func (c *churn) remove(ctx context.Context, key string) error {
 	if err := c.s.table.Unmount(ctx, key); err != nil {
 		return err
@@ -151,10 +151,9 @@ func (c *churn) remove(ctx context.Context, key string) error {
 	return err
 }
 
-// hostLine asks the host. It is for one goroutine at a time.
+// hostLine sends requests to the host. It is not safe for concurrent use.
 type hostLine struct{ asked int }
 
-// ask has the host do something.
 func (c *hostLine) ask(q task.Request) (reply task.Reply, err error) {
 	c.asked++
 	b, err := json.Marshal(q)
@@ -185,7 +184,7 @@ func (c *hostLine) ask(q task.Request) (reply task.Reply, err error) {
 	return reply, nil
 }
 
-// verifyAll verifies images until the end.
+// verifyAll verifies images until ctx ends.
 func (c *churn) verifyAll(ctx context.Context, seed int) {
 	for i := seed; ctx.Err() == nil && !c.failed.Load(); i++ {
 		time.Sleep(100 * time.Millisecond)
@@ -257,7 +256,7 @@ func contents(path, way string) ([]byte, error) {
 	return b, unix.Munmap(m)
 }
 
-// pressure makes the kernel drop what it keeps: inodes, directory entries and pages of devices.
+// pressure makes the kernel drop its caches: inodes, directory entries and pages of devices.
 func pressure(ctx context.Context) error {
 	for ctx.Err() == nil {
 		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
@@ -268,7 +267,7 @@ func pressure(ctx context.Context) error {
 	return nil
 }
 
-// readDevice reads the device as blkid and udev do, so that its page cache holds what was there before an image was added.
+// readDevice reads the device like blkid and udev, so that its page cache holds data from before an image was added.
 func readDevice(ctx context.Context) error {
 	f, err := os.Open(device)
 	if err != nil {

@@ -12,9 +12,9 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 )
 
-// module loads the kernel module that the host gave along, mounts all images with the driver for it, lists their trees
-// and runs the program from each, directly and through an overlay. Where the memory is a block device as well, the same
-// images are then mounted as EROFS beside it and listed too.
+// module loads the given kernel module, mounts all images with its driver, lists their trees and runs
+// the program from each, directly and through an overlay. If the memory is also a block device, the
+// same images are then mounted as EROFS and listed too.
 func (g *guest) module() error {
 	if err := load(g.Module, ""); err != nil {
 		return err
@@ -54,7 +54,7 @@ func (g *guest) module() error {
 	return nil
 }
 
-// run runs a program with a directory as its root and returns what it printed.
+// run runs a program with a directory as its root and returns its output.
 func run(root string, argv []string) (string, error) {
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
@@ -66,7 +66,7 @@ func run(root string, argv []string) (string, error) {
 	return string(out), nil
 }
 
-// script runs the program in the guest's own root, with the module loaded if there is one: for what a user would type.
+// script runs the program in the guest's own root, after loading the module if there is one: for commands of a user.
 func (g *guest) script() error {
 	if g.Module != "" {
 		if err := load(g.Module, ""); err != nil {

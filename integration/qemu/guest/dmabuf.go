@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// dmabuf puts the image /image into a dma-buf, mounts that with the kernel module and, when nothing but the mount has the
-// buffer any more, lists the tree and runs the program.
+// dmabuf puts the image /image into a dma-buf and mounts it with the kernel module. When only the
+// mount holds the buffer, it lists the tree and runs the program.
 func (g *guest) dmabuf() error {
 	if err := load(g.Module, ""); err != nil {
 		return err
@@ -54,15 +54,15 @@ func (g *guest) mountBuffer(image []byte, dir string) error {
 	return g.mountSource(kernel.Driver{}, mount.Source{Key: "image", Region: r.Info(), Size: g.ImageSize}, dir)
 }
 
-// newBuffer takes a dma-buf from the virtual graphics driver: the kernels of distributions have no DMA heaps.
+// newBuffer gets a dma-buf from the virtual graphics driver: distribution kernels have no DMA heaps.
 func newBuffer(size int) (int, error) {
 	card, err := os.OpenFile("/dev/dri/card0", os.O_RDWR, 0)
 	if err != nil {
 		return 0, err
 	}
 	defer card.Close()
-	// Requests and structures as in the kernel's drm/drm.h and drm/drm_mode.h: a picture of 4096 bytes a line, then a
-	// descriptor of its buffer.
+	// Requests and structures of the kernel's drm/drm.h and drm/drm_mode.h: a picture of 4096 bytes per
+	// line, then a descriptor of its buffer.
 	const createDumb, handleToFD = 0xc02064b2, 0xc00c642d
 	picture := struct {
 		height, width, bpp, flags, handle, pitch uint32

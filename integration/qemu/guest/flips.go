@@ -24,12 +24,12 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
-// flips makes a pool in the persistent memory, as the daemon of this machine would, with two images. Then the host flips bits of
-// the memory below it, Rounds in contents of one image and Rounds in metadata.
+// flips makes a pool with two images in the persistent memory, like this machine's daemon. Then the
+// host flips bits of the memory below it, Rounds times in contents of one image and Rounds times in metadata.
 //
-// One scrub must find each flip in contents. The image is made again, and what is mounted then must be what was put, through the
-// page tables and with read(2), while the other image never changes. Each flip in metadata must be found by Check, or be
-// in bytes that nothing reads.
+// One scrub must find each flip in contents. Then the image is rebuilt, and a new mount must show the
+// original contents, through the page tables and with read(2), while the other image never changes.
+// Check must find each flip in metadata, unless nothing reads the byte.
 func (g *guest) flips() error {
 	if err := awaitDevice(); err != nil {
 		return err
@@ -83,10 +83,10 @@ type flips struct {
 
 func (f *flips) ctx() context.Context { return context.Background() }
 
-// flipped is an image with what its files hold.
+// flipped is an image and the contents of its files.
 type flipped struct {
 	store.Image
-	dir   string // where it is mounted
+	dir   string // its mount point
 	files map[string][]byte
 }
 
@@ -136,7 +136,7 @@ func (f *flips) image(name string, sizes ...int) (*flipped, error) {
 	return m, m.verify(m.dir)
 }
 
-// verify compares what a directory shows with what was put.
+// verify compares a directory with the original contents.
 func (m *flipped) verify(dir string) error {
 	for name, want := range m.files {
 		for _, way := range task.Ways {
@@ -152,7 +152,7 @@ func (m *flipped) verify(dir string) error {
 	return nil
 }
 
-// tars are blobs that somebody has.
+// tars serves blobs to the store.
 type tars map[digest.Digest][]byte
 
 func (t tars) Find(_ context.Context, _ string, id digest.Digest) ([]store.Found, error) {
@@ -163,7 +163,7 @@ func (t tars) Open(_ context.Context, _ string, d ocispec.Descriptor) (io.ReadCl
 	return io.NopCloser(bytes.NewReader(t[d.Digest])), nil
 }
 
-// contents flips a bit of contents of m, or behind them in their last page.
+// contents flips a bit in contents of m, or after them in their last page.
 func (f *flips) contents(m, other *flipped) error {
 	names := make([]string, 0, len(m.files))
 	for i := range len(m.files) {
@@ -206,7 +206,7 @@ func (f *flips) contents(m, other *flipped) error {
 	return other.verify(other.dir)
 }
 
-// place is where the pool has the contents of a file of an image.
+// place returns the offset in the pool of a file's contents.
 func (f *flips) place(m store.Image, name string) (int64, error) {
 	info, err := f.store.Find(m.Key)
 	if err != nil {
@@ -228,7 +228,7 @@ func (f *flips) place(m store.Image, name string) (int64, error) {
 	return st.Sys().(*daxfs.Stat).Off, nil
 }
 
-// flip has the host flip any bit of a byte.
+// flip makes the host flip any bit of a byte.
 func (f *flips) flip(off int64) error {
 	_, err := f.ask(task.Request{Op: task.OpFlip, Off: off, Bit: f.random.IntN(8)})
 	return err
@@ -261,7 +261,7 @@ func (f *flips) metadata(before string) error {
 	return err
 }
 
-// listing is all that the images show but contents.
+// listing lists everything that the images show except contents.
 func (f *flips) listing() (string, error) {
 	var b strings.Builder
 	r := f.store.Pool().Region()

@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 )
 
-// memory returns the page frames of the shared memory. Before Linux 6.15 or so the memory of processes does not count pages
-// of devices, so where they are is the only proof.
+// memory returns the page frames of the shared memory. Before about Linux 6.15 the memory of processes
+// does not include pages of devices, so their addresses are the only proof.
 func memory() ([2]uint64, error) {
 	var list [2]uint64
 	for i, name := range []string{"resource", "size"} {
@@ -35,7 +35,7 @@ func memory() ([2]uint64, error) {
 	return list, nil
 }
 
-// text returns the pages of program text that a process has in memory. Paths are those below its root.
+// text returns the pages of program text that a process has in memory. Paths are relative to its root.
 func text(pid int, root string) ([]task.Page, error) {
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
 	if err != nil {
@@ -72,7 +72,7 @@ func text(pid int, root string) ([]task.Page, error) {
 	return list, nil
 }
 
-// frames maps a file as a program's text is mapped and returns the number of the page frame behind each of its pages.
+// frames maps a file like a program's text and returns the page frame number of each of its pages.
 func frames(path string) ([]uint64, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -88,7 +88,7 @@ func frames(path string) ([]uint64, error) {
 		return nil, fmt.Errorf("map %q: %w", path, err)
 	}
 	defer unix.Munmap(mapped)
-	if err := unix.Madvise(mapped, unix.MADV_POPULATE_READ); err != nil { // a fault of each page
+	if err := unix.Madvise(mapped, unix.MADV_POPULATE_READ); err != nil { // a fault for each page
 		return nil, fmt.Errorf("read %q through its mapping: %w", path, err)
 	}
 	pagemap, err := openPagemap("self")
@@ -110,7 +110,7 @@ func frames(path string) ([]uint64, error) {
 	return list, nil
 }
 
-// pagemap tells where the pages of a process are.
+// pagemap finds the page frames of a process.
 type pagemap struct{ *os.File }
 
 func openPagemap(pid string) (pagemap, error) {
@@ -118,7 +118,7 @@ func openPagemap(pid string) (pagemap, error) {
 	return pagemap{f}, err
 }
 
-// frame returns the number of the page frame at an address, 0 if there is none.
+// frame returns the page frame number at an address, or 0 if there is none.
 func (p pagemap) frame(at uintptr) (uint64, error) {
 	var entry [8]byte
 	if _, err := p.ReadAt(entry[:], int64(at)/4096*8); err != nil {

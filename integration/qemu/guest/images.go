@@ -47,13 +47,13 @@ func (g *guest) listTrees(dirs []string, o listing.Options) error {
 	return nil
 }
 
-// shared is the pool of another kernel, mounted here.
+// shared is the pool of another kernel, opened here.
 type shared struct {
 	region region.Region
 	table  *mount.Table
 }
 
-// open opens the shared memory, as a node does that maps the pool of another.
+// open opens the shared memory, like a node that maps another one's pool.
 func (g *guest) open() (region.Region, error) {
 	config := region.Config{Kind: region.KindPhys, Phys: g.Phys, Size: g.Size, ReadOnly: true}
 	if g.Phys == 0 {
@@ -70,7 +70,7 @@ func (g *guest) open() (region.Region, error) {
 	return r, nil
 }
 
-// openPool opens the pool for images to be mounted with a driver.
+// openPool opens the pool, for mounts with a driver.
 func (g *guest) openPool(driver mount.Driver) (*shared, error) {
 	r, err := g.open()
 	if err != nil {
@@ -99,7 +99,6 @@ func (g *guest) openPool(driver mount.Driver) (*shared, error) {
 	return &shared{region: r, table: table}, nil
 }
 
-// mount mounts an image that the catalogue lists.
 func (s *shared) mount(key string) (mount.Mounted, error) {
 	c, err := pool.ReadCatalogue(s.region)
 	if err != nil {
@@ -116,7 +115,7 @@ func (s *shared) mount(key string) (mount.Mounted, error) {
 	return mount.Mounted{}, fmt.Errorf("image %q is not in the catalogue of %d images", key, len(c.Images))
 }
 
-// mountImages mounts images of the pool, or the one image that is all there is, and returns the directories.
+// mountImages mounts images of the pool, or the single image in the memory, and returns the directories.
 func (g *guest) mountImages(driver mount.Driver, keys []string) ([]string, error) {
 	if len(keys) == 0 {
 		r, err := g.open()
@@ -172,10 +171,10 @@ func (g *guest) mountSource(driver mount.Driver, src mount.Source, dir string) e
 	return g.addOptions(dir)
 }
 
-// awaitDevice waits for the driver, which finds the memory some time after it was loaded.
+// awaitDevice waits until the driver has found the memory, some time after it was loaded.
 func awaitDevice() error {
 	for range 600 {
-		// The node is there a moment before the device can be opened.
+		// The device node appears a moment before the device can be opened.
 		if f, err := os.Open(device); err == nil {
 			return f.Close()
 		}
@@ -199,7 +198,7 @@ func (g *guest) addOptions(dir string) error {
 	return fmt.Errorf("%q is not mounted", dir)
 }
 
-// overlay puts a writable layer over an image, as containerd would, and returns the container's root.
+// overlay mounts a writable layer over an image, like containerd, and returns the container's root.
 func (g *guest) overlay(lower string) (string, error) {
 	base, err := os.MkdirTemp("/tmp", "overlay-")
 	if err != nil {

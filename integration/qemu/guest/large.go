@@ -13,11 +13,11 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 )
 
-// hugePage is what one entry of the page table's middle level maps.
+// hugePage is the size that one entry of the page table's middle level maps.
 const hugePage = 2 << 20
 
-// large maps a file of each image as a program that loads a model does, reads a byte of each page, and counts how often
-// the kernel had to be asked, and for how much.
+// large maps a file of each image like a program that loads a model, reads a byte of each page, and
+// counts the page faults and their sizes.
 func (g *guest) large() error {
 	dirs, err := g.mountImages(erofs.DAX{}, g.Images)
 	if err != nil {
@@ -38,7 +38,7 @@ func (g *guest) large() error {
 	return nil
 }
 
-// countFaults returns the page faults of reading a file once through a private mapping that begins at a multiple of 2 MiB.
+// countFaults returns the number of page faults of one read through a private mapping aligned to 2 MiB.
 func countFaults(path string) (int64, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -50,7 +50,7 @@ func countFaults(path string) (int64, error) {
 		return 0, err
 	}
 	size := uintptr(info.Size())
-	// Newer kernels align the mapping by themselves.
+	// Newer kernels align the mapping themselves.
 	room, err := unix.Mmap(-1, 0, int(size)+hugePage, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return 0, err
@@ -70,7 +70,7 @@ func countFaults(path string) (int64, error) {
 		sum += at[off]
 	}
 	after, err := minorFaults()
-	runtime.KeepAlive(sum) // else the compiler may leave out reads whose result nobody wants
+	runtime.KeepAlive(sum) // keeps the compiler from dropping the reads
 	return after - before, err
 }
 

@@ -12,8 +12,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/lease"
 )
 
-// lease claims an image in a lease region, as a reader does, and waits. The host ends the claim meanwhile: the second claim must
-// fail, and the answer says how.
+// lease claims an image in a lease region, like a reader, and waits. The host ends the claim
+// meanwhile; the second claim must fail, and the answer holds its error.
 func (g *guest) lease() error {
 	if g.DevDAX {
 		if err := makeDevDAX(g.Lease); err != nil {
@@ -44,7 +44,7 @@ func (g *guest) lease() error {
 	return nil
 }
 
-// makeDevDAX does what ndctl create-namespace --force --mode devdax does, and waits for the device.
+// makeDevDAX does the work of ndctl create-namespace --force --mode devdax, and waits for the device.
 func makeDevDAX(path string) error {
 	if err := awaitDevice(); err != nil {
 		return err
@@ -53,7 +53,7 @@ func makeDevDAX(path string) error {
 	for _, w := range []struct{ file, value string }{
 		{bus + "drivers/nd_pmem/unbind", "namespace0.0"},
 		{seed + "align", "2097152"},
-		{seed + "mode", "ram"}, // where the pages of it are described
+		{seed + "mode", "ram"}, // the place of the page descriptors
 		{seed + "uuid", "01234567-89ab-cdef-0123-456789abcdef"},
 		{seed + "namespace", "namespace0.0"},
 		{bus + "drivers/dax_pmem/bind", "dax0.0"},

@@ -11,12 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// alarming is in the lines by which the kernel reports a fault of its own.
-var alarming = regexp.MustCompile(`WARNING|\bBUG\b|Oops|RIP:|[Bb]ad page|hung task|blocked for more|refcount|use-after-free|UBSAN|Call Trace`)
+// alarming matches the lines in which the kernel reports an internal error.
+var alarming = regexp.MustCompile(`WARNING|\bBUG\b|Oops|RIP:|[Bb]ad page|hung task|blocked for more|refcount|` +
+	`use-after-free|UBSAN|Call Trace`)
 
-// watched does something and adds what the kernel warned of meanwhile to the answer.
+// watched calls do and adds the kernel's warnings during the call to the answer.
 func (g *guest) watched(do func() error) error {
-	// Each read of the device is one record of the log, from where the descriptor stands.
+	// Each read of the device returns one record of the log, starting at the descriptor's position.
 	log, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open the kernel's log: %w", err)

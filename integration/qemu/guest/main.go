@@ -1,8 +1,8 @@
 //go:build linux
 
-// Command guest is /init of the virtual machines that tests start: it loads the modules, does its task with the
-// memory that the host shares, unmounts all that it mounted, writes the answer into the directory shared with the host, and
-// turns the machine off.
+// Command guest is /init of the virtual machines that tests start. It loads the modules, runs its task
+// on the memory shared by the host, unmounts everything, writes the answer into the directory shared
+// with the host, and turns the machine off.
 package main
 
 import (
@@ -24,7 +24,7 @@ const host = "/host/"
 type guest struct {
 	task.Task
 	answer task.Answer
-	// undo ends what the task began, the last first.
+	// undo undoes the steps of the task, in reverse order.
 	undo []step
 }
 
@@ -38,15 +38,15 @@ func main() {
 		err = answerTask()
 	}
 	if err != nil {
-		fmt.Println("guest:", err) // there is no other way to tell
+		fmt.Println("guest:", err) // there is no other way to report it
 	}
-	// Not an orderly end: an unmount that hangs would make that hang, too. The host's directory has no cache.
+	// Not an orderly shutdown, because it would hang if an unmount hangs. The host's directory has no cache.
 	if err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0); err != nil {
 		fmt.Println("guest: end the machine:", err)
 	}
 }
 
-// answerTask does the task and leaves the answer for the host.
+// answerTask runs the task and writes the answer for the host.
 func answerTask() error {
 	var g guest
 	if err := g.watched(g.work); err != nil {
@@ -59,7 +59,7 @@ func answerTask() error {
 	return os.WriteFile(host+task.AnswerFile, b, 0o644)
 }
 
-// start mounts what programs expect, loads the modules and joins the host's directory.
+// start makes the usual mounts, loads the modules and mounts the host's directory.
 func start() error {
 	os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
 	for _, m := range []struct{ kind, dir string }{
@@ -102,7 +102,7 @@ func load(path, params string) error {
 	return nil
 }
 
-// work does the task and undoes what it began.
+// work runs the task and undoes its steps.
 func (g *guest) work() error {
 	b, err := os.ReadFile("/task.json")
 	if err != nil {
@@ -123,7 +123,6 @@ func (g *guest) work() error {
 	return errors.Join(do(g), g.end())
 }
 
-// tasks by name.
 var tasks = map[string]func(*guest) error{
 	"list":   (*guest).list,
 	"share":  (*guest).share,
@@ -137,17 +136,17 @@ var tasks = map[string]func(*guest) error{
 	"lease":  (*guest).lease,
 }
 
-// step ends one thing that a task began.
+// step undoes one step of a task.
 type step struct {
 	what string
 	do   func() error
 }
 
-// later has something done at the end of the task.
+// later registers a step for the end of the task.
 func (g *guest) later(what string, do func() error) { g.undo = append(g.undo, step{what, do}) }
 
-// end undoes all that the task began. A kernel that keeps wrong account of pages in use lets an unmount wait for ever: each step
-// has as much time as none needs.
+// end undoes the steps of the task. A kernel with wrong counts of used pages lets an unmount wait for
+// ever, so each step has a generous time limit.
 func (g *guest) end() error {
 	for i := len(g.undo) - 1; i >= 0; i-- {
 		s := g.undo[i]
@@ -165,7 +164,7 @@ func (g *guest) end() error {
 	return nil
 }
 
-// pause tells the host that all is in place, and waits for it.
+// pause tells the host that everything is ready, and waits for it.
 func pause() error {
 	if err := os.WriteFile(host+task.ReadyFile, nil, 0o644); err != nil {
 		return err

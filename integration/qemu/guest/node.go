@@ -15,8 +15,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/integration/qemu/task"
 )
 
-// node makes the guest a machine that runs containers: the image on the first device becomes its root, mounted with DAX and
-// read-only, and it runs the scripts that the host sends until the host ends it.
+// node makes the guest a machine that runs containers. The image on the first device becomes its root,
+// mounted read-only with DAX, and the guest runs the scripts of the host until the host ends it.
 func (g *guest) node() error {
 	if err := awaitDevice(); err != nil {
 		return err
@@ -43,7 +43,7 @@ func (g *guest) node() error {
 	}
 }
 
-// runScript runs one script. Its output is a file and no pipe: what it leaves running in the background keeps that open.
+// runScript runs one script. Its output is a file, because background programs would keep a pipe open.
 func runScript(n int, script string) error {
 	out, err := os.Create(host + fmt.Sprint(task.OutputFile, n))
 	if err != nil {
@@ -63,9 +63,9 @@ func runScript(n int, script string) error {
 	return errors.Join(os.WriteFile(name+".new", []byte(strconv.Itoa(status)), 0o644), os.Rename(name+".new", name))
 }
 
-// switchRoot makes the image on a device the root directory, with what is mounted now moved there and with memory behind the
-// directories that programs write to. The initramfs stays below, out of sight: runtimes change the root of a container with
-// pivot_root, which the kernel refuses below an initramfs.
+// switchRoot makes the image on a device the root directory, moves the existing mounts there, and puts
+// memory below the directories that programs write to. The initramfs stays mounted below, out of
+// sight: runtimes change a container's root with pivot_root, which the kernel refuses below an initramfs.
 func switchRoot(device string) error {
 	const root = "/newroot"
 	if err := os.Mkdir(root, 0o755); err != nil {

@@ -19,12 +19,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/mount/kernel"
 )
 
-// processes is how many are started of one image.
+// processes is the number of processes per image.
 const processes = 2
 
-// share proves what the memory of containers is made of. Of each image it reads everything and asks for the page cache,
-// starts processes of one dynamic program in overlays and asks the kernel about their pages, and looks at the page frames of one
-// file. All processes run until the end, and late images are added meanwhile. With a module, the images are mounted with that.
+// share measures the memory of containers. For each image it reads everything and queries the page
+// cache, starts processes of a dynamic program in overlays and queries their pages, and gets the page
+// frames of one file. All processes run until the end; late images are added meanwhile. A module, if
+// given, mounts the images.
 func (g *guest) share() error {
 	var driver mount.Driver = erofs.DAX{}
 	if g.Module != "" {
@@ -93,8 +94,8 @@ func (g *guest) use(s *shared, key string) error {
 	return err
 }
 
-// runOne starts the program in an overlay of its own over the image, and records its memory. The program must write a line when
-// it is up, and wait for the end of its input.
+// runOne starts the program in its own overlay over the image, and records its memory. The program
+// must write a line when it is ready, and wait for the end of its input.
 func (g *guest) runOne(image string) error {
 	root, err := g.overlay(image)
 	if err != nil {
@@ -117,7 +118,7 @@ func (g *guest) runOne(image string) error {
 	}
 	g.later("end a program", func() error {
 		in.Close()
-		_ = cmd.Wait() // its status is that of an interrupted read
+		_ = cmd.Wait() // the interrupted read sets its status
 		return nil
 	})
 	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
@@ -132,7 +133,7 @@ func (g *guest) runOne(image string) error {
 	return err
 }
 
-// cached is what the kernel keeps of files and of block devices, in KiB.
+// cached returns the kernel's cache of files and of block devices, in KiB.
 func cached() (int64, error) {
 	var sum int64
 	for _, field := range []string{"Cached", "Buffers"} {
@@ -158,7 +159,7 @@ func kib(path, field string) (int64, error) {
 	return 0, fmt.Errorf("no field %q in %q", field, path)
 }
 
-// readAll reads every regular file below dir and returns how much that was.
+// readAll reads every regular file below dir and returns the number of bytes.
 func readAll(dir string) (total int64, err error) {
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {

@@ -2,7 +2,7 @@ package task
 
 import "github.com/daxfs/daxfs-snapshotter/pool"
 
-// What the task "lease" claims, and as whom.
+// LeaseReader is the name under which the task "lease" makes claims.
 const LeaseReader = "guest"
 
 var (

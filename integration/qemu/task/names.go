@@ -8,18 +8,17 @@ import (
 	"strings"
 )
 
-// The directories of an image of the task "churn", by the way in which the guest looks at the files there. A kernel keeps the
-// inode of a file that was mapped with DAX, so the space of the others only can be used again.
+// The directories of a "churn" task's image are named after the guest's way of reading their files. A
+// kernel keeps the inode of a file mapped with DAX, so only the space of the other files can be reused.
 const (
 	Read = "read"
 	Map  = "map"
 )
 
-// Ways lists them.
+// Ways lists the ways.
 var Ways = []string{Map, Read}
 
-// NameOf names a file by its contents, so that it can be verified without knowing more. The sum is one that an emulated processor
-// has soon.
+// NameOf names a file by its contents, for verification. The sum is fast even on an emulated processor.
 func NameOf(way string, contents []byte) string { return path.Join(way, sum(contents)) }
 
 // KeyOf names an image by its files.

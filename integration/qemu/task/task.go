@@ -1,5 +1,5 @@
-// Package task is what host and guest say to each other: the host gives a Task, the guest an Answer, both as JSON. While it works,
-// a guest may ask the host to do something with the pool, which only the host owns: a Request and its Reply.
+// Package task is the protocol between host and guest: the host gives a Task, the guest an Answer,
+// both as JSON. While it works, a guest may send Requests about the pool, which only the host owns, and gets a Reply.
 package task
 
 import "github.com/daxfs/daxfs-snapshotter/pool"
@@ -14,62 +14,62 @@ const (
 	ReplyFile   = "reply-"
 )
 
-// Task names what the guest does. The tasks are documented at their functions in package main of guest/.
+// Task selects the guest's task. The tasks are documented at their functions in package main of guest/.
 type Task struct {
 	Name string
-	// Images are the keys of the images in the pool to work on; none means that the memory is one image.
+	// Images are the keys of the images in the pool; empty means that the memory is one image.
 	Images []string
-	// Late are keys of images that the host adds when the guest is ready: it has mounted Images and runs their programs.
+	// Late are keys of images that the host adds after the guest has mounted Images and started their programs.
 	Late []string
-	// Pause makes the guest wait, with everything mounted and running, until the host resumes it.
+	// Pause makes the guest wait for the host, with everything mounted and running.
 	Pause bool
-	// Program and arguments are run from the images; it must run until it is killed.
+	// Program is a command that is run from the images; it must run until it is killed.
 	Program []string
 	// File is a path inside the images.
 	File string
-	// Rounds is how often the guest does something.
+	// Rounds is the number of repetitions.
 	Rounds int
-	// Seed makes what the guest does at random another on each machine.
+	// Seed varies the guest's random choices between machines.
 	Seed uint64
 	// Module is the path of daxfs.ko in the guest.
 	Module string
-	// Phys and Size are where the shared memory is, if it is not a block device.
+	// Phys and Size locate the shared memory, if it is not a block device.
 	Phys uint64
 	Size int64
-	// Lease is a lease region of the guest. With DevDAX the memory becomes the DAX device that it names first.
+	// Lease is a lease region of the guest. With DevDAX the memory is first made the DAX device of that name.
 	Lease  string
 	DevDAX bool
-	// ImageSize is the size of the image where the memory is one image; the memory may be larger.
+	// ImageSize is the size of the image if the memory is one image; the memory may be larger.
 	ImageSize int64
 }
 
-// Answer is what the guest found. Which fields are set depends on the task.
+// Answer is the guest's result. The task decides which fields are set.
 type Answer struct {
 	Error  string
 	Kernel string
-	// Warnings are what the kernel logged while the task ran and no healthy kernel logs.
+	// Warnings are the kernel's log lines during the task that no healthy kernel writes.
 	Warnings []string
 	Options  []string // of each image's mount
-	// Trees is one list per image: a line for each entry.
+	// Trees has one listing per image.
 	Trees [][]string
-	// Memory is that of the shared memory: page frame numbers, from the first to one after the last.
+	// Memory is the shared memory: its first page frame number, and the one after the last.
 	Memory [2]uint64
-	// Text are the pages of program text in memory, for each process that was started, in the order of the images.
+	// Text are the pages of program text in memory, for each started process in the order of the images.
 	Text [][]Page
-	// Clean are private clean pages of each process, in KiB.
+	// Clean is the private clean memory of each process, in KiB.
 	Clean []int64
-	// Cached is the growth of the page cache, in KiB, while all of an image was read, and Read how much that was.
+	// Cached is the growth of the page cache from reading an image, and Read the amount read, in KiB.
 	Cached, Read []int64
 	// Frames are page frame numbers of File, one list for each image.
 	Frames [][]uint64
-	// Faults are the page faults of reading File through a mapping, one for each image.
+	// Faults counts the page faults of reading File through a mapping, for each image.
 	Faults []int64
-	// Output is what Program printed, one for each image.
+	// Output is the output of Program, for each image.
 	Output []string
-	// Verified counts the files whose contents were compared with their digest.
+	// Verified counts the files whose contents matched their digest.
 	Verified int64
-	// Flips are the bits of contents that were flipped and found, MetaFlips those of metadata, and Silent those of them
-	// that are in bytes which nothing reads.
+	// Flips counts the flipped and found bits of contents, MetaFlips those of metadata, and Silent those
+	// of them in bytes that nothing reads.
 	Flips, MetaFlips, Silent int
 }
 
@@ -82,14 +82,14 @@ type Page struct {
 
 // Operations of a Request.
 const (
-	OpAdd    = "add"    // adds image number Image, and replies its key
-	OpRemove = "remove" // removes the image of Key, and replies what is dead in the pool
-	OpErase  = "erase"  // erases Dead, and replies those that were
+	OpAdd    = "add"    // adds image number Image; the reply has its key
+	OpRemove = "remove" // removes the image of Key; the reply has the dead contents of the pool
+	OpErase  = "erase"  // erases Dead; the reply has those erased
 	OpFree   = "free"   // frees Dead
 	OpFlip   = "flip"   // flips bit Bit of the byte at Off of the memory
 )
 
-// Request is what a guest asks the owner of the pool for.
+// Request is a guest's request to the owner of the pool.
 type Request struct {
 	Op    string
 	Image int
@@ -99,7 +99,7 @@ type Request struct {
 	Bit   int
 }
 
-// Reply is what the host answers.
+// Reply is the host's reply.
 type Reply struct {
 	Error string
 	Key   string

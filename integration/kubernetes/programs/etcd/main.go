@@ -1,4 +1,4 @@
-// Etcd is the store of kube-apiserver, of the version that Kubernetes is tested with.
+// Etcd is the store of kube-apiserver, at the version that Kubernetes is tested with.
 package main
 
 import (
