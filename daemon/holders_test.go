@@ -261,7 +261,8 @@ func TestClaimedDiffID(t *testing.T) {
 		"a blob of something else":     fake,
 		"a blob that he does not have": blob,
 	} {
-		if got, err := snapshotter.NewDiffer(cl.Snapshotter(), noBlob{}).Apply(ctx, desc, mounts); !errdefs.IsNotFound(err) {
+		got, err := snapshotter.NewDiffer(cl.Snapshotter(), noBlob{}).Apply(ctx, desc, mounts)
+		if !errdefs.IsNotFound(err) {
 			t.Errorf("with %s: %+v, %v", name, got, err)
 		}
 	}

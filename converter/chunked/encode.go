@@ -66,7 +66,8 @@ func Encode(ctx context.Context, w io.Writer, r io.Reader, workers int) (*Encode
 	}
 	if toc.raw > maxEncodedTOC {
 		return nil,
-			fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", ErrUnsuitable, toc.raw, maxEncodedTOC)
+			fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", ErrUnsuitable, toc.raw,
+				maxEncodedTOC)
 	}
 	return finish(blob, toc, split, &Encoded{DiffID: digest.NewDigest(digest.SHA256, s.diffID), Files: s.files})
 }
