@@ -94,12 +94,14 @@ when it was added, and its names.
 Examples:
    daxfs pool ls /var/lib/pool
    daxfs pool ls --json /var/lib/pool | jq -r '.images[].key'`, Flags: read()},
-			{Name: "show", Usage: "show what a pool, or an image in it, takes and shares",
+			{
+				Name: "show", Usage: "show what a pool, or an image in it, takes and shares",
 				ArgsUsage: "POOL [IMAGE]", Action: e.poolShow, Description: `
 Examples:
    daxfs pool show /var/lib/pool
    daxfs pool show /var/lib/pool web
-   daxfs pool show --json /var/lib/pool | jq .saved`, Flags: read()},
+   daxfs pool show --json /var/lib/pool | jq .saved`, Flags: read(),
+			},
 			{Name: "put", Usage: "add an image and keep it", ArgsUsage: "POOL SOURCE", Action: e.poolPut, Description: `
 ` + sourceHelp + `
 
@@ -115,28 +117,34 @@ Examples:
 				&cli.StringFlag{Name: "name", Usage: "call it `NAME`", DefaultText: "its reference, else its key"},
 			}, keeperFlags()...), sourceFlags()...)...)},
 			poolDiffCommand(e, with()),
-			{Name: "rm", Usage: "remove images that were put; they must not be mounted",
+			{
+				Name: "rm", Usage: "remove images that were put; they must not be mounted",
 				ArgsUsage: "POOL IMAGE...", Action: e.poolRemove, Description: `
 If one of the images does not exist or is mounted, none is removed. An image that containers use or
 another name holds stays. An open file stays until it is closed; then its space comes back by
 itself.
 
 Example:
-   daxfs pool rm /var/lib/pool web jobs`, Flags: read()},
-			{Name: "pin", Usage: "keep an image that is in the pool",
+   daxfs pool rm /var/lib/pool web jobs`, Flags: read(),
+			},
+			{
+				Name: "pin", Usage: "keep an image that is in the pool",
 				ArgsUsage: "POOL IMAGE [NAME]", Action: e.poolPin, Description: `
 The image stays, whatever containerd does, until unpin or rm. NAME becomes its name; without NAME it
 keeps its present one. If another image has NAME, the name moves to this one.
 
 Example:
-   daxfs pool pin /var/lib/pool docker.io/library/debian:12`, Flags: read()},
-			{Name: "unpin", Usage: "no longer keep an image",
+   daxfs pool pin /var/lib/pool docker.io/library/debian:12`, Flags: read(),
+			},
+			{
+				Name: "unpin", Usage: "no longer keep an image",
 				ArgsUsage: "POOL NAME", Action: e.poolUnpin, Description: `
 Nothing is removed at once: gc, or the daemon at its next sweep, frees the image if nothing else
 holds it.
 
 Example:
-   daxfs pool unpin /var/lib/pool docker.io/library/debian:12`, Flags: read()},
+   daxfs pool unpin /var/lib/pool docker.io/library/debian:12`, Flags: read(),
+			},
 			{Name: "move", Usage: "move the file of a pool", ArgsUsage: "POOL PATH", Action: e.poolMove, Description: `
 The pool must have no owner and must not be mounted: stop the daemon and its containers first. An
 index beside the pool moves with it; a daemon's index stays where it is and is found. PATH is on a
@@ -144,7 +152,8 @@ file system of the same kind. If the move fails, everything stays at its old pla
 
 Example:
    daxfs pool move /var/lib/pool /srv/pool`, Flags: with()},
-			{Name: "grow", Usage: "make the file of a pool larger",
+			{
+				Name: "grow", Usage: "make the file of a pool larger",
 				ArgsUsage: "POOL SIZE", Action: e.poolGrow, Description: `
 SIZE is the new size. The file is sparse: it takes no more of the disk than before. The pool must
 have no owner and must not be mounted: stop the daemon and its containers first. Images, holders and
@@ -153,13 +162,15 @@ names stay. A pool does not shrink. The number of slots stays as well.
 ` + sizeHelp + `
 
 Example:
-   daxfs pool grow /var/lib/pool 128g`, Flags: with(keeperFlags()...)},
+   daxfs pool grow /var/lib/pool 128g`, Flags: with(keeperFlags()...),
+			},
 			{Name: "gc", Usage: "free what nothing holds", ArgsUsage: "POOL", Action: e.poolCollect, Description: `
 Frees images and layers that nothing holds, and contents that nobody can read any more.
 
 Example:
    daxfs pool gc /var/lib/pool`, Flags: read()},
-			{Name: "release", Usage: "say that a reader on another machine is gone",
+			{
+				Name: "release", Usage: "say that a reader on another machine is gone",
 				ArgsUsage: "POOL READER", Action: e.poolRelease, Description: `
 READER is the name of the reader, as pool ls shows it, or its lease region. The next gc, or the
 daemon, frees what it had claimed. A reader that is still alive may then read wrong bytes: use this
@@ -169,8 +180,10 @@ Examples:
    daxfs pool release /var/lib/pool guest1
    daxfs pool release --earlier /var/lib/pool guest1`, Flags: with(append([]cli.Flag{
 					&cli.BoolFlag{Name: "earlier", Usage: "end only the claims from before its last boot"},
-				}, keeperFlags()...)...)},
-			{Name: "check", Usage: "prove that everything in a pool is consistent",
+				}, keeperFlags()...)...),
+			},
+			{
+				Name: "check", Usage: "prove that everything in a pool is consistent",
 				ArgsUsage: "POOL", Action: e.poolCheck, Description: `
 Reads all contents and metadata. A daemon that owns the pool does the work, and adds and removes no
 image meanwhile. Writes every finding with its rule (docs/pool.md and docs/format.md explain the
@@ -185,7 +198,8 @@ Examples:
    daxfs pool check --contents /var/lib/pool
    daxfs pool check --json /var/lib/pool | jq '.findings[].rule'`, Flags: with(append([]cli.Flag{
 					&cli.BoolFlag{Name: "contents", Usage: "read contents only, also while the pool is in use"},
-				}, keeperFlags()...)...)},
+				}, keeperFlags()...)...),
+			},
 		},
 	}
 }
