@@ -13,6 +13,7 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter"
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // helperEnv makes the test binary convert an image and print its peak memory. It is a separate
@@ -69,7 +70,10 @@ func memoryBound(memory int64, layers, files int) int64 {
 
 // TestMemoryIsBounded: layers of 96 MiB wait for the first one within the limit.
 func TestMemoryIsBounded(t *testing.T) {
-	if raceDetector {
+	if testing.Short() {
+		t.Skip("slow: converts 1 GiB")
+	}
+	if slow.RaceDetector {
 		t.Skip("the race detector's own memory is several times the program's")
 	}
 	var layers []ocitest.Layer

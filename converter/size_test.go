@@ -15,6 +15,9 @@ import (
 // TestSize: the image of this machine's /usr, gaps before large files included, has at most 1.02 times
 // the pages of the distinct contents, plus 400 bytes for each entry.
 func TestSize(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: converts 220 MiB twice")
+	}
 	layers := [][]byte{
 		ocitest.TarTree(t, 100<<20, "/usr/lib/x86_64-linux-gnu", "/usr/lib64"),
 		ocitest.TarTree(t, 60<<20, "/usr/bin", "/usr/sbin"),

@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 const ofdLock = "an OFD lock"
@@ -253,6 +255,7 @@ func maskText(mask uint64) string {
 
 // TestApartLocks takes locks and sets watches in each place on files shared by all places.
 func TestApartLocks(t *testing.T) {
+	slow.Skip(t, "compares every lock in every place")
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			stages := []string{"lower", "upper"}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
@@ -352,6 +353,7 @@ func now(start time.Time) treetest.Exempt {
 
 // TestApart performs every action of a container on files in every place.
 func TestApart(t *testing.T) {
+	slow.Skip(t, "compares every act in every place")
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			var stages []string

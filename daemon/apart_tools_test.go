@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
@@ -261,6 +262,7 @@ func listing(t *testing.T, tar string) string {
 
 // TestApartTools compares unchanged containers; TestApart compares changed ones.
 func TestApartTools(t *testing.T) {
+	slow.Skip(t, "runs many tools over whole trees")
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			ours, plain := twoScenes(t, f, []string{"a", "b"})

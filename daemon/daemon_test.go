@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
@@ -345,6 +346,9 @@ func TestKilledWithContainers(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/stream=%v", f.name, stream), func(t *testing.T) {
+				if f != flavours[0] {
+					slow.Skip(t, "starts daemons, for each pool and driver")
+				}
 				t.Parallel()
 				m := newMachine(t, f)
 				m.boot()
@@ -391,6 +395,9 @@ func TestReboot(t *testing.T) {
 	for _, f := range flavours {
 		for _, stream := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/stream=%v", f.name, stream), func(t *testing.T) {
+				if f != flavours[0] {
+					slow.Skip(t, "starts daemons, for each pool and driver")
+				}
 				t.Parallel()
 				m := newMachine(t, f)
 				m.boot()

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // smallDisk returns a directory on a file system of its own with about 30 MB.
@@ -44,6 +45,7 @@ func smallDisk(t *testing.T) string {
 // succeeds. Either the pool is in memory and packs or directories fill the disk, or the pool is a
 // sparse file on that disk, larger than the disk.
 func TestFullDisk(t *testing.T) {
+	slow.Skip(t, "makes and fills disks")
 	for _, f := range fewFlavours(2) {
 		for _, stream := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/stream=%v", f.name, stream), func(t *testing.T) {

@@ -22,6 +22,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 )
 
@@ -49,6 +50,7 @@ func inside(t *testing.T, f flavour, change func(*config.Config)) (*client, *mac
 
 // A pool too small for a pull gives plain directories, and existing containers continue; freed room is used again.
 func TestFullPool(t *testing.T) {
+	slow.Skip(t, "fills a pool many times")
 	for _, stream := range []bool{false, true} {
 		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
 			cl, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
@@ -101,6 +103,7 @@ func TestFullPool(t *testing.T) {
 
 // A layer that does not fit into the pool is below one that does.
 func TestLargeLayerBelow(t *testing.T) {
+	slow.Skip(t, "writes layers larger than the pool")
 	for _, f := range flavours[:2] {
 		t.Run(f.name, func(t *testing.T) {
 			_, m := inside(t, f, func(c *config.Config) { c.Pool.Size = 16 << 20 })
@@ -117,6 +120,7 @@ func TestLargeLayerBelow(t *testing.T) {
 
 // Without slots, containers start from copies on disk. When nothing is mounted, a new epoch has slots again.
 func TestSlotsRunOut(t *testing.T) {
+	slow.Skip(t, "starts a container for each slot")
 	cl, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	slots := cl.pool().Usage().Slots
@@ -164,6 +168,7 @@ func TestSlotsRunOut(t *testing.T) {
 
 // A pull whose contents fill the pool completely succeeds, and its containers start.
 func TestPullFillsPool(t *testing.T) {
+	slow.Skip(t, "fills four pools")
 	for _, size := range []int{9 << 20, 10 << 20, 11 << 20, 12 << 20} {
 		_, m := inside(t, flavours[1], func(c *config.Config) { c.Pool.Size = 16 << 20 })
 		ctx := namespaces.WithNamespace(t.Context(), "default")

@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // rounds is how often the daemon is killed: DAXFS_TEST_CRASHES, or a number small enough for every run.
@@ -43,6 +45,9 @@ func TestKilledAnywhere(t *testing.T) {
 	rounds := rounds(t)
 	for _, f := range flavours[:2] {
 		t.Run(f.name, func(t *testing.T) {
+			if f != flavours[0] {
+				slow.Skip(t, "kills the daemon, for each kind of pool")
+			}
 			t.Parallel()
 			m := newMachine(t, f)
 			seed := uint64(time.Now().UnixNano())

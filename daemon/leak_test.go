@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // held counts a daemon's resources other than garbage-collected memory.
@@ -26,6 +27,7 @@ func (c *client) held(t *testing.T) held {
 
 // A daemon holds no more resources after many pulls, starts and removals than after few.
 func TestHoldsNothing(t *testing.T) {
+	slow.Skip(t, "serves 220 pulls")
 	cl, m := inside(t, flavours[0], func(*config.Config) {})
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	serve := func(rounds int) {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/config"
 	"github.com/daxfs/daxfs-snapshotter/daemon/api"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/store"
 )
 
@@ -76,6 +77,7 @@ func (h *hub) push(tars ...[]byte) {
 // A damaged image is restored from the registry if the configuration allows that and nothing else has
 // its layers. The current target of the image's name must have a layer with that diff ID, or the image stays lost.
 func TestScrubRegistry(t *testing.T) {
+	slow.Skip(t, "damages three pools; TestScrub remains")
 	for _, c := range []struct {
 		name string
 		on   bool

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // suite runs containerd's conformance tests, each on a snapshotter from open, and checks that all have
@@ -35,6 +36,7 @@ func suite(t *testing.T, open testsuite.SnapshotterFunc) {
 
 // TestSuite runs containerd's conformance tests through the socket, with a real pool and real mounts.
 func TestSuite(t *testing.T) {
+	slow.Skip(t, "mounts hundreds of layers; package snapshotter runs the suite, too")
 	for _, f := range fewFlavours(3) {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()

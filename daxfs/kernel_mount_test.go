@@ -114,7 +114,7 @@ func kernelTrees() map[string]func(s *store) *daxfs.Node {
 func TestKernel(t *testing.T) {
 	for name, make := range kernelTrees() {
 		t.Run(name, func(t *testing.T) {
-			if testing.Short() && name == "large" {
+			if testing.Short() && (name == "large" || name == "huge directory") {
 				t.Skip("takes seconds")
 			}
 			s := newStore(daxfs.BlockSize)
@@ -131,6 +131,9 @@ func TestKernel(t *testing.T) {
 
 // TestKernelWindow mounts windows of a pool: segments low, data high, several windows over the same data.
 func TestKernelWindow(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: mounts and compares three trees of 3000 files")
+	}
 	const poolData = 64 << 20
 	s := newStore(poolData)
 	root := randomTree(3, 3000, s)

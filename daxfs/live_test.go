@@ -107,6 +107,9 @@ func TestLiveKernel(t *testing.T) {
 	for _, perBlock := range []int{daxfs.SlotsPerBlock, 1} {
 		for _, backing := range []string{"file", "loop"} {
 			t.Run(fmt.Sprint(backing, perBlock), func(t *testing.T) {
+				if testing.Short() && (backing != "file" || perBlock == 1) {
+					t.Skip("slow: publishes every tree once more")
+				}
 				makers := kernelTrees()
 				p := newLivePool(t, len(makers), perBlock) // one per image: fsck.erofs rejects an unpublished slot
 				trees := map[string]*daxfs.Node{}

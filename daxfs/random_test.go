@@ -13,7 +13,11 @@ import (
 
 // TestRandomTrees writes random trees as files and as windows, and reads both halves back.
 func TestRandomTrees(t *testing.T) {
-	for seed := range uint64(150) {
+	seeds := uint64(150)
+	if testing.Short() {
+		seeds = 30
+	}
+	for seed := range seeds {
 		n := 3 + int(seed*seed)%400
 		var uuid [2][16]byte
 		for i, start := range []int64{daxfs.BlockSize, 16 << 20} {

@@ -84,6 +84,9 @@ func mkfs(t *testing.T, dir string, args ...string) string {
 
 // TestReadMkfs compares images of the independent reference tool with their source.
 func TestReadMkfs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: reads three whole images; TestFSMkfs remains")
+	}
 	dir := t.TempDir()
 	makeTree(t, dir)
 	for _, args := range [][]string{{"-Enoinline_data"}, {"-T0"}, {"-Eforce-inode-extended", "-x1"}} {

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/erofs"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
@@ -58,6 +59,7 @@ func overlay(t testing.TB, lower string) (merged string) {
 // Twenty containers of four images, which differ in one file, cache their files once. A second mount
 // of the pool caches them a second time, which shows that the measurement works.
 func TestContainersOfManyImagesCacheOnce(t *testing.T) {
+	slow.Skip(t, "reads large files through twenty containers")
 	files, size := bigFiles()
 	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
 		tab := b.open(t, mount.Options{}, d)

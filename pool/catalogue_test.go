@@ -112,8 +112,12 @@ func TestFormatIsPinned(t *testing.T) {
 // TestCatalogueEveryByte changes each byte of header and entries: the reader reports the damage.
 func TestCatalogueEveryByte(t *testing.T) {
 	b := catalogueBytes(t, someImages(2))
+	stride := int64(1)
+	if testing.Short() {
+		stride = 7
+	}
 	for _, r := range [][2]int64{{headerOff(1), headerSize}, {entryOff(0), entrySize}, {entryOff(2), entrySize}} {
-		for at := r[0]; at < r[0]+r[1]; at++ {
+		for at := r[0]; at < r[0]+r[1]; at += stride {
 			b[at] ^= 0x40
 			if c, err := ReadCatalogue(bytes.NewReader(b)); err == nil {
 				t.Fatalf("byte %d changed: %+v", at, c)

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
@@ -264,7 +265,9 @@ func (m *model) sameDocument(p *Pool, key string) error {
 // not at all, and the pool must work.
 func TestCrash(t *testing.T) {
 	seeds, stride := uint64(2), 1
-	if testing.Short() {
+	if slow.Leave() {
+		seeds, stride = 1, 25
+	} else if testing.Short() {
 		seeds, stride = 1, 5
 	}
 	for seed := range seeds {
@@ -343,7 +346,9 @@ func crashAt(t *testing.T, at int, rng *rand.Rand) (finished bool) {
 // error must have changed nothing, and must succeed on the next try.
 func TestFaults(t *testing.T) {
 	stride := 1
-	if testing.Short() {
+	if slow.Leave() {
+		stride = 25
+	} else if testing.Short() {
 		stride = 5
 	}
 	for at := 1; ; at += stride {

@@ -45,6 +45,9 @@ func inNamespace(t *testing.T, bin, script string) string {
 }
 
 func TestMount(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: builds both programs and starts daemons")
+	}
 	bin := program(t)
 	for name, f := range map[string]func(*testing.T, string){
 		"every driver": mountsWithEveryDriver, "foreground": mountsInForeground, "refused": mountRefuses,

@@ -22,7 +22,7 @@ func TestRandomHeaders(t *testing.T) {
 		seed = uint64(time.Now().UnixNano())
 	}
 	if testing.Short() {
-		count = min(count, 300)
+		count = min(count, 60)
 	}
 	applied := 0
 	for i := range count {

@@ -21,6 +21,9 @@ func add(path string, mode uint32) layer.Change {
 
 // TestInheritedACLsAreBounded: a default ACL of 64 KiB with many files below it.
 func TestInheritedACLsAreBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: merges 200 000 entries")
+	}
 	big := acl{{aclUserObj, 7, aclNoID}}
 	for i := range 8000 {
 		big = append(big, ace{aclUser, 5, uint32(i)})
@@ -57,6 +60,9 @@ func TestInheritedACLsAreBounded(t *testing.T) {
 
 // TestResolutionIsBounded: parents that lead through the maximum of links, at the end of long paths.
 func TestResolutionIsBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: resolves millions of links")
+	}
 	deep := strings.Repeat("d/", 100)
 	links := &layer.Layer{}
 	for i := range 200 {

@@ -31,7 +31,7 @@ func TestRandomStacks(t *testing.T) {
 		seed = uint64(time.Now().UnixNano())
 	}
 	if testing.Short() {
-		count = min(count, 30)
+		count = min(count, 10)
 	}
 	spared, failed := 0, 0
 	for i := range count {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/pool"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
@@ -24,7 +25,9 @@ import (
 // After each step, everything that a reader uses must have its original bytes.
 func TestInterleavings(t *testing.T) {
 	n := 1000
-	if testing.Short() {
+	if slow.Leave() {
+		n = 30
+	} else if testing.Short() {
 		n = 100
 	}
 	dir, err := os.MkdirTemp("/dev/shm", "leasetest")

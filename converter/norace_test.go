@@ -1,5 +1,0 @@
-//go:build !race
-
-package converter_test
-
-const raceDetector = false

@@ -1,0 +1,6 @@
+//go:build race
+
+package slow
+
+// RaceDetector tells that the race detector is on, whose time and memory count as the program's.
+const RaceDetector = true
