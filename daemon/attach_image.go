@@ -155,9 +155,8 @@ func (w *attacher) snapshots(ctx context.Context) error {
 		_, err := sn.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
 		switch {
 		case err == nil:
-			err = fmt.Errorf("no shared pool has layers 1 to %d of %d as an image (chain %s): %w", i+1,
-				len(chains), chain,
-				errdefs.ErrNotFound)
+			err = fmt.Errorf("no shared pool has layers 1 to %d of %d as an image (chain %s): %w",
+				i+1, len(chains), chain, errdefs.ErrNotFound)
 			return errors.Join(err, sn.Remove(context.WithoutCancel(ctx), key))
 		case !errdefs.IsAlreadyExists(err):
 			return fmt.Errorf("claim chain %s: %w", chain, err)
