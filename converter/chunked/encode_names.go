@@ -10,8 +10,8 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/converter/layer"
 )
 
-// names maps the paths of a tar to whether they are directories. The paths must allow placing files
-// one by one, in any order, with the same result as the tar.
+// names maps the paths of a tar to whether they are directories. Readers may place the files one by
+// one and in any order, so each path must lead through directories that precede it in the tar.
 type names map[string]bool
 
 // add checks and adds an entry.
@@ -28,21 +28,11 @@ func (n names) add(e *Entry) error {
 	if _, ok := n[p]; ok {
 		return errors.New("the name occurs more than once")
 	}
+	// containers/storage creates a missing directory without permissions, and may fail if the entry
+	// for it comes later, because several workers place files.
+	if dir := path.Dir(p); dir != "/" && !n[dir] {
+		return fmt.Errorf("no entry for the directory %.200q precedes it", dir[1:])
+	}
 	n[p] = e.Type == TypeDir
-	return nil
-}
-
-// complete returns an error unless all paths lead through directories of the tar. containers/storage
-// would create a missing directory without permissions.
-func (n names) complete() error {
-	missing := ""
-	for p := range n {
-		if dir := path.Dir(p); dir != "/" && !n[dir] && (missing == "" || dir < missing) {
-			missing = dir
-		}
-	}
-	if missing != "" {
-		return fmt.Errorf("it has files in %.200q, and no entry for this directory", missing[1:])
-	}
 	return nil
 }

@@ -88,9 +88,6 @@ func (s *scanner) run() ([]Entry, error) {
 	if err := s.tar(in); err != nil {
 		return nil, err
 	}
-	if err := s.names.complete(); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnsuitable, err)
-	}
 	if err := s.trailing(in); err != nil {
 		return nil, err
 	}

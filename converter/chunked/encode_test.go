@@ -144,8 +144,9 @@ func TestUnsuitable(t *testing.T) {
 		{"name that leads up", `".." in a name`, tarOf(t, regular("a/../../b", nil))},
 		{"file like a directory", `"/" at the end`, withType(tarOf(t, special("a/", '5')), '0')},
 		{"whiteout with contents", "a whiteout with contents", tarOf(t, regular(".wh.a", []byte("x")))},
-		{"no directory", `files in "a/b", and no entry`, tarOf(t, special("a/", '5'), regular("a/b/c", nil))},
-		{"below a link", `files in "l", and no entry`, tarOf(t, special("l", '2'), regular("l/a", nil))},
+		{"no directory", `no entry for the directory "a/b"`, tarOf(t, special("a/", '5'), regular("a/b/c", nil))},
+		{"directory later", `no entry for the directory "a"`, tarOf(t, regular("a/b", nil), special("a/", '5'))},
+		{"below a link", `no entry for the directory "l"`, tarOf(t, special("l", '2'), regular("l/a", nil))},
 		{"headers without end", "headers of more than", bytes.Repeat(tarOf(t, file{Header: tar.Header{
 			Name: "a", PAXRecords: map[string]string{"VENDOR.x": strings.Repeat("x", 500_000)},
 		}})[:500_000&^511+1024], 20)},

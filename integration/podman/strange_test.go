@@ -135,7 +135,7 @@ func strange(t *testing.T) map[string][]byte {
 		"same file by a symlink":    made(dir("d"), symlink("s", "d"), file("d/f", "1"), file("s/f", "2")),
 		"below a symlink":           made(dir("d"), symlink("s", "d"), file("s/f", "2")),
 		"symlink over a directory":  made(file("s/f", "1"), symlink("s", "d"), dir("d")),
-		"only absolute":             made(file("/a/b", "1"), dir("/a"), link("/c", "/a/b"), symlink("/d", "/a")),
+		"only absolute":             made(dir("/a"), file("/a/b", "1"), link("/c", "/a/b"), symlink("/d", "/a")),
 		"only above":                made(file("../../up", "1")),
 		"root":                      made(dir("/"), file("a", "1")),
 		"dot":                       made(dir("."), file("a", "1")),
@@ -215,7 +215,7 @@ func strange(t *testing.T) map[string][]byte {
 var refused = []string{
 	"PAX attribute, Latin", "PAX link, Latin", "PAX name with NUL", "PAX name, Latin", "after end",
 	"below a symlink", "checksum",
-	"contiguous", "dir with a size", "file below a file", "file below nothing", "file with slash", "garbage",
+	"contiguous", "dir with a size", "directory behind its file", "file below a file", "file below nothing", "file with slash", "garbage",
 	"global header",
 	"many large PAX", "name of a slash", "name, Latin", "negative size", "nothing", "odd end", "only above",
 	"opaque with contents", "same file by a symlink", "same name twice", "same name with dots", "same name, above",
