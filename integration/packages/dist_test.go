@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
 
 // The installed version and the upgrade.
@@ -48,13 +50,14 @@ func files(arch string) []string {
 
 // make dist's output for one architecture is complete, with the right files, modes and configuration files.
 func TestDist(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds the programs, and not with -short")
+	if testing.Short() || os.Getuid() != 0 {
+		t.Skip("TestMain makes the packages only as root, and not with -short")
 	}
-	dir := filepath.Join(t.TempDir(), "dist")
-	if err := makeDist("../..", oldVersion, dir); err != nil {
+	cache, err := stack.CacheDir()
+	if err != nil {
 		t.Fatal(err)
 	}
+	dir := distDir(cache, oldVersion)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)

@@ -1,5 +1,3 @@
-//go:build dist
-
 package packages
 
 import (
@@ -13,9 +11,6 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
-
-// suites are the Debian releases to test on.
-var suites = []string{"bookworm", "trixie"}
 
 const debianPackages = "systemd,systemd-sysv,dbus,runc,make,ca-certificates"
 
@@ -55,13 +50,27 @@ func makeRoots(cache string) error {
 
 func rootFile(cache, suite string) string { return filepath.Join(cache, "roots", suite+".tar") }
 
-// makeDists makes the packages of two versions.
+// makeDists makes the packages of all versions.
 func makeDists(cache string) error {
 	var errs []error
-	for _, version := range []string{oldVersion, newVersion} {
+	for _, version := range packageVersions {
 		errs = append(errs, makeDist("../..", version, distDir(cache, version)))
 	}
 	return errors.Join(errs...)
 }
 
 func distDir(cache, version string) string { return filepath.Join(cache, "dist", version) }
+
+// dist returns the only file of a version that matches a pattern.
+func dist(t *testing.T, version, pattern string) string {
+	t.Helper()
+	cache, err := stack.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(distDir(cache, version), pattern))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("files %q of version %s: %q, %v", pattern, version, files, err)
+	}
+	return files[0]
+}

@@ -18,20 +18,6 @@ const everything = `find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -
 	-o -path /var/lib/rpm -o -path /usr/lib/sysimage -o -path /var/log -o -path /var/cache -o -path /tmp \
 	-o -path /run/systemd -o -path /root \) -prune -o -printf '%p %M %u:%g\n' | sort`
 
-// dist returns the only file of a version that matches a pattern.
-func dist(t *testing.T, version, pattern string) string {
-	t.Helper()
-	cache, err := stack.CacheDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, err := filepath.Glob(filepath.Join(distDir(cache, version), pattern))
-	if err != nil || len(files) != 1 {
-		t.Fatalf("files %q of version %s: %q, %v", pattern, version, files, err)
-	}
-	return files[0]
-}
-
 // The Debian package installs in clean systems, keeps the operator's configuration through an upgrade,
 // and when purged leaves only the daemon's data.
 func TestDebian(t *testing.T) {
