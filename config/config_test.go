@@ -2,6 +2,7 @@ package config_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -25,7 +26,8 @@ func TestSampleIsDefault(t *testing.T) {
 	}
 }
 
-// TestSampleIsComplete finds keys that the sample or the document lacks.
+// TestSampleIsComplete finds keys that the sample or the document lacks, and defaults in the document
+// that are not those of the sample.
 func TestSampleIsComplete(t *testing.T) {
 	var sample map[string]any
 	if err := toml.Unmarshal(config.Sample, &sample); err != nil {
@@ -46,12 +48,59 @@ func TestSampleIsComplete(t *testing.T) {
 			}
 			if f.Type.Kind() == reflect.Struct {
 				check(prefix+key+".", f.Type, v.(map[string]any))
-			} else if !strings.Contains(string(document), "`"+prefix+key+"`") {
-				t.Errorf("docs/config.md lacks %s%s", prefix, key)
+			} else if want := documented(prefix+key, v); !strings.Contains(string(document), want) {
+				t.Errorf("docs/config.md lacks %q", want)
 			}
 		}
 	}
 	check("", reflect.TypeFor[config.Config](), sample)
+}
+
+// documented returns how docs/config.md begins to describe a key with a default.
+func documented(key string, def any) string {
+	value := fmt.Sprintf("`%v`", def)
+	switch def := def.(type) {
+	case string:
+		if def == "" {
+			value = "empty"
+		}
+	case []any:
+		list := make([]string, len(def))
+		for i, v := range def {
+			list[i] = fmt.Sprintf("%q", v)
+		}
+		value = "`[" + strings.Join(list, ", ") + "]`"
+	case map[string]any:
+		value = "`{}`"
+	}
+	if key == "pool.path" {
+		value = "by kind"
+	}
+	return "`" + key + "` (" + value
+}
+
+// The unit has what docs/config.md promises, and nothing that would give it a mount namespace.
+func TestUnit(t *testing.T) {
+	raw, err := os.ReadFile("../docs/systemd/daxfs-snapshotter.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unit := string(raw)
+	for _, want := range []string{"KillMode=process", "Before=containerd.service"} {
+		if !strings.Contains(unit, "\n"+want+"\n") {
+			t.Errorf("the unit lacks %s", want)
+		}
+	}
+	for line := range strings.Lines(unit) {
+		for _, option := range []string{
+			"Private", "Protect", "ReadOnlyPaths", "ReadWritePaths", "InaccessiblePaths", "Bind", "TemporaryFileSystem",
+			"RootDirectory", "RootImage", "MountFlags", "MountAPIVFS", "DynamicUser",
+		} {
+			if strings.HasPrefix(line, option) {
+				t.Errorf("the unit gets a mount namespace by %s", line)
+			}
+		}
+	}
 }
 
 func TestParse(t *testing.T) {

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,6 +106,17 @@ func TestFullDiskGetsFree(t *testing.T) {
 			m.must(unix.Statfs(disk, &after))
 			if after.Bavail > 1 {
 				t.Errorf("%d blocks are free on a disk that was filled", after.Bavail)
+			}
+			if f.kind == "file" {
+				w := httptest.NewRecorder()
+				cl.metrics.handler(false).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+				free := int64(after.Bavail) * after.Bsize
+				for kind, n := range map[string]int64{"free": free, "unbacked": cl.pool().Usage().Free - free} {
+					want := fmt.Sprintf("daxfs_pool_bytes{kind=%q} %v", kind, float64(n))
+					if !strings.Contains(w.Body.String(), want+"\n") {
+						t.Errorf("with a full disk the metrics lack %q", want)
+					}
+				}
 			}
 			m.must(m.sn.Remove(ctx, "default/100/hog"))
 			m.must(cl.sn.Cleanup(ctx))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -73,6 +74,11 @@ func TestControlRefuses(t *testing.T) {
 	images, usage := cl.store.Images(), cl.pool().Usage()
 	key := images[0].Key
 	huge := `{"name":"x","source":"` + strings.Repeat("x", 1<<20) + `"}`
+	large := t.TempDir()
+	f, err := os.Create(filepath.Join(large, "larger than the pool"))
+	if err := errors.Join(err, f.Truncate(2*usage.Size), f.Close()); err != nil {
+		t.Fatal(err)
+	}
 	for name, tc := range map[string]struct{ send, want string }{
 		"garbage":       {string(random(9, 4096)) + "\r\n\r\n", "400 Bad Request"},
 		"no JSON":       {request("POST /v1/pins", "what"), `400 Bad Request`},
@@ -100,6 +106,10 @@ func TestControlRefuses(t *testing.T) {
 		"source and": {
 			request("POST /v1/pins", fmt.Sprintf(`{"image":%q,"source":"rootfs:/","name":"x"}`, key)),
 			`expected one`,
+		},
+		"too large": {
+			request("POST /v1/pins", fmt.Sprintf(`{"source":%q,"name":"x"}`, "rootfs:"+large)),
+			`507 Insufficient Storage`,
 		},
 		"nothing to pin":  {request("POST /v1/pins", `{"image":"image/ffff","name":"x"}`), `404 Not Found`},
 		"nothing to drop": {request("DELETE /v1/pins", `{"name":"x"}`), `404 Not Found`},

@@ -98,6 +98,8 @@ func TestFormatIsPinned(t *testing.T) {
 		"its size":    {le.Uint64(entry[72:]), 5001},
 		"its digest":  {uint64(le.Uint16(entry[80:])), 7 + 256},
 		"key length":  {uint64(le.Uint16(entry[56:])), 71},
+		"reserved":    {uint64(len(bytes.Trim(h[88:4092], "\x00"))), 0},
+		"in an entry": {uint64(len(bytes.Trim(entry[58:64], "\x00"))), 0},
 		"first of id": {uint64(h[16]), 1},
 	} {
 		if got[0] != got[1] {

@@ -1,8 +1,11 @@
 package lease
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,6 +116,34 @@ func TestClaim(t *testing.T) {
 	}
 	if got, err := owner.Any([16]byte{0xb}); err != nil || len(got) != 0 {
 		t.Errorf("another pool is used by %q, %v", got, err)
+	}
+}
+
+// The bytes of a region are those of docs/pool-format.md, because other programs read and write them.
+func TestFormat(t *testing.T) {
+	path := newRegion(t, MinSize)
+	claim(t, open(t, path, guest2), 3, false)
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	le := binary.LittleEndian
+	sum := func(b []byte) uint32 { return crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)) }
+	want := make([]byte, MinSize)
+	copy(want, "DAXFSLS\x01\x01\x00\x00\x00\x40\x00\x00\x00")
+	want[16] = 2                // the machine
+	copy(want[32:40], got[32:]) // the boot is random
+	want[40] = 6
+	copy(want[64:], "guest2")
+	le.PutUint32(want[4092:], sum(want[:4092]))
+	want[4096] = 0xa // the pool
+	want[4112], want[4113] = 9, 3
+	want[4128] = 3 // the slot
+	copy(want[4136:4144], got[32:])
+	le.PutUint32(want[4156:], sum(want[4096:4156]))
+	if !bytes.Equal(got, want) {
+		t.Errorf("header\n%x\nexpected\n%x\nentry\n%x\nexpected\n%x", got[:128], want[:128], got[4096:4160],
+			want[4096:4160])
 	}
 }
 

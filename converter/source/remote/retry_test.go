@@ -114,6 +114,19 @@ func TestUnauthorized(t *testing.T) {
 }
 
 // TestGivesUp: permanent failures are given up after the documented attempts and time.
+// A registry's error is shown only in part: it is a stranger's text in logs and on terminals.
+func TestLongErrors(t *testing.T) {
+	g := failing("blob", 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprintf(w, `{"errors":[{"code":"DENIED","message":%q}]}`, strings.Repeat("ä", 5000))
+	})
+	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
+	err := pull(t.Context(), r, g.image)
+	if want := "DENIED: " + strings.Repeat("ä", 292) + "…"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("error %v, expected one with 300 characters of the registry's: %q", err, want)
+	}
+}
+
 func TestGivesUp(t *testing.T) {
 	for _, kind := range kinds {
 		g := failing(kind, 1000, func(_ *registry, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) })
