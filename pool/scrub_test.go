@@ -339,7 +339,7 @@ func TestDeadDamaged(t *testing.T) {
 // TestScrubStops checks that a scrub ends with its context, even while it waits for its rate.
 func TestScrubStops(t *testing.T) {
 	p, _ := simPool(t, 32<<20, 2, Options{})
-	short, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	done, err := p.Scrub(short, ScrubOptions{Rate: 1}, func(Damage) {})
 	if !errors.Is(err, context.DeadlineExceeded) || done.Extents != 1 {

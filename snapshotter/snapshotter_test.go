@@ -86,11 +86,11 @@ func (e *env) must(err error) {
 	}
 }
 
-// eventually waits until f returns "". Until then f returns what is missing.
+// eventually waits until f returns "". Until then f returns what is missing. Only a hang exceeds the wait.
 func (e *env) eventually(f func() string) {
 	e.t.Helper()
 	missing := f()
-	for range 300 {
+	for range 3000 {
 		if missing == "" {
 			return
 		}

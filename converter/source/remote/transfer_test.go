@@ -227,13 +227,13 @@ func silentRanges(next fault) fault {
 func TestSlow(t *testing.T) {
 	g := &registry{image: newImage(8 << 20)}
 	r, _ := open(t, g.plain(t)+"/some/image:v1", Config{PlainHTTP: true})
-	r.pace.stall = 20 * time.Millisecond
+	r.pace.stall = 200 * time.Millisecond
 	rc, err := r.Open(t.Context(), g.layers[0])
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer rc.Close()
-	time.Sleep(100 * time.Millisecond)
+	time.Sleep(500 * time.Millisecond)
 	if _, err := io.Copy(io.Discard, rc); err != nil {
 		t.Error(err)
 	}
