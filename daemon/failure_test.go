@@ -85,7 +85,7 @@ func TestFullPool(t *testing.T) {
 				// The kernel frees detached overlays a moment later. Until then earlier images are in use.
 				for try := 0; strings.Contains(strings.Join(mounts[0].Options, " "),
 					"lowerdir="+m.cfg.Root+"/snapshots"); try++ {
-					if try == 100 {
+					if try == 1200 {
 						t.Fatalf("image %d: %v", i, mounts)
 					}
 					time.Sleep(50 * time.Millisecond)

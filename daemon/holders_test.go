@@ -357,7 +357,7 @@ func killServers(root string) error {
 			return err
 		}
 		killed++
-		for range 500 {
+		for range 3000 {
 			if raw, err := os.ReadFile(p); err != nil || len(raw) == 0 {
 				break
 			}

@@ -324,7 +324,7 @@ func TestUnused(t *testing.T) {
 					return // a mapped inode stays in memory as long as the pool is mounted
 				}
 				end()
-				for range 100 { // the kernel closes the files of an ended process a little later
+				for range 3000 { // the kernel closes the files of an ended process a little later
 					if got = ask(false, held); got[0] {
 						break
 					}

@@ -313,7 +313,7 @@ func TestEndsWithoutFinish(t *testing.T) {
 			r.Close()
 		}
 	}
-	for range 100 {
+	for range 3000 {
 		if runtime.NumGoroutine() <= before {
 			return
 		}

@@ -182,7 +182,7 @@ func TestControlC(t *testing.T) {
 	}
 	// Loop devices disappear after their last user.
 	var after []string
-	for range 100 {
+	for range 1200 {
 		if after = kernelState(t); slices.Equal(after, before) {
 			break
 		}

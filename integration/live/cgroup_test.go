@@ -34,7 +34,7 @@ func newCgroup(t *testing.T, limit int64) *cgroup {
 			continue
 		}
 		t.Cleanup(func() {
-			for range 100 { // an ended process leaves it a little later
+			for range 3000 { // an ended process leaves it a little later
 				if err = os.Remove(dir); !errors.Is(err, syscall.EBUSY) {
 					break
 				}

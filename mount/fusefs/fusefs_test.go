@@ -58,13 +58,13 @@ func needFuse(t testing.TB) {
 // eventually waits for an effect in another process.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for range 500 {
+	for range 3000 {
 		if ok() {
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Fatalf("%s: not within 5 seconds", what)
+	t.Fatalf("%s: not within 30 seconds", what)
 }
 
 func TestServes(t *testing.T) {
