@@ -250,6 +250,62 @@ func TestEpoch(t *testing.T) {
 	}
 }
 
+// TestEpochFaults fails each operation of a new epoch in turn. If the index has the epoch and the region
+// does not, the next image first writes the tree of the epoch, or fails.
+func TestEpochFaults(t *testing.T) {
+	unwritten := 0
+	for at := 1; ; at++ {
+		f := &faults{}
+		r, index := newSimRegion(simSize, f), filepath.Join(fastDir(t), "index")
+		p, err := Create(r, index, Options{Slots: 8})
+		if err != nil {
+			t.Fatal(err)
+		}
+		addImage(t, p, "a", bodies.a)
+		b := p.Begin()
+		d := put(t, b, bodies.a)
+		p.index.fail = f.hit
+		f.n, f.at = 0, at
+		err = p.NewEpoch(ctx)
+		finished := f.n < at
+		if err != nil && !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+		if err != nil && len(p.Images()) == 0 {
+			unwritten++
+			f.n, f.at = 0, 1
+			if _, err := p.AddImage(ctx, "b", tree(d), daxfs.Options{}); !errors.Is(err, errFault) || len(p.Images()) > 0 {
+				t.Errorf("operation %d: an image without the tree of its epoch: %v, %d images", at, err, len(p.Images()))
+			}
+		}
+		f.at = 0
+		if _, err := p.AddImage(ctx, "b", tree(d), daxfs.Options{}); err != nil {
+			t.Fatalf("operation %d: %v", at, err)
+		}
+		b.Discard()
+		mustCheck(t, p)
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+		if p, err = Open(r, index, Options{}); err != nil {
+			t.Fatalf("operation %d: %v", at, err)
+		}
+		mustCheck(t, p)
+		for _, m := range p.Images() {
+			if files := readImage(t, r, m); !bytes.Equal(files["file00000"], bodies.a) {
+				t.Errorf("operation %d: image %q has other contents", at, m.Key)
+			}
+		}
+		p.Close()
+		if finished || t.Failed() {
+			break
+		}
+	}
+	if unwritten == 0 {
+		t.Error("no fault came between the index and the region")
+	}
+}
+
 func TestRecords(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)
