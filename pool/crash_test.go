@@ -446,6 +446,160 @@ func (w *world) again(i int, f *faults, cause error) {
 	}
 }
 
+// TestSyncOrder cuts the power before every sync of the region and after every step, and loses all that was
+// not synced: the index must never name what is not durable.
+func TestSyncOrder(t *testing.T) {
+	f := &faults{only: "sync"}
+	w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(fastDir(t), "index"), m: newModel()}
+	step := 0
+	f.each = func() {
+		if step > 0 && !t.Failed() {
+			w.lose(step, w.m, w.next)
+		}
+	}
+	for i, do := range steps(f) {
+		step, w.next = i, w.m.clone()
+		if err := do(w); err != nil {
+			t.Fatalf("step %d: %v", i, err)
+		}
+		w.m = w.next
+		w.lose(i, w.m)
+	}
+	w.p.Close()
+	if f.n < 50 {
+		t.Errorf("the scenario has only %d syncs", f.n)
+	}
+}
+
+// TestSyncFails fails every sync of the region in turn, once. If the step succeeds nevertheless, what it
+// did must survive a power loss.
+func TestSyncFails(t *testing.T) {
+	stride := 1
+	if slow.Leave() {
+		stride = 10
+	}
+	for at := 1; ; at += stride {
+		f := &faults{only: "sync", at: at}
+		w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(fastDir(t), "index"), m: newModel()}
+		for i, do := range steps(f) {
+			w.next = w.m.clone()
+			err := do(w)
+			if err != nil && !errors.Is(err, errFault) {
+				t.Fatalf("step %d: %v", i, err)
+			}
+			if err != nil {
+				break // TestFaults examines what is left then
+			}
+			if w.m = w.next; f.n >= at {
+				w.lose(i, w.m)
+				break
+			}
+		}
+		if w.p != nil {
+			w.p.Close()
+		}
+		if f.n < at {
+			t.Logf("up to %d syncs", at-1)
+			break
+		}
+		if t.Failed() {
+			t.Fatalf("after a failed sync %d", at)
+		}
+	}
+}
+
+// lose opens the pool as it is after a power loss that takes all that was not synced. It must be as one
+// of the models says.
+func (w *world) lose(step int, models ...*model) {
+	copied := w.index + ".copy"
+	copyFile(w.t, w.index, copied)
+	p, err := Open(w.r.syncedClone(), copied, Options{})
+	if err != nil {
+		w.t.Errorf("step %d: open: %v", step, err)
+		return
+	}
+	defer p.Close()
+	mustCheck(w.t, p)
+	var errs []error
+	for _, m := range models {
+		err := m.matches(p)
+		if err == nil {
+			return
+		}
+		errs = append(errs, err)
+	}
+	w.t.Errorf("step %d: the pool is in no expected state: %v", step, errors.Join(errs...))
+}
+
+// TestReaders looks at the pool as a reader on another kernel does, at every operation on the region and
+// the index: each image of the catalogue has the contents of before or after the step in progress.
+func TestReaders(t *testing.T) {
+	f := &faults{}
+	w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(fastDir(t), "index"), m: newModel()}
+	step, looks, images := 0, 0, 0
+	last := uint64(0)
+	f.each = func() {
+		if step == 0 || t.Failed() {
+			return // no pool yet
+		}
+		looks++
+		c, err := ReadCatalogue(w.r)
+		if err != nil || c.Generation < last {
+			t.Errorf("step %d, operation %d: generation %d after %d, %v", step, f.n, c.Generation, last, err)
+			return
+		}
+		last = c.Generation
+		for _, m := range c.Images {
+			images++
+			if err := w.readable(m); err != nil {
+				t.Errorf("step %d, operation %d: image %q: %v", step, f.n, m.Key, err)
+			}
+		}
+	}
+	for i, do := range steps(f) {
+		step, w.next = i, w.m.clone()
+		if err := do(w); err != nil {
+			t.Fatalf("step %d: %v", i, err)
+		}
+		w.m = w.next
+	}
+	w.p.Close()
+	if looks < 100 || images < 100 {
+		t.Errorf("looked %d times and read %d images: nothing was tested", looks, images)
+	}
+}
+
+// readable returns an error if a reader gets neither the old nor the new contents of an image.
+func (w *world) readable(m Image) error {
+	bodies, ok := w.m.images[m.Key]
+	if !ok {
+		bodies, ok = w.next.images[m.Key]
+	}
+	if !ok {
+		return errors.New("it was never added, or was removed long ago")
+	}
+	files, err := imageFiles(w.r, m)
+	if err != nil {
+		return err
+	}
+	for i, want := range bodies {
+		if got := files[fmt.Sprintf("file%05d", i)]; !bytes.Equal(got, want) {
+			return fmt.Errorf("file %d has %d other bytes", i, len(got))
+		}
+	}
+	doc, err := ReadDocument(w.r, m)
+	if errors.Is(err, ErrNotFound) {
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(doc, w.m.docs[m.Key]) && !bytes.Equal(doc, w.next.docs[m.Key]) {
+		return fmt.Errorf("its document has %d other bytes", len(doc))
+	}
+	return nil
+}
+
 // TestIndexUnknown lets the disk fail at the end of every change of the index in turn, so that the
 // change may or may not be there. The pool must report that and make no more changes; when it is
 // opened again, either state is fine.
