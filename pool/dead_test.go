@@ -250,6 +250,42 @@ func TestEpoch(t *testing.T) {
 	}
 }
 
+// Erased inodes stay erased after a power loss: the space behind them may hold contents of others by then.
+func TestEraseIsDurable(t *testing.T) {
+	for name, erase := range map[string]func(p *Pool) error{
+		"Erase": func(p *Pool) error {
+			_, err := p.Erase(ctx, p.Dead())
+			return err
+		},
+		"NothingMounted": func(p *Pool) error {
+			turned, err := p.NothingMounted(ctx)
+			if turned {
+				t.Error("the epoch has turned: nothing was tested")
+			}
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, r, _ := leasedPool(t, &faults{})
+			nid := nidOf(t, p, "a", "file00000")
+			erased := func() error {
+				live, err := daxfs.OpenLive(r.syncedClone(), r.Size())
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = live.FS().Erased(nid)
+				return err
+			}
+			if err := errors.Join(p.RemoveImage(ctx, "a"), p.RemoveLayer(ctx, "a")); err != nil || erased() == nil {
+				t.Fatalf("before: %v, erased %v", err, erased())
+			}
+			if err := erase(p); err != nil || erased() != nil {
+				t.Errorf("%v; after a power loss: %v", err, erased())
+			}
+		})
+	}
+}
+
 // TestEpochFaults fails each operation of a new epoch in turn. If the index has the epoch and the region
 // does not, the next image first writes the tree of the epoch, or fails.
 func TestEpochFaults(t *testing.T) {
