@@ -4,6 +4,8 @@ import (
 	"errors"
 	"path/filepath"
 	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
 
 // asked answers a pool that asks for its readers.
@@ -172,4 +174,47 @@ func TestEpochAsksReaders(t *testing.T) {
 	uuid = p.UUID()
 	addImage(t, p, "c", bodies.a)
 	lists("c")
+}
+
+// TestHideUnpublished adds an image while each operation from one on fails. If the index has the image and
+// the region does not, an epoch that does not begin must not put it into the catalogue.
+func TestHideUnpublished(t *testing.T) {
+	unpublished := 0
+	for at := 1; ; at++ {
+		f := &faults{}
+		p, r, _ := leasedPool(t, f)
+		p.index.fail = f.hit
+		b := p.Begin()
+		d := put(t, b, bodies.d)
+		f.n, f.at, f.stay = 0, at, true
+		_, err := p.AddImage(ctx, "c", tree(d), daxfs.Options{})
+		finished := f.n < at
+		f.at = 0
+		if finished != (err == nil) {
+			t.Errorf("operation %d: %v", at, err)
+		}
+		calls := 0
+		p.SetLeases(&asked{any: func() ([]string, error) {
+			if calls++; calls == 1 {
+				return nil, nil
+			}
+			return []string{"reader"}, nil
+		}})
+		unpublished += len(p.stale)
+		if err := p.NewEpoch(ctx); !errors.Is(err, ErrLeased) {
+			t.Errorf("operation %d: epoch: %v", at, err)
+		}
+		listed(t, r) // each image can be read
+		if _, err := p.AddImage(ctx, "c", tree(d), daxfs.Options{}); err != nil || listed(t, r) != "abc" {
+			t.Errorf("operation %d: add again: %v, the catalogue lists %q", at, err, listed(t, r))
+		}
+		b.Discard()
+		mustCheck(t, p)
+		if finished || t.Failed() {
+			break
+		}
+	}
+	if unpublished == 0 {
+		t.Error("no fault came between the index and the slot")
+	}
 }
