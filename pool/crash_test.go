@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"path/filepath"
@@ -451,11 +452,17 @@ func (w *world) again(i int, f *faults, cause error) {
 func TestSyncOrder(t *testing.T) {
 	f := &faults{only: "sync"}
 	w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(fastDir(t), "index"), m: newModel()}
-	step := 0
+	step, seen := 0, 0
 	f.each = func() {
-		if step > 0 && !t.Failed() {
-			w.lose(step, w.m, w.next)
+		if step == 0 || t.Failed() {
+			return // no pool yet
 		}
+		id := w.p.index.transaction()
+		if slow.Leave() && id == seen {
+			return // the index names nothing new
+		}
+		seen = id
+		w.lose(step, w.m, w.next)
 	}
 	for i, do := range steps(f) {
 		step, w.next = i, w.m.clone()
@@ -520,6 +527,9 @@ func (w *world) lose(step int, models ...*model) {
 	}
 	defer p.Close()
 	mustCheck(w.t, p)
+	if got, want := publishedSlots(w.t, p), slotsOf(p); !slices.Equal(got, want) {
+		w.t.Errorf("step %d: slots %v are published, expected %v", step, got, want)
+	}
 	var errs []error
 	for _, m := range models {
 		err := m.matches(p)
@@ -531,13 +541,40 @@ func (w *world) lose(step int, models ...*model) {
 	w.t.Errorf("step %d: the pool is in no expected state: %v", step, errors.Join(errs...))
 }
 
+// publishedSlots returns the slots of the live tree that hold an image.
+func publishedSlots(t testing.TB, p *Pool) (slots []int) {
+	t.Helper()
+	live, err := daxfs.OpenLive(p.Region(), p.Region().Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range live.Geometry().Slots {
+		switch _, err := live.Image(i); {
+		case err == nil:
+			slots = append(slots, i)
+		case !errors.Is(err, fs.ErrNotExist):
+			t.Errorf("slot %d: %v", i, err)
+		}
+	}
+	return slots
+}
+
+// slotsOf returns the slots of the images in the index.
+func slotsOf(p *Pool) (slots []int) {
+	for _, m := range p.Images() {
+		slots = append(slots, m.Slot)
+	}
+	return slots
+}
+
 // TestReaders looks at the pool as a reader on another kernel does, at every operation on the region and
-// the index: each image of the catalogue has the contents of before or after the step in progress.
+// the index: each image of the catalogue has the contents of before or after the step in progress. The
+// generation rises after each change.
 func TestReaders(t *testing.T) {
 	f := &faults{}
 	w := &world{t: t, r: newSimRegion(simSize, f), index: filepath.Join(fastDir(t), "index"), m: newModel()}
 	step, looks, images := 0, 0, 0
-	last := uint64(0)
+	last, changed, seen := uint64(0), uint64(0), "[]"
 	f.each = func() {
 		if step == 0 || t.Failed() {
 			return // no pool yet
@@ -547,6 +584,9 @@ func TestReaders(t *testing.T) {
 		if err != nil || c.Generation < last {
 			t.Errorf("step %d, operation %d: generation %d after %d, %v", step, f.n, c.Generation, last, err)
 			return
+		}
+		if now := fmt.Sprint(c.Images); now != seen {
+			changed, seen = last, now
 		}
 		last = c.Generation
 		for _, m := range c.Images {
@@ -562,6 +602,9 @@ func TestReaders(t *testing.T) {
 			t.Fatalf("step %d: %v", i, err)
 		}
 		w.m = w.next
+		if gen := w.p.Generation(); i > 0 && gen <= changed {
+			t.Errorf("step %d: the catalogue changed after generation %d, and generation %d announces it", i, changed, gen)
+		}
 	}
 	w.p.Close()
 	if looks < 100 || images < 100 {
