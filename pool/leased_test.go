@@ -130,6 +130,9 @@ func TestRemoveLeasedFaults(t *testing.T) {
 // A new epoch begins only if no reader uses the pool after the catalogue has durably become empty.
 func TestEpochAsksReaders(t *testing.T) {
 	p, r, index := leasedPool(t, &faults{})
+	if err := p.SetDocument(ctx, "a", bodies.g); err != nil {
+		t.Fatal(err)
+	}
 	leases := &asked{}
 	p.SetLeases(leases)
 	uuid, calls := p.UUID(), 0
@@ -171,6 +174,9 @@ func TestEpochAsksReaders(t *testing.T) {
 	if err := p.NewEpoch(ctx); err != nil || p.UUID() == uuid || len(p.Images()) != 0 {
 		t.Errorf("epoch without readers: %v, %d images", err, len(p.Images()))
 	}
+	if u := p.Usage(); u.Documents != 0 {
+		t.Errorf("%d bytes of documents without an image", u.Documents)
+	}
 	uuid = p.UUID()
 	addImage(t, p, "c", bodies.a)
 	lists("c")
@@ -182,7 +188,7 @@ func TestHideUnpublished(t *testing.T) {
 	unpublished := 0
 	for at := 1; ; at++ {
 		f := &faults{}
-		p, r, _ := leasedPool(t, f)
+		p, r, index := leasedPool(t, f)
 		p.index.fail = f.hit
 		b := p.Begin()
 		d := put(t, b, bodies.d)
@@ -207,6 +213,9 @@ func TestHideUnpublished(t *testing.T) {
 		listed(t, r) // each image can be read
 		if _, err := p.AddImage(ctx, "c", tree(d), daxfs.Options{}); err != nil || listed(t, r) != "abc" {
 			t.Errorf("operation %d: add again: %v, the catalogue lists %q", at, err, listed(t, r))
+		}
+		if keys := reopened(t, r, index); keys != "abc" {
+			t.Errorf("operation %d: after a power loss the catalogue lists %q", at, keys)
 		}
 		b.Discard()
 		mustCheck(t, p)
