@@ -393,3 +393,89 @@ func setChecksum(b []byte) {
 	clear(b[1024+4 : 1024+8])
 	binary.LittleEndian.PutUint32(b[1024+4:], ^crc32.Update(0, table, b[1024:4096]))
 }
+
+// slotWrites applies writes two bytes at a time, as memory may, and looks at the tree in between. It knows
+// whether a write was not synced, and fails one operation.
+type slotWrites struct {
+	p         *livePool
+	look      func(unsynced bool)
+	unsynced  bool
+	n, failAt int
+}
+
+func (w *slotWrites) hit() error {
+	if w.n++; w.n == w.failAt {
+		return unix.EIO
+	}
+	return nil
+}
+
+func (w *slotWrites) WriteAt(b []byte, off int64) (int, error) {
+	if err := w.hit(); err != nil {
+		return 0, err
+	}
+	before := w.unsynced
+	w.unsynced = true
+	for i := 0; i < len(b); i += 2 {
+		if _, err := w.p.s.f.WriteAt(b[i:i+2], off+int64(i)); err != nil {
+			return i, err
+		}
+		w.look(before)
+	}
+	return len(b), nil
+}
+
+func (w *slotWrites) sync() error {
+	w.unsynced = false
+	return w.hit()
+}
+
+// TestSlotWrites publishes an image and retracts it: a lookup in between finds no image or all of it, and
+// an image only after the rest of its slot was synced. Each failed operation is reported.
+func TestSlotWrites(t *testing.T) {
+	for failAt := 0; ; failAt++ {
+		p := newLivePool(t, 4, daxfs.SlotsPerBlock)
+		slot, bytes, _ := p.write(t, dir(map[string]*daxfs.Node{"empty": {Mode: unix.S_IFREG | 0o644}}))
+		found := func() bool {
+			live, err := daxfs.OpenLive(&p.s.f, liveSize)
+			if err != nil {
+				t.Fatal(err)
+			}
+			img, err := live.Image(slot)
+			if errors.Is(err, fs.ErrNotExist) {
+				return false
+			}
+			if err == nil {
+				_, err = fs.Stat(img, "empty")
+			}
+			if err != nil {
+				t.Errorf("an image in the making: %v", err)
+			}
+			return true
+		}
+		w := &slotWrites{p: p, failAt: failAt}
+		w.look = func(unsynced bool) {
+			if found() && unsynced {
+				t.Error("the image appears before the rest of its slot was synced")
+			}
+		}
+		err := daxfs.PublishSlot(w, p.g, slot, bytes, w.sync)
+		if err == nil {
+			if !found() || w.unsynced {
+				t.Errorf("published: found %t, not synced %t", found(), w.unsynced)
+			}
+			w.look = func(bool) { // the mode goes first
+				if found() {
+					t.Error("the image is there while its slot is being emptied")
+				}
+			}
+			err = daxfs.RetractSlot(w, p.g, slot)
+		}
+		if failed := failAt > 0 && failAt <= w.n; failed != errors.Is(err, unix.EIO) || !failed && err != nil {
+			t.Errorf("operation %d of %d fails: %v", failAt, w.n, err)
+		}
+		if failAt > w.n || t.Failed() {
+			break
+		}
+	}
+}

@@ -250,6 +250,99 @@ func TestEpoch(t *testing.T) {
 	}
 }
 
+// Erased inodes stay erased after a power loss: the space behind them may hold contents of others by then.
+func TestEraseIsDurable(t *testing.T) {
+	for name, erase := range map[string]func(p *Pool) error{
+		"Erase": func(p *Pool) error {
+			_, err := p.Erase(ctx, p.Dead())
+			return err
+		},
+		"NothingMounted": func(p *Pool) error {
+			turned, err := p.NothingMounted(ctx)
+			if turned {
+				t.Error("the epoch has turned: nothing was tested")
+			}
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, r, _ := leasedPool(t, &faults{})
+			nid := nidOf(t, p, "a", "file00000")
+			erased := func() error {
+				live, err := daxfs.OpenLive(r.syncedClone(), r.Size())
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = live.FS().Erased(nid)
+				return err
+			}
+			if err := errors.Join(p.RemoveImage(ctx, "a"), p.RemoveLayer(ctx, "a")); err != nil || erased() == nil {
+				t.Fatalf("before: %v, erased %v", err, erased())
+			}
+			if err := erase(p); err != nil || erased() != nil {
+				t.Errorf("%v; after a power loss: %v", err, erased())
+			}
+		})
+	}
+}
+
+// TestEpochFaults fails each operation of a new epoch in turn. If the index has the epoch and the region
+// does not, the next image first writes the tree of the epoch, or fails.
+func TestEpochFaults(t *testing.T) {
+	unwritten := 0
+	for at := 1; ; at++ {
+		f := &faults{}
+		r, index := newSimRegion(simSize, f), filepath.Join(fastDir(t), "index")
+		p, err := Create(r, index, Options{Slots: 8})
+		if err != nil {
+			t.Fatal(err)
+		}
+		addImage(t, p, "a", bodies.a)
+		b := p.Begin()
+		d := put(t, b, bodies.a)
+		p.index.fail = f.hit
+		f.n, f.at = 0, at
+		err = p.NewEpoch(ctx)
+		finished := f.n < at
+		if err != nil && !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+		if err != nil && len(p.Images()) == 0 {
+			unwritten++
+			f.n, f.at = 0, 1
+			_, err := p.AddImage(ctx, "b", tree(d), daxfs.Options{})
+			if n := len(p.Images()); !errors.Is(err, errFault) || n > 0 {
+				t.Errorf("operation %d: an image without the tree of its epoch: %v, %d images", at, err, n)
+			}
+		}
+		f.at = 0
+		if _, err := p.AddImage(ctx, "b", tree(d), daxfs.Options{}); err != nil {
+			t.Fatalf("operation %d: %v", at, err)
+		}
+		b.Discard()
+		mustCheck(t, p)
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+		if p, err = Open(r, index, Options{}); err != nil {
+			t.Fatalf("operation %d: %v", at, err)
+		}
+		mustCheck(t, p)
+		for _, m := range p.Images() {
+			if files := readImage(t, r, m); !bytes.Equal(files["file00000"], bodies.a) {
+				t.Errorf("operation %d: image %q has other contents", at, m.Key)
+			}
+		}
+		p.Close()
+		if finished || t.Failed() {
+			break
+		}
+	}
+	if unwritten == 0 {
+		t.Error("no fault came between the index and the region")
+	}
+}
+
 func TestRecords(t *testing.T) {
 	dir := t.TempDir()
 	r := openRegion(t, dir, 64<<20)

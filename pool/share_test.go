@@ -236,6 +236,9 @@ func TestPutErrors(t *testing.T) {
 	if _, err := b.Put(ctx, 1, bytes.NewReader([]byte{1})); !errors.Is(err, ErrClosed) {
 		t.Errorf("put after commit: %v", err)
 	}
+	if n := p.Usage().ExtentCount; n != 1 {
+		t.Errorf("a put after commit has left %d extents, expected 1", n)
+	}
 	d.Sum[0]++
 	if _, err := p.AddImage(ctx, "image", tree(d), daxfs.Options{}); !errors.Is(err, ErrNotFound) {
 		t.Errorf("image of contents that are not there: %v", err)

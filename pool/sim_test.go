@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -33,6 +34,7 @@ type faults struct {
 	n      int
 	at     int    // the operation that fails; 0 for none
 	stay   bool   // all later ones fail, too: the process is dead
+	only   string // if set, only operations that begin with it count
 	onFail func() // called once, at operation at
 	each   func() // called at each operation
 }
@@ -43,6 +45,9 @@ var errFault = errors.New("injected fault")
 func (f *faults) hit(op string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !strings.HasPrefix(op, f.only) {
+		return nil
+	}
 	f.n++
 	if f.each != nil {
 		f.each()
@@ -127,12 +132,21 @@ func (r *simRegion) Sync(off, n int64) error {
 	return nil
 }
 
-// crashClone is the region after a power loss: all synced writes and a random part of each other.
-func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
+// syncedClone is the region after a power loss that takes everything that was not synced.
+func (r *simRegion) syncedClone() *simRegion {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	c := newSimRegion(int64(len(r.mem)), &faults{})
 	copy(c.durable, r.durable)
+	copy(c.mem, r.durable)
+	return c
+}
+
+// crashClone is the region after a power loss: all synced writes and a random part of each other.
+func (r *simRegion) crashClone(rng *rand.Rand) *simRegion {
+	c := r.syncedClone()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	const sector = 512
 	for _, w := range r.pending {
 		switch rng.IntN(3) {

@@ -1,0 +1,142 @@
+package pool
+
+import (
+	"bytes"
+	"errors"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// A failed commit leaves the batch as it was: it can be committed again, or discarded.
+func TestCommitAgain(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	p.index.fail = func(string) error { return errFault }
+	b, discarded := p.Begin(), p.Begin()
+	put(t, b, random(1, 5000))
+	put(t, discarded, random(2, 5000))
+	for _, b := range []*Batch{b, discarded} {
+		if err := b.CommitLayer(ctx, "a", nil); !errors.Is(err, errFault) {
+			t.Errorf("commit: %v, expected %v", err, errFault)
+		}
+	}
+	p.index.fail = func(string) error { return nil }
+	discarded.Discard()
+	if err := b.CommitLayer(ctx, "a", nil); err != nil {
+		t.Errorf("commit again: %v", err)
+	}
+	if n := p.Usage().ExtentCount; n != 1 {
+		t.Errorf("%d extents, expected the one of the layer", n)
+	}
+	if err := p.RemoveLayer(ctx, "a"); err != nil {
+		t.Error(err)
+	}
+	if n := p.Usage().ExtentCount; n != 0 {
+		t.Errorf("%d extents without a holder", n)
+	}
+}
+
+// heldRegion holds each write until the test decides how it ends.
+type heldRegion struct {
+	region.Region
+	writing chan struct{}
+	end     chan error
+}
+
+func (r *heldRegion) WriteAt(b []byte, off int64) (int, error) {
+	r.writing <- struct{}{}
+	if err := <-r.end; err != nil {
+		return 0, err
+	}
+	return r.Region.WriteAt(b, off)
+}
+
+// Contents that another put is writing are not there yet. If its write fails, they are written again.
+func TestPutWaits(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	below := p.region
+	held := &heldRegion{below, make(chan struct{}), make(chan error)}
+	p.region = held
+	defer func() { p.region = below }()
+	b := p.Begin()
+	defer b.Discard()
+	body := random(1, 5000)
+	type result struct {
+		d   daxfs.Data
+		err error
+	}
+	begin := func() chan result {
+		out := make(chan result, 1)
+		go func() {
+			d, err := b.Put(ctx, int64(len(body)), bytes.NewReader(body))
+			out <- result{d, err}
+		}()
+		return out
+	}
+	first := begin()
+	<-held.writing
+	second := begin()
+	for waits := false; !waits; {
+		p.mu.Lock()
+		for _, e := range p.extents {
+			waits = e.refs == 2
+		}
+		p.mu.Unlock()
+		select {
+		case r := <-second:
+			held.end <- nil
+			t.Fatalf("a put returned %+v, %v while the contents were being written", r.d, r.err)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	held.end <- errFault
+	if r := <-first; !errors.Is(r.err, errFault) {
+		t.Errorf("the put whose write failed: %v", r.err)
+	}
+	<-held.writing
+	held.end <- nil
+	r := <-second
+	if r.err != nil {
+		t.Fatal(r.err)
+	}
+	got := make([]byte, len(body))
+	if _, err := below.ReadAt(got, r.d.Off); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("the waiting put got other bytes, %v", err)
+	}
+}
+
+// A put whose write fails leaves nothing, wherever it diverges from contents of the pool.
+func TestPutFaults(t *testing.T) {
+	first := random(1, 1<<20)
+	other := bytes.Clone(first)
+	other[3*chunk] ^= 1
+	for at := 1; ; at++ {
+		f := &faults{}
+		p, err := Create(newSimRegion(simSize, f), filepath.Join(fastDir(t), "index"), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		b := p.Begin()
+		defer b.Discard()
+		put(t, b, first)
+		before := p.Usage()
+		f.n, f.at = 0, at
+		if _, err := b.Put(ctx, int64(len(other)), bytes.NewReader(other)); err == nil {
+			if at < 4 {
+				t.Errorf("only %d operations in a put", at-1)
+			}
+			break
+		} else if !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+		if after := p.Usage(); after != before {
+			t.Errorf("operation %d failed, usage %+v, before %+v", at, after, before)
+		}
+		put(t, b, other)
+		mustCheck(t, p)
+	}
+}

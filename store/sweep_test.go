@@ -1,0 +1,110 @@
+package store
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
+)
+
+// expectLayers fails the test unless the pool has exactly these layers.
+func (k *kit) expectLayers(when string, keys ...string) {
+	k.t.Helper()
+	slices.Sort(keys)
+	if have := k.pool.Layers(); !slices.Equal(have, keys) {
+		k.t.Errorf("%s: the pool has the layers %q, expected %q", when, have, keys)
+	}
+}
+
+// A sweep keeps the layers that containerd needs. If memory is short, it evicts those that it can restore.
+func TestSweepKeepsLayers(t *testing.T) {
+	var evicted []string
+	k := newKit(t, func(c *Config) { c.Evicted = func(what string) { evicted = append(evicted, what) } })
+	ctx := t.Context()
+	b := blobOf(makeTar(file{"a", random(1, 5000)}))
+	b.Holder = ""
+	st, err := k.AddBlob(ctx, b)
+	k.must(err)
+	dir := t.TempDir()
+	k.must(os.WriteFile(filepath.Join(dir, "b"), random(2, 5000), 0o600))
+	k.must(k.AddDir(ctx, "", "dir/b", dir))
+	need := wants{st.Key: Kept, "dir/b": Kept}
+	k.must(k.Sweep(ctx, need, false))
+	k.expectLayers("needed", st.Key, "dir/b")
+	// The sweep has recorded containerd as the holder, for those that do not ask containerd.
+	k.restart(nil)
+	k.sweep()
+	k.expectLayers("held", st.Key, "dir/b")
+	k.must(k.Sweep(ctx, need, true))
+	k.expectLayers("memory is short", st.Key)
+	if fmt.Sprint(evicted) != "[layer]" {
+		t.Errorf("evicted %q, expected the layer of a directory", evicted)
+	}
+	k.must(k.Sweep(ctx, wants{}, false))
+	k.expectLayers("not needed")
+}
+
+// The layers of a pinned image stay without containerd: there may be no other copy.
+func TestSweepKeepsPinned(t *testing.T) {
+	for name, pin := range map[string]func(k *kit) (Info, error){
+		"image": func(k *kit) (Info, error) {
+			return k.Put(t.Context(), sourceOf(file{"a", random(1, 5000)}), "pinned")
+		},
+		"directory": func(k *kit) (Info, error) {
+			dir := k.t.TempDir()
+			k.must(os.WriteFile(filepath.Join(dir, "a"), random(1, 5000), 0o600))
+			return k.Put(t.Context(), dirSource(dir), "pinned")
+		},
+		"containerd's image": func(k *kit) (Info, error) {
+			img := image(k.stream(file{"a", random(1, 5000)}))
+			_, err := k.Lower(t.Context(), img)
+			k.must(err)
+			return k.Pin(t.Context(), img.Key, "pinned")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKit(t, nil)
+			info, err := pin(k)
+			k.must(err)
+			for _, short := range []bool{false, true} {
+				k.must(k.Sweep(t.Context(), wants{}, short))
+				k.expectLayers(fmt.Sprint("short of memory: ", short), info.Layers...)
+				if n := len(k.pool.Images()); n != 1 {
+					t.Errorf("short of memory: %t: %d images", short, n)
+				}
+			}
+			k.must(k.Unpin("pinned"))
+			k.must(k.Sweep(t.Context(), wants{}, false))
+			k.expectLayers("unpinned")
+		})
+	}
+}
+
+// The pack of a layer stays as long as the layer is needed, and restores it.
+func TestSweepKeepsPacks(t *testing.T) {
+	shm, err := os.MkdirTemp("/dev/shm", "storetest")
+	if err != nil {
+		t.Skipf("no memory for a pool that ends with the kernel: %v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(shm) })
+	k := newKit(t, func(c *Config) {
+		c.Pool = Pool{Kind: region.KindTmpfs, Path: filepath.Join(shm, "pool"), Size: 64 << 20}
+		c.Packs = true
+	})
+	ctx := t.Context()
+	a := file{"a", random(1, 50_000)}
+	img := image(k.stream(a))
+	need := wants{img.Key: Kept, img.Layers[0].Key: Kept}
+	k.must(k.Sweep(ctx, need, true))
+	k.expectLayers("memory is short")
+	dir, err := k.Lower(ctx, img)
+	k.must(err)
+	k.expect(dir, a)
+	k.must(k.Sweep(ctx, wants{}, false))
+	if ids, err := k.packs.list(); err != nil || len(ids) > 0 {
+		t.Errorf("packs of layers that nothing needs: %q, %v", ids, err)
+	}
+}
