@@ -89,11 +89,14 @@ test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Try 
 test-short: $(TOOLS)/gotestsum ## Test what needs neither root nor packages, in about a minute
 	$(GOTEST) -short ./...
 
-# Packages with concurrent code. The others are single-threaded, or spend their time in the kernel; see "make race".
-RACE_PKGS     = ./converter/blob ./converter/chunked ./converter/internal/sink ./daemon ./mount/... ./pool/... ./snapshotter ./store/...
+# Packages with concurrent code, besides the tests of concurrent readers in ./daxfs. The others are single-threaded, or
+# spend their time in the kernel; see "make race".
+RACE_PKGS     = ./converter ./converter/blob ./converter/chunked ./converter/internal/sink ./converter/recompress \
+                ./converter/source/remote ./daemon ./mount/... ./pool/... ./snapshotter ./store/...
 
 test-race: $(TOOLS)/gotestsum ## Test the concurrent packages with the race detector, briefly (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -short -timeout 30m $(RACE_PKGS)
+	CGO_ENABLED=1 $(GOTEST) -race -short -run 'TestProve|TestConcurrent|TestReadCache' ./daxfs
 
 race: $(TOOLS)/gotestsum ## Test all but integration/ with the race detector (needs gcc)
 	CGO_ENABLED=1 $(GOTEST) -race -timeout 40m $(UNIT_PKGS)

@@ -329,8 +329,9 @@ func TestCancel(t *testing.T) {
 // TestDamagedLayer: layers that wait for a damaged one end with it.
 func TestDamagedLayer(t *testing.T) {
 	var layers [][]byte
-	for i := range uint64(4) {
-		layers = append(layers, treeTar(i, 48))
+	// The next layer does not fit into the 32 MiB of waiting contents, nor do the last three together.
+	for i, files := range []int{48, 40, 12, 12} {
+		layers = append(layers, treeTar(uint64(i), files))
 	}
 	l := newLayout(t, packed(layers, ocitest.None)...)
 	_, m := manifestOf(t, l)

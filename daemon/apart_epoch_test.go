@@ -9,6 +9,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // A container keeps file handles of the files that it copied up. In a pool of another epoch the same
@@ -18,6 +20,9 @@ func TestHandlesOfAnotherEpoch(t *testing.T) {
 	const files, written = 300, 50 // more inodes than fit into one block, because each image begins a new block
 	for _, f := range flavours {
 		t.Run(f.name, func(t *testing.T) {
+			if f != flavours[0] {
+				slow.Skip(t, "starts daemons, for each pool and driver")
+			}
 			m := newMachine(t, f)
 			m.boot()
 			ctx := namespaces.WithNamespace(t.Context(), "default")

@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
-	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/fusefs"
 	"github.com/daxfs/daxfs-snapshotter/pool"
@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 	if os.Geteuid() == 0 {
 		flag.Set("test.root", "true") // containerd's suite requires it
 	}
-	os.Exit(mountns.Main(m))
+	os.Exit(testns.Main(m))
 }
 
 // helperArgs returns the arguments if this process was started as the program daxfs to serve a FUSE mount.

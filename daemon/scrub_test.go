@@ -25,12 +25,13 @@ import (
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
-// harm flips a bit in the middle of contents in the pool.
+// harm flips a bit in the middle of contents in the pool. It searches from the end, where a pool has its
+// first contents.
 func (c *client) harm(t *testing.T, body []byte) {
 	t.Helper()
 	r := c.pool().Region()
 	page := make([]byte, 4096)
-	for off := int64(0); off < r.Size(); off += int64(len(page)) {
+	for off := r.Size() - int64(len(page)); off >= 0; off -= int64(len(page)) {
 		if _, err := r.ReadAt(page, off); err != nil {
 			t.Fatal(err)
 		}
@@ -246,6 +247,9 @@ func TestScrubMany(t *testing.T) {
 	for _, f := range flavours[:2] {
 		for done := 0; done < flips; done += mostFlips {
 			t.Run(fmt.Sprintf("%s/%d", f.name, done), func(t *testing.T) {
+				if f != flavours[0] {
+					slow.Skip(t, "damages a pool, for each kind of pool")
+				}
 				scrubMany(t, f, min(flips-done, mostFlips), uint64(8+done))
 			})
 		}

@@ -40,7 +40,11 @@ func provable(t testing.TB) []byte {
 
 // TestProve verifies random images. A digest table changes nothing for readers.
 func TestProve(t *testing.T) {
-	for seed := range uint64(40) {
+	seeds := uint64(40)
+	if testing.Short() {
+		seeds = 12
+	}
+	for seed := range seeds {
 		images := [2][]byte{}
 		for i := range images {
 			s := newStore(daxfs.BlockSize)
@@ -128,12 +132,16 @@ func TestProveLarge(t *testing.T) {
 }
 
 // TestProveFlips flips one bit at a time: in every byte of block 0 and behind the core, and in every
-// seventh byte of the rest. Prove finds each flip.
+// seventh byte of the rest (a fifth of these with -short). Prove finds each flip.
 func TestProveFlips(t *testing.T) {
 	b := provable(t)
 	rng := rand.New(rand.NewPCG(1, 2))
 	table := len(b) - disk.V8OverlaySize - daxfs.BlockSize
-	for off := 0; off < len(b); off++ {
+	step := 1
+	if testing.Short() {
+		step = 5
+	}
+	for off := 0; off < len(b); off += step {
 		if off > daxfs.BlockSize && off%7 != 0 && off < table {
 			continue
 		}

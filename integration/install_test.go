@@ -9,10 +9,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // make install respects DESTDIR, PREFIX and an existing configuration; make uninstall removes everything else.
 func TestInstall(t *testing.T) {
+	slow.Skip(t, "builds and installs both programs")
 	dest := t.TempDir()
 	makeTarget := func(target string, more ...string) {
 		t.Helper()
@@ -100,6 +103,7 @@ func TestInstall(t *testing.T) {
 
 // systemd accepts the installed unit: it knows every option, and the program is at the unit's path.
 func TestUnit(t *testing.T) {
+	slow.Skip(t, "builds and installs both programs")
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
 		t.Skip("no systemd-analyze: Debian's minimal system has no systemd")
 	}

@@ -14,6 +14,7 @@ import (
 // for contents. After their restart the same pull succeeds, with the tree of a full pull; daemon and
 // containerd are consistent, and in the end nothing is left.
 func TestKilledInPartialPull(t *testing.T) {
+	stack.Require(t)
 	first, _ := versions(t, 300, 40)
 	old, err := testimage.Chunked(first...)
 	if err != nil {

@@ -44,6 +44,7 @@ func podmanCompress(t *testing.T) func(w io.Writer, raw io.Reader) (map[string]s
 // The daemon, with a real containerd, pulls layers written by podman's library by their files, in each
 // way of telling containerd: it fetches none of their blobs, and sees the tree of a full pull.
 func TestPartialPullOfPodman(t *testing.T) {
+	stack.Require(t)
 	first, second := versions(t, 400, 5)
 	// podman cuts one file into chunks, half of which are holes.
 	large := append(testimage.Noise(1, 200<<10), make([]byte, 1<<20)...)

@@ -90,6 +90,7 @@ func layersSize(t *testing.T, img v1.Image) (n int64) {
 // An update fetches only files that the pool lacks, in each way of telling containerd that it need not
 // fetch a layer, and gives the tree of a full pull. Clients fetch missing blobs when they need them.
 func TestPartialPull(t *testing.T) {
+	stack.Require(t)
 	first, second := versions(t, 400, 0)
 	old, err := testimage.Chunked(first...)
 	if err != nil {

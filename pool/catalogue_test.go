@@ -201,7 +201,11 @@ func TestCatalogueReaders(t *testing.T) {
 			}
 		})
 	}
-	for i := range 100 {
+	changes := 100
+	if testing.Short() {
+		changes = 20
+	}
+	for i := range changes {
 		addImage(t, p, fmt.Sprint(i), random(uint64(i), 3000))
 		if err := p.RemoveImage(ctx, fmt.Sprint(i)); err != nil {
 			t.Fatal(err)

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
-	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -55,7 +55,7 @@ func bytesFree(t *testing.T, dir string) int64 {
 // nothing is half-added, existing data is untouched, and removing works and returns space to the
 // filesystem.
 func TestDiskFull(t *testing.T) {
-	if os.Geteuid() != 0 || !mountns.Inside() {
+	if os.Geteuid() != 0 || !testns.Inside() {
 		t.Skip("mounting needs root")
 	}
 	for kind, mount := range map[string]func(*testing.T, string, int64){

@@ -134,7 +134,11 @@ func TestDocumentReaders(t *testing.T) {
 			}
 		})
 	}
-	for i := range 100 {
+	changes := 100
+	if testing.Short() {
+		changes = 20
+	}
+	for i := range changes {
 		set(i + 2)
 		b := p.Begin()
 		put(t, b, random(uint64(i), 4096))

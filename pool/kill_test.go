@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
-	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 		fmt.Println("error:", err)
 		os.Exit(1)
 	}
-	os.Exit(mountns.Main(m))
+	os.Exit(testns.Main(m))
 }
 
 // killBodies are the contents of layer and image n. Numbers share some contents.

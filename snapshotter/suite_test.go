@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 
-	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 	"github.com/daxfs/daxfs-snapshotter/snapshotter"
 )
 
@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 	if os.Geteuid() == 0 {
 		flag.Set("test.root", "true")
 	}
-	os.Exit(mountns.Main(m))
+	os.Exit(testns.Main(m))
 }
 
 func needRoot(t *testing.T) {

@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/converter/source"
-	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/drivers"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
@@ -28,7 +28,7 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	os.Exit(mountns.Main(m))
+	os.Exit(testns.Main(m))
 }
 
 // kit is a store that can be closed and opened again.

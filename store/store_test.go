@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/mount"
 )
 
@@ -159,6 +160,7 @@ func TestPut(t *testing.T) {
 
 // A layer too large for the cache is encoded while it is dropped, and read again from the pool.
 func TestLargeLayer(t *testing.T) {
+	slow.Skip(t, "adds a layer with more files than the cache holds")
 	k := newKit(t, nil)
 	ctx := t.Context()
 	var files []file

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/config"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 )
 
 // runEnv makes the test program run as the daemon.
@@ -25,7 +26,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(runEnv) != "" {
 		main()
 	}
-	os.Exit(m.Run())
+	os.Exit(testns.Main(m))
 }
 
 func call(t *testing.T, args ...string) (code int, stdout, stderr string) {

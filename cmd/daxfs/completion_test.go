@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // completions are texts typed before a TAB, and the arguments with which daxfs is then called.
@@ -31,6 +33,7 @@ var completions = []struct{ typed, args string }{
 
 // TestCompletion presses TAB in real shells.
 func TestCompletion(t *testing.T) {
+	slow.Skip(t, "types into every shell that is installed")
 	program, err := exec.LookPath("daxfs")
 	if err != nil {
 		t.Fatal(err)

@@ -23,12 +23,18 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/internal/ocitest"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 	. "github.com/daxfs/daxfs-snapshotter/internal/treetest"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"daxfs": main})
+	testscript.Main(isolated{m}, map[string]func(){"daxfs": main})
 }
+
+// isolated runs the tests in namespaces of their own: they start daemons and servers of mounts.
+type isolated struct{ m *testing.M }
+
+func (i isolated) Run() int { return testns.Main(i.m) }
 
 // TestScripts runs the stories in testdata. Each begins in a directory that holds images:
 //

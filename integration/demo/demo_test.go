@@ -21,6 +21,7 @@ import (
 
 	"github.com/daxfs/daxfs-snapshotter/integration/pagemap"
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 func TestMain(m *testing.M) { os.Exit(stack.Main(m)) }
@@ -270,6 +271,7 @@ func TestOptions(t *testing.T) {
 
 // The images that README.md puts into a pool can be made.
 func TestImages(t *testing.T) {
+	slow.Skip(t, "makes and compresses two images")
 	dir := t.TempDir()
 	if err := writeImages(dir); err != nil {
 		t.Fatal(err)

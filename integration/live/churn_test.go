@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // Bytes that a removed image may leave behind while the pool is mounted. The next epoch frees them.
@@ -19,6 +21,7 @@ const (
 // Images come and go in a pool that stays mounted. Their space is freed, except for bounded amounts,
 // which are logged. When nothing is mounted, all of it is freed.
 func TestChurn(t *testing.T) {
+	slow.Skip(t, "publishes a thousand images")
 	count := times(t, 10_000)
 	const window = 20 // number of images at a time
 	pl := place{

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 var publishPlaces = []place{
@@ -24,6 +26,7 @@ var publishPlaces = []place{
 // Images are published and removed while others are read and mapped by processes under memory
 // pressure, and while one process looks up each directory where an image is about to appear.
 func TestPublish(t *testing.T) {
+	slow.Skip(t, "loads six file systems and drivers")
 	for _, pl := range publishPlaces {
 		t.Run(pl.String(), func(t *testing.T) {
 			seed := newSeed(t)

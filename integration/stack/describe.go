@@ -2,12 +2,13 @@ package stack
 
 import (
 	"fmt"
-	"os"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 )
 
 // Outermost reports whether this is the process that the user started: Main and Isolated start two
 // more of the same program. Print here what should appear once.
-func Outermost() bool { return os.Getenv(stageEnv) == "" }
+func Outermost() bool { return testns.Outside() }
 
 // Versions describes the third-party programs in the cache.
 func Versions() string {

@@ -7,17 +7,14 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
-)
 
-// stageEnv tells a process of a test run its stage: unset for the one that "go test" started, "init"
-// for PID 1 of the namespaces, "test" for the one that runs the tests.
-const stageEnv = "DAXFS_TEST_STAGE"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
+)
 
 // cniState is where CNI plugins record allocated addresses, whatever their configuration.
 const cniState = "/var/lib/cni"
@@ -28,14 +25,23 @@ var unavailable string
 // Main builds the programs, enters its own namespaces and runs the tests there. It returns the exit
 // status of the process. Benchmarks and short runs use it as well: New decides what to skip.
 func Main(m interface{ Run() int }, more ...Build) int {
-	switch os.Getenv(stageEnv) {
-	case "":
-		return outside(m, more)
-	case "init":
-		return inside()
-	default:
-		return m.Run()
+	if testns.Outside() {
+		switch {
+		case os.Getuid() != 0:
+			unavailable = "needs root: it mounts filesystems and runs containers"
+			return m.Run()
+		case shortRun():
+			unavailable = "-short"
+			return m.Run()
+		}
+		release, err := prepareHost(more)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer release()
 	}
+	return testns.Run(m.Run, unix.CLONE_NEWNET|unix.CLONE_NEWIPC|unix.CLONE_NEWUTS, prepareNamespaces)
 }
 
 // Isolated runs f like the tests, for other programs. The outer processes return after f has ended.
@@ -66,60 +72,23 @@ type runFunc func() int
 
 func (f runFunc) Run() int { return f() }
 
-// outside prepares everything that needs the host's network, then restarts itself in new namespaces.
-func outside(m interface{ Run() int }, more []Build) int {
-	if os.Getuid() != 0 {
-		unavailable = "needs root: it mounts filesystems and runs containers"
-		return m.Run()
-	}
-	if shortRun() {
-		unavailable = "-short"
-		return m.Run()
-	}
+// prepareHost prepares everything that needs the host's network or directories, until release.
+func prepareHost(more []Build) (release func(), err error) {
 	if _, err := buildTools(more...); err != nil {
-		fmt.Fprintln(os.Stderr, "build the programs under test:", err)
-		return 1
+		return nil, fmt.Errorf("build the programs under test: %w", err)
 	}
-	// The tests handle go test's time limit (SIGQUIT) and ^C: they print their stacks, then everything
-	// ends. From here on there is something to clean up.
-	forward := make(chan os.Signal, 1)
-	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
-	release, err := claimRunDir()
+	unclaim, err := claimRunDir()
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "prepare the directory of running tests:", err)
-		return 1
+		return nil, fmt.Errorf("prepare the directory of running tests: %w", err)
 	}
-	defer release()
 	// A mount point must exist before it can be hidden. On a machine without CNI, remove it again.
-	if err := os.Mkdir(cniState, 0o755); err == nil {
-		defer os.Remove(cniState)
+	if err := os.Mkdir(cniState, 0o755); err != nil {
+		return unclaim, nil
 	}
-	// The child's death signal is tied to this thread, so the thread must live as long as the process.
-	runtime.LockOSThread()
-	p, err := os.StartProcess("/proc/self/exe", os.Args, &os.ProcAttr{
-		Env:   append(os.Environ(), stageEnv+"=init"),
-		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
-		Sys: &syscall.SysProcAttr{
-			Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC |
-				unix.CLONE_NEWUTS,
-			Pdeathsig: unix.SIGKILL,
-		},
-	})
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "enter new namespaces:", err)
-		return 1
-	}
-	go func() {
-		for sig := range forward {
-			p.Signal(sig)
-		}
-	}()
-	state, err := p.Wait()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "wait for the tests:", err)
-		return 1
-	}
-	return exitStatus(syscall.WaitStatus(state.Sys().(syscall.WaitStatus)))
+	return func() {
+		os.Remove(cniState)
+		unclaim()
+	}, nil
 }
 
 // claimRunDir marks the directory of running tests as in use until release. If no other run uses it,
@@ -173,60 +142,8 @@ func shortRun() bool {
 	return false
 }
 
-// inside is PID 1 of the namespaces. It sets them up, starts the tests, and reaps orphans of the shims.
-func inside() int {
-	if err := prepareNamespaces(); err != nil {
-		fmt.Fprintln(os.Stderr, "prepare the namespaces of the tests:", err)
-		return 1
-	}
-	if err := os.Setenv(stageEnv, "test"); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	p, err := os.StartProcess("/proc/self/exe", os.Args, &os.ProcAttr{
-		Env:   os.Environ(),
-		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
-	})
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "start the tests:", err)
-		return 1
-	}
-	forward := make(chan os.Signal, 1)
-	signal.Notify(forward, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
-	go func() {
-		for sig := range forward {
-			syscall.Kill(p.Pid, sig.(syscall.Signal))
-		}
-	}()
-	for {
-		var status syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &status, 0, nil)
-		switch {
-		case errors.Is(err, syscall.EINTR):
-		case err != nil:
-			fmt.Fprintln(os.Stderr, "wait for the tests:", err)
-			return 1
-		case pid == p.Pid:
-			return exitStatus(status) // the kernel ends every other process of the namespace now
-		}
-	}
-}
-
-func exitStatus(status syscall.WaitStatus) int {
-	if status.Signaled() {
-		return 128 + int(status.Signal())
-	}
-	return status.ExitStatus()
-}
-
-// prepareNamespaces gives the tests empty state directories, their own /proc and /sys, and a loopback link.
+// prepareNamespaces gives the tests empty state directories and a loopback link.
 func prepareNamespaces() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
-	}
-	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mount /proc: %w", err)
-	}
 	// /run holds /run/containerd, /run/nerdctl, /run/netns, /run/xtables.lock. An empty /run also hides
 	// systemd, so that cgroups are made directly.
 	for _, dir := range []string{"/run", cniState} {

@@ -80,12 +80,18 @@ type Stack struct {
 	closed bool
 }
 
-// New starts a stack and stops it when the test ends. The test fails if a mount, a loop device or a process is left.
-func New(t testing.TB, o Options) *T {
+// Require skips the test where New would, before the test prepares much.
+func Require(t testing.TB) {
 	t.Helper()
 	if unavailable != "" {
 		t.Skip("no containerd stack: " + unavailable)
 	}
+}
+
+// New starts a stack and stops it when the test ends. The test fails if a mount, a loop device or a process is left.
+func New(t testing.TB, o Options) *T {
+	t.Helper()
+	Require(t)
 	s, err := Start(o)
 	if err != nil {
 		t.Fatal(err)

@@ -39,7 +39,7 @@ type Layer struct {
 	DiffID      digest.Digest
 }
 
-// Pack compresses b.
+// Pack compresses b, fast: readers do not depend on the level.
 func Pack(tb testing.TB, b []byte, c Compression) []byte {
 	tb.Helper()
 	var out bytes.Buffer
@@ -48,9 +48,13 @@ func Pack(tb testing.TB, b []byte, c Compression) []byte {
 	case None:
 		return b
 	case Gzip:
-		w = gzip.NewWriter(&out)
+		z, err := gzip.NewWriterLevel(&out, gzip.BestSpeed)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		w = z
 	case Zstd:
-		z, err := zstd.NewWriter(&out)
+		z, err := zstd.NewWriter(&out, zstd.WithEncoderLevel(zstd.SpeedFastest))
 		if err != nil {
 			tb.Fatal(err)
 		}

@@ -1,5 +1,5 @@
-// Package mounttest is the test kit of the mount drivers: a private mount namespace, images made by a
-// foreign tool, and a way to look at a mount from another process.
+// Package mounttest is the test kit of the mount drivers: private namespaces, images made by a foreign
+// tool, and a way to look at a mount from another process.
 package mounttest
 
 import (
@@ -14,13 +14,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/daxfs/daxfs-snapshotter/internal/mountns"
+	"github.com/daxfs/daxfs-snapshotter/internal/testns"
 )
 
 const envHelper = "DAXFS_MOUNTTEST_HELPER"
 
-// Main is the body of a TestMain. As root it starts the test binary again in its own mount namespace,
-// so that no test can leave a mount behind. If Command asks for a helper by name, Main runs that
+// Main is the body of a TestMain. As root it starts the test binary again in its own namespaces,
+// so that no test can leave a mount or a server behind. If Command asks for a helper by name, Main runs that
 // instead of tests; "compare" and "readall" always exist.
 func Main(m *testing.M, helpers map[string]func(args []string) error) {
 	if name := os.Getenv(envHelper); name != "" {
@@ -43,16 +43,16 @@ func Main(m *testing.M, helpers map[string]func(args []string) error) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(mountns.Main(m))
+	os.Exit(testns.Main(m))
 }
 
-// Root skips the test unless it runs as root in the private mount namespace.
+// Root skips the test unless it runs as root in the private namespaces.
 func Root(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("mounting needs root")
 	}
-	if !mountns.Inside() {
+	if !testns.Inside() {
 		t.Fatal("TestMain does not call mounttest.Main")
 	}
 }
