@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // catalogueBytes is the start of a pool with images in its slot table.
@@ -202,7 +203,7 @@ func TestCatalogueReaders(t *testing.T) {
 		})
 	}
 	changes := 100
-	if testing.Short() {
+	if slow.Leave() {
 		changes = 20
 	}
 	for i := range changes {

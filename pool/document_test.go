@@ -7,6 +7,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
@@ -135,7 +136,7 @@ func TestDocumentReaders(t *testing.T) {
 		})
 	}
 	changes := 100
-	if testing.Short() {
+	if slow.Leave() {
 		changes = 20
 	}
 	for i := range changes {
