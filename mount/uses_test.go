@@ -193,6 +193,31 @@ func TestUsedBy(t *testing.T) {
 	})
 }
 
+// A thread that has read the mounts of another namespace does not keep it alive: when the caller has the
+// answer, all threads are in their own namespace.
+func TestThreadsReturn(t *testing.T) {
+	mounttest.Root(t)
+	holder(t, "private namespace")
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 200 {
+		if _, err := sys.AllMounts(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		threads, err := filepath.Glob("/proc/self/task/*/ns/mnt")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, thread := range threads {
+			if ns, err := os.Readlink(thread); err == nil && ns != own {
+				t.Fatalf("%s is %s, expected %s", thread, ns, own)
+			}
+		}
+	}
+}
+
 func points(mounts []sys.NamespaceMount) []string {
 	var out []string
 	for _, m := range mounts {

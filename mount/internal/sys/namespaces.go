@@ -140,11 +140,22 @@ func onThread(done chan<- error, f func(proc *os.File) error) {
 			return err
 		}
 		defer proc.Close()
+		own, err := os.Open("/proc/thread-self/ns/mnt")
+		if err != nil {
+			return err
+		}
+		defer own.Close()
 		// A thread that shares its working directory with others cannot change its mount namespace.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return fmt.Errorf("unshare: %w", err)
 		}
-		return f(proc)
+		err = f(proc)
+		// The kernel ends the thread some time after the caller has the answer. Until then the thread would
+		// keep a namespace alive whose processes have ended, with its mounts.
+		if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNS); back != nil {
+			err = errors.Join(err, fmt.Errorf("return to our mount namespace: %w", back))
+		}
+		return err
 	}()
 }
 
