@@ -86,7 +86,7 @@ test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Try 
 	.ci/deps dist
 	$(GOTEST) -tags dist,versions -count 1 -timeout 60m -run TestVersions ./integration/packages
 
-test-short: $(TOOLS)/gotestsum ## Test what needs neither root nor packages, in about a minute
+test-short: $(TOOLS)/gotestsum ## Test what needs neither root nor packages, in about two minutes
 	$(GOTEST) -short ./...
 
 # Packages with concurrent code, besides the tests of concurrent readers in ./daxfs. The others are single-threaded, or
