@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -20,7 +19,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/daxfs/daxfs-snapshotter/daemon/api"
 	"github.com/daxfs/daxfs-snapshotter/pool"
@@ -61,10 +59,13 @@ func (d *Daemon) attach(ctx context.Context, namespace string, o shared.OCIImage
 	}
 	defer func() { err = errors.Join(err, done(context.WithoutCancel(ctx))) }()
 	w := attacher{client: c, snapshotter: d.cfg.Shared.Snapshotter, OCIParts: p, target: m.Target}
-	if err := w.write(ctx, doc.ChainID); err != nil {
+	if err := w.snapshots(ctx); err != nil {
 		return a, err
 	}
-	a.Bytes = w.written.Load()
+	if err := w.content(ctx, doc.ChainID); err != nil {
+		return a, err
+	}
+	a.Bytes = w.written
 	if err := d.record(ctx, namespace, o, &w); err != nil {
 		return a, err
 	}
@@ -138,44 +139,7 @@ type attacher struct {
 	snapshotter string
 	*store.OCIParts
 	target  ocispec.Descriptor
-	written atomic.Int64 // bytes of content that containerd did not have
-}
-
-// write claims the snapshots of a chain and writes the content with the labels that tell containerd's
-// garbage collector what it refers to. All at once, because each is a series of requests that wait for
-// containerd; the lease protects the parts until all are there.
-func (w *attacher) write(ctx context.Context, chain digest.Digest) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return w.snapshots(ctx) })
-	cs := w.client.ContentStore()
-	g.Go(func() error {
-		if err := w.blob(ctx, cs, w.Config); err != nil {
-			return err
-		}
-		key := "containerd.io/gc.ref.snapshot." + w.snapshotter
-		info := content.Info{Digest: w.Config.Desc.Digest, Labels: map[string]string{key: chain.String()}}
-		if _, err := cs.Update(ctx, info, "labels."+key); err != nil {
-			return fmt.Errorf("label of content %s: %w", info.Digest, err)
-		}
-		return nil
-	})
-	parents := []store.ContentBlob{w.Manifest}
-	if w.Index != nil {
-		parents = append(parents, *w.Index)
-	}
-	handler := cimages.SetChildrenMappedLabels(cs, cimages.ChildrenHandler(cs), cimages.ChildGCLabels)
-	for _, p := range parents {
-		g.Go(func() error {
-			if err := w.blob(ctx, cs, p); err != nil {
-				return err
-			}
-			if _, err := handler(ctx, p.Desc); err != nil {
-				return fmt.Errorf("labels of content %s: %w", p.Desc.Digest, err)
-			}
-			return nil
-		})
-	}
-	return g.Wait()
+	written int64
 }
 
 // snapshots claims the image of each prefix of the chain, bottom first, as containerd's unpacker does.
@@ -202,17 +166,49 @@ func (w *attacher) snapshots(ctx context.Context) error {
 	return nil
 }
 
-// blob writes a blob, unless containerd has it.
-func (w *attacher) blob(ctx context.Context, cs content.Store, b store.ContentBlob) error {
+// content writes the blobs, with the labels that tell containerd's garbage collector what they refer to.
+func (w *attacher) content(ctx context.Context, chain digest.Digest) error {
+	cs := w.client.ContentStore()
+	top := map[string]string{"containerd.io/gc.ref.snapshot." + w.snapshotter: chain.String()}
+	list := []store.ContentBlob{w.Config, w.Manifest}
+	if w.Index != nil {
+		list = append(list, *w.Index)
+	}
+	for _, blob := range list {
+		if err := w.write(ctx, cs, blob); err != nil {
+			return fmt.Errorf("content %s: %w", blob.Desc.Digest, err)
+		}
+	}
+	if err := label(ctx, cs, w.Config.Desc.Digest, top); err != nil {
+		return err
+	}
+	handler := cimages.SetChildrenMappedLabels(cs, cimages.ChildrenHandler(cs), cimages.ChildGCLabels)
+	for _, blob := range list[1:] {
+		if _, err := handler(ctx, blob.Desc); err != nil {
+			return fmt.Errorf("labels of %s: %w", blob.Desc.Digest, err)
+		}
+	}
+	return nil
+}
+
+func (w *attacher) write(ctx context.Context, cs content.Store, b store.ContentBlob) error {
 	if _, err := cs.Info(ctx, b.Desc.Digest); err == nil {
 		return nil
 	}
 	err := content.WriteBlob(ctx, cs, "daxfs-attach-"+b.Desc.Digest.String(), bytes.NewReader(b.Bytes), b.Desc)
-	if err != nil {
-		return fmt.Errorf("content %s: %w", b.Desc.Digest, err)
+	if err == nil {
+		w.written += b.Desc.Size
 	}
-	w.written.Add(b.Desc.Size)
-	return nil
+	return err
+}
+
+func label(ctx context.Context, cs content.Store, id digest.Digest, labels map[string]string) error {
+	var fields []string
+	for key := range labels {
+		fields = append(fields, "labels."+key)
+	}
+	_, err := cs.Update(ctx, content.Info{Digest: id, Labels: labels}, fields...)
+	return err
 }
 
 // image records the image, unless the name exists: a pulled or built image keeps its name and is not ours.
