@@ -280,12 +280,17 @@ func (l *live) matchBind(dir string, img Image) error {
 	if err != nil {
 		return err
 	}
-	want := sys.Root{Major: l.root.Major, Minor: l.root.Minor, Ino: img.Nid}
+	want := l.slotRoot(img)
 	if !ok || root != want {
 		return fmt.Errorf("%q is inode %d of %d:%d, expected inode %d of the pool, %d:%d", dir,
 			root.Ino, root.Major, root.Minor, want.Ino, want.Major, want.Minor)
 	}
 	return nil
+}
+
+// slotRoot is the root of a bind of the slot of img.
+func (l *live) slotRoot(img Image) sys.Root {
+	return sys.Root{Major: l.root.Major, Minor: l.root.Minor, Ino: img.Nid}
 }
 
 // flushes limits the cache flushes for one image. One is not enough while somebody reads the device.

@@ -61,7 +61,7 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 		return nil, err
 	}
 	defer h.Close()
-	if err := t.handlesWork(h); err != nil {
+	if err := t.handlesWork(h, l); err != nil {
 		return nil, err
 	}
 	if erase != nil {
@@ -92,18 +92,34 @@ func (t *Table) Unused(ctx context.Context, extents []Extent, erase func() error
 }
 
 // handlesWork opens a bound slot, surely in memory: without handles all inodes would look unused.
-func (t *Table) handlesWork(h *sys.Handles) error {
+func (t *Table) handlesWork(h *sys.Handles, l *live) error {
 	for _, m := range t.List() {
 		if d := t.byName(m.Driver); d == nil || d.Windows() {
 			continue
 		}
-		fd, err := h.Open(m.Nid, unix.O_PATH)
-		if err != nil {
-			return fmt.Errorf("slot %q, which is mounted: %w", m.Name, err)
+		if bound, err := l.openSlot(h, m); bound || err != nil {
+			return err
 		}
-		return unix.Close(fd)
 	}
 	return nil
+}
+
+// openSlot opens the slot of m by its handle if m is a bind of it. The table may list an image that is
+// none: its mount is gone and a copy of it was busy, or it is unmounted right now.
+func (l *live) openSlot(h *sys.Handles, m Mounted) (bound bool, err error) {
+	f, root, err := sys.HoldMountRoot(m.Dir)
+	if f == nil || err != nil {
+		return false, err
+	}
+	defer f.Close()
+	if root != l.slotRoot(m.Image) {
+		return false, nil
+	}
+	fd, err := h.Open(m.Nid, unix.O_PATH)
+	if err != nil {
+		return false, fmt.Errorf("slot %q, which is mounted: %w", m.Name, err)
+	}
+	return true, unix.Close(fd)
 }
 
 // NodeBias is added to an inode number to get a node number of the FUSE server. It is here because the

@@ -370,6 +370,30 @@ func TestUnused(t *testing.T) {
 	})
 }
 
+// Unmount has removed our mount of an image, and a copy of it was busy; then the copy ended. Nothing holds
+// the slot any more, and the table still lists the image.
+func TestUnusedAfterBusyCopy(t *testing.T) {
+	eachDriver(t, func(t *testing.T, b *bed, d mount.Driver) {
+		tab := b.open(t, mount.Options{}, d)
+		mustMount(t, tab, b.add(t, "other", "x"))
+		m := mustMount(t, tab, b.add(t, "a", "one"))
+		end := holder(t, "private namespace, working directory", m.Dir)
+		if err := tab.Unmount(t.Context(), "a"); !errors.Is(err, mount.ErrBusy) {
+			t.Errorf("unmount: %v, expected ErrBusy", err)
+		}
+		end()
+		for range 20 { // the kernel ends the namespace of an ended process a little later
+			if _, err := tab.Unused(t.Context(), nil, nil); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err := tab.Unmount(t.Context(), "a"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A process whose working directory is in an invisible overlay cannot open an erased file unless the
 // inode is in memory, and then the inode is not evicted.
 func TestUnusedWorkingDirectory(t *testing.T) {

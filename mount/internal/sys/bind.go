@@ -3,6 +3,7 @@ package sys
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -65,9 +66,30 @@ type Root struct {
 // MountRoot identifies the root of the mount on dir. It uses the kernel's caches and takes constant
 // time, however many mounts there are. ok is false if dir is no mount point or does not exist.
 func MountRoot(dir string) (r Root, ok bool, err error) {
+	return mountRoot(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT)
+}
+
+// HoldMountRoot identifies the root of the mount on dir, and keeps that in memory until f is closed. f is
+// nil if dir is no mount point or does not exist.
+func HoldMountRoot(dir string) (f *os.File, r Root, err error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, Root{}, nil
+	}
+	if err != nil {
+		return nil, Root{}, fmt.Errorf("open %q: %w", dir, err)
+	}
+	r, ok, err := mountRoot(fd, "", unix.AT_EMPTY_PATH)
+	if err != nil || !ok {
+		unix.Close(fd)
+		return nil, Root{}, err
+	}
+	return os.NewFile(uintptr(fd), dir), r, nil
+}
+
+func mountRoot(dirfd int, dir string, flags int) (r Root, ok bool, err error) {
 	var st unix.Statx_t
-	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
-	err = unix.Statx(unix.AT_FDCWD, dir, flags, unix.STATX_INO, &st)
+	err = unix.Statx(dirfd, dir, flags|unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st)
 	if errors.Is(err, unix.ENOENT) {
 		return Root{}, false, nil
 	}
