@@ -1,10 +1,10 @@
 package live
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -75,22 +75,34 @@ func newSeed(t *testing.T) uint64 {
 	return seed
 }
 
-// kernelWarnings returns the number of lines in the kernel's log that report a kernel bug.
-func kernelWarnings(t *testing.T) int {
+// watchKernel fails the test if the kernel reports a bug of its own while the test runs.
+func watchKernel(t *testing.T) {
+	t.Helper()
+	before := kernelWarnings(t)
+	t.Cleanup(func() {
+		for _, line := range kernelWarnings(t) {
+			if !slices.Contains(before, line) { // each line begins with its time
+				t.Errorf("the kernel says: %s", line)
+			}
+		}
+	})
+}
+
+// kernelWarnings returns the lines in the kernel's log that report a kernel bug.
+func kernelWarnings(t *testing.T) (lines []string) {
 	t.Helper()
 	out, err := exec.Command("dmesg").Output()
 	if err != nil {
 		t.Logf("the kernel's log is not looked at: %v", err)
-		return 0
+		return nil
 	}
-	n := 0
-	for s := bufio.NewScanner(strings.NewReader(string(out))); s.Scan(); {
+	for line := range strings.Lines(string(out)) {
 		for _, bad := range []string{"WARNING: ", "BUG: ", "protection fault", "Oops", "blocked for more than"} {
-			if strings.Contains(s.Text(), bad) {
-				n++
+			if strings.Contains(line, bad) {
+				lines = append(lines, strings.TrimSpace(line))
 				break
 			}
 		}
 	}
-	return n
+	return lines
 }
