@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 func testPlacer(t *testing.T) *placer {
@@ -18,6 +20,7 @@ func testPlacer(t *testing.T) *placer {
 
 // TestManyGaps: a million contents at the end that fit none of the million gaps at the beginning.
 func TestManyGaps(t *testing.T) {
+	slow.Skip(t, "makes two million gaps")
 	p := testPlacer(t)
 	const n = 1_000_000
 	var live []int32
