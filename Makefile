@@ -1,4 +1,4 @@
-# The commands of this project. CI runs only "make test" (.ci/run), so what passes here passes there.
+# The commands of this project. CI runs only "make test" (.ci/run), so a commit that passes it here passes there.
 #
 # Targets that install Debian packages say so and need root; all others run as any user.
 
@@ -16,7 +16,7 @@ DATADIR      ?= $(PREFIX)/share
 SYSCONFDIR   ?= /etc
 DESTDIR      ?=
 
-# The test cache, for what is slow to make: containerd and its tools, images, a guest kernel. It can
+# The test cache holds what is slow to make: containerd and its tools, images, guest kernels. It can
 # be deleted safely.
 DAXFS_TEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/daxfs-test
 export DAXFS_TEST_CACHE
@@ -49,7 +49,7 @@ help: ## List these targets
 
 build: $(COMMANDS:%=bin/%) ## Build both programs into bin/
 
-# Always run, because the Go tool knows better than make what is up to date.
+# These always run, because the Go tool knows better than make what is up to date.
 .PHONY: $(COMMANDS:%=bin/%)
 $(COMMANDS:%=bin/%): bin/%:
 	$(GOBUILD) -o $@ ./cmd/$*
@@ -86,11 +86,11 @@ test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Try 
 	.ci/deps dist
 	$(GOTEST) -tags dist,versions -count 1 -timeout 60m -run TestVersions ./integration/packages
 
-test-short: $(TOOLS)/gotestsum ## Test what needs neither root nor packages, in about two minutes
+test-short: $(TOOLS)/gotestsum ## Run the tests that need neither root nor packages, in about two minutes
 	$(GOTEST) -short ./...
 
-# Packages with concurrent code, besides the tests of concurrent readers in ./daxfs. The others are single-threaded, or
-# spend their time in the kernel; see "make race".
+# Packages with concurrent code; test-race adds the tests of concurrent readers in ./daxfs. The others are single-threaded,
+# or spend their time in the kernel; "make race" has them all.
 RACE_PKGS     = ./converter ./converter/blob ./converter/chunked ./converter/internal/sink ./converter/recompress \
                 ./converter/source/remote ./daemon ./mount/... ./pool/... ./snapshotter ./store/...
 
@@ -148,13 +148,13 @@ demo-vm: ## Show kernels that share a pool: two virtual machines start container
 # Directories of shell completion scripts.
 COMPLETION   := bash-completion/completions/daxfs zsh/site-functions/_daxfs fish/vendor_completions.d/daxfs.fish
 
-# Directory from which install copies the programs: root installs, and need not have Go.
+# The directory from which install copies the programs. It builds nothing, because root need not have Go.
 FROM         ?= bin
-# The program that writes completion scripts; differs from the installed one if that is for another machine.
+# The program that writes completion scripts. Name another one if the installed one is for another machine.
 DAXFS        ?= $(FROM)/daxfs
 
-install: ## Install programs that were built, manual pages, completion, units and sample configuration (DESTDIR, PREFIX)
-	@for c in $(COMMANDS); do [ -x $(FROM)/$$c ] || { echo "$(FROM)/$$c is not there: run \"make build\" first, as any user"; exit 1; }; done
+install: ## Install the built programs, manual pages, completion, units and sample configuration (DESTDIR, PREFIX)
+	@for c in $(COMMANDS); do [ -x $(FROM)/$$c ] || { echo "$(FROM)/$$c is missing: run \"make build\" first, as any user"; exit 1; }; done
 	install -d $(DESTDIR)$(BINDIR)
 	install -m 0755 $(COMMANDS:%=$(FROM)/%) $(DESTDIR)$(BINDIR)/
 	for page in docs/man/*.[0-9]; do \
@@ -182,7 +182,7 @@ uninstall: ## Remove what install put there; configuration and data stay
 ARCHITECTURES ?= amd64 arm64
 # The directory that dist rebuilds.
 DIST          ?= dist
-# The modification time of all files in it. Tests must not see it: mkfs.erofs and others obey it.
+# The modification time of all files in it. Only dist exports it, because mkfs.erofs in tests would obey it.
 dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 
 dist: build $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Make archives, .deb, .rpm, container image, SBOMs and checksums into dist/
@@ -196,7 +196,7 @@ dist: build $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod ## Make archives, .deb, .rpm,
 man: ## Make the manual pages anew from the commands and flags
 	UPDATE_MAN=1 $(GO) test -count=1 -run TestManPage ./cmd/...
 
-# From a copy in another directory, with an empty build cache.
+# Each build has a copy of the source in another directory, and an empty build cache.
 reproducible: ## Build twice, in two directories and from nothing, and compare the bytes
 	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	for n in 1 2; do \

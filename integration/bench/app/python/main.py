@@ -1,4 +1,4 @@
-"""Loads what a service would, then says so and waits, unless it was told to end."""
+"""Loads the modules that a service would load and prints "ready". With the argument "wait" it then waits."""
 import sys
 import time
 
