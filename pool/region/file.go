@@ -27,7 +27,8 @@ type file struct {
 	failed error // of the first sync that failed
 }
 
-func openFile(c Config) (Region, error) {
+// openPoolFile opens or creates the file of a pool.
+func openPoolFile(c Config) (*os.File, error) {
 	flags := os.O_RDWR
 	if c.ReadOnly {
 		flags = os.O_RDONLY
@@ -39,6 +40,11 @@ func openFile(c Config) (Region, error) {
 	if errors.Is(err, unix.ELOOP) {
 		return nil, fmt.Errorf("%q is a symbolic link: name the file that it leads to: %w", c.Path, ErrForeign)
 	}
+	return f, err
+}
+
+func openFile(c Config) (Region, error) {
+	f, err := openPoolFile(c)
 	if err != nil {
 		return nil, err
 	}

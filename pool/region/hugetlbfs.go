@@ -11,13 +11,7 @@ import (
 // openHugetlbfs maps a file of huge pages. The mapping reserves all of them, so that no store can fail
 // later. The filesystem has no write(2).
 func openHugetlbfs(c Config) (_ Region, err error) {
-	flags := os.O_RDWR
-	if c.ReadOnly {
-		flags = os.O_RDONLY
-	} else if c.Create {
-		flags |= os.O_CREATE
-	}
-	f, err := os.OpenFile(c.Path, flags, 0o600)
+	f, err := openPoolFile(c)
 	if err != nil {
 		return nil, err
 	}
@@ -40,6 +34,9 @@ func openHugetlbfs(c Config) (_ Region, err error) {
 	page := int64(fs.Bsize)
 	st, err := f.Stat()
 	if err != nil {
+		return nil, err
+	}
+	if err := checkOwner(st, c); err != nil {
 		return nil, err
 	}
 	size := st.Size()

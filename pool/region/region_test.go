@@ -279,6 +279,49 @@ func TestHugetlbfs(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "more")); !errors.Is(err, os.ErrNotExist) {
 		t.Error("an open that failed has left a file")
 	}
+	checkStrangers(t, Config{Kind: KindHugetlbfs, Path: path}, dir)
+}
+
+// checkStrangers checks that the file of a pool is refused if others can reach it.
+func checkStrangers(t *testing.T, c Config, dir string) {
+	t.Helper()
+	name := filepath.Join(dir, "name")
+	for what, change := range map[string]struct{ do, undo func() error }{
+		"of another user": {
+			func() error { return os.Chown(c.Path, 65534, 65534) }, func() error { return os.Chown(c.Path, 0, 0) },
+		},
+		"that others can write": {
+			func() error { return os.Chmod(c.Path, 0o666) }, func() error { return os.Chmod(c.Path, 0o600) },
+		},
+		"with a second name": {
+			func() error { return os.Link(c.Path, name) }, func() error { return os.Remove(name) },
+		},
+	} {
+		if err := change.do(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(c); !errors.Is(err, ErrForeign) {
+			t.Errorf("a file %s: %v, expected ErrForeign", what, err)
+		}
+		if err := change.undo(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link := c
+	link.Path = filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(c.Path, link.Path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(link); !errors.Is(err, ErrForeign) {
+		t.Errorf("a symbolic link: %v, expected ErrForeign", err)
+	}
+	r, err := Open(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestDMABuf uses a memfd as the buffer: it is mapped and passed around the same way.
