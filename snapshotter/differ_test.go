@@ -196,6 +196,14 @@ func TestDifferChanges(t *testing.T) {
 			e.must(os.WriteFile(filepath.Join(upper, "dir/walked"), nil, 0o644))
 			e.must(e.Commit(t.Context(), top, key))
 			e.must(e.Flush(t.Context()))
+			// containerd may discard the blob later, so the worker asks for it now. What was walked is no layer.
+			stored := 1
+			if atOnce {
+				stored = 2
+			}
+			if s := e.fake.state(); len(s.claims) != 1 || len(s.layers) != stored {
+				t.Errorf("the worker claimed %+v; layers %v are stored, expected %d", s.claims, s.layers, stored)
+			}
 			if !atOnce {
 				if _, err := e.Prepare(t.Context(), "default/3/c", top); !errdefs.IsNotFound(err) {
 					t.Fatalf("without the blob: %v", err)

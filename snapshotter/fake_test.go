@@ -40,6 +40,8 @@ type fakeLowers struct {
 	layers map[string]bool
 	blobs  map[digest.Digest]snapshotter.Blob // the blobs for AddClaimed, by diff ID
 	claims []snapshotter.Claim                // the arguments of AddClaimed
+	// called once each: by the next AddDir before and after its work, and by the next Lower before its work
+	beforeAdd, afterAdd, beforeLower func()
 }
 
 func newFakeLowers(root string) *fakeLowers {
@@ -55,6 +57,24 @@ func (f *fakeLowers) setFull(full bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.full = full
+}
+
+// set makes one of the calls of fn that f describes happen. The snapshotter may be at work.
+func (f *fakeLowers) set(call *func(), fn func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	*call = fn
+}
+
+// once calls a function that set has set, the first time.
+func (f *fakeLowers) once(call *func()) {
+	f.mu.Lock()
+	fn := *call
+	*call = nil
+	f.mu.Unlock()
+	if fn != nil {
+		fn()
+	}
 }
 
 // setFail sets the error that calls return, or nil. The snapshotter may be at work.
@@ -93,6 +113,8 @@ func (f *fakeLowers) room() error {
 }
 
 func (f *fakeLowers) AddDir(ctx context.Context, _, key, dir string) error {
+	f.once(&f.beforeAdd)
+	defer f.once(&f.afterAdd)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.addDir(key, dir)
@@ -189,6 +211,7 @@ func (c *counter) Read(p []byte) (int, error) {
 }
 
 func (f *fakeLowers) Lower(ctx context.Context, img snapshotter.Image) (string, error) {
+	f.once(&f.beforeLower)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	dir := filepath.Join(f.path("images", img.Key), "mnt")
@@ -273,7 +296,8 @@ func (f *fakeLowers) Sweep(ctx context.Context, use snapshotter.Uses, short bool
 		return nil // an overlay may stand on any layer
 	}
 	for key := range f.layers {
-		if use.Layer(key) == snapshotter.Unused {
+		u := use.Layer(key)
+		if u == snapshotter.Unused || short && u < snapshotter.InUse && strings.HasPrefix(key, "dir/") {
 			delete(f.layers, key)
 			if err := os.RemoveAll(f.path("layers", key)); err != nil {
 				return err

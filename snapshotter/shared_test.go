@@ -241,12 +241,34 @@ func TestLayerOverClaim(t *testing.T) {
 			e.must(os.WriteFile(filepath.Join(option(c, "upperdir"), "w"), nil, 0o644))
 			e.must(e.Commit(t.Context(), "default/10/mine", "default/8/c"))
 			e.expectFiles(e.prepare("default/11/d", "default/10/mine"), "a b c d w")
-			if len(e.fake.state().builds)+len(e.fallbacks()) > 0 {
-				t.Errorf("images %v were built, and fallbacks %q counted", e.fake.state().builds, e.fallbacks())
+			e.must(e.Flush(t.Context()))
+			if s := e.fake.state(); len(s.builds)+len(s.layers)+len(e.fallbacks()) > 0 {
+				t.Errorf("images %v were built, layers %v stored, and fallbacks %q counted", s.builds, s.layers,
+					e.fallbacks())
 			}
 			e.must(e.check())
 		})
 	}
+}
+
+// The first layer of another OCI image is streamed while a container stands on a shared image.
+func TestStreamBesideClaim(t *testing.T) {
+	shared := newFakeShared(t)
+	shared.add(t, chainA, "a")
+	e := newEnv(t, snapshotter.Options{Shared: shared})
+	e.prepare("default/8/c", e.claim("default", chainA, ""))
+	p := newPull(e)
+	p.stream("default/1/"+chainB, "", tarOf("b"))
+	e.must(e.Flush(t.Context()))
+	for key := range e.fake.state().layers {
+		if !strings.HasPrefix(key, "blob/") {
+			t.Errorf("layer %q was stored, expected one that was streamed", key)
+		}
+	}
+	if n := len(e.fake.state().layers); n != 1 {
+		t.Errorf("%d layers were stored, expected one", n)
+	}
+	e.expectFiles(e.prepare("default/9/c", "default/1/"+chainB), "b")
 }
 
 // A client cannot give others its own snapshot by labelling it.

@@ -107,11 +107,12 @@ func TestDamagedImage(t *testing.T) {
 		}
 	}
 	k.scrub(0)
-	k.damaged = time.Now()
-	count(3, "right after the damage was found")
 	k.damaged = time.Time{}
 	count(3, "in use")
 	leave()
+	k.damaged = time.Now().Add(time.Hour)
+	count(3, "right after the damage was found")
+	k.damaged = time.Time{}
 	count(2, "not in use")
 	if d := k.pool.Damaged(); len(d) != 0 {
 		t.Errorf("still damaged: %+v", d)
@@ -151,4 +152,25 @@ func TestDamagedBeforeMount(t *testing.T) {
 	k.damaged = time.Time{}
 	need := wants{bad.Key: InUse, good.Key: InUse, bad.Layers[0].Key: InUse, good.Layers[0].Key: InUse}
 	k.must(k.Sweep(ctx, need, false))
+}
+
+// A damaged image that nothing needs goes at once: no overlay is about to use it.
+func TestDamagedUnneeded(t *testing.T) {
+	k := newKit(t, nil)
+	a := file{"a", random(1, 300_000)}
+	img := image(k.stream(a))
+	k.must(k.rebuildOne(t.Context(), img))
+	k.harm(a.body)
+	k.scrub(1)
+	if k.damaged.IsZero() {
+		t.Error("the scrub does not delay the removal of needed images")
+	}
+	k.must(k.Sweep(t.Context(), wants{}, false))
+	if n, d := len(k.pool.Images()), k.pool.Damaged(); n != 0 || len(d) != 0 {
+		t.Errorf("%d images are left, and damaged: %+v", n, d)
+	}
+	k.must(k.Sweep(t.Context(), wants{}, false))
+	if n := len(k.imageRecords()) + len(k.layerRecords()); n != 0 {
+		t.Errorf("%d records are left over", n)
+	}
 }

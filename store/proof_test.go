@@ -56,3 +56,19 @@ func TestStoredLayerNeedsProof(t *testing.T) {
 		t.Errorf("a caller without the blob got layer %q", st.Key)
 	}
 }
+
+// A layer is pinned whenever a caller gets it: if its diff ID is not known before, and if it was stored.
+func TestLayerIsPinned(t *testing.T) {
+	k := newKit(t, nil)
+	b := blobOf(makeTar(file{"a", random(1, 5000)}))
+	known := b.DiffID
+	for _, id := range []digest.Digest{"", known} {
+		pinned := ""
+		b.DiffID, b.Pin = id, func(key string) { pinned = key }
+		_, err := k.AddBlob(t.Context(), b)
+		k.must(err)
+		if pinned != BlobKey(known) {
+			t.Errorf("expected diff ID %q: pinned is %q", id, pinned)
+		}
+	}
+}

@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
-
-	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // expectLayers fails the test unless the pool has exactly these layers.
@@ -85,15 +83,7 @@ func TestSweepKeepsPinned(t *testing.T) {
 
 // The pack of a layer stays as long as the layer is needed, and restores it.
 func TestSweepKeepsPacks(t *testing.T) {
-	shm, err := os.MkdirTemp("/dev/shm", "storetest")
-	if err != nil {
-		t.Skipf("no memory for a pool that ends with the kernel: %v", err)
-	}
-	t.Cleanup(func() { os.RemoveAll(shm) })
-	k := newKit(t, func(c *Config) {
-		c.Pool = Pool{Kind: region.KindTmpfs, Path: filepath.Join(shm, "pool"), Size: 64 << 20}
-		c.Packs = true
-	})
+	k := newPackKit(t, nil)
 	ctx := t.Context()
 	a := file{"a", random(1, 50_000)}
 	img := image(k.stream(a))
@@ -106,5 +96,34 @@ func TestSweepKeepsPacks(t *testing.T) {
 	k.must(k.Sweep(ctx, wants{}, false))
 	if ids, err := k.packs.list(); err != nil || len(ids) > 0 {
 		t.Errorf("packs of layers that nothing needs: %q, %v", ids, err)
+	}
+}
+
+// A layer that containerd needs gets a record if it has none, for those that do not ask containerd.
+func TestSweepRecordsLayers(t *testing.T) {
+	k := newKit(t, nil)
+	key := k.putLayer()
+	k.must(k.forgetLayer(key))
+	k.must(k.Sweep(t.Context(), wants{key: Kept}, false))
+	k.restart(nil)
+	k.sweep()
+	k.expectLayers("held", key)
+}
+
+// A mount by hand holds nothing once its directory is gone.
+func TestSweepDropsMountWithoutDirectory(t *testing.T) {
+	k := newKit(t, nil)
+	img := image(k.stream(file{"a", random(1, 5000)}))
+	_, err := k.Lower(t.Context(), img)
+	k.must(err)
+	dir := filepath.Join(t.TempDir(), "dir")
+	k.must(os.Mkdir(dir, 0o700))
+	_, err = k.MountAt(t.Context(), img.Key, dir, true)
+	k.must(err)
+	k.must(detach(dir))
+	k.must(os.Remove(dir))
+	k.must(k.Sweep(t.Context(), wants{}, false))
+	if m, n := k.Mounts(), len(k.pool.Images()); len(m) != 0 || n != 0 {
+		t.Errorf("mounts %v and %d images are left", m, n)
 	}
 }
