@@ -221,8 +221,8 @@ func OpenLive(r io.ReaderAt, size int64) (*Live, error) {
 	}
 	l := &Live{fs: f}
 	l.g = Geometry{UUID: f.sb.UUID, Slots: int(root.Nlink) - 2, PerBlock: 1, Head: f.sb.meta, Blocks: f.sb.Blocks}
-	if f.sb.Root != liveRoot || f.sb.Label != liveLabel || l.g.Slots < 2 || l.g.Slots > MaxSlots {
-		return nil, fmt.Errorf("%w: root %d of %d links, label %q", errNotLive, f.sb.Root, root.Nlink, f.sb.Label)
+	if f.sb.Root != liveRoot || f.sb.Label != liveLabel {
+		return nil, fmt.Errorf("%w: root %d, label %q", errNotLive, f.sb.Root, f.sb.Label)
 	}
 	first, err := root.Lookup(l.g.SlotName(0))
 	if err != nil {

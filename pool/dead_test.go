@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
 )
@@ -247,6 +250,45 @@ func TestEpoch(t *testing.T) {
 	defer p.Close()
 	if len(uuids) != 3 {
 		t.Errorf("%d UUIDs in 3 epochs", len(uuids))
+	}
+}
+
+// Erased inodes of dead extents are no damage, also after a restart.
+func TestErasedSurvives(t *testing.T) {
+	p, r, index := leasedPool(t, &faults{})
+	noError(t, errors.Join(p.RemoveImage(ctx, "a"), p.RemoveLayer(ctx, "a")))
+	erased, err := p.Erase(ctx, p.Dead())
+	if err != nil || len(erased) != 1 {
+		t.Fatalf("erase: %+v, %v", erased, err)
+	}
+	noError(t, p.Close())
+	p, err = Open(r, index, Options{})
+	noError(t, err)
+	defer p.Close()
+	mustCheck(t, p)
+	if dead := p.Dead(); len(dead) != 1 || dead[0].Off != erased[0].Off {
+		t.Errorf("dead after a restart: %+v, expected %+v", dead, erased)
+	}
+}
+
+// An epoch does not turn for the sake of metadata that an image still needs, however much that is.
+func TestEpochKeepsLargeImage(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	root := tree()
+	for i := range 2300 {
+		root.Entries[fmt.Sprint(i)] = &daxfs.Node{
+			Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("t", 4000), // a block each
+		}
+	}
+	_, err := p.AddImage(ctx, "large", root, daxfs.Options{})
+	noError(t, err)
+	addImage(t, p, "small", random(1, 100))
+	if turned, err := p.NothingMounted(ctx); err != nil || turned {
+		t.Errorf("with the image: turned %t, %v", turned, err)
+	}
+	noError(t, p.RemoveImage(ctx, "large"))
+	if turned, err := p.NothingMounted(ctx); err != nil || !turned {
+		t.Errorf("without the image: turned %t, %v", turned, err)
 	}
 }
 

@@ -355,9 +355,7 @@ func (a *addition) undo() error {
 		p.freeSegment(a.m.Image)
 	}
 	p.mu.Lock()
-	if a.after.chunks != nil {
-		a.after.drop(p.space, a.before)
-	}
+	a.after.drop(p.space, a.before)
 	p.mu.Unlock()
 	p.unref(a.used...)
 	return nil

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"path/filepath"
 	"testing"
@@ -57,6 +58,7 @@ func (r *heldRegion) WriteAt(b []byte, off int64) (int, error) {
 // Contents that another put is writing are not there yet. If its write fails, they are written again.
 func TestPutWaits(t *testing.T) {
 	p := newTestPool(t, 64<<20)
+	before := p.Usage()
 	below := p.region
 	held := &heldRegion{below, make(chan struct{}), make(chan error)}
 	p.region = held
@@ -106,7 +108,50 @@ func TestPutWaits(t *testing.T) {
 	if _, err := below.ReadAt(got, r.d.Off); err != nil || !bytes.Equal(got, body) {
 		t.Errorf("the waiting put got other bytes, %v", err)
 	}
+	b.Discard()
+	if after := p.Usage(); after != before {
+		t.Errorf("after all was discarded: %+v, before %+v", after, before)
+	}
 }
+
+// A put that gives up waiting for the write of another holds nothing.
+func TestPutStopsWaiting(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	before := p.Usage()
+	below := p.region
+	held := &heldRegion{below, make(chan struct{}), make(chan error)}
+	p.region = held
+	defer func() { p.region = below }()
+	b := p.Begin()
+	body := random(1, 5000)
+	first := make(chan error, 1)
+	go func() {
+		_, err := b.Put(ctx, int64(len(body)), bytes.NewReader(body))
+		first <- err
+	}()
+	<-held.writing
+	stopped, stop := context.WithCancel(ctx)
+	// Put looks at ctx before it reads the contents, and again while it waits.
+	last := readerFunc(func(b []byte) (int, error) {
+		stop()
+		return copy(b, body), nil
+	})
+	if _, err := b.Put(stopped, int64(len(body)), last); !errors.Is(err, context.Canceled) {
+		t.Errorf("put: %v, expected %v", err, context.Canceled)
+	}
+	held.end <- nil
+	if err := <-first; err != nil {
+		t.Errorf("the put that was waited for: %v", err)
+	}
+	b.Discard()
+	if after := p.Usage(); after != before {
+		t.Errorf("after all was discarded: %+v, before %+v", after, before)
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 // A put whose write fails leaves nothing, wherever it diverges from contents of the pool.
 func TestPutFaults(t *testing.T) {
