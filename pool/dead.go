@@ -228,14 +228,19 @@ func (p *Pool) worthTurning() bool {
 		own += m.own.Len
 	}
 	inodes := int64(0)
-	for _, e := range p.extents {
-		if e.died != 0 {
-			continue
-		}
+	count := func(e *extent) {
 		for in := range e.inodes() {
 			runs[in.run] = true
 			inodes += daxfs.InodeSize
 		}
+	}
+	for _, e := range p.extents {
+		if e.died == 0 {
+			count(e)
+		}
+	}
+	if live > 0 { // which of them need the inodes of empty files is not known
+		count(p.empty)
 	}
 	used := p.tree.used()
 	return used > 4*alloc.Align && used-own-inodes-int64(len(runs))*daxfs.BlockSize > used/2

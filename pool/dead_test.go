@@ -292,6 +292,26 @@ func TestEpochKeepsLargeImage(t *testing.T) {
 	}
 }
 
+// A new epoch would not gain the inodes of empty files, so it would begin at each start of the daemon.
+func TestEpochKeepsEmptyFiles(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	root := tree()
+	for i := range 200_000 {
+		root.Entries[fmt.Sprint(i)] = &daxfs.Node{Mode: unix.S_IFREG | 0o644}
+	}
+	_, err := p.AddImage(ctx, "empty files", root, daxfs.Options{})
+	noError(t, err)
+	addImage(t, p, "small", random(1, 100))
+	if turned, err := p.NothingMounted(ctx); err != nil || turned {
+		t.Errorf("with the image: turned %t, %v", turned, err)
+	}
+	noError(t, p.RemoveImage(ctx, "empty files"))
+	noError(t, p.RemoveImage(ctx, "small"))
+	if turned, err := p.NothingMounted(ctx); err != nil || !turned {
+		t.Errorf("without images: turned %t, %v", turned, err)
+	}
+}
+
 // Erased inodes stay erased after a power loss: the space behind them may hold contents of others by then.
 func TestEraseIsDurable(t *testing.T) {
 	for name, erase := range map[string]func(p *Pool) error{
