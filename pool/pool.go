@@ -333,12 +333,6 @@ func format(r region.Region, indexPath string, o Options) (*Pool, error) {
 	if err := r.Punch(0, clearTo); err != nil {
 		return nil, fmt.Errorf("pool: clear: %w", err)
 	}
-	// Allocate the slot table now: removing an image must not need blocks from a disk that is full later.
-	for at := int64(0); at < h.geo.Head; at += chunk {
-		if _, err := r.WriteAt(make([]byte, min(chunk, h.geo.Head-at)), at); err != nil {
-			return nil, fmt.Errorf("pool: clear: %w", err)
-		}
-	}
 	// The magic number without a valid header marks a pool that is only half made.
 	half := h.encode()
 	half[headerSize-1] ^= 0xff
