@@ -156,12 +156,15 @@ func TestPlanRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := daxfs.NewPlan(c.root, daxfs.Options{})
-			var te *daxfs.TreeError
-			if !errors.Is(err, daxfs.ErrInvalid) || !errors.As(err, &te) {
-				t.Fatalf("error %v, expected a TreeError that wraps ErrInvalid", err)
-			}
-			if te.Path != c.path || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("error %q at %q, expected %q at %q", err, te.Path, c.want, c.path)
+			_, live := daxfs.NewLivePlan(c.root, daxfs.Options{}, false)
+			for _, err := range []error{err, live} {
+				var te *daxfs.TreeError
+				if !errors.Is(err, daxfs.ErrInvalid) || !errors.As(err, &te) {
+					t.Fatalf("error %v, expected a TreeError that wraps ErrInvalid", err)
+				}
+				if te.Path != c.path || !strings.Contains(err.Error(), c.want) {
+					t.Errorf("error %q at %q, expected %q at %q", err, te.Path, c.want, c.path)
+				}
 			}
 		})
 	}
