@@ -294,6 +294,9 @@ func TestEpochKeepsLargeImage(t *testing.T) {
 
 // A new epoch would not gain the inodes of empty files, so it would begin at each start of the daemon.
 func TestEpochKeepsEmptyFiles(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: makes an image of 200,000 files")
+	}
 	p := newTestPool(t, 64<<20)
 	root := tree()
 	for i := range 200_000 {

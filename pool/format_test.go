@@ -11,6 +11,9 @@ import (
 // TestFormatOrder makes a pool in the place of another and loses, at each operation, all that was not synced.
 // What is left is the old pool, a wiped region or the new pool: never a pool without its index.
 func TestFormatOrder(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: loses power at every write")
+	}
 	f := &faults{}
 	r, index := newSimRegion(simSize, f), filepath.Join(fastDir(t), "index")
 	p, err := Create(r, index, Options{})
@@ -77,6 +80,9 @@ func TestOpenRefusesLiveTree(t *testing.T) {
 // TestRepublishOrder publishes an image whose slot could not be written, and loses, at each operation, all
 // that was not synced: the pool can be opened, and has the image.
 func TestRepublishOrder(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: loses power at every write")
+	}
 	f := &faults{}
 	p, r, index := leasedPool(t, f)
 	b := p.Begin()

@@ -64,6 +64,9 @@ func (x changedIndex) tree(change func(words []uint64)) {
 // TestOpenRefusesIndex contradicts one thing in an index at a time. Opening the pool would give space to two
 // owners, or lose some: it is refused.
 func TestOpenRefusesIndex(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow: opens a pool dozens of times")
+	}
 	dir := fastDir(t)
 	r, index := newSimRegion(simSize, &faults{}), filepath.Join(dir, "index")
 	p, err := Create(r, index, Options{Slots: 8, Windows: Yes})
