@@ -54,16 +54,18 @@ func TestOpenLiveRefuses(t *testing.T) {
 			copy(p.s.f.b[p.g.NidOff(3):][:64], p.s.f.b[p.g.NidOff(1):])
 			le.PutUint16(p.s.f.b[super+14:], 3)
 		},
-		"label":                func(p *livePool) { p.s.f.b[super+64]++ },
-		"one slot":             func(p *livePool) { setLinks(p, 2+1) },
-		"no links":             func(p *livePool) { setLinks(p, 0) },
-		"too many slots":       func(p *livePool) { setLinks(p, 2+daxfs.MaxSlots+1) },
-		"slots for one block":  func(p *livePool) { setLinks(p, 2+100) },
-		"slots behind the end": func(p *livePool) { le.PutUint32(p.s.f.b[super+36:], uint32(p.g.Head/daxfs.BlockSize)+3) },
-		"first slot":           func(p *livePool) { p.setDirent("00000", p.g.SlotNid(0)+7) },
-		"second slot":          func(p *livePool) { p.setDirent("00001", p.g.SlotNid(1)+7) },
-		"no first slot":        func(p *livePool) { p.s.f.b[p.g.Head+daxfs.BlockSize+2*12+8]++ },
-		"regular root":         func(p *livePool) { le.PutUint16(p.s.f.b[p.g.NidOff(1)+4:], unix.S_IFREG|0o600) },
+		"label":               func(p *livePool) { p.s.f.b[super+64]++ },
+		"one slot":            func(p *livePool) { setLinks(p, 2+1) },
+		"no links":            func(p *livePool) { setLinks(p, 0) },
+		"too many slots":      func(p *livePool) { setLinks(p, 2+daxfs.MaxSlots+1) },
+		"slots for one block": func(p *livePool) { setLinks(p, 2+100) },
+		"slots behind the end": func(p *livePool) {
+			le.PutUint32(p.s.f.b[super+36:], uint32(p.g.Head/daxfs.BlockSize)+3)
+		},
+		"first slot":    func(p *livePool) { p.setDirent("00000", p.g.SlotNid(0)+7) },
+		"second slot":   func(p *livePool) { p.setDirent("00001", p.g.SlotNid(1)+7) },
+		"no first slot": func(p *livePool) { p.s.f.b[p.g.Head+daxfs.BlockSize+2*12+8]++ },
+		"regular root":  func(p *livePool) { le.PutUint16(p.s.f.b[p.g.NidOff(1)+4:], unix.S_IFREG|0o600) },
 	} {
 		for _, perBlock := range []int{1, daxfs.SlotsPerBlock} {
 			t.Run(fmt.Sprint(name, perBlock), func(t *testing.T) {

@@ -111,9 +111,11 @@ func TestOpenRefusesIndex(t *testing.T) {
 		"contents in segment": func(x changedIndex) {
 			x.image("a", func(m *storedImage) { m.Segment = m.WindowSize })
 		},
-		"own part misaligned":      func(x changedIndex) { x.image("a", func(m *storedImage) { m.own.Off++ }) },
-		"own part too long":        func(x changedIndex) { x.image("a", func(m *storedImage) { m.own.Len = simSize }) },
-		"own part behind the pool": func(x changedIndex) { x.image("a", func(m *storedImage) { m.own.Off = 2 * simSize }) },
+		"own part misaligned": func(x changedIndex) { x.image("a", func(m *storedImage) { m.own.Off++ }) },
+		"own part too long":   func(x changedIndex) { x.image("a", func(m *storedImage) { m.own.Len = simSize }) },
+		"own part behind the pool": func(x changedIndex) {
+			x.image("a", func(m *storedImage) { m.own.Off = 2 * simSize })
+		},
 		"document over contents": func(x changedIndex) {
 			x.image("a", func(m *storedImage) {
 				ids, err := decodeExtents(x.get(bucketUsed, "a"))
