@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -70,6 +71,30 @@ func (t *Table) Alive(ctx context.Context) (bool, error) {
 		return false, fmt.Errorf("who uses %s: %w", t.pool.source(), err)
 	}
 	return !only, nil
+}
+
+// awaitServer waits for the end of the server of an unmounted pool. It does not wait if somebody still
+// uses the file system, for example through a lazily unmounted overlay.
+func (t *Table) awaitServer(ctx context.Context, l *live) {
+	const patience = 10 * time.Second // a server ends within milliseconds
+	if l.driver.Name() != "fuse" {
+		return
+	}
+	if gone, err := sys.DeviceNumberFree(l.root.Major, l.root.Minor); err != nil || !gone {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		if alive, err := locked(filepath.Join(t.liveDir(), ServerLock)); err != nil || !alive {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // locked tells whether another process holds a lock on a file. A missing file is not locked.

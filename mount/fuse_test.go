@@ -81,6 +81,43 @@ func TestServerDies(t *testing.T) {
 	gone(t, tab)
 }
 
+// The server ends a moment after its file system. Nothing is left behind when UnmountPool returns; if a
+// process uses the file system, UnmountPool does not wait for it.
+func TestServerEndsLate(t *testing.T) {
+	b := fuseBed(t)
+	tab := b.open(t, mount.Options{}, fuseDriverWith("serve and end late"))
+	img := b.add(t, "a", "one")
+	left := func() int {
+		t.Helper()
+		if err := errors.Join(tab.Unmount(t.Context(), "a"), tab.UnmountPool(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		dirs, err := filepath.Glob(filepath.Join(b.root, "live", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(dirs)
+	}
+	mustMount(t, tab, img)
+	if n := left(); n != 0 {
+		t.Errorf("%d directories are left", n)
+	}
+	over := overlay(t, mustMount(t, tab, img).Dir)
+	f, err := os.Open(filepath.Join(over, "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Unmount(over, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	if n := left(); n != 1 {
+		t.Errorf("%d directories are left, expected the one of the server that is in use", n)
+	}
+	f.Close()
+	gone(t, tab)
+}
+
 // A hanging server is noticed, but not replaced: it may be slow.
 func TestServerHangs(t *testing.T) {
 	b := fuseBed(t)

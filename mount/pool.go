@@ -356,6 +356,7 @@ func (t *Table) UnmountPool(ctx context.Context) error {
 	if err := t.removeCopies(ctx, "live/"+filepath.Base(t.liveDir())+"/mnt"); err != nil {
 		return fmt.Errorf("unmount the pool: %w", err)
 	}
+	t.awaitServer(ctx, l)
 	removeDir(t.liveDir())
 	return nil
 }

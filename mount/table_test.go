@@ -25,7 +25,14 @@ func TestMain(m *testing.M) {
 	mounttest.Main(m, helpers)
 }
 
-var helpers = map[string]func([]string) error{"serve": fusefs.ServeArgs}
+var helpers = map[string]func([]string) error{
+	"serve": fusefs.ServeArgs,
+	"serve and end late": func(args []string) error {
+		err := fusefs.ServeArgs(args)
+		time.Sleep(300 * time.Millisecond)
+		return err
+	},
+}
 
 // counting is a driver that counts its mounts.
 type counting struct {
@@ -95,8 +102,10 @@ func eachDriver(t *testing.T, f func(t *testing.T, b *bed, d mount.Driver)) {
 	}
 }
 
-func fuseDriver() mount.Driver {
-	cmd := mounttest.Command("serve")
+func fuseDriver() mount.Driver { return fuseDriverWith("serve") }
+
+func fuseDriverWith(helper string) mount.Driver {
+	cmd := mounttest.Command(helper)
 	return fusefs.Driver{Command: []string{cmd.Path}, Env: cmd.Env}
 }
 
