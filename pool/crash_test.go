@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
-	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 )
 
@@ -265,10 +264,8 @@ func (m *model) sameDocument(p *Pool, key string) error {
 // not at all, and the pool must work.
 func TestCrash(t *testing.T) {
 	seeds, stride := uint64(2), 1
-	if slow.Leave() {
+	if testing.Short() { // also under the race detector, which finds nothing in one thread
 		seeds, stride = 1, 25
-	} else if testing.Short() {
-		seeds, stride = 1, 5
 	}
 	for seed := range seeds {
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -346,10 +343,8 @@ func crashAt(t *testing.T, at int, rng *rand.Rand) (finished bool) {
 // error must have changed nothing, and must succeed on the next try.
 func TestFaults(t *testing.T) {
 	stride := 1
-	if slow.Leave() {
+	if testing.Short() {
 		stride = 25
-	} else if testing.Short() {
-		stride = 5
 	}
 	for at := 1; ; at += stride {
 		if faultAt(t, at) {
@@ -451,7 +446,7 @@ func (w *world) again(i int, f *faults, cause error) {
 // opened again, either state is fine.
 func TestIndexUnknown(t *testing.T) {
 	stride := 1
-	if slow.Leave() {
+	if testing.Short() {
 		stride = 5
 	}
 	for at := 1; ; at += stride {

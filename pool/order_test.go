@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
-	"github.com/daxfs/daxfs-snapshotter/internal/slow"
 )
 
 // TestSyncOrder cuts the power before every sync of the region and after every step, and loses all that was
@@ -24,7 +23,7 @@ func TestSyncOrder(t *testing.T) {
 			return // no pool yet
 		}
 		id := w.p.index.transaction()
-		if slow.Leave() && id == seen {
+		if testing.Short() && id == seen {
 			return // the index names nothing new
 		}
 		seen = id
@@ -48,7 +47,7 @@ func TestSyncOrder(t *testing.T) {
 // did must survive a power loss.
 func TestSyncFails(t *testing.T) {
 	stride := 1
-	if slow.Leave() {
+	if testing.Short() {
 		stride = 10
 	}
 	for at := 1; ; at += stride {
