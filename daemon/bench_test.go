@@ -38,9 +38,7 @@ var benchLayers = sync.OnceValue(func() [][]byte {
 // BenchmarkPull prepares, applies and commits the layers of a fetched image concurrently, as
 // containerd does, until a container could start. The time of containerd itself is not included.
 func BenchmarkPull(b *testing.B) {
-	if os.Geteuid() != 0 {
-		b.Skip("mounts file systems, which needs root")
-	}
+	needRoot(b)
 	for _, f := range flavours[:2] {
 		for _, compression := range []struct {
 			name, mediaType string

@@ -21,9 +21,7 @@ import (
 // smallDisk returns a directory on a file system of its own with about 30 MB.
 func smallDisk(t *testing.T) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounts file systems, which needs root")
-	}
+	needRoot(t)
 	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
 		t.Skip("makes a file system: ", err)
 	}

@@ -103,9 +103,7 @@ func (f flavour) config(root string) *config.Config {
 // need skips the test, with the reason, if the flavour cannot run here.
 func (f flavour) need(t *testing.T) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounts file systems, which needs root")
-	}
+	needRoot(t)
 	dir := t.TempDir()
 	c := f.config(dir)
 	path := c.Pool.Path
@@ -262,5 +260,13 @@ func openPool(t *testing.T, c *config.Config) (p *pool.Pool, done func()) {
 		if err := errors.Join(p.Close(), r.Close()); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// needRoot skips a test that mounts unless it runs as root.
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts file systems, which needs root")
 	}
 }

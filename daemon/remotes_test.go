@@ -12,7 +12,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -349,9 +348,7 @@ func TestPull(t *testing.T) {
 // runs compares the files of a chain in a container.
 func (b *bed) runs(name string, img *image) {
 	b.t.Helper()
-	if os.Geteuid() != 0 {
-		b.t.Skip("mounts file systems, which needs root")
-	}
+	needRoot(b.t)
 	ctx := namespaces.WithNamespace(b.t.Context(), "ns")
 	key := fmt.Sprintf("ns/%d/container", b.n.Add(1))
 	mounts, err := b.remote.Prepare(ctx, key, name)

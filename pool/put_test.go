@@ -55,14 +55,20 @@ func (r *heldRegion) WriteAt(b []byte, off int64) (int, error) {
 	return r.Region.WriteAt(b, off)
 }
 
+// holdWrites holds the writes of a pool until the test ends.
+func holdWrites(t *testing.T, p *Pool) *heldRegion {
+	below := p.region
+	held := &heldRegion{below, make(chan struct{}), make(chan error)}
+	p.region = held
+	t.Cleanup(func() { p.region = below })
+	return held
+}
+
 // Contents that another put is writing are not there yet. If its write fails, they are written again.
 func TestPutWaits(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	before := p.Usage()
-	below := p.region
-	held := &heldRegion{below, make(chan struct{}), make(chan error)}
-	p.region = held
-	defer func() { p.region = below }()
+	held := holdWrites(t, p)
 	b := p.Begin()
 	defer b.Discard()
 	body := random(1, 5000)
@@ -105,7 +111,7 @@ func TestPutWaits(t *testing.T) {
 		t.Fatal(r.err)
 	}
 	got := make([]byte, len(body))
-	if _, err := below.ReadAt(got, r.d.Off); err != nil || !bytes.Equal(got, body) {
+	if _, err := held.Region.ReadAt(got, r.d.Off); err != nil || !bytes.Equal(got, body) {
 		t.Errorf("the waiting put got other bytes, %v", err)
 	}
 	b.Discard()
@@ -118,10 +124,7 @@ func TestPutWaits(t *testing.T) {
 func TestPutStopsWaiting(t *testing.T) {
 	p := newTestPool(t, 64<<20)
 	before := p.Usage()
-	below := p.region
-	held := &heldRegion{below, make(chan struct{}), make(chan error)}
-	p.region = held
-	defer func() { p.region = below }()
+	held := holdWrites(t, p)
 	b := p.Begin()
 	body := random(1, 5000)
 	first := make(chan error, 1)

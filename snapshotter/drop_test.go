@@ -24,6 +24,13 @@ func (e *env) dirs() string {
 	return strings.Join(names, " ")
 }
 
+func (e *env) expectDirs(want string) {
+	e.t.Helper()
+	if got := e.dirs(); got != want {
+		e.t.Errorf("the directories hold %q, expected %q", got, want)
+	}
+}
+
 // The directory of an unpacked layer is removed when the pool stores the layer durably and its chain is complete.
 func TestDirectoriesGo(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{Durable: true})
@@ -75,14 +82,10 @@ func TestDirectoryInUseStays(t *testing.T) {
 	e.must(e.Flush(ctx))
 	e.must(e.Cleanup(ctx))
 	e.expectFiles(plain, "a")
-	if got := e.dirs(); got != "a" {
-		t.Errorf("the directories hold %q", got)
-	}
+	e.expectDirs("a")
 	e.must(e.Remove(ctx, "default/2/c"))
 	e.must(e.Cleanup(ctx))
-	if got := e.dirs(); got != "" {
-		t.Errorf("the directories hold %q", got)
-	}
+	e.expectDirs("")
 }
 
 // A layer may have left the pool since it was stored. Its directory goes only once it is stored again.
@@ -104,9 +107,7 @@ func TestDirectoryOfEvictedLayer(t *testing.T) {
 	}
 	e.fake.setFail(nil)
 	e.must(e.Cleanup(ctx))
-	if got := e.dirs(); got != "" {
-		t.Errorf("the directories hold %q", got)
-	}
+	e.expectDirs("")
 	c, err := e.Mounts(ctx, "default/3/c")
 	e.must(err)
 	e.expectFiles(c, "a")
@@ -130,9 +131,7 @@ func TestDirectoryTakenDuringRemoval(t *testing.T) {
 	e.expectFiles(x, "a")
 	e.must(e.Remove(ctx, "default/2/extract-1-x b"))
 	e.must(e.Cleanup(ctx))
-	if got := e.dirs(); got != "" {
-		t.Errorf("the directories hold %q", got)
-	}
+	e.expectDirs("")
 }
 
 // A directory that is dropped while it is read for an image is removed only afterwards.
@@ -158,9 +157,7 @@ func TestDirectoryReadDuringRemoval(t *testing.T) {
 	e.expectFiles(c, "a b")
 	e.must(e.Flush(ctx))
 	e.must(e.Cleanup(ctx))
-	if got := e.dirs(); got != "" {
-		t.Errorf("the directories hold %q", got)
-	}
+	e.expectDirs("")
 }
 
 // Short memory does not evict a layer whose directory is about to go.
@@ -187,9 +184,7 @@ func TestShortMemoryDuringRemoval(t *testing.T) {
 		t.Error("memory was not short")
 	}
 	e.must(e.Cleanup(ctx))
-	if got := e.dirs(); got != "b" {
-		t.Errorf("the directories hold %q", got)
-	}
+	e.expectDirs("b")
 	e.expectFiles(e.prepare("default/5/c", "default/1/a"), "a")
 	e.must(e.Flush(ctx))
 }

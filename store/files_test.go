@@ -225,9 +225,7 @@ func oldPoolFile(t *testing.T, path string) {
 // nameInMountTable makes the mount table name a path whose mounted file was moved away.
 func nameInMountTable(t *testing.T, path string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounts a file system, which needs root")
-	}
+	needRoot(t)
 	dir := t.TempDir()
 	if err := unix.Mount(path, dir, "tmpfs", 0, "size=4096"); err != nil {
 		t.Fatal(err)

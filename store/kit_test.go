@@ -40,9 +40,7 @@ type kit struct {
 
 func newKit(t *testing.T, change func(*Config)) *kit {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounts file systems, which needs root")
-	}
+	needRoot(t)
 	k := &kit{t: t, cfg: Config{Root: t.TempDir(), Pool: Pool{Kind: region.KindFile, Size: 256 << 20}}}
 	some, err := mount.Select(drivers.All(), "erofs")
 	k.must(err)
@@ -217,4 +215,12 @@ func (k *kit) uncache(path string) {
 	k.must(err)
 	defer f.Close()
 	k.must(unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+}
+
+// needRoot skips a test that mounts unless it runs as root.
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts file systems, which needs root")
+	}
 }
