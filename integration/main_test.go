@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
@@ -8,5 +9,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if at := os.Getenv(proxiedAt); at != "" {
+		fmt.Fprintln(os.Stderr, overlayServer(at))
+		os.Exit(1)
+	}
 	os.Exit(stack.Main(m, stack.BuildGVisor, stack.BuildDistribution, stack.BuildPodman))
 }

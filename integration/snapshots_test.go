@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,7 +27,7 @@ import (
 
 const (
 	benchImages = 100
-	benchRounds = 9
+	benchRounds = 25
 	benchNew    = 20 // snapshots that each round makes and removes
 )
 
@@ -160,20 +163,37 @@ func measureCalls(ctx context.Context, client *containerd.Client, name string, i
 // keep protects from containerd's garbage collection.
 var keep = snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "bench"})
 
-// serveOverlay serves containerd's overlayfs snapshotter at the address in proxiedConfig.
+// proxiedAt is the environment variable that makes a process of this program serve containerd's
+// overlayfs snapshotter: its socket and its root directory, with a colon between them.
+const proxiedAt = "DAXFS_TEST_PROXIED"
+
+// serveOverlay serves containerd's overlayfs snapshotter at the address in proxiedConfig, in a process
+// of its own, as a proxy plugin is.
 func serveOverlay(b *testing.B, s *stack.T) {
-	sn, err := overlay.NewSnapshotter(filepath.Join(s.Dir, proxied))
-	if err != nil {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(),
+		fmt.Sprintf("%s=%s/proxied.sock:%s", proxiedAt, s.Stack.Run, filepath.Join(s.Dir, proxied)))
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	l, err := net.Listen("unix", s.Stack.Run+"/proxied.sock")
+	b.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+}
+
+// overlayServer is the process that serveOverlay starts.
+func overlayServer(at string) error {
+	socket, root, _ := strings.Cut(at, ":")
+	sn, err := overlay.NewSnapshotter(root)
 	if err != nil {
-		b.Fatal(err)
+		return err
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
 	}
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	go server.Serve(l)
-	b.Cleanup(func() { server.Stop(); sn.Close() })
+	return server.Serve(l)
 }
 
 func chainOf(ctx context.Context, b *testing.B, client *containerd.Client, ref string) string {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -97,6 +96,7 @@ func (s *Snapshotter) tryCreate(ctx context.Context, want snapshots.Info, opts [
 	if err != nil {
 		return nil, err
 	}
+	s.makeAhead()
 	unpacks := want.Kind == snapshots.KindActive && isExtract(want.Name, want.Labels)
 	if len(links) > 0 && low.Image != "" && low.Image == links[0].rec.Image && !low.Plain &&
 		!links[0].rec.Built && !unpacks {
@@ -137,22 +137,14 @@ func (s *Snapshotter) record(ctx context.Context, want snapshots.Info, low *lowe
 		if err := putRecord(tx, id, record{Lower: low}); err != nil {
 			return err
 		}
-		if temp, err = os.MkdirTemp(filepath.Join(s.root, "snapshots"), "new-"); err != nil {
-			return err
-		}
-		if err := root.mkdir(filepath.Join(temp, "fs")); err != nil {
-			return err
-		}
-		if err := os.Mkdir(filepath.Join(temp, "work"), 0o711); err != nil {
-			return err
-		}
 		// An earlier transaction that failed after the rename leaves a directory without a record.
 		if _, err := os.Lstat(s.dir(id)); err == nil {
 			if _, err := s.doom(s.dir(id), id); err != nil {
 				return err
 			}
 		}
-		return os.Rename(temp, s.dir(id))
+		temp, err = s.placeDirs(id, root)
+		return err
 	})
 	return id, info, err
 }

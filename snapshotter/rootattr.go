@@ -17,13 +17,6 @@ type rootAttr struct {
 	uid, gid int
 }
 
-func (a rootAttr) mkdir(dir string) error {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return err
-	}
-	return a.apply(dir)
-}
-
 func (a rootAttr) apply(dir string) error {
 	if err := os.Lchown(dir, a.uid, a.gid); err != nil {
 		return err

@@ -48,6 +48,9 @@ type Snapshotter struct {
 	pins   pins
 	work   *worker
 
+	// ahead has the directories of the next snapshot, if they are made: see makeAhead.
+	ahead chan string
+
 	overlayOptions []string
 
 	// sweeping is held by the current sweep.
@@ -94,8 +97,9 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 	if err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions}
-	if err := os.MkdirAll(s.emptyDir(), 0o700); err != nil {
+	s := &Snapshotter{root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions, ahead: make(chan string, 1)}
+	err = errors.Join(os.MkdirAll(s.emptyDir(), 0o700), os.RemoveAll(s.aheadDir()), os.Mkdir(s.aheadDir(), 0o700))
+	if err != nil {
 		return nil, err
 	}
 	if err := s.tryOptions(); err != nil {
@@ -116,6 +120,7 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 func (s *Snapshotter) Close() error {
 	s.closeOnce.Do(func() {
 		s.work.stop()
+		os.RemoveAll(s.aheadDir()) // the next process does it, too
 		s.closeErr = s.st.ms.Close()
 	})
 	return s.closeErr
@@ -153,7 +158,9 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		if id, info, usage, err = storage.GetInfo(ctx, key); err != nil {
 			return err
 		}
-		rec, err = getRecord(tx, id)
+		if info.Kind == snapshots.KindActive {
+			rec, err = getRecord(tx, id)
+		}
 		return err
 	})
 	if err != nil || info.Kind != snapshots.KindActive {
