@@ -97,7 +97,9 @@ func New(ctx context.Context, root string, lowers Lowers, opts Options) (*Snapsh
 	if err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions, ahead: make(chan string, 1)}
+	s := &Snapshotter{
+		root: root, lowers: lowers, opts: opts, overlayOptions: overlayOptions, ahead: make(chan string, 1),
+	}
 	err = errors.Join(os.MkdirAll(s.emptyDir(), 0o700), os.RemoveAll(s.aheadDir()), os.Mkdir(s.aheadDir(), 0o700))
 	if err != nil {
 		return nil, err
