@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -9,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/integration/stack"
 )
@@ -166,6 +169,13 @@ func TestDoctorCases(t *testing.T) {
 	// Faults of the processes: their user and their mount namespace.
 	s.Must(s.RestartContainerd(nil))
 	sound("with the first configuration again")
+	pool, err := os.OpenFile(s.PoolFile(), os.O_RDWR, 0)
+	s.Must(err)
+	mapped, err := unix.Mmap(int(pool.Fd()), 0, 4096, unix.PROT_WRITE, unix.MAP_SHARED)
+	s.Must(err)
+	check("a monitor that can write", config, "nobody else can write to the pool", "daxfs vm args")
+	s.Must(errors.Join(unix.Munmap(mapped), pool.Close()))
+	sound("after the monitor has ended")
 	s.Must(s.StopDaemon(syscall.SIGTERM))
 	check("no daemon", config, "daxfs-snapshotter runs", "start it")
 	check("no driver", config+"[pool]\nkind = \"file\"\n[mount]\ndriver = \"erofs-dax\"\n",

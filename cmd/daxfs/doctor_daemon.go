@@ -79,6 +79,7 @@ func checkDaemon(ctx context.Context, files containerdFiles, listener int) *daem
 	}
 	add("driver for the daemon's pool", picked, "mount.driver = %q, pool %s %q: %s", c.Mount.Driver, status.Pool.Kind,
 		status.Pool.Path, strings.Join(why, "; "))
+	checkWriters(status.Pool.Path, status.PID, add)
 	add("daemon is healthy", status.Health == "", "%s", status.Health)
 	if status.Readers.Mode == store.ReadersLeases {
 		add("lease regions can be read", status.Readers.Error == "",

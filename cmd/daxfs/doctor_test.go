@@ -121,3 +121,41 @@ leases = { %q = %q }
 		t.Errorf("with the lease region doctor finds %q, expected %q", got, want)
 	}
 }
+
+// doctor names a process that could change the pool of a running daemon, such as a careless monitor.
+func TestDoctorFindsWriters(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "pool")
+	if err := os.WriteFile(file, make([]byte, 8192), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, tc := range []struct {
+		name        string
+		prot, flags int
+		own         int
+		want        bool
+	}{
+		{"writable", unix.PROT_READ | unix.PROT_WRITE, unix.MAP_SHARED, 0, true},
+		{"read-only", unix.PROT_READ, unix.MAP_SHARED, 0, false},
+		{"copy", unix.PROT_READ | unix.PROT_WRITE, unix.MAP_PRIVATE, 0, false},
+		{"daemon", unix.PROT_READ | unix.PROT_WRITE, unix.MAP_SHARED, os.Getpid(), false},
+	} {
+		m, err := unix.Mmap(int(f.Fd()), 0, 4096, tc.prot, tc.flags)
+		if err != nil {
+			t.Fatal(err)
+		}
+		name, ok, note := "", true, ""
+		checkWriters(file, tc.own, func(n string, good bool, format string, args ...any) bool {
+			name, ok, note = n, good, fmt.Sprintf(format, args...)
+			return good
+		})
+		if ok == tc.want || tc.want && !strings.Contains(note, fmt.Sprintf("process %d", os.Getpid())) {
+			t.Errorf("%s mapping: %q is %v: %s", tc.name, name, ok, note)
+		}
+		unix.Munmap(m)
+	}
+}

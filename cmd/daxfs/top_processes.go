@@ -101,18 +101,8 @@ func (m *mappers) mapped(pid string) (map[int]int64, error) {
 		}
 		m.spaces[ns] = space
 	}
-	f, err := os.Open(filepath.Join(m.proc, pid, "maps"))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
 	out := map[int]int64{}
-	s := bufio.NewScanner(f)
-	for s.Scan() {
-		v, ok := parseMapping(s.Text())
-		if !ok {
-			continue
-		}
+	err = eachMapping(m.proc, pid, func(v mapping) {
 		images := m.inodes[v.file]
 		if o, over := space[v.dev]; over && !o.changed(v.path) {
 			images = o.images
@@ -120,16 +110,33 @@ func (m *mappers) mapped(pid string) (map[int]int64, error) {
 		for _, i := range images {
 			out[i] += v.bytes
 		}
+	})
+	return out, err
+}
+
+// eachMapping calls do for each mapping of a file by a process.
+func eachMapping(proc, pid string, do func(mapping)) error {
+	f, err := os.Open(filepath.Join(proc, pid, "maps"))
+	if err != nil {
+		return err
 	}
-	return out, s.Err()
+	defer f.Close()
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		if v, ok := parseMapping(s.Text()); ok {
+			do(v)
+		}
+	}
+	return s.Err()
 }
 
 // mapping is a line of /proc/PID/maps about a file.
 type mapping struct {
-	bytes int64
-	dev   string // MAJOR:MINOR, decimal
-	file  inode
-	path  string
+	bytes  int64
+	writes bool   // to the file: it is writable and shared
+	dev    string // MAJOR:MINOR, decimal
+	file   inode
+	path   string
 }
 
 func parseMapping(line string) (v mapping, ok bool) {
@@ -149,7 +156,8 @@ func parseMapping(line string) (v mapping, ok bool) {
 		return v, false
 	}
 	return mapping{
-		bytes: int64(end - first), dev: fmt.Sprintf("%d:%d", maj, mnr),
+		bytes: int64(end - first), writes: len(fields[1]) == 4 && fields[1][1] == 'w' && fields[1][3] == 's',
+		dev:  fmt.Sprintf("%d:%d", maj, mnr),
 		file: inode{unix.Mkdev(uint32(maj), uint32(mnr)), ino},
 		path: line[strings.IndexByte(line, '/'):],
 	}, true
