@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,7 +29,11 @@ type programs struct {
 
 func newPrograms(t testing.TB) *programs {
 	t.Helper()
-	bound, err := statusSet("/proc/self/status", "CapBnd")
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bound, err := statusSet(status, "CapBnd")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,28 +139,42 @@ func runAsNobody(host string) string {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	file := fmt.Sprintf("/proc/%d/status", cmd.Process.Pid)
-	permitted, err := statusSet(file, "CapPrm")
+	status, err := afterExec(cmd.Process.Pid)
 	if err != nil {
 		return err.Error()
 	}
-	effective, err := statusSet(file, "CapEff")
-	if err != nil {
+	permitted, perr := statusSet(status, "CapPrm")
+	effective, eerr := statusSet(status, "CapEff")
+	if err := errors.Join(perr, eerr); err != nil {
 		return err.Error()
 	}
 	return capSets(permitted, effective)
 }
 
-// statusSet reads a set of capabilities from a status file of /proc.
-func statusSet(file, name string) (uint64, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return 0, err
+// afterExec returns the status of a started process as soon as the kernel has given the program its
+// capabilities. The kernel closes descriptors, for which Start waits, before it does so, and sets the
+// arguments afterwards.
+func afterExec(pid int) ([]byte, error) {
+	dir := fmt.Sprintf("/proc/%d/", pid)
+	for {
+		arguments, err := os.ReadFile(dir + "cmdline")
+		if err != nil {
+			return nil, err
+		}
+		status, err := os.ReadFile(dir + "status")
+		if err != nil || len(arguments) > 0 || strings.Contains(string(status), "\nState:\tZ") {
+			return status, err
+		}
+		time.Sleep(time.Millisecond)
 	}
-	for line := range strings.Lines(string(b)) {
+}
+
+// statusSet returns a set of capabilities in a status file of /proc.
+func statusSet(status []byte, name string) (uint64, error) {
+	for line := range strings.Lines(string(status)) {
 		if text, ok := strings.CutPrefix(line, name+":"); ok {
 			return strconv.ParseUint(strings.TrimSpace(text), 16, 64)
 		}
 	}
-	return 0, fmt.Errorf("%s has no line %s", file, name)
+	return 0, fmt.Errorf("%q has no line %s", status, name)
 }
