@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	cimages "github.com/containerd/containerd/v2/core/images"
@@ -66,7 +67,7 @@ func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api
 	done := []api.Attached{}
 	var errs []error
 	for _, o := range list {
-		a, err := d.attach(ctx, req.Namespace, o)
+		a, err := d.attachPatiently(ctx, req.Namespace, o)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("image %q: %w", o.Name, err))
 			continue
@@ -77,6 +78,28 @@ func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api
 		errs = append(errs, fmt.Errorf("%d others were attached", len(done)))
 	}
 	return done, errors.Join(errs...)
+}
+
+// attachPatience bounds the time in which an attachment is tried again. gRPC connects again within three seconds.
+const attachPatience = 10 * time.Second
+
+// attachPatiently tries again while containerd does not reach this daemon: after a restart of the
+// daemon, containerd fails calls untried for a while.
+func (d *Daemon) attachPatiently(ctx context.Context, namespace string, o shared.OCIImage) (api.Attached, error) {
+	end := time.After(attachPatience)
+	for {
+		a, err := d.attach(ctx, namespace, o)
+		if !errdefs.IsUnavailable(err) || !d.blobs.up() {
+			return a, err
+		}
+		select {
+		case <-ctx.Done():
+			return a, err
+		case <-end:
+			return a, err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 func validateAttach(r api.AttachRequest) error {
