@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
@@ -109,8 +110,14 @@ root = "/data/daxfs"
 [pool]
 kind = "tmpfs"
 size = "3GiB"
+readers = "leases"
+leases = ["/srv/a.lease", "flock:/srv/b.lease", "0x100000000+8192"]
 [layers]
 max_size = 1000000
+[partial]
+requests = 8
+layer_timeout = "90s"
+exclude = ["registry.example.com:5000"]
 [mount]
 overlay_options = ["volatile"]
 `))
@@ -120,7 +127,11 @@ overlay_options = ["volatile"]
 	want := config.Default()
 	want.Root = "/data/daxfs"
 	want.Pool.Kind, want.Pool.Size = "tmpfs", 3<<30
+	want.Pool.Readers = "leases"
+	want.Pool.Leases = []string{"/srv/a.lease", "flock:/srv/b.lease", "0x100000000+8192"}
 	want.Layers.MaxSize = 1000000
+	want.Partial.Requests, want.Partial.LayerTimeout = 8, config.Duration(90*time.Second)
+	want.Partial.Exclude = []string{"registry.example.com:5000"}
 	want.Mount.OverlayOptions = []string{"volatile"}
 	if !reflect.DeepEqual(c, want) {
 		t.Fatalf("got\n%+v\nexpected\n%+v", c, want)
@@ -168,6 +179,18 @@ func TestRefused(t *testing.T) {
 		{"[shared]\nattach = [\"k8s.io\"]", `key "shared.attach": needs shared.pools`},
 		{"[metrics]\npprof = true", `key "metrics.pprof"`},
 		{"[metrics\n", `line 1`},
+		{"[pool]\nreaders = \"leases\"", `keys "pool.readers" and "pool.leases"`},
+		{"[pool]\nleases = [\"/a\"]", `keys "pool.readers" and "pool.leases"`},
+		{"[pool]\nreaders = \"leases\"\nleases = [\"a\"]", `key "pool.leases": "a" is neither`},
+		{"[pool]\nreaders = \"leases\"\nleases = [\"flock:4096+4096\"]", `key "pool.leases": "flock:4096+4096" is`},
+		{"[registries]\nhosts_dirs = [\"/a\", \"b\"]", `key "registries.hosts_dirs": "b" is not an absolute path`},
+		{"[partial]\nexclude = [\"example.com/app\"]", `key "partial.exclude": "example.com/app" is not a registry`},
+		{"[partial]\nexclude = [\"\"]", `key "partial.exclude": "" is not a registry`},
+		{"[partial]\nrequests = 0", `key "partial.requests": 0 is not in 1 to 8`},
+		{"[partial]\nrequests = 9", `key "partial.requests": 9 is not in 1 to 8`},
+		{"[partial]\nanswer_timeout = \"0s\"", `key "partial.answer_timeout": is not positive`},
+		{"[partial]\nlayer_timeout = \"-1m\"", `key "partial.layer_timeout": is not positive`},
+		{"[partial]\nlayer_timeout = \"soon\"", `duration "soon"`},
 	} {
 		_, err := config.Parse([]byte(tc.text))
 		if err == nil {
