@@ -128,10 +128,11 @@ func TestStaged(t *testing.T) {
 	e.expectFiles(e.prepare("default/9/c", "default/8/"+chainA), "a")
 }
 
-// A layer that cannot be pulled is containerd's to fetch, whatever the reason; only the end of the call ends it.
+// A layer that cannot be pulled is left to containerd, whatever the reason, unless the call itself ended.
 func TestNotPulled(t *testing.T) {
 	e, remotes := newPulling(t)
-	for i, err := range []error{fmt.Errorf("not ours: %w", errdefs.ErrNotImplemented), errors.New("the registry lies")} {
+	notOurs := fmt.Errorf("not ours: %w", errdefs.ErrNotImplemented)
+	for i, err := range []error{notOurs, errors.New("the registry lies")} {
 		remotes.err = err
 		mounts, perr := e.unpack(t.Context(), fmt.Sprint("n", i), chainA, "")
 		if perr != nil || len(mounts) != 1 || slices.Contains(mounts[0].Options, "ro") {
@@ -189,6 +190,7 @@ func TestStanding(t *testing.T) {
 // Check reports directories that contradict the metadata.
 func TestCheckReports(t *testing.T) {
 	e := newEnv(t, snapshotter.Options{})
+	e.must(e.Flush(t.Context())) // the first cleanup
 	upper := e.prepare("active", "")[0].Source
 	stray := filepath.Join(e.root, "snapshots", "77")
 	e.must(errors.Join(os.Rename(upper, upper+"-away"), os.Mkdir(stray, 0o700)))
