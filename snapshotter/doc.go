@@ -39,14 +39,14 @@
 // Everything that stands on something, views included, is an overlay with an upper directory of its
 // own, so the kernel can tell whether the overlay outlives its snapshot. As long as it does, its
 // directory and its lower stay in use (see gone.go).
-// its lower stay in use (see gone.go).
 //
 // # State and crashes
+//
 // All metadata is in one bbolt file: containerd's core/snapshots/storage and our own bucket, changed
-// in the same transactions (see store.go). Directories are made inside the transaction that records
-// them and removed after the one that forgets them; Cleanup removes directories without a record. Mark
-// and sweep over these records finds what Lowers may free, so there are no counters that a crash could
-// leave wrong. Removing needs no room on the disk.
+// in the same transactions (see store.go). Directories get their place inside the transaction that
+// records them and are removed after the one that forgets them; Cleanup removes directories without a
+// record. Mark and sweep over these records finds what Lowers may free, so there are no counters that
+// a crash could leave wrong. Removing needs no room on the disk.
 //
 // Close leaves every mount alone: containers keep running, and the next start finds the mounts again.
 package snapshotter
