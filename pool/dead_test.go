@@ -177,6 +177,9 @@ func TestDAXVariants(t *testing.T) {
 	if nidOf(t, p, "one", "file00000") != nidOf(t, p, "two", "file00000") {
 		t.Error("two images do not share an inode")
 	}
+	if turned, err := p.NothingMounted(ctx); err != nil || turned {
+		t.Errorf("turned %t, %v; expected that images stay as long as nothing waits", turned, err)
+	}
 	for _, m := range p.Images() {
 		if err := p.RemoveImage(ctx, m.Key); err != nil {
 			t.Fatal(err)
@@ -252,6 +255,26 @@ func TestEpoch(t *testing.T) {
 	defer p.Close()
 	if len(uuids) != 3 {
 		t.Errorf("%d UUIDs in 3 epochs", len(uuids))
+	}
+}
+
+// An epoch turns for the sake of slots only if removed images have more than half of them.
+func TestEpochKeepsSlots(t *testing.T) {
+	dir := t.TempDir()
+	p, err := Create(openRegion(t, dir, 64<<20), filepath.Join(dir, "index"), Options{Slots: 8})
+	noError(t, err)
+	defer p.Close()
+	for i := range 7 {
+		addImage(t, p, fmt.Sprint(i), random(uint64(i), 5000))
+	}
+	for removed := range 6 {
+		if removed > 0 {
+			removeAll(t, p, fmt.Sprint(removed))
+		}
+		turned, err := p.NothingMounted(ctx)
+		if err != nil || turned != (removed > 4) {
+			t.Errorf("%d of 8 slots have removed images: turned %t, %v", removed, turned, err)
+		}
 	}
 }
 

@@ -171,6 +171,17 @@ func TestEpochAsksReaders(t *testing.T) {
 		lists("ab")
 	}
 	leases.any = func() ([]string, error) { return nil, nil }
+	p.index.fail = func(op string) error {
+		if op == "epoch" {
+			return errFault
+		}
+		return nil
+	}
+	if err := p.NewEpoch(ctx); !errors.Is(err, errFault) {
+		t.Errorf("epoch that the index refuses: %v", err)
+	}
+	lists("ab")
+	p.index.fail = func(string) error { return nil }
 	if err := p.NewEpoch(ctx); err != nil || p.UUID() == uuid || len(p.Images()) != 0 {
 		t.Errorf("epoch without readers: %v, %d images", err, len(p.Images()))
 	}
@@ -180,6 +191,41 @@ func TestEpochAsksReaders(t *testing.T) {
 	uuid = p.UUID()
 	addImage(t, p, "c", bodies.a)
 	lists("c")
+}
+
+// However much a new epoch would gain, readers keep the old one. Only if nobody knows whether there are
+// readers, that is worth a warning.
+func TestReadersKeepFullEpoch(t *testing.T) {
+	p, r, _ := leasedPool(t, &faults{})
+	for i := range 6 {
+		b := p.Begin()
+		_, err := p.AddImage(ctx, "more", tree(put(t, b, random(uint64(i), 100))), daxfs.Options{})
+		noError(t, errors.Join(err, p.RemoveImage(ctx, "more")))
+		b.Discard()
+	}
+	uuid := p.UUID()
+	for _, c := range []struct {
+		users  []string
+		err    error
+		keys   string
+		warned bool
+	}{
+		{users: []string{"reader"}, keys: "ab"},
+		{err: errFault, keys: "ab", warned: true},
+		{},
+	} {
+		var warned error
+		p.warn = func(err error) { warned = err }
+		p.SetLeases(&asked{any: func() ([]string, error) { return c.users, c.err }})
+		turned, err := p.NothingMounted(ctx)
+		if keys := listed(t, r); err != nil || keys != c.keys || turned != (keys == "") || turned != (p.UUID() != uuid) {
+			t.Errorf("readers %q, %v: turned %t, %v; the catalogue lists %q", c.users, c.err, turned, err, keys)
+		}
+		if !errors.Is(warned, c.err) || (warned != nil) != c.warned {
+			t.Errorf("readers %q, %v: the warning is %v", c.users, c.err, warned)
+		}
+		mustCheck(t, p)
+	}
 }
 
 // TestHideUnpublished adds an image while each operation from one on fails. If the index has the image and

@@ -451,6 +451,12 @@ func TestCheckFinds(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer p.Close()
+			addImage(t, p, "b", random(2, 100)) // a pool that has freed space
+			removeAll(t, p, "b")
+			noError(t, p.NewEpoch(ctx))
+			addImage(t, p, "b", random(2, 100))
+			removeAll(t, p, "b")
+			noError(t, reap(p))
 			m := addImage(t, p, "a", random(1, 100))
 			mustCheck(t, p)
 			damage(p, m)

@@ -194,3 +194,49 @@ func TestCancelledChangesNothing(t *testing.T) {
 	}
 	noError(t, b.CommitLayer(ctx, "c", nil))
 }
+
+// A closed pool refuses changes, and says why.
+func TestClosedRefuses(t *testing.T) {
+	r := newSimRegion(simSize, &faults{})
+	p, err := Create(r, filepath.Join(fastDir(t), "index"), Options{})
+	noError(t, err)
+	addImage(t, p, "a", bodies.a)
+	b := p.Begin()
+	defer b.Discard()
+	noError(t, p.Close())
+	before := bytes.Clone(r.mem)
+	for name, call := range map[string]func() error{
+		"CommitLayer": func() error { return b.CommitLayer(ctx, "b", nil) },
+		"NewEpoch":    func() error { return p.NewEpoch(ctx) },
+		"NothingMounted": func() error {
+			_, err := p.NothingMounted(ctx)
+			return err
+		},
+		"Put": func() error {
+			_, err := b.Put(ctx, int64(len(bodies.b)), bytes.NewReader(bodies.b))
+			return err
+		},
+		"RemoveImage": func() error { return p.RemoveImage(ctx, "a") },
+		"SetDocument": func() error { return p.SetDocument(ctx, "a", bodies.g) },
+	} {
+		if err := call(); !errors.Is(err, ErrClosed) || !bytes.Equal(r.mem, before) {
+			t.Errorf("%s: %v, expected %v; the region changed: %t", name, err, ErrClosed, !bytes.Equal(r.mem, before))
+		}
+	}
+	noError(t, p.Close())
+}
+
+// No epoch begins while an image is being added.
+func TestEpochWaitsForImage(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	_, done, err := p.startAdding(ctx, "a")
+	noError(t, err)
+	uuid := p.UUID()
+	if err := p.NewEpoch(ctx); !errors.Is(err, ErrBusy) || p.UUID() != uuid {
+		t.Errorf("epoch while an image is added: %v, another epoch: %t", err, p.UUID() != uuid)
+	}
+	done()
+	if err := p.NewEpoch(ctx); err != nil || p.UUID() == uuid {
+		t.Errorf("epoch afterwards: %v, another epoch: %t", err, p.UUID() != uuid)
+	}
+}
