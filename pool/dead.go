@@ -138,7 +138,6 @@ func (p *Pool) free(es []*extent) error {
 	}
 	p.mu.Lock()
 	for _, e := range es {
-		e.dropInodes()
 		p.forgetExtent(e)
 	}
 	p.freeing++

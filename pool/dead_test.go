@@ -318,27 +318,40 @@ func TestEpochKeepsLargeImage(t *testing.T) {
 	}
 }
 
-// A new epoch would not gain the inodes of empty files, so it would begin at each start of the daemon.
+// A new epoch would not gain the inodes of empty files, so it would begin at each start of the daemon. It
+// gains those of dead contents.
 func TestEpochKeepsEmptyFiles(t *testing.T) {
 	if testing.Short() {
-		t.Skip("slow: makes an image of 200,000 files")
+		t.Skip("slow: makes images of 200,000 files")
 	}
 	p := newTestPool(t, 64<<20)
-	root := tree()
-	for i := range 200_000 {
-		root.Entries[fmt.Sprint(i)] = &daxfs.Node{Mode: unix.S_IFREG | 0o644}
+	b := p.Begin()
+	add := func(key string, d daxfs.Data) {
+		t.Helper()
+		root := tree()
+		for i := range 200_000 {
+			root.Entries[fmt.Sprint(i)] = &daxfs.Node{Mode: unix.S_IFREG | 0o644, Data: d}
+		}
+		_, err := p.AddImage(ctx, key, root, daxfs.Options{})
+		noError(t, err)
 	}
-	_, err := p.AddImage(ctx, "empty files", root, daxfs.Options{})
-	noError(t, err)
+	turns := func(when string, want bool) {
+		t.Helper()
+		if turned, err := p.NothingMounted(ctx); err != nil || turned != want {
+			t.Errorf("%s: turned %t, %v; expected %t", when, turned, err, want)
+		}
+	}
+	add("empty files", daxfs.Data{})
 	addImage(t, p, "small", random(1, 100))
-	if turned, err := p.NothingMounted(ctx); err != nil || turned {
-		t.Errorf("with the image: turned %t, %v", turned, err)
-	}
+	turns("with an image of empty files", false)
 	noError(t, p.RemoveImage(ctx, "empty files"))
 	noError(t, p.RemoveImage(ctx, "small"))
-	if turned, err := p.NothingMounted(ctx); err != nil || !turned {
-		t.Errorf("without images: turned %t, %v", turned, err)
-	}
+	turns("without images", true)
+	add("equal files", put(t, b, random(2, 100)))
+	b.Discard()
+	turns("with an image of equal files", false)
+	noError(t, p.RemoveImage(ctx, "equal files"))
+	turns("with dead contents", true)
 }
 
 // Erased inodes stay erased after a power loss: the space behind them may hold contents of others by then.

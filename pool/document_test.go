@@ -214,3 +214,44 @@ func TestDocumentDamaged(t *testing.T) {
 		t.Errorf("mended: %q, %v, %d damaged", b, err, p.DamagedCount())
 	}
 }
+
+// TestEpochFreesReplacedDocuments fails each operation of replacing a document. The old document, which the
+// catalogue may still name then, is freed by the next epoch, and only once.
+func TestEpochFreesReplacedDocuments(t *testing.T) {
+	waited := 0
+	for at := 1; ; at++ {
+		f := &faults{}
+		p, _, _ := leasedPool(t, f)
+		noError(t, p.SetDocument(ctx, "b", bodies.d))
+		f.n, f.at = 0, at
+		err := p.SetDocument(ctx, "b", bodies.g)
+		finished := f.n < at
+		f.at = 0
+		if err != nil && !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+		waited += len(p.retired)
+		noError(t, p.NewEpoch(ctx))
+		if u := p.Usage(); u.Documents != 0 {
+			t.Errorf("operation %d: %d bytes of documents without an image", at, u.Documents)
+		}
+		mustCheck(t, p)
+		addImage(t, p, "c", bodies.a)
+		for _, doc := range [][]byte{bodies.d, bodies.g} {
+			noError(t, p.SetDocument(ctx, "c", doc))
+			if got, err := readDocument(t, p, "c"); err != nil || !bytes.Equal(got, doc) {
+				t.Errorf("operation %d: in the new epoch the document has %d other bytes, %v", at, len(got), err)
+			}
+			if u := p.Usage(); u.Documents != alloc.RoundUnit(int64(len(doc))) {
+				t.Errorf("operation %d: in the new epoch %d bytes are documents, expected one", at, u.Documents)
+			}
+		}
+		mustCheck(t, p)
+		if finished || t.Failed() {
+			break
+		}
+	}
+	if waited == 0 {
+		t.Error("no replaced document waited for the next epoch")
+	}
+}
