@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
 // removeAll removes images with their layers of the same keys.
@@ -119,6 +122,55 @@ func TestPutWhileFreeing(t *testing.T) {
 			left--
 		}
 	}
+}
+
+// punchedRegion calls before at the start of each punch.
+type punchedRegion struct {
+	region.Region
+	before func()
+}
+
+func (r *punchedRegion) Punch(off, n int64) error {
+	r.before()
+	return r.Region.Punch(off, n)
+}
+
+// An epoch begins after all contents that are being freed: their space belongs to the old one.
+func TestEpochWaitsForDiscard(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	punching, end := make(chan struct{}), make(chan struct{})
+	below := p.region
+	p.region = &punchedRegion{below, func() {
+		close(punching)
+		<-end
+	}}
+	b := p.Begin()
+	put(t, b, random(1, 5000))
+	discarded := make(chan struct{})
+	go func() {
+		defer close(discarded)
+		b.Discard()
+	}()
+	<-punching
+	p.region = below
+	addImage(t, p, "a", random(2, 5000))
+	began := make(chan error, 1)
+	go func() { began <- p.NewEpoch(ctx) }()
+	for gone := false; !gone; runtime.Gosched() {
+		p.mu.Lock()
+		gone = len(p.images) == 0
+		p.mu.Unlock()
+	}
+	select {
+	case err := <-began:
+		t.Errorf("an epoch began while contents of the last one were being freed: %v", err)
+		began <- err
+	case <-time.After(10 * time.Millisecond): // enough for an epoch that does not wait
+	}
+	close(end)
+	<-discarded
+	noError(t, <-began)
+	mustCheck(t, p)
 }
 
 // An empty file keeps its inode, also after contents beside it were freed and the pool was opened again.

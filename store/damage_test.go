@@ -114,6 +114,9 @@ func TestDamagedImage(t *testing.T) {
 	count(3, "right after the damage was found")
 	k.damaged = time.Time{}
 	count(2, "not in use")
+	if r := k.imageRecord(img.Key); len(r.Layers) != 2 {
+		t.Errorf("the record of the rebuilt image is %+v", r)
+	}
 	if d := k.pool.Damaged(); len(d) != 0 {
 		t.Errorf("still damaged: %+v", d)
 	}

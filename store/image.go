@@ -174,8 +174,8 @@ func mergeLayers(ctx context.Context, from []Layer,
 	return m.Root(), nil
 }
 
-// rebuild adds the pinned images, and those of readers, that a new epoch removed: somebody wants them
-// in the pool although no container asks for them.
+// rebuild adds the pinned images that a new epoch removed: somebody wants them in the pool although no
+// container asks for them.
 func (s *Store) rebuild(ctx context.Context) error {
 	var errs []error
 	for key, r := range s.imageRecords() {

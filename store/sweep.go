@@ -95,9 +95,7 @@ type sweep struct {
 }
 
 // lasting reports whether a holder wants an image in the pool even if nothing on this host uses it.
-func lasting(holder string) bool {
-	return strings.HasPrefix(holder, holderPin) || strings.HasPrefix(holder, holderReader)
-}
+func lasting(holder string) bool { return strings.HasPrefix(holder, holderPin) }
 
 // needOf returns the need of holders. containerd says whether holders of containerd count.
 func needOf(holders []string, containerd bool) Use {
@@ -108,7 +106,7 @@ func needOf(holders []string, containerd bool) Use {
 			if containerd {
 				need = InUse
 			}
-		case strings.HasPrefix(h, holderPin):
+		case lasting(h):
 			need = max(need, Kept)
 		default:
 			need = InUse
@@ -211,11 +209,7 @@ func (w *sweep) image(ctx context.Context, key string) error {
 	}
 	pinned := slices.ContainsFunc(w.imageRecord(canonical(key)).Holders, lasting)
 	keep := need > Unused && (!w.short || pinned || w.prefixes[canonical(key)]) || w.keeps(ctx)
-	_, mounted := w.table.Get(key)
-	if !mounted && keep {
-		return nil // as it should be
-	}
-	if mounted {
+	if _, mounted := w.table.Get(key); mounted {
 		if free, err := w.unmount(ctx, key); err != nil || !free {
 			return err
 		}

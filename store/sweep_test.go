@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -43,6 +44,97 @@ func TestSweepKeepsLayers(t *testing.T) {
 	}
 	k.must(k.Sweep(ctx, wants{}, false))
 	k.expectLayers("not needed")
+	if r := k.layerRecords(); len(r) != 0 {
+		t.Errorf("records of layers that nothing needs, one of them evicted before: %+v", r)
+	}
+}
+
+// If memory is short, a mounted image that can be made again goes, but not what is known of it.
+func TestSweepEvictsReady(t *testing.T) {
+	var evicted []string
+	k := newKit(t, func(c *Config) { c.Evicted = func(what string) { evicted = append(evicted, what) } })
+	ctx := t.Context()
+	a := file{"a", random(1, 5000)}
+	img := image(k.stream(a))
+	img.Name = "example.org/web:1"
+	dir, err := k.Lower(ctx, img)
+	k.must(err)
+	need := wants{img.Key: Ready, img.Layers[0].Key: Kept}
+	k.must(k.Sweep(ctx, need, false))
+	k.expect(dir, a)
+	for range 2 {
+		k.must(k.Sweep(ctx, need, true))
+		if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
+			t.Errorf("mounted %+v and %d images are left", m, n)
+		}
+	}
+	if r := k.imageRecord(img.Key); fmt.Sprint(evicted) != "[image]" || len(r.Names) != 1 || len(r.Layers) != 1 {
+		t.Errorf("evicted %q, left is the record %+v; expected one image and its record", evicted, r)
+	}
+	dir, err = k.Lower(ctx, img)
+	k.must(err)
+	k.expect(dir, a)
+}
+
+// An image goes even if only the pool or only its mount tells of it.
+func TestSweepFindsImages(t *testing.T) {
+	for name, forget := range map[string]func(k *kit, key string){
+		"in the pool": func(k *kit, key string) { k.must(k.table.Unmount(k.t.Context(), key)) },
+		"mounted":     func(k *kit, key string) { k.must(k.pool.RemoveImage(k.t.Context(), key)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKit(t, nil)
+			img := image(k.stream(file{"a", random(1, 5000)}))
+			_, err := k.Lower(t.Context(), img)
+			k.must(err)
+			forget(k, img.Key)
+			k.must(k.forgetImage(img.Key))
+			k.must(k.Sweep(t.Context(), wants{}, false))
+			if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
+				t.Errorf("mounted %+v and %d images are left", m, n)
+			}
+		})
+	}
+}
+
+// Containerd holds nothing after its last use, also for those that do not ask containerd later.
+func TestSweepDropsContainerd(t *testing.T) {
+	k := newKit(t, nil)
+	ctx := t.Context()
+	img := image(k.stream(file{"a", random(1, 5000)}))
+	_, err := k.Lower(ctx, img)
+	k.must(err)
+	_, err = k.Pin(ctx, img.Key, "pinned")
+	k.must(err)
+	k.must(k.Sweep(ctx, wants{}, false))
+	k.must(k.Unpin("pinned"))
+	k.restart(nil)
+	k.sweep()
+	k.expectLayers("unpinned")
+	if n := len(k.pool.Images()); n != 0 {
+		t.Errorf("%d images are left", n)
+	}
+}
+
+// The layers of an image that containerd holds stay without containerd, even one without a record.
+func TestSweepKeepsLayersOfImage(t *testing.T) {
+	k := newKit(t, nil)
+	img := image(k.stream(file{"a", random(1, 5000)}))
+	_, err := k.Lower(t.Context(), img)
+	k.must(err)
+	k.must(k.forgetLayer(img.Layers[0].Key))
+	k.sweep()
+	k.expectLayers("held", img.Layers[0].Key)
+}
+
+// A pinned layer stays, even if its image is not made yet and memory is short.
+func TestSweepKeepsPinnedLayer(t *testing.T) {
+	k := newKit(t, nil)
+	dir := t.TempDir()
+	k.must(os.WriteFile(filepath.Join(dir, "a"), random(1, 5000), 0o600))
+	k.must(k.AddDir(t.Context(), holderPin+"pinned", "dir/a", dir))
+	k.must(k.Sweep(t.Context(), wants{}, true))
+	k.expectLayers("pinned", "dir/a")
 }
 
 // The layers of a pinned image stay without containerd: there may be no other copy.
@@ -88,6 +180,8 @@ func TestSweepKeepsPacks(t *testing.T) {
 	a := file{"a", random(1, 50_000)}
 	img := image(k.stream(a))
 	need := wants{img.Key: Kept, img.Layers[0].Key: Kept}
+	_, err := k.Lower(ctx, img)
+	k.must(err)
 	k.must(k.Sweep(ctx, need, true))
 	k.expectLayers("memory is short")
 	dir, err := k.Lower(ctx, img)
@@ -103,8 +197,11 @@ func TestSweepKeepsPacks(t *testing.T) {
 func TestSweepRecordsLayers(t *testing.T) {
 	k := newKit(t, nil)
 	key := k.putLayer()
-	k.must(k.forgetLayer(key))
+	k.must(errors.Join(k.forgetLayer(key), k.pool.FlushRecords()))
 	k.must(k.Sweep(t.Context(), wants{key: Kept}, false))
+	if now, err := k.pool.Records(kindLayer); err != nil || len(now) != 1 {
+		t.Errorf("after a crash there would be the records %q, %v", now, err)
+	}
 	k.restart(nil)
 	k.sweep()
 	k.expectLayers("held", key)
