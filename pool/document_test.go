@@ -2,6 +2,7 @@ package pool
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"sync"
@@ -151,11 +152,16 @@ func TestDocumentReaders(t *testing.T) {
 
 func TestReadDocumentRefuses(t *testing.T) {
 	r := bytes.NewReader(make([]byte, 1<<20))
+	none, one := sha256.Sum256(nil), sha256.Sum256([]byte{0})
 	for name, d := range map[string]Document{
-		"huge":       {Off: 4096, Size: 1 << 40},
-		"negative":   {Off: 4096, Size: -1},
-		"misaligned": {Off: 1, Size: 1},
-		"digest":     {Off: 4096, Size: 10},
+		"huge":              {Off: 4096, Size: 1 << 40},
+		"empty":             {Off: 4096, Sum: none},
+		"negative":          {Off: 4096, Size: -1},
+		"misaligned":        {Off: 1, Size: 1, Sum: one},
+		"in the header":     {Size: 1, Sum: one},
+		"before the pool":   {Off: -4096, Size: 1, Sum: one},
+		"behind all memory": {Off: MaxSize, Size: 1, Sum: one},
+		"digest":            {Off: 4096, Size: 10},
 	} {
 		if b, err := ReadDocument(r, Image{Key: "a", Document: d}); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: %q, %v; expected ErrCorrupt", name, b, err)
@@ -163,6 +169,46 @@ func TestReadDocumentRefuses(t *testing.T) {
 	}
 	if b, err := ReadDocument(r, Image{Key: "a", Document: Document{Off: 1 << 20, Size: 10}}); err == nil {
 		t.Errorf("behind the end: read %q", b)
+	}
+}
+
+// TestDocumentKeptForReaders fails each operation of replacing a document, then replaces that of another
+// image. What the catalogue still names stays readable.
+func TestDocumentKeptForReaders(t *testing.T) {
+	kept := 0
+	for at := 1; ; at++ {
+		f := &faults{}
+		p, _, _ := leasedPool(t, f)
+		noError(t, p.SetDocument(ctx, "b", bodies.d))
+		f.n, f.at = 0, at
+		err := p.SetDocument(ctx, "b", bodies.g)
+		finished := f.n < at
+		f.at = 0
+		if err != nil && !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+		noError(t, p.SetDocument(ctx, "a", bodies.c))
+		doc, err := readDocument(t, p, "b")
+		if err != nil || !bytes.Equal(doc, bodies.d) && !bytes.Equal(doc, bodies.g) {
+			t.Errorf("operation %d: readers find %d other bytes, %v", at, len(doc), err)
+		}
+		if len(p.stale) > 0 && bytes.Equal(doc, bodies.d) {
+			kept++
+		}
+		noError(t, p.SetDocument(ctx, "b", bodies.g))
+		if doc, err := readDocument(t, p, "b"); err != nil || !bytes.Equal(doc, bodies.g) {
+			t.Errorf("operation %d: set again, readers find %d other bytes, %v", at, len(doc), err)
+		}
+		if u, want := p.Usage(), int64(len(bodies.c)+len(bodies.g)); u.Documents > want+2*alloc.Unit {
+			t.Errorf("operation %d: documents take %d bytes, expected about %d", at, u.Documents, want)
+		}
+		mustCheck(t, p)
+		if finished || t.Failed() {
+			break
+		}
+	}
+	if kept == 0 {
+		t.Error("no fault left the old document in the catalogue")
 	}
 }
 

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/pool/internal/alloc"
 	"github.com/daxfs/daxfs-snapshotter/pool/region"
 )
 
@@ -186,5 +188,104 @@ func TestPutFaults(t *testing.T) {
 		}
 		put(t, b, other)
 		mustCheck(t, p)
+	}
+}
+
+// A put that compares with contents of the pool, and then diverges or fails, holds them no longer.
+func TestPutReleasesAlike(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	before := p.Usage()
+	b := p.Begin()
+	first := random(1, 3*chunk)
+	put(t, b, first)
+	other := bytes.Clone(first)
+	other[2*chunk] ^= 1
+	put(t, b, other)
+	put(t, b, first)
+	short := bytes.NewReader(first[:2*chunk])
+	if _, err := b.Put(ctx, int64(len(first)), short); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("put of contents that end early: %v", err)
+	}
+	b.Discard()
+	if after := p.Usage(); after != before {
+		t.Errorf("after all was discarded: %+v, before %+v", after, before)
+	}
+}
+
+// failingReads fails one read of a region.
+type failingReads struct {
+	region.Region
+	n, at int
+}
+
+func (r *failingReads) ReadAt(b []byte, off int64) (int, error) {
+	if r.n++; r.n == r.at {
+		return 0, errFault
+	}
+	return r.Region.ReadAt(b, off)
+}
+
+// A put fails if it cannot read the contents with which it compares or from which it copies.
+func TestPutReadFaults(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	b := p.Begin()
+	defer b.Discard()
+	first := random(1, 4*chunk)
+	put(t, b, first)
+	other := bytes.Clone(first)
+	other[2*chunk] ^= 1
+	before := p.Usage()
+	r := &failingReads{Region: p.region}
+	p.region = r
+	defer func() { p.region = r.Region }()
+	for r.at = 1; ; r.at++ {
+		r.n = 0
+		_, err := b.Put(ctx, int64(len(other)), bytes.NewReader(other))
+		if r.n < r.at {
+			if err != nil || r.n != 5 {
+				t.Errorf("%v after %d reads, expected to compare 3 chunks and to copy 2", err, r.n)
+			}
+			break
+		}
+		if after := p.Usage(); !errors.Is(err, errFault) || after != before {
+			t.Fatalf("read %d failed: %v, usage %+v, before %+v", r.at, err, after, before)
+		}
+	}
+}
+
+// The rest of the last page is zero even if the system could not clear the space that was freed before.
+func TestTailInUsedSpace(t *testing.T) {
+	for _, size := range []int{2 * alloc.Unit, chunk, 2 * chunk} {
+		f := &faults{only: "punch"}
+		p, err := Create(newSimRegion(simSize, f), filepath.Join(fastDir(t), "index"), Options{})
+		noError(t, err)
+		defer p.Close()
+		f.n, f.at, f.stay = 0, 1, true
+		b := p.Begin()
+		used := put(t, b, random(1, size))
+		b.Discard()
+		b = p.Begin()
+		d := put(t, b, random(2, size-100))
+		if d.Off != used.Off || f.n == 0 {
+			t.Errorf("%d bytes are at %d, expected the used space at %d", size, d.Off, used.Off)
+		}
+		noError(t, b.CommitLayer(ctx, "a", nil))
+		mustCheck(t, p)
+	}
+}
+
+// A layer that exists stays, and a batch that is committed to it gives up its contents.
+func TestCommitExisting(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	for i, payload := range []string{"first", "second"} {
+		b := p.Begin()
+		put(t, b, random(uint64(i), 5000))
+		noError(t, b.CommitLayer(ctx, "a", []byte(payload)))
+	}
+	if got, err := p.Layer("a"); err != nil || string(got) != "first" {
+		t.Errorf("the layer is %q, %v", got, err)
+	}
+	if n := p.Usage().ExtentCount; n != 1 {
+		t.Errorf("%d extents, expected the one of the layer", n)
 	}
 }
