@@ -289,3 +289,26 @@ func TestCommitExisting(t *testing.T) {
 		t.Errorf("%d extents, expected the one of the layer", n)
 	}
 }
+
+// Contents are found by their digest even if more contents begin alike than a put compares with.
+func TestPutManyAlike(t *testing.T) {
+	p := newTestPool(t, 64<<20)
+	b := p.Begin()
+	defer b.Discard()
+	var places []int64
+	var all [][]byte
+	for i := range maxAlike + 2 {
+		body := random(1, 2*chunk)
+		body[chunk+i] ^= 1
+		all = append(all, body)
+		places = append(places, put(t, b, body).Off)
+	}
+	for i, body := range all {
+		if d := put(t, b, body); d.Off != places[i] {
+			t.Errorf("contents %d are at %d and at %d", i, places[i], d.Off)
+		}
+	}
+	if n := p.Usage().ExtentCount; n != len(all) {
+		t.Errorf("%d extents, expected %d", n, len(all))
+	}
+}

@@ -39,6 +39,9 @@ func TestSweepKeepsLayers(t *testing.T) {
 	k.expectLayers("held", st.Key, "dir/b")
 	k.must(k.Sweep(ctx, need, true))
 	k.expectLayers("memory is short", st.Key)
+	if r := k.layerRecords()["dir/b"]; len(r.Holders) != 1 {
+		t.Errorf("the record of the evicted layer is %+v", r)
+	}
 	if fmt.Sprint(evicted) != "[layer]" {
 		t.Errorf("evicted %q, expected the layer of a directory", evicted)
 	}
@@ -191,6 +194,56 @@ func TestSweepKeepsPacks(t *testing.T) {
 	if ids, err := k.packs.list(); err != nil || len(ids) > 0 {
 		t.Errorf("packs of layers that nothing needs: %q, %v", ids, err)
 	}
+}
+
+// A layer whose pack is gone has no other copy.
+func TestSweepKeepsLayerWithoutPack(t *testing.T) {
+	k := newPackKit(t, nil)
+	raw := makeTar(file{"a", random(1, 50_000)})
+	st, err := k.AddBlob(t.Context(), blobOf(raw))
+	k.must(err)
+	k.must(k.packs.remove(st.DiffID))
+	k.must(k.Sweep(t.Context(), wants{st.Key: Kept}, true))
+	k.expectLayers("memory is short", st.Key)
+}
+
+// An image with an open file stays until the next sweep, which is no error.
+func TestSweepLeavesBusy(t *testing.T) {
+	k := newKit(t, nil)
+	a := file{"a", random(1, 5000)}
+	dir, err := k.Lower(t.Context(), image(k.stream(a)))
+	k.must(err)
+	f, err := os.Open(filepath.Join(dir, "a"))
+	k.must(err)
+	defer f.Close()
+	k.must(k.Sweep(t.Context(), wants{}, false))
+	k.expect(dir, a)
+	k.must(f.Close())
+	k.must(k.Sweep(t.Context(), wants{}, false))
+	if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
+		t.Errorf("mounted %+v and %d images are left", m, n)
+	}
+}
+
+// The end of one mount by hand does not end another of the same image.
+func TestSweepKeepsOtherMount(t *testing.T) {
+	k := newKit(t, nil)
+	a := file{"a", random(1, 5000)}
+	img := image(k.stream(a))
+	_, err := k.Lower(t.Context(), img)
+	k.must(err)
+	ends, stays := t.TempDir(), t.TempDir()
+	for _, dir := range []string{ends, stays} {
+		_, err = k.MountAt(t.Context(), img.Key, dir, true)
+		k.must(err)
+	}
+	k.must(detach(ends))
+	k.must(k.Sweep(t.Context(), wants{}, false))
+	if m := k.Mounts(); len(m) != 1 || m[stays] != img.Key {
+		t.Errorf("mounts %v, expected that on %s", m, stays)
+	}
+	k.expect(stays, a)
+	k.must(k.UnmountAt(t.Context(), stays))
 }
 
 // A layer that containerd needs gets a record if it has none, for those that do not ask containerd.
