@@ -194,7 +194,6 @@ func (w *largeWrite) settle(ctx context.Context) (*extent, error) {
 	if shared {
 		w.p.unref(own)
 	}
-	w.own = nil
 	return e, nil
 }
 
@@ -207,10 +206,8 @@ func (p *Pool) alike(key headKey) []*extent {
 		if len(out) == maxAlike {
 			break
 		}
-		if !e.pending {
-			e.ref()
-			out = append(out, e)
-		}
+		e.ref()
+		out = append(out, e)
 	}
 	return out
 }

@@ -207,7 +207,8 @@ func TestDocumentKeptForReaders(t *testing.T) {
 			t.Errorf("operation %d: set again, readers find %d other bytes in generation %d, %v; before it was %d", at,
 				len(doc), p.Generation(), err, gen)
 		}
-		if u := p.Usage(); u.Documents != before.Documents || u.Free != before.Free || u.ExtentCount != before.ExtentCount {
+		u := p.Usage()
+		if u.Documents != before.Documents || u.Free != before.Free || u.ExtentCount != before.ExtentCount {
 			t.Errorf("operation %d: %+v, expected as much as before: %+v", at, u, before)
 		}
 		mustCheck(t, p)

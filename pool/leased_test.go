@@ -218,7 +218,8 @@ func TestReadersKeepFullEpoch(t *testing.T) {
 		p.warn = func(err error) { warned = err }
 		p.SetLeases(&asked{any: func() ([]string, error) { return c.users, c.err }})
 		turned, err := p.NothingMounted(ctx)
-		if keys := listed(t, r); err != nil || keys != c.keys || turned != (keys == "") || turned != (p.UUID() != uuid) {
+		keys := listed(t, r)
+		if err != nil || keys != c.keys || turned != (keys == "") || turned != (p.UUID() != uuid) {
 			t.Errorf("readers %q, %v: turned %t, %v; the catalogue lists %q", c.users, c.err, turned, err, keys)
 		}
 		if !errors.Is(warned, c.err) || (warned != nil) != c.warned {
