@@ -296,10 +296,7 @@ func (p *prover) reportBad() {
 			p.finding(RuleDigestGap, b.off, 0, "", "something lies between contents, expected zeros")
 			continue
 		}
-		f := files[b.off]
-		if f == nil {
-			f = &badFile{}
-		}
+		f := files[b.off] // files has an entry for each
 		p.finding(RuleDigestData, b.off, f.nid, f.path, "%d bytes have SHA-256 %x, expected %x%s",
 			b.size, b.got, b.want, f.others())
 	}

@@ -15,54 +15,41 @@ type rawXattr struct {
 	size  int64 // of its entry
 }
 
+// xattrs returns the attributes of an inode in the order of Linux: inline ones first.
 func (f *FS) xattrs(in *Inode) ([]Xattr, error) {
-	var xs []Xattr
-	err := f.eachXattr(in, func(x rawXattr, shared bool) error {
-		xs = append(xs, Xattr{disk.ErofsXattrPrefix(x.index) + string(x.name), bytes.Clone(x.value)})
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return xs, nil
-}
-
-// eachXattr calls fn for the attributes of an inode in the order of Linux: inline ones first.
-func (f *FS) eachXattr(in *Inode, fn func(x rawXattr, shared bool) error) error {
 	if in.xlen == 0 {
-		return nil
+		return nil, nil
 	}
 	b, err := f.s.view(in.xoff, int(in.xlen))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var h disk.ErofsXattrHeader
 	h.Unmarshal(b)
 	pos := disk.ErofsXattrHdrSize + disk.ErofsXattrIDSize*int(h.Shared)
 	if pos > len(b) {
-		return corrupt(RuleXattrBounds, in.xoff, in.Nid, "%d shared xattrs do not fit in %d bytes", h.Shared, len(b))
+		return nil,
+			corrupt(RuleXattrBounds, in.xoff, in.Nid, "%d shared xattrs do not fit in %d bytes", h.Shared, len(b))
 	}
+	var xs []Xattr
+	add := func(x rawXattr) { xs = append(xs, Xattr{x.fullName(), bytes.Clone(x.value)}) }
 	ids := b[disk.ErofsXattrHdrSize:pos]
 	for pos < len(b) {
 		x, err := parseXattr(b[pos:], in.xoff+int64(pos), in.Nid)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if err := fn(x, false); err != nil {
-			return err
-		}
+		add(x)
 		pos += int(x.size)
 	}
 	for ; len(ids) > 0; ids = ids[disk.ErofsXattrIDSize:] {
 		x, err := f.sharedXattr(disk.ErofsXattrID(ids), in.Nid)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if err := fn(x, true); err != nil {
-			return err
-		}
+		add(x)
 	}
-	return nil
+	return xs, nil
 }
 
 // sharedXattr reads the shared attribute id.

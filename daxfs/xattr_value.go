@@ -135,8 +135,7 @@ func aclFollows(last, tag uint16) bool {
 		return last == aclOwner || last == aclUser
 	case aclGroupN, aclMask:
 		return last == aclGroup || last == aclGroupN
-	case aclOther:
+	default: // aclOther
 		return last == aclGroup || last == aclGroupN || last == aclMask
 	}
-	return false
 }
