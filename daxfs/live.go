@@ -2,6 +2,7 @@ package daxfs
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -209,7 +210,7 @@ type Live struct {
 
 // OpenLive reads the superblock and the root directory of a live tree of size bytes.
 //
-// The error is a *FormatError, or wraps ErrUnsupported for another EROFS file system.
+// The error is a *FormatError, or wraps ErrUnsupported for another EROFS file system, or is an error of r.
 func OpenLive(r io.ReaderAt, size int64) (*Live, error) {
 	f, err := Open(r, size)
 	if err != nil {
@@ -224,14 +225,17 @@ func OpenLive(r io.ReaderAt, size int64) (*Live, error) {
 	if f.sb.Root != liveRoot || f.sb.Label != liveLabel {
 		return nil, fmt.Errorf("%w: root %d, label %q", errNotLive, f.sb.Root, f.sb.Label)
 	}
-	first, err := root.Lookup(l.g.SlotName(0))
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNotLive, err)
+	var slots [2]uint64
+	for i := range slots {
+		slots[i], err = root.Lookup(l.g.SlotName(i))
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%w: slot %d: %w", errNotLive, i, err)
+		}
+		if err != nil { // a failed read says nothing about the file system
+			return nil, err
+		}
 	}
-	second, err := root.Lookup(l.g.SlotName(1))
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNotLive, err)
-	}
+	first, second := slots[0], slots[1]
 	if second-first == slotSize/disk.ErofsSlot {
 		l.g.PerBlock = SlotsPerBlock
 	}
