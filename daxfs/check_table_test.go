@@ -273,6 +273,9 @@ var corruptions = []corruption{
 		"NUL in a name", daxfs.RuleDirName, "halves-names super-inodes",
 		func(s *surgeon) { s.name("many", "entry-100")[4] = 0 },
 	},
+	{"directory of 5 bytes", daxfs.RuleDirBlock, "dir-dots", func(s *surgeon) {
+		s.inode("dir/sub2", func(i *disk.ErofsInode) { i.Size = 5 })
+	}},
 	{"empty last name", daxfs.RuleDirName, "halves-names super-inodes", func(s *surgeon) { s.name("dir", "y")[0] = 0 }},
 	{
 		"names out of order", daxfs.RuleDirOrder, "halves-names",

@@ -2,17 +2,20 @@ package daxfs_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/daxfs"
+	"github.com/daxfs/daxfs-snapshotter/daxfs/internal/disk"
 )
 
 // findings checks an image and returns the findings. It fails the test if the error does not fit them.
@@ -195,30 +198,95 @@ func TestCheckStops(t *testing.T) {
 
 // TestReadFaults fails one read after another: the check and both readers must return the error.
 func TestReadFaults(t *testing.T) {
-	b := patient(t)
-	size := int64(len(b))
-	for name, f := range map[string]func(r io.ReaderAt) error{
-		"check": func(r io.ReaderAt) error { return daxfs.Check(r, size, func(daxfs.Finding) bool { return true }) },
-		"erofs": func(r io.ReaderAt) error {
+	one, large := patient(t), provableLarge(t)
+	p := newSmallLive(t, 100, 1)
+	p.publish(t, dir(map[string]*daxfs.Node{"f": file(p.s.put([]byte("f"))), "l": symlink("f")}))
+	p.publish(t, dir(map[string]*daxfs.Node{"d": dir(nil)}))
+	p.check(t) // makes the file complete
+	live := p.s.f.b
+	none := func(f daxfs.Finding) bool {
+		t.Errorf("a failed read is the finding %v", f)
+		return true
+	}
+	for name, c := range map[string]struct {
+		b []byte
+		f func(r io.ReaderAt, size int64) error
+	}{
+		"check": {one, func(r io.ReaderAt, size int64) error { return daxfs.Check(r, size, none) }},
+		"erofs": {one, func(r io.ReaderAt, size int64) error {
 			f, err := daxfs.Open(r, size)
 			if err == nil {
 				_, err = readAll(f.Walk)
 			}
 			return err
-		},
-		"daxfs": func(r io.ReaderAt) error {
+		}},
+		"daxfs": {one, func(r io.ReaderAt, size int64) error {
 			d, err := daxfs.OpenDAXFS(r, size)
 			if err == nil {
 				_, err = readAll(d.Walk)
 			}
 			return err
-		},
+		}},
+		"paths": {one, func(r io.ReaderAt, size int64) error {
+			f, err := daxfs.Open(r, size)
+			if err == nil {
+				_, err = f.ReadLink("link")
+			}
+			if err == nil {
+				_, err = f.ReadFile("link")
+			}
+			return err
+		}},
+		"attributes": {one, func(r io.ReaderAt, size int64) error {
+			f, err := daxfs.Open(r, size)
+			var in daxfs.Inode
+			if err == nil {
+				in, err = f.Lookup("many/entry-000", false)
+			}
+			if err == nil {
+				_, err = in.Stat.Xattrs()
+			}
+			if err == nil {
+				_, _, err = in.Xattr("user.shared")
+			}
+			return err
+		}},
+		"UUID": {one, func(r io.ReaderAt, size int64) error {
+			f, err := daxfs.Open(r, size)
+			if err == nil {
+				_, err = daxfs.TreeUUID(f, dataOf(t, one))
+			}
+			return err
+		}},
+		"check of a live tree": {live, func(r io.ReaderAt, size int64) error {
+			return daxfs.CheckLive(r, size, daxfs.LiveCheckOptions{}, none)
+		}},
+		"live tree": {live, func(r io.ReaderAt, size int64) error {
+			l, err := daxfs.OpenLive(r, size)
+			if errors.Is(err, daxfs.ErrUnsupported) {
+				t.Errorf("a failed read is another file system: %v", err)
+			}
+			for i := 0; err == nil && i < p.used; i++ {
+				var img *daxfs.FS
+				if img, err = l.Image(i); err == nil {
+					_, err = readAll(img.Walk)
+				}
+			}
+			return err
+		}},
+		"root hash": {large, func(r io.ReaderAt, size int64) error {
+			_, err := daxfs.ReadRootHash(r, size)
+			return err
+		}},
+		"proof": {large, func(r io.ReaderAt, size int64) error {
+			return daxfs.Prove(context.Background(), r, size, daxfs.ProveOptions{}, none)
+		}},
 	} {
-		n := 0
-		for ; ; n += 1 + n/20 {
-			r := &faultyReader{r: bytes.NewReader(b), left: n}
-			err := f(r)
-			if err == nil && r.left >= 0 {
+		for n := 0; ; n += 1 + n/20 {
+			r := &faultyReader{r: bytes.NewReader(c.b)}
+			r.left.Store(int64(n))
+			err := c.f(r, int64(len(c.b)))
+			if err == nil && r.left.Load() >= 0 {
 				break
 			}
 			if !isErr(err, io.ErrClosedPipe) {
@@ -228,15 +296,14 @@ func TestReadFaults(t *testing.T) {
 	}
 }
 
-// faultyReader fails the read after left reads.
+// faultyReader fails the read after left reads. Several goroutines may use it.
 type faultyReader struct {
 	r    io.ReaderAt
-	left int
+	left atomic.Int64
 }
 
 func (f *faultyReader) ReadAt(p []byte, off int64) (int, error) {
-	f.left--
-	if f.left == -1 {
+	if f.left.Add(-1) == -1 {
 		return 0, io.ErrClosedPipe
 	}
 	return f.r.ReadAt(p, off)
@@ -263,6 +330,27 @@ func TestCheckLimits(t *testing.T) {
 	})
 	if rules[daxfs.RuleInodes] != 1 || rules[daxfs.RuleV8Table] != 1 {
 		t.Errorf("got %v, want one finding for each half", rules)
+	}
+}
+
+// TestCheckDeepPath: a finding names a deep inode by the end of its path.
+func TestCheckDeepPath(t *testing.T) {
+	for depth, want := range map[int]string{1: "/d/x", 63: strings.Repeat("/d", 63) + "/x", 64: "..." +
+		strings.Repeat("/d", 63) + "/x", 200: "..." + strings.Repeat("/d", 63) + "/x"} {
+		at := map[string]*daxfs.Node{"x": {Mode: unix.S_IFREG}}
+		for range depth {
+			at = map[string]*daxfs.Node{"d": dir(at)}
+		}
+		_, b := newStore(daxfs.BlockSize).fileImage(t, dir(at), daxfs.Options{})
+		o := operate(t, b)
+		o.inode(strings.Repeat("d/", depth)+"x", func(i *disk.ErofsInode) { i.Nlink = 7 })
+		found := false
+		for _, f := range findings(t, o.close()) {
+			found = found || f.Rule == daxfs.RuleNlink && f.Path == want
+		}
+		if !found {
+			t.Errorf("depth %d: %v, expected rule %s of %q", depth, findings(t, b), daxfs.RuleNlink, want)
+		}
 	}
 }
 

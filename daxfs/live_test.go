@@ -269,6 +269,9 @@ var liveCorruptions = map[string]struct {
 	"root of another": {rule: daxfs.RuleLiveShared, spoil: func(_ *testing.T, p *livePool) {
 		copy(p.s.f.b[p.g.SlotOff(2):][:daxfs.SlotSize], p.s.f.b[p.g.SlotOff(1):])
 	}},
+	"slot with a file": {rule: daxfs.RuleRoot, spoil: func(_ *testing.T, p *livePool) {
+		binary.LittleEndian.PutUint16(p.s.f.b[p.g.SlotOff(1)+4:], unix.S_IFREG|0o600)
+	}},
 	"label": {rule: daxfs.RuleChecksum, spoil: func(t *testing.T, p *livePool) { p.s.f.b[1024+64]++ }},
 	"retracted half": {
 		rule:  daxfs.RuleLiveSlots,

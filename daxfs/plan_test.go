@@ -89,6 +89,24 @@ func TestPlanRefuses(t *testing.T) {
 			dir(map[string]*daxfs.Node{"a": {Mode: unix.S_IFCHR, Rdev: unix.Mkdev(0, 1<<20)}}),
 			"/a", "0:1048576",
 		},
+		"path too deep": {
+			deep, strings.Repeat("/"+strings.Repeat("n", 255), 256),
+			"the path of a directory has 65536 bytes, expected at most 65535",
+		},
+		"directory with device": {
+			dir(map[string]*daxfs.Node{"a": {Mode: unix.S_IFDIR, Rdev: 1}}), "/a",
+			"a directory cannot have a device number",
+		},
+		"contents that overlap": {
+			dir(map[string]*daxfs.Node{
+				"a": file(daxfs.Data{Size: 4097, Off: 4096}), "b": file(daxfs.Data{Size: 1, Off: 8192}),
+			}), "/b", `contents of 1 bytes at 8192 overlap those of "/a", 4097 bytes at 4096`,
+		},
+		"contents of two sizes": {
+			dir(map[string]*daxfs.Node{
+				"a": file(daxfs.Data{Size: 2, Off: 4096}), "b": file(daxfs.Data{Size: 1, Off: 4096}),
+			}), "/a", `overlap those of "/b"`,
+		},
 		"negative size":  {dir(map[string]*daxfs.Node{"a": file(daxfs.Data{Size: -1})}), "/a", "negative"},
 		"unaligned data": {dir(map[string]*daxfs.Node{"a": file(daxfs.Data{Size: 1, Off: 100})}), "/a", "multiple"},
 		"negative data": {
@@ -157,7 +175,8 @@ func TestPlanRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, err := daxfs.NewPlan(c.root, daxfs.Options{})
 			_, live := daxfs.NewLivePlan(c.root, daxfs.Options{}, false)
-			for _, err := range []error{err, live} {
+			_, window := daxfs.NewLivePlan(c.root, daxfs.Options{}, true)
+			for _, err := range []error{err, live, window} {
 				var te *daxfs.TreeError
 				if !errors.Is(err, daxfs.ErrInvalid) || !errors.As(err, &te) {
 					t.Fatalf("error %v, expected a TreeError that wraps ErrInvalid", err)
@@ -172,6 +191,44 @@ func TestPlanRefuses(t *testing.T) {
 		if _, err := daxfs.NewPlan(dir(nil), daxfs.Options{Label: label}); !errors.Is(err, daxfs.ErrInvalid) {
 			t.Errorf("label %q: error %v", label, err)
 		}
+	}
+}
+
+// TestPlanTakes: with Options.Take a plan is the same, and directories lose their entries, also after an error.
+func TestPlanTakes(t *testing.T) {
+	s := newStore(daxfs.BlockSize)
+	tree := func() *daxfs.Node {
+		root := randomTree(3, 300, s)
+		root.Entries["sub"] = dir(map[string]*daxfs.Node{"x": dir(nil)})
+		return root
+	}
+	root := tree()
+	kept, err := daxfs.NewPlan(root, daxfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub := root.Entries["sub"]
+	if sub == nil || len(sub.Entries) != 1 {
+		t.Error("a plan without Take changed the tree")
+	}
+	taken, err := daxfs.NewPlan(root, daxfs.Options{Take: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if taken.String() != kept.String() {
+		t.Error("Take gives another plan")
+	}
+	if len(root.Entries) != 0 || len(sub.Entries) != 0 {
+		t.Errorf("%d and %d entries are left", len(root.Entries), len(sub.Entries))
+	}
+	root = tree()
+	sub = root.Entries["sub"]
+	root.Entries["sub\x00"] = nil // fails after "sub" was planned
+	if _, err := daxfs.NewPlan(root, daxfs.Options{Take: true}); !errors.Is(err, daxfs.ErrInvalid) {
+		t.Errorf("error %v, expected %v", err, daxfs.ErrInvalid)
+	}
+	if root.Entries["sub"] != nil || len(sub.Entries) != 0 {
+		t.Error("a plan that fails left a directory its entries")
 	}
 }
 

@@ -348,6 +348,64 @@ func TestProveNames(t *testing.T) {
 	}
 }
 
+// provableLarge has a file and a gap that are longer than one read.
+func provableLarge(t testing.TB) []byte {
+	t.Helper()
+	s := newStore(daxfs.BlockSize)
+	large := file(s.put(bytes.Repeat([]byte("large"), 300_000)))
+	s.next += 2 << 20
+	_, b := s.fileImage(t, dir(map[string]*daxfs.Node{"large": large}), daxfs.Options{Digests: true})
+	return b
+}
+
+// TestProveStops: a proof ends when no more findings are wanted.
+func TestProveStops(t *testing.T) {
+	b := provable(t)
+	o := operate(t, b)
+	o.contents("one")[0]++
+	o.contents("two")[0]++
+	if list, _ := proof(t, b, daxfs.ProveOptions{}); len(list) != 2 {
+		t.Fatalf("findings %v, want 2", list)
+	}
+	n := 0
+	err := daxfs.Prove(t.Context(), daxfs.Mem(b), int64(len(b)), daxfs.ProveOptions{}, func(daxfs.Finding) bool {
+		n++
+		return false
+	})
+	if n != 1 || !errors.Is(err, daxfs.ErrCorrupt) {
+		t.Errorf("%d findings, %v; want 1", n, err)
+	}
+}
+
+// TestProveWithoutTree: changed contents are found in an image whose metadata cannot be read. They have no name then.
+func TestProveWithoutTree(t *testing.T) {
+	b := provable(t)
+	o := operate(t, b)
+	two := o.lookup("two").Off
+	b[two]++
+	b[disk.ErofsSuperOff]++
+	list, err := proof(t, b, daxfs.ProveOptions{})
+	if !errors.Is(err, daxfs.ErrCorrupt) || len(list) != 2 || list[0].Rule != daxfs.RuleDigestMeta ||
+		list[1].Rule != daxfs.RuleDigestData || list[1].Off != two || list[1].Path != "" {
+		t.Errorf("findings %v, %v", list, err)
+	}
+}
+
+// TestProveSizes: no image has such a size, whoever asks for its root hash or its proof.
+func TestProveSizes(t *testing.T) {
+	for _, size := range []int64{-1, 0, daxfs.BlockSize - 1, 1 << 45} {
+		_, root := daxfs.ReadRootHash(failingReader{}, size)
+		for _, err := range []error{
+			root, daxfs.Prove(t.Context(), failingReader{}, size, daxfs.ProveOptions{}, nil),
+		} {
+			var fe *daxfs.FormatError
+			if !errors.As(err, &fe) || fe.Rule != daxfs.RuleImageSize {
+				t.Errorf("size %d: error %v, want rule %s", size, err, daxfs.RuleImageSize)
+			}
+		}
+	}
+}
+
 // TestProveErrors: a failed read is not a finding.
 func TestProveErrors(t *testing.T) {
 	b := provable(t)

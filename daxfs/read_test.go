@@ -3,6 +3,7 @@ package daxfs_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"maps"
@@ -41,6 +42,9 @@ func TestBothHalves(t *testing.T) {
 			}
 			if got, err := fsys.ReadLink("link2"); got != "two" || err != nil {
 				t.Errorf("read link: got %q, %v", got, err)
+			}
+			if _, err := fsys.ReadLink("none"); !isErr(err, fs.ErrNotExist) {
+				t.Errorf("read link of nothing: got %v", err)
 			}
 			if _, err := fsys.ReadLink("one"); !isErr(err, unix.EINVAL) {
 				t.Errorf("read link of a file: got %v", err)
@@ -141,6 +145,120 @@ func TestFiles(t *testing.T) {
 		info, err := o.f.Lstat(path)
 		if err != nil || info.Mode().Type() != want || !strings.Contains(fs.FormatFileInfo(info), path) {
 			t.Errorf("%q: got %v, %v, want %v", path, info, err, want)
+		}
+	}
+}
+
+// TestFileModes: each file type and permission bit of stat(2) has its counterpart in Go, and only contents of
+// regular files can be read.
+func TestFileModes(t *testing.T) {
+	root := dir(nil)
+	root.Entries = map[string]*daxfs.Node{}
+	modes := map[uint32]fs.FileMode{
+		unix.S_IFREG | 0o6755: fs.ModeSetuid | fs.ModeSetgid | 0o755,
+		unix.S_IFDIR | 0o1777: fs.ModeDir | fs.ModeSticky | 0o777,
+		unix.S_IFBLK | 0o660:  fs.ModeDevice | 0o660, unix.S_IFCHR | 0o666: fs.ModeDevice | fs.ModeCharDevice | 0o666,
+		unix.S_IFSOCK | 0o2700: fs.ModeSocket | fs.ModeSetgid | 0o700, unix.S_IFIFO: fs.ModeNamedPipe,
+	}
+	for mode := range modes {
+		root.Entries[fmt.Sprint(mode)] = &daxfs.Node{Mode: mode}
+	}
+	_, b := newStore(daxfs.BlockSize).fileImage(t, root, daxfs.Options{})
+	o := operate(t, b)
+	for mode, want := range modes {
+		path := fmt.Sprint(mode)
+		info, err := o.f.Lstat(path)
+		if err != nil || info.Mode() != want {
+			t.Errorf("mode %#o: got %v, %v, want %v", mode, info.Mode(), err, want)
+		}
+		_, err = o.f.ReadFile(path)
+		f, openErr := o.f.Open(path)
+		if openErr != nil {
+			t.Fatal(openErr)
+		}
+		_, readErr := f.Read(make([]byte, 1))
+		switch {
+		case want.IsRegular():
+			if err != nil || readErr != io.EOF {
+				t.Errorf("mode %#o: got %v and %v", mode, err, readErr)
+			}
+		case want.IsDir():
+			if !isErr(err, unix.EISDIR) || !isErr(readErr, unix.EISDIR) {
+				t.Errorf("mode %#o: got %v and %v, want %v", mode, err, readErr, unix.EISDIR)
+			}
+		default:
+			if !isErr(err, unix.EINVAL) || !isErr(readErr, unix.EINVAL) {
+				t.Errorf("mode %#o: got %v and %v, want %v", mode, err, readErr, unix.EINVAL)
+			}
+		}
+	}
+}
+
+// TestHostileReads: a call that meets bad bytes gives the rule that they break, whichever way it came there.
+func TestHostileReads(t *testing.T) {
+	sound := patient(t)
+	for name, c := range map[string]struct {
+		rule daxfs.Rule
+		read func(o *surgeon) error
+	}{
+		"NUL in a target": {daxfs.RuleSymlink, func(o *surgeon) error {
+			_, open := o.f.Open("link")
+			_, link := o.f.ReadLink("link")
+			if open == nil || link == nil {
+				t.Errorf("open %v, read link %v", open, link)
+			}
+			return errors.Join(open, link)
+		}},
+		"unknown type of an entry": {daxfs.RuleDirType, func(o *surgeon) error {
+			list, err := o.f.ReadDir("dir")
+			i := slices.IndexFunc(list, func(e fs.DirEntry) bool { return e.Name() == "x" })
+			if err != nil || i < 0 || list[i].Type() != fs.ModeIrregular {
+				t.Fatalf("read dir: got %v, %v, want an irregular file", list, err)
+			}
+			_, err = list[i].Info()
+			return err
+		}},
+		"inode after the end": {daxfs.RuleNid, func(o *surgeon) error {
+			list, err := o.f.ReadDir("dir")
+			if err != nil {
+				t.Fatal(err)
+			}
+			i := slices.IndexFunc(list, func(e fs.DirEntry) bool { return e.Name() == "x" })
+			_, err = list[i].Info()
+			return err
+		}},
+		"directory of 5 bytes": {daxfs.RuleDirBlock, func(o *surgeon) error {
+			_, err := o.f.Stat("dir/sub2/none")
+			return err
+		}},
+		"slash in a DAXFS name": {daxfs.RuleV8DirName, func(o *surgeon) error {
+			_, err := o.d.Stat("dir/y") // behind the bad one
+			return err
+		}},
+		"xattr of another namespace": {daxfs.RuleXattrName, func(o *surgeon) error {
+			_, _, err := o.lookup("one").Xattr("user.other")
+			return err
+		}},
+	} {
+		o := operate(t, bytes.Clone(sound))
+		corruptions[slices.IndexFunc(corruptions, func(k corruption) bool { return k.name == name })].edit(o)
+		var fe *daxfs.FormatError
+		if err := c.read(operate(t, o.close())); !errors.As(err, &fe) || fe.Rule != c.rule {
+			t.Errorf("%s: got %v, want rule %s", name, err, c.rule)
+		}
+	}
+	// Numbers that no directory names.
+	o := operate(t, sound)
+	for _, n := range []uint64{0, 318, 1 << 32, 1<<32 + 1, 1<<64 - 1} {
+		var fe *daxfs.FormatError
+		if _, err := o.d.Inode(n); !errors.As(err, &fe) || fe.Rule != daxfs.RuleV8Ino || fe.Ino != n {
+			t.Errorf("DAXFS inode %d: got %v, want rule %s", n, err, daxfs.RuleV8Ino)
+		}
+	}
+	for _, n := range []uint64{1 << 20, 1 << 59, 1<<64 - 1} {
+		var fe *daxfs.FormatError
+		if _, err := o.f.Inode(n); !errors.As(err, &fe) || fe.Rule != daxfs.RuleNid || fe.Ino != n {
+			t.Errorf("EROFS inode %d: got %v, want rule %s", n, err, daxfs.RuleNid)
 		}
 	}
 }
