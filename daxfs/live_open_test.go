@@ -152,6 +152,9 @@ func TestGeometryRefuses(t *testing.T) {
 func TestFormatLiveErrors(t *testing.T) {
 	for n := 0; ; n++ {
 		p := newSmallLive(t, 300, 1)
+		if _, err := p.openLive(); err != nil {
+			t.Fatal(err)
+		}
 		w := &failingWriter{w: &p.s.f, left: n}
 		err := daxfs.FormatLive(w, p.g)
 		if w.left >= 0 {
