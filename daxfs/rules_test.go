@@ -8,6 +8,7 @@ import (
 	"go/token"
 	"io/fs"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -142,5 +143,41 @@ func TestErrors(t *testing.T) {
 	}
 	if in, err := s.f.Inode(nid); err != nil || in.Size != 3 {
 		t.Errorf("got %v, %v", in, err)
+	}
+}
+
+// TestACLOrder tries every sequence of up to five entries: only the order that the kernel accepts is an ACL.
+func TestACLOrder(t *testing.T) {
+	// Owner, named users, owning group, named groups, mask, others.
+	sound := regexp.MustCompile(`^(ogt|ou*gn*mt)$`)
+	tags := map[byte]byte{'o': 0x01, 'u': 0x02, 'g': 0x04, 'n': 0x08, 'm': 0x10, 't': 0x20}
+	accepted := 0
+	var try func(order string)
+	try = func(order string) {
+		value := []byte{2, 0, 0, 0}
+		for _, e := range []byte(order) {
+			id := []byte{0xff, 0xff, 0xff, 0xff}
+			if e == 'u' || e == 'n' {
+				id = []byte{7, 0, 0, 0}
+			}
+			value = append(append(value, tags[e], 0, 5, 0), id...)
+		}
+		_, err := daxfs.NewPlan(dir(map[string]*daxfs.Node{"f": withXattr("system.posix_acl_access", value)}),
+			daxfs.Options{})
+		if err == nil {
+			accepted++
+		}
+		if want := sound.MatchString(order); want != (err == nil) || err != nil && !errors.Is(err, daxfs.ErrInvalid) {
+			t.Errorf("entries %q: %v, expected an ACL: %t", order, err, want)
+		}
+		if len(order) < 5 {
+			for e := range tags {
+				try(order + string(e))
+			}
+		}
+	}
+	try("")
+	if accepted != 4 {
+		t.Errorf("%d orders are accepted", accepted)
 	}
 }
