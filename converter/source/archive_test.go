@@ -205,7 +205,7 @@ func TestDockerArchiveChoice(t *testing.T) {
 			" ": `2 images: @0, @1 "x:1"`, ":@0 ": "a", ":x:1 ": "b", ":docker.io/library/x:1 ": "b",
 		}},
 		"two tags of one image": {saved{entry("a", "x:1"), entry("a", "x:2")}, map[string]string{
-			" ": "a", ":x:1 ": "a", ":x:2 ": "a", ":@1 ": "a",
+			" ": "a", ":x:1 ": "a", ":x:2 ": "a", ":@1 ": "a", ":UPPER ": `no "UPPER"`,
 		}},
 		"two platforms of one tag": {saved{entry("c", "x:1"), entry("a", "x:1")}, map[string]string{
 			" linux/amd64": "a", ":x:1 linux/arm64": "c", ":x:1 linux/amd64": "a",
@@ -234,6 +234,82 @@ func TestDockerArchiveChoice(t *testing.T) {
 				t.Errorf("%s, %q: found %+v (%v), expected an error that says %q", name, ask, img, err, want)
 			}
 		}
+	}
+}
+
+// TestDockerArchiveRefuses: the error says which part of the archive is wrong.
+func TestDockerArchiveRefuses(t *testing.T) {
+	a := Tar(Reg("a", "1"))
+	layer, config := Reg("a", string(a)), Reg("c", configOf(t, ocitest.LinuxAMD64, a))
+	badID := strings.Replace(configOf(t, ocitest.LinuxAMD64, a), "sha256:", "sha256:/", 1)
+	blob := "blobs/sha256/" + digest.FromBytes(a).Encoded()
+	sound := dockerEntry{Config: "c", Layers: strs{"a"}}
+	for name, c := range map[string]struct {
+		entries  files
+		manifest any
+		is       error // nil: only the message
+		says     string
+	}{
+		"no manifest": {files{layer}, nil, errNoMember, `not a docker archive: "manifest.json" is not in the archive`},
+		"manifest that is no list": {
+			files{layer},
+			map[string]int{"a": 1},
+			errDamaged,
+			"manifest.json: damaged: json: cannot unmarshal object",
+		},
+		"large configuration": {
+			files{layer, Reg("c", strings.Repeat(" ", maxDocument+1))},
+			saved{sound},
+			nil,
+			`config: "c": 8388609 bytes, expected at most 8388608`,
+		},
+		"no configuration": {files{layer}, saved{sound}, errNoMember, `config: "c" is not in the archive`},
+		"configuration that is no JSON": {
+			files{layer, Reg("c", "{]")},
+			saved{sound},
+			errDamaged,
+			"config " + digest.FromString("{]").String() + ": damaged",
+		},
+		"diff ID that is no digest": {
+			files{layer, Reg("c", badID)}, saved{sound}, errDamaged, `diff ID "sha256:/`,
+		},
+		"other number of layers": {
+			files{layer, config},
+			saved{{Config: "c", Layers: strs{"a", "a"}}},
+			errDamaged,
+			"1 diff IDs for 2 layers",
+		},
+		"no layer": {
+			files{config},
+			saved{sound},
+			errNoMember,
+			"layer 0 (" + digest.FromBytes(a).String() + `): "a" is not in the archive`,
+		},
+		"blob whose name is no digest": {
+			files{config, Reg("blobs/sha256/x", string(a))},
+			saved{{Config: "c", Layers: strs{"blobs/sha256/x"}}},
+			nil,
+			`layer 0: "blobs/sha256/x": invalid checksum digest`,
+		},
+		"the second of several": {
+			files{layer, config, Reg("bad", "{]")},
+			saved{{Config: "c", Layers: strs{"a"}, RepoTags: strs{"x"}}, {Config: "bad", RepoTags: strs{"x"}}},
+			errDamaged, "image @1: config sha256:",
+		},
+	} {
+		if c.manifest != nil {
+			c.entries = append(c.entries, Reg("manifest.json", jsonOf(t, c.manifest)))
+		}
+		img, err := findIn(t, "docker-archive", Tar(c.entries...), "", "")
+		if err == nil || c.is != nil && !errors.Is(err, c.is) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: found %+v, error %v; expected %v that says %q", name, img, err, c.is, c.says)
+		}
+	}
+	// The name of a blob is its digest, with which it is verified.
+	manifest := Reg("manifest.json", jsonOf(t, saved{{Config: "c", Layers: strs{blob}}}))
+	img, err := findIn(t, "docker-archive", Tar(config, Reg(blob, string(a)), manifest), "", "")
+	if err != nil || img.Layers[0].Desc.Digest != digest.FromBytes(a) {
+		t.Errorf("found %+v (%v), expected a layer with the digest of its name", img, err)
 	}
 }
 

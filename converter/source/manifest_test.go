@@ -341,6 +341,82 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
+// TestManifestRefuses: a manifest of an image whose layers or configuration cannot be used. The error names the part.
+func TestManifestRefuses(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	good := l.Manifest(platform("amd64", ""), oneFile("a"))
+	large := l.Blob(ocispec.MediaTypeImageConfig, make([]byte, maxDocument+1))
+	large.Size = 0 // unknown
+	invalid := l.Blob(ocispec.MediaTypeImageConfig, []byte(`{"rootfs":{"diff_ids":["sha256:../x"]}}`))
+	for name, c := range map[string]struct {
+		change func(m *ocispec.Manifest)
+		is     error
+		says   string
+	}{
+		"digest of a layer": {
+			func(m *ocispec.Manifest) { m.Layers[0].Digest = "sha256:../x" },
+			errDamaged, `layer 0: damaged: digest "sha256:../x"`,
+		},
+		"empty layer": {
+			func(m *ocispec.Manifest) { m.Layers[0].Size = 0 }, errDamaged,
+			"size 0, expected more than 0",
+		},
+		"negative layer": {
+			func(m *ocispec.Manifest) { m.Layers[0].Size = -1 }, errDamaged,
+			"size -1, expected more than 0",
+		},
+		"encrypted layer": {
+			func(m *ocispec.Manifest) { m.Layers[0].MediaType += "+encrypted" }, blob.ErrEncrypted,
+			"decrypt the image first",
+		},
+		"large configuration": {
+			func(m *ocispec.Manifest) { m.Config = large }, errDamaged,
+			"config: damaged: " + large.Digest.String() + ": more than 8388608 bytes",
+		},
+		"diff ID": {
+			func(m *ocispec.Manifest) { m.Config = invalid }, errDamaged,
+			"config " + invalid.Digest.String() + `: damaged: diff ID "sha256:../x" of layer 0`,
+		},
+		"configuration without layers": {
+			func(m *ocispec.Manifest) { m.Config = l.JSON(m.Config.MediaType, ocispec.Image{}) }, errDamaged,
+			"0 diff IDs for 1 layers",
+		},
+	} {
+		d := remade(t, l, good, good.MediaType, c.change)
+		_, err := find(t, mustParse(t, "oci:"+layoutOf(t, l, d), Config{}), "")
+		if !errors.Is(err, c.is) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: error %v, expected %v that says %q", name, err, c.is, c.says)
+		}
+	}
+}
+
+// TestTypesByContent: old tools write neither the descriptor's media type nor that of the document.
+func TestTypesByContent(t *testing.T) {
+	l := ocitest.NewLayout(t, t.TempDir())
+	img := l.Manifest(platform("amd64", ""), oneFile("a"))
+	silent := func(d ocispec.Descriptor) ocispec.Descriptor {
+		var doc map[string]any
+		if err := json.Unmarshal(l.Read(d.Digest), &doc); err != nil {
+			t.Fatal(err)
+		}
+		delete(doc, "mediaType")
+		return l.JSON("", doc)
+	}
+	manifest := silent(img)
+	index := silent(l.Index(manifest))
+	for name, d := range map[string]ocispec.Descriptor{"manifest": manifest, "index": index} {
+		got, err := find(t, mustParse(t, "oci:"+layoutOf(t, l, d), Config{}), "linux/amd64")
+		if err != nil || got.Digest != manifest.Digest || got.ManifestType != ocispec.MediaTypeImageManifest {
+			t.Errorf("%s: found %+v (%v), expected %s", name, got, err, manifest.Digest)
+		}
+	}
+	// Without names, the advice is another.
+	_, err := find(t, mustParse(t, "oci:"+layoutOf(t, l, manifest)+":v1", Config{}), "")
+	if !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), `no tag "v1", there is: no tags`) {
+		t.Errorf("error %v, expected %v that says there are no tags", err, ErrNotFound)
+	}
+}
+
 // TestRegistryLacksManifests: only 404 means that a manifest is missing.
 func TestRegistryLacksManifests(t *testing.T) {
 	l := ocitest.NewLayout(t, t.TempDir())

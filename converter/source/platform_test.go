@@ -81,6 +81,7 @@ func TestVariants(t *testing.T) {
 		{builds, "windows(10.0.20348.2)/amd64", "windows(10.0.20348.2)/amd64", true},
 		{windows, "linux/amd64", "linux/amd64", false},
 		{"linux(5.10)/amd64 linux(6.6)/amd64", "linux(6.6)/amd64", "linux(6.6)/amd64", true},
+		{"linux(6.6)/amd64 linux(5.10)/amd64", "linux(6.6)/amd64", "linux(6.6)/amd64", true},
 
 		{all, "+linux/amd64@v1", "linux/amd64", false},
 		{all, "+linux/amd64@v3", "linux/amd64", false}, // like containerd, so that containers share it

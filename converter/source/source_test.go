@@ -95,6 +95,12 @@ func TestParseErrors(t *testing.T) {
 			t.Errorf("%q was taken for %T", s, src)
 		}
 	}
+	for _, kind := range []string{"oci", "oci-archive", "docker-archive", "docker", "containerd", "daxfs"} {
+		_, err := Parse(kind+":x", Config{OverlayUpper: true})
+		if err == nil || !strings.Contains(err.Error(), "only the directory of rootfs:") {
+			t.Errorf("upper directory of %s: error %v", kind, err)
+		}
+	}
 	if _, err := ParsePlatform("a/b/c/d"); err == nil {
 		t.Error("a platform of four parts was taken")
 	}
