@@ -167,12 +167,14 @@ func TestImageFile(t *testing.T) {
 	boom := errors.New("boom")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(boom)
-	if err := os.WriteFile(file, image(true), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	_, err = mustParse(t, name, Config{}).Image(ctx, Host())
-	if !errors.Is(err, boom) || errors.Is(err, daxfs.ErrCorrupt) {
-		t.Errorf("error %v, expected %v and no word about the image", err, boom)
+	for _, digests := range []bool{false, true} {
+		if err := os.WriteFile(file, image(digests), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err = mustParse(t, name, Config{}).Image(ctx, Host())
+		if !errors.Is(err, boom) || errors.Is(err, daxfs.ErrCorrupt) {
+			t.Errorf("digests %t: error %v, expected %v and no word about the image", digests, err, boom)
+		}
 	}
 }
 
