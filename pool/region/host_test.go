@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 const iomemText = `00000000-00000fff : Reserved
@@ -231,6 +233,93 @@ func TestBeforeLabels(t *testing.T) {
 		got, err := beforeLabels(device, test.configured)
 		if got != test.want || (err != nil) != (test.want == 0) {
 			t.Errorf("configured %d: %d, %v; expected %d", test.configured, got, err, test.want)
+		}
+	}
+}
+
+// TestOpenPhys opens a range of a machine whose memory is a file.
+func TestOpenPhys(t *testing.T) {
+	const start = 8 << 20
+	h := fakeHost(t, map[string]string{
+		"dev/mem": "", "proc/iomem": "00000000-007fffff : System RAM\n00800000-01ffffff : Reserved\n",
+	}, nil)
+	mem := h.path("dev/mem")
+	if err := os.Truncate(mem, 32<<20); err != nil {
+		t.Fatal(err)
+	}
+	c := Config{Kind: KindPhys, Phys: start, Size: MinSize}
+	r, err := openPhys(h, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	testRegion(t, r)
+	if _, err := r.WriteAt([]byte("stored"), 4096); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(mem)
+	if err != nil || string(b[start+4096:][:6]) != "stored" {
+		t.Errorf("at the address lies %q, %v", b[start+4096:][:6], err)
+	}
+	info := r.Info()
+	if info.Phys != start || !info.HasPhys || info.Persistent != PersistsProcess || info.Sparse || info.FD != -1 {
+		t.Errorf("info %+v", info)
+	}
+	// All ranges share one file, so a lock on it would keep owners of other ranges out.
+	other, err := openPhys(h, Config{Kind: KindPhys, Phys: start + MinSize, Size: MinSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	for _, r := range []Region{r, other} {
+		if err := r.(Locker).Lock(); err != nil {
+			t.Errorf("lock of one of two ranges: %v", err)
+		}
+	}
+	c.ReadOnly = true
+	reader, err := openPhys(h, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	got := make([]byte, 6)
+	if _, err := reader.ReadAt(got, 4096); err != nil || string(got) != "stored" {
+		t.Errorf("the reader sees %q, %v", got, err)
+	}
+	if _, err := reader.WriteAt(got, 0); !errors.Is(err, unix.EBADF) {
+		t.Errorf("write of a reader: %v, expected EBADF", err)
+	}
+	if err := os.Remove(mem); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openPhys(h, c); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), mem) {
+		t.Errorf("no /dev/mem: %v", err)
+	}
+}
+
+// An owner leaves out the labels at the end of a device and never takes RAM of this host; a reader takes all.
+func TestDeviceSize(t *testing.T) {
+	h := fakeHost(t, map[string]string{"proc/iomem": iomemText}, nil)
+	const g = 1 << 30
+	for _, test := range []struct {
+		name string
+		d    device
+		c    Config
+		want int64
+		err  error
+	}{
+		{"owner", device{size: g}, Config{}, g - Align, nil},
+		{"reader", device{size: g}, Config{ReadOnly: true}, g, nil},
+		{"reader of a part", device{size: g}, Config{ReadOnly: true, Size: MinSize}, MinSize, nil},
+		{"more than the owner may have", device{size: g}, Config{Size: g}, 0, ErrSize},
+		{"too small", device{size: MinSize}, Config{}, 0, ErrSize},
+		{"RAM", device{size: g, phys: 4 * g, hasPhys: true}, Config{}, 0, ErrForeign},
+		{"reader of RAM", device{size: g, phys: 4 * g, hasPhys: true}, Config{ReadOnly: true}, g, nil},
+		{"namespace", device{size: g, phys: 16 * g, hasPhys: true}, Config{}, g - Align, nil},
+	} {
+		got, err := h.deviceSize(&test.d, test.c)
+		if !errors.Is(err, test.err) || err == nil && got != test.want {
+			t.Errorf("%s: %d, %v; expected %d, %v", test.name, got, err, test.want, test.err)
 		}
 	}
 }

@@ -200,6 +200,10 @@ func TestOpenErrors(t *testing.T) {
 		{"devdax is /dev/null", Config{Kind: KindDevDAX, Path: "/dev/null"}, ErrKind},
 		{"heap is a file", Config{Kind: KindDMABuf, Path: big, Size: MinSize}, unix.ENOTTY},
 		{"phys without size", Config{Kind: KindPhys, Phys: 1 << 32}, ErrSize},
+		{"heap without size", Config{Kind: KindDMABuf, Path: big}, ErrSize},
+		{"closed buffer", Config{Kind: KindDMABuf, FD: 1 << 20}, unix.EBADF},
+		{"buffer without a size", Config{Kind: KindDMABuf, FD: pipe(t)}, unix.ESPIPE},
+		{"small buffer", Config{Kind: KindDMABuf, FD: memfd(t, 4096)}, ErrSize},
 		{"phys misaligned", Config{Kind: KindPhys, Phys: 1<<32 + 4096, Size: MinSize}, ErrSize},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -217,6 +221,31 @@ func TestOpenErrors(t *testing.T) {
 	}
 }
 
+// pipe returns a descriptor of a pipe.
+func pipe(t *testing.T) int {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	return int(r.Fd())
+}
+
+// memfd returns a descriptor of memory, which stands for a dma-buf.
+func memfd(t *testing.T, size int64) int {
+	t.Helper()
+	fd, err := unix.MemfdCreate("buffer", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Skip("no memfd: ", err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Ftruncate(fd, size); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
 func TestLock(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pool")
 	a := mustOpen(t, Config{Kind: KindFile, Path: path, Size: MinSize, Create: true})
@@ -229,9 +258,18 @@ func TestLock(t *testing.T) {
 	if !errors.As(err, &busy) || !errors.Is(err, ErrBusy) || busy.PID != os.Getpid() {
 		t.Errorf("second owner: %v, expected to be told process %d", err, os.Getpid())
 	}
+	if want := fmt.Sprintf("%q is in use by process %d", path, os.Getpid()); err.Error() != want {
+		t.Errorf("second owner: %v, expected %s", err, want)
+	}
+	if pid := LockHolder(path); pid != os.Getpid() {
+		t.Errorf("the holder is process %d, expected %d", pid, os.Getpid())
+	}
 	a.Close()
 	if err := b.(Locker).Lock(); err != nil {
 		t.Errorf("after the first has closed: %v", err)
+	}
+	if pid := LockHolder(path + ".missing"); pid != 0 {
+		t.Errorf("process %d holds the lock of no file", pid)
 	}
 }
 
@@ -326,14 +364,7 @@ func checkStrangers(t *testing.T, c Config, dir string) {
 
 // TestDMABuf uses a memfd as the buffer: it is mapped and passed around the same way.
 func TestDMABuf(t *testing.T) {
-	fd, err := unix.MemfdCreate("buffer", unix.MFD_CLOEXEC)
-	if err != nil {
-		t.Skip("no memfd: ", err)
-	}
-	defer unix.Close(fd)
-	if err := unix.Ftruncate(fd, MinSize); err != nil {
-		t.Fatal(err)
-	}
+	fd := memfd(t, MinSize)
 	r := mustOpen(t, Config{Kind: KindDMABuf, FD: fd})
 	testRegion(t, r)
 	info := r.Info()
