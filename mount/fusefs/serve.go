@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"os"
 	"os/signal"
@@ -59,6 +60,14 @@ func Start(c Config) (*Server, error) {
 		c.Log = os.Stderr
 	}
 	l := log.New(c.Log, "daxfs fuse: ", log.LstdFlags)
+	// Mounting on a missing directory fails like opening a missing /dev/fuse, which has another remedy. On a
+	// file it works, but nobody can use the result.
+	switch st, err := os.Stat(c.Dir); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("mount point: %w", err)
+	case err == nil && !st.IsDir():
+		return nil, fmt.Errorf("mount point %q: %w", c.Dir, unix.ENOTDIR)
+	}
 	m, err := sys.MapWindow(c.Path, c.Off, c.Size)
 	if err != nil {
 		return nil, err
@@ -73,7 +82,7 @@ func Start(c Config) (*Server, error) {
 	}
 	s.fuse, err = fuse.NewServer(s.fs, c.Dir, s.fs.options(c))
 	if err != nil {
-		return nil, errors.Join(explain(err), m.Close())
+		return nil, errors.Join(fmt.Errorf("mount on %q: %w", c.Dir, explain(err)), m.Close())
 	}
 	if !s.fs.live { // images with attributes may come later
 		go s.fs.lookForXattrs()
