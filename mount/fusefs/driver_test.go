@@ -80,7 +80,7 @@ func TestWhatIsServed(t *testing.T) {
 		{r: region.Info{Kind: region.KindFile, Path: "/pool", FD: 7}, path: "/pool", fd: -1},
 		{r: region.Info{Kind: region.KindPmem, BlockDevice: "/dev/pmem0", FD: 7}, path: "/dev/pmem0", fd: -1},
 		{r: region.Info{Kind: region.KindDMABuf, Path: "/heap", FD: 7}, path: "/dev/fd/4", fd: 7},
-		{r: region.Info{Kind: region.KindDMABuf, Path: "/heap", FD: -1}, want: `the dma-buf of "/heap" is not open`, fd: -1},
+		{r: region.Info{Kind: region.KindDMABuf, Path: "/heap", FD: -1}, want: `of "/heap" is not open`, fd: -1},
 		{r: region.Info{Kind: region.KindPhys, FD: 7}, want: "served by the daxfs driver", fd: -1},
 		{r: region.Info{Kind: region.KindTmpfs, FD: 7}, want: `kind "tmpfs" has no path`, fd: -1},
 	} {
@@ -94,10 +94,11 @@ func TestWhatIsServed(t *testing.T) {
 
 func TestServeArgsRefuses(t *testing.T) {
 	for _, args := range []string{
-		"", "--ready-fd 3 /file", "--ready-fd 2 /file /dir", "/file /dir", "--ready-fd 3 /file /dir more", "--size x",
+		"", "--ready-fd 3 /file", "--ready-fd 2 /file /dir", "/file /dir", "--ready-fd 3 /file /dir more",
 	} {
-		if err := ServeArgs(strings.Fields(args)); err == nil {
-			t.Errorf("%q: no error", args)
+		if err := ServeArgs(strings.Fields(args)); err == nil ||
+			!strings.Contains(err.Error(), "expected the arguments of fusefs.Driver") {
+			t.Errorf("%q: %v", args, err)
 		}
 	}
 }
@@ -162,7 +163,8 @@ func TestServerLockAndLog(t *testing.T) {
 		if err := driver().Unmount(t.Context(), mnt); err != nil {
 			t.Errorf("unmount of a dead server: %v", err)
 		}
-		if err := driver().Match(t.Context(), src, mnt); err == nil || !strings.Contains(err.Error(), "nothing is mounted") {
+		err := driver().Match(t.Context(), src, mnt)
+		if err == nil || !strings.Contains(err.Error(), "nothing is mounted") {
 			t.Errorf("match of nothing: %v", err)
 		}
 	}

@@ -43,7 +43,8 @@ func TestMountRefuses(t *testing.T) {
 		"a mount point": {src, taken, taken + `" is a mount point already`, false},
 	} {
 		err := (Driver{}).Mount(t.Context(), tc.src, tc.dir)
-		if err == nil || !strings.Contains(err.Error(), tc.want) || errors.Is(err, mount.ErrUnsupported) != tc.unsupported {
+		if err == nil || !strings.Contains(err.Error(), tc.want) ||
+			errors.Is(err, mount.ErrUnsupported) != tc.unsupported {
 			t.Errorf("%s: %v, expected %q, unsupported: %t", name, err, tc.want, tc.unsupported)
 		}
 	}

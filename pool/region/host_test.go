@@ -315,6 +315,12 @@ func TestDeviceSize(t *testing.T) {
 		{"too small", device{size: MinSize}, Config{}, 0, ErrSize},
 		{"RAM", device{size: g, phys: 4 * g, hasPhys: true}, Config{}, 0, ErrForeign},
 		{"reader of RAM", device{size: g, phys: 4 * g, hasPhys: true}, Config{ReadOnly: true}, g, nil},
+		{
+			"reader of a part of RAM",
+			device{size: g, phys: 4 * g, hasPhys: true},
+			Config{ReadOnly: true, Size: MinSize},
+			MinSize, nil,
+		},
 		{"namespace", device{size: g, phys: 16 * g, hasPhys: true}, Config{}, g - Align, nil},
 	} {
 		got, err := h.deviceSize(&test.d, test.c)
