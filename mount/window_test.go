@@ -53,7 +53,7 @@ func TestWindows(t *testing.T) {
 	if m.Driver != "windows" || checked != 1 {
 		t.Errorf("mounted %+v, %d checks", m, checked)
 	}
-	// An image without a window uses the next driver; an adopted mount keeps its driver.
+	// An image without a window uses the next driver. A table without the driver of a window does not adopt it.
 	if m := mustMount(t, tab, b.add(t, "b", "two")); m.Driver != "erofs-loop" || read(t, m.Dir) != "two" {
 		t.Errorf("mounted %+v", m)
 	}
