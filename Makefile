@@ -86,8 +86,9 @@ test-versions: $(TOOLS)/nfpm $(TOOLS)/cyclonedx-gomod $(TOOLS)/gotestsum ## Try 
 	.ci/deps dist
 	$(GOTEST) -tags dist,versions -count 1 -timeout 60m -run TestVersions ./integration/packages
 
-test-short: $(TOOLS)/gotestsum ## Run the tests that need neither root nor packages, in about two minutes
-	$(GOTEST) -short ./...
+# Four packages at a time: several of them wait for clocks and disks.
+test-short: $(TOOLS)/gotestsum ## Run the tests that need neither root nor packages, in about a minute
+	$(GOTEST) -p 4 -short ./...
 
 # Packages with concurrent code; test-race adds the tests of concurrent readers in ./daxfs. The others are single-threaded,
 # or spend their time in the kernel; "make race" has them all.

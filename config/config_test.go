@@ -1,6 +1,7 @@
 package config_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -218,6 +219,21 @@ func TestLoad(t *testing.T) {
 	}
 	if _, err := config.Load(file); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A configuration can be handed to another process as JSON.
+func TestJSON(t *testing.T) {
+	raw, err := json.Marshal(config.Default())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c config.Config
+	if err := json.Unmarshal(raw, &c); err != nil {
+		t.Fatal(err)
+	}
+	if want := config.Default(); !reflect.DeepEqual(&c, want) {
+		t.Errorf("through JSON the default becomes\n%+v\nexpected\n%+v", &c, want)
 	}
 }
 
