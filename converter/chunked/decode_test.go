@@ -343,14 +343,18 @@ func FuzzTables(f *testing.F) {
 				len(storedSplit), len(split)),
 		}}
 		got, _, err := pull(t, &memory{b: blob}, d, have{})
-		if err == nil && int64(len(got)) > int64(len(split))+sizesOf(table) {
+		if err == nil && int64(len(got)) > int64(len(split))+sizesOf(toc) {
 			t.Errorf("a tar of %d bytes", len(got))
 		}
 	})
 }
 
-func sizesOf(t chunked.TOC) (n int64) {
-	for _, e := range t.Entries {
+// sizesOf returns the bytes of all files in a table that the decoder took. It reads no other fields,
+// because the decoder does not either: a table may be believed although its times are wrong.
+func sizesOf(toc []byte) (n int64) {
+	var table struct{ Entries []struct{ Size int64 } }
+	_ = json.Unmarshal(toc, &table)
+	for _, e := range table.Entries {
 		n += max(e.Size, 0)
 	}
 	return n
