@@ -66,8 +66,9 @@ func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api
 	}
 	done := []api.Attached{}
 	var errs []error
+	end := time.Now().Add(attachPatience)
 	for _, o := range list {
-		a, err := d.attachPatiently(ctx, req.Namespace, o)
+		a, err := d.attachPatiently(ctx, req.Namespace, o, end)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("image %q: %w", o.Name, err))
 			continue
@@ -80,22 +81,21 @@ func (d *Daemon) attachImages(ctx context.Context, req api.AttachRequest) ([]api
 	return done, errors.Join(errs...)
 }
 
-// attachPatience bounds the time in which an attachment is tried again. gRPC connects again within three seconds.
+// attachPatience bounds the time in which a request tries again. gRPC connects again within three seconds.
 const attachPatience = 10 * time.Second
 
-// attachPatiently tries again while containerd does not reach this daemon: after a restart of the
-// daemon, containerd fails calls untried for a while.
-func (d *Daemon) attachPatiently(ctx context.Context, namespace string, o shared.OCIImage) (api.Attached, error) {
-	end := time.After(attachPatience)
+// attachPatiently tries again until end while containerd does not reach this daemon: after a restart of
+// the daemon, containerd fails calls untried for a while.
+func (d *Daemon) attachPatiently(ctx context.Context, namespace string, o shared.OCIImage,
+	end time.Time,
+) (api.Attached, error) {
 	for {
 		a, err := d.attach(ctx, namespace, o)
-		if !errdefs.IsUnavailable(err) || !d.blobs.up() {
+		if !errdefs.IsUnavailable(err) || !d.blobs.up() || time.Now().After(end) {
 			return a, err
 		}
 		select {
 		case <-ctx.Done():
-			return a, err
-		case <-end:
 			return a, err
 		case <-time.After(100 * time.Millisecond):
 		}

@@ -372,10 +372,11 @@ func TestAliveByKind(t *testing.T) {
 
 func TestLowers(t *testing.T) {
 	for options, want := range map[string][]string{
+		"rw,relatime": nil,
+
 		"rw,lowerdir=/a:/b/,upperdir=/u":                     {"/a", "/b"},
 		`lowerdir=/a\:b:/c\\d`:                               {"/a:b", `/c\d`},
 		"lowerdir+=/a:b,lowerdir+=/c,datadir+=/d,workdir=/w": {"/a:b", "/c", "/d"},
-		"rw,relatime":                                        nil,
 	} {
 		if got := mount.Lowers(options); !slices.Equal(got, want) {
 			t.Errorf("%q: %q, expected %q", options, got, want)

@@ -29,10 +29,15 @@ func (s *Snapshotter) makeAhead() {
 
 // placeDirs gives a new snapshot its directories. If it fails, temp names what it left behind.
 func (s *Snapshotter) placeDirs(id string, root rootAttr) (temp string, err error) {
+	place := func(dir string) error {
+		if err := root.apply(filepath.Join(dir, "fs")); err != nil {
+			return err
+		}
+		return os.Rename(dir, s.dir(id))
+	}
 	select {
 	case temp = <-s.ahead:
-		err := errors.Join(root.apply(filepath.Join(temp, "fs")), os.Rename(temp, s.dir(id)))
-		if err == nil {
+		if place(temp) == nil {
 			return temp, nil
 		}
 		os.RemoveAll(temp) // for example, project quotas differ
@@ -41,10 +46,7 @@ func (s *Snapshotter) placeDirs(id string, root rootAttr) (temp string, err erro
 	if temp, err = makeDirs(filepath.Join(s.root, "snapshots")); err != nil {
 		return temp, err
 	}
-	if err := root.apply(filepath.Join(temp, "fs")); err != nil {
-		return temp, err
-	}
-	return temp, os.Rename(temp, s.dir(id))
+	return temp, place(temp)
 }
 
 // makeDirs makes an upper and a work directory in a new directory below parent, and returns the latter.
