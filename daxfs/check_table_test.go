@@ -3,6 +3,7 @@ package daxfs_test
 import (
 	"bytes"
 	"encoding/binary"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +18,15 @@ type corruption struct {
 	rule daxfs.Rule
 	also string // other rule ids
 	edit func(*surgeon)
+}
+
+// corrupt applies the corruption of that name.
+func (s *surgeon) corrupt(name string) {
+	i := slices.IndexFunc(corruptions, func(c corruption) bool { return c.name == name })
+	if i < 0 {
+		s.t.Fatalf("there is no corruption %q", name)
+	}
+	corruptions[i].edit(s)
 }
 
 // corruptions is the table of TestCheckCorrupt. It contains every rule.

@@ -235,15 +235,14 @@ func OpenLive(r io.ReaderAt, size int64) (*Live, error) {
 			return nil, err
 		}
 	}
-	first, second := slots[0], slots[1]
-	if second-first == slotSize/disk.ErofsSlot {
+	if slots[1]-slots[0] == slotSize/disk.ErofsSlot {
 		l.g.PerBlock = SlotsPerBlock
 	}
 	if err := l.g.Validate(); err != nil {
 		return nil, fmt.Errorf("%w: %w", errNotLive, err)
 	}
-	if first != l.g.SlotNid(0) || second != l.g.SlotNid(1) {
-		return nil, fmt.Errorf("%w: slots are inodes %d and %d, expected %d and %d", errNotLive, first, second,
+	if slots[0] != l.g.SlotNid(0) || slots[1] != l.g.SlotNid(1) {
+		return nil, fmt.Errorf("%w: slots are inodes %d and %d, expected %d and %d", errNotLive, slots[0], slots[1],
 			l.g.SlotNid(0), l.g.SlotNid(1))
 	}
 	return l, nil

@@ -239,13 +239,7 @@ func TestLivePlanFiles(t *testing.T) {
 	if !errors.Is(err, boom) || !errors.As(err, &te) || te.Path != "/d/new" {
 		t.Errorf("error %v, expected %v of /d/new", err, boom)
 	}
-	err = plan.Resolve(func(f daxfs.LiveFile) (uint64, daxfs.Data, error) {
-		if have := p.have[f.Key]; f.Seq < len(have) {
-			return have[f.Seq], f.Data, nil
-		}
-		return 0, f.Data, nil
-	})
-	if err != nil {
+	if err := plan.Resolve(p.inode); err != nil {
 		t.Fatal(err)
 	}
 	for i, want := range []struct {

@@ -45,6 +45,14 @@ func newLivePool(t testing.TB, slots, perBlock int) *livePool {
 	return p
 }
 
+// inode resolves a file of a plan to an inode that the pool has; 0 for a new one.
+func (p *livePool) inode(f daxfs.LiveFile) (uint64, daxfs.Data, error) {
+	if have := p.have[f.Key]; f.Seq < len(have) {
+		return have[f.Seq], f.Data, nil
+	}
+	return 0, f.Data, nil
+}
+
 // write writes the run of an image and returns its unpublished slot.
 func (p *livePool) write(t testing.TB, root *daxfs.Node) (slot int, bytes []byte, plan *daxfs.LivePlan) {
 	t.Helper()
@@ -52,13 +60,7 @@ func (p *livePool) write(t testing.TB, root *daxfs.Node) (slot int, bytes []byte
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = plan.Resolve(func(f daxfs.LiveFile) (uint64, daxfs.Data, error) {
-		if have := p.have[f.Key]; f.Seq < len(have) {
-			return have[f.Seq], f.Data, nil
-		}
-		return 0, f.Data, nil
-	})
-	if err != nil {
+	if err := plan.Resolve(p.inode); err != nil {
 		t.Fatal(err)
 	}
 	slot = p.used

@@ -241,7 +241,7 @@ func TestHostileReads(t *testing.T) {
 		}},
 	} {
 		o := operate(t, bytes.Clone(sound))
-		corruptions[slices.IndexFunc(corruptions, func(k corruption) bool { return k.name == name })].edit(o)
+		o.corrupt(name)
 		var fe *daxfs.FormatError
 		if err := c.read(operate(t, o.close())); !errors.As(err, &fe) || fe.Rule != c.rule {
 			t.Errorf("%s: got %v, want rule %s", name, err, c.rule)

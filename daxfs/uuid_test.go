@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"errors"
-	"slices"
 	"strings"
 	"testing"
 
@@ -94,10 +93,11 @@ func TestTreeUUIDRefuses(t *testing.T) {
 		}},
 	} {
 		s := operate(t, bytes.Clone(sound))
-		if c.edit == nil {
-			c.edit = corruptions[slices.IndexFunc(corruptions, func(k corruption) bool { return k.name == name })].edit
+		if c.edit != nil {
+			c.edit(s)
+		} else {
+			s.corrupt(name)
 		}
-		c.edit(s)
 		b := s.close()
 		var fe *daxfs.FormatError
 		id, err := daxfs.TreeUUID(operate(t, b).f, dataOf(t, b))

@@ -12,7 +12,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
@@ -69,18 +68,6 @@ func (e *env) unpack(ctx context.Context, namespace, chain, parent string) ([]mo
 		labelImage, "example.com/app:1", labelManifest, chainA, labelBlob, chainB))
 }
 
-// pulled returns the snapshot that containerd finds for a chain in a namespace.
-func (e *env) pulled(namespace, chain, parent string) (name string) {
-	ctx := namespaces.WithNamespace(e.t.Context(), namespace)
-	e.must(e.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-		if i.Parent == parent {
-			name = i.Name
-		}
-		return nil
-	}, fmt.Sprintf("labels.%q==%s,parent==%q", snapshots.LabelSnapshotRef, chain, parent)))
-	return name
-}
-
 // A layer that the daemon pulls is committed for the namespace that asked, once, and other namespaces
 // do not see it: their clients have to prove that they may have it.
 func TestPulled(t *testing.T) {
@@ -90,8 +77,8 @@ func TestPulled(t *testing.T) {
 			t.Fatalf("a pulled layer in %s: %v, expected that it exists", namespace, err)
 		}
 	}
-	a := e.pulled("default", chainA, "")
-	other := e.pulled("other", chainA, "")
+	a := e.found("default", chainA, "")
+	other := e.found("other", chainA, "")
 	if !strings.HasPrefix(a, "default/0/") || !strings.HasPrefix(other, "other/0/") {
 		t.Fatalf("containerd finds %q and %q", a, other)
 	}
@@ -108,7 +95,7 @@ func TestPulled(t *testing.T) {
 	if got != want {
 		t.Errorf("pulled were %s, expected %s", got, want)
 	}
-	b := e.pulled("default", chainB, a)
+	b := e.found("default", chainB, a)
 	if usage, err := e.Usage(t.Context(), b); err != nil || usage != (snapshots.Usage{Size: 7, Inodes: 2}) {
 		t.Errorf("usage of a pulled layer: %+v, %v", usage, err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
@@ -98,17 +99,17 @@ func (e *env) claim(namespace, chain, parent string) string {
 	if !errdefs.IsAlreadyExists(err) {
 		e.t.Fatalf("claim of %s: %v, expected that it exists", chain, err)
 	}
-	name := e.found(chain, parent)
+	name := e.found(namespace, chain, parent)
 	if name == "" {
 		e.t.Fatalf("containerd finds no snapshot of the claimed chain %s over %q", chain, parent)
 	}
 	return name
 }
 
-// found returns the snapshot that containerd takes for a chain after Prepare reported that it exists.
-func (e *env) found(chain, parent string) (name string) {
+// found returns the snapshot that containerd takes for a chain in a namespace after Prepare reported that it exists.
+func (e *env) found(namespace, chain, parent string) (name string) {
 	e.t.Helper()
-	e.must(e.Walk(e.t.Context(), func(_ context.Context, i snapshots.Info) error {
+	e.must(e.Walk(namespaces.WithNamespace(e.t.Context(), namespace), func(_ context.Context, i snapshots.Info) error {
 		if name == "" && i.Kind == snapshots.KindCommitted && i.Labels[snapshots.LabelSnapshotRef] == chain &&
 			i.Parent == parent {
 			name = i.Name
@@ -280,7 +281,7 @@ func TestPlantedReference(t *testing.T) {
 	_, err := e.Update(t.Context(),
 		snapshots.Info{Name: "evil/2/x", Labels: map[string]string{snapshots.LabelSnapshotRef: chainA}})
 	e.must(err)
-	if name := e.found(chainA, ""); name != "" {
+	if name := e.found("default", chainA, ""); name != "" {
 		t.Errorf("containerd would take %q for the chain", name)
 	}
 	shared.add(t, chainA, "right")

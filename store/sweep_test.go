@@ -9,6 +9,13 @@ import (
 	"testing"
 )
 
+func (k *kit) expectNoImages() {
+	k.t.Helper()
+	if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
+		k.t.Errorf("mounted %+v and %d images are left", m, n)
+	}
+}
+
 // expectLayers fails the test unless the pool has exactly these layers.
 func (k *kit) expectLayers(when string, keys ...string) {
 	k.t.Helper()
@@ -67,9 +74,7 @@ func TestSweepEvictsReady(t *testing.T) {
 	k.expect(dir, a)
 	for range 2 {
 		k.must(k.Sweep(ctx, need, true))
-		if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
-			t.Errorf("mounted %+v and %d images are left", m, n)
-		}
+		k.expectNoImages()
 	}
 	if r := k.imageRecord(img.Key); fmt.Sprint(evicted) != "[image]" || len(r.Names) != 1 || len(r.Layers) != 1 {
 		t.Errorf("evicted %q, left is the record %+v; expected one image and its record", evicted, r)
@@ -93,9 +98,7 @@ func TestSweepFindsImages(t *testing.T) {
 			forget(k, img.Key)
 			k.must(k.forgetImage(img.Key))
 			k.must(k.Sweep(t.Context(), wants{}, false))
-			if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
-				t.Errorf("mounted %+v and %d images are left", m, n)
-			}
+			k.expectNoImages()
 		})
 	}
 }
@@ -220,9 +223,7 @@ func TestSweepLeavesBusy(t *testing.T) {
 	k.expect(dir, a)
 	k.must(f.Close())
 	k.must(k.Sweep(t.Context(), wants{}, false))
-	if m, n := k.Mounted(), len(k.pool.Images()); len(m) != 0 || n != 0 {
-		t.Errorf("mounted %+v and %d images are left", m, n)
-	}
+	k.expectNoImages()
 }
 
 // The end of one mount by hand does not end another of the same image.

@@ -20,7 +20,7 @@ func checkWriters(pool string, daemon int, add adder) {
 	}
 	found, err := findWriters("/proc", inode{st.Dev, st.Ino}, daemon)
 	if err != nil {
-		add("nobody else can write to the pool", false, "%v; run daxfs doctor as root", err)
+		add("nobody else can write to the pool", false, "%v; what the processes map is not known", err)
 		return
 	}
 	add("nobody else can write to the pool", len(found) == 0,
@@ -30,29 +30,18 @@ func checkWriters(pool string, daemon int, add adder) {
 
 // findWriters returns the processes that map a file writable and shared, except the daemon, process own.
 func findWriters(proc string, file inode, own int) (found []string, err error) {
-	entries, err := os.ReadDir(proc)
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == own {
-			continue
-		}
+	err = eachProcess(proc, func(pid string) error {
 		// In another PID namespace the daemon gave another number. The pool's lock admits one daemon only.
-		exe, _ := os.Readlink(filepath.Join(proc, e.Name(), "exe"))
-		if strings.HasPrefix(filepath.Base(exe), "daxfs-snapshotter") {
-			continue
+		exe, _ := os.Readlink(filepath.Join(proc, pid, "exe"))
+		if pid == strconv.Itoa(own) || strings.HasPrefix(filepath.Base(exe), "daxfs-snapshotter") {
+			return nil
 		}
 		writes := false
-		err = eachMapping(proc, e.Name(), func(v mapping) { writes = writes || v.file == file && v.writes })
-		if err != nil && !gone(err) {
-			return nil, fmt.Errorf("process %d: %w", pid, err)
-		}
+		err := eachMapping(proc, pid, func(v mapping) { writes = writes || v.file == file && v.writes })
 		if writes {
-			name, _ := os.ReadFile(filepath.Join(proc, e.Name(), "comm"))
-			found = append(found, fmt.Sprintf("process %d (%s)", pid, strings.TrimSpace(string(name))))
+			found = append(found, fmt.Sprintf("process %s (%s)", pid, nameOf(proc, pid)))
 		}
-	}
-	return found, nil
+		return err
+	})
+	return found, err
 }

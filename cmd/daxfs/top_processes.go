@@ -55,32 +55,49 @@ func findMappers(proc string, dirs []string, files []map[inode]bool) ([][]mappin
 			m.inodes[id] = append(m.inodes[id], i)
 		}
 	}
-	entries, err := os.ReadDir(proc)
+	out := make([][]mappingProcess, len(dirs))
+	err := eachProcess(proc, func(pid string) error {
+		mapped, err := m.mapped(pid)
+		if err != nil {
+			return err
+		}
+		id, _ := strconv.Atoi(pid)
+		name := nameOf(proc, pid)
+		for i, n := range mapped {
+			out[i] = append(out[i], mappingProcess{id, name, n})
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
-	}
-	out := make([][]mappingProcess, len(dirs))
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		mapped, err := m.mapped(e.Name())
-		if gone(err) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("process %d: %w", pid, err)
-		}
-		name, _ := os.ReadFile(filepath.Join(proc, e.Name(), "comm"))
-		for i, n := range mapped {
-			out[i] = append(out[i], mappingProcess{pid, strings.TrimSpace(string(name)), n})
-		}
 	}
 	for _, list := range out {
 		slices.SortStableFunc(list, func(a, b mappingProcess) int { return cmp.Compare(b.Mapped, a.Mapped) })
 	}
 	return out, nil
+}
+
+// eachProcess calls do for each process, by its number. It skips processes that end meanwhile.
+func eachProcess(proc string, do func(pid string) error) error {
+	entries, err := os.ReadDir(proc)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if _, err := strconv.Atoi(e.Name()); err != nil {
+			continue
+		}
+		if err := do(e.Name()); err != nil && !gone(err) {
+			return fmt.Errorf("process %s: %w", e.Name(), err)
+		}
+	}
+	return nil
+}
+
+// nameOf returns the name of a process's program; empty if it has ended.
+func nameOf(proc, pid string) string {
+	name, _ := os.ReadFile(filepath.Join(proc, pid, "comm"))
+	return strings.TrimSpace(string(name))
 }
 
 // gone reports whether an error says that a process has ended, or that we may not read it.
