@@ -31,7 +31,7 @@ const bigFile = "big" // 128 MiB
 
 // benchTree makes a tree in a tmpfs: one big file, and files small ones in directories of 100.
 func benchTree(b *testing.B, files int) string {
-	dir := filepath.Join(benchTmpfs(b), "tree")
+	dir := filepath.Join(mounttest.Tmpfs(b, ""), "tree")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		b.Fatal(err)
 	}
@@ -52,15 +52,6 @@ func benchTree(b *testing.B, files int) string {
 			b.Fatal(err)
 		}
 	}
-	return dir
-}
-
-func benchTmpfs(b *testing.B) string {
-	dir := b.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { sys.Detach(dir) })
 	return dir
 }
 
@@ -132,7 +123,7 @@ func processorTime(b *testing.B) time.Duration {
 func targets(b *testing.B, files int) []target {
 	mounttest.Root(b)
 	tree := benchTree(b, files)
-	onTmpfs := filepath.Join(benchTmpfs(b), "image")
+	onTmpfs := filepath.Join(mounttest.Tmpfs(b, ""), "image")
 	mounttest.Mkfs(b, tree, onTmpfs)
 	onDisk := filepath.Join(b.TempDir(), "image")
 	if out, err := exec.Command("cp", onTmpfs, onDisk).CombinedOutput(); err != nil {

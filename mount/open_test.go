@@ -404,11 +404,7 @@ func TestSourceNames(t *testing.T) {
 // A check of memory that cannot be read is an error, not a crash: here a tmpfs without space for the page.
 func TestCheckOfBrokenMemory(t *testing.T) {
 	mounttest.Root(t)
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
-		t.Fatal(err)
-	}
-	defer sys.Detach(dir)
+	dir := mounttest.Tmpfs(t, "size=64k")
 	path := filepath.Join(dir, "image")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)

@@ -113,11 +113,7 @@ func newBed(t *testing.T, tmpfs, device bool) *bed {
 	t.Helper()
 	dir, kind := t.TempDir(), region.KindFile
 	if tmpfs {
-		kind = region.KindTmpfs
-		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { sys.Detach(dir) })
+		dir, kind = mounttest.Tmpfs(t, ""), region.KindTmpfs
 	}
 	b := &bed{root: t.TempDir(), kind: kind}
 	b.LivePool = mounttest.NewLivePool(t, filepath.Join(dir, "pool"), device)

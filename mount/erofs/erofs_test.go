@@ -9,8 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/daxfs/daxfs-snapshotter/mount"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/mounttest"
 	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
@@ -18,16 +16,6 @@ import (
 )
 
 func TestMain(m *testing.M) { mounttest.Main(m, nil) }
-
-// tmpfs mounts a tmpfs and returns its directory.
-func tmpfs(t *testing.T) string {
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { sys.Detach(dir) })
-	return dir
-}
 
 // twoImages makes a file with images at 2 MiB and behind that, and returns a source for each.
 func twoImages(t *testing.T, dir, treeA, treeB string) (a, b mount.Source) {
@@ -90,7 +78,7 @@ func TestTwoImagesOfOneFile(t *testing.T) {
 	}{
 		{"file", &File{}, func(t *testing.T) string { return t.TempDir() }},
 		{"loop", Loop{}, func(t *testing.T) string { return t.TempDir() }},
-		{"loop over tmpfs", Loop{}, tmpfs},
+		{"loop over tmpfs", Loop{}, func(t *testing.T) string { return mounttest.Tmpfs(t, "") }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			a, b := twoImages(t, tc.dir(t), treeA, treeB)
@@ -120,7 +108,7 @@ func TestTwoImagesOfOneFile(t *testing.T) {
 
 func TestFileRefusesTmpfs(t *testing.T) {
 	mounttest.Root(t)
-	dir := tmpfs(t)
+	dir := mounttest.Tmpfs(t, "")
 	path := filepath.Join(dir, "pool")
 	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)

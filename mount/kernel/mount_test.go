@@ -26,11 +26,7 @@ func TestMountRefuses(t *testing.T) {
 	src := mount.Source{
 		Key: "k", Size: 4096, Region: region.Info{Kind: region.KindPhys, Phys: 4 << 30, HasPhys: true, FD: -1},
 	}
-	dir, taken := t.TempDir(), t.TempDir()
-	if err := unix.Mount("tmpfs", taken, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	defer sys.Detach(taken)
+	dir, taken := t.TempDir(), mounttest.Tmpfs(t, "")
 	misaligned := src
 	misaligned.Off = 4096
 	for name, tc := range map[string]struct {

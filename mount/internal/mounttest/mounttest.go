@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/daxfs/daxfs-snapshotter/internal/testns"
+	"github.com/daxfs/daxfs-snapshotter/mount/internal/sys"
 )
 
 const envHelper = "DAXFS_MOUNTTEST_HELPER"
@@ -55,6 +56,17 @@ func Root(t testing.TB) {
 	if !testns.Inside() {
 		t.Fatal("TestMain does not call mounttest.Main")
 	}
+}
+
+// Tmpfs mounts a tmpfs with options of mount(8) for the duration of the test, and returns its directory.
+func Tmpfs(t testing.TB, options string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { sys.Detach(dir) })
+	return dir
 }
 
 // Command returns a command that runs a helper of this test binary in the same mount namespace.
